@@ -1,0 +1,81 @@
+# Every target sets up what it needs, from an empty clone on: Python 3.11, a C++ compiler and make must be there.
+#
+#   make demo               teacher, plain student, distilled students on embedded data; a table and pictures
+#   make test               the default tests        make test-slow, make test-gpu: opt-in ones
+#   make lint typecheck     ruff, mypy
+#   make bench-det          what distilling costs
+#
+#   STACK=upstream          the alternative mm stack, in an environment of its own
+#   TORCH=torch==2.13.0     the torch to install
+
+PYTHON ?= python3.11
+STACK ?= onedl
+TORCH ?= torch==2.13.0
+TASK ?= all
+SEEDS ?= 1
+RECIPES ?= default
+DEVICE ?= cpu
+PYTEST_ARGS ?=
+
+VENV ?= $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+MMCV_onedl := onedl-mmcv
+MM_onedl := onedl-mmengine onedl-mmdetection onedl-mmsegmentation
+MMCV_upstream := mmcv
+MM_upstream := mmengine mmdet mmsegmentation ftfy regex
+CONSTRAINTS := -c constraints/common.txt -c constraints/$(STACK).txt -c $(VENV)/torch.txt
+
+.PHONY: env demo test test-slow test-gpu lint typecheck format bench-det clean
+.DELETE_ON_ERROR:
+
+env: $(VENV)/.ready
+
+# Torch first and pinned: everything later is held to it, so that nothing pulls another build.
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip
+	$(PIP) install --quiet "setuptools<81" wheel ninja psutil "$(TORCH)" -c constraints/common.txt
+	$(PIP) freeze | grep -E '^torch==' > $(VENV)/torch.txt
+	echo 'setuptools<81' >> $(VENV)/torch.txt
+	touch $@
+
+# Compiles the ops: about eight minutes on two cores; pip keeps the wheel for the next time.
+$(VENV)/.mmcv: $(VENV)/.torch constraints/$(STACK).txt
+	@echo "compiling mmcv's ops; about 8 minutes on two cores the first time"
+	MMCV_WITH_OPS=1 $(PIP) install --quiet --no-build-isolation $(MMCV_$(STACK)) $(CONSTRAINTS)
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.mmcv pyproject.toml constraints/common.txt
+	$(PIP) install --quiet --no-build-isolation $(MM_$(STACK)) $(CONSTRAINTS)
+	$(PIP) install --quiet --no-build-isolation -e '.[nlp,demo,dev]' $(CONSTRAINTS)
+	touch $@
+
+demo: env
+	$(BIN)/python -m taskdistill demo $(TASK) --seeds $(SEEDS) --recipes $(RECIPES) --device $(DEVICE)
+
+test: env
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-gpu: env
+	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: env
+	$(BIN)/mypy
+
+format: env
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-det: env
+	$(BIN)/python -m taskdistill bench det --device $(DEVICE)
+
+clean:
+	rm -rf .venv .venv-upstream runs work_dirs build

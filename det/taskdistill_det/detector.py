@@ -1,0 +1,41 @@
+"""``DistilledDetector``: what a config names to distil a detector of MMDetection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmdet.registry import MODELS
+from torch import Tensor
+
+from taskdistill.regions import Batch
+from taskdistill_mm.graft import Graft
+
+from .registry import RECIPES, TERMS
+
+
+@MODELS.register_module()
+class DistilledDetector(Graft):
+    """A detector that learns from a teacher; an instance of the student's own class.
+
+    In a config, eight lines::
+
+        custom_imports = dict(imports=['taskdistill_det'])
+        model = dict(
+            type='DistilledDetector', student=_base_.model.type,
+            teacher=dict(config='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py', checkpoint='teacher.pth'),
+            recipe='localization')
+
+    The arguments are those of :meth:`taskdistill_mm.graft.Graft.build`.
+    """
+
+    models = MODELS
+    terms = TERMS
+    recipes = RECIPES
+    fields = frozenset({"boxes", "labels", "image_sizes"})
+
+    def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
+        batch = super()._batch(inputs, data_samples)
+        boxes = [sample.gt_instances.bboxes for sample in data_samples]
+        batch.boxes = [getattr(box, "tensor", box) for box in boxes]
+        batch.labels = [sample.gt_instances.labels for sample in data_samples]
+        return batch

@@ -1,0 +1,89 @@
+"""Localization distillation on heads that predict box edges as distributions."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from taskdistill.errors import DistillError, WiringError
+from taskdistill.losses import Ratio, localization, weighted_ratio
+from taskdistill.losses.soft_targets import check_temperature
+from taskdistill.regions import Batch
+from taskdistill.taps import Recording
+from taskdistill.terms import Term, Wiring
+
+from .dense import BOXES, CLASSES, TARGETS, Assignment, distribution_bins, heads_of, pick, pick_weights, same_box_coder
+from .registry import TERMS
+
+
+@TERMS.register
+class LocalizationDistillation(Term):
+    r"""Soft targets on the distributions of box edges (LD; Zheng et al., CVPR 2022, arXiv 2102.12252).
+
+    .. math:: \sum_i w_i \tfrac14 \sum_e \mathrm{LD}_{ie} \Big/ \sum_i w_i
+
+    over the anchors i of the region and their four edges e. On the main region (the positives) :math:`w` is the student's
+    best class score, on the valuable localization region it is the IoU. The weight sum is taken over the whole batch and all
+    processes, so that the loss does not grow with either. The authors' code (and mmdet's ``LDHead``) leaves that division
+    out: there, the published weight 0.25 multiplies a sum over all positives.
+
+    Args:
+        temperature: T > 0, 10 in the paper.
+        region: ``"main"`` or ``"vlr"``; the paper's full method has a term for each.
+        variant: reduction over bins; see :func:`taskdistill.losses.localization`.
+        vlr_variant: see :func:`taskdistill_det.regions.valuable_region`.
+    """
+
+    student_taps = (BOXES, CLASSES, TARGETS)
+    teacher_taps = (BOXES,)
+
+    def __init__(
+        self,
+        temperature: float = 10.0,
+        *,
+        region: Literal["main", "vlr"] = "main",
+        variant: Literal["code", "paper"] = "code",
+        vlr_variant: Literal["paper", "code"] = "paper",
+        weight: float = 0.25,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, name=name)
+        check_temperature(temperature)
+        if region not in ("main", "vlr"):
+            raise DistillError(f"LocalizationDistillation: region must be 'main' or 'vlr', got {region!r}")
+        for given in (variant, vlr_variant):
+            if given not in ("code", "paper"):
+                raise DistillError(f"LocalizationDistillation: variant must be 'code' or 'paper', got {given!r}")
+        self.temperature, self.region, self.variant, self.vlr_variant = temperature, region, variant, vlr_variant
+        self.num_classes = 0
+        self.bins = 0
+
+    def wire(self, wiring: Wiring) -> None:
+        student, teacher = heads_of(wiring, self)
+        bins = [distribution_bins(head, owner, self) for head, owner in ((student, "student"), (teacher, "teacher"))]
+        if bins[0] != bins[1]:
+            raise WiringError(
+                f"{self.name}: the student's edges have {bins[0]} bins, the teacher's {bins[1]}; give both the same reg_max"
+            )
+        same_box_coder(student, teacher, self)
+        self.num_classes, self.bins = student.num_classes, bins[0]
+        pairs = zip(wiring.student_recording.tensors(BOXES), wiring.teacher_recording.tensors(BOXES), strict=True)
+        self.rows += [self.row(s, t, taps=(BOXES, BOXES), region=self.region) for s, t in pairs]
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        assignment = Assignment.of(student, batch, self.num_classes)
+        levels = assignment.num_per_level
+        weights = assignment.weights(self.region, batch, self.vlr_variant)
+        chosen = weights > 0
+        edges = self._edges(pick(student.tensors(BOXES), chosen, levels))
+        targets = self._edges(pick(teacher.tensors(BOXES), chosen, levels))
+        items = localization(edges, targets, self.temperature, variant=self.variant, reduction="none").mean(-1)
+        if self.region == "main":
+            scores = pick(student.tensors(CLASSES), chosen, levels).detach().float().sigmoid()
+            return weighted_ratio(items, scores.amax(1))
+        return weighted_ratio(items, pick_weights(weights, chosen, levels))
+
+    def _edges(self, picked: Tensor) -> Tensor:
+        return picked.reshape(-1, 4, self.bins)

@@ -1,0 +1,32 @@
+"""Recipes: lists of terms under one name. ``taskdistill list NAME`` prints one, to be edited in a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .registry import RECIPES
+
+
+@RECIPES.register
+def localization(
+    main: float = 0.25, vlr: float = 0.25, classes: float = 10.0, temperature: float = 10.0
+) -> list[dict[str, Any]]:
+    """LD (CVPR 2022): box distributions on the main and the valuable region, class distillation on the positives.
+
+    Args:
+        main, vlr, classes: the weights of the three terms.
+        temperature: of the box distributions; the classes' is 2.
+    """
+    return [
+        dict(type="LocalizationDistillation", name="ld_main", region="main", temperature=temperature, weight=main),
+        dict(type="LocalizationDistillation", name="ld_vlr", region="vlr", temperature=temperature, weight=vlr),
+        dict(
+            type="SoftTargets",
+            name="class_main",
+            region="main",
+            activation="softmax",
+            classes="mean",
+            temperature=2,
+            weight=classes,
+        ),
+    ]

@@ -1,0 +1,64 @@
+"""Regions of anchors: the positives, and the valuable localization region around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def valuable_region(
+    anchors: Tensor,
+    num_per_level: Sequence[int],
+    boxes: Tensor,
+    *,
+    gamma: float = 0.25,
+    topk: int = 9,
+    variant: Literal["paper", "code"] = "paper",
+) -> Tensor:
+    r"""Valuable localization region (VLR) of one image; Zheng et al., CVPR 2022, arXiv 2102.12252, algorithm 1.
+
+    An anchor belongs to it when :math:`\gamma\,\alpha_{pos} \le \mathrm{DIoU} < \alpha_{pos}` for some box, where
+    :math:`\alpha_{pos}` is ATSS's threshold of that box: mean plus standard deviation of the IoU of the ``topk`` anchors
+    nearest to its centre on each level. Positives may belong to it too, as in the authors' code.
+
+    Args:
+        anchors: ``(N, 4)`` as x1, y1, x2, y2 in pixels, level by level.
+        num_per_level: how many of the N each level has.
+        boxes: ``(G, 4)`` ground truth, the same units.
+        variant: ``"paper"`` takes the true DIoU; ``"code"`` divides the overlap by the *anchor's* area, as the authors' code
+            does in its ``diou`` mode.
+
+    Returns:
+        ``(N,)``: the largest IoU with a box that claims the anchor, 0 outside the region.
+    """
+    if len(boxes) == 0 or len(anchors) == 0:
+        return anchors.new_zeros(len(anchors))
+    iou, diou = _iou_and_diou(anchors, boxes, by_anchor=variant == "code")
+    centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+    box_centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+    distance = torch.cdist(centres, box_centres)
+    candidates, start = [], 0
+    for count in num_per_level:
+        nearest = distance[start : start + count].topk(min(topk, count), dim=0, largest=False).indices + start
+        candidates.append(iou.gather(0, nearest))
+        start += count
+    threshold = torch.cat(candidates)
+    positive = threshold.mean(0) + (threshold.std(0) if len(threshold) > 1 else 0)
+    inside = (diou >= gamma * positive) & (diou < positive)
+    return iou.masked_fill(~inside, 0).amax(1)
+
+
+def _iou_and_diou(anchors: Tensor, boxes: Tensor, *, by_anchor: bool) -> tuple[Tensor, Tensor]:
+    a, b = anchors[:, None], boxes[None]
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
+    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
+    iou = overlap / (area_a + area_b - overlap).clamp(min=1e-6)
+    enclosing = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).square().sum(-1)
+    apart = ((a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2).square().sum(-1)
+    ratio = overlap / area_a.clamp(min=1e-6) if by_anchor else iou
+    return iou, ratio - apart / enclosing.clamp(min=1e-6)

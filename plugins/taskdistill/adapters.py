@@ -1,0 +1,95 @@
+"""Adapters: make the student's tensor comparable with the teacher's. Sized by the dry run; nobody types channel numbers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import WiringError
+
+AdapterKind = Literal["auto", "conv1x1", "linear", "none"]
+
+
+class ConvAdapter(nn.Module):
+    """1×1 convolution to the teacher's channels, then a bilinear resize to the teacher's grid where the grids differ.
+
+    Shapes: ``(B, C_s, H, W) -> (B, C_t, H_t, W_t)``. Also worth having where the channels match: Chen et al. 2017, table 4,
+    gain 1.1 mAP from it (hint 56.9, with adapter 58.0).
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The student's map in the teacher's space; ``teacher`` gives the grid alone."""
+        return resize_to(self.project(student), teacher)
+
+    def extra_repr(self) -> str:
+        return f"{self.project.in_channels}→{self.project.out_channels}"
+
+
+class LinearAdapter(nn.Module):
+    """Linear map of the last dimension to the teacher's width: ``(…, C_s) -> (…, C_t)``, as for tokens."""
+
+    def __init__(self, student_width: int, teacher_width: int) -> None:
+        super().__init__()
+        self.project = nn.Linear(student_width, teacher_width)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The student's vectors in the teacher's space."""
+        return self.project(student)
+
+    def extra_repr(self) -> str:
+        return f"{self.project.in_features}→{self.project.out_features}"
+
+
+class NoAdapter(nn.Module):
+    """Nothing to learn; a bilinear resize where the grids of two maps differ."""
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The student's tensor on the teacher's grid."""
+        return resize_to(student, teacher) if student.ndim == 4 else student
+
+
+def build_adapter(kind: AdapterKind, student: Tensor, teacher: Tensor, where: str) -> nn.Module:
+    """The adapter between two tensors of the dry run.
+
+    Args:
+        kind: ``"auto"`` takes a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``.
+        student, teacher: the dry run's tensors.
+        where: the term and its taps, for messages.
+
+    Raises:
+        WiringError: tensors that this adapter cannot bring together.
+    """
+    shapes = f"{where}: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
+    if student.ndim != teacher.ndim:
+        raise WiringError(f"{shapes}: a map and a sequence cannot be compared; tap two of the same kind")
+    if kind == "auto":
+        kind = "conv1x1" if student.ndim == 4 else "linear"
+    if kind == "conv1x1":
+        if student.ndim != 4:
+            raise WiringError(f"{shapes}: adapter 'conv1x1' needs (B, C, H, W); use adapter='linear'")
+        return ConvAdapter(student.shape[1], teacher.shape[1])
+    if kind == "linear":
+        if student.ndim == 4 or student.shape[1:-1] != teacher.shape[1:-1]:
+            raise WiringError(
+                f"{shapes}: adapter 'linear' needs (…, C) of the same length; use adapter='conv1x1' for maps"
+            )
+        return LinearAdapter(student.shape[-1], teacher.shape[-1])
+    if kind == "none":
+        matches = student.shape[1] == teacher.shape[1] if student.ndim == 4 else student.shape[1:] == teacher.shape[1:]
+        if not matches:
+            raise WiringError(f"{shapes}: adapter 'none' needs equal channels; use adapter='auto'")
+        return NoAdapter()
+    raise WiringError(f"{where}: adapter must be 'auto', 'conv1x1', 'linear' or 'none', got {kind!r}")
+
+
+def resize_to(student: Tensor, teacher: Tensor) -> Tensor:
+    """Bilinear resize of ``(B, C, H, W)`` to the teacher's grid; the same tensor where the grids agree."""
+    if student.shape[-2:] == teacher.shape[-2:]:
+        return student
+    return F.interpolate(student, size=teacher.shape[-2:], mode="bilinear", align_corners=False)

@@ -1,0 +1,142 @@
+"""The command line: ``taskdistill train | check | export | list | demo | bench``.
+
+A user's mistake ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pprint import pformat
+from types import ModuleType
+
+from . import __version__
+from .errors import DistillError
+from .hosts import MissingHost, require
+from .registry import LOSSES, REGIONS, SCHEDULES, Registry
+
+HOSTS = {"det": "mmdet"}
+"""Tasks that have a plugin, with the host framework that each needs."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except DistillError as error:
+        message = str(error)
+    except FileNotFoundError as error:
+        message = f"file not found: {error.filename}" if error.filename else str(error)
+    else:
+        return 0
+    print("taskdistill: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def plugin(task: str, module: str | None = None) -> ModuleType:
+    """A task's plugin, or a module of it; :class:`MissingHost` says what to install."""
+    require(HOSTS[task], f"taskdistill_{task}")
+    return import_module(f"taskdistill_{task}" + (f".{module}" if module else ""))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="taskdistill", description="Task-specific knowledge distillation.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a distilled student from a config")
+    train.add_argument("config")
+    train.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/CONFIG'S NAME)")
+    train.add_argument("--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the latest one")
+    train.add_argument("--amp", action="store_true", help="mixed precision")
+    train.add_argument("--seed", type=int, help="random seed")
+    _add_options(train)
+    train.set_defaults(run=lambda a: _mm().train(a.config, a.cfg_options, a.work_dir, a.resume, a.amp, a.seed))
+
+    check = commands.add_parser("check", help="build everything, run one step, print the wiring")
+    check.add_argument("config")
+    _add_options(check)
+    check.set_defaults(run=lambda a: _mm().check(a.config, a.cfg_options))
+
+    export = commands.add_parser("export", help="write the plain student: weights and config")
+    export.add_argument("checkpoint")
+    export.add_argument("out")
+    export.add_argument("--trusted", action="store_true", help="allow a checkpoint with arbitrary pickled objects")
+    export.set_defaults(run=_export)
+
+    listing = commands.add_parser("list", help="terms, losses, regions, schedules, recipes; or one recipe's terms")
+    listing.add_argument("recipe", nargs="?")
+    listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
+
+    demo = commands.add_parser("demo", help="teacher, plain and distilled students on embedded data")
+    demo.add_argument("task", nargs="?", default="all", choices=["all", *HOSTS])
+    demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
+    demo.add_argument("--recipes", default="default", help="'default', 'all', or names with commas between")
+    demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
+    demo.add_argument("--device", default="cpu", help="cpu or cuda")
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="what distilling costs: step times and memory")
+    bench.add_argument("task", choices=list(HOSTS))
+    bench.add_argument("--pairs", type=int, default=30, help="interleaved rounds (default: 30)")
+    bench.add_argument("--device", default="cpu", help="cpu or cuda")
+    bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
+    bench.set_defaults(run=lambda a: plugin(a.task, "bench").main(a.pairs, a.device, f"{a.out}/{a.task}"))
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
+
+
+def _mm() -> ModuleType:
+    require("mmengine", "a config of MMDetection or MMSegmentation")
+    return import_module("taskdistill_mm.run")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    require("mmengine", "a checkpoint of MMDetection or MMSegmentation")
+    written = import_module("taskdistill_mm.checkpoints").export_student(
+        arguments.checkpoint, arguments.out, trusted=arguments.trusted
+    )
+    print(f"wrote {written[0]} and {written[1]}")
+
+
+def _list() -> None:
+    groups: list[tuple[str, Registry]] = [("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES)]
+    for task in HOSTS:
+        try:
+            found = plugin(task)
+        except MissingHost as error:
+            print(f"{task}: {error}\n")
+            continue
+        groups += [(f"{task} terms", found.TERMS), (f"{task} recipes", found.RECIPES)]
+    width = max(len(name) for _, registry in groups for name in registry)
+    for title, registry in groups:
+        print(title)
+        for name, line in registry.describe().items():
+            print(f"  {name:<{width}}  {line}")
+        print()
+
+
+def _show_recipe(name: str) -> None:
+    registries = {task: plugin(task).RECIPES for task in HOSTS}
+    found = [(task, registry) for task, registry in registries.items() if name in registry]
+    if not found:
+        next(iter(registries.values())).get(name)  # raises, naming the nearest ones
+    for task, registry in found:
+        print(
+            f"# {task}: {registry.describe()[name]}\nterms = {pformat(registry.get(name)(), sort_dicts=False, width=100)}"
+        )
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    if arguments.seeds < 1:
+        raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
+    for task in HOSTS if arguments.task == "all" else [arguments.task]:
+        plugin(task, "demo").main(
+            seeds=arguments.seeds, recipes=arguments.recipes, out=f"{arguments.out}/{task}", device=arguments.device
+        )

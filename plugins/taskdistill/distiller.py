@@ -1,0 +1,286 @@
+"""The distiller: the one module that owns the terms, their trainable parts and the teacher.
+
+One step, the same in every host: the teacher's forward on the same view of the batch; the student's own forward and loss,
+recorded; each term: tap → adapter → region → loss × weight(step).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import sum_over_ranks, world_size
+from .errors import DistillError, WiringError
+from .isolation import eval_mode, isolated_rng
+from .losses.reduction import Ratio, divide
+from .regions import Batch
+from .registry import TERMS, Registry
+from .schedules import Step
+from .taps import Recorder, Recording
+from .teacher import Teacher
+from .terms import Term, Wiring, WiringRow, build_terms
+
+logger = logging.getLogger("taskdistill")
+
+
+class HostDistiller(nn.Module):
+    """A distiller beside a student that a host framework owns; :class:`Distiller` is the one for plain PyTorch.
+
+    Args:
+        teacher: the frozen teacher.
+        terms: names, dicts or :class:`Term` instances.
+        registry: where names are looked up.
+
+    Call :meth:`wire` once, then in each step :meth:`record_teacher`, :meth:`record_student` and :meth:`losses`.
+    """
+
+    def __init__(self, teacher: Teacher, terms: Sequence[Any], registry: Registry = TERMS) -> None:
+        super().__init__()
+        self.teacher = teacher
+        with isolated_rng():
+            built = build_terms(terms, registry)
+        self.terms = nn.ModuleDict({term.name: term for term in built})
+        self.dropped = dict.fromkeys(self.terms, 0)
+
+    def wire(
+        self,
+        student: nn.Module,
+        run_student: Callable[[], Any],
+        run_teacher: Callable[[], Any],
+        fields: frozenset[str] = frozenset(),
+    ) -> None:
+        """Sizes every adapter by one dry run of both models in eval mode, and checks every term.
+
+        The student's modes, buffers and the random state are afterwards as they were.
+
+        Args:
+            run_student, run_teacher: run the two models on a small example.
+            fields: which fields of :class:`Batch` the host fills.
+
+        Raises:
+            WiringError: the first term that cannot be wired, with taps, shapes and what to do.
+        """
+        teacher = self.teacher.model
+        with isolated_rng(), torch.no_grad():
+            self._student_recorder = self._recorder(student, "student")
+            self._teacher_recorder = self._recorder(teacher, "teacher")
+            with eval_mode(student):
+                student_recording = self._student_recorder.rehearse(student, run_student)
+            self.teacher.ensure_eval()
+            teacher_recording = self._teacher_recorder.rehearse(teacher, run_teacher)
+            with torch.enable_grad():
+                for term in self._all_terms():
+                    term.wire(Wiring(student, teacher, student_recording, teacher_recording, fields))
+
+    def _recorder(self, model: nn.Module, owner: str) -> Recorder:
+        for term in self._all_terms():
+            try:
+                Recorder(model, getattr(term, f"{owner}_taps"), owner)
+            except WiringError as error:
+                raise WiringError(f"{term.name}: {error}") from None
+        return Recorder(model, [tap for term in self._all_terms() for tap in getattr(term, f"{owner}_taps")], owner)
+
+    def _all_terms(self) -> list[Term]:
+        return [term for term in self.terms.values() if isinstance(term, Term)]
+
+    @property
+    def rows(self) -> list[WiringRow]:
+        """The wiring, a row a tensor pair."""
+        return [row for term in self._all_terms() for row in term.rows]
+
+    def active(self, step: Step) -> list[Term]:
+        """The terms whose weight is not 0 at this step."""
+        return [term for term in self._all_terms() if term.weight_at(step) != 0]
+
+    def record_teacher(self, run: Callable[[], Any], device_type: str = "cpu") -> Recording:
+        """Runs the teacher without gradient, no further than the last tap, and returns what was tapped."""
+        self.teacher.ensure_eval()
+        with self.teacher.context(device_type):
+            return self._teacher_recorder.record_prefix(self.teacher.model, run)
+
+    def record_student(self, student: nn.Module) -> AbstractContextManager[Recording]:
+        """Context manager: records the student while the host runs it."""
+        return self._student_recorder.record(student)
+
+    def losses(
+        self, student: Recording | None, teacher: Recording | None, batch: Batch, step: Step, device: torch.device | str
+    ) -> dict[str, Tensor]:
+        """The weighted losses, ``{"distill.<term>.loss": scalar}``; on several processes call it on all of them.
+
+        Each term's sum is divided by its count over *all* processes and multiplied by their number, so that the mean of
+        gradients that DDP takes is the gradient of the one big batch. Terms at weight 0, and terms with a non-finite value
+        (on any process: dropped by all, counted in ``dropped``, reported), give 0 and keep their parameters in the graph.
+        """
+        active = self.active(step)
+        ratios = {term.name: _flat(term(student, teacher, batch)) for term in active}
+        dropped, denominators = self._agree(ratios)
+        result: dict[str, Tensor] = {}
+        for term in self._all_terms():
+            key = f"distill.{term.name}.loss"
+            if term.name in ratios and term.name not in dropped:
+                share = divide(ratios[term.name].numerator, denominators[term.name]).sum()
+                result[key] = share * (term.weight_at(step) * world_size())
+            else:
+                result[key] = _idle(term, device)
+        for name in dropped:
+            self._report(name)
+        result.update(
+            {f"distill.{name}.dropped": torch.tensor(float(n), device=device) for name, n in self.dropped.items() if n}
+        )
+        return result
+
+    def _agree(self, ratios: Mapping[str, Ratio]) -> tuple[set[str], dict[str, Tensor]]:
+        """Over all ranks: which terms are not finite somewhere, and each term's denominator. One exchange for all terms."""
+        if not ratios:
+            return set(), {}
+        parts = []
+        for ratio in ratios.values():
+            finite = torch.isfinite(ratio.numerator.detach()).all() & torch.isfinite(ratio.denominator).all()
+            parts += [(~finite).double().reshape(1), torch.nan_to_num(ratio.denominator).double()]
+        total = sum_over_ranks(torch.cat(parts))
+        sizes = [size for ratio in ratios.values() for size in (1, ratio.denominator.numel())]
+        pieces = total.split(sizes)
+        bad = torch.cat(pieces[0::2]).tolist()
+        dropped = {name for name, flag in zip(ratios, bad, strict=True) if flag}
+        totals = {
+            name: piece.to(ratio.denominator.dtype)
+            for (name, ratio), piece in zip(ratios.items(), pieces[1::2], strict=True)
+        }
+        return dropped, totals
+
+    def _report(self, name: str) -> None:
+        self.dropped[name] += 1
+        count = self.dropped[name]
+        if count & (count - 1) == 0:  # the 1st, 2nd, 4th, 8th … time
+            logger.warning(
+                "distillation term %s was not finite and was dropped from this step (%d so far)", name, count
+            )
+
+    def live_state(self) -> dict[str, Any]:
+        """What a resumed run needs beyond the student and the optimizer: the terms' parameters, buffers and counters."""
+        return {"terms": dict(self.terms.state_dict()), "dropped": dict(self.dropped)}
+
+    def load_live_state(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`live_state`.
+
+        Raises:
+            DistillError: the state belongs to other terms.
+        """
+        own, given = self.terms.state_dict(), state["terms"]
+        wrong = [k for k in own if k not in given or given[k].shape != own[k].shape] + [
+            k for k in given if k not in own
+        ]
+        if wrong:
+            raise DistillError(
+                f"the checkpoint to resume was made with other distillation terms ({', '.join(wrong[:4])} do not fit); "
+                "resume with the terms it was made with, or load it without resuming"
+            )
+        self.terms.load_state_dict(dict(given))
+        self.dropped.update({name: int(n) for name, n in state["dropped"].items() if name in self.dropped})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostDistiller:
+        super()._apply(fn, recurse)
+        self.teacher.apply(fn)
+        return self
+
+
+@dataclass
+class DistillOutput:
+    """What :class:`Distiller` returns.
+
+    Attributes:
+        student: what the student returned.
+        losses: the weighted distillation losses by name.
+    """
+
+    student: Any
+    losses: dict[str, Tensor]
+
+    @property
+    def loss(self) -> Tensor:
+        """The sum of the distillation losses; add the task's own loss to it."""
+        return torch.stack([value for name, value in self.losses.items() if name.endswith(".loss")]).sum()
+
+
+class Distiller(HostDistiller):
+    """Distillation in plain PyTorch: one module around student and teacher.
+
+    Train ``distiller.parameters()`` (the student's and the adapters'), wrap the distiller in DDP or
+    ``accelerator.prepare``, save ``distiller.student``. A call in eval mode runs the student alone.
+
+    Args:
+        student: the model to train.
+        teacher: the model to learn from; put in eval mode and frozen.
+        terms: names, dicts or :class:`Term` instances.
+        example: one small input for the dry run: a tensor, or a tuple or dict of arguments. Moved to nothing: it must be where
+            the models are.
+
+    Example::
+
+        distiller = Distiller(student, teacher, terms=[SoftTargets(temperature=4), Hint("layer3")], example=x)
+        out = distiller(x)
+        (F.cross_entropy(out.student, y) + out.loss).backward()
+    """
+
+    iteration: Tensor
+
+    def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, terms: Sequence[Any], example: Any) -> None:
+        super().__init__(teacher if isinstance(teacher, Teacher) else Teacher(teacher), terms)
+        self.student = student
+        self.epoch = 0
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
+        self.teacher.load()
+        args, kwargs = _arguments(example)
+        self.wire(
+            student,
+            lambda: student(*args, **kwargs),
+            lambda: self.teacher.model(*args, **kwargs),
+            frozenset({"labels", "boxes"}),
+        )
+
+    def forward(self, *args: Any, targets: Any = None, batch: Batch | None = None, **kwargs: Any) -> DistillOutput:
+        """Runs teacher and student on the same input.
+
+        Args:
+            args, kwargs: go to both models.
+            targets: labels, for terms that mix hard and soft targets.
+            batch: sizes, boxes and so on, for terms with a region.
+        """
+        if not self.training:
+            return DistillOutput(self.student(*args, **kwargs), {})
+        device = next(self.student.parameters()).device
+        step = Step(int(self.iteration), self.epoch)
+        batch = batch if batch is not None else Batch()
+        if targets is not None:
+            batch.labels = targets
+        teacher = None
+        if self.active(step):
+            teacher = self.record_teacher(lambda: self.teacher.model(*args, **kwargs), device.type)
+        with self.record_student(self.student) as student:
+            output = self.student(*args, **kwargs)
+        self.iteration += 1
+        return DistillOutput(output, self.losses(student, teacher, batch, step, device))
+
+
+def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(example, Mapping):
+        return (), dict(example)
+    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})
+
+
+def _flat(ratio: Ratio) -> Ratio:
+    return Ratio(ratio.numerator.reshape(-1), ratio.denominator.detach().reshape(-1).to(ratio.numerator.device))
+
+
+def _idle(term: nn.Module, device: torch.device | str) -> Tensor:
+    """0 that keeps the term's parameters in the graph, for DDP."""
+    parameters = [p for p in term.parameters() if p.requires_grad]
+    if not parameters:
+        return torch.zeros((), device=device)
+    return torch.stack([p.sum() for p in parameters]).sum() * 0

@@ -1,0 +1,33 @@
+"""Errors that a user can mend: one line, saying what to change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class DistillError(ValueError):
+    """A mistake in a config, a call or a file; the command line prints it as one line and exits with 2."""
+
+
+class WiringError(DistillError):
+    """A term that cannot be wired to this student and teacher; raised when it is built, never at step 1000."""
+
+
+class UnsafeCheckpoint(DistillError):
+    """A checkpoint that holds more than tensors and known harmless types."""
+
+
+def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
+    """``"; did you mean 'a', 'b'?"``, or the known names when none is near, or an empty string when there are none."""
+    known = list(names)
+    # A full path is also near when only its last part is: `layer3` for `backbone.layer3`.
+    close = get_close_matches(name, known, n=n, cutoff=0.6)
+    tail = name.rpartition(".")[2]
+    close += [k for k in known if tail and k.rpartition(".")[2] == tail and k not in close][: n - len(close)]
+    if close:
+        return "; did you mean " + ", ".join(repr(k) for k in close) + "?"
+    if not known:
+        return ""
+    shown = ", ".join(repr(k) for k in known[:12])
+    return f"; known: {shown}" + (", …" if len(known) > 12 else "")

@@ -1,0 +1,76 @@
+"""What every loss shares: fp32 under autocast, and a weighted reduction that never makes a NaN of an empty batch."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import DistillError
+
+Reduction = Literal["none", "sum", "mean"]
+
+
+class Ratio(NamedTuple):
+    """A loss before its division: the sum over this process, and what it has to be divided by.
+
+    Kept apart so that several processes divide by their common denominator. Both have shape ``(K,)``, or ``()`` for
+    K = 1: K parts that are divided separately and then added (the levels of a pyramid). The numerator carries the
+    gradient; the denominator none.
+    """
+
+    numerator: Tensor
+    denominator: Tensor
+
+    def value(self) -> Tensor:
+        """The loss on this process alone: the sum of the K quotients; 0 with a live graph where a denominator is 0."""
+        return divide(self.numerator, self.denominator).sum()
+
+
+def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """``numerator / denominator``, and the numerator itself (an empty sum: 0 with its graph) where that would be 0/0."""
+    return numerator / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
+
+
+def upcast(tensor: Tensor) -> Tensor:
+    """Half precisions to float32; float32 and float64 stay."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def same_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
+    """Raises a :class:`DistillError` unless the two shapes are equal (broadcasting hides mistakes here)."""
+    if student.shape != teacher.shape:
+        raise DistillError(
+            f"{loss}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape"
+        )
+
+
+def weighted_ratio(values: Tensor, weight: Tensor | None = None) -> Ratio:
+    """Sum of ``weight * values`` over sum of ``weight`` (their number without weights).
+
+    Values at weight 0 take no part, not even when they are infinite.
+    """
+    if weight is None:
+        return Ratio(values.sum(), values.new_tensor(float(values.numel())))
+    weight = weight.to(values.dtype).expand_as(values)
+    return Ratio((values.masked_fill(weight == 0, 0) * weight).sum(), weight.sum().detach())
+
+
+def reduce_loss(values: Tensor, weight: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
+    """Reduces a loss per item.
+
+    Args:
+        values: loss per item, any shape.
+        weight: item weights that broadcast to ``values``, or ``None``.
+        reduction: ``"none"`` (weighted values), ``"sum"``, or ``"mean"`` = sum(w·v) / sum(w). Without a single item, or
+            with all weights 0, sum and mean are 0 with a live graph.
+    """
+    if reduction == "none":
+        return values if weight is None else values.masked_fill(weight.expand_as(values) == 0, 0) * weight
+    ratio = weighted_ratio(values, weight)
+    if reduction == "sum":
+        return ratio.numerator
+    if reduction == "mean":
+        return ratio.value()
+    raise DistillError(f"reduction must be 'none', 'sum' or 'mean', got {reduction!r}")

@@ -1,0 +1,132 @@
+"""Regions: weights over the positions of a feature map.
+
+A region sees the batch in the frame of the network's *padded* input: a feature map of ``(H, W)`` positions covers the padded
+height and width, so that is what boxes are scaled by. (Scaling by the unpadded size shifts every box; a known defect elsewhere.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import WiringError
+from .registry import REGIONS
+
+
+@dataclass
+class Batch:
+    """What regions and terms may know of a batch. Pixels are those of the padded network input.
+
+    Attributes:
+        padded_size: (height, width) of the network input, or ``None`` where there is no such thing.
+        image_sizes: per image its (height, width) inside the padded input, top left; ``None`` when nothing is padded.
+        boxes: per image ``(n, 4)`` as x1, y1, x2, y2; ``None`` when the host has none.
+        labels: whatever the host calls labels: per image ``(n,)``, or one tensor.
+        class_order: indices that put the teacher's classes in the student's order; ``None`` when the order is the same.
+        extra: anything that only one host's terms look at.
+    """
+
+    padded_size: tuple[int, int] | None = None
+    image_sizes: Sequence[tuple[int, int]] | None = None
+    boxes: Sequence[Tensor] | None = None
+    labels: Any = None
+    class_order: Tensor | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Region:
+    """Base: weights ``(B, H, W)`` for a map ``(B, C, H, W)``, or ``None`` for 1 everywhere.
+
+    ``needs`` names the fields of :class:`Batch` without which the region means nothing; checked when the term is built.
+    """
+
+    needs: frozenset[str] = frozenset()
+
+    def __call__(self, batch: Batch, feature: Tensor) -> Tensor | None:
+        """The weights on the grid of ``feature``."""
+        raise NotImplementedError
+
+
+@REGIONS.register("all")
+class All(Region):
+    """Every position whose centre lies in the image (padding weighs 0), all alike."""
+
+    def __call__(self, batch: Batch, feature: Tensor) -> Tensor | None:
+        if feature.ndim != 4 or batch.image_sizes is None or batch.padded_size is None:
+            return None
+        return valid_positions(batch.image_sizes, batch.padded_size, feature)
+
+
+@REGIONS.register("foreground")
+class Foreground(Region):
+    """Positions on a ground-truth box; each box weighs 1 in total, so that small objects count as much as large ones."""
+
+    needs = frozenset({"boxes"})
+
+    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+        if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
+            raise WiringError("region 'foreground' needs a map (B, C, H, W) and a batch with boxes")
+        return foreground_weights(batch.boxes, batch.padded_size, feature)
+
+
+def valid_positions(
+    image_sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int], feature: Tensor
+) -> Tensor | None:
+    """1 where a position's centre lies inside the image, else 0: ``(B, H, W)``; ``None`` when no image is padded."""
+    if all(tuple(size) == tuple(padded_size) for size in image_sizes):
+        return None
+    height, width = feature.shape[-2:]
+    sizes = torch.as_tensor(image_sizes, dtype=torch.float32, device=feature.device)
+    y = (torch.arange(height, device=feature.device) + 0.5) * (padded_size[0] / height)
+    x = (torch.arange(width, device=feature.device) + 0.5) * (padded_size[1] / width)
+    inside = (y < sizes[:, :1])[:, :, None] & (x < sizes[:, 1:])[:, None, :]
+    return inside.to(torch.float32)
+
+
+@torch.no_grad()
+def foreground_weights(boxes: Sequence[Tensor], padded_size: tuple[int, int], feature: Tensor) -> Tensor:
+    """Area-normalised foreground weights.
+
+    A box covers every position that it touches, at least one. Where boxes overlap, the smallest wins. A box spreads a weight
+    of 1 evenly over the positions that it won; the background weighs 0.
+
+    Args:
+        boxes: per image ``(n, 4)``: x1, y1, x2, y2 in pixels of the padded input.
+        padded_size: (height, width) of the padded input.
+        feature: the map ``(B, C, H, W)`` whose grid is meant.
+
+    Returns:
+        ``(B, H, W)``, float32.
+    """
+    height, width = feature.shape[-2:]
+    device = feature.device
+    most = max((len(b) for b in boxes), default=0)
+    weights = torch.zeros(len(boxes), height, width, device=device)
+    if most == 0:
+        return weights
+    padded = torch.zeros(len(boxes), most, 4, device=device)
+    real = torch.zeros(len(boxes), most, dtype=torch.bool, device=device)
+    for image, found in enumerate(boxes):
+        padded[image, : len(found)] = found.to(device=device, dtype=torch.float32)
+        real[image, : len(found)] = True
+    x1, y1, x2, y2 = padded.unbind(-1)
+    area = ((x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)).masked_fill(~real, torch.inf)
+    cover_y = _touched(y1, y2, padded_size[0] / height, height)
+    cover_x = _touched(x1, x2, padded_size[1] / width, width)
+    cover = cover_y[:, :, :, None] & cover_x[:, :, None, :] & real[:, :, None, None]
+    owner = area[:, :, None, None].expand_as(cover).masked_fill(~cover, torch.inf).argmin(1)
+    won = torch.zeros_like(cover).scatter_(1, owner[:, None], cover.any(1, keepdim=True))
+    share = won / won.sum((2, 3), keepdim=True).clamp(min=1)
+    return share.sum(1)
+
+
+def _touched(low: Tensor, high: Tensor, stride: float, count: int) -> Tensor:
+    """Which of ``count`` cells of ``stride`` pixels the intervals touch: ``(B, n) -> (B, n, count)``, at least one each."""
+    first = (low / stride).floor().clamp(0, count - 1)
+    last = torch.maximum((high / stride).ceil() - 1, first).clamp(max=count - 1)
+    cells = torch.arange(count, device=low.device)
+    return (cells >= first[..., None]) & (cells <= last[..., None])

@@ -1,0 +1,146 @@
+"""The weight of a term over training, as a factor in [0, 1]-like units on the term's own weight.
+
+Every schedule is a pure function of the step, so that a resumed run needs no state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from .errors import DistillError
+from .registry import SCHEDULES
+
+By = Literal["iter", "epoch"]
+Shape = Literal["linear", "cosine"]
+
+
+class Step(NamedTuple):
+    """Where training stands: optimizer-loop iterations and epochs done before this step, both from 0."""
+
+    iteration: int = 0
+    epoch: int = 0
+
+
+class Schedule:
+    """Base: a constant factor of 1."""
+
+    def __call__(self, step: Step) -> float:
+        """The factor at this step."""
+        return 1.0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
+
+
+@SCHEDULES.register
+class Constant(Schedule):
+    """The same weight throughout."""
+
+
+@SCHEDULES.register
+class Ramp(Schedule):
+    """From ``start`` to ``final`` between ``begin`` and ``end``, linear or cosine; constant before and after.
+
+    Args:
+        begin, end: in iterations or epochs (``by``), from 0, ``begin <= end``.
+        start, final: factors >= 0 at the two ends.
+        shape: ``"linear"``, or ``"cosine"`` for half a cosine wave (flat at both ends).
+        by: ``"iter"`` or ``"epoch"``.
+    """
+
+    def __init__(
+        self,
+        end: int,
+        begin: int = 0,
+        *,
+        start: float = 0.0,
+        final: float = 1.0,
+        shape: Shape = "linear",
+        by: By = "iter",
+    ) -> None:
+        if not 0 <= begin <= end:
+            raise DistillError(f"{type(self).__name__} needs 0 <= begin <= end, got begin={begin}, end={end}")
+        if start < 0 or final < 0:
+            raise DistillError(f"{type(self).__name__} needs factors >= 0, got start={start}, final={final}")
+        if shape not in ("linear", "cosine"):
+            raise DistillError(f"shape must be 'linear' or 'cosine', got {shape!r}")
+        self.begin, self.end, self.start, self.final, self.shape = begin, end, start, final, shape
+        self.by = _check_by(by)
+
+    def __call__(self, step: Step) -> float:
+        now = _now(step, self.by)
+        if now >= self.end:
+            return self.final
+        if now <= self.begin:
+            return self.start
+        done = (now - self.begin) / (self.end - self.begin)
+        if self.shape == "cosine":
+            done = 0.5 - 0.5 * math.cos(math.pi * done)
+        return self.start + (self.final - self.start) * done
+
+
+@SCHEDULES.register
+class WarmUp(Ramp):
+    """From nothing (or ``start``) to the full weight at ``end``."""
+
+    def __init__(
+        self, end: int, begin: int = 0, *, start: float = 0.0, shape: Shape = "linear", by: By = "iter"
+    ) -> None:
+        super().__init__(end, begin, start=start, final=1.0, shape=shape, by=by)
+
+
+@SCHEDULES.register
+class Decay(Ramp):
+    """From the full weight at ``begin`` down to ``final`` at ``end``."""
+
+    def __init__(
+        self, end: int, begin: int = 0, *, final: float = 0.0, shape: Shape = "linear", by: By = "iter"
+    ) -> None:
+        super().__init__(end, begin, start=1.0, final=final, shape=shape, by=by)
+
+
+@SCHEDULES.register
+class Stop(Schedule):
+    """The full weight before ``end``, nothing from there on (ESKD, Cho & Hariharan 2019, arXiv 1910.01348)."""
+
+    def __init__(self, end: int, *, by: By = "iter") -> None:
+        if end < 0:
+            raise DistillError(f"Stop needs end >= 0, got {end}")
+        self.end, self.by = end, _check_by(by)
+
+    def __call__(self, step: Step) -> float:
+        return 1.0 if _now(step, self.by) < self.end else 0.0
+
+
+class Product(Schedule):
+    """Several schedules at once, multiplied: a warm-up and a stop."""
+
+    def __init__(self, parts: Sequence[Schedule]) -> None:
+        self.parts = list(parts)
+
+    def __call__(self, step: Step) -> float:
+        return math.prod(part(step) for part in self.parts)
+
+
+def build_schedule(spec: Any) -> Schedule:
+    """``None``, a name, ``dict(type="WarmUp", end=500)``, a list of these (multiplied) or a :class:`Schedule`."""
+    if spec is None:
+        return Constant()
+    if isinstance(spec, (list, tuple)):
+        return Product([build_schedule(part) for part in spec])
+    schedule = SCHEDULES.build(spec)
+    if not callable(schedule):
+        raise DistillError(f"a schedule is a name, a dict with a type, or a list of these; got {spec!r}")
+    return schedule
+
+
+def _check_by(by: By) -> By:
+    if by not in ("iter", "epoch"):
+        raise DistillError(f"by must be 'iter' or 'epoch', got {by!r}")
+    return by
+
+
+def _now(step: Step, by: By) -> int:
+    return step.epoch if by == "epoch" else step.iteration

@@ -1,0 +1,331 @@
+"""Taps: where a tensor is read from a running model, by the dotted path of a module.
+
+=============================  =====================================================================================
+``backbone.layer3``            that module's output
+``backbone.layer3:input``      its input
+``bbox_head.get_targets()``    what a method of it returns (not run in the dry run)
+``neck[*]``  ``neck[1]``       all, or one, of the list that it returns
+``bbox_head[1][*]``            all of the second list that it returns
+``head.cls_convs[3]``          a child of a ``ModuleList`` (``head.cls_convs.3``); run once per pyramid level, it yields a list
+``[logits]``                   a field of the model's own output; an empty path is the model itself
+=============================  =====================================================================================
+
+Nothing is installed in the model: for the length of one forward pass the module's ``forward`` is shadowed on the instance,
+which also catches hosts that call ``self.forward(…)`` (mmseg's heads, where module hooks do not fire). A recomputation in
+the backward pass (gradient checkpointing) finds the model as it was, so every tap records the first pass alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .errors import WiringError, nearest
+
+_GRAMMAR = re.compile(r"(?P<path>[\w.\-]*)(?P<what>\(\)|:input)?(?P<index>(\[[\w*\-]+\])*)")
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A parsed tap.
+
+    Attributes:
+        text: as it was written.
+        path: the module's dotted path.
+        method: the method whose call is read, ``"forward"`` unless the tap names one.
+        input: read the first argument rather than what is returned.
+        index: what to take from it: integers, field names, ``"*"`` for all of a list.
+    """
+
+    text: str
+    path: str
+    method: str = "forward"
+    input: bool = False
+    index: tuple[int | str, ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Tap:
+        """Parses the notation above; a :class:`WiringError` says what is wrong with it."""
+        match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise WiringError(
+                f"cannot read tap {text!r}; write it like 'neck[*]', 'backbone.layer3:input' or 'head.m()'"
+            )
+        path, what, index = match["path"], match["what"], re.findall(r"\[([^\]]+)\]", match["index"])
+        method = "forward"
+        if what == "()":
+            path, _, method = path.rpartition(".")
+        parts = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in index)
+        return cls(text, path, method, what == ":input", parts)
+
+    def __str__(self) -> str:
+        return self.text or "(output)"
+
+
+class _Source(NamedTuple):
+    """One callable to listen to."""
+
+    module: nn.Module
+    path: str
+    method: str
+
+
+class _Seen:
+    """The calls of one source during one pass."""
+
+    def __init__(self, copy: bool) -> None:
+        self.copy = copy
+        self.inputs: list[Any] = []
+        self.outputs: list[Any] = []
+        self._versions: list[tuple[Tensor, int]] = []
+
+    def add(self, values: list[Any], value: Any) -> None:
+        if self.copy:
+            value = _map(value, torch.clone)
+        else:
+            self._versions += [(tensor, tensor._version) for tensor in _tensors(value)]
+        values.append(value)
+
+    @property
+    def overwritten(self) -> bool:
+        return any(tensor._version != version for tensor, version in self._versions)
+
+
+class Recording:
+    """What the taps of one model saw in one pass; index it with a tap."""
+
+    def __init__(self, owner: str, sources: Mapping[Tap, Sequence[_Source]], copied: set[tuple[str, str]]) -> None:
+        self.owner = owner
+        self._sources = sources
+        self._seen: dict[tuple[str, str], _Seen] = {
+            (s.path, s.method): _Seen((s.path, s.method) in copied) for found in sources.values() for s in found
+        }
+
+    def calls(self, tap: Tap) -> int:
+        """How often the tap's module (or method) ran."""
+        return sum(len(self._seen[s.path, s.method].outputs) for s in self._sources[tap])
+
+    def __getitem__(self, tap: Tap) -> Any:
+        """The tapped value: a list where the module ran more than once or the tap says ``[*]``."""
+        values: list[Any] = []
+        for source in self._sources[tap]:
+            seen = self._seen[source.path, source.method]
+            values += seen.inputs if tap.input else seen.outputs
+        if not values:
+            raise WiringError(
+                f"tap '{tap}' of the {self.owner} never fired: this step does not run {tap.path or 'the model'}"
+                f"{'' if tap.method == 'forward' else '.' + tap.method + '()'}"
+            )
+        value = values[0] if len(values) == 1 else values
+        for place, key in enumerate(tap.index[self._consumed(tap) :]):
+            if key == "*":
+                if not isinstance(value, (list, tuple)):
+                    raise WiringError(f"tap '{tap}' of the {self.owner}: there is no list to take [*] of")
+                if place + 1 < len(tap.index):
+                    raise WiringError(f"tap '{tap}': [*] can only come last")
+                value = list(value)
+            else:
+                by_name = isinstance(key, str) and not isinstance(value, Mapping)
+                container: Any = value
+                try:
+                    value = getattr(container, str(key)) if by_name else container[key]
+                except (IndexError, KeyError, TypeError, AttributeError):
+                    has = f"{len(value)} entries" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
+                    raise WiringError(f"tap '{tap}' of the {self.owner}: no [{key}] in {has}") from None
+        return value
+
+    def tensors(self, tap: Tap) -> list[Tensor]:
+        """The tapped tensors as a list, whether the tap yields one or several; anything else is an error."""
+        value = self[tap]
+        values = list(value) if isinstance(value, (list, tuple)) else [value]
+        for entry in values:
+            if not isinstance(entry, Tensor):
+                fields = ", ".join(entry) if isinstance(entry, Mapping) else ""
+                raise WiringError(
+                    f"tap '{tap}' of the {self.owner} yields a {type(entry).__name__}, not a tensor; "
+                    + (
+                        f"pick a field like {tap}[name] out of {fields}"
+                        if fields
+                        else f"pick an entry, as in '{tap}[0]'"
+                    )
+                )
+        return values
+
+    def _consumed(self, tap: Tap) -> int:
+        """1 where the tap's first index has picked children of a ModuleList already."""
+        return 0 if self._sources[tap][0].path == tap.path else 1
+
+
+class Recorder:
+    """Records taps of one model.
+
+    Args:
+        model: the model; modules are looked up anew for each pass, so replaced children (SyncBN conversion) are no trouble.
+        taps: what to record.
+        owner: ``"student"`` or ``"teacher"``, for messages.
+
+    Raises:
+        WiringError: a path that the model does not have; the message names the nearest ones.
+    """
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model") -> None:
+        self.owner = owner
+        self.taps = tuple(dict.fromkeys(taps))
+        self._copied: set[tuple[str, str]] = set()
+        self.expected: dict[Tap, int] = {}
+        for tap in self.taps:
+            self._resolve(model, tap)
+
+    def _resolve(self, model: nn.Module, tap: Tap) -> list[_Source]:
+        try:
+            module = model.get_submodule(tap.path)
+        except AttributeError:
+            paths = [name for name, _ in model.named_modules() if name]
+            raise WiringError(
+                f"the {self.owner} has no module '{tap.path}' (tap '{tap}'){nearest(tap.path, paths)}"
+            ) from None
+        if isinstance(module, nn.ModuleList):
+            if not tap.index:
+                raise WiringError(
+                    f"tap '{tap}' of the {self.owner} is a list of modules; write '{tap}[*]' or '{tap}[0]'"
+                )
+            keys = range(len(module)) if tap.index[0] == "*" else [tap.index[0]]
+            try:
+                return [_Source(module[int(k)], f"{tap.path}.{int(k) % len(module)}", tap.method) for k in keys]
+            except (IndexError, ValueError):
+                raise WiringError(
+                    f"tap '{tap}' of the {self.owner}: '{tap.path}' has entries 0 to {len(module) - 1}"
+                ) from None
+        if not callable(getattr(module, tap.method, None)):
+            methods = [name for name in dir(type(module)) if not name.startswith("_")]
+            raise WiringError(
+                f"{type(module).__name__} at '{tap.path}' of the {self.owner} has no method '{tap.method}'"
+                f"{nearest(tap.method, methods)}"
+            )
+        return [_Source(module, tap.path, tap.method)]
+
+    def rehearse(self, model: nn.Module, run: Callable[[], Any]) -> Recording:
+        """Records a dry run: notes how often each tap fires and which tensors later modules overwrite in place.
+
+        Overwritten ones (a normalisation before an in-place ReLU) are copied from then on, so that a tap means what it says.
+
+        Raises:
+            WiringError: a tap on a module that the run did not reach.
+        """
+        with self.record(model) as recording:
+            run()
+        stale = {key for key, seen in recording._seen.items() if seen.overwritten}
+        if stale:
+            self._copied |= stale
+            with self.record(model) as recording:
+                run()
+        for tap in self.taps:
+            self.expected[tap] = recording.calls(tap)
+            if tap.method == "forward":
+                recording[tap]
+        return recording
+
+    @contextmanager
+    def record(self, model: nn.Module) -> Iterator[Recording]:
+        """Records the taps while its body runs the model; leaves the model as it was.
+
+        Raises:
+            WiringError: a tap inside a region that runs without gradient (reentrant checkpointing), where the student
+                could not learn from it.
+        """
+        with self._listening(model, None) as recording:
+            yield recording
+
+    @torch.no_grad()
+    def record_prefix(self, model: nn.Module, run: Callable[[], Any]) -> Recording:
+        """Runs the model without gradient and leaves it as soon as every tap fired as often as it did in the dry run."""
+        with self._listening(model, dict(self.expected)) as recording, suppress(_Complete):
+            run()
+        return recording
+
+    @contextmanager
+    def _listening(self, model: nn.Module, stop_at: dict[Tap, int] | None) -> Iterator[Recording]:
+        sources = {tap: self._resolve(model, tap) for tap in self.taps}
+        recording = Recording(self.owner, sources, self._copied)
+        wants_gradient = torch.is_grad_enabled()
+        remaining = sum(stop_at.values()) if stop_at else 0
+        weight: dict[tuple[str, str], int] = {}
+        for found in sources.values():
+            for source in found:
+                key = (source.path, source.method)
+                weight[key] = weight.get(key, 0) + 1
+
+        def shadow(source: _Source, original: Callable[..., Any]) -> Callable[..., Any]:
+            seen = recording._seen[source.path, source.method]
+            key = (source.path, source.method)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                nonlocal remaining
+                seen.add(seen.inputs, args[0] if args else next(iter(kwargs.values()), None))
+                output = original(*args, **kwargs)
+                if wants_gradient and source.method == "forward" and not torch.is_grad_enabled():
+                    raise WiringError(
+                        f"tap '{source.path}' of the {self.owner} lies inside a reentrant checkpoint, where no gradient "
+                        "reaches it; tap the checkpointed block itself or checkpoint with use_reentrant=False"
+                    )
+                seen.add(seen.outputs, output)
+                if stop_at is not None:
+                    remaining -= weight[key]
+                    if remaining <= 0:
+                        raise _Complete
+                return output
+
+            return forward
+
+        undo: list[Callable[[], None]] = []
+        try:
+            for source in {(s.path, s.method): s for found in sources.values() for s in found}.values():
+                before = vars(source.module).get(source.method)
+                shadowed = shadow(source, getattr(source.module, source.method))
+                object.__setattr__(source.module, source.method, shadowed)
+                undo.append(_restorer(source, before))
+            yield recording
+        finally:
+            for restore in reversed(undo):
+                restore()
+
+
+class _Complete(BaseException):
+    """Leaves a forward pass whose remaining modules no tap needs; no host's ``except Exception`` may swallow it."""
+
+
+def _restorer(source: _Source, before: Any) -> Callable[[], None]:
+    def restore() -> None:
+        if before is None:
+            object.__delattr__(source.module, source.method)
+        else:
+            object.__setattr__(source.module, source.method, before)
+
+    return restore
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for entry in value.values():
+            yield from _tensors(entry)
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _tensors(entry)
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        return {key: _map(entry, function) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map(entry, function) for entry in value)
+    return value

@@ -1,0 +1,148 @@
+"""The teacher: frozen, in eval mode, without gradient, and invisible to everything that walks a student's modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .errors import DistillError, UnsafeCheckpoint
+
+Precision = Literal["inherit", "fp32", "bf16", "fp16"]
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher:
+    """Holds a frozen model. Not an ``nn.Module``: no ``state_dict``, no EMA, no optimizer and no DDP ever sees it.
+
+    A deep copy shares it. It moves when the module that owns it does.
+
+    Args:
+        model: the teacher; it is put in eval mode and its parameters stop requiring gradients.
+        checkpoint: a file with its weights, loaded strictly when :meth:`load` is called (by the host when training starts,
+            so that a model built for inference never touches the file); ``None`` when the model has its weights already.
+        precision: what it computes in: ``"inherit"`` follows the host's autocast; ``"bf16"`` and ``"fp16"`` autocast the
+            teacher alone, ``"fp32"`` keeps it out of the host's autocast.
+        trusted: read the checkpoint even when it holds arbitrary pickled objects. Only for files that you made.
+        safe_types: further harmless types to allow in the checkpoint (a host's own).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: str | Path | None = None,
+        *,
+        precision: Precision = "inherit",
+        trusted: bool = False,
+        safe_types: Sequence[Any] = (),
+    ) -> None:
+        if precision not in ("inherit", "fp32", *_DTYPES):
+            raise DistillError(f"teacher precision must be 'inherit', 'fp32', 'bf16' or 'fp16', got {precision!r}")
+        self.model = model.requires_grad_(False).eval()
+        self.checkpoint = checkpoint
+        self.precision = precision
+        self.loaded = checkpoint is None
+        self.meta: dict[str, Any] = {}
+        self._trusted, self._safe_types = trusted, tuple(safe_types)
+
+    def load(self) -> None:
+        """Reads the checkpoint, once.
+
+        Raises:
+            DistillError: no such file, or weights that do not fit; the message lists the keys.
+            UnsafeCheckpoint: more in the file than tensors and known harmless types.
+        """
+        if self.loaded:
+            return
+        assert self.checkpoint is not None
+        checkpoint = read_checkpoint(self.checkpoint, trusted=self._trusted, safe_types=self._safe_types)
+        load_strictly(self.model, weights_of(checkpoint), str(self.checkpoint))
+        meta = checkpoint.get("meta")
+        self.meta = dict(meta) if isinstance(meta, dict) else {}
+        self.loaded = True
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Moves or converts the model, as ``nn.Module._apply`` does."""
+        self.model._apply(function)
+
+    def context(self, device_type: str) -> AbstractContextManager[Any]:
+        """The autocast that the teacher's forward runs in."""
+        if self.precision == "inherit":
+            return nullcontext()
+        dtype = _DTYPES.get(self.precision, torch.bfloat16)
+        return torch.autocast(device_type, dtype=dtype, enabled=self.precision in _DTYPES)
+
+    def ensure_eval(self) -> None:
+        """Back to eval mode if anything switched the model."""
+        if self.model.training:
+            self.model.eval()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
+        return self
+
+
+def read_checkpoint(path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = ()) -> dict[str, Any]:
+    """Reads a checkpoint with ``weights_only=True``.
+
+    Raises:
+        DistillError: the file is missing or is no checkpoint.
+        UnsafeCheckpoint: it holds other types than tensors, plain containers and ``safe_types``.
+    """
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise DistillError(f"checkpoint not found: {path}")
+    try:
+        with torch.serialization.safe_globals(list(safe_types)):
+            checkpoint = torch.load(file, map_location="cpu", weights_only=not trusted)
+    except Exception as error:
+        text = str(error)
+        if "weights_only" in text or "Unsupported" in text or "Weights only" in text:
+            reason = next((line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+            raise UnsafeCheckpoint(
+                f"checkpoint {path} holds objects that loading would execute ({reason[:160]}); if you made it yourself, "
+                "say trusted=True beside it"
+            ) from None
+        raise DistillError(
+            f"cannot read checkpoint {path}: {text.splitlines()[0] if text else type(error).__name__}"
+        ) from None
+    if not isinstance(checkpoint, dict):
+        raise DistillError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
+    return checkpoint
+
+
+def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights in a checkpoint: under ``state_dict``, ``model`` or at its top; ``module.`` prefixes of DDP removed."""
+    state = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
+    if state and all(key.startswith("module.") for key in state):
+        state = {key[len("module.") :]: value for key, value in state.items()}
+    return state
+
+
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Loads every key or nothing.
+
+    Raises:
+        DistillError: missing, unexpected or differently shaped keys, all in one line, and the model is unchanged.
+    """
+    own = model.state_dict()
+    problems = {
+        "missing": [key for key in own if key not in state],
+        "unexpected": [key for key in state if key not in own],
+        "of another shape": [
+            f"{key} {tuple(state[key].shape)} for {tuple(value.shape)}"
+            for key, value in own.items()
+            if key in state and hasattr(state[key], "shape") and state[key].shape != value.shape
+        ],
+    }
+    found = [
+        f"{len(keys)} {kind}: {', '.join(keys[:4])}{', …' if len(keys) > 4 else ''}"
+        for kind, keys in problems.items()
+        if keys
+    ]
+    if found:
+        raise DistillError(f"checkpoint {source} does not fit the teacher {type(model).__name__}; " + "; ".join(found))
+    model.load_state_dict(state)

@@ -1,0 +1,370 @@
+"""Terms: name + taps + adapter + region + loss + weight schedule."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .adapters import AdapterKind, build_adapter
+from .errors import DistillError, WiringError
+from .losses import Ratio, hint, logit_matching, soft_targets, upcast, weighted_ratio
+from .losses.soft_targets import check_temperature
+from .regions import Batch, Region
+from .registry import LOSSES, REGIONS, TERMS, Registry
+from .schedules import Step, build_schedule
+from .taps import Recording, Tap
+
+Taps = str | Sequence[str]
+
+
+@dataclass
+class Wiring:
+    """What a term is wired to: both models, what the dry run recorded, and which :class:`Batch` fields the host fills."""
+
+    student: nn.Module
+    teacher: nn.Module
+    student_recording: Recording
+    teacher_recording: Recording
+    fields: frozenset[str] = frozenset()
+
+
+class WiringRow(NamedTuple):
+    """One line of ``taskdistill check``."""
+
+    term: str
+    student_tap: str
+    student_shape: str
+    adapter: str
+    teacher_tap: str
+    teacher_shape: str
+    region: str
+    weight: str
+
+
+class Term(nn.Module):
+    """Base of all terms. A subclass names its taps in ``__init__``, checks and sizes itself in :meth:`wire` and computes.
+
+    Args:
+        weight: factor on the loss, >= 0.
+        schedule: of the weight over training; see :func:`taskdistill.schedules.build_schedule`.
+        name: how it is logged and how its parameters are called; the class name in snake case by default.
+    """
+
+    student_taps: Sequence[Tap] = ()
+    teacher_taps: Sequence[Tap] = ()
+    compares_classes = False
+    """Whether the term compares class outputs, so that both models must have the same class names."""
+
+    def __init__(self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None) -> None:
+        super().__init__()
+        kind = type(self).__name__
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
+            raise DistillError(f"{kind}: weight must be a number >= 0, got {weight!r}")
+        self.weight = float(weight)
+        self.schedule = build_schedule(schedule)
+        self.name = name if name is not None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind).lower()
+        if not re.fullmatch(r"\w+", self.name):
+            raise DistillError(f"{kind}: a name is letters, digits and underscores, got {self.name!r}")
+        self.rows: list[WiringRow] = []
+
+    def weight_at(self, step: Step) -> float:
+        """The weight at this step."""
+        return self.weight * self.schedule(step)
+
+    def wire(self, wiring: Wiring) -> None:
+        """Checks this student and teacher and builds the trainable parts. Called once.
+
+        Raises:
+            WiringError: this term cannot work on them; says why.
+        """
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        """This process's sum and count of the loss, before the weight."""
+        raise NotImplementedError
+
+    def row(
+        self, student: Any, teacher: Any, *, taps: tuple[Tap, Tap], adapter: str = "–", region: str = "–"
+    ) -> WiringRow:
+        """A line for ``taskdistill check``; ``student`` and ``teacher`` are tensors or texts."""
+        schedule = "" if type(self.schedule).__name__ == "Constant" else f" × {self.schedule!r}"
+        return WiringRow(
+            self.name,
+            str(taps[0]),
+            _shape(student),
+            adapter,
+            str(taps[1]),
+            _shape(teacher),
+            region,
+            f"{self.weight:g}{schedule}",
+        )
+
+
+class TapTerm(Term):
+    """A term that compares tapped tensors one to one.
+
+    Args:
+        tap: one tap or several, on both models; ``student_tap`` and ``teacher_tap`` where the two differ.
+    """
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        student_tap: Taps | None = None,
+        teacher_tap: Taps | None = None,
+        weight: float = 1.0,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, name=name)
+        for side, own in (("student_tap", student_tap), ("teacher_tap", teacher_tap)):
+            if tap is None and own is None:
+                raise DistillError(
+                    f"{type(self).__name__} needs a tap, or both student_tap and teacher_tap; {side} is missing"
+                )
+        self.student_taps = _parse(student_tap if student_tap is not None else tap)
+        self.teacher_taps = _parse(teacher_tap if teacher_tap is not None else tap)
+
+    def pairs(self, student: Recording, teacher: Recording) -> list[tuple[Tensor, Tensor, Tap, Tap]]:
+        """The tensors of both models side by side, each with its tap.
+
+        Raises:
+            WiringError: the taps yield different numbers of tensors.
+        """
+        left = [(tensor, tap) for tap in self.student_taps for tensor in student.tensors(tap)]
+        right = [(tensor, tap) for tap in self.teacher_taps for tensor in teacher.tensors(tap)]
+        if len(left) != len(right):
+            raise WiringError(
+                f"{self.name}: the student's {_names(self.student_taps)} yields {len(left)} tensors "
+                f"{[tuple(t.shape) for t, _ in left]}, the teacher's {_names(self.teacher_taps)} {len(right)} "
+                f"{[tuple(t.shape) for t, _ in right]}; pick as many of each with [0], [1] …"
+            )
+        return [(s, t, s_tap, t_tap) for (s, s_tap), (t, t_tap) in zip(left, right, strict=True)]
+
+
+@TERMS.register
+class FeatureImitation(TapTerm):
+    """The student's features imitate the teacher's through an adapter, on a region, by any loss per position.
+
+    With the defaults this is FitNets' hint (arXiv 1412.6550) with Chen et al.'s (NeurIPS 2017) adapter, on every position.
+    Several tensors (the levels of a pyramid) weigh alike: the mean of their losses.
+
+    Args:
+        tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
+        adapter: ``"auto"``, ``"conv1x1"``, ``"linear"`` or ``"none"``; sized by the dry run, one per tensor.
+        region: ``"all"`` (padding excluded), ``"foreground"`` where the host has boxes, or a third party's.
+        loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
+            per position; ``dict(type="hint", norm="l1")`` sets its arguments.
+    """
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        student_tap: Taps | None = None,
+        teacher_tap: Taps | None = None,
+        adapter: AdapterKind = "auto",
+        region: Any = "all",
+        loss: Any = "hint",
+        weight: float = 1.0,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
+        )
+        self.adapter_kind: AdapterKind = adapter
+        self.region: Region = REGIONS.build(region)
+        self.region_name = region if isinstance(region, str) else type(self.region).__name__
+        self.loss = _loss_function(loss)
+        self.adapters = nn.ModuleList()
+
+    def wire(self, wiring: Wiring) -> None:
+        missing = self.region.needs - wiring.fields
+        if missing:
+            raise WiringError(
+                f"{self.name}: region {self.region_name!r} needs {', '.join(sorted(missing))}, not given here"
+            )
+        for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            adapter = build_adapter(self.adapter_kind, s, t, f"{self.name} ({s_tap} → {t_tap})")
+            self.adapters.append(adapter)
+            label = f"{type(adapter).__name__} {adapter.extra_repr()}".strip()
+            if s.ndim == 4 and s.shape[-2:] != t.shape[-2:]:
+                label += ", resize"
+            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter=label, region=self.region_name))
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        numerators, denominators = [], []
+        pairs = self.pairs(student, teacher)
+        for adapter, (s, t, _, _) in zip(self.adapters, pairs, strict=True):
+            weight = self.region(batch, t)
+            items = self.loss(adapter(s, t), t, dim=1 if t.ndim == 4 else -1, reduction="none")
+            ratio = weighted_ratio(items, weight)
+            numerators.append(ratio.numerator / len(pairs))
+            denominators.append(ratio.denominator)
+        return _stack(numerators, denominators)
+
+
+@TERMS.register
+class Hint(FeatureImitation):
+    """FitNets' hint (arXiv 1412.6550): feature imitation of one layer, every position, squared error."""
+
+
+@TERMS.register
+class SoftTargets(TapTerm):
+    """Softened class probabilities (Hinton et al. 2015, arXiv 1503.02531), mean over items; optionally mixed with the labels.
+
+    Args:
+        tap: class logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
+        temperature: T > 0.
+        hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 4.0,
+        *,
+        hard_weight: float = 0.0,
+        tap: Taps = "",
+        student_tap: Taps | None = None,
+        teacher_tap: Taps | None = None,
+        weight: float = 1.0,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
+        )
+        check_temperature(temperature)
+        if not 0 <= hard_weight <= 1:
+            raise DistillError(f"SoftTargets: hard_weight must be in [0, 1], got {hard_weight}")
+        self.temperature, self.hard_weight = temperature, hard_weight
+
+    def wire(self, wiring: Wiring) -> None:
+        if self.hard_weight and "labels" not in wiring.fields:
+            raise WiringError(f"{self.name}: hard_weight={self.hard_weight} needs labels, not given here")
+        _wire_logits(self, wiring)
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = [self._compare(s, t, batch) for s, t, _, _ in self.pairs(student, teacher)]
+        return _stack([r.numerator for r in ratios], [r.denominator for r in ratios])
+
+    def _compare(self, student: Tensor, teacher: Tensor, batch: Batch) -> Ratio:
+        dim = _class_dim(student)
+        soft = soft_targets(student, teacher, self.temperature, dim=dim, reduction="none")
+        if not self.hard_weight:
+            return weighted_ratio(soft)
+        if batch.labels is None:
+            raise DistillError(
+                f"{self.name}: hard_weight={self.hard_weight} needs targets; pass targets=… to the distiller"
+            )
+        hard = F.cross_entropy(upcast(student).movedim(dim, 1), batch.labels, reduction="none")
+        return weighted_ratio(self.hard_weight * hard + (1 - self.hard_weight) * soft, batch.labels != -100)
+
+
+@TERMS.register
+class LogitMatching(TapTerm):
+    """Squared error on the logits, the high-temperature limit of soft targets (Ba & Caruana 2014, arXiv 1312.6184).
+
+    Args:
+        tap: logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
+        center: ignore a difference of the mean logit, as softmax does.
+    """
+
+    def __init__(
+        self,
+        *,
+        center: bool = False,
+        tap: Taps = "",
+        student_tap: Taps | None = None,
+        teacher_tap: Taps | None = None,
+        weight: float = 1.0,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
+        )
+        self.center = center
+
+    def wire(self, wiring: Wiring) -> None:
+        _wire_logits(self, wiring)
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = [
+            weighted_ratio(logit_matching(s, t, center=self.center, dim=_class_dim(s), reduction="none"))
+            for s, t, _, _ in self.pairs(student, teacher)
+        ]
+        return _stack([r.numerator for r in ratios], [r.denominator for r in ratios])
+
+
+def build_terms(specs: Sequence[Any], registry: Registry = TERMS) -> list[Term]:
+    """Terms from a list of names, dicts and instances; a second term of one name becomes ``name_2``."""
+    if isinstance(specs, (str, dict)) or not isinstance(specs, Sequence):
+        raise DistillError(f"terms must be a list, got {specs!r}")
+    terms: list[Term] = []
+    taken: dict[str, int] = {}
+    for spec in specs:
+        term = registry.build(spec)
+        if not isinstance(term, Term):
+            raise DistillError(f"a term is a name, a dict with a type, or a Term; got {spec!r}")
+        taken[term.name] = taken.get(term.name, 0) + 1
+        if taken[term.name] > 1:
+            term.name = f"{term.name}_{taken[term.name]}"
+        terms.append(term)
+    return terms
+
+
+def _loss_function(spec: Any) -> Callable[..., Tensor]:
+    settings: dict[str, Any] = {}
+    if isinstance(spec, dict):
+        settings = {key: value for key, value in spec.items() if key != "type"}
+        spec = spec.get("type")
+    function = hint if spec == "hint" else LOSSES.get(spec) if isinstance(spec, str) else spec
+    if not callable(function):
+        raise DistillError(f"loss must be a name, a dict with a type, or a function; got {spec!r}")
+    takes = inspect.signature(function).parameters
+    unknown = [key for key in settings if key not in takes]
+    if unknown or not {"dim", "reduction"} <= set(takes):
+        name = getattr(function, "__name__", repr(function))
+        problem = f"takes no {unknown[0]!r}" if unknown else "must take dim and reduction to be used on features"
+        raise DistillError(f"loss {name} {problem}")
+    return lambda student, teacher, **place: function(student, teacher, **settings, **place)
+
+
+def _wire_logits(term: TapTerm, wiring: Wiring) -> None:
+    for s, t, s_tap, t_tap in term.pairs(wiring.student_recording, wiring.teacher_recording):
+        if s.shape != t.shape:
+            raise WiringError(
+                f"{term.name}: student {s_tap} {tuple(s.shape)} and teacher {t_tap} {tuple(t.shape)} must agree; "
+                "class logits are compared class by class"
+            )
+        term.rows.append(term.row(s, t, taps=(s_tap, t_tap)))
+
+
+def _class_dim(logits: Tensor) -> int:
+    return 1 if logits.ndim == 4 else -1
+
+
+def _stack(numerators: Sequence[Tensor], denominators: Sequence[Tensor]) -> Ratio:
+    return Ratio(torch.stack(list(numerators)), torch.stack(list(denominators)))
+
+
+def _parse(taps: Any) -> list[Tap]:
+    return [Tap.parse(tap) for tap in (taps if isinstance(taps, (list, tuple)) else [taps])]
+
+
+def _names(taps: Sequence[Tap]) -> str:
+    return ", ".join(f"'{tap}'" for tap in taps)
+
+
+def _shape(value: Any) -> str:
+    return "×".join(map(str, value.shape)) if isinstance(value, Tensor) else str(value)

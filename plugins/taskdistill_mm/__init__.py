@@ -1,0 +1,1 @@
+"""What the MMDetection and MMSegmentation plugins share because both hosts live on mmengine."""

@@ -1,0 +1,288 @@
+"""The graft: a built student gets a subclass of its own class, with the distiller as a child module.
+
+As with torch's ``fully_shard``, the model stays an instance of the student's class. Everything that the host does to its own
+models (initialise, wrap, average, save, validate, infer) it does to the student; only ``loss`` in training is extended.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABCMeta
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import Registry as MMRegistry
+from torch import Tensor
+
+from taskdistill.distiller import HostDistiller
+from taskdistill.errors import DistillError, WiringError, nearest
+from taskdistill.isolation import isolated_rng
+from taskdistill.regions import Batch
+from taskdistill.registry import Registry, call
+from taskdistill.teacher import Teacher
+
+from .checkpoints import SAFE_TYPES
+from .configs import MissingConfig, load_config, model_of, student_config
+from .state import HubLink, hide_from_state_dict
+from .views import TeacherView
+
+logger = logging.getLogger("taskdistill")
+
+
+class Grafting(ABCMeta):
+    """Calling a graft class builds the student and returns *it*, grafted."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        return cls.build(*args, **settings)  # type: ignore[attr-defined]
+
+
+@cache
+def _graft_class(graft: Any, student: Any) -> Any:
+    return Grafting(f"Distilled{student.__name__}", (graft, student), {"__module__": graft.__module__})
+
+
+if TYPE_CHECKING:
+    from mmengine.model import BaseModel as _Host
+else:
+    _Host = object
+
+
+class Graft(_Host, metaclass=Grafting):
+    """Base of ``DistilledDetector`` and ``DistilledSegmentor``."""
+
+    models: ClassVar[MMRegistry]
+    terms: ClassVar[Registry]
+    recipes: ClassVar[Registry]
+    fields: ClassVar[frozenset[str]] = frozenset()
+
+    distiller: HostDistiller | None
+
+    @classmethod
+    def build(
+        cls,
+        student: Any = None,
+        teacher: Any = None,
+        terms: Any = None,
+        recipe: Any = None,
+        dry_run_size: int = 128,
+        **model: Any,
+    ) -> Any:
+        """Builds the student as the host would and grafts the distiller on.
+
+        Args:
+            student: the student's type, with the rest of its model beside (``**model``), or its whole model.
+            teacher: ``dict(config=…, checkpoint=…)``; see :func:`build_teacher`.
+            terms: a list of terms.
+            recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings; its terms come before ``terms``.
+            dry_run_size: side of the square input of the dry run, in pixels.
+        """
+        if student is None:
+            raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
+        grafted = cls.models.build(student_config(student, model))
+        specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
+        link = HubLink()
+        with isolated_rng():
+            distiller, view, problem = None, None, None
+            if specs:
+                try:
+                    distiller, view = cls._distiller(grafted, teacher, specs, dry_run_size)
+                except MissingConfig as error:
+                    problem = error
+        grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
+        # A plain attribute for what is no module; mmengine's modules take it as any object.
+        grafted._distill = _Link(link, view, problem)
+        if distiller is not None:
+            hide_from_state_dict(distiller)
+        grafted.add_module("distiller", distiller)
+        return grafted
+
+    @classmethod
+    def expand(cls, recipe: Any) -> list[Any]:
+        """The terms of a recipe."""
+        if recipe is None:
+            return []
+        spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe)
+        name = spec.pop("type", None)
+        if not isinstance(name, str):
+            raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(cls.recipes)}")
+        return list(call(cls.recipes.get(name), spec, f"recipe {name}"))
+
+    @classmethod
+    def _distiller(cls, student: Any, teacher: Any, specs: list[Any], size: int) -> tuple[HostDistiller, TeacherView]:
+        built = build_teacher(teacher, cls.models)
+        view = TeacherView(student.data_preprocessor, built.model.get_submodule("data_preprocessor"))
+        distiller = HostDistiller(built, specs, cls.terms)
+        example = torch.randn(1, len(view.scale), size, size)
+
+        def run(model: Any) -> Any:
+            return model(example, cls._example_samples(size), mode="tensor")
+
+        distiller.wire(student, lambda: run(student), lambda: run(built.model), cls.fields)
+        return distiller, view
+
+    @classmethod
+    def _example_samples(cls, size: int) -> Any:
+        return None
+
+    # What the host calls.
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
+        """The host's losses, and in training ``distill.<term>.loss`` beside them."""
+        link = self._distill
+        if self.distiller is None or not self.training or not torch.is_grad_enabled():
+            if self.training:
+                link.raise_problem()
+            return super().loss(inputs, data_samples)  # type: ignore[misc]
+        distiller = self.distiller
+        link.hub.sync(distiller)
+        batch = self._batch(inputs, data_samples)
+        if not link.ready:
+            self.start_distilling()
+        batch.class_order = link.order_on(inputs.device)
+        step = link.hub.step()
+        teacher = None
+        if distiller.active(step):
+            view = link.view(inputs, batch.image_sizes)
+            model = distiller.teacher.model
+            teacher = distiller.record_teacher(lambda: model(view, data_samples, mode="tensor"), inputs.device.type)
+        with distiller.record_student(self) as student:  # type: ignore[arg-type]
+            losses = super().loss(inputs, data_samples)  # type: ignore[misc]
+        losses.update(distiller.losses(student, teacher, batch, step, inputs.device))
+        return losses
+
+    def init_weights(self) -> None:
+        """The student's own initialisation; the distiller takes no part. Called when training starts: loads the teacher."""
+        self._distill.raise_problem()
+        if self.distiller is not None:
+            self.distiller.teacher.load()
+        with self._without_distiller():
+            super().init_weights()  # type: ignore[misc]
+
+    def start_distilling(self, classes: Any = None) -> None:
+        """What needs the teacher's weights or the training set, before the first step: loads it, compares class names.
+
+        Args:
+            classes: the student's class names; those of the Runner's training set by default.
+
+        Raises:
+            DistillError: the teacher's file is missing or does not fit, or its classes are others.
+        """
+        link = self._distill
+        link.raise_problem()
+        if self.distiller is None:
+            return
+        self.distiller.teacher.load()
+        if any(term.compares_classes for term in self.distiller._all_terms()):
+            meta = link.hub.info("dataset_meta") or {}
+            link.order = class_order(classes or meta.get("classes"), teacher_classes(self.distiller.teacher))
+        link.ready = True
+
+    @contextmanager
+    def _without_distiller(self) -> Iterator[None]:
+        distiller = self._modules.pop("distiller", None)  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            self._modules["distiller"] = distiller  # type: ignore[attr-defined]
+
+    def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
+        """What terms may know of the host's batch; each task adds its own."""
+        sizes = [tuple(sample.metainfo["img_shape"][:2]) for sample in data_samples]
+        height, width = inputs.shape[-2:]
+        return Batch(padded_size=(height, width), image_sizes=sizes)
+
+
+class _Link:
+    """What a graft holds beside its distiller."""
+
+    def __init__(self, hub: HubLink, view: TeacherView | None, problem: DistillError | None) -> None:
+        self.hub, self._view, self._problem = hub, view, problem
+        self.ready = False
+        self.order: Tensor | None = None
+
+    def raise_problem(self) -> None:
+        if self._problem is not None:
+            raise self._problem
+
+    def view(self, inputs: Tensor, sizes: Any) -> Tensor:
+        assert self._view is not None
+        return self._view(inputs, sizes)
+
+    def order_on(self, device: torch.device) -> Tensor | None:
+        if self.order is not None and self.order.device != device:
+            self.order = self.order.to(device)
+        return self.order
+
+
+def build_teacher(spec: Any, models: MMRegistry) -> Teacher:
+    """Builds a teacher's architecture; its weights are read when training starts.
+
+    Args:
+        spec: ``dict(config=…, checkpoint=…)`` with ``config`` a path, ``"mmdet::…"``, a model or a whole config, and
+            optionally ``precision`` and ``trusted`` (see :class:`taskdistill.Teacher`).
+        models: the host's model registry.
+
+    Raises:
+        DistillError: something is missing or misspelt.
+        MissingConfig: the config file is not there.
+    """
+    if not isinstance(spec, Mapping):
+        raise DistillError(f"teacher must be dict(config=…, checkpoint=…), got {spec!r}")
+    known = ("config", "checkpoint", "precision", "trusted")
+    for key in spec:
+        if key not in known:
+            raise DistillError(f"teacher takes no argument {key!r}{nearest(key, known)}")
+    for key in ("config", "checkpoint"):
+        if not spec.get(key):
+            raise DistillError(f"teacher needs {key}=…; write teacher=dict(config='…', checkpoint='teacher.pth')")
+    config = load_config(spec["config"])
+    imports = config.get("custom_imports")
+    if imports and not config.filename:
+        from mmengine.utils import import_modules_from_strings
+
+        import_modules_from_strings(**imports)
+    model = revert_sync_batchnorm(models.build(model_of(Config(config.to_dict()))))
+    return Teacher(
+        model,
+        spec["checkpoint"],
+        precision=spec.get("precision", "inherit"),
+        trusted=bool(spec.get("trusted", False)),
+        safe_types=SAFE_TYPES,
+    )
+
+
+def teacher_classes(teacher: Teacher) -> Any:
+    """The class names that the teacher's checkpoint records, or ``None``."""
+    meta = teacher.meta.get("dataset_meta") or teacher.meta
+    return meta.get("classes") or meta.get("CLASSES")
+
+
+def class_order(student: Any, teacher: Any) -> Tensor | None:
+    """Indices that put the teacher's classes in the student's order.
+
+    Returns:
+        ``None`` when the order is the same, or when one side does not know its class names (said in a warning).
+
+    Raises:
+        WiringError: the names differ.
+    """
+    if not student or not teacher:
+        side = "training set" if not student else "teacher's checkpoint"
+        logger.warning("the %s does not name its classes; taking student's and teacher's classes to be the same", side)
+        return None
+    student, teacher = list(student), list(teacher)
+    if student == teacher:
+        return None
+    if sorted(student) != sorted(teacher):
+        missing = [name for name in student if name not in teacher]
+        extra = [name for name in teacher if name not in student]
+        raise WiringError(
+            f"the teacher was trained on other classes: it lacks {missing[:5]}, and has {extra[:5]} that the student lacks; "
+            "drop the terms on class outputs, or use a teacher of the same classes"
+        )
+    return torch.tensor([teacher.index(name) for name in student])

@@ -1,0 +1,128 @@
+"""``taskdistill train`` and ``taskdistill check`` for mmengine's Runner, on one process or several, on GPU or CPU."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.config import Config, DictAction
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+
+from taskdistill.errors import DistillError
+from taskdistill.isolation import isolated_rng
+from taskdistill.report import print_rows
+from taskdistill.terms import WiringRow
+
+from .configs import load_config
+from .graft import Graft
+
+
+def read_config(path: str, options: Sequence[str] = ()) -> Config:
+    """A config file with ``KEY=VALUE`` overrides.
+
+    Raises:
+        DistillError: no such file, or an override that is no ``KEY=VALUE``.
+    """
+    config = load_config(path)
+    overrides: dict[str, Any] = {}
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise DistillError(f"--cfg-options takes KEY=VALUE, got {option!r}")
+        overrides[key] = DictAction._parse_iterable(value)
+    config.merge_from_dict(overrides)
+    config.setdefault("default_scope", "mmdet")
+    return config
+
+
+def train(
+    path: str,
+    options: Sequence[str] = (),
+    work_dir: str | None = None,
+    resume: str | None = None,
+    amp: bool = False,
+    seed: int | None = None,
+) -> Runner:
+    """Trains a config as the host's own ``tools/train.py`` does; under ``accelerate launch`` on all its processes.
+
+    Args:
+        path: the config file.
+        options: ``KEY=VALUE`` overrides.
+        work_dir: where checkpoints and logs go.
+        resume: a checkpoint, or ``"auto"`` for the latest in ``work_dir``.
+        amp: mixed precision (bf16 on a CPU).
+        seed: random seed; the config's own by default.
+    """
+    config = read_config(path, options)
+    config.work_dir = work_dir or config.get("work_dir") or str(Path("work_dirs") / Path(path).stem)
+    if resume is not None:
+        config.resume = True
+        config.load_from = None if resume == "auto" else resume
+    if seed is not None:
+        config.randomness = {**config.get("randomness", {}), "seed": seed}
+    if amp:
+        config.optim_wrapper.type = "AmpOptimWrapper"
+        if not torch.cuda.is_available():
+            config.optim_wrapper.dtype = "bfloat16"
+    runner = make_runner(config)
+    runner.train()
+    return runner
+
+
+def make_runner(config: Config) -> Runner:
+    """A Runner for this process: set up for several when a launcher started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        config.launcher = "pytorch"
+        if not torch.cuda.is_available():
+            # mmengine would set a CUDA device and give DDP a device id; neither exists on a CPU.
+            if not dist.is_initialized():
+                dist.init_process_group("gloo")
+            wrapper = dict(
+                type="MMDistributedDataParallel",
+                device_ids=None,
+                broadcast_buffers=False,
+                find_unused_parameters=config.get("find_unused_parameters", False),
+            )
+            config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
+    return Runner.from_cfg(config)
+
+
+def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
+    """Builds everything, runs one training step on one batch of the training set without updating, and prints the wiring.
+
+    Returns:
+        The rows of the table.
+
+    Raises:
+        DistillError: whatever would stop training before its first step.
+    """
+    config = read_config(path, options)
+    with tempfile.TemporaryDirectory() as scratch:
+        config.work_dir = scratch
+        config.log_level = "WARNING"
+        runner = Runner.from_cfg(config)
+        model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not isinstance(model, Graft):
+            raise DistillError(f"{path} trains a plain {type(model).__name__}; set model.type='DistilledDetector'")
+        loader = runner.build_dataloader(config.train_dataloader)
+        classes = (getattr(loader.dataset, "metainfo", None) or {}).get("classes")
+        model.init_weights()
+        model.start_distilling(classes)
+        model.train()
+        with isolated_rng():
+            data = model.data_preprocessor(next(iter(loader)), True)
+            losses = model(**data, mode="loss")
+            total, values = model.parse_losses(losses)
+            total.backward()
+        rows = model.distiller.rows if model.distiller is not None else []
+        print_rows([row._asdict() for row in rows], title=f"{type(model).__name__}: wiring")
+        print_rows([{"loss": k, "first step": f"{float(v):.4g}"} for k, v in values.items()], title="one step")
+        for handler in runner.logger.handlers:
+            handler.close()
+    return rows
