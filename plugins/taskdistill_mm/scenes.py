@@ -85,9 +85,9 @@ def render_scene(
     digits: Digits,
     size: int = 96,
     *,
-    count: tuple[int, int] = (2, 7),
-    object_size: tuple[float, float] = (10, 48),
-    clutter: tuple[int, int] = (4, 12),
+    count: tuple[int, int] = (4, 9),
+    object_size: tuple[float, float] = (14, 40),
+    clutter: tuple[int, int] = (2, 6),
     max_hidden: float = 0.6,
 ) -> Scene:
     """Paints one scene: background, clutter, digits and a little more clutter, each over what is there already.
@@ -122,9 +122,8 @@ def render_scene(
     if rng.random() < 0.3:
         image = cv2.GaussianBlur(image, (3, 3), float(rng.uniform(0.4, 0.8))).astype(np.float32)
     image = image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(1, 7))
-    boxes = np.array(canvas.boxes, dtype=np.float32).reshape(-1, 4)
-    labels = np.array(canvas.labels, dtype=np.int64)
-    return Scene(np.clip(image, 0, 255).astype(np.uint8), boxes, labels, canvas.instances)
+    boxes, labels = np.array(canvas.boxes, dtype=np.float32), np.array(canvas.labels, dtype=np.int64)
+    return Scene(np.clip(image, 0, 255).astype(np.uint8), boxes.reshape(-1, 4), labels, canvas.instances)
 
 
 def write_detection_set(
@@ -222,14 +221,10 @@ def _contrasting_colour(rng: np.random.Generator, background: FloatArray, alpha:
     """The first of eight colours that nine tenths of the covered pixels differ from enough, or the best of them."""
     candidates = rng.uniform(0, 255, (8, 3)).astype(np.float32)
     enough = rng.uniform(35, 100)
-    covered = background[alpha >= _INK]
-    best = 0
-    if len(covered):
-        covered = covered[:: 1 + len(covered) // 100]
-        distances = np.sort(np.abs(candidates[:, None] - covered).mean(2), axis=1)
-        best = int(np.argmax(np.minimum(distances[:, len(covered) // 10], enough)))
-    colour: FloatArray = candidates[best]
-    return colour
+    covered = background[alpha >= (_INK if alpha.max() >= _INK else 0)]
+    covered = covered[:: 1 + len(covered) // 100]
+    distances = np.sort(np.abs(candidates[:, None] - covered).mean(2), axis=1)
+    return np.asarray(candidates[np.argmax(np.minimum(distances[:, len(covered) // 10], enough))])
 
 
 def _warp(rng: np.random.Generator, picture: NDArray[np.uint8], scale: float, tilt: float = 15) -> FloatArray:
@@ -265,7 +260,6 @@ def _add_clutter(rng: np.random.Generator, canvas: _Canvas, digits: Digits, obje
         canvas.place(rng, _warp(rng, piece, extent / _SIDE, tilt=180))
         return
     side = max(int(extent * 0.7), 4)
-    middle = (side // 2, side // 2)
     mask = np.zeros((side, side), dtype=np.uint8)
     thickness = int(rng.integers(1, 2 + side // 8))
     if kind == "stroke":
@@ -278,7 +272,7 @@ def _add_clutter(rng: np.random.Generator, canvas: _Canvas, digits: Digits, obje
         axes = (int(rng.integers(1, max(side // 4, 2))), int(rng.integers(side // 4, side // 2)))
         # Filled or an arc: a closed outline could be read as a zero.
         arc, line = (360, -1) if rng.random() < 0.5 else (int(rng.integers(90, 200)), thickness)
-        cv2.ellipse(mask, middle, axes, float(rng.uniform(0, 360)), 0, arc, 255, line, cv2.LINE_AA)
+        cv2.ellipse(mask, (side // 2, side // 2), axes, float(rng.uniform(0, 360)), 0, arc, 255, line, cv2.LINE_AA)
     canvas.place(rng, mask.astype(np.float32) * np.float32(rng.uniform(0.5, 1) / 255))
 
 
@@ -294,8 +288,8 @@ def _write_split(folder: Path, digits: Digits, seed: tuple[int, int], number: in
         images.append(dict(id=image_id, file_name=name, width=size, height=size))
         for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
             box = [x1, y1, x2 - x1, y2 - y1]
-            entry = dict(id=len(annotations) + 1, image_id=image_id, category_id=label + 1, bbox=box)
-            annotations.append(dict(entry, area=box[2] * box[3], iscrowd=0))
+            keys = dict(id=len(annotations) + 1, image_id=image_id, category_id=label + 1)
+            annotations.append(dict(keys, bbox=box, area=box[2] * box[3], iscrowd=0))
     categories = [dict(id=label + 1, name=name) for label, name in enumerate(CLASSES)]
     return dict(images=images, annotations=annotations, categories=categories)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from det import models
+
+import det_support as models
 
 
 @pytest.fixture(scope="session")

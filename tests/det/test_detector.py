@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from det.models import build, detector, distilled, run, runner_config
 from mmengine.runner import Runner
+
+from det_support import build, detector, distilled, run, runner_config
 
 ALL_TERMS = [
     dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
