@@ -37,7 +37,9 @@ class HubLink:
     """
 
     def __init__(self) -> None:
-        self._built_in: MessageHub | None = MessageHub.get_current_instance()
+        current = MessageHub.get_current_instance()
+        # A hub that counts iterations already is that of a Runner that trained before this model was built.
+        self._built_in: MessageHub | None = None if "iter" in current.runtime_info else current
         self._steps = 0
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HubLink:
@@ -45,30 +47,31 @@ class HubLink:
         other._built_in, other._steps = None, 0
         return other
 
-    def _hubs(self) -> list[MessageHub]:
-        current = MessageHub.get_current_instance()
-        return [current] if self._built_in in (None, current) else [self._built_in, current]  # type: ignore[list-item]
+    @property
+    def _hub(self) -> MessageHub:
+        # Training has started when its hub counts iterations.
+        if self._built_in is not None and "iter" in self._built_in.runtime_info:
+            return self._built_in
+        return MessageHub.get_current_instance()
 
     def sync(self, distiller: HostDistiller) -> None:
         """Takes over what a resumed checkpoint left in the hub, and puts the live state in its place."""
-        for hub in self._hubs():
-            found = hub.runtime_info.get(KEY)
-            if isinstance(found, dict):
-                distiller.load_live_state(found)
-            if not isinstance(found, LiveState) or found._distiller is not distiller:
-                hub.update_info(KEY, LiveState(distiller))
+        found = self._hub.runtime_info.get(KEY)
+        if isinstance(found, dict):
+            distiller.load_live_state(found)
+        if not isinstance(found, LiveState) or found._distiller is not distiller:
+            self._hub.update_info(KEY, LiveState(distiller))
 
     def step(self) -> Step:
         """Iteration and epoch as the train loop counts them; own count where there is no train loop."""
         self._steps += 1
-        for hub in self._hubs():
-            if "iter" in hub.runtime_info:
-                return Step(int(hub.get_info("iter")), int(hub.get_info("epoch", 0)))
+        if "iter" in self._hub.runtime_info:
+            return Step(int(self._hub.get_info("iter")), int(self._hub.get_info("epoch", 0)))
         return Step(self._steps - 1, 0)
 
     def info(self, key: str) -> Any:
-        """A value of runtime information, from the first hub that has it."""
-        return next((hub.get_info(key) for hub in self._hubs() if key in hub.runtime_info), None)
+        """A value of runtime information; ``None`` when there is none."""
+        return self._hub.get_info(key) if key in self._hub.runtime_info else None
 
 
 def hide_from_state_dict(module: nn.Module) -> None:

@@ -1,10 +1,12 @@
-"""Shared real material, made once a session: scenes and teachers' checkpoints."""
+"""Shared real material, made once a session: scenes, teachers' checkpoints, and the runs that many tests look at."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mmengine.runner import Runner
 
 import det_support as models
 
@@ -22,3 +24,31 @@ def teacher_model() -> dict:
 @pytest.fixture(scope="session")
 def teacher_checkpoint(tmp_path_factory: pytest.TempPathFactory, teacher_model: dict) -> str:
     return models.save_teacher(Path(tmp_path_factory.mktemp("teacher")) / "teacher.pth", teacher_model)
+
+
+@dataclass
+class Trained:
+    """A finished run: its Runner and where its checkpoints are."""
+
+    runner: Runner
+    work_dir: Path
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.work_dir / f"iter_{iteration}.pth"
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, scenes: str) -> Trained:
+    """The plain student, 4 iterations."""
+    work_dir = tmp_path_factory.mktemp("plain")
+    return Trained(models.run(models.runner_config(models.detector(), scenes, work_dir)), work_dir)
+
+
+@pytest.fixture(scope="session")
+def distilled_run(
+    tmp_path_factory: pytest.TempPathFactory, scenes: str, teacher_model: dict, teacher_checkpoint: str
+) -> Trained:
+    """The student with every term, 4 iterations without a stop, checkpoints after 2 and 4."""
+    work_dir = tmp_path_factory.mktemp("distilled")
+    model = models.distilled(models.detector(), teacher_model, teacher_checkpoint, **models.EVERY_TERM)
+    return Trained(models.run(models.runner_config(model, scenes, work_dir)), work_dir)
