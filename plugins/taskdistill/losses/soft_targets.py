@@ -23,7 +23,9 @@ def soft_targets(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Softened softmax KL, :math:`T^2 \, \mathrm{KL}(p_t^T \,\|\, p_s^T)`: summed over classes, mean over items.
+    r"""Soft targets: KL of the softened class probabilities, summed over classes, mean over items (Hinton 2015).
+
+    .. math:: T^2 \, \mathrm{KL}(p_t^T \,\|\, p_s^T)
 
     The factor :math:`T^2` keeps the gradient's size when :math:`T` changes: per logit it is :math:`T (q_i - p_i)`, which
     for large :math:`T` tends to that of :func:`~taskdistill.losses.logit_matching`.
@@ -56,7 +58,9 @@ def binary_soft_targets(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Soft targets for independent sigmoid outputs: :math:`T^2 |p_t - p_s|^\gamma \, \mathrm{KL}(\sigma_t \,\|\, \sigma_s)`.
+    r"""Soft targets for independent sigmoid outputs: KL of the Bernoulli distributions, per element.
+
+    .. math:: T^2 |p_t - p_s|^\gamma \, \mathrm{KL}(\sigma_t \,\|\, \sigma_s)
 
     The KL of the two Bernoulli distributions (binary cross-entropy less the teacher's entropy, so that equal outputs give
     0), per element and unreduced over classes.
@@ -91,7 +95,9 @@ def mixed_targets(
     hard_weight: float = 0.1,
     ignore_index: int = -100,
 ) -> Tensor:
-    r"""Hard and soft targets mixed, :math:`\lambda\,\mathrm{CE}(y, p_s) + (1-\lambda)\,T^2\,\mathrm{KL}(p_t^T\|p_s^T)`.
+    r"""Hard and soft targets mixed.
+
+    .. math:: \lambda\,\mathrm{CE}(y, p_s) + (1-\lambda)\,T^2\,\mathrm{KL}(p_t^T\|p_s^T)
 
     The paper finds a *considerably lower* weight on the hard loss best.
 
@@ -104,8 +110,7 @@ def mixed_targets(
     Returns:
         The mean over the items that are not ignored; 0 with a live graph when there are none.
     """
-    if not 0 <= hard_weight <= 1:
-        raise DistillError(f"hard_weight must be in [0, 1], got {hard_weight}")
+    check_hard_weight(hard_weight)
     valid = (labels != ignore_index).to(upcast(student_logits).dtype)
     hard = F.cross_entropy(upcast(student_logits), labels, ignore_index=ignore_index, reduction="none")
     soft = soft_targets(student_logits, teacher_logits, temperature, reduction="none")
@@ -118,6 +123,7 @@ class SoftTargetsLoss(nn.Module):
     def __init__(self, temperature: float = 4.0, *, hard_weight: float = 0.1) -> None:
         super().__init__()
         check_temperature(temperature)
+        check_hard_weight(hard_weight)
         self.temperature, self.hard_weight = temperature, hard_weight
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -133,3 +139,9 @@ def check_temperature(temperature: float) -> None:
     """Raises a :class:`DistillError` unless the temperature is above 0."""
     if not temperature > 0:
         raise DistillError(f"temperature must be > 0, got {temperature}")
+
+
+def check_hard_weight(hard_weight: float) -> None:
+    """Raises a :class:`DistillError` unless λ is in [0, 1]."""
+    if not 0 <= hard_weight <= 1:
+        raise DistillError(f"hard_weight must be in [0, 1], got {hard_weight}")
