@@ -59,7 +59,7 @@ def build_adapter(kind: AdapterKind, student: Tensor, teacher: Tensor, where: st
 
     Args:
         kind: ``"auto"`` takes a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``.
-        student, teacher: the dry run's tensors.
+        student, teacher: the dry run's tensors; the adapter lies where the student's does.
         where: the term and its taps, for messages.
 
     Raises:
@@ -73,13 +73,13 @@ def build_adapter(kind: AdapterKind, student: Tensor, teacher: Tensor, where: st
     if kind == "conv1x1":
         if student.ndim != 4:
             raise WiringError(f"{shapes}: adapter 'conv1x1' needs (B, C, H, W); use adapter='linear'")
-        return ConvAdapter(student.shape[1], teacher.shape[1])
+        return ConvAdapter(student.shape[1], teacher.shape[1]).to(student.device)
     if kind == "linear":
         if student.ndim == 4 or student.shape[1:-1] != teacher.shape[1:-1]:
             raise WiringError(
                 f"{shapes}: adapter 'linear' needs (…, C) of the same length; use adapter='conv1x1' for maps"
             )
-        return LinearAdapter(student.shape[-1], teacher.shape[-1])
+        return LinearAdapter(student.shape[-1], teacher.shape[-1]).to(student.device)
     if kind == "none":
         matches = student.shape[1] == teacher.shape[1] if student.ndim == 4 else student.shape[1:] == teacher.shape[1:]
         if not matches:

@@ -74,8 +74,12 @@ class Registry:
         if self._loaded:
             return
         self._loaded = True
-        for point in entry_points(group=self.group):
-            self._add(point.name, point.load())
+        try:
+            for point in entry_points(group=self.group):
+                self._add(point.name, point.load())
+        except BaseException:
+            self._loaded = False  # say it again at the next look-up, rather than miss the rest in silence
+            raise
 
     def __iter__(self) -> Iterator[str]:
         self._load()

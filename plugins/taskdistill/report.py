@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,13 +51,13 @@ def mean_sd(values: Sequence[float], digits: int = 3) -> str:
 
 
 def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
-    """Share of the gap from plain student to teacher that a method closes, from the means over seeds."""
+    """Share of the gap from plain student to teacher that a method closes, from the means over seeds; NaN without a gap."""
 
     def mean(of: str) -> float:
         return statistics.mean(r.value for r in results if r.method == of and r.metric == metric)
 
     plain, teacher = mean("plain"), mean("teacher")
-    return (mean(method) - plain) / (teacher - plain)
+    return (mean(method) - plain) / (teacher - plain) if teacher != plain else math.nan
 
 
 def summary(results: Sequence[Result], metrics: Mapping[str, int]) -> list[dict[str, str]]:

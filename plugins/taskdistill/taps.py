@@ -197,18 +197,21 @@ class Recorder:
                 )
             keys = range(len(module)) if tap.index[0] == "*" else [tap.index[0]]
             try:
-                return [_Source(module[int(k)], f"{tap.path}.{int(k) % len(module)}", tap.method) for k in keys]
+                found = [_Source(module[int(k)], f"{tap.path}.{int(k) % len(module)}", tap.method) for k in keys]
             except (IndexError, ValueError):
                 raise WiringError(
                     f"tap '{tap}' of the {self.owner}: '{tap.path}' has entries 0 to {len(module) - 1}"
                 ) from None
-        if not callable(getattr(module, tap.method, None)):
-            methods = [name for name in dir(type(module)) if not name.startswith("_")]
-            raise WiringError(
-                f"{type(module).__name__} at '{tap.path}' of the {self.owner} has no method '{tap.method}'"
-                f"{nearest(tap.method, methods)}"
-            )
-        return [_Source(module, tap.path, tap.method)]
+        else:
+            found = [_Source(module, tap.path, tap.method)]
+        for source in found:
+            if not callable(getattr(source.module, tap.method, None)):
+                methods = sorted(set(dir(type(source.module))) - set(dir(nn.Module)))
+                raise WiringError(
+                    f"{type(source.module).__name__} at '{source.path}' of the {self.owner} has no method "
+                    f"'{tap.method}'{nearest(tap.method, methods)}"
+                )
+        return found
 
     def rehearse(self, model: nn.Module, run: Callable[[], Any]) -> Recording:
         """Records a dry run: notes how often each tap fires and which tensors later modules overwrite in place.
@@ -326,6 +329,8 @@ def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return function(value)
     if isinstance(value, Mapping):
         return {key: _map(entry, function) for key, entry in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map(entry, function) for entry in value))
     if type(value) in (list, tuple):
         return type(value)(_map(entry, function) for entry in value)
     return value

@@ -1,0 +1,142 @@
+"""Regions: weights by hand on small grids, in the frame of the padded input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from taskdistill import REGIONS, Batch, Region, WiringError
+from taskdistill.regions import foreground_weights, valid_positions
+
+
+def grid(height: int, width: int, images: int = 1) -> torch.Tensor:
+    return torch.zeros(images, 3, height, width)
+
+
+def boxes(*rows: tuple[float, float, float, float]) -> torch.Tensor:
+    return torch.tensor(rows).reshape(-1, 4)
+
+
+# --- valid positions: 32×32 pixels on 4×4 cells of 8 pixels, whose centres lie at 4, 12, 20, 28
+
+
+def test_nothing_is_padded():
+    assert valid_positions([(32, 32), (32, 32)], (32, 32), grid(4, 4, 2)) is None
+
+
+@pytest.mark.parametrize(
+    ("size", "rows", "columns"),
+    [((16, 32), 2, 4), ((32, 20), 4, 2), ((32, 21), 4, 3), ((13, 12), 2, 1), ((4, 5), 0, 1)],
+)
+def test_a_position_is_valid_when_its_centre_lies_in_the_image(size: tuple[int, int], rows: int, columns: int):
+    weights = valid_positions([(32, 32), size], (32, 32), grid(4, 4, 2))
+    expected = torch.zeros(4, 4)
+    expected[:rows, :columns] = 1
+    assert torch.equal(weights[0], torch.ones(4, 4))
+    assert torch.equal(weights[1], expected)
+
+
+def test_cells_need_not_be_square():
+    # 32×64 pixels on 2×8 cells of 16×8; centres at 8, 24 and at 4, 12, … 60.
+    (weights,) = valid_positions([(20, 30)], (32, 64), grid(2, 8))
+    assert weights.tolist() == [[1, 1, 1, 1, 0, 0, 0, 0], [0] * 8]
+
+
+# --- foreground
+
+
+def test_a_box_spreads_1_over_the_positions_it_touches():
+    # x from 8 to 24 touches cells 1 and 2, y from 0 to 8 cell 0: two positions of ½.
+    (weights,) = foreground_weights([boxes((8, 0, 24, 8))], (32, 32), grid(4, 4))
+    assert weights.tolist() == [[0, 0.5, 0.5, 0], [0] * 4, [0] * 4, [0] * 4]
+    assert weights.dtype is torch.float32
+
+
+def test_a_box_across_cell_borders_touches_both_sides():
+    # 7.9 to 8.1 lies in cells 0 and 1 both ways.
+    (weights,) = foreground_weights([boxes((7.9, 7.9, 8.1, 8.1))], (32, 32), grid(4, 4))
+    assert weights[:2, :2].tolist() == [[0.25, 0.25], [0.25, 0.25]]
+    assert weights.sum() == 1
+
+
+def test_a_box_smaller_than_a_cell_and_one_without_area_get_one_cell():
+    (weights,) = foreground_weights([boxes((9, 17, 10, 18), (24, 8, 24, 8))], (32, 32), grid(4, 4))
+    expected = torch.zeros(4, 4)
+    expected[2, 1] = 1
+    expected[1, 3] = 1
+    assert torch.equal(weights, expected)
+
+
+def test_a_box_on_the_border_stays_in_the_map():
+    (weights,) = foreground_weights([boxes((32, 32, 32, 32), (-5, -5, 3, 3))], (32, 32), grid(4, 4))
+    expected = torch.zeros(4, 4)
+    expected[3, 3] = 1
+    expected[0, 0] = 1
+    assert torch.equal(weights, expected)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_where_boxes_overlap_the_smallest_wins(order: tuple[int, int]):
+    # The large box covers the 9 cells of rows 0-2 × columns 0-2, the small one two of them: 7 are left for the large.
+    both = boxes((0, 0, 24, 24), (8, 8, 16, 24))[list(order)]
+    (weights,) = foreground_weights([both], (32, 32), grid(4, 4))
+    large, small = 1 / 7, 1 / 2
+    expected = torch.tensor(
+        [[large, large, large, 0], [large, small, large, 0], [large, small, large, 0], [0, 0, 0, 0]]
+    )
+    torch.testing.assert_close(weights, expected)
+
+
+def test_every_box_weighs_1_whatever_its_area():
+    sizes = foreground_weights([boxes((0, 0, 8, 8)), boxes((0, 0, 32, 32))], (32, 32), grid(4, 4, 2))
+    assert sizes.sum((1, 2)).tolist() == [1, 1]
+    assert sizes[0, 0, 0] == 1
+    assert (sizes[1] == 1 / 16).all()
+
+
+def test_empty_images():
+    weights = foreground_weights([boxes(), boxes((0, 0, 8, 8)), boxes()], (32, 32), grid(4, 4, 3))
+    assert weights.sum((1, 2)).tolist() == [0, 1, 0]
+    assert torch.equal(foreground_weights([boxes(), boxes()], (32, 32), grid(4, 4, 2)), torch.zeros(2, 4, 4))
+
+
+def test_boxes_are_scaled_by_the_padded_size():
+    # An image of 16×16 in a padded input of 32×32. Scaled by the unpadded size the box (8, 8, 16, 16) would land on the
+    # last two cells both ways; it lies on cell 1.
+    (weights,) = foreground_weights([boxes((8, 8, 16, 16))], (32, 32), grid(4, 4))
+    assert weights.nonzero().tolist() == [[1, 1]]
+
+
+def test_no_gradient_and_no_precision_of_the_features():
+    feature = torch.zeros(1, 3, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+    weights = foreground_weights([boxes((0, 0, 24, 8))], (32, 32), feature)
+    assert weights.dtype is torch.float32
+    assert not weights.requires_grad
+    torch.testing.assert_close(weights[0, 0], torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+# --- by name
+
+
+def test_region_all():
+    region = REGIONS.build("all")
+    assert region(Batch(), grid(4, 4)) is None
+    assert region(Batch(padded_size=(32, 32), image_sizes=[(32, 32)]), grid(4, 4)) is None
+    assert region(Batch(padded_size=(32, 32), image_sizes=[(16, 16)]), torch.zeros(1, 7, 3)) is None
+    weights = region(Batch(padded_size=(32, 32), image_sizes=[(16, 16)]), grid(4, 4))
+    assert weights[0].nonzero().tolist() == [[0, 0], [0, 1], [1, 0], [1, 1]]
+
+
+def test_region_foreground():
+    region = REGIONS.build("foreground")
+    assert region.needs == {"boxes"}
+    batch = Batch(padded_size=(32, 32), boxes=[boxes((0, 0, 8, 8))])
+    assert torch.equal(region(batch, grid(4, 4)), foreground_weights(batch.boxes, (32, 32), grid(4, 4)))
+    for wrong, feature in ((Batch(padded_size=(32, 32)), grid(4, 4)), (batch, torch.zeros(1, 7, 3))):
+        with pytest.raises(WiringError, match=r"needs a map .* and a batch with boxes"):
+            region(wrong, feature)
+
+
+def test_a_base_region_is_abstract():
+    with pytest.raises(NotImplementedError):
+        Region()(Batch(), grid(1, 1))

@@ -1,0 +1,202 @@
+"""Registries: clashes, typing mistakes, parents, and third parties through an entry point."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from taskdistill import LOSSES, REGIONS, SCHEDULES, TERMS, DistillError, Registry
+from taskdistill.errors import nearest
+
+
+class Widget:
+    """A widget.
+
+    More about it.
+    """
+
+    def __init__(self, size: int, *, colour: str = "red") -> None:
+        self.size, self.colour = size, colour
+
+
+class Gadget(Widget):
+    def __init__(self, **settings: object) -> None:
+        self.settings = settings
+
+
+def registry(parent: Registry | None = None) -> Registry:
+    made = Registry("widget", "taskdistill.no_such_group", parent)
+    made.register(Widget)
+    return made
+
+
+def test_decorator_gives_the_target_back():
+    made = Registry("widget", "taskdistill.no_such_group")
+    assert made.register(Widget) is Widget
+    assert made.register("small")(Gadget) is Gadget
+    assert list(made) == ["Widget", "small"]
+    assert made.get("small") is Gadget
+    assert "Gadget" not in made
+
+
+def test_a_clash_is_an_error_and_changes_nothing():
+    made = registry()
+    with pytest.raises(
+        DistillError, match=r"widget 'Widget' is registered by .* already; register .*Gadget under another"
+    ):
+        made.register("Widget")(Gadget)
+    assert made.get("Widget") is Widget
+    made.register(Widget)  # the same one again, as on a reload of nothing, is no clash
+
+
+def test_unknown_names_and_suggestions():
+    with pytest.raises(DistillError, match="no widget is called 'Widgit'; did you mean 'Widget'"):
+        registry().get("Widgit")
+    with pytest.raises(DistillError, match="no widget is called 'xyz'; known: 'Widget'"):
+        registry().build("xyz")
+    with pytest.raises(DistillError, match="no term is called 'FeatureImitatoin'; did you mean 'FeatureImitation'"):
+        TERMS.get("FeatureImitatoin")
+
+
+def test_build():
+    made = registry()
+    assert made.build(dict(type="Widget", size=3)).size == 3
+    assert made.build(dict(type=Widget, size=3)).colour == "red"
+    assert made.build("Widget", size=4).size == 4
+    assert made.build(dict(type="Widget", size=3), size=4, colour="blue").size == 3
+    ready = Widget(1)
+    assert made.build(ready) is ready
+
+
+def test_build_leaves_the_config_alone():
+    spec = dict(type="Widget", size=3)
+    registry().build(spec)
+    assert spec == dict(type="Widget", size=3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (dict(type="Widget", size=1, color="red"), "widget Widget takes no argument 'color'; did you mean 'colour'"),
+        (dict(type="Widget"), "widget Widget: missing a required argument: 'size'"),
+        (dict(size=1), "a widget needs a 'type', one of Widget; got {'size': 1}"),
+    ],
+)
+def test_wrong_arguments(spec: dict, message: str):
+    with pytest.raises(DistillError) as error:
+        registry().build(spec)
+    assert message in str(error.value)
+
+
+def test_a_target_that_takes_anything():
+    made = registry()
+    made.register(Gadget)
+    assert made.build(dict(type="Gadget", anything=1)).settings == {"anything": 1}
+
+
+def test_an_error_inside_the_constructor_is_not_hidden():
+    made = registry()
+
+    @made.register
+    class Broken:
+        def __init__(self) -> None:
+            raise TypeError("inside")
+
+    with pytest.raises(TypeError, match="inside"):
+        made.build("Broken")
+
+
+def test_parent():
+    parent = registry()
+    child = Registry("widget", "taskdistill.no_such_group", parent)
+    assert child.get("Widget") is Widget
+    assert "Widget" in child
+    child.register("Widget")(Gadget)  # a task may give its own meaning to a name
+    assert child.get("Widget") is Gadget
+    assert parent.get("Widget") is Widget
+    assert list(child) == ["Widget"]
+    with pytest.raises(DistillError, match="did you mean 'Widget'"):
+        child.get("Widge")
+
+
+def test_describe():
+    assert registry().describe() == {"Widget": "A widget."}
+    for each in (TERMS, LOSSES, REGIONS, SCHEDULES):
+        assert all(each.describe().values())
+
+
+def test_what_the_core_registers():
+    assert {"FeatureImitation", "Hint", "SoftTargets", "LogitMatching"} <= set(TERMS)
+    assert {"soft_targets", "binary_soft_targets", "logit_matching", "hint", "localization"} <= set(LOSSES)
+    assert {"all", "foreground"} <= set(REGIONS)
+
+
+def test_nearest():
+    assert nearest("bakbone", ["backbone", "neck"]) == "; did you mean 'backbone'?"
+    assert nearest("layer3", ["backbone.layer3", "neck"]) == "; did you mean 'backbone.layer3'?"
+    assert nearest("xyz", ["a", "b"]) == "; known: 'a', 'b'"
+    assert nearest("xyz", [f"n{i}" for i in range(20)]).endswith("'n11', …")
+    assert nearest("xyz", []) == ""
+
+
+# --- entry points
+
+MODULE = """
+from taskdistill import TERMS, FeatureImitation
+
+@TERMS.register
+class TheirTerm(FeatureImitation):
+    "Their term."
+
+class Other(FeatureImitation):
+    "Another."
+"""
+
+
+@pytest.fixture
+def distribution(tmp_path: Path) -> Path:
+    (tmp_path / "their_distillation.py").write_text(MODULE)
+    info = tmp_path / "their_distillation-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-distillation\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[taskdistill.terms]\nTheirTerm = their_distillation:TheirTerm\n"
+        "[widgets.good]\nlarge = decimal:Decimal\n"
+        "[widgets.clash]\nWidget = decimal:Decimal\nlate = decimal:Context\n"
+    )
+    return tmp_path
+
+
+def test_an_entry_point_is_found_without_an_import(distribution: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(distribution)
+    made = Registry("widget", "widgets.good")
+    made.register(Widget)
+    assert list(made) == ["Widget", "large"]
+    assert str(made.build("large")) == "0"
+
+
+def test_an_entry_point_that_clashes_is_an_error_each_time(distribution: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(distribution)
+    made = Registry("widget", "widgets.clash")
+    made.register(Widget)
+    for _ in range(2):
+        with pytest.raises(DistillError, match=r"widget 'Widget' is registered by .* already"):
+            made.get("Widget")
+
+
+def test_a_third_party_s_term_in_a_distiller(distribution: Path):
+    program = f"""
+import sys
+sys.path.insert(0, {str(distribution)!r})
+import torch
+from taskdistill import Distiller
+assert "their_distillation" not in sys.modules
+model = lambda: torch.nn.Sequential(torch.nn.Linear(3, 2))
+distiller = Distiller(model(), model(), terms=[dict(type="TheirTerm", tap="0")], example=torch.ones(1, 3))
+print(list(distiller.terms), type(distiller.terms["their_term"]).__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.split("\n")[0] == "['their_term'] their_distillation", done.stderr
