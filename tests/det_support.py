@@ -14,7 +14,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
-from mmengine.config import Config
+from mmengine.config import Config, ConfigDict
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
 from mmengine.structures import InstanceData
@@ -113,7 +113,7 @@ def detector(
         bbox_head=head,
         train_cfg=dict(assigner=dict(type="ATSSAssigner", topk=9), allowed_border=-1, pos_weight=-1, debug=False),
         test_cfg=dict(
-            nms_pre=100, min_bbox_size=0, score_thr=0.05, nms=dict(type="nms", iou_threshold=0.6), max_per_img=20
+            nms_pre=100, min_bbox_size=0, score_thr=0.0, nms=dict(type="nms", iou_threshold=0.6), max_per_img=20
         ),
         **settings,
     )
@@ -166,7 +166,7 @@ _BACKBONES = {"ResNet": _resnet, "PyramidVisionTransformer": _pvt, "SwinTransfor
 def build(model: dict[str, Any], seed: int = 0) -> Any:
     """Builds and initialises a model under a seed."""
     torch.manual_seed(seed)
-    built = MODELS.build(copy.deepcopy(model))
+    built = MODELS.build(ConfigDict(copy.deepcopy(model)))
     built.init_weights()
     return built
 
@@ -301,6 +301,15 @@ def raw_batch(
         )
         data_samples.append(sample)
     return dict(inputs=inputs, data_samples=data_samples)
+
+
+def predictions(model: Any, batch: dict[str, Any]) -> list[Tensor]:
+    """What a model predicts: per image ``(n, 6)`` of boxes, scores and labels."""
+    model.eval()
+    with torch.no_grad():
+        data = model.data_preprocessor(copy.deepcopy(batch), False)
+        found = [sample.pred_instances for sample in model(**data, mode="predict")]
+    return [torch.cat([f.bboxes, f.scores[:, None], f.labels[:, None].float()], 1) for f in found]
 
 
 def part(batch: dict[str, Any], images: slice) -> dict[str, Any]:

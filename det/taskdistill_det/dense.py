@@ -111,13 +111,16 @@ class Assignment:
 
     Attributes:
         labels: ``(B, N)``, the background being ``num_classes``.
-        valid: ``(B, N)`` anchors inside the image and not ignored.
+        assigned: ``(B, N)`` anchors that the assigner looked at. The host counts an image's padding up to the size divisor
+            as image.
+        valid: ``(B, N)`` those of them whose centre lies in the image itself.
         anchors: ``(B, N, 4)`` in pixels.
         num_per_level: how many of the N each level has.
         num_classes: number of foreground classes.
     """
 
     labels: Tensor
+    assigned: Tensor
     valid: Tensor
     anchors: Tensor
     num_per_level: list[int]
@@ -128,11 +131,18 @@ class Assignment:
         """The assignment of this step, made once for all terms."""
         found = batch.extra.get("assignment")
         if found is None:
-            anchors, labels, label_weights = student[TARGETS][:3]
+            per_level, labels, label_weights = student[TARGETS][:3]
+            anchors = torch.cat([level.reshape(len(level), -1, 4) for level in per_level], 1)
+            assigned = torch.cat([level.reshape(len(level), -1) for level in label_weights], 1) > 0
+            valid = assigned
+            if batch.image_sizes is not None:
+                sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
+                valid = assigned & ((anchors[..., :2] + anchors[..., 2:]) / 2 < sizes).all(-1)
             found = cls(
                 labels=torch.cat([level.reshape(len(level), -1) for level in labels], 1),
-                valid=torch.cat([level.reshape(len(level), -1) for level in label_weights], 1) > 0,
-                anchors=torch.cat([level.reshape(len(level), -1, 4) for level in anchors], 1),
+                assigned=assigned,
+                valid=valid,
+                anchors=anchors,
                 num_per_level=[level.shape[1] for level in labels],
                 num_classes=num_classes,
             )
@@ -153,14 +163,16 @@ class Assignment:
         key = f"vlr {variant}"
         if key not in batch.extra:
             assert batch.boxes is not None
-            images = zip(self.anchors, self.valid, batch.boxes, strict=True)
-            batch.extra[key] = torch.stack([self._valuable(a, v, b.to(a), variant) for a, v, b in images])
+            images = zip(self.anchors, self.assigned, batch.boxes, strict=True)
+            found = torch.stack([self._valuable(a, seen, b.to(a), variant) for a, seen, b in images])
+            batch.extra[key] = found * self.valid
         return batch.extra[key]
 
-    def _valuable(self, anchors: Tensor, valid: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
+    def _valuable(self, anchors: Tensor, seen: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
+        # The thresholds are the assigner's, so they are taken from the anchors that it saw, padding and all.
         weights = anchors.new_zeros(len(anchors))
-        counts = [int(level.sum()) for level in valid.split(self.num_per_level)]
-        weights[valid] = valuable_region(anchors[valid], counts, boxes, variant=variant)
+        counts = [int(level.sum()) for level in seen.split(self.num_per_level)]
+        weights[seen] = valuable_region(anchors[seen], counts, boxes, variant=variant)
         return weights
 
 

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 from mmengine.config import Config
-from mmengine.logging import HistoryBuffer
 
 from taskdistill.errors import DistillError
 from taskdistill.teacher import read_checkpoint, weights_of
@@ -25,9 +24,23 @@ def _numpy_types() -> list[Any]:
     return [np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes]
 
 
+class _Ignored:
+    """Stands for a log history while a checkpoint is read: nothing here needs one, and nothing of it runs."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _no_attribute(*_: Any) -> None:
+    """Stands for ``getattr``, by which a pickled history names its statistics methods; allowing the real one would be no safety."""
+
+
 # What mmengine's own checkpoints contain beside tensors: log histories, which are numpy arrays with a little around them.
-# `getattr` is there for HistoryBuffer's statistics methods in mmengine's pickles; none of these can run foreign code.
-SAFE_TYPES: tuple[Any, ...] = (HistoryBuffer, *_numpy_types())
+SAFE_TYPES: tuple[Any, ...] = (
+    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_no_attribute, "builtins.getattr"),
+    *_numpy_types(),
+)
 
 
 def export_student(checkpoint: str | Path, out: str | Path, *, trusted: bool = False) -> tuple[Path, Path]:

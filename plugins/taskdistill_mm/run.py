@@ -56,7 +56,7 @@ def train(
         options: ``KEY=VALUE`` overrides.
         work_dir: where checkpoints and logs go.
         resume: a checkpoint, or ``"auto"`` for the latest in ``work_dir``.
-        amp: mixed precision (bf16 on a CPU).
+        amp: mixed precision, on a GPU.
         seed: random seed; the config's own by default.
     """
     config = read_config(path, options)
@@ -67,9 +67,9 @@ def train(
     if seed is not None:
         config.randomness = {**config.get("randomness", {}), "seed": seed}
     if amp:
-        config.optim_wrapper.type = "AmpOptimWrapper"
         if not torch.cuda.is_available():
-            config.optim_wrapper.dtype = "bfloat16"
+            raise DistillError("--amp needs a GPU: mmengine's AmpOptimWrapper does not run on a CPU")
+        config.optim_wrapper.type = "AmpOptimWrapper"
     runner = make_runner(config)
     runner.train()
     return runner
