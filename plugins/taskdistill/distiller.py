@@ -28,6 +28,8 @@ from .terms import Term, Wiring, WiringRow, build_terms
 
 logger = logging.getLogger("taskdistill")
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 class HostDistiller(nn.Module):
     """A distiller beside a student that a host framework owns; :class:`Distiller` is the one for plain PyTorch.
@@ -67,10 +69,18 @@ class HostDistiller(nn.Module):
             WiringError: the first term that cannot be wired, with taps, shapes and what to do.
         """
         teacher = self.teacher.model
+        for term in self._all_terms():
+            if term.rows:
+                raise WiringError(
+                    f"{term.name} is wired to another student already; build a new term for each distiller"
+                )
         with isolated_rng(), torch.no_grad():
             self._student_recorder = self._recorder(student, "student")
             self._teacher_recorder = self._recorder(teacher, "teacher")
             with eval_mode(student):
+                for module in student.modules():
+                    # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
+                    module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
                 student_recording = self._student_recorder.rehearse(student, run_student)
             self.teacher.ensure_eval()
             teacher_recording = self._teacher_recorder.rehearse(teacher, run_teacher)
@@ -204,8 +214,9 @@ class DistillOutput:
 
     @property
     def loss(self) -> Tensor:
-        """The sum of the distillation losses; add the task's own loss to it."""
-        return torch.stack([value for name, value in self.losses.items() if name.endswith(".loss")]).sum()
+        """The sum of the distillation losses, 0 where there are none; add the task's own loss to it."""
+        values = [value for name, value in self.losses.items() if name.endswith(".loss")]
+        return torch.stack(values).sum() if values else torch.zeros(())
 
 
 class Distiller(HostDistiller):
@@ -231,7 +242,14 @@ class Distiller(HostDistiller):
     iteration: Tensor
 
     def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, terms: Sequence[Any], example: Any) -> None:
-        super().__init__(teacher if isinstance(teacher, Teacher) else Teacher(teacher), terms)
+        if isinstance(teacher, nn.Module):
+            trained = {id(p) for p in student.parameters() if p.requires_grad}
+            if any(id(p) in trained for p in teacher.parameters()):
+                raise WiringError(
+                    "student and teacher share parameters, which the teacher would freeze; copy.deepcopy one"
+                )
+            teacher = Teacher(teacher)
+        super().__init__(teacher, terms)
         self.student = student
         self.epoch = 0
         self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
@@ -279,8 +297,8 @@ def _flat(ratio: Ratio) -> Ratio:
 
 
 def _idle(term: nn.Module, device: torch.device | str) -> Tensor:
-    """0 that keeps the term's parameters in the graph, for DDP."""
+    """0 that keeps the term's parameters in the graph, for DDP; also when they are infinite, so no ``0 *``."""
     parameters = [p for p in term.parameters() if p.requires_grad]
     if not parameters:
         return torch.zeros((), device=device)
-    return torch.stack([p.sum() for p in parameters]).sum() * 0
+    return torch.stack([p.flatten()[:0].sum() for p in parameters]).sum()

@@ -310,17 +310,19 @@ def build_terms(specs: Sequence[Any], registry: Registry = TERMS) -> list[Term]:
     """Terms from a list of names, dicts and instances; a second term of one name becomes ``name_2``."""
     if isinstance(specs, (str, dict)) or not isinstance(specs, Sequence):
         raise DistillError(f"terms must be a list, got {specs!r}")
-    terms: list[Term] = []
-    taken: dict[str, int] = {}
+    terms: dict[str, Term] = {}
     for spec in specs:
         term = registry.build(spec)
         if not isinstance(term, Term):
             raise DistillError(f"a term is a name, a dict with a type, or a Term; got {spec!r}")
-        taken[term.name] = taken.get(term.name, 0) + 1
-        if taken[term.name] > 1:
-            term.name = f"{term.name}_{taken[term.name]}"
-        terms.append(term)
-    return terms
+        if any(term is other for other in terms.values()):
+            raise DistillError(f"terms lists one {type(term).__name__} twice; build a second one")
+        stem, number = term.name, 1
+        while term.name in terms:
+            number += 1
+            term.name = f"{stem}_{number}"
+        terms[term.name] = term
+    return list(terms.values())
 
 
 def _loss_function(spec: Any) -> Callable[..., Tensor]:

@@ -27,7 +27,7 @@ CLASSES = tuple("0123456789")
 SPLITS = ("train", "val", "test")
 
 # Changes whenever the same seed would give other pictures, so that an older set on disk is written anew.
-_VERSION = 1
+_VERSION = 2
 # The n-th picture of each class goes to the split at n % 5: three fifths to train, one fifth each to val and test.
 _SPLIT_OF_REMAINDER = ("train", "train", "val", "train", "test")
 _SIDE = 64  # of an enlarged digit: 8 source pixels times 8
@@ -85,10 +85,10 @@ def render_scene(
     digits: Digits,
     size: int = 96,
     *,
-    count: tuple[int, int] = (4, 9),
-    object_size: tuple[float, float] = (14, 40),
+    count: tuple[int, int] = (2, 6),
+    object_size: tuple[float, float] = (16, 44),
     clutter: tuple[int, int] = (2, 6),
-    max_hidden: float = 0.6,
+    max_hidden: float = 0.4,
 ) -> Scene:
     """Paints one scene: background, clutter, digits and a little more clutter, each over what is there already.
 
@@ -201,7 +201,7 @@ class _Canvas:
 
 def _background(rng: np.random.Generator, size: int) -> FloatArray:
     """Coloured noise of several scales, a gradient and, half of the time, stripes; float32 of shape (size, size, 3)."""
-    image = np.full((size, size, 3), rng.uniform(40, 215, 3), dtype=np.float32)
+    image = np.full((size, size, 3), rng.uniform(15, 115, 3), dtype=np.float32)
     for cells in (3, 7, 15, 31):
         grey, colour = rng.uniform(0, 50 / np.sqrt(cells), 2) * (1.0, 0.7)
         noise = grey * rng.standard_normal((cells, cells, 1)) + colour * rng.standard_normal((cells, cells, 3))
@@ -213,18 +213,19 @@ def _background(rng: np.random.Generator, size: int) -> FloatArray:
         angle = rng.uniform(0, 2 * np.pi)
         ramp = np.float32(np.cos(angle)) * axis + np.float32(np.sin(angle)) * axis[:, None]
         wave = ramp if periods is None else np.sin(np.float32(2 * np.pi * periods) * ramp) / 4
-        image += wave[..., None] * rng.uniform(-80, 80, 3).astype(np.float32)
+        image += wave[..., None] * rng.uniform(-40, 40, 3).astype(np.float32)
     return np.clip(image, 0, 255, out=image)
 
 
 def _contrasting_colour(rng: np.random.Generator, background: FloatArray, alpha: FloatArray) -> FloatArray:
-    """The first of eight colours that nine tenths of the covered pixels differ from enough, or the best of them."""
-    candidates = rng.uniform(0, 255, (8, 3)).astype(np.float32)
+    """The first of eight bright colours that nine tenths of the covered pixels differ from enough, or the best of them."""
+    candidates = rng.uniform(120, 255, (8, 3)).astype(np.float32)
     enough = rng.uniform(35, 100)
     covered = background[alpha >= (_INK if alpha.max() >= _INK else 0)]
     covered = covered[:: 1 + len(covered) // 100]
     distances = np.sort(np.abs(candidates[:, None] - covered).mean(2), axis=1)
-    return np.asarray(candidates[np.argmax(np.minimum(distances[:, len(covered) // 10], enough))])
+    contrast = np.minimum(distances[:, len(covered) // 10], enough)
+    return np.asarray(candidates[np.argmax(contrast)], dtype=np.float32)
 
 
 def _warp(rng: np.random.Generator, picture: NDArray[np.uint8], scale: float, tilt: float = 15) -> FloatArray:
@@ -238,7 +239,7 @@ def _warp(rng: np.random.Generator, picture: NDArray[np.uint8], scale: float, ti
     # Where ink starts and how soft its rim is: thick and thin pens, sharp and blunt ones.
     alpha = np.clip((ink - rng.uniform(0.4, 0.55)) / rng.uniform(0.15, 0.35), 0, 1)
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
-    return alpha[y : y + max(height, 1), x : x + max(width, 1)].astype(np.float32)
+    return np.asarray(alpha[y : y + max(height, 1), x : x + max(width, 1)], dtype=np.float32)
 
 
 def _add_digit(rng: np.random.Generator, canvas: _Canvas, digits: Digits, object_size: tuple[float, float]) -> None:

@@ -25,7 +25,9 @@ def hint(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Feature error, :math:`(r(s) - t)^2` or :math:`|r(s) - t|`: mean over channels, mean over positions.
+    r"""Hint: squared or absolute feature error, mean over channels, mean over positions (FitNets 2015).
+
+    .. math:: (r(s) - t)^2 \quad\text{or}\quad |r(s) - t|
 
     The adapter :math:`r` is applied before. Without weights this is torch's ``mse_loss``; the paper's
     :math:`\tfrac12\|\cdot\|^2` differs by a constant factor that the term's weight absorbs.

@@ -25,7 +25,9 @@ def localization(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Localization distillation per box edge, :math:`T^2 \, \mathrm{KL}(p_t^T \,\|\, p_s^T)` over the edge's bins.
+    r"""Localization distillation: KL of the softened distribution of each box edge over its bins (LD, CVPR 2022).
+
+    .. math:: T^2 \, \mathrm{KL}(p_t^T \,\|\, p_s^T)
 
     Args:
         student_edges, teacher_edges: logits ``(…, n + 1)`` of the distribution of an edge's distance over its bins

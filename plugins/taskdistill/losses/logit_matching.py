@@ -21,7 +21,9 @@ def logit_matching(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Squared logit error, :math:`\tfrac12 (z_s - z_t)^2`: mean over classes, mean over items.
+    r"""Squared logit error, halved: mean over classes, mean over items (Ba & Caruana 2014).
+
+    .. math:: \tfrac12 (z_s - z_t)^2
 
     The mean over classes (not the sum) makes it the limit of :func:`~taskdistill.losses.soft_targets` for
     :math:`T \to \infty`, whose gradient is :math:`(z_s - z_t)/C` for zero-mean logits.
