@@ -18,7 +18,6 @@ from typing import Any
 
 import cv2
 import numpy as np
-import torch
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.hooks import Hook
@@ -356,7 +355,6 @@ def draw_detections(runs: Sequence[Trained], data: Path, path: Path, scenes: int
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
-
     from mmdet.apis import inference_detector
     from mmdet.registry import DATASETS
 
@@ -365,7 +363,7 @@ def draw_detections(runs: Sequence[Trained], data: Path, path: Path, scenes: int
     figure, axes = plt.subplots(scenes, len(columns), figsize=(2.2 * len(columns), 2.2 * scenes), squeeze=False)
     for row in range(scenes):
         info = dataset.get_data_info(row)
-        image = cv2.imread(info["img_path"])[..., ::-1]
+        image = plt.imread(info["img_path"])
         found = [[(i["bbox"], i["bbox_label"], None) for i in info["instances"]]]
         for run in runs:
             run.runner.model.cfg = run.runner.cfg

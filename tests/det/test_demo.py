@@ -6,10 +6,10 @@ import csv
 
 import cv2
 import pytest
-from taskdistill_det import demo
 
 from taskdistill.errors import DistillError
 from taskdistill.report import Result, gap_closed
+from taskdistill_det import demo
 
 
 @pytest.fixture(scope="module")
