@@ -366,3 +366,17 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert list(left) == list(right)
     different = [key for key in left if not torch.equal(left[key], right[key])]
     assert not different
+
+
+class Given:
+    """A recording that answers with what it was given."""
+
+    def __init__(self, values: dict[Any, Any]) -> None:
+        self.values = values
+
+    def __getitem__(self, tap: Any) -> Any:
+        return self.values[tap]
+
+    def tensors(self, tap: Any) -> list[Tensor]:
+        """The tensors of a tap."""
+        return self.values[tap]

@@ -83,6 +83,8 @@ class Graft(_Host, metaclass=Grafting):
         """
         if student is None:
             raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
+        if not isinstance(terms, (list, tuple, type(None))):
+            raise DistillError(f"terms must be a list, got {terms!r}")
         grafted = cls.models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
         link = HubLink()

@@ -1,0 +1,223 @@
+"""Mistakes in a config: one clear line when the model is built, before a dataset is opened or a step is taken."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
+
+from det_support import detector, distilled
+from taskdistill.errors import DistillError
+
+LD = [dict(type="LocalizationDistillation")]
+SOFT = [dict(type="SoftTargets")]
+IMITATION = [dict(type="FeatureImitation", tap="neck[*]")]
+
+
+def changed(model, path, **settings):
+    """A copy of a model's entry with settings of a part replaced."""
+    model = copy.deepcopy(model)
+    part = model
+    for key in path.split("."):
+        part = part[key]
+    part.update(settings)
+    return model
+
+
+def fails(entry, *parts):
+    """Building fails with one line that holds all the parts; nothing of the teacher's checkpoint is read."""
+    with pytest.raises(DistillError) as caught:
+        MODELS.build(ConfigDict(entry))
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message, message
+
+
+@pytest.fixture
+def teacher():
+    return detector(width=6, channels=12)
+
+
+@pytest.mark.parametrize(
+    ("term", "parts"),
+    [
+        pytest.param(
+            dict(type="FeatureImitation", tap="backbone.layer9"),
+            ("feature_imitation", "student has no module 'backbone.layer9'", "did you mean", "'backbone.layer"),
+            id="unknown tap",
+        ),
+        pytest.param(
+            dict(type="FeatureImitation", student_tap="neck[*]", teacher_tap="nek[*]"),
+            ("the teacher has no module 'nek'", "'neck'"),
+            id="unknown teacher tap",
+        ),
+        pytest.param(dict(type="FeatureImitation", tap="neck[9]"), ("no [9] in 3 entries",), id="index out of range"),
+        pytest.param(
+            dict(type="FeatureImitation", tap="bbox_head"), ("yields a list, not a tensor",), id="nested lists"
+        ),
+        pytest.param(
+            dict(type="FeatureImitation", student_tap="neck[*]", teacher_tap="backbone[*]"),
+            ("yields 3 tensors", "4 ["),
+            id="different numbers",
+        ),
+        pytest.param(
+            dict(type="FeatureImitation", tap="bbox_head.predict()"),
+            ("tap 'bbox_head.predict()' of the student never fired",),
+            id="a method that training does not call",
+        ),
+        pytest.param(dict(type="FeatureImitation"), ("needs a tap",), id="no tap"),
+        pytest.param(
+            dict(type="FeatureImitation", tap="neck[*]", wieght=2), ("no argument 'wieght'", "'weight'"), id="typo"
+        ),
+        pytest.param(
+            dict(type="FeatureImitation", tap="neck[*]", region="forground"),
+            ("no region is called 'forground'", "'foreground'"),
+            id="unknown region",
+        ),
+        pytest.param(
+            dict(type="FeatureImitation", tap="neck[*]", adapter="none"),
+            ("adapter 'none' needs equal channels", "(1, 8, 16, 16)", "(1, 12, 16, 16)"),
+            id="channels differ without adapter",
+        ),
+        pytest.param(dict(type="FeatureImitation", tap="neck[*]", loss="hnit"), ("'hint'",), id="unknown loss"),
+        pytest.param(
+            dict(type="FeatureImitation", tap="neck[*]", schedule=dict(type="WarmUp", ned=3)),
+            ("'ned'", "'end'"),
+            id="schedule",
+        ),
+        pytest.param(dict(type="LocalizationDistilation"), ("'LocalizationDistillation'",), id="unknown term"),
+        pytest.param(
+            dict(type="SoftTargets", temperatur=2), ("'temperatur'", "'temperature'"), id="typo in soft targets"
+        ),
+        pytest.param(
+            dict(type="SoftTargets", weight=-1), ("weight must be a number >= 0, got -1",), id="negative weight"
+        ),
+        pytest.param(dict(type="SoftTargets", weight=float("nan")), ("weight must be a number",), id="nan weight"),
+        pytest.param(dict(type="SoftTargets", region="vrl"), ("region must be one of all, main, vlr",), id="region"),
+        pytest.param(
+            dict(type="LocalizationDistillation", temperature=0), ("temperature must be > 0",), id="temperature"
+        ),
+        pytest.param(dict(type="LocalizationDistillation", region="all"), ("'main' or 'vlr'",), id="region of LD"),
+        pytest.param(dict(region="main"), ("needs a 'type'",), id="no type"),
+    ],
+)
+def test_a_mistake_in_a_term(teacher, term, parts):
+    fails(distilled(detector(), teacher, "absent.pth", terms=[term]), *parts)
+
+
+@pytest.mark.parametrize(
+    ("student", "other", "terms", "parts"),
+    [
+        pytest.param(
+            detector("ATSS"), detector("ATSS"), LD, ("student's ATSSHead", "not as distributions", "GFLHead"), id="ATSS"
+        ),
+        pytest.param(
+            detector(), detector("ATSS"), LD, ("teacher's ATSSHead", "not as distributions"), id="ATSS teacher"
+        ),
+        pytest.param(
+            detector(),
+            detector(strides=(8, 16, 32, 64)),
+            SOFT,
+            ("different strides", "[8, 16, 32]", "[8, 16, 32, 64]", "anchor_generator.strides"),
+            id="strides",
+        ),
+        pytest.param(
+            detector(),
+            changed(detector(), "bbox_head.anchor_generator", octave_base_scale=8),
+            LD,
+            ("different anchors on level 0",),
+            id="anchors",
+        ),
+        pytest.param(detector(), detector(reg_max=16), LD, ("9 bins", "17", "same reg_max"), id="reg_max"),
+        pytest.param(detector(), detector(classes=7), SOFT, ("10 classes, the teacher 7",), id="classes"),
+        pytest.param(
+            detector(),
+            changed(detector(), "bbox_head", bbox_coder=dict(type="DistancePointBBoxCoder", clip_border=False)),
+            LD,
+            ("code boxes differently", "'clip_border': True", "'clip_border': False"),
+            id="box coder",
+        ),
+        pytest.param(
+            detector(),
+            changed(detector(), "data_preprocessor", mean=[0.5], std=[0.25], bgr_to_rgb=False),
+            IMITATION,
+            ("normalises 3 channels, the teacher's 1",),
+            id="channels of the image",
+        ),
+    ],
+)
+def test_a_pair_that_does_not_compare(student, other, terms, parts):
+    fails(distilled(student, other, "absent.pth", terms=terms), *parts)
+
+
+def test_a_head_that_is_not_known_is_refused_with_what_works():
+    student = detector()
+    student["type"] = "FCOS"
+    head = {
+        k: v
+        for k, v in student["bbox_head"].items()
+        if k in ("num_classes", "in_channels", "feat_channels", "stacked_convs")
+    }
+    norm = dict(type="GN", num_groups=4, requires_grad=True)
+    student["bbox_head"] = dict(
+        head, type="FCOSHead", strides=[8, 16, 32], norm_cfg=norm, regress_ranges=((-1, 64), (64, 128), (128, 1e8))
+    )
+    student["train_cfg"] = None
+    for terms in (LD, SOFT):
+        fails(
+            distilled(student, detector(), "absent.pth", terms=terms),
+            "student's head FCOSHead",
+            "GFLHead, ATSSHead",
+            "FeatureImitation works with any detector",
+        )
+    MODELS.build(ConfigDict(distilled(student, detector(), "absent.pth", terms=IMITATION)))
+
+
+def test_class_counts_may_differ_where_classes_are_not_compared(teacher):
+    for terms in (LD, IMITATION):
+        MODELS.build(ConfigDict(distilled(detector(), detector(classes=7), "absent.pth", terms=terms)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        (dict(teacher=dict(config=detector())), ("teacher needs checkpoint=",)),
+        (dict(teacher=dict(checkpoint="teacher.pth")), ("teacher needs config=",)),
+        (dict(teacher="teacher.pth"), ("dict(config=…, checkpoint=…)", "'teacher.pth'")),
+        (dict(teacher=None), ("dict(config=…, checkpoint=…)", "None")),
+        (dict(teacher=dict(config=detector(), chekpoint="t.pth")), ("'chekpoint'", "'checkpoint'")),
+        (dict(teacher=dict(config=detector(), checkpoint="t.pth", precision="half")), ("precision", "'half'")),
+        (dict(terms=dict(type="SoftTargets")), ("terms must be a list",)),
+        (dict(recipe="localisation"), ("no recipe is called 'localisation'", "'localization'")),
+        (dict(student=None), ("DistilledDetector needs student=",)),
+        (dict(student=detector()), ("student is a whole model, so 'backbone'", "student='GFL'")),
+    ],
+)
+def test_a_mistake_beside_the_terms(settings, parts):
+    fails({**distilled(detector(), detector(), "absent.pth", terms=SOFT), **settings}, *parts)
+
+
+@pytest.mark.parametrize("config", ["absent.py", "mmdet::gfl/absent.py", "nosuchpackage::gfl/gfl.py"])
+def test_a_missing_teacher_config_is_an_error_when_training_starts(config):
+    # Not before: a model built for inference needs neither the teacher's config nor its checkpoint.
+    model = MODELS.build(ConfigDict(distilled(detector(), config, "absent.pth", terms=SOFT)))
+    with pytest.raises(DistillError, match="config not found") as caught:
+        model.init_weights()
+    assert config in str(caught.value)
+    with pytest.raises(DistillError, match="config not found"):
+        model.train().loss(torch.zeros(1, 3, 32, 32), [])
+
+
+def test_a_missing_checkpoint_is_an_error_when_training_starts(teacher):
+    model = MODELS.build(ConfigDict(distilled(detector(), teacher, "absent.pth", terms=SOFT)))
+    with pytest.raises(DistillError, match=r"checkpoint not found: absent\.pth"):
+        model.init_weights()
+
+
+def test_a_mistake_leaves_the_registry_usable(teacher):
+    fails(distilled(detector(), teacher, "absent.pth", terms=[dict(type="FeatureImitation", tap="nope")]), "nope")
+    MODELS.build(ConfigDict(distilled(detector(), teacher, "absent.pth", terms=SOFT)))
