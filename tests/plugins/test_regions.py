@@ -87,6 +87,24 @@ def test_where_boxes_overlap_the_smallest_wins(order: tuple[int, int]):
     torch.testing.assert_close(weights, expected)
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 0, 2)])
+def test_three_boxes_on_top_of_each_other(order: tuple[int, ...]):
+    # 16 positions; a box of 6 on it, and one of 1 on that: 10, 5 and 1 are left.
+    stack = boxes((0, 0, 32, 32), (8, 8, 24, 32), (8, 8, 16, 16))[list(order)]
+    (weights,) = foreground_weights([stack], (32, 32), grid(4, 4))
+    a, b, c = 1 / 10, 1 / 5, 1
+    torch.testing.assert_close(weights, torch.tensor([[a, a, a, a], [a, c, b, a], [a, b, b, a], [a, b, b, a]]))
+
+
+def test_boxes_on_cells_that_are_not_square():
+    # 32×64 pixels on 2×4 cells of 16×16, then on 4×2 of 8×32: x from 20 to 40, y from 2 to 10.
+    box = boxes((20, 2, 40, 10))
+    (wide,) = foreground_weights([box], (32, 64), grid(2, 4))
+    assert wide.tolist() == [[0, 0.5, 0.5, 0], [0, 0, 0, 0]]
+    (tall,) = foreground_weights([box], (32, 64), grid(4, 2))
+    assert tall.tolist() == [[0.25, 0.25], [0.25, 0.25], [0, 0], [0, 0]]
+
+
 def test_every_box_weighs_1_whatever_its_area():
     sizes = foreground_weights([boxes((0, 0, 8, 8)), boxes((0, 0, 32, 32))], (32, 32), grid(4, 4, 2))
     assert sizes.sum((1, 2)).tolist() == [1, 1]

@@ -214,6 +214,7 @@ def test_shared_module_under_two_paths():
     # Both names mean the one module, which ran twice.
     assert len(first) == len(again) == 2
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert "forward" not in vars(model[0])
 
 
 # --- errors

@@ -1,0 +1,115 @@
+"""Two processes are one: the distillation gradient of unequal shares equals that of the whole batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import taskdistill
+import two_ranks
+from taskdistill.distributed import sum_over_ranks, world_size
+
+RANKS = 2
+WHOLE = slice(0, 4)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
+    """What each of the two processes saw, by which of them had the infinite term."""
+    folder = tmp_path_factory.mktemp("ranks")
+    root = str(Path(taskdistill.__file__).parents[1])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, two_ranks.__file__, str(rank), str(RANKS), str(folder / "store"), str(folder / f"{rank}.pt")],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(RANKS)
+    ]  # fmt: skip
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * RANKS, errors
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, Any]:
+    return two_ranks.steps(WHOLE, broken_on=None, distributed=False)
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_gradients_are_those_of_the_one_batch(results: list[dict], whole: dict[str, Any], step: int):
+    expected = whole["gradients"][step]
+    for rank in range(RANKS):
+        found = results[rank][None]["gradients"][step]
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_the_mean_of_the_losses_is_that_of_the_one_batch(results: list[dict], whole: dict[str, Any], step: int):
+    for name, expected in whole["losses"][step].items():
+        shares = [results[rank][None]["losses"][step][name] for rank in range(RANKS)]
+        torch.testing.assert_close(sum(shares) / RANKS, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_shares_are_unequal_enough_to_tell(results: list[dict]):
+    # Each process dividing by its own count would give other gradients: the second has one image of four, no box at all,
+    # and one label of three.
+    alone = [two_ranks.steps(share, broken_on=None, distributed=False)["gradients"][0] for share in two_ranks.SHARES]
+    wrong = {name: sum(g[name] for g in alone) / RANKS for name in alone[0]}
+    right = results[0][None]["gradients"][0]
+    assert (wrong["student.trunk.0.weight"] - right["student.trunk.0.weight"]).abs().max() > 1e-2
+    assert results[1][None]["losses"][0]["distill.boxes.loss"] == 0
+
+
+def test_soft_targets_of_unequal_shares_by_hand(results: list[dict]):
+    # KL at T = 4 of each of the four images, their sum divided by 4; a process reports its own share of it times 2.
+    model = two_ranks.distiller(None)
+    student, teacher = model.student(two_ranks.IMAGES), model.teacher.model(two_ranks.IMAGES)
+    p, q = (torch.softmax(x / 4, 1) for x in (teacher, student))
+    items = 16 * F.kl_div(q.log(), p, reduction="none").sum(1).detach()
+    for rank, share in enumerate(two_ranks.SHARES):
+        torch.testing.assert_close(results[rank][None]["losses"][0]["distill.soft.loss"], 2 * items[share].sum() / 4)
+
+
+def test_a_term_at_weight_0_keeps_its_parameters_in_the_graph(results: list[dict]):
+    # DDP would refuse the second step if the first had left some out.
+    first, second = results[1][None]["gradients"]
+    names = [name for name in first if name.startswith("terms.later.")]
+    assert len(names) == 2
+    for name in names:
+        assert torch.equal(first[name], torch.zeros_like(first[name]))
+        assert second[name].abs().max() > 0
+
+
+@pytest.mark.parametrize("broken_on", range(RANKS))
+def test_a_term_infinite_on_one_process_is_dropped_by_all(results: list[dict], whole: dict[str, Any], broken_on: int):
+    for rank in range(RANKS):
+        result = results[rank][broken_on]
+        assert result["dropped"] == {"valid": 0, "boxes": 0, "mixed": 0, "soft": 0, "later": 0, "broken": 2}
+        for step in range(2):
+            assert result["losses"][step]["distill.broken.loss"] == 0
+            assert result["losses"][step]["distill.broken.dropped"] == step + 1
+            for name, gradient in result["gradients"][step].items():
+                if name.startswith("terms.broken."):
+                    assert torch.equal(gradient, torch.zeros_like(gradient))
+                else:
+                    torch.testing.assert_close(gradient, whole["gradients"][step][name], rtol=1e-4, atol=1e-6)
+
+
+def test_without_other_processes():
+    values = torch.ones(2)
+    assert world_size() == 1
+    assert sum_over_ranks(values) is values

@@ -1,0 +1,96 @@
+"""One training step of a plain-PyTorch distiller on a share of a fixed batch, alone or as one of several processes.
+
+Run as ``python two_ranks.py RANK WORLD STORE OUT``; :func:`steps` is also what the test computes on the whole batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from taskdistill import Batch, Distiller, FeatureImitation, SoftTargets, WarmUp
+from taskdistill.losses import hint
+
+SHARES = (slice(0, 3), slice(3, 4))  # three images on the first process, one on the second
+IMAGES = torch.sin(torch.arange(4 * 3 * 8 * 8.0)).reshape(4, 3, 8, 8)
+LABELS = torch.tensor([1, -100, 0, 2])
+SIZES = [(8, 8), (8, 4), (4, 4), (8, 6)]
+BOXES = [
+    torch.tensor([[0.0, 0.0, 4.0, 4.0], [2.0, 2.0, 8.0, 8.0], [5.0, 0.0, 8.0, 3.0]]),
+    torch.tensor([[0.0, 0.0, 3.0, 7.0]]),
+    torch.zeros(0, 4),
+    torch.zeros(0, 4),  # the second process has no box at all
+]
+
+
+class Net(nn.Module):
+    """Features and logits, without batch statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.Tanh())
+        self.deep = nn.Conv2d(width, width, 3, stride=2, padding=1)
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.deep(self.trunk(x)).mean((2, 3)))
+
+
+def distiller(broken_on: int | None) -> Distiller:
+    """Four terms whose counts differ from process to process; a fifth is infinite on one process alone."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+
+    def broken(student: Tensor, teacher: Tensor, *, dim: int, reduction: str) -> Tensor:
+        return hint(student, teacher, dim=dim, reduction="none") / (0 if rank == broken_on else 1)
+
+    torch.manual_seed(0)
+    student, teacher = Net(4), Net(6)
+    terms: list[Any] = [
+        FeatureImitation(["trunk", "deep"], weight=0.7, name="valid"),
+        FeatureImitation("trunk", region="foreground", weight=2, name="boxes"),
+        SoftTargets(temperature=2, hard_weight=0.3, name="mixed"),
+        SoftTargets(temperature=4, name="soft"),
+        FeatureImitation("deep", name="later", schedule=WarmUp(1)),
+    ]
+    if broken_on is not None:
+        terms.append(FeatureImitation("deep", loss=broken, name="broken"))
+    return Distiller(student, teacher, terms, example=IMAGES[:1])
+
+
+def steps(share: slice, *, broken_on: int | None, distributed: bool) -> dict[str, Any]:
+    """Two steps without an optimizer: losses, gradients of both and what was dropped."""
+    model = distiller(broken_on)
+    wrapped = DistributedDataParallel(model) if distributed else model
+    batch = Batch(padded_size=(8, 8), image_sizes=SIZES[share], boxes=BOXES[share])
+    result: dict[str, Any] = {"losses": [], "gradients": []}
+    for _ in range(2):
+        model.zero_grad()
+        out = wrapped(IMAGES[share], targets=LABELS[share], batch=batch)
+        out.loss.backward()
+        result["losses"].append({name: value.detach() for name, value in out.losses.items()})
+        result["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters()})
+    result["dropped"] = dict(model.dropped)
+    return result
+
+
+def main(rank: int, world: int, store: str, out: str) -> None:
+    """One process of several."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    results = {
+        broken_on: steps(SHARES[rank], broken_on=broken_on, distributed=True) for broken_on in (None, *range(world))
+    }
+    torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
