@@ -208,8 +208,10 @@ def scenes(root: Path) -> str:
     return str(write_detection_set(root, seed=5, train=16, val=4, test=4, size=96))
 
 
-def runner_config(model: dict[str, Any], data: str, work_dir: Path, *, iters: int = 4, **settings: Any) -> Config:
-    """A Runner's config: batches of 4 from the scenes, SGD, deterministic, iteration-based."""
+def runner_config(
+    model: dict[str, Any], data: str, work_dir: Path, *, iters: int = 4, batch_size: int = 4, **settings: Any
+) -> Config:
+    """A Runner's config: batches from the scenes, SGD, deterministic, iteration-based."""
 
     def loader(split: str, batch: int) -> dict[str, Any]:
         return dict(
@@ -243,7 +245,7 @@ def runner_config(model: dict[str, Any], data: str, work_dir: Path, *, iters: in
         custom_imports=dict(imports=["taskdistill_det"]),
         model=copy.deepcopy(model),
         work_dir=str(work_dir),
-        train_dataloader=loader("train", 4),
+        train_dataloader=loader("train", batch_size),
         val_dataloader=loader("val", 2),
         test_dataloader=loader("test", 2),
         val_evaluator=evaluator[0],

@@ -1,0 +1,139 @@
+"""Several processes: the distillation gradient of two ranks of two images is that of one batch of four."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import det_ranks
+from det_support import assert_same, build, detector, distilled, run, runner_config, save_plain
+
+TESTS = Path(__file__).parents[1]
+ROOT = TESTS.parent
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join(str(ROOT / name) for name in ("plugins", "det", "tests"))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory, teacher_checkpoint):
+    """What each of two gloo processes found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    outs = [folder / f"{rank}.pth" for rank in range(2)]
+    started = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(TESTS / "det_ranks.py"),
+                str(rank),
+                "2",
+                str(folder / "store"),
+                teacher_checkpoint,
+                str(out),
+            ],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    said = [process.communicate(timeout=240)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    return [torch.load(out) for out in outs]
+
+
+@pytest.mark.parametrize("batch", list(det_ranks.BATCHES))
+@pytest.mark.parametrize("term", list(det_ranks.TERMS))
+def test_two_ranks_are_one_batch(two_ranks, teacher_checkpoint, term, batch):
+    whole = det_ranks.gradients_of(teacher_checkpoint, term, det_ranks.BATCHES[batch])
+    first, second = (ranks[batch, term] for ranks in two_ranks)
+    # The mean over the ranks, as DDP takes it of gradients and mmengine of what it logs.
+    torch.testing.assert_close((first["loss"] + second["loss"]) / 2, whole["loss"], rtol=1e-5, atol=1e-9)
+    assert whole["loss"] > 0
+    assert_same(first["gradients"], second["gradients"])
+    assert first["gradients"].keys() == whole["gradients"].keys()
+    for name, gradient in whole["gradients"].items():
+        close = 1e-4 * gradient.abs().max().item() + 1e-9
+        torch.testing.assert_close(
+            first["gradients"][name], gradient, rtol=1e-3, atol=close, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_the_hosts_own_loss_is_left_as_it_scales_itself(two_ranks, teacher_checkpoint):
+    # GFL divides its box losses by the mean over ranks of the sum of scores, but by no less than 1: a student that is not sure
+    # of anything yet (sum below 1) gets half of the one-batch loss on two ranks. The classes are scaled right.
+    whole = det_ranks.gradients_of(teacher_checkpoint, "layer", det_ranks.BATCHES["unequal"])["host"]
+    ranks = [found["unequal", "layer"]["host"] for found in two_ranks]
+    mean = {name: (ranks[0][name] + ranks[1][name]) / 2 for name in whole}
+    assert mean["loss_cls"] == pytest.approx(whole["loss_cls"], rel=1e-4)
+    assert mean["loss_bbox"] == pytest.approx(whole["loss_bbox"] / 2, rel=1e-4)
+
+
+@pytest.fixture
+def config(tmp_path, scenes, teacher_model, teacher_checkpoint):
+    """A config file of two iterations in which four images are one batch, or one share of it on each of two processes."""
+
+    def write(batch_size):
+        student = detector(frozen_bn=True)
+        # Sure enough of its classes for GFL to scale its own box losses alike on one and on two processes.
+        sure = build(student)
+        torch.nn.init.zeros_(sure.bbox_head.gfl_cls.bias)
+        model = distilled(student, teacher_model, teacher_checkpoint, recipe="localization")
+        found = runner_config(
+            model,
+            scenes,
+            tmp_path / f"of{batch_size}",
+            iters=2,
+            batch_size=batch_size,
+            load_from=save_plain(tmp_path / "sure.pth", sure),
+        )
+        path = tmp_path / f"of{batch_size}.py"
+        found.dump(path)
+        return path, found
+
+    return write
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], id="accelerate"),
+        pytest.param(["torch.distributed.run", "--nproc_per_node", "2"], id="torchrun"),
+    ],
+)
+def test_a_launcher_trains_on_two_processes_as_on_one(tmp_path, config, launcher):
+    path, _ = config(2)
+    port = ["--main_process_port" if "accelerate" in launcher[0] else "--master_port", str(29600 + os.getpid() % 300)]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            *launcher,
+            *port,
+            "-m",
+            "taskdistill",
+            "train",
+            str(path),
+            "--work-dir",
+            str(tmp_path / "two"),
+        ],
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    one = run(config(4)[1])
+    two = torch.load(tmp_path / "two" / "iter_2.pth", weights_only=False)["state_dict"]
+    for name, value in one.model.state_dict().items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,0 +1,73 @@
+"""Distillation gradients of a detector on its share of four images, alone or as one of several processes under mmengine's DDP.
+
+Run as ``python det_ranks.py RANK WORLD STORE TEACHER OUT``; :func:`gradients_of` is also what the test computes on the whole batch.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from mmengine.model import MMDistributedDataParallel
+from torch import Tensor
+
+from det_support import BOXES, build, detector, distillation, distilled, part, raw_batch
+
+TERMS: dict[str, Any] = {
+    "features": dict(type="FeatureImitation", tap="neck[*]"),
+    "boxes": dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
+    "layer": dict(type="FeatureImitation", tap="backbone.layer3"),
+    "ld_main": dict(type="LocalizationDistillation"),
+    "ld_vlr": dict(type="LocalizationDistillation", region="vlr"),
+    "soft": dict(type="SoftTargets"),
+    "soft_main": dict(type="SoftTargets", region="main", activation="softmax"),
+}
+BATCHES = {
+    "unequal": BOXES,  # 1 and 2 objects on the first process, 3 and 1 on the second
+    "one sided": (*BOXES[1:3], [], []),  # no object at all on the second process
+}
+
+
+def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)) -> dict[str, Any]:
+    """The loss on a share of the batch, and the distillation gradient; under several processes the mean that DDP takes."""
+    entry = distilled(
+        detector(frozen_bn=True), detector(width=6, channels=12), teacher, terms=[{**TERMS[term], "name": "term"}]
+    )
+    model = build(entry)
+    wrapped = model
+    if dist.is_initialized():
+        wrapped = MMDistributedDataParallel(
+            model, device_ids=None, broadcast_buffers=False, find_unused_parameters=False
+        )
+    wrapped.train()
+    data = model.data_preprocessor(part(raw_batch(boxes), share), True)
+    found = wrapped(**data, mode="loss")
+    total = distillation(found)
+    host = {k: sum(v) if isinstance(v, list) else v for k, v in found.items() if not k.startswith("distill.")}
+    (total + 0 * sum(host.values())).backward()
+    return {
+        "loss": total.detach(),
+        "host": {name: value.item() for name, value in host.items()},
+        "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+def main(rank: int, world: int, store: str, teacher: str, out: str) -> None:
+    """One process: every term on every batch; its results go to ``out``."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
+    )
+    share = slice(2 * rank, 2 * rank + 2)
+    results: dict[tuple[str, str], dict[str, Tensor]] = {}
+    for name, boxes in BATCHES.items():
+        for term in TERMS:
+            results[name, term] = gradients_of(teacher, term, boxes, share)
+    torch.save(results, out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])
