@@ -223,7 +223,8 @@ class Distiller(HostDistiller):
     """Distillation in plain PyTorch: one module around student and teacher.
 
     Train ``distiller.parameters()`` (the student's and the adapters'), wrap the distiller in DDP or
-    ``accelerator.prepare``, save ``distiller.student``. A call in eval mode runs the student alone.
+    ``accelerator.prepare``, save ``distiller.student``. A call in eval mode runs the student alone. Iterations are counted and
+    saved with ``state_dict``; for schedules by epoch set ``distiller.epoch``, also after resuming.
 
     Args:
         student: the model to train.

@@ -63,7 +63,10 @@ class All(Region):
 
 @REGIONS.register("foreground")
 class Foreground(Region):
-    """Positions on a ground-truth box; each box weighs 1 in total, so that small objects count as much as large ones."""
+    """Positions on a ground-truth box; each box weighs 1 in total, so that small objects count as much as large ones.
+
+    Overlapped positions belong to the smallest box; a box that smaller ones hide altogether weighs nothing.
+    """
 
     needs = frozenset({"boxes"})
 

@@ -77,8 +77,8 @@ class Teacher:
         return torch.autocast(device_type, dtype=dtype, enabled=self.precision in _DTYPES)
 
     def ensure_eval(self) -> None:
-        """Back to eval mode if anything switched the model."""
-        if self.model.training:
+        """Back to eval mode if anything switched the model, or a part of it."""
+        if any(module.training for module in self.model.modules()):
             self.model.eval()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:

@@ -206,9 +206,12 @@ class FeatureImitation(TapTerm):
         pairs = self.pairs(student, teacher)
         for adapter, (s, t, _, _) in zip(self.adapters, pairs, strict=True):
             weight = self.region(batch, t)
+            if weight is not None and t.ndim == 4:
+                # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
+                t = t.masked_fill((weight == 0)[:, None], 0)
             items = self.loss(adapter(s, t), t, dim=1 if t.ndim == 4 else -1, reduction="none")
             ratio = weighted_ratio(items, weight)
-            numerators.append(ratio.numerator / len(pairs))
+            numerators.append(ratio.numerator)
             denominators.append(ratio.denominator)
         return _stack(numerators, denominators)
 
@@ -221,6 +224,8 @@ class Hint(FeatureImitation):
 @TERMS.register
 class SoftTargets(TapTerm):
     """Softened class probabilities (Hinton et al. 2015, arXiv 1503.02531), mean over items; optionally mixed with the labels.
+
+    Several taps weigh alike: the mean of their losses.
 
     Args:
         tap: class logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
@@ -357,7 +362,8 @@ def _class_dim(logits: Tensor) -> int:
 
 
 def _stack(numerators: Sequence[Tensor], denominators: Sequence[Tensor]) -> Ratio:
-    return Ratio(torch.stack(list(numerators)), torch.stack(list(denominators)))
+    """The mean of several losses, each with its own denominator."""
+    return Ratio(torch.stack(list(numerators)) / len(numerators), torch.stack(list(denominators)))
 
 
 def _parse(taps: Any) -> list[Tap]:
