@@ -198,9 +198,8 @@ def distilled(
     """The ``model`` entry of a distilled detector: the student's own, with its type moved to ``student``."""
     model = copy.deepcopy(student)
     kind = model.pop("type")
-    return dict(
-        model, type="DistilledDetector", student=kind, teacher=dict(config=teacher, checkpoint=checkpoint), **settings
-    )
+    learning = dict(teacher=dict(config=teacher, checkpoint=checkpoint), **settings)
+    return dict(model, type="DistilledDetector", student=kind, **copy.deepcopy(learning))
 
 
 def scenes(root: Path) -> str:

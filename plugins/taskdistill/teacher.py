@@ -100,6 +100,8 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False, safe_types: Sequ
             checkpoint = torch.load(file, map_location="cpu", weights_only=not trusted)
     except Exception as error:
         text = str(error)
+        if "Unsupported operand" in text:
+            raise DistillError(f"cannot read checkpoint {path}: it is no file that torch.save writes") from None
         if "weights_only" in text or "Unsupported" in text or "Weights only" in text:
             reason = next((line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
             raise UnsafeCheckpoint(

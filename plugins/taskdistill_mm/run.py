@@ -122,7 +122,7 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
             total.backward()
         rows = model.distiller.rows if model.distiller is not None else []
         print_rows([row._asdict() for row in rows], title=f"{type(model).__name__}: wiring")
-        print_rows([{"loss": k, "first step": f"{float(v):.4g}"} for k, v in values.items()], title="one step")
+        print_rows([{"loss": k, "first step": f"{v.item():.4g}"} for k, v in values.items()], title="one step")
         for handler in runner.logger.handlers:
             handler.close()
     return rows

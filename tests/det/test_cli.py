@@ -1,0 +1,166 @@
+"""The command line on detection configs: what works exits 0, a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from det_support import (
+    CLASSES,
+    EVERY_TERM,
+    TERM_NAMES,
+    build,
+    detector,
+    distilled,
+    needs_resume,
+    runner_config,
+    save_plain,
+)
+from taskdistill.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path, scenes, teacher_model, teacher_checkpoint):
+    """A config file; its entries can be changed before it is written."""
+
+    def write(change=lambda model: None, **settings):
+        model = distilled(detector(), teacher_model, teacher_checkpoint, **EVERY_TERM)
+        change(model)
+        path = tmp_path / "distilled.py"
+        runner_config(model, scenes, tmp_path / "work", iters=2, **settings).dump(path)
+        return str(path)
+
+    return write
+
+
+def fails(capsys, arguments, *parts):
+    """The command exits with 2 and one line on stderr that has all the parts."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line]
+    assert len(lines) == 1 and lines[0].startswith("taskdistill: error: "), said
+    for part in parts:
+        assert part in said, said
+
+
+def test_check_prints_the_wiring_and_leaves_nothing_behind(config, capsys, tmp_path):
+    path = config()
+    assert main(["check", path]) == 0
+    said = capsys.readouterr().out
+    assert "DistilledGFL: wiring" in said
+    for name in TERM_NAMES:
+        assert name in said and f"distill.{name}.loss" in said
+    for cell in ("neck[*]", "ConvAdapter 8→12", "1×8×16×16", "1×12×16×16", "foreground", "vlr", "0.25"):
+        assert cell in said, cell
+    assert not (tmp_path / "work").exists()
+
+
+def test_train_and_export(config, capsys, tmp_path):
+    path, work = config(), tmp_path / "elsewhere"
+    assert main(["train", path, "--work-dir", str(work), "--seed", "5", "--cfg-options", "train_cfg.max_iters=2"]) == 0
+    assert main(["export", str(work / "iter_2.pth"), str(tmp_path / "out" / "student.pth")]) == 0
+    build(detector()).load_state_dict(torch.load(tmp_path / "out" / "student.pth", weights_only=True)["state_dict"])
+    assert Config.fromfile(tmp_path / "out" / "student.py").randomness.seed == 5
+
+
+@needs_resume
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume", "work/iter_2.pth"]])
+def test_train_goes_on_where_it_stopped(config, tmp_path, monkeypatch, resume):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", config()]) == 0
+    assert main(["train", config(), *resume, "--cfg-options", "train_cfg.max_iters=4"]) == 0
+    last = torch.load("work/iter_4.pth", weights_only=False)
+    assert len(last["message_hub"]["log_scalars"]["train/loss"].data[0]) == 4
+
+
+def test_list_names_terms_and_recipes(capsys):
+    assert main(["list"]) == 0
+    said = capsys.readouterr().out
+    for name in ("LocalizationDistillation", "SoftTargets", "FeatureImitation", "foreground", "WarmUp", "localization"):
+        assert name in said
+    assert main(["list", "localization"]) == 0
+    printed = capsys.readouterr().out
+    namespace: dict = {}
+    exec(printed, namespace)  # it is meant to be pasted into a config
+    assert [term["name"] for term in namespace["terms"]] == ["ld_main", "ld_vlr", "class_main"]
+    fails(capsys, ["list", "localisation"], "'localization'")
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        pytest.param(
+            lambda m: m["terms"].append(dict(type="FeatureImitation", tap="backbone.layer9")),
+            ("no module 'backbone.layer9'", "did you mean"),
+            id="tap",
+        ),
+        pytest.param(
+            lambda m: m["terms"].append(dict(type="SoftTargets", wieght=1)), ("'wieght'", "'weight'"), id="typo"
+        ),
+        pytest.param(
+            lambda m: m["terms"].append(dict(type="SoftTargets", weight=-1)), ("weight must be",), id="weight"
+        ),
+        pytest.param(
+            lambda m: m["teacher"].update(checkpoint="absent.pth"), ("checkpoint not found: absent.pth",), id="file"
+        ),
+        pytest.param(lambda m: m["teacher"].update(config="absent.py"), ("config not found: absent.py",), id="config"),
+        pytest.param(
+            lambda m: m["teacher"].update(config=detector(width=8)), ("does not fit the teacher GFL",), id="weights"
+        ),
+        pytest.param(lambda m: m["teacher"].update(config=detector("ATSS")), ("teacher's ATSSHead",), id="head"),
+        pytest.param(lambda m: m.update(recipe="localisation"), ("'localization'",), id="recipe"),
+    ],
+)
+def test_a_mistake_in_the_config(config, capsys, command, change, parts):
+    fails(capsys, [command, config(change)], *parts)
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+def test_other_classes(config, capsys, command, tmp_path, teacher_model):
+    other = save_plain(tmp_path / "other.pth", build(teacher_model), (*CLASSES[:9], "zebra"))
+    fails(capsys, [command, config(lambda m: m["teacher"].update(checkpoint=other))], "other classes", "zebra")
+
+
+def test_mistakes_on_the_command_line(config, capsys, tmp_path):
+    path = config()
+    fails(capsys, ["check", "absent.py"], "config not found: absent.py")
+    fails(capsys, ["train", "absent.py"], "config not found: absent.py")
+    fails(capsys, ["check", path, "--cfg-options", "train_cfg.max_iters"], "--cfg-options takes KEY=VALUE")
+    fails(capsys, ["export", "absent.pth", str(tmp_path / "out.pth")], "checkpoint not found: absent.pth")
+    if not torch.cuda.is_available():
+        fails(capsys, ["train", path, "--amp"], "--amp needs a GPU")
+    with pytest.raises(SystemExit) as caught:
+        main(["trian", path])
+    assert caught.value.code == 2
+
+
+def test_checking_a_plain_config_says_what_to_set(config, capsys, tmp_path, scenes):
+    path = tmp_path / "plain.py"
+    runner_config(detector(), scenes, tmp_path / "work").dump(path)
+    fails(capsys, ["check", str(path)], "trains a plain GFL; set model.type='DistilledDetector'")
+
+
+def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(config, tmp_path):
+    path = config(lambda m: m["teacher"].update(chekpoint="t.pth"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("plugins", "det"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "taskdistill", "check", path],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2
+    assert done.stderr == "taskdistill: error: teacher takes no argument 'chekpoint'; did you mean 'checkpoint'?\n"
+    assert "Traceback" not in done.stdout
