@@ -1,0 +1,112 @@
+"""Pairs of unlike detectors: depth, width, backbone family, head, normalisation and channel order."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from det_support import (
+    EVERY_TERM,
+    build,
+    detector,
+    distilled,
+    gradients,
+    losses,
+    raw_batch,
+    run,
+    runner_config,
+    save_teacher,
+)
+
+FEATURES = [
+    dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
+    dict(type="FeatureImitation", student_tap="backbone[*]", teacher_tap="backbone[*]", name="stages"),
+]
+PREDICTIONS = [dict(type="SoftTargets"), dict(type="SoftTargets", name="soft_vlr", region="vlr")]
+PAIRS = {
+    "deeper and wider": (detector(), detector(depth=50, width=4, channels=16, convs=2), "localization"),
+    "PVT learns from ResNet": (
+        detector(backbone="PyramidVisionTransformer", width=8),
+        detector(width=6),
+        "localization",
+    ),
+    "ResNet learns from Swin": (detector(), detector(backbone="SwinTransformer", width=8, channels=12), "localization"),
+    "GFL learns from ATSS": (detector(), detector("ATSS", width=6), None),
+    "ATSS learns from GFL": (detector("ATSS"), detector(width=6), None),
+}
+
+
+@pytest.mark.parametrize("pair", list(PAIRS))
+def test_the_pair_learns(tmp_path, pair):
+    student, teacher, recipe = PAIRS[pair]
+    checkpoint = save_teacher(tmp_path / "teacher.pth", teacher)
+    model = build(distilled(student, teacher, checkpoint, recipe=recipe, terms=[*FEATURES, *PREDICTIONS]))
+    found = losses(model, raw_batch())
+    ours = {name: value for name, value in found.items() if name.startswith("distill.")}
+    assert len(ours) == len(FEATURES) + len(PREDICTIONS) + (3 if recipe else 0)
+    for name, value in ours.items():
+        assert torch.isfinite(value) and value > 0, name
+    sum(value for name, value in found.items() if "loss" in name).backward()
+    for name, parameter in model.distiller.named_parameters():
+        assert parameter.grad.abs().sum() > 0, name
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+
+def test_a_transformer_student_trains_through_the_runner(tmp_path, scenes, teacher_model, teacher_checkpoint):
+    student = detector(backbone="SwinTransformer", width=8)
+    entry = distilled(student, teacher_model, teacher_checkpoint, recipe="localization", terms=FEATURES[:1])
+    runner = run(runner_config(entry, scenes, tmp_path, iters=1))
+    build(student).load_state_dict(runner.model.state_dict(), strict=True)
+
+
+def test_taps_on_grids_of_other_sizes_are_resized(teacher_model, teacher_checkpoint):
+    term = dict(type="FeatureImitation", student_tap="neck[0]", teacher_tap="neck[1]")
+    model = build(distilled(detector(), teacher_model, teacher_checkpoint, terms=[term]))
+    assert model.distiller.rows[0].adapter == "ConvAdapter 8→12, resize"
+    found = losses(model, raw_batch())["distill.feature_imitation.loss"]
+    found.backward()
+    assert found > 0 and all(p.grad.abs().sum() > 0 for p in model.distiller.parameters())
+
+
+def other_view(model, **preprocessor):
+    model = copy.deepcopy(model)
+    model["data_preprocessor"].update(preprocessor)
+    return model
+
+
+@pytest.mark.parametrize(
+    "preprocessor",
+    [
+        dict(mean=[0.0, 0.0, 0.0], std=[255.0, 255.0, 255.0], bgr_to_rgb=True),
+        dict(mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], bgr_to_rgb=False),  # caffe
+        dict(pad_value=3),
+        dict(mean=[10.0, 20.0, 30.0], std=[40.0, 50.0, 60.0], bgr_to_rgb=False, pad_value=-1),
+    ],
+)
+def test_the_teacher_sees_the_batch_as_its_own_preprocessor_makes_it(teacher_model, teacher_checkpoint, preprocessor):
+    # The oracle is the teacher's own data_preprocessor on the raw images.
+    teacher = other_view(teacher_model, **preprocessor)
+    model = build(distilled(detector(frozen_bn=True), teacher, teacher_checkpoint, **EVERY_TERM))
+    batch = raw_batch(sizes=[(96, 96), (90, 96), (96, 94), (92, 93)])
+    seen = []
+    inner = model.distiller.teacher.model
+    original = inner.extract_feat
+    inner.extract_feat = lambda inputs: seen.append(inputs) or original(inputs)
+    losses(model, batch)
+    expected = inner.data_preprocessor(copy.deepcopy(batch), True)["inputs"]
+    torch.testing.assert_close(seen[0], expected, rtol=1e-4, atol=1e-4)
+    for image, (height, width) in zip(seen[0], [(96, 96), (90, 96), (96, 94), (92, 93)], strict=True):
+        fill = preprocessor.get("pad_value", 0)
+        assert (image[:, height:] == fill).all() and (image[:, :, width:] == fill).all()
+
+
+def test_the_same_preprocessing_is_the_very_same_tensor(teacher_model, teacher_checkpoint):
+    model = build(distilled(detector(), teacher_model, teacher_checkpoint, terms=FEATURES[:1]))
+    seen = []
+    for inner in (model, model.distiller.teacher.model):
+        original = inner.extract_feat
+        inner.extract_feat = lambda inputs, original=original: seen.append(inputs) or original(inputs)
+    losses(model, raw_batch())
+    assert len(seen) == 2 and seen[0] is seen[1]

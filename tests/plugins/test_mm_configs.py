@@ -1,0 +1,95 @@
+"""Configs of mm projects: found, read, and turned back into the plain student's."""
+
+from __future__ import annotations
+
+import pytest
+from mmengine.config import Config, ConfigDict
+
+from taskdistill.errors import DistillError
+from taskdistill_mm.configs import (
+    MissingConfig,
+    is_distilled,
+    load_config,
+    model_of,
+    plain_config,
+    plain_model,
+    student_config,
+)
+
+STUDENT = dict(type="Student", width=4, data_preprocessor=dict(type="Prepare"))
+BESIDE = dict(
+    type="DistilledDetector",
+    student="Student",
+    width=4,
+    data_preprocessor=dict(type="Prepare"),
+    teacher=dict(config="teacher.py", checkpoint="teacher.pth"),
+    terms=[dict(type="SoftTargets")],
+    recipe="localization",
+    dry_run_size=64,
+)
+WHOLE = {key: value for key, value in BESIDE.items() if key not in ("width", "data_preprocessor")} | {
+    "student": STUDENT
+}
+
+
+def test_a_config_is_a_path_a_dict_a_model_or_a_config(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text("model = dict(type='Student', width=4)\n")
+    for source in (path, str(path), dict(model=dict(type="Student", width=4)), dict(type="Student", width=4)):
+        assert load_config(source).model == dict(type="Student", width=4)
+    config = Config(dict(model=STUDENT))
+    assert load_config(config) is config
+
+
+@pytest.mark.parametrize("source", ["absent.py", "nosuchpackage::gfl.py", "mmengine::absent/absent.py"])
+def test_a_missing_config_names_itself(source):
+    with pytest.raises(MissingConfig, match="config not found") as caught:
+        load_config(source)
+    assert source in str(caught.value)
+
+
+def test_the_top_level_preprocessor_goes_into_the_model_where_it_has_none():
+    assert model_of(Config(dict(model=dict(type="A"), data_preprocessor=dict(type="P")))) == dict(
+        type="A", data_preprocessor=dict(type="P")
+    )
+    kept = model_of(
+        Config(dict(model=dict(type="A", data_preprocessor=dict(type="Own")), data_preprocessor=dict(type="P")))
+    )
+    assert kept.data_preprocessor.type == "Own"
+    with pytest.raises(DistillError, match="no 'model'"):
+        model_of(Config(dict(lr=1)))
+
+
+@pytest.mark.parametrize("model", [BESIDE, WHOLE])
+def test_a_distilled_model_is_its_plain_student(model):
+    assert is_distilled(model) and not is_distilled(STUDENT)
+    assert plain_model(ConfigDict(model)) == STUDENT
+    plain = ConfigDict(STUDENT)
+    assert plain_model(plain) is plain
+
+
+def test_a_whole_student_takes_a_preprocessor_from_beside_and_nothing_else():
+    bare = dict(type="Student", width=4)
+    assert student_config(bare, dict(data_preprocessor=dict(type="Prepare"))) == STUDENT
+    assert student_config(STUDENT, dict(data_preprocessor=dict(type="Other"))) == STUDENT
+    with pytest.raises(DistillError, match="'width' must go into it"):
+        student_config(bare, dict(width=8))
+
+
+@pytest.mark.parametrize(
+    ("imports", "left"),
+    [
+        (dict(imports=["taskdistill_det"]), None),
+        (dict(imports="taskdistill_det", allow_failed_imports=False), None),
+        (dict(imports=["mine", "taskdistill_det"], allow_failed_imports=False), ["mine"]),
+        (None, None),
+    ],
+)
+def test_the_plain_config_imports_nothing_of_ours(imports, left):
+    config = Config(dict(model=BESIDE, lr=0.1, **(dict(custom_imports=imports) if imports else {})))
+    before = config.to_dict()
+    plain = plain_config(config)
+    assert plain.model == STUDENT and plain.lr == 0.1
+    assert plain.get("custom_imports", {}).get("imports") == left
+    assert config.to_dict() == before
+    assert "taskdistill" not in plain.pretty_text
