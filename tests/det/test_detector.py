@@ -10,6 +10,7 @@ import pytest
 import torch
 from mmdet.models import GFL
 from mmdet.registry import MODELS
+from mmengine.config import ConfigDict
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
@@ -62,6 +63,23 @@ def test_without_terms_losses_and_gradients_of_one_step_are_the_plain_hosts():
 
 def _random_state():
     return torch.random.get_rng_state(), np.random.get_state()[1].copy(), np.random.get_state()[2], random.getstate()
+
+
+def test_the_distiller_takes_no_part_in_the_hosts_initialisation(teacher_model, teacher_checkpoint):
+    # An init_cfg of the whole detector reaches every convolution below it, and draws for each.
+    student = detector(init_cfg=dict(type="Kaiming", layer="Conv2d"))
+    found = []
+    for model in (student, distilled(student, teacher_model, teacher_checkpoint, **EVERY_TERM)):
+        made = MODELS.build(ConfigDict(model))
+        adapters = {} if model is student else dict(made.distiller.named_parameters())
+        before = {name: p.detach().clone() for name, p in adapters.items()}
+        torch.manual_seed(2)
+        made.init_weights()
+        found.append((dict(made.state_dict()), torch.random.get_rng_state()))
+        assert_same(before, {name: p.detach() for name, p in adapters.items()})
+    assert before
+    assert_same(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.mark.parametrize("backbone", ["ResNet", "SwinTransformer"])
