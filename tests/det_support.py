@@ -313,6 +313,16 @@ def predictions(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     return [torch.cat([f.bboxes, f.scores[:, None], f.labels[:, None].float()], 1) for f in found]
 
 
+def loadable(checkpoint: Path) -> str:
+    """A Runner's checkpoint for the host to load; upstream mmengine only loads its own when nothing but weights and meta is left."""
+    if mmengine.__version__ != "0.10.7":
+        return str(checkpoint)
+    published = checkpoint.with_name(f"published_{checkpoint.name}")
+    saved = torch.load(checkpoint, weights_only=False)
+    torch.save({"meta": saved["meta"], "state_dict": saved["state_dict"]}, published)
+    return str(published)
+
+
 def part(batch: dict[str, Any], images: slice) -> dict[str, Any]:
     """Some images of a raw batch."""
     return {key: values[images] for key, values in batch.items()}

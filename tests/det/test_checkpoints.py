@@ -18,6 +18,7 @@ from det_support import (
     detector,
     distilled,
     history,
+    loadable,
     momentum,
     needs_resume,
     predictions,
@@ -83,7 +84,7 @@ def test_a_saved_student_is_a_plain_student_and_tests_alike(tmp_path, scenes, mo
 
     metrics = []
     for name, entry in (("plain", detector()), ("distilled", model)):
-        config = runner_config(entry, scenes, tmp_path / name, load_from=str(checkpoint))
+        config = runner_config(entry, scenes, tmp_path / name, load_from=loadable(checkpoint))
         metrics.append(Runner.from_cfg(config).test())
     assert metrics[0] == metrics[1] and "coco/bbox_mAP" in metrics[0]
     # The distilled Runner's own loops, without a checkpoint in between.

@@ -14,7 +14,7 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from det_support import EVERY_TERM, assert_same, build, detector, distilled, run, runner_config, save_teacher
+from det_support import EVERY_TERM, assert_same, build, detector, distilled, loadable, run, runner_config, save_teacher
 from taskdistill.errors import DistillError, UnsafeCheckpoint
 from taskdistill.teacher import read_checkpoint
 from taskdistill_mm.checkpoints import SAFE_TYPES, export_student
@@ -62,7 +62,7 @@ def expected(trained, image):
 
 
 def test_init_detector_with_the_distilled_config(trained, image, expected):
-    model = init_detector(str(trained / "distilled.py"), str(trained / "work" / "iter_2.pth"), device="cpu")
+    model = init_detector(str(trained / "distilled.py"), loadable(trained / "work" / "iter_2.pth"), device="cpu")
     found = inference_detector(model, image).pred_instances
     assert torch.equal(found.bboxes, expected.bboxes) and torch.equal(found.scores, expected.scores)
     assert model.dataset_meta["classes"] == tuple("0123456789")
@@ -72,7 +72,7 @@ def test_init_detector_with_the_distilled_config(trained, image, expected):
 def test_det_inferencer(trained, image, expected, given):
     model = str(trained / "distilled.py") if given == "config and weights" else None
     inferencer = DetInferencer(
-        model=model, weights=str(trained / "work" / "iter_2.pth"), device="cpu", show_progress=False
+        model=model, weights=loadable(trained / "work" / "iter_2.pth"), device="cpu", show_progress=False
     )
     (found,) = inferencer(image, no_save_vis=True)["predictions"]
     np.testing.assert_allclose(found["bboxes"], expected.bboxes.numpy(), rtol=1e-5)
@@ -82,7 +82,9 @@ def test_det_inferencer(trained, image, expected, given):
 
 def test_a_runner_tests_and_validates_without_the_teacher(trained, tmp_path):
     config = Config.fromfile(trained / "distilled.py")
-    config.update(work_dir=str(tmp_path), load_from=str(trained / "work" / "iter_2.pth"), experiment_name="no teacher")
+    config.update(
+        work_dir=str(tmp_path), load_from=loadable(trained / "work" / "iter_2.pth"), experiment_name="no teacher"
+    )
     runner = Runner.from_cfg(config)
     assert "coco/bbox_mAP" in runner.test()
     assert "coco/bbox_mAP" in runner.val()
@@ -93,7 +95,7 @@ def test_a_runner_tests_and_validates_without_the_teacher(trained, tmp_path):
 def test_inference_works_without_the_teachers_config_too(trained, image, expected, tmp_path):
     config = Config.fromfile(trained / "distilled.py")
     config.model.teacher = dict(config="gone/teacher.py", checkpoint="gone/teacher.pth")
-    model = init_detector(config, str(trained / "work" / "iter_2.pth"), device="cpu")
+    model = init_detector(config, loadable(trained / "work" / "iter_2.pth"), device="cpu")
     found = inference_detector(model, image).pred_instances
     assert torch.equal(found.bboxes, expected.bboxes)
 
