@@ -9,15 +9,16 @@ from .registry import RECIPES
 
 @RECIPES.register
 def localization(
-    main: float = 0.25, vlr: float = 0.25, classes: float = 10.0, temperature: float = 10.0
+    main: float = 0.25, vlr: float = 0.25, classes: float = 10.0, temperature: float = 10.0, schedule: Any = None
 ) -> list[dict[str, Any]]:
     """LD (CVPR 2022): box distributions on the main and the valuable region, class distillation on the positives.
 
     Args:
         main, vlr, classes: the weights of the three terms.
         temperature: of the box distributions; the classes' is 2.
+        schedule: of all three weights.
     """
-    return [
+    terms: list[dict[str, Any]] = [
         dict(type="LocalizationDistillation", name="ld_main", region="main", temperature=temperature, weight=main),
         dict(type="LocalizationDistillation", name="ld_vlr", region="vlr", temperature=temperature, weight=vlr),
         dict(
@@ -30,3 +31,4 @@ def localization(
             weight=classes,
         ),
     ]
+    return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]

@@ -70,9 +70,15 @@ class Term(nn.Module):
             raise DistillError(f"{kind}: weight must be a number >= 0, got {weight!r}")
         self.weight = float(weight)
         self.schedule = build_schedule(schedule)
-        self.name = name if name is not None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind).lower()
+        self.name = (
+            name if name is not None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.removesuffix("Loss")).lower()
+        )
         if not re.fullmatch(r"\w+", self.name):
             raise DistillError(f"{kind}: a name is letters, digits and underscores, got {self.name!r}")
+        if "loss" in self.name:
+            raise DistillError(
+                f"{kind}: a name must not contain 'loss' (hosts add up whatever is called so), got {self.name!r}"
+            )
         self.rows: list[WiringRow] = []
 
     def weight_at(self, step: Step) -> float:

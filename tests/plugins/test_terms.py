@@ -370,3 +370,13 @@ def test_unpadded_and_padded_inputs_of_one_image_teach_the_same():
 def test_the_base_term_is_abstract():
     with pytest.raises(NotImplementedError):
         Term()(None, None, Batch())
+
+
+def test_a_name_with_loss_in_it_is_refused_because_hosts_add_up_such_keys():
+    with pytest.raises(DistillError, match="must not contain 'loss'"):
+        SoftTargets(name="my_loss")
+
+    class WarpLoss(SoftTargets):
+        pass
+
+    assert WarpLoss().name == "warp"
