@@ -6,8 +6,16 @@ require("mmdet", "taskdistill_det")
 
 from .detector import DistilledDetector  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
-from .recipes import localization  # noqa: E402
+from .recipes import imitation, localization  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .soft_targets import SoftTargets  # noqa: E402
 
-__all__ = ["RECIPES", "TERMS", "DistilledDetector", "LocalizationDistillation", "SoftTargets", "localization"]
+__all__ = [
+    "RECIPES",
+    "TERMS",
+    "DistilledDetector",
+    "LocalizationDistillation",
+    "SoftTargets",
+    "imitation",
+    "localization",
+]

@@ -32,3 +32,15 @@ def localization(
         ),
     ]
     return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]
+
+
+@RECIPES.register
+def imitation(
+    weight: float = 1.0, tap: str = "neck[*]", region: str = "foreground", schedule: Any = None
+) -> list[dict[str, Any]]:
+    """Hint on the pyramid (Chen et al., NeurIPS 2017): 1×1 adapters, every box weighing the same however small.
+
+    Args:
+        weight, tap, region, schedule: those of its one term.
+    """
+    return [dict(type="FeatureImitation", tap=tap, region=region, weight=weight, schedule=schedule)]
