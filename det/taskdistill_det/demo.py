@@ -8,13 +8,17 @@ the test scenes.
 from __future__ import annotations
 
 import copy
+import io
 import logging
 import os
+import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import cv2
 import numpy as np
@@ -180,8 +184,8 @@ class _Progress(Hook):
 
     priority = "VERY_LOW"
 
-    def __init__(self, title: str, every: int) -> None:
-        self.title, self.every = title, every
+    def __init__(self, title: str, every: int, terminal: TextIO) -> None:
+        self.title, self.every, self.terminal = title, every, terminal
         self.start = time.perf_counter()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
@@ -196,6 +200,7 @@ class _Progress(Hook):
         print(
             f"\r{self.title:<28} {done:>5}/{runner.max_iters}  loss {loss:6.3f}{shown}  {seconds:4.0f} s, {left:4.0f} s left ",
             end="\n" if done == runner.max_iters else "",
+            file=self.terminal,
             flush=True,
         )
 
@@ -225,11 +230,15 @@ def train(
     cfg = config(model, data, work_dir, seed, iterations)
     if split != "test":
         cfg.test_dataloader, cfg.test_evaluator = cfg.val_dataloader, cfg.val_evaluator
-    runner = Runner.from_cfg(cfg)
-    runner.register_hook(_Progress(f"{method} (seed {seed})", every=max(iterations // 60, 1)))
-    _quiet(runner.logger)
-    runner.train()
-    tested = runner.test()
+    progress = _Progress(f"{method} (seed {seed})", max(iterations // 60, 1), sys.stdout)
+    # The COCO tools print a page at every evaluation.
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runner = Runner.from_cfg(cfg)
+        runner.register_hook(progress)
+        _quiet(runner.logger)
+        runner.train()
+        tested = runner.test()
     scalars = runner.message_hub.log_scalars
     student = runner.model
     complexity = get_model_complexity_info(_plain(student), (3, SIZE, SIZE), show_table=False, show_arch=False)
@@ -304,9 +313,9 @@ def distilled(teacher: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def choose(recipes: str) -> list[str]:
-    """Names from ``"default"``, ``"all"`` or a list with commas between."""
-    if recipes == "all":
-        return list(RECIPES)
+    """Names from ``"default"``, ``"all"``, ``"none"`` or a list with commas between."""
+    if recipes in ("all", "none"):
+        return list(RECIPES) if recipes == "all" else []
     names = list(DEFAULT) if recipes == "default" else [name.strip() for name in recipes.split(",") if name.strip()]
     unknown = [name for name in names if name not in RECIPES]
     if unknown or not names:
@@ -325,7 +334,7 @@ def main(
 
     Args:
         seeds: how many seeds, from 0.
-        recipes: ``"default"``, ``"all"``, or names with commas between.
+        recipes: ``"default"``, ``"all"``, ``"none"``, or names with commas between.
         out: where results go.
         device: ``"cpu"`` keeps a machine's GPUs out of it.
         iterations: of every training; the default is what the README's table was made with.

@@ -74,7 +74,8 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="teacher, plain and distilled students on embedded data")
     demo.add_argument("task", nargs="?", default="all", choices=["all", *HOSTS])
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
-    demo.add_argument("--recipes", default="default", help="'default', 'all', or names with commas between")
+    demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
+    demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", help="cpu or cuda")
     demo.set_defaults(run=_demo)
@@ -136,7 +137,14 @@ def _show_recipe(name: str) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     if arguments.seeds < 1:
         raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
+    if arguments.iterations is not None and arguments.iterations < 1:
+        raise DistillError(f"--iterations must be at least 1, got {arguments.iterations}")
+    extra = {} if arguments.iterations is None else {"iterations": arguments.iterations}
     for task in HOSTS if arguments.task == "all" else [arguments.task]:
         plugin(task, "demo").main(
-            seeds=arguments.seeds, recipes=arguments.recipes, out=f"{arguments.out}/{task}", device=arguments.device
+            seeds=arguments.seeds,
+            recipes=arguments.recipes,
+            out=f"{arguments.out}/{task}",
+            device=arguments.device,
+            **extra,
         )
