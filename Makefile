@@ -19,6 +19,8 @@ PYTEST_ARGS ?=
 
 VENV ?= $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
+# Named after the torch it stands for, so that another TORCH= installs anew (and compiles mmcv against it).
+TORCH_STAMP := $(VENV)/.$(subst /,_,$(subst $() ,_,$(TORCH)))
 PIP := $(BIN)/pip --disable-pip-version-check
 MMCV_onedl := onedl-mmcv
 MM_onedl := onedl-mmengine onedl-mmdetection onedl-mmsegmentation
@@ -32,16 +34,16 @@ CONSTRAINTS := -c constraints/common.txt -c constraints/$(STACK).txt -c $(VENV)/
 env: $(VENV)/.ready
 
 # Torch first and pinned: everything later is held to it, so that nothing pulls another build.
-$(VENV)/.torch:
+$(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip
 	$(PIP) install --quiet "setuptools<81" wheel ninja psutil "$(TORCH)" -c constraints/common.txt
-	$(PIP) freeze | grep -E '^torch==' > $(VENV)/torch.txt
+	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/torch.txt
 	echo 'setuptools<81' >> $(VENV)/torch.txt
 	touch $@
 
 # Compiles the ops: about eight minutes on two cores; pip keeps the wheel for the next time.
-$(VENV)/.mmcv: $(VENV)/.torch constraints/$(STACK).txt
+$(VENV)/.mmcv: $(TORCH_STAMP) constraints/$(STACK).txt
 	@echo "compiling mmcv's ops; about 8 minutes on two cores the first time"
 	MMCV_WITH_OPS=1 $(PIP) install --quiet --no-build-isolation $(MMCV_$(STACK)) $(CONSTRAINTS)
 	touch $@

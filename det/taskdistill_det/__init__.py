@@ -6,7 +6,7 @@ require("mmdet", "taskdistill_det")
 
 from .detector import DistilledDetector  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
-from .recipes import imitation, localization  # noqa: E402
+from .recipes import combined, imitation, localization  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .soft_targets import SoftTargets  # noqa: E402
 
@@ -16,6 +16,7 @@ __all__ = [
     "DistilledDetector",
     "LocalizationDistillation",
     "SoftTargets",
+    "combined",
     "imitation",
     "localization",
 ]

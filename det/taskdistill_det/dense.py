@@ -171,7 +171,7 @@ class Assignment:
     def _valuable(self, anchors: Tensor, seen: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
         # The thresholds are the assigner's, so they are taken from the anchors that it saw, padding and all.
         weights = anchors.new_zeros(len(anchors))
-        counts = [int(level.sum()) for level in seen.split(self.num_per_level)]
+        counts = torch.stack([level.sum() for level in seen.split(self.num_per_level)]).tolist()
         weights[seen] = valuable_region(anchors[seen], counts, boxes, variant=variant)
         return weights
 

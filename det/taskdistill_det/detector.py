@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from taskdistill.regions import Batch
@@ -28,10 +29,16 @@ class DistilledDetector(Graft):
     The arguments are those of :meth:`taskdistill_mm.graft.Graft.build`.
     """
 
-    models = MODELS
-    terms = TERMS
-    recipes = RECIPES
-    fields = frozenset({"boxes", "labels", "image_sizes"})
+    _models = MODELS
+    _terms = TERMS
+    _recipes = RECIPES
+    _fields = frozenset({"boxes", "labels", "image_sizes"})
+
+    @classmethod
+    def _example_samples(cls, size: int) -> list[DetDataSample]:
+        shape = (size, size)
+        meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0))
+        return [DetDataSample(metainfo=meta)]
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
         batch = super()._batch(inputs, data_samples)

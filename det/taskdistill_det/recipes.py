@@ -38,9 +38,25 @@ def localization(
 def imitation(
     weight: float = 1.0, tap: str = "neck[*]", region: str = "foreground", schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """Hint on the pyramid (Chen et al., NeurIPS 2017): 1×1 adapters, every box weighing the same however small.
+    """Hint on the pyramid through 1×1 adapters (Chen et al., NeurIPS 2017), on the objects: every box weighs the same.
 
     Args:
         weight, tap, region, schedule: those of its one term.
     """
     return [dict(type="FeatureImitation", tap=tap, region=region, weight=weight, schedule=schedule)]
+
+
+@RECIPES.register
+def combined(
+    main: float = 1.0, vlr: float = 1.0, classes: float = 5.0, features: float = 1.0, schedule: Any = None
+) -> list[dict[str, Any]]:
+    """``localization`` and ``imitation`` together, with weights tuned on the demo's validation scenes.
+
+    Args:
+        main, vlr, classes, features: the weights of the four terms.
+        schedule: of all of them.
+    """
+    return [
+        *localization(main=main, vlr=vlr, classes=classes, schedule=schedule),
+        *imitation(weight=features, schedule=schedule),
+    ]

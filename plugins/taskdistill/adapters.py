@@ -25,7 +25,7 @@ class ConvAdapter(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's map in the teacher's space; ``teacher`` gives the grid alone."""
-        return resize_to(self.project(student), teacher)
+        return resize_to(self.project(student.to(self.project.weight.dtype)), teacher)
 
     def extra_repr(self) -> str:
         return f"{self.project.in_channels}→{self.project.out_channels}"
@@ -40,7 +40,7 @@ class LinearAdapter(nn.Module):
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's vectors in the teacher's space."""
-        return self.project(student)
+        return self.project(student.to(self.project.weight.dtype))
 
     def extra_repr(self) -> str:
         return f"{self.project.in_features}→{self.project.out_features}"

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except DistillError as error:
         message = str(error)
-    except FileNotFoundError as error:
-        message = f"file not found: {error.filename}" if error.filename else str(error)
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
     else:
         return 0
     print("taskdistill: error: " + " ".join(message.split()), file=sys.stderr)
@@ -77,15 +77,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
-    demo.add_argument("--device", default="cpu", help="cpu or cuda")
+    demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="what distilling costs: step times and memory")
     bench.add_argument("task", choices=list(HOSTS))
     bench.add_argument("--pairs", type=int, default=30, help="interleaved rounds (default: 30)")
-    bench.add_argument("--device", default="cpu", help="cpu or cuda")
+    bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
-    bench.set_defaults(run=lambda a: plugin(a.task, "bench").main(a.pairs, a.device, f"{a.out}/{a.task}"))
+    bench.set_defaults(run=_bench)
     return parser
 
 
@@ -132,6 +132,12 @@ def _show_recipe(name: str) -> None:
         print(
             f"# {task}: {registry.describe()[name]}\nterms = {pformat(registry.get(name)(), sort_dicts=False, width=100)}"
         )
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.pairs < 1:
+        raise DistillError(f"--pairs must be at least 1, got {arguments.pairs}")
+    plugin(arguments.task, "bench").main(arguments.pairs, arguments.device, f"{arguments.out}/{arguments.task}")
 
 
 def _demo(arguments: argparse.Namespace) -> None:

@@ -240,8 +240,6 @@ class Distiller(HostDistiller):
         (F.cross_entropy(out.student, y) + out.loss).backward()
     """
 
-    iteration: Tensor
-
     def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, terms: Sequence[Any], example: Any) -> None:
         if isinstance(teacher, nn.Module):
             trained = {id(p) for p in student.parameters() if p.requires_grad}
@@ -253,7 +251,7 @@ class Distiller(HostDistiller):
         super().__init__(teacher, terms)
         self.student = student
         self.epoch = 0
-        self.register_buffer("iteration", torch.zeros((), dtype=torch.long))
+        self.iteration = 0
         self.teacher.load()
         args, kwargs = _arguments(example)
         self.wire(
@@ -274,7 +272,7 @@ class Distiller(HostDistiller):
         if not self.training:
             return DistillOutput(self.student(*args, **kwargs), {})
         device = next(self.student.parameters()).device
-        step = Step(int(self.iteration), self.epoch)
+        step = Step(self.iteration, self.epoch)
         batch = batch if batch is not None else Batch()
         if targets is not None:
             batch.labels = targets
@@ -285,6 +283,14 @@ class Distiller(HostDistiller):
             output = self.student(*args, **kwargs)
         self.iteration += 1
         return DistillOutput(output, self.losses(student, teacher, batch, step, device))
+
+    def get_extra_state(self) -> dict[str, int]:
+        """The iterations done, for schedules; a part of ``state_dict``."""
+        return {"iteration": self.iteration}
+
+    def set_extra_state(self, state: Mapping[str, int]) -> None:
+        """Restores :meth:`get_extra_state`."""
+        self.iteration = int(state["iteration"])
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

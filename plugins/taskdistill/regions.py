@@ -122,9 +122,9 @@ def foreground_weights(boxes: Sequence[Tensor], padded_size: tuple[int, int], fe
     cover_x = _touched(x1, x2, padded_size[1] / width, width)
     cover = cover_y[:, :, :, None] & cover_x[:, :, None, :] & real[:, :, None, None]
     owner = area[:, :, None, None].expand_as(cover).masked_fill(~cover, torch.inf).argmin(1)
-    won = torch.zeros_like(cover).scatter_(1, owner[:, None], cover.any(1, keepdim=True))
-    share = won / won.sum((2, 3), keepdim=True).clamp(min=1)
-    return share.sum(1)
+    covered = cover.any(1).to(torch.float32)
+    counts = torch.zeros(len(boxes), most, device=device).scatter_add_(1, owner.flatten(1), covered.flatten(1))
+    return covered / counts.gather(1, owner.flatten(1)).view_as(covered).clamp(min=1)
 
 
 def _touched(low: Tensor, high: Tensor, stride: float, count: int) -> Tensor:

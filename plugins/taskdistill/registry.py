@@ -30,12 +30,16 @@ class Registry:
         group: the entry-point group that third parties use; loaded on the first look-up.
         parent: where to look for a name that is not here; a task's registry sits on the core's, and may give its own meaning
             to a name (detection's ``SoftTargets`` is the dense one).
+        refused: names of the parent that mean nothing here, with what to use instead.
     """
 
-    def __init__(self, kind: str, group: str, parent: Registry | None = None) -> None:
+    def __init__(
+        self, kind: str, group: str, parent: Registry | None = None, refused: Mapping[str, str] | None = None
+    ) -> None:
         self.kind = kind
         self.group = group
         self.parent = parent
+        self.refused = dict(refused or {})
         self._own: dict[str, Callable[..., Any]] = {}
         self._loaded = False
 
@@ -85,7 +89,7 @@ class Registry:
         self._load()
         names = dict.fromkeys(self._own)
         if self.parent is not None:
-            names.update(dict.fromkeys(self.parent))
+            names.update(dict.fromkeys(name for name in self.parent if name not in self.refused))
         return iter(names)
 
     def __contains__(self, name: object) -> bool:
@@ -96,6 +100,8 @@ class Registry:
         self._load()
         if name in self._own:
             return self._own[name]
+        if name in self.refused:
+            raise DistillError(f"{self.kind} {name!r} cannot be used here; {self.refused[name]}")
         if self.parent is not None and name in self.parent:
             return self.parent.get(name)
         raise DistillError(f"no {self.kind} is called {name!r}{nearest(name, self)}")
@@ -115,6 +121,8 @@ class Registry:
         if kind is None:
             raise DistillError(f"a {self.kind} needs a 'type', one of {', '.join(self)}; got {dict(spec)}")
         target = self.get(kind) if isinstance(kind, str) else kind
+        if not callable(target):
+            raise DistillError(f"the type of a {self.kind} is a name or a class, got {kind!r}")
         return call(target, arguments, f"{self.kind} {getattr(target, '__name__', kind)}")
 
     def describe(self) -> dict[str, str]:

@@ -30,6 +30,11 @@ class Schedule:
         """The factor at this step."""
         return 1.0
 
+    @property
+    def by_epoch(self) -> bool:
+        """Whether it counts epochs."""
+        return getattr(self, "by", "iter") == "epoch"
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in vars(self).items())})"
 
@@ -60,6 +65,7 @@ class Ramp(Schedule):
         shape: Shape = "linear",
         by: By = "iter",
     ) -> None:
+        _check_counts(type(self).__name__, begin=begin, end=end)
         if not 0 <= begin <= end:
             raise DistillError(f"{type(self).__name__} needs 0 <= begin <= end, got begin={begin}, end={end}")
         if start < 0 or final < 0:
@@ -106,6 +112,7 @@ class Stop(Schedule):
     """The full weight before ``end``, nothing from there on (ESKD, Cho & Hariharan 2019, arXiv 1910.01348)."""
 
     def __init__(self, end: int, *, by: By = "iter") -> None:
+        _check_counts("Stop", end=end)
         if end < 0:
             raise DistillError(f"Stop needs end >= 0, got {end}")
         self.end, self.by = end, _check_by(by)
@@ -122,6 +129,10 @@ class Product(Schedule):
 
     def __call__(self, step: Step) -> float:
         return math.prod(part(step) for part in self.parts)
+
+    @property
+    def by_epoch(self) -> bool:
+        return any(part.by_epoch for part in self.parts)
 
 
 def build_schedule(spec: Any) -> Schedule:
@@ -140,6 +151,12 @@ def _check_by(by: By) -> By:
     if by not in ("iter", "epoch"):
         raise DistillError(f"by must be 'iter' or 'epoch', got {by!r}")
     return by
+
+
+def _check_counts(what: str, **counts: Any) -> None:
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise DistillError(f"{what}: {name} must be a whole number of iterations or epochs, got {value!r}")
 
 
 def _now(step: Step, by: By) -> int:

@@ -77,10 +77,12 @@ class _Source(NamedTuple):
 
 
 class _Seen:
-    """The calls of one source during one pass."""
+    """The calls of one source during one pass; only the side that a tap reads is kept."""
 
-    def __init__(self, copy: bool) -> None:
+    def __init__(self, copy: bool, sides: set[bool]) -> None:
         self.copy = copy
+        self.calls = 0
+        self.keeps_input, self.keeps_output = True in sides, False in sides
         self.inputs: list[Any] = []
         self.outputs: list[Any] = []
         self._versions: list[tuple[Tensor, int]] = []
@@ -103,13 +105,15 @@ class Recording:
     def __init__(self, owner: str, sources: Mapping[Tap, Sequence[_Source]], copied: set[tuple[str, str]]) -> None:
         self.owner = owner
         self._sources = sources
-        self._seen: dict[tuple[str, str], _Seen] = {
-            (s.path, s.method): _Seen((s.path, s.method) in copied) for found in sources.values() for s in found
-        }
+        sides: dict[tuple[str, str], set[bool]] = {}
+        for tap, found in sources.items():
+            for source in found:
+                sides.setdefault((source.path, source.method), set()).add(tap.input)
+        self._seen = {key: _Seen(key in copied, wanted) for key, wanted in sides.items()}
 
     def calls(self, tap: Tap) -> int:
         """How often the tap's module (or method) ran."""
-        return sum(len(self._seen[s.path, s.method].outputs) for s in self._sources[tap])
+        return sum(self._seen[source.path, source.method].calls for source in self._sources[tap])
 
     def __getitem__(self, tap: Tap) -> Any:
         """The tapped value: a list where the module ran more than once or the tap says ``[*]``."""
@@ -123,11 +127,12 @@ class Recording:
                 f"{'' if tap.method == 'forward' else '.' + tap.method + '()'}"
             )
         value = values[0] if len(values) == 1 else values
-        for place, key in enumerate(tap.index[self._consumed(tap) :]):
+        index = tap.index[self._consumed(tap) :]
+        for place, key in enumerate(index):
             if key == "*":
                 if not isinstance(value, (list, tuple)):
                     raise WiringError(f"tap '{tap}' of the {self.owner}: there is no list to take [*] of")
-                if place + 1 < len(tap.index):
+                if place + 1 < len(index):
                     raise WiringError(f"tap '{tap}': [*] can only come last")
                 value = list(value)
             else:
@@ -178,7 +183,7 @@ class Recorder:
         self.owner = owner
         self.taps = tuple(dict.fromkeys(taps))
         self._copied: set[tuple[str, str]] = set()
-        self.expected: dict[Tap, int] = {}
+        self.expected: dict[tuple[str, str], int] = {}
         for tap in self.taps:
             self._resolve(model, tap)
 
@@ -228,8 +233,8 @@ class Recorder:
             self._copied |= stale
             with self.record(model) as recording:
                 run()
+        self.expected = {key: seen.calls for key, seen in recording._seen.items() if seen.calls}
         for tap in self.taps:
-            self.expected[tap] = recording.calls(tap)
             if tap.method == "forward":
                 recording[tap]
         return recording
@@ -253,34 +258,30 @@ class Recorder:
         return recording
 
     @contextmanager
-    def _listening(self, model: nn.Module, stop_at: dict[Tap, int] | None) -> Iterator[Recording]:
+    def _listening(self, model: nn.Module, remaining: dict[tuple[str, str], int] | None) -> Iterator[Recording]:
         sources = {tap: self._resolve(model, tap) for tap in self.taps}
         recording = Recording(self.owner, sources, self._copied)
         wants_gradient = torch.is_grad_enabled()
-        remaining = sum(stop_at.values()) if stop_at else 0
-        weight: dict[tuple[str, str], int] = {}
-        for found in sources.values():
-            for source in found:
-                key = (source.path, source.method)
-                weight[key] = weight.get(key, 0) + 1
 
         def shadow(source: _Source, original: Callable[..., Any]) -> Callable[..., Any]:
             seen = recording._seen[source.path, source.method]
             key = (source.path, source.method)
 
             def forward(*args: Any, **kwargs: Any) -> Any:
-                nonlocal remaining
-                seen.add(seen.inputs, args[0] if args else next(iter(kwargs.values()), None))
+                if seen.keeps_input:
+                    seen.add(seen.inputs, args[0] if args else next(iter(kwargs.values()), None))
                 output = original(*args, **kwargs)
                 if wants_gradient and source.method == "forward" and not torch.is_grad_enabled():
                     raise WiringError(
                         f"tap '{source.path}' of the {self.owner} lies inside a reentrant checkpoint, where no gradient "
                         "reaches it; tap the checkpointed block itself or checkpoint with use_reentrant=False"
                     )
-                seen.add(seen.outputs, output)
-                if stop_at is not None:
-                    remaining -= weight[key]
-                    if remaining <= 0:
+                if seen.keeps_output:
+                    seen.add(seen.outputs, output)
+                seen.calls += 1
+                if remaining is not None:
+                    remaining[key] = remaining.get(key, 0) - 1
+                    if all(count <= 0 for count in remaining.values()):
                         raise _Complete
                 return output
 

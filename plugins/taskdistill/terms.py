@@ -17,7 +17,7 @@ from .adapters import AdapterKind, build_adapter
 from .errors import DistillError, WiringError
 from .losses import Ratio, hint, logit_matching, soft_targets, upcast, weighted_ratio
 from .losses.soft_targets import check_temperature
-from .regions import Batch, Region
+from .regions import All, Batch, Region
 from .registry import LOSSES, REGIONS, TERMS, Registry
 from .schedules import Step, build_schedule
 from .taps import Recording, Tap
@@ -73,8 +73,10 @@ class Term(nn.Module):
         self.name = (
             name if name is not None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.removesuffix("Loss")).lower()
         )
-        if not re.fullmatch(r"\w+", self.name):
-            raise DistillError(f"{kind}: a name is letters, digits and underscores, got {self.name!r}")
+        if not isinstance(self.name, str) or not re.fullmatch(r"\w+", self.name) or hasattr(nn.ModuleDict, self.name):
+            raise DistillError(
+                f"{kind}: a name is letters, digits and underscores, and not a method's, got {self.name!r}"
+            )
         if "loss" in self.name:
             raise DistillError(
                 f"{kind}: a name must not contain 'loss' (hosts add up whatever is called so), got {self.name!r}"
@@ -189,6 +191,10 @@ class FeatureImitation(TapTerm):
         )
         self.adapter_kind: AdapterKind = adapter
         self.region: Region = REGIONS.build(region)
+        if not isinstance(self.region, Region):
+            raise DistillError(
+                f"{type(self).__name__}: a region is a name or a Region, one of {', '.join(REGIONS)}; got {region!r}"
+            )
         self.region_name = region if isinstance(region, str) else type(self.region).__name__
         self.loss = _loss_function(loss)
         self.adapters = nn.ModuleList()
@@ -200,6 +206,11 @@ class FeatureImitation(TapTerm):
                 f"{self.name}: region {self.region_name!r} needs {', '.join(sorted(missing))}, not given here"
             )
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            if t.ndim != 4 and (not isinstance(self.region, All) or "image_sizes" in wiring.fields):
+                raise WiringError(
+                    f"{self.name}: region {self.region_name!r} cannot place the positions of {t_tap} {tuple(t.shape)} in the "
+                    "image; tap a map (B, C, H, W), such as the output of a stage"
+                )
             adapter = build_adapter(self.adapter_kind, s, t, f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
             label = f"{type(adapter).__name__} {adapter.extra_repr()}".strip()

@@ -16,7 +16,7 @@ from .configs import plain_config
 
 
 def _numpy_types() -> list[Any]:
-    multiarray = getattr(np, "_core", np.core).multiarray
+    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
     dtypes = {
         type(np.dtype(kind))
         for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "S", "U")
@@ -59,6 +59,9 @@ def export_student(checkpoint: str | Path, out: str | Path, *, trusted: bool = F
     Raises:
         DistillError: the checkpoint cannot be read or holds no config.
     """
+    out = Path(out)
+    if out.suffix == ".py" or out.is_dir() or out.resolve() == Path(checkpoint).expanduser().resolve():
+        raise DistillError(f"cannot write the student to {out}; name a new file such as student.pth")
     source = read_checkpoint(checkpoint, trusted=trusted, safe_types=SAFE_TYPES)
     meta = dict(source.get("meta") or {})
     text = meta.get("cfg") or meta.get("config")
@@ -66,7 +69,6 @@ def export_student(checkpoint: str | Path, out: str | Path, *, trusted: bool = F
         raise DistillError(f"checkpoint {checkpoint} holds no config in meta['cfg']; it was not saved by a Runner")
     config = plain_config(Config.fromstring(text, file_format=".py"))
     meta["cfg"] = config.pretty_text
-    out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"meta": meta, "state_dict": weights_of(source)}, out)
     described = out.with_suffix(".py")

@@ -55,10 +55,11 @@ else:
 class Graft(_Host, metaclass=Grafting):
     """Base of ``DistilledDetector`` and ``DistilledSegmentor``."""
 
-    models: ClassVar[MMRegistry]
-    terms: ClassVar[Registry]
-    recipes: ClassVar[Registry]
-    fields: ClassVar[frozenset[str]] = frozenset()
+    # Underscored: on the built model they must not stand before the student's own submodules.
+    _models: ClassVar[MMRegistry]
+    _terms: ClassVar[Registry]
+    _recipes: ClassVar[Registry]
+    _fields: ClassVar[frozenset[str]] = frozenset()
 
     distiller: HostDistiller | None
 
@@ -85,7 +86,7 @@ class Graft(_Host, metaclass=Grafting):
             raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
-        grafted = cls.models.build(student_config(student, model))
+        grafted = cls._models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
         link = HubLink()
         with isolated_rng():
@@ -108,23 +109,23 @@ class Graft(_Host, metaclass=Grafting):
         """The terms of a recipe."""
         if recipe is None:
             return []
-        spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe)
+        spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe) if isinstance(recipe, Mapping) else {}
         name = spec.pop("type", None)
         if not isinstance(name, str):
-            raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(cls.recipes)}")
-        return list(call(cls.recipes.get(name), spec, f"recipe {name}"))
+            raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(cls._recipes)}")
+        return list(call(cls._recipes.get(name), spec, f"recipe {name}"))
 
     @classmethod
     def _distiller(cls, student: Any, teacher: Any, specs: list[Any], size: int) -> tuple[HostDistiller, TeacherView]:
-        built = build_teacher(teacher, cls.models)
+        built = build_teacher(teacher, cls._models)
         view = TeacherView(student.data_preprocessor, built.model.get_submodule("data_preprocessor"))
-        distiller = HostDistiller(built, specs, cls.terms)
+        distiller = HostDistiller(built, specs, cls._terms)
         example = torch.randn(1, len(view.scale), size, size)
 
         def run(model: Any) -> Any:
             return model(example, cls._example_samples(size), mode="tensor")
 
-        distiller.wire(student, lambda: run(student), lambda: run(built.model), cls.fields)
+        distiller.wire(student, lambda: run(student), lambda: run(built.model), cls._fields)
         return distiller, view
 
     @classmethod
@@ -179,7 +180,14 @@ class Graft(_Host, metaclass=Grafting):
         if self.distiller is None:
             return
         self.distiller.teacher.load()
-        if any(term.compares_classes for term in self.distiller._all_terms()):
+        terms = self.distiller._all_terms()
+        still = [term.name for term in terms if term.schedule.by_epoch and link.hub.info("max_epochs") == 1]
+        if still:
+            raise DistillError(
+                f"{', '.join(still)}: a schedule by='epoch' never moves in a run of one epoch, which is what "
+                "IterBasedTrainLoop counts; use by='iter'"
+            )
+        if any(term.compares_classes for term in terms):
             meta = link.hub.info("dataset_meta") or {}
             link.order = class_order(classes or meta.get("classes"), teacher_classes(self.distiller.teacher))
         link.ready = True

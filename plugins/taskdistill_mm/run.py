@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
+from mmengine.device import utils as device_utils
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
 from taskdistill.errors import DistillError
 from taskdistill.isolation import isolated_rng
 from taskdistill.report import print_rows
+from taskdistill.schedules import Constant
 from taskdistill.terms import WiringRow
 
 from .configs import load_config
@@ -29,16 +32,51 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
     Raises:
         DistillError: no such file, or an override that is no ``KEY=VALUE``.
     """
-    config = load_config(path)
+    with config_mistakes(path):
+        config = load_config(path)
     overrides: dict[str, Any] = {}
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:
             raise DistillError(f"--cfg-options takes KEY=VALUE, got {option!r}")
         overrides[key] = DictAction._parse_iterable(value)
-    config.merge_from_dict(overrides)
+    with config_mistakes(path):
+        config.merge_from_dict(overrides)
+    if "model" not in config:
+        raise DistillError(f"{path} has no 'model'; it is not the config of a training")
     config.setdefault("default_scope", "mmdet")
     return config
+
+
+@contextmanager
+def config_mistakes(path: str) -> Iterator[None]:
+    """Turns what mmengine raises over a wrong config (its own traceback kept as the cause) into one line."""
+    try:
+        yield
+    except DistillError:
+        raise
+    except (SyntaxError, KeyError, TypeError, ImportError, AttributeError, OSError) as error:
+        said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        raise DistillError(f"config {path}: {type(error).__name__}: {said}") from error
+
+
+@contextmanager
+def on_device(device: str) -> Iterator[None]:
+    """Has mmengine put what it builds in the body on ``"cpu"`` or ``"cuda"``, whatever else the machine has.
+
+    Raises:
+        DistillError: there is no such device.
+    """
+    if device not in ("cpu", "cuda"):
+        raise DistillError(f"device must be 'cpu' or 'cuda', got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise DistillError("no CUDA device here; use the device 'cpu'")
+    before = device_utils.DEVICE  # set once when mmengine is imported
+    device_utils.DEVICE = device
+    try:
+        yield
+    finally:
+        device_utils.DEVICE = before
 
 
 def train(
@@ -70,7 +108,8 @@ def train(
         if not torch.cuda.is_available():
             raise DistillError("--amp needs a GPU: mmengine's AmpOptimWrapper does not run on a CPU")
         config.optim_wrapper.type = "AmpOptimWrapper"
-    runner = make_runner(config)
+    with config_mistakes(path):
+        runner = make_runner(config)
     runner.train()
     return runner
 
@@ -96,6 +135,8 @@ def make_runner(config: Config) -> Runner:
 def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
     """Builds everything, runs one training step on one batch of the training set without updating, and prints the wiring.
 
+    The step runs every term at its full weight, whatever its schedule begins with.
+
     Returns:
         The rows of the table.
 
@@ -106,15 +147,20 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
     with tempfile.TemporaryDirectory() as scratch:
         config.work_dir = scratch
         config.log_level = "WARNING"
-        runner = Runner.from_cfg(config)
+        with config_mistakes(path):
+            runner = Runner.from_cfg(config)
         model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not isinstance(model, Graft):
             raise DistillError(f"{path} trains a plain {type(model).__name__}; set model.type='DistilledDetector'")
-        loader = runner.build_dataloader(config.train_dataloader)
+        with config_mistakes(path):
+            loader = runner.build_dataloader(config.train_dataloader)
         classes = (getattr(loader.dataset, "metainfo", None) or {}).get("classes")
         model.init_weights()
         model.start_distilling(classes)
         model.train()
+        if model.distiller is not None:
+            for term in model.distiller._all_terms():
+                term.schedule = Constant()  # a warm-up starts at weight 0, where a term is not computed at all
         with isolated_rng():
             data = model.data_preprocessor(next(iter(loader)), True)
             losses = model(**data, mode="loss")

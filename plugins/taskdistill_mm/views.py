@@ -48,9 +48,11 @@ class TeacherView:
             return inputs
         view = inputs.flip(1) if self.swap else inputs
         if not self.same_pixels:
-            scale, shift = self.scale.to(inputs.device), self.shift.to(inputs.device)
+            if self.scale.device != inputs.device:
+                self.scale, self.shift = self.scale.to(inputs.device), self.shift.to(inputs.device)
+            scale, shift = self.scale, self.shift
             view = torch.addcmul(shift.view(-1, 1, 1), view.to(scale.dtype), scale.view(-1, 1, 1)).to(inputs.dtype)
-        elif not self.swap:
+        else:
             view = view.clone()
         for image, (height, width) in zip(view, image_sizes, strict=True):
             image[:, height:] = self.pad_value
@@ -59,7 +61,7 @@ class TeacherView:
 
 
 def _normalisation(preprocessor: Any) -> tuple[Tensor, Tensor, bool]:
-    """Mean, standard deviation (float64, in the order of the normalised channels) and whether channels are swapped."""
+    """Mean, standard deviation (float32, in the order of the normalised channels) and whether channels are swapped."""
     swap = bool(getattr(preprocessor, "_channel_conversion", getattr(preprocessor, "channel_conversion", False)))
     if not getattr(preprocessor, "_enable_normalize", hasattr(preprocessor, "mean")):
         return torch.zeros(3), torch.ones(3), swap

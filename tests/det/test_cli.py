@@ -164,3 +164,46 @@ def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(conf
     assert done.returncode == 2
     assert done.stderr == "taskdistill: error: teacher takes no argument 'chekpoint'; did you mean 'checkpoint'?\n"
     assert "Traceback" not in done.stdout
+
+
+def test_check_runs_terms_that_warm_up_from_nothing(config, capsys):
+    def warm(model):
+        model["recipe"] = None
+        model["terms"] = [dict(type="SoftTargets", schedule=dict(type="WarmUp", end=500))]
+
+    assert main(["check", config(warm)]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("distill.soft_targets.loss"))
+    assert float(row.split()[-1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("model = dict(", "SyntaxError"),
+        ("a = 1", "has no 'model'"),
+        ("model = dict(type='DistilledDetector', student='GLF', teacher=1, terms=['SoftTargets'])", "GLF"),
+    ],
+)
+def test_broken_configs_are_one_line(tmp_path, capsys, text, part):
+    path = tmp_path / "broken.py"
+    path.write_text(text + "\ncustom_imports = dict(imports=['taskdistill_det'])\ntrain_dataloader = None\n")
+    fails(capsys, ["check", str(path)], part)
+
+
+def test_a_config_that_is_no_python_is_one_line(tmp_path, capsys):
+    path = tmp_path / "config.txt"
+    path.write_text("model")
+    fails(capsys, ["check", str(path)], "config.txt")
+
+
+def test_a_schedule_by_epoch_in_a_run_without_epochs_is_refused(config, capsys):
+    def by_epoch(model):
+        model["recipe"] = None
+        model["terms"] = [dict(type="SoftTargets", schedule=dict(type="WarmUp", end=2, by="epoch"))]
+
+    fails(capsys, ["train", config(by_epoch)], "by='epoch' never moves")
+
+
+def test_export_does_not_overwrite_what_it_reads(tmp_path, capsys):
+    for out in ("student.py", "."):
+        fails(capsys, ["export", str(tmp_path / "a.pth"), str(tmp_path / out)], "name a new file")

@@ -32,7 +32,7 @@ def test_demo_writes_every_figure_it_prints(finished):
     assert {row["metric"] for row in rows} == set(demo.METRICS)
     assert len(rows) == len(results)
     parameters = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "parameters (k)"}
-    assert parameters["teacher"] > 5 * parameters["plain"]
+    assert parameters["teacher"] > 3 * parameters["plain"]
     for name in demo.DEFAULT:  # a distilled student costs what a plain one does
         assert parameters[name] == parameters["plain"]
 

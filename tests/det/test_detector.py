@@ -156,7 +156,7 @@ def test_a_schedule_follows_the_runners_iterations(tmp_path, scenes, teacher_mod
     terms = [
         dict(type="FeatureImitation", tap="neck[0]", name="stops", schedule=dict(type="Stop", end=2)),
         dict(type="FeatureImitation", tap="neck[0]", name="warms", schedule=dict(type="WarmUp", end=2)),
-        dict(type="FeatureImitation", tap="neck[0]", name="late", schedule=dict(type="WarmUp", end=9, by="epoch")),
+        dict(type="FeatureImitation", tap="neck[0]", name="late", schedule=dict(type="WarmUp", begin=50, end=60)),
     ]
     model = distilled(detector(), teacher_model, teacher_checkpoint, terms=terms)
     # Another Runner that has trained, and a model built outside of any Runner, must not confuse the count.

@@ -40,7 +40,7 @@ def test_a_recipes_settings_can_be_changed(teacher_model, teacher_checkpoint):
     [
         ("localisation", "did you mean 'localization'"),
         (dict(type="localization", mian=1), "takes no argument 'mian'; did you mean 'main'"),
-        (dict(main=1), "one of imitation, localization|one of localization, imitation"),
+        (dict(main=1), "one of .*localization"),
     ],
 )
 def test_a_mistake_in_a_recipe_says_what_is_right(recipe, message):

@@ -221,3 +221,61 @@ def test_a_missing_checkpoint_is_an_error_when_training_starts(teacher):
 def test_a_mistake_leaves_the_registry_usable(teacher):
     fails(distilled(detector(), teacher, "absent.pth", terms=[dict(type="FeatureImitation", tap="nope")]), "nope")
     MODELS.build(ConfigDict(distilled(detector(), teacher, "absent.pth", terms=SOFT)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        pytest.param(
+            dict(terms=[dict(type="LogitMatching", tap="bbox_head[0][*]")]),
+            ("'LogitMatching' cannot be used here", "use SoftTargets"),
+            id="a core term that knows no anchors",
+        ),
+        pytest.param(dict(recipe=5), ("recipe must be a name",), id="recipe is a number"),
+        pytest.param(dict(terms=[dict(type=5)]), ("a name or a class, got 5",), id="type is a number"),
+        pytest.param(
+            dict(terms=[dict(type="SoftTargets", temperature="10")]),
+            ("temperature must be",),
+            id="temperature is a text",
+        ),
+        pytest.param(
+            dict(terms=[dict(type="SoftTargets", schedule=dict(type="WarmUp", end="500"))]),
+            ("end must be a whole number", "'500'"),
+            id="end is a text",
+        ),
+        pytest.param(
+            dict(terms=[dict(type="SoftTargets", name="keys")]), ("not a method's, got 'keys'",), id="name of a method"
+        ),
+        pytest.param(
+            dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region=5)]), ("a region is a name",), id="region"
+        ),
+    ],
+)
+def test_values_of_the_wrong_kind_are_said_in_one_line(teacher, settings, parts):
+    fails(distilled(detector(), teacher, "nowhere.pth", **settings), *parts)
+
+
+def test_tokens_are_refused_because_padding_cannot_be_told_from_image(teacher):
+    swin = detector(backbone="SwinTransformer", width=8)
+    for region in ("all", "foreground"):
+        terms = [dict(type="FeatureImitation", tap="backbone.stages.0.blocks.0", region=region)]
+        fails(distilled(swin, swin, "nowhere.pth", terms=terms), "cannot place the positions", "output of a stage")
+
+
+def test_two_stage_detectors_wire_features(teacher):
+    from mmengine.config import Config
+
+    from taskdistill_mm.configs import load_config
+
+    base = load_config("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py").model
+    base.backbone.init_cfg = None
+    base.backbone.base_channels = base.backbone.stem_channels = 8
+    base.neck.in_channels = [32, 64, 128, 256]
+    entry = distilled(
+        Config(dict(model=base)).model.to_dict(),
+        Config(dict(model=base)).model.to_dict(),
+        "nowhere.pth",
+        terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")],
+    )
+    model = MODELS.build(ConfigDict(entry))
+    assert len(model.distiller.rows) == 5

@@ -52,7 +52,7 @@ def weighted_ratio(values: Tensor, weight: Tensor | None = None) -> Ratio:
     Values at weight 0 take no part, not even when they are infinite.
     """
     if weight is None:
-        return Ratio(values.sum(), values.new_tensor(float(values.numel())))
+        return Ratio(values.sum(), values.new_full((), float(values.numel())))
     weight = weight.to(values.dtype).expand_as(values)
     return Ratio((values.masked_fill(weight == 0, 0) * weight).sum(), weight.sum().detach())
 
