@@ -77,7 +77,7 @@ format: env
 	$(BIN)/ruff format .
 
 bench-det: env
-	$(BIN)/python -m taskdistill bench det --device $(DEVICE)
+	KINETO_LOG_LEVEL=5 $(BIN)/python -m taskdistill bench det --device $(DEVICE)
 
 clean:
 	rm -rf .venv .venv-upstream runs work_dirs build
