@@ -540,3 +540,15 @@ def test_dropout_in_place_does_not_touch_what_is_tapped_before_it():
     rows = torch.sin(torch.arange(12.0)).reshape(4, 3)
     loss = distilled(rows).loss
     torch.testing.assert_close(loss, F.mse_loss(distilled.student[0](rows), distilled.teacher.model[0](rows)))
+
+
+def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
+    import re
+    from pathlib import Path
+
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "Distiller(" in code]
+    exec(compile(example, "README.md", "exec"), {})
+    saved = torch.load("student.pth")
+    assert set(saved) == {"0.weight", "0.bias", "4.weight", "4.bias"}
