@@ -1,0 +1,105 @@
+"""Cross-image relations: how pixels relate to pixels of other images, in the batch and in a memory.
+
+Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segmentation" (CIRKD), CVPR 2022, arXiv 2204.06986.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DistillError
+from ..registry import LOSSES
+from .reduction import Reduction, reduce_loss, upcast
+from .soft_targets import check_temperature, soft_targets
+
+
+@LOSSES.register
+def pixel_relations(
+    student: Tensor,
+    teacher: Tensor,
+    temperature: float = 0.1,
+    *,
+    valid: Tensor | None = None,
+    others: tuple[Tensor, Tensor, Tensor | None] | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Mini-batch pixel-to-pixel relations (Yang et al. 2022, equations 2 and 3).
+
+    For every pair of images (i, j) and every pixel of i: the KL of its softmax over the cosines to all pixels of j, mean over
+    pixels and pairs. As in the authors' code a pair may be of one image with itself, and there is no factor T².
+
+    Args:
+        student, teacher: features ``(B, N, C)``, N pixels or pooled nodes an image; the numbers of channels may differ.
+        temperature: τ > 0.
+        valid: ``(B, N)``, above 0 where a pixel takes part; others are neither compared nor compared with.
+        others: student, teacher and valid of the images j; the same images by default.
+        reduction: over (i, j, pixel of i), without the images j that have no valid pixel; ``"none"`` gives ``(B, B', N)``.
+    """
+    if student.shape[:2] != teacher.shape[:2]:
+        raise DistillError(
+            f"pixel_relations: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same pixels"
+        )
+    check_temperature(temperature)
+    other_student, other_teacher, other_valid = others if others is not None else (student, teacher, valid)
+    s, t = (
+        _similarity(_only(a, valid), _only(b, other_valid))
+        for a, b in ((student, other_student), (teacher, other_teacher))
+    )
+    weight = None if valid is None else (valid > 0)[:, None, :]
+    if other_valid is not None:
+        outside = (other_valid <= 0)[None, :, None, :]
+        s, t = (x.masked_fill(outside, -2.0 - 100 * temperature) for x in (s, t))  # e^-100 of any cosine's weight
+        has_any = (~outside).any(3)
+        weight = has_any if weight is None else weight & has_any
+    items = soft_targets(s, t, temperature, reduction="none") / temperature**2
+    return reduce_loss(items, weight, reduction)
+
+
+@LOSSES.register
+def memory_relations(
+    student: Tensor,
+    teacher: Tensor,
+    memory: Tensor,
+    *,
+    contrast_temperature: float = 0.1,
+    temperature: float = 1.0,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Relations to remembered embeddings of pixels or regions (Yang et al. 2022, equations 6 to 9).
+
+    For each pixel the KL of its softmax over the cosines to all of the memory, divided by τ and by T, times T².
+
+    Args:
+        student: pixels ``(N, C)`` in the teacher's space (projected).
+        teacher: the same pixels ``(N, C)``.
+        memory: ``(M, C)`` of the teacher's embeddings.
+        contrast_temperature: τ; 0.1 in the authors' code.
+        temperature: T; 1 in the authors' scripts.
+        reduction: over pixels; without any, or with an empty memory, 0 with a live graph.
+    """
+    check_temperature(contrast_temperature)
+    if student.shape != teacher.shape or memory.shape[1:] != teacher.shape[1:]:
+        raise DistillError(
+            f"memory_relations: student {tuple(student.shape)}, teacher {tuple(teacher.shape)} and memory "
+            f"{tuple(memory.shape)} must have the same width"
+        )
+    unit = F.normalize(upcast(memory), dim=1)
+    if len(memory) == 0:
+        return reduce_loss(upcast(student).sum(1) * 0, None, reduction)
+    with torch.autocast(unit.device.type, enabled=False):
+        s, t = (F.normalize(upcast(x), dim=1) @ unit.T / contrast_temperature for x in (student, teacher))
+    return soft_targets(s, t, temperature, reduction=reduction)
+
+
+def _only(features: Tensor, valid: Tensor | None) -> Tensor:
+    """The features, 0 where not valid: what stands there (it may be infinite) must not reach the gradient."""
+    features = upcast(features)
+    return features if valid is None else features.masked_fill((valid <= 0)[..., None], 0)
+
+
+def _similarity(a: Tensor, b: Tensor) -> Tensor:
+    """Cosines between all rows of all images: ``(B, N, C), (B', M, C) -> (B, B', N, M)``."""
+    with torch.autocast(a.device.type, enabled=False):  # it would multiply in half precision
+        return torch.einsum("inc,jmc->ijnm", F.normalize(a, dim=2), F.normalize(b, dim=2))

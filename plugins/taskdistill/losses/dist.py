@@ -1,0 +1,101 @@
+"""DIST: correlation rather than equality of the class probabilities, between classes and within each class.
+
+Huang, You, Wang, Qian, Xu, "Knowledge Distillation from A Stronger Teacher", NeurIPS 2022, arXiv 2205.10536.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..registry import LOSSES
+from .reduction import Reduction, divide, reduce_loss, same_shape, upcast
+from .soft_targets import check_temperature
+
+
+@LOSSES.register
+def dist_between_classes(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    dim: int = -1,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""DIST, inter-class: 1 - Pearson correlation of the class probabilities of each item (Huang et al. 2022, equation 8).
+
+    Times T², as for soft targets. For a dense map every *pixel* is an item.
+
+    Args:
+        student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``.
+        temperature: T > 0.
+        dim: the class dimension; 1 for maps ``(B, C, H, W)``.
+        weight: item weights, of the shape without ``dim``.
+        reduction: over items.
+    """
+    p, q = _probabilities(student_logits, teacher_logits, temperature, dim, weight)
+    squared_means = p.new_tensor(1 / p.shape[-1])
+    items = 1 - _correlation(
+        (p - p.mean(-1, keepdim=True), squared_means), (q - q.mean(-1, keepdim=True), squared_means), -1
+    )
+    return reduce_loss(items * temperature**2, weight, reduction)
+
+
+@LOSSES.register
+def dist_within_classes(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    dim: int = -1,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Tensor:
+    r"""DIST, intra-class: 1 - Pearson correlation over all items of each class's probability (equation 9), times T².
+
+    Args:
+        student_logits, teacher_logits, temperature, dim: as for :func:`dist_between_classes`.
+        weight: item weights, of the shape without ``dim``.
+        reduction: over classes; ``"none"`` gives ``(C,)``. Zero when all weights are.
+        total: sums a tensor over processes (with its gradient), to correlate over the items of all of them.
+    """
+    p, q = (
+        x.reshape(-1, x.shape[-1]) for x in _probabilities(student_logits, teacher_logits, temperature, dim, weight)
+    )
+    w = torch.ones_like(p[:, :1]) if weight is None else weight.reshape(-1, 1).to(p.dtype)
+    count = total(w.sum(0))
+    means = [divide(total((w * x).sum(0)), count) for x in (p, q)]
+    centred = [((x - mean) * w.sqrt(), count * mean.square()) for x, mean in zip((p, q), means, strict=True)]
+    items = (1 - _correlation(centred[0], centred[1], 0, total)) * temperature**2 * (count > 0)
+    return reduce_loss(items, None, reduction)
+
+
+def _probabilities(
+    student: Tensor, teacher: Tensor, temperature: float, dim: int, weight: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Of both, ``(…, C)``. Items at weight 0 are uniform: what stands there must not reach the gradient."""
+    same_shape(student, teacher, "dist")
+    check_temperature(temperature)
+    s, t = (upcast(x).movedim(dim, -1) for x in (student, teacher))
+    if weight is not None:
+        s, t = (x.masked_fill((weight == 0)[..., None], 0) for x in (s, t))
+    return (s / temperature).softmax(-1), (t / temperature).softmax(-1)
+
+
+def _correlation(
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
+    dim: int,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Tensor:
+    """Of centred values, each with its sum of squared means. Constant ones correlate with nothing: 0, gradient 0."""
+    (p, p_means), (q, q_means) = first, second
+    pq, pp, qq = (total((a * b).sum(dim)) for a, b in ((p, q), (p, p), (q, q)))
+    # What rounding leaves of a constant is none. Not clamp(): the gradient would be q divided by next to nothing.
+    rounding = (8 * torch.finfo(p.dtype).eps) ** 2
+    varies = (pp > rounding * p_means) & (qq > rounding * q_means) & (pp * qq > 1e-16)
+    return pq.where(varies, 0) / (pp * qq).where(varies, 1).sqrt()
