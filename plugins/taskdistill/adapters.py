@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
@@ -19,13 +20,15 @@ class ConvAdapter(nn.Module):
     gain 1.1 mAP from it (hint 56.9, with adapter 58.0).
     """
 
-    def __init__(self, student_channels: int, teacher_channels: int) -> None:
+    def __init__(self, student_channels: int, teacher_channels: int, *, align_corners: bool = False) -> None:
         super().__init__()
         self.project = nn.Conv2d(student_channels, teacher_channels, 1)
+        self.align_corners = align_corners
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's map in the teacher's space; ``teacher`` gives the grid alone."""
-        return resize_to(self.project(student.to(self.project.weight.dtype)), teacher)
+        projected = self.project(student.to(self.project.weight.dtype))
+        return resize_to(projected, teacher.shape[-2:], align_corners=self.align_corners)
 
     def extra_repr(self) -> str:
         return f"{self.project.in_channels}→{self.project.out_channels}"
@@ -49,18 +52,27 @@ class LinearAdapter(nn.Module):
 class NoAdapter(nn.Module):
     """Nothing to learn; a bilinear resize where the grids of two maps differ."""
 
+    def __init__(self, *, align_corners: bool = False) -> None:
+        super().__init__()
+        self.align_corners = align_corners
+
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
         """The student's tensor on the teacher's grid."""
-        return resize_to(student, teacher) if student.ndim == 4 else student
+        if student.ndim != 4:
+            return student
+        return resize_to(student, teacher.shape[-2:], align_corners=self.align_corners)
 
 
-def build_adapter(kind: AdapterKind, student: Tensor, teacher: Tensor, where: str) -> nn.Module:
+def build_adapter(
+    kind: AdapterKind, student: Tensor, teacher: Tensor, where: str, *, align_corners: bool = False
+) -> nn.Module:
     """The adapter between two tensors of the dry run.
 
     Args:
         kind: ``"auto"`` takes a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``.
         student, teacher: the dry run's tensors; the adapter lies where the student's does.
         where: the term and its taps, for messages.
+        align_corners: of the resize of maps, as the host resizes them.
 
     Raises:
         WiringError: tensors that this adapter cannot bring together.
@@ -73,7 +85,7 @@ def build_adapter(kind: AdapterKind, student: Tensor, teacher: Tensor, where: st
     if kind == "conv1x1":
         if student.ndim != 4:
             raise WiringError(f"{shapes}: adapter 'conv1x1' needs (B, C, H, W); use adapter='linear'")
-        return ConvAdapter(student.shape[1], teacher.shape[1]).to(student.device)
+        return ConvAdapter(student.shape[1], teacher.shape[1], align_corners=align_corners).to(student.device)
     if kind == "linear":
         if student.ndim == 4 or student.shape[1:-1] != teacher.shape[1:-1]:
             raise WiringError(
@@ -84,12 +96,12 @@ def build_adapter(kind: AdapterKind, student: Tensor, teacher: Tensor, where: st
         matches = student.shape[1] == teacher.shape[1] if student.ndim == 4 else student.shape[1:] == teacher.shape[1:]
         if not matches:
             raise WiringError(f"{shapes}: adapter 'none' needs equal channels; use adapter='auto'")
-        return NoAdapter()
+        return NoAdapter(align_corners=align_corners)
     raise WiringError(f"{where}: adapter must be 'auto', 'conv1x1', 'linear' or 'none', got {kind!r}")
 
 
-def resize_to(student: Tensor, teacher: Tensor) -> Tensor:
-    """Bilinear resize of ``(B, C, H, W)`` to the teacher's grid; the same tensor where the grids agree."""
-    if student.shape[-2:] == teacher.shape[-2:]:
-        return student
-    return F.interpolate(student, size=teacher.shape[-2:], mode="bilinear", align_corners=False)
+def resize_to(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Bilinear resize of ``(B, C, H, W)`` to ``size``; the same tensor where it has that size."""
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)

@@ -17,7 +17,7 @@ from .errors import DistillError
 from .hosts import MissingHost, require
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
 
-HOSTS = {"det": "mmdet"}
+HOSTS = {"det": "mmdet", "seg": "mmseg"}
 """Tasks that have a plugin, with the host framework that each needs."""
 
 
@@ -76,6 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
     demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
+    demo.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune on, with other seeds")
+    demo.add_argument("--data", help="a real dataset's folder instead of the embedded scenes (seg: mmseg's layout)")
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     demo.set_defaults(run=_demo)
@@ -145,12 +148,18 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
     if arguments.iterations is not None and arguments.iterations < 1:
         raise DistillError(f"--iterations must be at least 1, got {arguments.iterations}")
+    if arguments.data is not None and arguments.task != "seg":
+        raise DistillError("--data needs the task 'seg': taskdistill demo seg --data DIR")
     extra = {} if arguments.iterations is None else {"iterations": arguments.iterations}
+    if arguments.data is not None:
+        extra["data"] = arguments.data
     for task in HOSTS if arguments.task == "all" else [arguments.task]:
         plugin(task, "demo").main(
             seeds=arguments.seeds,
             recipes=arguments.recipes,
             out=f"{arguments.out}/{task}",
             device=arguments.device,
+            first_seed=arguments.first_seed,
+            split=arguments.split,
             **extra,
         )

@@ -140,6 +140,8 @@ class HostDistiller(nn.Module):
                 result[key] = _idle(term, device)
         for name in dropped:
             self._report(name)
+        for term in active:
+            result.update({f"distill.{term.name}.{key}": value.detach() for key, value in term.monitor.items()})
         result.update(
             {f"distill.{name}.dropped": torch.tensor(float(n), device=device) for name, n in self.dropped.items() if n}
         )
@@ -174,7 +176,7 @@ class HostDistiller(nn.Module):
 
     def live_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond the student and the optimizer: the terms' parameters, buffers and counters."""
-        return {"terms": dict(self.terms.state_dict()), "dropped": dict(self.dropped)}
+        return {"terms": dict(self.terms.state_dict()), "dropped": dict(self.dropped), "hidden": self._hidden()}
 
     def load_live_state(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`live_state`.
@@ -192,7 +194,16 @@ class HostDistiller(nn.Module):
                 "resume with the terms it was made with, or load it without resuming"
             )
         self.terms.load_state_dict(dict(given))
+        self._load_hidden(state.get("hidden", {}))
         self.dropped.update({name: int(n) for name, n in state["dropped"].items() if name in self.dropped})
+
+    def _hidden(self) -> dict[str, Any]:
+        return {term.name: state for term in self._all_terms() if (state := term.hidden_state())}
+
+    def _load_hidden(self, states: Mapping[str, Any]) -> None:
+        for term in self._all_terms():
+            if term.name in states:
+                term.load_hidden_state(states[term.name])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> HostDistiller:
         super()._apply(fn, recurse)
@@ -284,13 +295,15 @@ class Distiller(HostDistiller):
         self.iteration += 1
         return DistillOutput(output, self.losses(student, teacher, batch, step, device))
 
-    def get_extra_state(self) -> dict[str, int]:
-        """The iterations done, for schedules; a part of ``state_dict``."""
-        return {"iteration": self.iteration}
+    def get_extra_state(self) -> dict[str, Any]:
+        """The iterations done, for schedules, and what terms hide; a part of ``state_dict``."""
+        hidden = self._hidden()
+        return {"iteration": self.iteration, **({"hidden": hidden} if hidden else {})}
 
-    def set_extra_state(self, state: Mapping[str, int]) -> None:
+    def set_extra_state(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`get_extra_state`."""
         self.iteration = int(state["iteration"])
+        self._load_hidden(state.get("hidden", {}))
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The little that the core needs of several processes: their number and a sum over them.
+"""The little that the core needs of several processes: their number, sums over them, and one state for all.
 
 Works with any launcher that sets up ``torch.distributed``: accelerate, torchrun, mmengine.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def world_size() -> int:
@@ -23,3 +23,71 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     values = values.detach().clone()
     dist.all_reduce(values)
     return values
+
+
+def total_over_ranks(values: Tensor) -> Tensor:
+    """The sum of ``values`` over all processes, with gradient: what a process adds reaches the losses of all."""
+    if world_size() == 1:
+        return values
+    from torch.distributed.nn import functional
+
+    return functional.all_reduce(values)
+
+
+def gather_over_ranks(values: Tensor) -> Tensor:
+    """``(B, …)`` of every process in one, in the order of ranks and with gradient; the shapes must be equal."""
+    if world_size() == 1:
+        return values
+    from torch.distributed.nn import functional
+
+    return torch.cat(functional.all_gather(values))
+
+
+@torch.no_grad()
+def copy_from_first_rank(module: nn.Module) -> None:
+    """Gives every process the parameters and buffers of the first one, as DDP does when it wraps a model."""
+    if world_size() > 1:
+        for tensor in (*module.parameters(), *module.buffers()):
+            dist.broadcast(tensor, 0)
+
+
+class SharedRandom:
+    """Random numbers of a term's own: the host's random state is left alone, and a resumed run goes on where it was.
+
+    Made under the seed of the run; on several processes all follow the first one.
+    """
+
+    def __init__(self) -> None:
+        self._seed = int(torch.randint(2**31, ()))
+        self._generator: torch.Generator | None = None
+
+    def of_all_ranks(self) -> torch.Generator:
+        """Draws the same on every process, as long as each draws as often and as much."""
+        if self._generator is None:
+            seed = torch.tensor([self._seed if rank() == 0 else 0])
+            nccl = world_size() > 1 and dist.get_backend() == "nccl"
+            self._generator = torch.Generator().manual_seed(int(sum_over_ranks(seed.cuda() if nccl else seed)))
+        return self._generator
+
+    def of_this_rank(self) -> torch.Generator:
+        """Draws differently on every process; every process must ask for one as often."""
+        seed = int(torch.randint(2**31, (), generator=self.of_all_ranks()))
+        return torch.Generator().manual_seed(seed + rank())
+
+    def state(self) -> Tensor:
+        """For a checkpoint, which the first process saves alone: no exchange, also before the first draw."""
+        generator = self._generator or torch.Generator().manual_seed(self._seed)
+        return generator.get_state()
+
+    def load(self, state: Tensor) -> None:
+        """Restores :meth:`state`."""
+        self._generator = torch.Generator()
+        self._generator.set_state(state.cpu())
+
+    def __deepcopy__(self, memo: dict[int, object]) -> SharedRandom:
+        return self
+
+
+def rank() -> int:
+    """Number of this process; 0 without ``torch.distributed``."""
+    return dist.get_rank() if world_size() > 1 else 0

@@ -25,7 +25,8 @@ class Batch:
         padded_size: (height, width) of the network input, or ``None`` where there is no such thing.
         image_sizes: per image its (height, width) inside the padded input, top left; ``None`` when nothing is padded.
         boxes: per image ``(n, 4)`` as x1, y1, x2, y2; ``None`` when the host has none.
-        labels: whatever the host calls labels: per image ``(n,)``, or one tensor.
+        labels: whatever the host calls labels: per image ``(n,)``, or one tensor; ``(B, H, W)`` classes of pixels.
+        valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding; ``None`` when the host has no such thing.
         class_order: indices that put the teacher's classes in the student's order; ``None`` when the order is the same.
         extra: anything that only one host's terms look at.
     """
@@ -34,6 +35,7 @@ class Batch:
     image_sizes: Sequence[tuple[int, int]] | None = None
     boxes: Sequence[Tensor] | None = None
     labels: Any = None
+    valid: Tensor | None = None
     class_order: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -74,6 +76,29 @@ class Foreground(Region):
         if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
             raise WiringError("region 'foreground' needs a map (B, C, H, W) and a batch with boxes")
         return foreground_weights(batch.boxes, batch.padded_size, feature)
+
+
+@REGIONS.register("valid")
+class Valid(Region):
+    """Every position whose centre is a pixel that counts: neither padding nor labelled to be ignored."""
+
+    needs = frozenset({"valid"})
+
+    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+        if feature.ndim != 4 or batch.valid is None:
+            raise WiringError("region 'valid' needs a map (B, C, H, W) and a batch with valid pixels")
+        return on_grid(batch.valid, feature.shape[-2:]).to(torch.float32)
+
+
+def on_grid(pixels: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels or masks ``(B, H, W)`` on a smaller or larger grid ``size``: each position takes the pixel at its centre."""
+    if pixels.shape[-2:] == tuple(size):
+        return pixels
+    y, x = (
+        ((torch.arange(new, device=pixels.device) + 0.5) * (old / new)).long().clamp(max=old - 1)
+        for new, old in zip(size, pixels.shape[-2:], strict=True)
+    )
+    return pixels[:, y[:, None], x[None, :]]
 
 
 def valid_positions(

@@ -3,7 +3,8 @@
 =============================  =====================================================================================
 ``backbone.layer3``            that module's output
 ``backbone.layer3:input``      its input
-``bbox_head.get_targets()``    what a method of it returns (not run in the dry run)
+``bbox_head.get_targets()``    what a method of it returns (it may not run in the dry run)
+``head.cls_seg():input``       what a method of it is given first
 ``neck[*]``  ``neck[1]``       all, or one, of the list that it returns
 ``bbox_head[1][*]``            all of the second list that it returns
 ``head.cls_convs[3]``          a child of a ``ModuleList`` (``head.cls_convs.3``); run once per pyramid level, it yields a list
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from .errors import WiringError, nearest
 
-_GRAMMAR = re.compile(r"(?P<path>[\w.\-]*)(?P<what>\(\)|:input)?(?P<index>(\[[\w*\-]+\])*)")
+_GRAMMAR = re.compile(r"(?P<path>[\w.\-]*)(?P<what>\(\)(:input)?|:input)?(?P<index>(\[[\w*\-]+\])*)")
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Tap:
             )
         path, what, index = match["path"], match["what"], re.findall(r"\[([^\]]+)\]", match["index"])
         method = "forward"
-        if what == "()":
+        if what and what.startswith("()"):
             path, _, method = path.rpartition(".")
         parts = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in index)
-        return cls(text, path, method, what == ":input", parts)
+        return cls(text, path, method, bool(what) and what.endswith(":input"), parts)
 
     def __str__(self) -> str:
         return self.text or "(output)"

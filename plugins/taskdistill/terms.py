@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .adapters import AdapterKind, build_adapter
 from .errors import DistillError, WiringError
-from .losses import Ratio, hint, logit_matching, soft_targets, upcast, weighted_ratio
+from .losses import Ratio, channel_wise, hint, logit_matching, soft_targets, upcast, weighted_ratio
 from .losses.soft_targets import check_temperature
 from .regions import All, Batch, Region
 from .registry import LOSSES, REGIONS, TERMS, Registry
@@ -82,6 +82,15 @@ class Term(nn.Module):
                 f"{kind}: a name must not contain 'loss' (hosts add up whatever is called so), got {self.name!r}"
             )
         self.rows: list[WiringRow] = []
+        self.monitor: dict[str, Tensor] = {}
+        """Figures of the last step that are logged as ``distill.<term>.<key>`` and are no losses; no key contains "loss"."""
+
+    def hidden_state(self) -> dict[str, Any]:
+        """What a resumed run needs beyond parameters and buffers: an optimizer, a random state, a counter."""
+        return {}
+
+    def load_hidden_state(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`hidden_state`."""
 
     def weight_at(self, step: Step) -> float:
         """The weight at this step."""
@@ -147,8 +156,8 @@ class TapTerm(Term):
         Raises:
             WiringError: the taps yield different numbers of tensors.
         """
-        left = [(tensor, tap) for tap in self.student_taps for tensor in student.tensors(tap)]
-        right = [(tensor, tap) for tap in self.teacher_taps for tensor in teacher.tensors(tap)]
+        left = [(tensor, tap) for tap in self.student_taps for tensor in self._tensors(student, tap)]
+        right = [(tensor, tap) for tap in self.teacher_taps for tensor in self._tensors(teacher, tap)]
         if len(left) != len(right):
             raise WiringError(
                 f"{self.name}: the student's {_names(self.student_taps)} yields {len(left)} tensors "
@@ -156,6 +165,9 @@ class TapTerm(Term):
                 f"{[tuple(t.shape) for t, _ in right]}; pick as many of each with [0], [1] …"
             )
         return [(s, t, s_tap, t_tap) for (s, s_tap), (t, t_tap) in zip(left, right, strict=True)]
+
+    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        return recording.tensors(tap)
 
 
 @TERMS.register
@@ -190,21 +202,12 @@ class FeatureImitation(TapTerm):
             tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
         )
         self.adapter_kind: AdapterKind = adapter
-        self.region: Region = REGIONS.build(region)
-        if not isinstance(self.region, Region):
-            raise DistillError(
-                f"{type(self).__name__}: a region is a name or a Region, one of {', '.join(REGIONS)}; got {region!r}"
-            )
-        self.region_name = region if isinstance(region, str) else type(self.region).__name__
+        self.region, self.region_name = build_region(region, self)
         self.loss = _loss_function(loss)
         self.adapters = nn.ModuleList()
 
     def wire(self, wiring: Wiring) -> None:
-        missing = self.region.needs - wiring.fields
-        if missing:
-            raise WiringError(
-                f"{self.name}: region {self.region_name!r} needs {', '.join(sorted(missing))}, not given here"
-            )
+        check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             if t.ndim != 4 and (not isinstance(self.region, All) or "image_sizes" in wiring.fields):
                 raise WiringError(
@@ -213,29 +216,89 @@ class FeatureImitation(TapTerm):
                 )
             adapter = build_adapter(self.adapter_kind, s, t, f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
-            label = f"{type(adapter).__name__} {adapter.extra_repr()}".strip()
-            if s.ndim == 4 and s.shape[-2:] != t.shape[-2:]:
-                label += ", resize"
-            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter=label, region=self.region_name))
+            self.rows.append(
+                self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region=self.region_name)
+            )
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        numerators, denominators = [], []
-        pairs = self.pairs(student, teacher)
-        for adapter, (s, t, _, _) in zip(self.adapters, pairs, strict=True):
+        ratios = []
+        for adapter, (s, t, _, _) in zip(self.adapters, self.pairs(student, teacher), strict=True):
             weight = self.region(batch, t)
             if weight is not None and t.ndim == 4:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
                 t = t.masked_fill((weight == 0)[:, None], 0)
             items = self.loss(adapter(s, t), t, dim=1 if t.ndim == 4 else -1, reduction="none")
-            ratio = weighted_ratio(items, weight)
-            numerators.append(ratio.numerator)
-            denominators.append(ratio.denominator)
-        return _stack(numerators, denominators)
+            ratios.append(weighted_ratio(items, weight))
+        return mean_of(ratios)
 
 
 @TERMS.register
 class Hint(FeatureImitation):
     """FitNets' hint (arXiv 1412.6550): feature imitation of one layer, every position, squared error."""
+
+
+@TERMS.register
+class ChannelWise(TapTerm):
+    """Channel-wise distillation (CWD): each channel's softmax over positions (Shu et al. 2021, arXiv 2011.13256).
+
+    Several taps weigh alike: the mean of their losses. For logits the authors take weight 3 and temperature 4.
+
+    Args:
+        tap: maps ``(B, C, H, W)``: features, or class logits.
+        temperature: T > 0.
+        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
+        region: ``"all"`` (padding excluded) or another; positions at weight 0 take no part.
+    """
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        temperature: float = 4.0,
+        student_tap: Taps | None = None,
+        teacher_tap: Taps | None = None,
+        adapter: AdapterKind = "auto",
+        region: Any = "all",
+        weight: float = 1.0,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(
+            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
+        )
+        check_temperature(temperature)
+        self.temperature = temperature
+        self.adapter_kind: AdapterKind = adapter
+        self.region, self.region_name = build_region(region, self)
+        self.adapters = nn.ModuleList()
+        self.align_corners = False
+
+    def wire(self, wiring: Wiring) -> None:
+        check_region(self, self.region, self.region_name, wiring)
+        for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            if s.ndim != 4 or t.ndim != 4:
+                raise WiringError(
+                    f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be maps (B, C, H, W)"
+                )
+            kind = self.adapter_kind
+            if kind == "auto" and s.shape[1] == t.shape[1]:
+                kind = "none"
+            adapter = build_adapter(kind, s, t, f"{self.name} ({s_tap} → {t_tap})", align_corners=self.align_corners)
+            self.adapters.append(adapter)
+            self.rows.append(
+                self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region=self.region_name)
+            )
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = []
+        for adapter, (s, t, _, _) in zip(self.adapters, self.pairs(student, teacher), strict=True):
+            if self.compares_classes and batch.class_order is not None:
+                t = t[:, batch.class_order]
+            valid = self.region(batch, t)
+            items = channel_wise(adapter(s, t), t, self.temperature, valid=valid, reduction="none")
+            present = None if valid is None else (valid.flatten(1) > 0).any(1, keepdim=True)
+            ratios.append(weighted_ratio(items, present))
+        return mean_of(ratios)
 
 
 @TERMS.register
@@ -276,8 +339,7 @@ class SoftTargets(TapTerm):
         _wire_logits(self, wiring)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ratios = [self._compare(s, t, batch) for s, t, _, _ in self.pairs(student, teacher)]
-        return _stack([r.numerator for r in ratios], [r.denominator for r in ratios])
+        return mean_of([self._compare(s, t, batch) for s, t, _, _ in self.pairs(student, teacher)])
 
     def _compare(self, student: Tensor, teacher: Tensor, batch: Batch) -> Ratio:
         dim = _class_dim(student)
@@ -321,11 +383,12 @@ class LogitMatching(TapTerm):
         _wire_logits(self, wiring)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ratios = [
-            weighted_ratio(logit_matching(s, t, center=self.center, dim=_class_dim(s), reduction="none"))
-            for s, t, _, _ in self.pairs(student, teacher)
-        ]
-        return _stack([r.numerator for r in ratios], [r.denominator for r in ratios])
+        return mean_of(
+            [
+                weighted_ratio(logit_matching(s, t, center=self.center, dim=_class_dim(s), reduction="none"))
+                for s, t, _, _ in self.pairs(student, teacher)
+            ]
+        )
 
 
 def build_terms(specs: Sequence[Any], registry: Registry = TERMS) -> list[Term]:
@@ -378,9 +441,33 @@ def _class_dim(logits: Tensor) -> int:
     return 1 if logits.ndim == 4 else -1
 
 
-def _stack(numerators: Sequence[Tensor], denominators: Sequence[Tensor]) -> Ratio:
+def mean_of(ratios: Sequence[Ratio]) -> Ratio:
     """The mean of several losses, each with its own denominator."""
-    return Ratio(torch.stack(list(numerators)) / len(numerators), torch.stack(list(denominators)))
+    numerators, denominators = zip(*ratios, strict=True)
+    return Ratio(torch.stack(numerators) / len(ratios), torch.stack(denominators))
+
+
+def build_region(spec: Any, term: Term) -> tuple[Region, str]:
+    """A region from its name, a dict or an instance, and what to call it."""
+    region = REGIONS.build(spec)
+    if not isinstance(region, Region):
+        raise DistillError(
+            f"{type(term).__name__}: a region is a name or a Region, one of {', '.join(REGIONS)}; got {spec!r}"
+        )
+    return region, spec if isinstance(spec, str) else type(region).__name__
+
+
+def check_region(term: Term, region: Region, name: str, wiring: Wiring) -> None:
+    """Raises a :class:`WiringError` where the host does not give what the region needs."""
+    missing = region.needs - wiring.fields
+    if missing:
+        raise WiringError(f"{term.name}: region {name!r} needs {', '.join(sorted(missing))}, not given here")
+
+
+def adapter_label(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:
+    """What ``taskdistill check`` says of an adapter."""
+    resized = student.ndim == 4 and student.shape[-2:] != teacher.shape[-2:]
+    return f"{type(adapter).__name__} {adapter.extra_repr()}".strip() + (", resize" if resized else "")
 
 
 def _parse(taps: Any) -> list[Tap]:

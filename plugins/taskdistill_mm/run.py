@@ -44,7 +44,8 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
         config.merge_from_dict(overrides)
     if "model" not in config:
         raise DistillError(f"{path} has no 'model'; it is not the config of a training")
-    config.setdefault("default_scope", "mmdet")
+    kind = str(getattr(config.model.get("type"), "__name__", config.model.get("type")))
+    config.setdefault("default_scope", "mmseg" if kind == "DistilledSegmentor" else "mmdet")
     return config
 
 
@@ -151,7 +152,9 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
             runner = Runner.from_cfg(config)
         model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not isinstance(model, Graft):
-            raise DistillError(f"{path} trains a plain {type(model).__name__}; set model.type='DistilledDetector'")
+            raise DistillError(
+                f"{path} trains a plain {type(model).__name__}; set model.type='DistilledDetector' or 'DistilledSegmentor'"
+            )
         with config_mistakes(path):
             loader = runner.build_dataloader(config.train_dataloader)
         classes = (getattr(loader.dataset, "metainfo", None) or {}).get("classes")

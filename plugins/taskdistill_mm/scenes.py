@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
 CLASSES = tuple("0123456789")
+SEGMENTATION_CLASSES = ("background", *CLASSES)
 SPLITS = ("train", "val", "test")
 
 # Changes whenever the same seed would give other pictures, so that an older set on disk is written anew.
@@ -145,10 +147,25 @@ def write_detection_set(
     Raises:
         FileExistsError: if ``root`` holds files that are not of this function's making.
     """
-    root = Path(root)
+    return _write_set(Path(root), "detection", seed, (train, val, test), size)
+
+
+def write_segmentation_set(
+    root: str | os.PathLike[str], *, seed: int, train: int = 800, val: int = 200, test: int = 300, size: int = 96
+) -> Path:
+    """Writes the same scenes in MMSegmentation's layout, unless they are there already; returns ``root``.
+
+    Images go to ``root/images/{train,val,test}/``, class indices per pixel (0 the background, digit + 1 for its visible ink;
+    see `SEGMENTATION_CLASSES`) to ``root/masks/{train,val,test}/`` under the same names. For the arguments and all else see
+    `write_detection_set`.
+    """
+    return _write_set(Path(root), "segmentation", seed, (train, val, test), size)
+
+
+def _write_set(root: Path, task: str, seed: int, numbers: tuple[int, int, int], size: int) -> Path:
     record = root / "scenes.json"
-    counts = dict(zip(SPLITS, (train, val, test), strict=True))
-    wanted: dict[str, Any] = dict(version=_VERSION, seed=seed, size=size, complete=True, **counts)
+    counts = dict(zip(SPLITS, numbers, strict=True))
+    wanted: dict[str, Any] = dict(version=_VERSION, task=task, seed=seed, size=size, complete=True, **counts)
     if record.is_file():
         if json.loads(record.read_text()) == wanted:
             return root
@@ -156,12 +173,18 @@ def write_detection_set(
         raise FileExistsError(f"{root} is not empty and holds no scenes.json: choose another folder for the scenes")
     root.mkdir(parents=True, exist_ok=True)
     _write_json(record, {**wanted, "complete": False})
-    for name in (*SPLITS, "annotations"):
+    for name in (*SPLITS, "annotations", "images", "masks"):
         shutil.rmtree(root / name, ignore_errors=True)
-        (root / name).mkdir()
     for index, split in enumerate(SPLITS):
-        annotations = _write_split(root / split, digits_of(split), (seed, index), counts[split], size)
-        _write_json(root / "annotations" / f"instances_{split}.json", annotations)
+        scenes = (
+            (f"{number:06d}.png", render_scene(np.random.default_rng((seed, index, number)), digits_of(split), size))
+            for number in range(1, counts[split] + 1)
+        )
+        if task == "detection":
+            (root / "annotations").mkdir(exist_ok=True)
+            _write_json(root / "annotations" / f"instances_{split}.json", _write_detection(root / split, scenes))
+        else:
+            _write_masks(root / "images" / split, root / "masks" / split, scenes)
     _write_json(record, wanted)
     return root
 
@@ -277,22 +300,34 @@ def _add_clutter(rng: np.random.Generator, canvas: _Canvas, digits: Digits, obje
     canvas.place(rng, mask.astype(np.float32) * np.float32(rng.uniform(0.5, 1) / 255))
 
 
-def _write_split(folder: Path, digits: Digits, seed: tuple[int, int], number: int, size: int) -> dict[str, Any]:
-    """Renders one split's pictures into a folder and returns their COCO annotations."""
+def _write_detection(folder: Path, scenes: Iterable[tuple[str, Scene]]) -> dict[str, Any]:
+    """Writes one split's pictures into a folder and returns their COCO annotations."""
+    folder.mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for image_id in range(1, number + 1):
-        scene = render_scene(np.random.default_rng((*seed, image_id)), digits, size)
-        name = f"{image_id:06d}.png"
-        if not cv2.imwrite(str(folder / name), scene.image[..., ::-1]):
-            raise OSError(f"could not write {folder / name}")
-        images.append(dict(id=image_id, file_name=name, width=size, height=size))
+    for image_id, (name, scene) in enumerate(scenes, 1):
+        _write_png(folder / name, scene.image[..., ::-1])
+        height, width = scene.image.shape[:2]
+        images.append(dict(id=image_id, file_name=name, width=width, height=height))
         for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
             box = [x1, y1, x2 - x1, y2 - y1]
             keys = dict(id=len(annotations) + 1, image_id=image_id, category_id=label + 1)
             annotations.append(dict(keys, bbox=box, area=box[2] * box[3], iscrowd=0))
     categories = [dict(id=label + 1, name=name) for label, name in enumerate(CLASSES)]
     return dict(images=images, annotations=annotations, categories=categories)
+
+
+def _write_masks(images: Path, masks: Path, scenes: Iterable[tuple[str, Scene]]) -> None:
+    images.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for name, scene in scenes:
+        _write_png(images / name, scene.image[..., ::-1])
+        _write_png(masks / name, scene.semantic)
+
+
+def _write_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    if not cv2.imwrite(str(path), picture):
+        raise OSError(f"could not write {path}")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

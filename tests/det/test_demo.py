@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 
 import cv2
@@ -10,6 +11,7 @@ import pytest
 from taskdistill.errors import DistillError
 from taskdistill.report import Result, gap_closed
 from taskdistill_det import demo
+from taskdistill_mm.demo import train
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,7 @@ def test_demo_writes_every_figure_it_prints(finished):
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["task", "dataset", "model", "method", "seed", "metric", "value"]
     assert {row["method"] for row in rows} == {"teacher", "plain", *demo.DEFAULT}
-    assert {row["metric"] for row in rows} == set(demo.METRICS)
+    assert {row["metric"] for row in rows} == {*demo.SCORES, "parameters (k)", "MFLOPs", "step (ms)"}
     assert len(rows) == len(results)
     parameters = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "parameters (k)"}
     assert parameters["teacher"] > 3 * parameters["plain"]
@@ -45,6 +47,25 @@ def test_demo_draws_pictures_with_something_on_them(finished):
         assert picture.std() > 20
 
 
+def test_demo_draws_what_was_detected(finished, tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setattr(demo, "DATA", dict(seed=0, train=32, val=10, test=10))
+    monkeypatch.setattr(demo, "run", lambda settings, **_: runs.append(settings))
+    demo.main()
+    data = demo.write_detection_set(tmp_path / "data", size=demo.SIZE, **demo.DATA)
+    model = copy.deepcopy(demo.STUDENT[1])
+    model["test_cfg"]["score_thr"] = 0.0
+    trained = train(runs[0], "plain", model, data, tmp_path / "plain", seed=0, iterations=2)
+    for name, threshold in (("every.png", 0.0), ("none.png", 1.1)):
+        demo.draw_detections([trained], tmp_path / name, scenes=1, threshold=threshold)
+    every, none = (cv2.imread(str(tmp_path / name)) for name in ("every.png", "none.png"))
+    # The left half is the ground truth, the right half the model's: boxes of an untrained model cover much of it.
+    half = every.shape[1] // 2
+    different = (every != none).any(2)
+    assert different[:, half:].mean() > 0.05
+    assert different[:, :half].mean() < 0.01
+
+
 def test_demo_checkpoints_are_plain_students(finished):
     import torch
 
@@ -58,7 +79,7 @@ def test_demo_checkpoints_are_plain_students(finished):
 
 def test_unknown_recipe_is_one_line():
     with pytest.raises(DistillError, match="no recipe 'nothing'"):
-        demo.choose("nothing")
+        demo.main(recipes="nothing")
 
 
 def test_gap_closed_by_hand():

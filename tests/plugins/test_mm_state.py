@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import count
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from taskdistill import Constant, FeatureImitation, HostDistiller, Step, Teacher
 from taskdistill.errors import DistillError
 from taskdistill_mm.state import KEY, HubLink, hide_from_state_dict
+
+_hubs = count()
 
 
 class Net(nn.Module):
@@ -40,10 +43,8 @@ def hub():
     """A fresh current message hub, as a Runner makes it before the model."""
 
     def make() -> MessageHub:
-        make.count += 1
-        return MessageHub.get_instance(f"test_mm_state {id(make)} {make.count}")
+        return MessageHub.get_instance(f"test_mm_state {next(_hubs)}")
 
-    make.count = 0
     return make
 
 

@@ -1,0 +1,31 @@
+"""Distillation for MMSegmentation: ``custom_imports = dict(imports=['taskdistill_seg'])`` and ``model.type='DistilledSegmentor'``."""
+
+from taskdistill.hosts import require
+
+require("mmseg", "taskdistill_seg")
+
+from .adversarial import AdversarialMask  # noqa: E402
+from .pixels import DIST, ChannelWise, FeatureImitation, Hint, PixelSoftTargets  # noqa: E402
+from .recipes import channel_wise, cross_image, prototypes, structured  # noqa: E402
+from .registry import RECIPES, TERMS  # noqa: E402
+from .relations import ClassPrototypes, CrossImageRelations, PairwiseAffinity  # noqa: E402
+from .segmentor import DistilledSegmentor  # noqa: E402
+
+__all__ = [
+    "DIST",
+    "RECIPES",
+    "TERMS",
+    "AdversarialMask",
+    "ChannelWise",
+    "ClassPrototypes",
+    "CrossImageRelations",
+    "DistilledSegmentor",
+    "FeatureImitation",
+    "Hint",
+    "PairwiseAffinity",
+    "PixelSoftTargets",
+    "channel_wise",
+    "cross_image",
+    "prototypes",
+    "structured",
+]
