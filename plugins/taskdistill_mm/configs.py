@@ -8,11 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config, ConfigDict
+from mmengine.config import utils as config_utils
+from mmengine.utils import is_installed
 
 from taskdistill.errors import DistillError
 
 PLUGINS = ("taskdistill_det", "taskdistill_seg")
 _OURS = ("teacher", "terms", "recipe", "dry_run_size", "student")
+
+
+# mmengine takes 'mmseg::…' to the distribution mmsegmentation; installed under the fork's name it would not be found, and the
+# module of the same name is.
+if not is_installed(config_utils.MODULE2PACKAGE["mmseg"]):
+    config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
 class MissingConfig(DistillError):

@@ -130,7 +130,20 @@ def make_runner(config: Config) -> Runner:
                 find_unused_parameters=config.get("find_unused_parameters", False),
             )
             config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
+    elif not torch.cuda.is_available():
+        config.model = _without_sync_batchnorm(config.model)
     return Runner.from_cfg(config)
+
+
+def _without_sync_batchnorm(entry: Any) -> Any:
+    """A config whose SyncBN is BN, which is the same on one process; SyncBN itself does not run on a CPU."""
+    if isinstance(entry, dict):
+        return type(entry)(
+            {k: "BN" if k == "type" and v == "SyncBN" else _without_sync_batchnorm(v) for k, v in entry.items()}
+        )
+    if isinstance(entry, (list, tuple)):
+        return type(entry)(_without_sync_batchnorm(item) for item in entry)
+    return entry
 
 
 def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
@@ -149,7 +162,7 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
         config.work_dir = scratch
         config.log_level = "WARNING"
         with config_mistakes(path):
-            runner = Runner.from_cfg(config)
+            runner = make_runner(config)
         model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
         if not isinstance(model, Graft):
             raise DistillError(

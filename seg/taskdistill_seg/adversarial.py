@@ -94,7 +94,7 @@ class AdversarialMask(LogitTerm):
         ((s, t, valid),) = self.aligned(student, teacher, batch)
         present = valid.flatten(1).any(1)
         fake, real = self._masks(s, valid, batch), self._masks(t, valid, batch)
-        self.monitor = self.opponent.learn(real[present], fake[present])
+        self.monitor = self.opponent.learn(real, fake, present)
         return weighted_ratio(adversarial(self.opponent.judge(fake), self.kind, reduction="none"), present)
 
     def _masks(self, scores: Tensor, valid: Tensor, batch: Batch) -> Tensor:

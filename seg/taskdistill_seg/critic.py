@@ -114,30 +114,33 @@ class Opponent:
         self._random = SharedRandom()
         self._shared = False
 
-    def learn(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def learn(self, real: Tensor, fake: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
         """Some steps of the critic on one batch; every process must call it. Returns what to log, averages over all samples.
 
         Args:
-            real, fake: the teacher's and the student's masks ``(B, C, H, W)``; B may be 0 on some processes.
+            real, fake: the teacher's and the student's masks ``(B, C, H, W)``; B is the same on all processes.
+            present: ``(B,)``, which samples take part; all by default.
         """
+        if present is None:
+            present = torch.ones(len(real), dtype=torch.bool, device=real.device)
         if not self._shared:
             copy_from_first_rank(self.critic)
             self._shared = True
-        real, fake = real.detach().float(), fake.detach().float()
+        real, fake = real[present].detach().float(), fake[present].detach().float()
         self.critic.train().requires_grad_(True)
         shown: dict[str, Tensor] = {}
         with torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
             for _ in range(self.steps):
-                shown = self._step(real, fake)
+                shown = self._step(real, fake, present)
         return {**shown, **({"skipped": torch.tensor(float(self.skipped))} if self.skipped else {})}
 
-    def _step(self, real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def _step(self, real: Tensor, fake: Tensor, present: Tensor) -> dict[str, Tensor]:
         scores = self.critic(torch.cat([real, fake]))
         on_real, on_fake = scores.split([len(real), len(fake)])
         loss = critic_loss(on_real, on_fake, self.kind, reduction="sum")
         penalty = torch.zeros_like(loss)
         if self.penalty:
-            penalty = gradient_penalty(self.critic, real, fake, self._mixing(real), reduction="sum")
+            penalty = gradient_penalty(self.critic, real, fake, self._mixing(present), reduction="sum")
         parameters = list(self.critic.parameters())
         gradients = torch.autograd.grad(loss + self.penalty * penalty, parameters, materialize_grads=True)
         counts = torch.stack([loss, penalty, (on_real - on_fake).sum(), loss.new_tensor(float(len(real)))]).detach()
@@ -154,10 +157,11 @@ class Opponent:
         loss, penalty, gap = (total[-4:-1] / count).unbind()
         return {"critic": loss, "gap": gap, **({"penalty": penalty} if self.penalty else {})}
 
-    def _mixing(self, real: Tensor) -> Tensor:
-        """A share in [0, 1) for each sample: on several processes the slices of one draw."""
-        everyone = torch.rand(len(real) * world_size(), generator=self._random.of_all_ranks())
-        return everyone[len(real) * rank() : len(real) * (rank() + 1)].to(real)
+    def _mixing(self, present: Tensor) -> Tensor:
+        """A share in [0, 1) for each sample that takes part: on several processes, slices of one draw for all samples."""
+        count = len(present)
+        everyone = torch.rand(count * world_size(), generator=self._random.of_all_ranks())
+        return everyone[count * rank() : count * (rank() + 1)].to(present.device)[present]
 
     def judge(self, fake: Tensor) -> Tensor:
         """Scores of the student's masks ``(B,)``, with a gradient to the masks alone."""

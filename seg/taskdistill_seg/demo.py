@@ -41,7 +41,7 @@ SCORES = {"mIoU": "mIoU", "mAcc": "mAcc"}
 EVALUATIONS = 6
 
 
-def segmentor(family: str, width: int, channels: int, classes: int) -> dict[str, Any]:
+def segmentor(family: str, width: int, channels: int, classes: int, thin: bool = True) -> dict[str, Any]:
     """A small segmentor: ResNet-18 of ``width`` base channels under DeepLabV3+ (teacher) or FPN (student), both at stride 4."""
     backbone: dict[str, Any] = dict(
         type="ResNetV1c",
@@ -62,7 +62,8 @@ def segmentor(family: str, width: int, channels: int, classes: int) -> dict[str,
         dropout_ratio=0.0,
         norm_cfg=dict(type="BN", requires_grad=True),
         align_corners=False,
-        loss_decode=dict(type="CrossEntropyLoss", loss_weight=1.0),
+        # Nine tenths of the pixels are background.
+        loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.3] + [1.0] * (classes - 1) if thin else None),
     )
     model: dict[str, Any] = dict(
         type="EncoderDecoder",
@@ -188,6 +189,8 @@ def config(
             test_dataloader=loader(split, train=False),
             val_evaluator=evaluator,
             test_evaluator=evaluator,
+            # What the host's inference reads.
+            test_pipeline=[dict(type="LoadImageFromFile"), dict(type="LoadAnnotations"), dict(type="PackSegInputs")],
             randomness=dict(seed=seed),
             **schedule(iterations, LR, EVALUATIONS),
         )

@@ -39,6 +39,14 @@ class ClassScores(TapTerm):
             side: bool(getattr(main_head(model), "align_corners", False)) for side, model in models.items()
         }
 
+    def check_classes(self, s: Tensor, t: Tensor, s_tap: Tap, t_tap: Tap) -> None:
+        """Raises a :class:`WiringError` unless both score the same number of classes."""
+        if s.shape[1] != t.shape[1]:
+            raise WiringError(
+                f"{self.name}: the student's {s_tap} scores {s.shape[1]} classes, the teacher's {t_tap} {t.shape[1]}; "
+                "class scores are compared class by class: use a teacher of the same classes, or a term on features"
+            )
+
     def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
         value = recording[tap]
         head = self._heads[recording.owner]
@@ -90,11 +98,7 @@ class LogitTerm(ClassScores):
                     f"{self.name}: student {s_tap} {tuple(s.shape)} and teacher {t_tap} {tuple(t.shape)} must be class "
                     "scores (B, C, H, W)"
                 )
-            if s.shape[1] != t.shape[1]:
-                raise WiringError(
-                    f"{self.name}: the student's {s_tap} scores {s.shape[1]} classes, the teacher's {t_tap} {t.shape[1]}; "
-                    "class scores are compared class by class: use a teacher of the same classes, or a term on features"
-                )
+            self.check_classes(s, t, s_tap, t_tap)
             resized = "resize" if s.shape[-2:] != t.shape[-2:] or self.grid == "labels" else "–"
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter=resized, region="valid"))
 

@@ -114,6 +114,9 @@ class ChannelWise(ClassScores, CoreChannelWise):
     def wire(self, wiring: Wiring) -> None:
         self.meet(wiring)
         self.align_corners = self.compares_classes and self._corners["student"]
+        if self.compares_classes:
+            for pair in self.pairs(wiring.student_recording, wiring.teacher_recording):
+                self.check_classes(*pair)
         super().wire(wiring)
 
 

@@ -170,8 +170,8 @@ class CrossImageRelations(FeatureTerm):
 
     def _memory(self, s: Tensor, t: Tensor, valid: Tensor) -> list[Ratio]:
         chosen = valid.flatten().nonzero()[:, 0]
+        own = self._random.of_this_rank()  # on every process, whether it draws or not
         if len(chosen) > self.anchors:
-            own = self._random.of_this_rank()
             chosen = chosen[torch.randperm(len(chosen), generator=own)[: self.anchors].to(chosen.device)]
         s, t = (maps.permute(0, 2, 3, 1).flatten(0, 2)[chosen] for maps in (s, t))
         ratios = []

@@ -97,5 +97,6 @@ def _correlation(
     pq, pp, qq = (total((a * b).sum(dim)) for a, b in ((p, q), (p, p), (q, q)))
     # What rounding leaves of a constant is none. Not clamp(): the gradient would be q divided by next to nothing.
     rounding = (8 * torch.finfo(p.dtype).eps) ** 2
-    varies = (pp > rounding * p_means) & (qq > rounding * q_means) & (pp * qq > 1e-16)
-    return pq.where(varies, 0) / (pp * qq).where(varies, 1).sqrt()
+    # NaN is not below anything: it is no constant, and shows in the value, so that the term is dropped.
+    constant = (pp <= rounding * p_means) | (qq <= rounding * q_means) | (pp * qq <= 1e-16)
+    return pq.masked_fill(constant, 0) / (pp * qq).masked_fill(constant, 1).sqrt()

@@ -1,0 +1,34 @@
+"""The benchmark times real steps of a real pair; here a small one, once."""
+
+from __future__ import annotations
+
+import pytest
+from mmengine.config import Config
+
+from seg_support import SMALL_CRITIC, segmentor
+from taskdistill.errors import DistillError
+from taskdistill_seg import bench
+
+
+def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch, capsys):
+    for name, width in (("STUDENT", 4), ("TEACHER", 8)):
+        path = tmp_path / f"{name}.py"
+        Config(dict(model=segmentor("PSPNet", width=width, classes=19))).dump(path)
+        monkeypatch.setattr(bench, name, str(path))
+    critic = dict(type="structured", critic=dict(critic=SMALL_CRITIC))
+    monkeypatch.setattr(
+        bench, "RECIPES", {"structured": dict(recipe=critic), "channel_wise": dict(recipe="channel_wise")}
+    )
+    monkeypatch.setattr(bench, "SIZE", {"cpu": 64})
+    rows = bench.main(pairs=2, out=str(tmp_path / "out"))
+    assert [row["step"] for row in rows] == ["plain", "teacher forward", "structured", "channel_wise"]
+    written = (tmp_path / "out" / "bench_cpu.md").read_text()
+    assert all(row["ms"] in written for row in rows)
+    ratio = float(rows[2]["/ (plain + teacher forward)"].split()[0])
+    assert 0.3 < ratio < 5
+    assert "plain + taps" in capsys.readouterr().out
+
+
+def test_bench_refuses_an_unknown_device():
+    with pytest.raises(DistillError, match="device must be"):
+        bench.main(device="tpu")
