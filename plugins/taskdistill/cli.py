@@ -13,7 +13,7 @@ from pprint import pformat
 from types import ModuleType
 
 from . import __version__
-from .errors import DistillError
+from .errors import DistillError, nearest
 from .hosts import MissingHost, require
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
 
@@ -130,7 +130,8 @@ def _show_recipe(name: str) -> None:
     registries = {task: plugin(task).RECIPES for task in HOSTS}
     found = [(task, registry) for task, registry in registries.items() if name in registry]
     if not found:
-        next(iter(registries.values())).get(name)  # raises, naming the nearest ones
+        known = dict.fromkeys(recipe for registry in registries.values() for recipe in registry)
+        raise DistillError(f"no recipe is called {name!r}{nearest(name, known)}")
     for task, registry in found:
         print(
             f"# {task}: {registry.describe()[name]}\nterms = {pformat(registry.get(name)(), sort_dicts=False, width=100)}"

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .adapters import AdapterKind, build_adapter
 from .errors import DistillError, WiringError
-from .losses import Ratio, channel_wise, hint, logit_matching, soft_targets, upcast, weighted_ratio
+from .losses import Ratio, channel_wise, hint, logit_matching, mixed_targets, soft_targets, weighted_ratio
 from .losses.soft_targets import check_temperature
 from .regions import All, Batch, Region
 from .registry import LOSSES, REGIONS, TERMS, Registry
@@ -343,15 +342,22 @@ class SoftTargets(TapTerm):
 
     def _compare(self, student: Tensor, teacher: Tensor, batch: Batch) -> Ratio:
         dim = _class_dim(student)
-        soft = soft_targets(student, teacher, self.temperature, dim=dim, reduction="none")
         if not self.hard_weight:
-            return weighted_ratio(soft)
+            return weighted_ratio(soft_targets(student, teacher, self.temperature, dim=dim, reduction="none"))
         if batch.labels is None:
             raise DistillError(
                 f"{self.name}: hard_weight={self.hard_weight} needs targets; pass targets=… to the distiller"
             )
-        hard = F.cross_entropy(upcast(student).movedim(dim, 1), batch.labels, reduction="none")
-        return weighted_ratio(self.hard_weight * hard + (1 - self.hard_weight) * soft, batch.labels != -100)
+        mixed = mixed_targets(
+            student,
+            teacher,
+            batch.labels,
+            temperature=self.temperature,
+            hard_weight=self.hard_weight,
+            dim=dim,
+            reduction="none",
+        )
+        return weighted_ratio(mixed, batch.labels != -100)
 
 
 @TERMS.register

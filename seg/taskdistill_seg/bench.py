@@ -7,6 +7,9 @@ one process. The critic's training is shown alone as well: it is what a critic i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +18,13 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
+from taskdistill.bench import peak_memory
+from taskdistill.losses import class_prototypes, pairwise_affinity
+from taskdistill.report import markdown, print_rows
 from taskdistill_mm.bench import Variants, measure
 from taskdistill_mm.configs import load_config
+
+from .relations import CrossImageRelations
 
 STUDENT = "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py"
 TEACHER = "mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py"
@@ -51,7 +59,50 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/seg") -> l
         images=IMAGES,
         forward=lambda teacher, inputs: teacher(inputs, mode="tensor"),
     )
-    return measure(variants, pairs, device, out)
+    rows = measure(variants, pairs, device, out)
+    grown = growth(device)
+    title = "peak of the loss itself on one image of 512 channels, forward and backward, MiB, by the side of the feature map"
+    print_rows(grown, title=title)
+    with (Path(out) / f"bench_{device}.md").open("a") as file:
+        file.write(f"\n{title}\n\n{markdown(grown)}\n")
+    return rows
+
+
+def growth(device: str = "cpu", channels: int = 512, sides: Sequence[int] = (32, 64, 128)) -> list[dict[str, str]]:
+    """How the memory of affinity and relation terms grows with the resolution, beside what one N×N map would hold."""
+    rows: dict[str, dict[str, str]] = {}
+    for side in sides:
+        generator = torch.Generator().manual_seed(0)
+        teacher = torch.randn(1, channels, side, side, generator=generator).to(device)
+        student = torch.randn(1, channels, side, side, generator=generator).to(device)
+        labels = torch.randint(19, (1, side, side), generator=generator).to(device)
+        relations = CrossImageRelations()
+        relations.allocate(channels, channels, 19, torch.device(device))
+        terms: dict[str, Callable[[], Tensor]] = {
+            "the two maps themselves": partial(_added, student, teacher),
+            "PairwiseAffinity": partial(pairwise_affinity, student, teacher, patch=2),
+            "ClassPrototypes": partial(class_prototypes, student, teacher, labels),
+            "CrossImageRelations": partial(_cross_image, relations, student, teacher, labels),
+        }
+        for name, loss in terms.items():
+            held = peak_memory(partial(_with_gradient, loss, student), device)
+            rows.setdefault(name, {"term": name})[f"{side}×{side}"] = f"{held / 2**20:.1f}"
+        rows.setdefault("(one N×N map)", {"term": "(one N×N map)"})[f"{side}×{side}"] = f"{side**4 * 4 / 2**20:.0f}"
+    return list(rows.values())
+
+
+def _with_gradient(loss: Callable[[], Tensor], student: Tensor) -> None:
+    student.requires_grad_()
+    loss().backward()
+    student.grad = None
+
+
+def _added(student: Tensor, teacher: Tensor) -> Tensor:
+    return (student + teacher).sum()
+
+
+def _cross_image(term: CrossImageRelations, student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+    return term.relate(student, teacher, labels).value()
 
 
 def batch(size: int, count: int, device: str, classes: int = 19) -> tuple[Tensor, list[Any]]:

@@ -30,7 +30,7 @@ from .registry import TERMS
 
 @TERMS.register
 class PixelSoftTargets(LogitTerm):
-    """Soft targets of every pixel: KL over classes, mean over the pixels that count (Liu et al. 2019, equation 1).
+    """Soft targets of every pixel: KL over classes, mean over the pixels that count (Liu et al. 2019, section 3.1).
 
     Structured KD takes temperature 1 and weight 10. One output channel (binary segmentation) is compared as a sigmoid.
 
@@ -109,7 +109,12 @@ class ChannelWise(ClassScores, CoreChannelWise):
 
     def __init__(self, tap: Taps = LOGITS, *, region: Any = "valid", **settings: Any) -> None:
         super().__init__(tap, region=region, **settings)
-        self.compares_classes = any(str(tap) == LOGITS for tap in (*self.student_taps, *self.teacher_taps))
+        scores = [str(tap) == LOGITS for tap in (*self.student_taps, *self.teacher_taps)]
+        if any(scores) and not all(scores):
+            raise DistillError(
+                "ChannelWise: class scores and features are not compared in one term; add a term for each"
+            )
+        self.compares_classes = all(scores)
 
     def wire(self, wiring: Wiring) -> None:
         self.meet(wiring)

@@ -31,7 +31,7 @@ from .registry import TERMS
 
 @TERMS.register
 class PairwiseAffinity(FeatureTerm):
-    """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, equation 2), weight 10 in the paper.
+    """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, section 3.2), weight 10 in the paper.
 
     An image holds min(N², C²) numbers, N nodes and C channels; see :func:`taskdistill.losses.pairwise_affinity`.
 
@@ -137,20 +137,29 @@ class CrossImageRelations(FeatureTerm):
         if len(self.rows) != 1:
             raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
         ((s, t, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
-        width, classes = t.shape[1], int(wiring.teacher.num_classes)  # type: ignore[arg-type]
-        self.project = nn.Sequential(nn.Conv2d(s.shape[1], width, 1), nn.ReLU(), nn.Conv2d(width, width, 1)).to(
-            s.device
+        classes = int(wiring.teacher.num_classes)  # type: ignore[arg-type]
+        self.allocate(s.shape[1], t.shape[1], classes, s.device)
+        self.rows[0] = self.rows[0]._replace(
+            adapter=f"{s.shape[1]}→{t.shape[1]}→{t.shape[1]}, memory {classes} classes"
         )
-        self.register_buffer("pixels", torch.zeros(classes, self.pixels_per_class, width, device=s.device))
-        self.register_buffer("regions", torch.zeros(classes, self.regions_per_class, width, device=s.device))
-        self.register_buffer("seen", torch.zeros(2, classes, dtype=torch.long, device=s.device))
-        self.rows[0] = self.rows[0]._replace(adapter=f"{s.shape[1]}→{width}→{width}, memory {classes} classes")
+
+    def allocate(self, student: int, teacher: int, classes: int, device: torch.device) -> None:
+        """The projection between these numbers of channels, and empty memories."""
+        layers = (nn.Conv2d(student, teacher, 1), nn.ReLU(), nn.Conv2d(teacher, teacher, 1))
+        self.project = nn.Sequential(*layers).to(device)
+        self.register_buffer("pixels", torch.zeros(classes, self.pixels_per_class, teacher, device=device))
+        self.register_buffer("regions", torch.zeros(classes, self.regions_per_class, teacher, device=device))
+        self.register_buffer("seen", torch.zeros(2, classes, dtype=torch.long, device=device))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ((s, t, valid),) = self.aligned(student, teacher, batch)
+        ((s, t, _),) = self.aligned(student, teacher, batch)
+        return self.relate(s, t, labels_on(batch, t.shape[-2:]))
+
+    def relate(self, s: Tensor, t: Tensor, labels: Tensor) -> Ratio:
+        """The three parts on maps ``(B, C, H, W)`` of one grid, with labels ``(B, H, W)`` that are -1 where nothing counts."""
+        valid = labels >= 0
         parts = [self._batch(s, t, valid)]
         if any(self.weights[1:]):
-            labels = labels_on(batch, t.shape[-2:])
             self._remember(t.detach(), labels)
             parts += self._memory(self.project(s.to(next(self.project.parameters()).dtype)), t, valid)
         weighted = [weight * part.numerator for weight, part in zip(self.weights, parts, strict=False)]

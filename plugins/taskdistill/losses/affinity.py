@@ -28,7 +28,7 @@ def pairwise_affinity(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Pair-wise affinity: squared difference of the cosine similarities between nodes (Liu et al. 2019, equation 2).
+    r"""Pair-wise affinity: squared difference of the cosine similarities between nodes (Liu et al. 2019, section 3.2).
 
     .. math:: \frac{1}{N^2} \sum_{i,j} (a^s_{ij} - a^t_{ij})^2, \qquad a_{ij} = \frac{f_i^\top f_j}{\|f_i\| \|f_j\|}
 

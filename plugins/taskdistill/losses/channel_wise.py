@@ -22,7 +22,7 @@ def channel_wise(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Channel-wise distillation (CWD): KL of each channel's softmax over positions (Shu et al. 2021, equation 4).
+    r"""Channel-wise distillation (CWD): KL of each channel's softmax over positions (Shu et al. 2021).
 
     .. math:: \frac{T^2}{C} \sum_c \sum_i \phi(t_{c,i}) \log \frac{\phi(t_{c,i})}{\phi(s_{c,i})}, \qquad
               \phi(x_{c,i}) = \frac{\exp(x_{c,i} / T)}{\sum_j \exp(x_{c,j} / T)}

@@ -18,7 +18,7 @@ from .reduction import Reduction, reduce_loss, upcast
 def class_prototypes(
     student: Tensor, teacher: Tensor, labels: Tensor, *, ignore_index: int = 255, reduction: Reduction = "mean"
 ) -> Tensor:
-    r"""Class prototypes (IFVD): squared difference of each pixel's cosine to its class's mean feature (equations 1 to 3).
+    r"""Class prototypes (IFVD): squared difference of each pixel's cosine to its class's mean feature.
 
     .. math:: \frac{1}{N} \sum_p \big(\cos(f^s_p, \bar f^s_{c(p)}) - \cos(f^t_p, \bar f^t_{c(p)})\big)^2
 

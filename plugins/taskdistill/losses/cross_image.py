@@ -25,7 +25,7 @@ def pixel_relations(
     others: tuple[Tensor, Tensor, Tensor | None] | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Mini-batch pixel-to-pixel relations (Yang et al. 2022, equations 2 and 3).
+    r"""Mini-batch pixel-to-pixel relations (Yang et al. 2022).
 
     For every pair of images (i, j) and every pixel of i: the KL of its softmax over the cosines to all pixels of j, mean over
     pixels and pairs. As in the authors' code a pair may be of one image with itself, and there is no factor T².
@@ -67,7 +67,7 @@ def memory_relations(
     temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Relations to remembered embeddings of pixels or regions (Yang et al. 2022, equations 6 to 9).
+    r"""Relations to remembered embeddings of pixels or regions (Yang et al. 2022).
 
     For each pixel the KL of its softmax over the cosines to all of the memory, divided by τ and by T, times T².
 

@@ -25,7 +25,7 @@ def dist_between_classes(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""DIST, inter-class: 1 - Pearson correlation of the class probabilities of each item (Huang et al. 2022, equation 8).
+    r"""DIST, inter-class: 1 - Pearson correlation of the class probabilities of each item (Huang et al. 2022).
 
     Times T², as for soft targets. For a dense map every *pixel* is an item.
 
@@ -55,7 +55,7 @@ def dist_within_classes(
     reduction: Reduction = "mean",
     total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Tensor:
-    r"""DIST, intra-class: 1 - Pearson correlation over all items of each class's probability (equation 9), times T².
+    r"""DIST, intra-class: 1 - Pearson correlation over all items of each class's probability, times T².
 
     Args:
         student_logits, teacher_logits, temperature, dim: as for :func:`dist_between_classes`.

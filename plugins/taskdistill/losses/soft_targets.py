@@ -94,6 +94,8 @@ def mixed_targets(
     temperature: float = 4.0,
     hard_weight: float = 0.1,
     ignore_index: int = -100,
+    dim: int = -1,
+    reduction: Reduction = "mean",
 ) -> Tensor:
     r"""Hard and soft targets mixed.
 
@@ -102,19 +104,19 @@ def mixed_targets(
     The paper finds a *considerably lower* weight on the hard loss best.
 
     Args:
-        student_logits, teacher_logits: ``(N, C)``.
-        labels: ``(N,)`` class indices; items at ``ignore_index`` count in neither part.
+        student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``.
+        labels: class indices of the shape without ``dim``; items at ``ignore_index`` count in neither part.
         temperature: of the soft part; the hard part is at 1.
         hard_weight: λ in [0, 1].
-
-    Returns:
-        The mean over the items that are not ignored; 0 with a live graph when there are none.
+        dim: the class dimension.
+        reduction: over the items that are not ignored; 0 with a live graph when there are none.
     """
     check_hard_weight(hard_weight)
     valid = (labels != ignore_index).to(upcast(student_logits).dtype)
-    hard = F.cross_entropy(upcast(student_logits), labels, ignore_index=ignore_index, reduction="none")
-    soft = soft_targets(student_logits, teacher_logits, temperature, reduction="none")
-    return reduce_loss(hard_weight * hard + (1 - hard_weight) * soft, valid)
+    scores = upcast(student_logits).movedim(dim, 1)
+    hard = F.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="none")
+    soft = soft_targets(student_logits, teacher_logits, temperature, dim=dim, reduction="none")
+    return reduce_loss(hard_weight * hard + (1 - hard_weight) * soft, valid, reduction)
 
 
 class SoftTargetsLoss(nn.Module):
