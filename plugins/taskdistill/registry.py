@@ -13,6 +13,7 @@ or, without being imported by anyone, through an entry point of the registry's g
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeVar, overload
@@ -142,7 +143,22 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         signature.bind(**arguments)
     except TypeError as error:
         raise DistillError(f"{what}: {error}") from None
-    return target(**arguments)
+    try:
+        return target(**arguments)
+    except TypeError as error:
+        # A class that hands what it does not know on to its bases finds out there.
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in arguments or not isinstance(target, type):
+            raise
+        raise DistillError(f"{what} takes no argument {unknown[1]!r}{nearest(unknown[1], _names(target))}") from error
+
+
+def _names(target: type) -> list[str]:
+    """The arguments that a class and its bases name."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = [inspect.signature(vars(base)["__init__"]) for base in inspect.getmro(target) if "__init__" in vars(base)]
+    names = [p.name for signature in found for p in signature.parameters.values() if p.kind in named]
+    return [name for name in dict.fromkeys(names) if name != "self"]
 
 
 TERMS = Registry("term", "taskdistill.terms")

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from mmengine.config import Config
 
@@ -25,47 +26,37 @@ from taskdistill_mm.scenes import SEGMENTATION_CLASSES, write_segmentation_set
 
 SIZE = 96
 DATA = dict(seed=0, train=400, val=150, test=400)
-ITERATIONS = 1500
-BATCH = 16
-LR = 3e-3
-REAL_CROP = (192, 256)
-REAL_ITERATIONS = 1500
+ITERATIONS = 1000
+LR = 1e-2
+REAL_ITERATIONS = 600
+REAL_BATCH = 8
+# Scenes of 96 pixels have small masks and few pixels: a small critic and small memories.
+_CRITIC = dict(critic=dict(channels=(32, 64, 128), attention=1))
+_RELATIONS = dict(nodes=64, anchors=512, contrast=1024, pixels_per_class=500, regions_per_class=200)
 RECIPES: dict[str, dict[str, Any]] = {
-    "structured": dict(recipe="structured"),
     "channel_wise": dict(recipe="channel_wise"),
-    "prototypes": dict(recipe="prototypes"),
-    "cross_image": dict(recipe="cross_image"),
+    "structured": dict(recipe=dict(type="structured", critic=_CRITIC)),
+    # What structured is without its critic, and without its pairs as well.
+    "pixel_pair": dict(recipe=dict(type="structured", adversarial=0.0)),
+    "pixel": dict(recipe=dict(type="structured", pair=0.0, adversarial=0.0)),
+    "prototypes": dict(recipe=dict(type="prototypes", critic=_CRITIC)),
+    "cross_image": dict(recipe=dict(type="cross_image", relations=_RELATIONS)),
 }
 DEFAULT = ("channel_wise",)
 SCORES = {"mIoU": "mIoU", "mAcc": "mAcc"}
 EVALUATIONS = 6
 
 
-def segmentor(family: str, width: int, channels: int, classes: int, thin: bool = True) -> dict[str, Any]:
-    """A small segmentor: ResNet-18 of ``width`` base channels under DeepLabV3+ (teacher) or FPN (student), both at stride 4."""
-    backbone: dict[str, Any] = dict(
-        type="ResNetV1c",
-        depth=18,
-        base_channels=width,
-        stem_channels=width,
-        num_stages=4,
-        out_indices=(0, 1, 2, 3),
-        norm_cfg=dict(type="BN", requires_grad=True),
-        norm_eval=False,
-        style="pytorch",
-        contract_dilation=True,
-        init_cfg=None,
-    )
-    head: dict[str, Any] = dict(
-        num_classes=classes,
-        channels=channels,
-        dropout_ratio=0.0,
-        norm_cfg=dict(type="BN", requires_grad=True),
-        align_corners=False,
-        # Nine tenths of the pixels are background.
-        loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.3] + [1.0] * (classes - 1) if thin else None),
-    )
-    model: dict[str, Any] = dict(
+def segmentor(width: int, channels: int, classes: int, background: float | None = None) -> dict[str, Any]:
+    """Semantic FPN on a ResNet-18 of ``width`` base channels, at stride 4.
+
+    Args:
+        width, channels: of the backbone's first stage, and of pyramid and head.
+        classes: their number.
+        background: the weight of class 0 in the host's own loss, where the others weigh 1; all alike by default.
+    """
+    norm = dict(type="BN", requires_grad=True)
+    return dict(
         type="EncoderDecoder",
         data_preprocessor=dict(
             type="SegDataPreProcessor",
@@ -77,41 +68,63 @@ def segmentor(family: str, width: int, channels: int, classes: int, thin: bool =
             size_divisor=32,
             test_cfg=dict(size_divisor=32),
         ),
+        backbone=dict(
+            type="ResNetV1c",
+            depth=18,
+            base_channels=width,
+            stem_channels=width,
+            num_stages=4,
+            out_indices=(0, 1, 2, 3),
+            norm_cfg=norm,
+            norm_eval=False,
+            style="pytorch",
+            contract_dilation=True,
+            init_cfg=None,
+        ),
+        neck=dict(type="FPN", in_channels=[width * 2**i for i in range(4)], out_channels=channels, num_outs=4),
+        decode_head=dict(
+            type="FPNHead",
+            in_channels=[channels] * 4,
+            in_index=[0, 1, 2, 3],
+            feature_strides=[4, 8, 16, 32],
+            channels=channels,
+            num_classes=classes,
+            dropout_ratio=0.0,
+            norm_cfg=norm,
+            align_corners=False,
+            loss_decode=dict(
+                type="CrossEntropyLoss",
+                class_weight=None if background is None else [background] + [1.0] * (classes - 1),
+            ),
+        ),
         train_cfg=dict(),
         test_cfg=dict(mode="whole"),
     )
-    if family == "DeepLabV3+":
-        backbone |= dict(dilations=(1, 1, 1, 2), strides=(1, 2, 2, 1))
-        head |= dict(
-            type="DepthwiseSeparableASPPHead",
-            in_channels=8 * width,
-            in_index=3,
-            dilations=(1, 2, 4),
-            c1_in_channels=width,
-            c1_channels=max(width // 2, 8),
-        )
-    else:
-        model["neck"] = dict(
-            type="FPN", in_channels=[width * 2**i for i in range(4)], out_channels=channels, num_outs=4
-        )
-        head |= dict(type="FPNHead", in_channels=[channels] * 4, in_index=[0, 1, 2, 3], feature_strides=[4, 8, 16, 32])
-    return dict(model, backbone=backbone, decode_head=head)
 
 
 @dataclass
 class Layout:
-    """A dataset: what its classes are, where its files lie, and how large the crops of training are (height, width)."""
+    """A dataset: its classes, where its files lie, its pictures' size, and the crops (height, width) and batches of training."""
 
     classes: tuple[str, ...]
     images: str
     masks: str
     suffix: str
     splits: dict[str, str]
+    size: tuple[int, int]
     crop: tuple[int, int]
+    batch: int
 
 
 SCENES = Layout(
-    SEGMENTATION_CLASSES, "images", "masks", ".png", {name: name for name in ("train", "val", "test")}, (SIZE, SIZE)
+    SEGMENTATION_CLASSES,
+    "images",
+    "masks",
+    ".png",
+    {name: name for name in ("train", "val", "test")},
+    (SIZE, SIZE),
+    (SIZE, SIZE),
+    16,
 )
 
 
@@ -130,9 +143,14 @@ def real_layout(root: Path) -> Layout:
     pictures = sorted((root / "img_dir/train").iterdir())
     if not pictures:
         raise DistillError(f"--data {root}: img_dir/train is empty")
+    picture = cv2.imread(str(pictures[0]))
+    if picture is None:
+        raise DistillError(f"--data {root}: cannot read {pictures[0]}")
+    size = (picture.shape[0], picture.shape[1])
+    crop = (max(int(size[0] * 0.8) // 32 * 32, 32), max(int(size[1] * 0.8) // 32 * 32, 32))
     # There is no third split: tables are of val, and nothing may be tuned on them.
     splits = {"train": "train", "val": "val", "test": "val"}
-    return Layout(tuple(classes), "img_dir", "ann_dir", pictures[0].suffix, splits, REAL_CROP)
+    return Layout(tuple(classes), "img_dir", "ann_dir", pictures[0].suffix, splits, size, crop, REAL_BATCH)
 
 
 def config(
@@ -146,9 +164,9 @@ def config(
 ) -> Config:
     """The Runner's config of one training: the same for teacher, plain and distilled students."""
 
-    # A factor on each picture's own size; what the crop lacks, the data preprocessor pads and ignores.
+    # What a picture lacks of the crop, the data preprocessor pads and ignores.
     augmentation: list[dict[str, Any]] = [
-        dict(type="RandomResize", scale=layout.crop[::-1], ratio_range=(0.8, 1.25), keep_ratio=True),
+        dict(type="RandomResize", scale=layout.size[::-1], ratio_range=(0.8, 1.25), keep_ratio=True),
         dict(type="RandomCrop", crop_size=layout.crop),
     ]
     model = copy.deepcopy(model)
@@ -157,7 +175,7 @@ def config(
     def loader(part: str, *, train: bool) -> dict[str, Any]:
         folder = layout.splits[part]
         return dict(
-            batch_size=BATCH if train else 1,
+            batch_size=layout.batch if train else 1,
             num_workers=0,
             sampler=dict(type="InfiniteSampler" if train else "DefaultSampler", shuffle=train),
             dataset=dict(
@@ -210,13 +228,14 @@ def main(out: str = "runs/demo/seg", data: str | None = None, **settings: Any) -
     """
     layout = SCENES if data is None else real_layout(Path(data))
     classes = len(layout.classes)
+    background = 0.3 if data is None else None  # nine tenths of a scene's pixels
     demo = Demo(
         task="seg",
         dataset="digit scenes" if data is None else Path(data).name,
         scope="mmseg",
         kind="DistilledSegmentor",
-        teacher=("DeepLabV3+ R18, width 16", segmentor("DeepLabV3+", 16, 48, classes)),
-        student=("FPN R18, width 8", segmentor("FPN", 8, 24, classes)),
+        teacher=("FPN-R18, width 16", segmentor(16, 48, classes, background)),
+        student=("FPN-R18, width 8", segmentor(8, 24, classes, background)),
         recipes=RECIPES,
         default=DEFAULT,
         write_data=_write_scenes if data is None else lambda _: Path(str(data)),
@@ -224,7 +243,7 @@ def main(out: str = "runs/demo/seg", data: str | None = None, **settings: Any) -
         iterations=ITERATIONS if data is None else REAL_ITERATIONS,
         evaluations=EVALUATIONS,
         scores=SCORES,
-        size=layout.crop,
+        size=layout.size,
         picture=("masks.png", draw_masks),
         tested="test scenes" if data is None else "val split",
     )
@@ -246,7 +265,7 @@ def draw_masks(runs: Sequence[Trained], path: Path, scenes: int = 5) -> None:
     colours = np.full((256, 3), 128, np.uint8)
     colours[:classes] = palette[:classes].astype(np.uint8)
     columns = ["image", "ground truth", *(trained.method for trained in runs)]
-    height, width = runs[0].runner.cfg.model.data_preprocessor.size
+    height, width = plt.imread(dataset.get_data_info(0)["img_path"]).shape[:2]
     shape = (2.2 * len(columns), (2.2 * height / width + 0.15) * scenes)
     figure, axes = plt.subplots(scenes, len(columns), figsize=shape, squeeze=False)
     for row, index in enumerate(np.linspace(0, len(dataset) - 1, scenes).astype(int)):

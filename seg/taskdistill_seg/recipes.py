@@ -51,19 +51,24 @@ def channel_wise(weight: float = 3.0, temperature: float = 4.0, schedule: Any = 
 
 @RECIPES.register
 def prototypes(
-    pixel: float = 10.0, prototype: float = 200.0, adversarial: float = 0.1, schedule: Any = None
+    pixel: float = 10.0,
+    prototype: float = 200.0,
+    adversarial: float = 0.1,
+    critic: Mapping[str, Any] | None = None,
+    schedule: Any = None,
 ) -> list[dict[str, Any]]:
     """IFVD (ECCV 2020): how far pixels lie from their class's prototype, with soft targets and a critic.
 
     Args:
         pixel, prototype, adversarial: the weights of the three terms; a term at 0 is left out.
+        critic: settings of ``AdversarialMask``.
         schedule: of all three.
     """
     return _terms(
         [
             dict(type="PixelSoftTargets", weight=pixel),
             dict(type="ClassPrototypes", weight=prototype),
-            dict(type="AdversarialMask", weight=adversarial),
+            dict(type="AdversarialMask", weight=adversarial, **(critic or {})),
         ],
         schedule,
     )
@@ -75,6 +80,7 @@ def cross_image(
     pixel: float = 1.0,
     memory_pixel: float = 0.1,
     memory_region: float = 0.1,
+    relations: Mapping[str, Any] | None = None,
     schedule: Any = None,
 ) -> list[dict[str, Any]]:
     """CIRKD (CVPR 2022): relations to pixels of other images and to remembered pixels and regions, with soft targets.
@@ -82,13 +88,14 @@ def cross_image(
     Args:
         soft: the weight of the soft targets (temperature 1).
         pixel, memory_pixel, memory_region: the weights of the three kinds of relations.
+        relations: further settings of ``CrossImageRelations``.
         schedule: of all of them.
     """
-    relations = dict(pixel=pixel, memory_pixel=memory_pixel, memory_region=memory_region)
+    weights = dict(pixel=pixel, memory_pixel=memory_pixel, memory_region=memory_region)
     return _terms(
         [
             dict(type="PixelSoftTargets", weight=soft),
-            dict(type="CrossImageRelations", weight=1.0, **relations),
+            dict(type="CrossImageRelations", weight=1.0, **weights, **(relations or {})),
         ],
         schedule,
     )

@@ -108,7 +108,7 @@ class CrossImageRelations(FeatureTerm):
         memory_region: float = 0.1,
         *,
         temperature: float = 0.1,
-        nodes: int = 512,
+        nodes: int = 256,
         anchors: int = 2048,
         contrast: int = 4096,
         pixels_per_class: int = 2000,

@@ -21,7 +21,7 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "DATA", dict(seed=0, train=24, val=4, test=5))
-        patch.setattr(demo, "BATCH", 4)
+        patch.setattr(demo.SCENES, "batch", 4)
         patch.setattr(demo, "EVALUATIONS", 2)
         results = demo.main(seeds=1, recipes="structured,channel_wise", out=str(out), iterations=4)
     return out, results
@@ -67,8 +67,7 @@ def test_demo_draws_the_critic_beside_the_losses(finished):
 
 
 def test_demo_takes_a_real_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "REAL_CROP", (64, 64))
-    monkeypatch.setattr(demo, "BATCH", 2)
+    monkeypatch.setattr(demo, "REAL_BATCH", 2)
     monkeypatch.setattr(demo, "EVALUATIONS", 1)
     scenes = write_segmentation_set(tmp_path / "scenes", seed=0, train=4, val=2, test=0)
     real = tmp_path / "real"
