@@ -11,6 +11,7 @@ import mmengine
 import pytest
 import torch
 from mmengine.config import Config, ConfigDict
+from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
@@ -182,9 +183,16 @@ def segmentor(
     return model if auxiliary is None else dict(model, auxiliary_head=auxiliary)
 
 
+def enter_host() -> None:
+    """A scope and a message hub of mmseg's own, as a new Runner makes them: an earlier one's may know other classes."""
+    name = f"seg_support_{next(_names)}"
+    DefaultScope.get_instance(name, scope_name="mmseg")
+    MessageHub.get_instance(name)
+
+
 def build(model: dict[str, Any], seed: int = 0) -> Any:
     """Builds a model and initialises it from a seed, as a Runner would."""
-    DefaultScope.get_instance(f"seg_support_{next(_names)}", scope_name="mmseg")
+    enter_host()
     torch.manual_seed(seed)
     built = MODELS.build(ConfigDict(copy.deepcopy(model)))
     built.init_weights()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from taskdistill import Batch, Distiller, FeatureImitation, SoftTargets, WarmUp
+from taskdistill.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
 from taskdistill.losses import hint
 
 SHARES = (slice(0, 3), slice(3, 4))  # three images on the first process, one on the second
@@ -79,6 +80,30 @@ def steps(share: slice, *, broken_on: int | None, distributed: bool) -> dict[str
     return result
 
 
+def exchanges() -> dict[str, Any]:
+    """What a process sends and gets, with the gradient that comes back to it."""
+    own = rank()
+    values = torch.tensor([1.0 + own, 10.0], requires_grad=True)
+    (total_over_ranks(values).square() * (1 + own)).sum().backward()
+    rows = torch.full((2, 3), float(own), requires_grad=True)
+    gathered = gather_over_ranks(rows)
+    (gathered * torch.arange(4.0)[:, None] * (1 + own)).sum().backward()
+    torch.manual_seed(100 + own)  # as with one seed a rank
+    random, layer = SharedRandom(), nn.Linear(2, 2)
+    saved = random.state() if own == 0 else None  # one process saves alone, before anything was drawn
+    copy_from_first_rank(layer)
+    before = torch.get_rng_state()
+    drawn = [torch.rand(3, generator=random.of_all_ranks()) for _ in range(2)]
+    apart = torch.rand(3, generator=random.of_this_rank())
+    after = torch.rand(3, generator=random.of_all_ranks())
+    return dict(
+        rank=own, total=total_over_ranks(values).detach(), total_slope=values.grad, gathered=gathered.detach(),
+        gathered_labels=gather_over_ranks(torch.tensor([own])), gathered_slope=rows.grad, saved=saved, drawn=drawn, apart=apart,
+        after=after, state=random.state(), untouched=torch.equal(before, torch.get_rng_state()),
+        weight=layer.weight.detach().clone(),
+    )  # fmt: skip
+
+
 def main(rank: int, world: int, store: str, out: str) -> None:
     """One process of several."""
     torch.set_num_threads(1)
@@ -88,6 +113,7 @@ def main(rank: int, world: int, store: str, out: str) -> None:
     results = {
         broken_on: steps(SHARES[rank], broken_on=broken_on, distributed=True) for broken_on in (None, *range(world))
     }
+    results["exchanges"] = exchanges()
     torch.save(results, out)
     dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from pprint import pformat
 from types import ModuleType
 
@@ -127,7 +128,15 @@ def _list() -> None:
 
 
 def _show_recipe(name: str) -> None:
-    registries = {task: plugin(task).RECIPES for task in HOSTS}
+    registries: dict[str, Registry] = {}
+    missing: list[MissingHost] = []
+    for task in HOSTS:
+        try:
+            registries[task] = plugin(task).RECIPES
+        except MissingHost as error:
+            missing.append(error)
+    if not registries:
+        raise missing[0]
     found = [(task, registry) for task, registry in registries.items() if name in registry]
     if not found:
         known = dict.fromkeys(recipe for registry in registries.values() for recipe in registry)
@@ -147,18 +156,23 @@ def _bench(arguments: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     if arguments.seeds < 1:
         raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
-    if arguments.iterations is not None and arguments.iterations < 1:
-        raise DistillError(f"--iterations must be at least 1, got {arguments.iterations}")
+    if arguments.iterations is not None and arguments.iterations < 2:
+        raise DistillError(f"--iterations must be at least 2, got {arguments.iterations}")
+    tasks = list(HOSTS) if arguments.task == "all" else [arguments.task]
+    if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
+        raise DistillError(f"recipes belong to one task: taskdistill demo TASK --recipes {arguments.recipes}")
     if arguments.data is not None and arguments.task != "seg":
         raise DistillError("--data needs the task 'seg': taskdistill demo seg --data DIR")
     extra = {} if arguments.iterations is None else {"iterations": arguments.iterations}
+    name = ""
     if arguments.data is not None:
         extra["data"] = arguments.data
-    for task in HOSTS if arguments.task == "all" else [arguments.task]:
+        name = f"_{Path(arguments.data).resolve().name}"  # beside the embedded set's results, not over them
+    for task in tasks:
         plugin(task, "demo").main(
             seeds=arguments.seeds,
             recipes=arguments.recipes,
-            out=f"{arguments.out}/{task}",
+            out=f"{arguments.out}/{task}{name}",
             device=arguments.device,
             first_seed=arguments.first_seed,
             split=arguments.split,

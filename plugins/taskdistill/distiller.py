@@ -74,6 +74,8 @@ class HostDistiller(nn.Module):
                 raise WiringError(
                     f"{term.name} is wired to another student already; build a new term for each distiller"
                 )
+        for term in self._all_terms():
+            term.prepare(student, teacher)
         with isolated_rng(), torch.no_grad():
             self._student_recorder = self._recorder(student, "student")
             self._teacher_recorder = self._recorder(teacher, "teacher")
@@ -269,7 +271,7 @@ class Distiller(HostDistiller):
             student,
             lambda: student(*args, **kwargs),
             lambda: self.teacher.model(*args, **kwargs),
-            frozenset({"labels", "boxes"}),
+            frozenset({"labels", "boxes", "valid"}),
         )
 
     def forward(self, *args: Any, targets: Any = None, batch: Batch | None = None, **kwargs: Any) -> DistillOutput:

@@ -44,6 +44,20 @@ def gather_over_ranks(values: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """``(N, …)`` of every process in one, without gradient, in the order of ranks; N may differ."""
+    if world_size() == 1:
+        return rows
+    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
+    most = max(int(count) for count in counts)
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    found = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(found, padded)
+    return torch.cat([part[: int(count)] for part, count in zip(found, counts, strict=True)])
+
+
+@torch.no_grad()
 def copy_from_first_rank(module: nn.Module) -> None:
     """Gives every process the parameters and buffers of the first one, as DDP does when it wraps a model."""
     if world_size() > 1:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import Any
 
 
 class DistillError(ValueError):
@@ -31,3 +33,13 @@ def nearest(name: str, names: Iterable[str], n: int = 3) -> str:
         return ""
     shown = ", ".join(repr(k) for k in known[:12])
     return f"; known: {shown}" + (", …" if len(known) > 12 else "")
+
+
+def check_number(
+    owner: str, name: str, value: Any, low: float = 0.0, *, above: bool = False, whole: bool = False
+) -> None:
+    """Raises a :class:`DistillError` unless ``value`` is a finite number from ``low`` (above it with ``above``); ``whole``: an int."""
+    fine = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not fine or value < low or (above and value == low):
+        kind = "whole number" if whole else "number"
+        raise DistillError(f"{owner}: {name} must be a {kind} {'>' if above else '>='} {low:g}, got {value!r}")

@@ -95,6 +95,9 @@ class Term(nn.Module):
         """The weight at this step."""
         return self.weight * self.schedule(step)
 
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Looks at both models before the dry run: settles taps that depend on them, refuses what it can refuse already."""
+
     def wire(self, wiring: Wiring) -> None:
         """Checks this student and teacher and builds the trainable parts. Called once.
 
@@ -291,8 +294,8 @@ class ChannelWise(TapTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
         for adapter, (s, t, _, _) in zip(self.adapters, self.pairs(student, teacher), strict=True):
-            if self.compares_classes and batch.class_order is not None:
-                t = t[:, batch.class_order]
+            if self.compares_classes:
+                t = in_order(t, batch.class_order)
             valid = self.region(batch, t)
             items = channel_wise(adapter(s, t), t, self.temperature, valid=valid, reduction="none")
             present = None if valid is None else (valid.flatten(1) > 0).any(1, keepdim=True)
@@ -451,6 +454,16 @@ def mean_of(ratios: Sequence[Ratio]) -> Ratio:
     """The mean of several losses, each with its own denominator."""
     numerators, denominators = zip(*ratios, strict=True)
     return Ratio(torch.stack(numerators) / len(ratios), torch.stack(denominators))
+
+
+def in_order(scores: Tensor, order: Tensor | None) -> Tensor:
+    """The teacher's class scores ``(B, C, …)`` in the student's order of classes.
+
+    One channel scores the second of two classes; in the other order that is its negative.
+    """
+    if order is None:
+        return scores
+    return -scores if scores.shape[1] == 1 else scores[:, order]
 
 
 def build_region(spec: Any, term: Term) -> tuple[Region, str]:

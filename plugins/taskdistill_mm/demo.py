@@ -300,9 +300,6 @@ def run(
             teacher = fit("teacher", demo.teacher[1])
             mine = [teacher, fit("plain", demo.student[1])]
             mine += [fit(name, demo.distilled(teacher.checkpoint, demo.recipes[name])) for name in names]
-            if seed == first_seed:
-                demo.picture[1](mine, folder / demo.picture[0])
-                draw_curves(demo, mine, folder / "curves.png")
             steps = time_steps(mine)
             for trained in mine:
                 trained.metrics["step (ms)"] = steps[trained.method]
@@ -313,6 +310,9 @@ def run(
                 ]
             # Written after every seed: an interrupted run keeps what it has.
             write_results(results, folder / "results.csv")
+            if seed == first_seed:
+                demo.picture[1](mine, folder / demo.picture[0])
+                draw_curves(demo, mine, folder / "curves.png")
     digits = {**dict.fromkeys(demo.scores, 3), "parameters (k)": 0, "MFLOPs": 0, "step (ms)": 0}
     rows = summary(results, digits)
     tested = demo.tested if split == "test" else f"{split} split"

@@ -130,13 +130,13 @@ def make_runner(config: Config) -> Runner:
                 find_unused_parameters=config.get("find_unused_parameters", False),
             )
             config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
-    elif not torch.cuda.is_available():
-        config.model = _without_sync_batchnorm(config.model)
+            # SyncBN asks for GPUs. (On one process mmengine itself makes BN of it.)
+            config.model = _without_sync_batchnorm(config.model)
     return Runner.from_cfg(config)
 
 
 def _without_sync_batchnorm(entry: Any) -> Any:
-    """A config whose SyncBN is BN, which is the same on one process; SyncBN itself does not run on a CPU."""
+    """A config whose SyncBN is BN: each process normalises over its own images."""
     if isinstance(entry, dict):
         return type(entry)(
             {k: "BN" if k == "type" and v == "SyncBN" else _without_sync_batchnorm(v) for k, v in entry.items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from taskdistill.adapters import resize_to
-from taskdistill.errors import DistillError
+from taskdistill.errors import DistillError, check_number
 from taskdistill.losses import Ratio, adversarial, weighted_ratio
 from taskdistill.losses.adversarial import ADVERSARIES, Adversary
 from taskdistill.regions import Batch
@@ -30,6 +30,9 @@ class AdversarialMask(LogitTerm):
     the student's; then the student's loss is how badly its masks score. Positions that do not count are 0 in both masks; images
     without any that counts take no part. The critic and its optimizer belong to no module: they are in no ``state_dict``, and
     travel in the checkpoint beside the student.
+
+    Self-attention holds (H·W)² numbers an image, H and W those of the masks divided by 8 and 16 (the default critic): little on
+    the grid of the scores, much with ``grid="labels"`` on large crops; take ``critic=dict(attention=0)`` there.
 
     With gradient accumulation the critic makes its steps on every micro-batch. Logged beside the loss: ``critic`` (what the
     critic minimises, without the penalty), ``gap`` (mean score of the teacher's masks less the student's), ``penalty``, and
@@ -63,14 +66,13 @@ class AdversarialMask(LogitTerm):
             raise DistillError(f"AdversarialMask: kind must be one of {', '.join(ADVERSARIES)}, got {kind!r}")
         if penalty is None:
             penalty = 10.0 if kind == "wgan-gp" else 0.0
-        if not penalty >= 0 or not lr > 0 or not weight_decay >= 0:
-            raise DistillError(
-                f"AdversarialMask: penalty and weight_decay must be >= 0 and lr > 0, got {penalty}, {weight_decay}, {lr}"
-            )
-        if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        for name, value, low in (("penalty", penalty, 0.0), ("weight_decay", weight_decay, 0.0), ("lr", lr, 0.0)):
+            check_number("AdversarialMask", name, value, low, above=name == "lr")
+        check_number("AdversarialMask", "steps", steps, 1, whole=True)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise DistillError(f"AdversarialMask: betas must be two numbers in [0, 1), got {betas!r}")
-        if not isinstance(steps, int) or steps < 1:
-            raise DistillError(f"AdversarialMask: steps must be a whole number >= 1, got {steps!r}")
+        if not isinstance(critic, (Mapping, type(None))):
+            raise DistillError(f"AdversarialMask: critic must be a dict of its settings, got {critic!r}")
         self.kind, self.condition_on_image = kind, condition_on_image
         self._critic = dict(critic or {})
         self._optimization: dict[str, Any] = dict(

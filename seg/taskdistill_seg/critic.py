@@ -22,7 +22,7 @@ from taskdistill.losses.adversarial import Adversary, critic_loss, gradient_pena
 class SelfAttention(nn.Module):
     """Self-attention over positions, added with a factor γ that starts at 0 (SAGAN): ``(B, C, H, W)`` to the same shape.
 
-    It holds (H·W)² numbers an image; in the critic H and W are an eighth and less of the masks'.
+    It holds (H·W)² numbers an image.
     """
 
     def __init__(self, channels: int) -> None:

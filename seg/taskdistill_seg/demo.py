@@ -139,7 +139,10 @@ def real_layout(root: Path) -> Layout:
             raise DistillError(
                 f"--data {root}: no {part}; a set has img_dir/{{train,val}}, ann_dir/{{train,val}} and classes.json"
             )
-    classes = json.loads((root / "classes.json").read_text())["classes"]
+    try:
+        classes = [str(name) for name in json.loads((root / "classes.json").read_text())["classes"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DistillError(f'--data {root}: classes.json must hold {{"classes": [names]}} ({error})') from None
     pictures = sorted((root / "img_dir/train").iterdir())
     if not pictures:
         raise DistillError(f"--data {root}: img_dir/train is empty")
@@ -270,8 +273,8 @@ def draw_masks(runs: Sequence[Trained], path: Path, scenes: int = 5) -> None:
     figure, axes = plt.subplots(scenes, len(columns), figsize=shape, squeeze=False)
     for row, index in enumerate(np.linspace(0, len(dataset) - 1, scenes).astype(int)):
         info = dataset.get_data_info(int(index))
-        truth = plt.imread(info["seg_map_path"])
-        labels = (truth * 255).round().astype(np.uint8) if truth.dtype != np.uint8 else truth
+        # As the host reads it: masks may be of any PNG mode.
+        labels = dataset[int(index)]["data_samples"].gt_sem_seg.data[0].numpy().astype(np.uint8)
         pictures = [plt.imread(info["img_path"]), colours[labels]]
         for trained in runs:
             trained.runner.model.cfg = trained.runner.cfg

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
 from torch import Tensor, nn
 
 from taskdistill.adapters import resize_to
 from taskdistill.errors import DistillError, WiringError
 from taskdistill.regions import Batch, on_grid
 from taskdistill.taps import Recording, Tap
-from taskdistill.terms import Taps, TapTerm, Wiring
+from taskdistill.terms import Taps, TapTerm, Wiring, in_order
 
 LOGITS = "decode_head"
 FEATURES = "decode_head.cls_seg():input"
 """What the classifier is given, before its dropout."""
 
 Grid = Literal["teacher", "labels"]
-# Heads that return several maps in training and one in inference: which of them is the one.
-_MAIN_OUTPUT = {"PIDHead": 1, "DDRHead": 0}
+# Heads that return several maps, some only in training: which of them is the one that counts.
+_MAIN_OUTPUT = {"PIDHead": 1, "DDRHead": 0, "EncHead": 0, "DAHead": 0, "IterativeDecodeHead": -1}
 
 
 def main_head(model: Any) -> Any:
@@ -28,16 +30,37 @@ def main_head(model: Any) -> Any:
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
-class ClassScores(TapTerm):
-    """Knows the decode heads of both models: which of their outputs are the class scores, and how the host resizes them."""
+class HeadTerm(TapTerm):
+    """Knows the decode heads of both models; its default taps lead to the last head of a cascade."""
 
-    def meet(self, wiring: Wiring) -> None:
-        """Looks at the heads; before :meth:`pairs` is called."""
-        models = {"student": wiring.student, "teacher": wiring.teacher}
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        models = {"student": student, "teacher": teacher}
+        for side, model in models.items():
+            head = main_head(model)
+            if not isinstance(head, BaseDecodeHead):
+                raise WiringError(
+                    f"{self.name}: the {side}'s {type(head).__name__} returns no map of class scores; distilling needs a "
+                    "segmentor whose head scores every pixel"
+                )
         self._heads = {side: type(main_head(model)).__name__ for side, model in models.items()}
-        self._corners = {
-            side: bool(getattr(main_head(model), "align_corners", False)) for side, model in models.items()
-        }
+        self._corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
+        self.student_taps = [_of_last_head(tap, student) for tap in self.student_taps]
+        self.teacher_taps = [_of_last_head(tap, teacher) for tap in self.teacher_taps]
+
+
+def _of_last_head(tap: Tap, model: Any) -> Tap:
+    if tap.text not in (LOGITS, FEATURES) or not isinstance(model.decode_head, nn.ModuleList):
+        return tap
+    return Tap.parse(tap.text.replace("decode_head", f"decode_head.{len(model.decode_head) - 1}"))
+
+
+def reads_scores(tap: Tap) -> bool:
+    """Whether a tap reads what a decode head returns."""
+    return re.fullmatch(r"decode_head(\.\d+)?", tap.path) is not None and tap.method == "forward" and not tap.input
+
+
+class ClassScores(HeadTerm):
+    """Knows which of a head's outputs are the class scores, and how the host resizes them."""
 
     def check_classes(self, s: Tensor, t: Tensor, s_tap: Tap, t_tap: Tap) -> None:
         """Raises a :class:`WiringError` unless both score the same number of classes."""
@@ -50,7 +73,7 @@ class ClassScores(TapTerm):
     def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
         value = recording[tap]
         head = self._heads[recording.owner]
-        if isinstance(value, (tuple, list)) and tap.text == LOGITS and head in _MAIN_OUTPUT:
+        if isinstance(value, (tuple, list)) and reads_scores(tap) and not tap.index and head in _MAIN_OUTPUT:
             return [value[_MAIN_OUTPUT[head]]]
         if not isinstance(value, (Tensor, tuple, list)):
             raise WiringError(
@@ -91,7 +114,6 @@ class LogitTerm(ClassScores):
         self.grid = grid
 
     def wire(self, wiring: Wiring) -> None:
-        self.meet(wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             if s.ndim != 4 or t.ndim != 4:
                 raise WiringError(
@@ -106,8 +128,7 @@ class LogitTerm(ClassScores):
         """Student's and teacher's scores ``(B, C, H, W)`` on one grid and in one order of classes, with what counts ``(B, H, W)``."""
         found = []
         for s, t, _, _ in self.pairs(student, teacher):
-            if batch.class_order is not None:
-                t = t[:, batch.class_order]
+            t = in_order(t, batch.class_order)
             size = t.shape[-2:] if self.grid == "teacher" else batch.labels.shape[-2:]
             s = resize_to(s, size, align_corners=self._corners["student"])
             t = resize_to(t, size, align_corners=self._corners["teacher"])
@@ -118,7 +139,7 @@ class LogitTerm(ClassScores):
         return found
 
 
-class FeatureTerm(TapTerm):
+class FeatureTerm(HeadTerm):
     """Base of the terms that compare how each model's features relate to each other: no adapter, any numbers of channels.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from taskdistill.distributed import total_over_ranks, world_size
-from taskdistill.errors import DistillError, WiringError
+from taskdistill.errors import DistillError, WiringError, check_number
 from taskdistill.losses import (
     Ratio,
     binary_soft_targets,
@@ -24,7 +24,7 @@ from taskdistill.terms import ChannelWise as CoreChannelWise
 from taskdistill.terms import FeatureImitation as CoreFeatureImitation
 from taskdistill.terms import Taps, Wiring, mean_of
 
-from .dense import LOGITS, ClassScores, LogitTerm
+from .dense import LOGITS, ClassScores, HeadTerm, LogitTerm, reads_scores
 from .registry import TERMS
 
 
@@ -69,9 +69,8 @@ class DIST(LogitTerm):
     def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, **settings: Any) -> None:
         super().__init__(**settings)
         check_temperature(temperature)
-        for name, value in (("beta", beta), ("gamma", gamma)):
-            if not value >= 0:
-                raise DistillError(f"DIST: {name} must be >= 0, got {value}")
+        check_number("DIST", "beta", beta)
+        check_number("DIST", "gamma", gamma)
         self.beta, self.gamma, self.temperature = beta, gamma, temperature
 
     def wire(self, wiring: Wiring) -> None:
@@ -109,7 +108,7 @@ class ChannelWise(ClassScores, CoreChannelWise):
 
     def __init__(self, tap: Taps = LOGITS, *, region: Any = "valid", **settings: Any) -> None:
         super().__init__(tap, region=region, **settings)
-        scores = [str(tap) == LOGITS for tap in (*self.student_taps, *self.teacher_taps)]
+        scores = [reads_scores(tap) for tap in (*self.student_taps, *self.teacher_taps)]
         if any(scores) and not all(scores):
             raise DistillError(
                 "ChannelWise: class scores and features are not compared in one term; add a term for each"
@@ -117,7 +116,6 @@ class ChannelWise(ClassScores, CoreChannelWise):
         self.compares_classes = all(scores)
 
     def wire(self, wiring: Wiring) -> None:
-        self.meet(wiring)
         self.align_corners = self.compares_classes and self._corners["student"]
         if self.compares_classes:
             for pair in self.pairs(wiring.student_recording, wiring.teacher_recording):
@@ -126,7 +124,7 @@ class ChannelWise(ClassScores, CoreChannelWise):
 
 
 @TERMS.register
-class FeatureImitation(CoreFeatureImitation):
+class FeatureImitation(HeadTerm, CoreFeatureImitation):
     """The student's features imitate the teacher's through an adapter, on the pixels that count.
 
     The core's :class:`taskdistill.terms.FeatureImitation` with ``region="valid"`` by default.

@@ -33,7 +33,7 @@ def structured(
         [
             dict(type="PixelSoftTargets", weight=pixel),
             dict(type="PairwiseAffinity", weight=pair),
-            dict(type="AdversarialMask", weight=adversarial, **(critic or {})),
+            {"type": "AdversarialMask", "weight": adversarial, **(critic or {})},
         ],
         schedule,
     )
@@ -68,7 +68,7 @@ def prototypes(
         [
             dict(type="PixelSoftTargets", weight=pixel),
             dict(type="ClassPrototypes", weight=prototype),
-            dict(type="AdversarialMask", weight=adversarial, **(critic or {})),
+            {"type": "AdversarialMask", "weight": adversarial, **(critic or {})},
         ],
         schedule,
     )
@@ -95,7 +95,7 @@ def cross_image(
     return _terms(
         [
             dict(type="PixelSoftTargets", weight=soft),
-            dict(type="CrossImageRelations", weight=1.0, **weights, **(relations or {})),
+            {"type": "CrossImageRelations", "weight": float(any(weights.values())), **weights, **(relations or {})},
         ],
         schedule,
     )

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taskdistill.distributed import SharedRandom, gather_over_ranks
-from taskdistill.errors import DistillError
+from taskdistill.distributed import SharedRandom, gather_over_ranks, gather_rows
+from taskdistill.errors import DistillError, check_number
 from taskdistill.losses import (
     Ratio,
     class_prototypes,
@@ -79,8 +79,10 @@ class CrossImageRelations(FeatureTerm):
     student's pixels projected by a small learned head. The memories hold each class's latest embeddings, taken from pixels of
     that class alone (the authors' code permutes among a class's number of pixels but indexes the whole image).
 
-    The batch's part pools the map to at most ``nodes`` positions and holds B² · nodes² numbers; the memories' hold
-    ``anchors`` · ``contrast``. Neither grows with the resolution.
+    The batch's part pools the map to at most ``nodes`` positions and holds B² · nodes² numbers; a comparison with a memory holds
+    ``anchors`` · ``contrast``. The memories hold classes · (``pixels_per_class`` + ``regions_per_class``) · C numbers, C the
+    teacher's channels (27 MB for 19 classes and 512 channels, 215 MB for 150), on the device and in every checkpoint; the
+    authors' code keeps more. None of it grows with the resolution; what does is the two maps themselves.
 
     On several processes the memories take in the images of all of them, as the authors' code does; the batch's part compares the
     images of one process unless ``across_ranks``, as the authors' code does too (its gathering is commented out).
@@ -111,8 +113,8 @@ class CrossImageRelations(FeatureTerm):
         nodes: int = 256,
         anchors: int = 2048,
         contrast: int = 4096,
-        pixels_per_class: int = 2000,
-        regions_per_class: int = 2000,
+        pixels_per_class: int = 500,
+        regions_per_class: int = 200,
         new_pixels: int = 16,
         across_ranks: bool = False,
         **settings: Any,
@@ -122,11 +124,10 @@ class CrossImageRelations(FeatureTerm):
         sizes = dict(nodes=nodes, anchors=anchors, contrast=contrast, pixels_per_class=pixels_per_class)
         sizes.update(regions_per_class=regions_per_class, new_pixels=new_pixels)
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
-                raise DistillError(f"CrossImageRelations: {name} must be a whole number >= 1, got {size!r}")
+            check_number("CrossImageRelations", name, size, 1, whole=True)
         self.weights = (pixel, memory_pixel, memory_region)
-        if not all(weight >= 0 for weight in self.weights):
-            raise DistillError(f"CrossImageRelations: weights must be >= 0, got {self.weights}")
+        for name, part in zip(("pixel", "memory_pixel", "memory_region"), self.weights, strict=True):
+            check_number("CrossImageRelations", name, part)
         self.temperature, self.nodes, self.anchors, self.contrast = temperature, nodes, anchors, contrast
         self.pixels_per_class, self.regions_per_class, self.new_pixels = pixels_per_class, regions_per_class, new_pixels
         self.across_ranks = across_ranks
@@ -137,7 +138,9 @@ class CrossImageRelations(FeatureTerm):
         if len(self.rows) != 1:
             raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
         ((s, t, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
-        classes = int(wiring.teacher.num_classes)  # type: ignore[arg-type]
+        if not any(self.weights[1:]):
+            return  # what is not used must not be in the model: DDP would miss its gradients
+        classes = int(wiring.student.num_classes)  # type: ignore[arg-type]  # the labels are the student's
         self.allocate(s.shape[1], t.shape[1], classes, s.device)
         self.rows[0] = self.rows[0]._replace(
             adapter=f"{s.shape[1]}→{t.shape[1]}→{t.shape[1]}, memory {classes} classes"
@@ -145,8 +148,7 @@ class CrossImageRelations(FeatureTerm):
 
     def allocate(self, student: int, teacher: int, classes: int, device: torch.device) -> None:
         """The projection between these numbers of channels, and empty memories."""
-        layers = (nn.Conv2d(student, teacher, 1), nn.ReLU(), nn.Conv2d(teacher, teacher, 1))
-        self.project = nn.Sequential(*layers).to(device)
+        self.project = nn.Sequential(nn.Linear(student, teacher), nn.ReLU(), nn.Linear(teacher, teacher)).to(device)
         self.register_buffer("pixels", torch.zeros(classes, self.pixels_per_class, teacher, device=device))
         self.register_buffer("regions", torch.zeros(classes, self.regions_per_class, teacher, device=device))
         self.register_buffer("seen", torch.zeros(2, classes, dtype=torch.long, device=device))
@@ -161,7 +163,7 @@ class CrossImageRelations(FeatureTerm):
         parts = [self._batch(s, t, valid)]
         if any(self.weights[1:]):
             self._remember(t.detach(), labels)
-            parts += self._memory(self.project(s.to(next(self.project.parameters()).dtype)), t, valid)
+            parts += self._memory(s, t, valid)
         weighted = [weight * part.numerator for weight, part in zip(self.weights, parts, strict=False)]
         return Ratio(torch.stack(weighted), torch.stack([part.denominator for part in parts]))
 
@@ -182,45 +184,50 @@ class CrossImageRelations(FeatureTerm):
         own = self._random.of_this_rank()  # on every process, whether it draws or not
         if len(chosen) > self.anchors:
             chosen = chosen[torch.randperm(len(chosen), generator=own)[: self.anchors].to(chosen.device)]
-        s, t = (maps.permute(0, 2, 3, 1).flatten(0, 2)[chosen] for maps in (s, t))
+        s, t = (_at(maps, chosen) for maps in (s, t))
+        s = self.project(s.to(next(self.project.parameters()).dtype))
         ratios = []
         for memory, seen in ((self.pixels, self.seen[0]), (self.regions, self.seen[1])):
             place = torch.arange(memory.shape[1], device=seen.device)
-            held = memory[place[None] < seen[:, None]]
+            held = (place[None] < seen[:, None]).flatten().nonzero()[:, 0]
             if len(held) > self.contrast:
                 drawn = torch.randperm(len(held), generator=self._random.of_all_ranks())[: self.contrast]
                 held = held[drawn.to(held.device)]
-            items = memory_relations(s, t, held, contrast_temperature=self.temperature, reduction="none")
+            items = memory_relations(
+                s, t, memory.flatten(0, 1)[held], contrast_temperature=self.temperature, reduction="none"
+            )
             # No anchor, or nothing to compare with: a sum of nothing.
             ratios.append(Ratio(items.sum(), items.new_full((), float(len(items) if len(held) else 0))))
         return ratios
 
     @torch.no_grad()
     def _remember(self, t: Tensor, labels: Tensor) -> None:
-        """Takes this step's pixels and regions in, those of all processes in the same order."""
-        t, labels = gather_over_ranks(t), gather_over_ranks(labels)
+        """Takes this step's pixels and regions in: each process picks its own, all take in those of all, in one order."""
         classes = len(self.pixels)
-        kept = ((labels >= 0) & (labels < classes)).flatten()
-        group = labels + torch.arange(len(labels), device=labels.device).view(-1, 1, 1) * classes  # (image, class)
-        group = group.flatten()[kept]
-        features = F.normalize(t.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)[kept]
-        order = torch.rand(len(kept), generator=self._random.of_all_ranks()).to(t.device)[kept].argsort()
-        order = order[group[order].argsort(stable=True)]
-        group, features = group[order], features[order]
-        self._enqueue(self.pixels, self.seen[0], *_first(features, group, self.new_pixels), classes)
-        sums = features.new_zeros(len(labels) * classes, features.shape[1]).index_add(0, group, features)
+        # An infinity of a teacher in half precision would stay in the memory for long.
+        kept = (labels >= 0) & (labels < classes) & t.isfinite().all(1)
+        position = kept.flatten().nonzero()[:, 0]
+        image = torch.arange(len(labels), device=labels.device).view(-1, 1, 1)
+        group = (labels + image * classes).flatten()[position]  # a number for each (image, class)
+        drawn = torch.rand(kept.numel(), generator=self._random.of_this_rank()).to(t.device)[position].argsort()
+        order = drawn[group[drawn].argsort(stable=True)]
+        order = order[_number_in_group(group[order]) < self.new_pixels]
+        pixels = F.normalize(_at(t, position[order]).float(), dim=1)
+        self._enqueue(self.pixels, self.seen[0], gather_rows(pixels), gather_rows(group[order] % classes))
+        unit = F.normalize(t.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+        sums = unit.new_zeros(len(labels) * classes, t.shape[1]).index_add(0, group, unit[position])
         present = group.unique()
-        self._enqueue(self.regions, self.seen[1], F.normalize(sums[present], dim=1), present, classes)
+        regions = F.normalize(sums[present], dim=1)
+        self._enqueue(self.regions, self.seen[1], gather_rows(regions), gather_rows(present % classes))
 
     @staticmethod
-    def _enqueue(memory: Tensor, seen: Tensor, features: Tensor, group: Tensor, classes: int) -> None:
+    def _enqueue(memory: Tensor, seen: Tensor, features: Tensor, classes: Tensor) -> None:
         """Writes each class's newcomers after its latest ones, round and round."""
-        own = group % classes
-        order = own.argsort(stable=True)
-        features, own = _first(features[order], own[order], memory.shape[1])
-        place = (seen[own] + _number_in_group(own)) % memory.shape[1]
-        memory[own, place] = features
-        seen += torch.bincount(own, minlength=classes)
+        order = classes.argsort(stable=True)
+        order = order[_number_in_group(classes[order]) < memory.shape[1]]
+        features, classes = features[order], classes[order]
+        memory[classes, (seen[classes] + _number_in_group(classes)) % memory.shape[1]] = features
+        seen += torch.bincount(classes, minlength=len(memory))
 
     def hidden_state(self) -> dict[str, Any]:
         return {"random": self._random.state()}
@@ -238,7 +245,7 @@ def _number_in_group(group: Tensor) -> Tensor:
     return torch.arange(len(group), device=group.device) - starts.repeat_interleave(counts)
 
 
-def _first(features: Tensor, group: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The first ``count`` of each group of a sorted ``(N,)``."""
-    kept = _number_in_group(group) < count
-    return features[kept], group[kept]
+def _at(maps: Tensor, positions: Tensor) -> Tensor:
+    """The vectors of a map ``(B, C, H, W)`` at flat positions of ``(B, H, W)``: ``(N, C)``."""
+    size = maps.shape[-2] * maps.shape[-1]
+    return maps.flatten(2)[positions // size, :, positions % size]

@@ -61,6 +61,18 @@ def test_resize_by_hand():
     assert resize_to(student, (1, 4)) is student
 
 
+def test_corners_are_aligned_where_the_host_aligns_them():
+    # 1×4 to 1×2: the first and the last.
+    student = torch.tensor([[[[1.0, 3.0, 5.0, 9.0]]]])
+    assert resize_to(student, (1, 2), align_corners=True).tolist() == [[[[1, 9]]]]
+    assert NoAdapter(align_corners=True)(student, zeros(1, 1, 1, 2)).tolist() == [[[[1, 9]]]]
+    for kind in ("none", "conv1x1"):
+        adapter = build_adapter(kind, student, zeros(1, 1, 1, 2), "here", align_corners=True)
+        mapped = adapter.project(student) if kind == "conv1x1" else student
+        assert torch.equal(adapter(student, zeros(1, 1, 1, 2)), mapped[..., [0, 3]])
+        assert not build_adapter(kind, student, zeros(1, 1, 1, 2), "here").align_corners
+
+
 def test_resize_comes_after_the_projection():
     adapter = ConvAdapter(3, 5)
     student = golden.wave((2, 3, 4, 4), 0.9, 0.2, 1.0).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -14,7 +15,8 @@ import torch.nn.functional as F
 
 import taskdistill
 import two_ranks
-from taskdistill.distributed import sum_over_ranks, world_size
+from taskdistill import distributed
+from taskdistill.distributed import SharedRandom, gather_over_ranks, sum_over_ranks, total_over_ranks, world_size
 
 RANKS = 2
 WHOLE = slice(0, 4)
@@ -109,7 +111,55 @@ def test_a_term_infinite_on_one_process_is_dropped_by_all(results: list[dict], w
                     torch.testing.assert_close(gradient, whole["gradients"][step][name], rtol=1e-4, atol=1e-6)
 
 
+def test_a_total_is_the_same_on_all_with_the_gradient_of_all(results: list[dict]):
+    # Of (1 + 2)² and (10 + 10)², of the first process once and of the second twice: 2 · total · (1 + 2).
+    for found in (results[r]["exchanges"] for r in range(RANKS)):
+        assert found["total"].tolist() == [3, 20]
+        assert found["total_slope"].tolist() == [18, 120]
+
+
+def test_what_is_gathered_comes_in_the_order_of_ranks_with_the_gradient_of_all(results: list[dict]):
+    for own, found in enumerate(results[r]["exchanges"] for r in range(RANKS)):
+        assert found["rank"] == own
+        assert found["gathered"].tolist() == [[0] * 3, [0] * 3, [1] * 3, [1] * 3]
+        assert found["gathered_labels"].tolist() == [0, 1]
+        # Row i weighs i on the first process and 2 i on the second.
+        assert found["gathered_slope"].tolist() == [[3 * (2 * own)] * 3, [3 * (2 * own + 1)] * 3]
+
+
+def test_shared_random_numbers_are_one_stream_for_all(results: list[dict]):
+    first, second = (results[r]["exchanges"] for r in range(RANKS))
+    for a, b in zip(first["drawn"], second["drawn"], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(*first["drawn"])
+    assert not torch.equal(first["apart"], second["apart"])
+    assert torch.equal(first["after"], second["after"]) and torch.equal(first["state"], second["state"])
+    assert first["untouched"] and second["untouched"]
+    # It is the first process's stream, from what that one would have saved alone before the first draw.
+    random = SharedRandom()
+    random.load(first["saved"])
+    assert torch.equal(torch.rand(3, generator=random.of_all_ranks()), first["drawn"][0])
+    assert torch.equal(first["weight"], second["weight"])
+
+
+def test_shared_random_numbers_go_on_where_they_were():
+    torch.manual_seed(0)
+    random = SharedRandom()
+    state = random.state()
+    drawn = [torch.rand(2, generator=random.of_all_ranks()) for _ in range(2)]
+    random.load(state)
+    assert torch.equal(torch.rand(2, generator=random.of_all_ranks()), drawn[0])
+    other = SharedRandom()
+    assert not torch.equal(other.state(), state)
+    other.load(random.state())
+    assert torch.equal(torch.rand(2, generator=other.of_all_ranks()), drawn[1])
+    torch.manual_seed(0)
+    assert torch.equal(SharedRandom().state(), state)  # made under the seed of the run
+    assert copy.deepcopy(random) is random
+
+
 def test_without_other_processes():
-    values = torch.ones(2)
-    assert world_size() == 1
-    assert sum_over_ranks(values) is values
+    values = torch.ones(2, requires_grad=True)
+    assert (world_size(), distributed.rank()) == (1, 0)
+    for exchange in (sum_over_ranks, total_over_ranks, gather_over_ranks):
+        assert exchange(values) is values

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from taskdistill import REGIONS, Batch, Region, WiringError
-from taskdistill.regions import foreground_weights, valid_positions
+from taskdistill.regions import foreground_weights, on_grid, valid_positions
 
 
 def grid(height: int, width: int, images: int = 1) -> torch.Tensor:
@@ -152,6 +152,35 @@ def test_region_foreground():
     assert torch.equal(region(batch, grid(4, 4)), foreground_weights(batch.boxes, (32, 32), grid(4, 4)))
     for wrong, feature in ((Batch(padded_size=(32, 32)), grid(4, 4)), (batch, torch.zeros(1, 7, 3))):
         with pytest.raises(WiringError, match=r"needs a map .* and a batch with boxes"):
+            region(wrong, feature)
+
+
+def test_a_position_of_another_grid_takes_the_pixel_at_its_centre():
+    pixels = torch.arange(24).view(1, 4, 6)
+    assert on_grid(pixels, (4, 6)) is pixels
+    # Centres at 1 and 3 of 4 rows, at 1, 3 and 5 of 6 columns.
+    assert on_grid(pixels, (2, 3))[0].tolist() == [[7, 9, 11], [19, 21, 23]]
+    # Odd factors meet the middle pixel: 1 of 3.
+    assert on_grid(torch.arange(9).view(1, 3, 3), (1, 1)).item() == 4
+    # A finer grid repeats.
+    assert on_grid(torch.tensor([[[1, 2]]]), (2, 4))[0].tolist() == [[1, 1, 2, 2]] * 2
+    # Grids that are no divisors stay inside; nothing is interpolated.
+    assert on_grid(pixels, (3, 5))[0].tolist() == [[0, 1, 3, 4, 5], [12, 13, 15, 16, 17], [18, 19, 21, 22, 23]]
+    assert on_grid(pixels == 9, (2, 3)).dtype is torch.bool
+
+
+def test_region_valid():
+    region = REGIONS.build("valid")
+    assert region.needs == {"valid"}
+    pixels = torch.ones(2, 8, 8, dtype=torch.bool)
+    pixels[0, :, 4:] = False
+    pixels[1, 3, 3] = False  # the centre of the second cell's
+    weights = region(Batch(valid=pixels), grid(4, 4, 2))
+    assert weights.dtype is torch.float32
+    assert weights[0].tolist() == [[1, 1, 0, 0]] * 4
+    assert (weights[1] == 0).nonzero().tolist() == [[1, 1]]
+    for wrong, feature in ((Batch(), grid(4, 4)), (Batch(valid=pixels), torch.zeros(2, 7, 3))):
+        with pytest.raises(WiringError, match=r"region 'valid' needs a map .* and a batch with valid pixels"):
             region(wrong, feature)
 
 

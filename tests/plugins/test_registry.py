@@ -200,3 +200,30 @@ print(list(distiller.terms), type(distiller.terms["their_term"]).__module__)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.split("\n")[0] == "['their_term'] their_distillation", done.stderr
+
+
+def test_an_argument_that_neither_a_class_nor_its_bases_take():
+    registry = Registry("dish", "taskdistill.tests.nothing")
+
+    class Base:
+        def __init__(self, *, weight: float = 1.0, name: str = "base") -> None:
+            self.weight, self.name = weight, name
+
+    @registry.register
+    class Handing(Base):
+        def __init__(self, size: int = 3, **settings: object) -> None:
+            super().__init__(**settings)
+
+    @registry.register
+    class Wrong(Base):
+        def __init__(self, **settings: object) -> None:
+            super().__init__(wieght=settings["weight"])
+
+    assert registry.build(dict(type="Handing", size=1, weight=2.0)).weight == 2.0
+    with pytest.raises(DistillError, match=r"^dish Handing takes no argument 'wieght'; did you mean 'weight'\?$"):
+        registry.build(dict(type="Handing", wieght=2.0))
+    with pytest.raises(DistillError, match="did you mean 'size'"):
+        registry.build(dict(type="Handing", siz=2))
+    # A mistake inside the class is not the user's: its own error stays.
+    with pytest.raises(TypeError, match="wieght"):
+        registry.build(dict(type="Wrong", weight=2.0))

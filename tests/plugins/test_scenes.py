@@ -9,7 +9,16 @@ from pycocotools.coco import COCO
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
-from taskdistill_mm.scenes import CLASSES, SPLITS, Scene, digits_of, render_scene, write_detection_set
+from taskdistill_mm.scenes import (
+    CLASSES,
+    SEGMENTATION_CLASSES,
+    SPLITS,
+    Scene,
+    digits_of,
+    render_scene,
+    write_detection_set,
+    write_segmentation_set,
+)
 
 
 def scenes(number: int, **options: object) -> list[Scene]:
@@ -186,3 +195,66 @@ def test_a_folder_of_somebody_else_is_not_touched(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         write_detection_set(tmp_path, seed=1, train=1, val=1, test=1)
     assert (tmp_path / "train" / "precious.txt").read_text() == "mine"
+
+
+# --- the same scenes with masks
+
+
+def test_the_segmentation_set_has_mmsegs_layout_and_the_scenes_own_labels(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    numbers = dict(train=3, val=1, test=2)
+    root = write_segmentation_set(tmp_path / "set", seed=3, **numbers)
+    assert set(contents(root)) == {
+        "scenes.json",
+        *(
+            f"{kind}/{split}/{n:06d}.png"
+            for kind in ("images", "masks")
+            for split, count in numbers.items()
+            for n in range(1, count + 1)
+        ),
+    }
+    assert ("background", *CLASSES) == SEGMENTATION_CLASSES
+    for index, split in enumerate(SPLITS):
+        for number in range(1, numbers[split] + 1):
+            scene = render_scene(np.random.default_rng((3, index, number)), digits_of(split))
+            mask = cv2.imread(str(root / "masks" / split / f"{number:06d}.png"), cv2.IMREAD_UNCHANGED)
+            assert mask.shape == (96, 96) and mask.dtype == np.uint8
+            np.testing.assert_array_equal(mask, scene.semantic)
+            assert {int(label) for label in np.unique(mask)} == {0, *(scene.labels + 1).tolist()}
+            stored = cv2.imread(str(root / "images" / split / f"{number:06d}.png"))
+            np.testing.assert_array_equal(stored[..., ::-1], scene.image)
+
+
+def test_both_sets_of_one_seed_show_the_same_pictures(tmp_path):
+    boxes = contents(write_detection_set(tmp_path / "det", seed=4, train=2, val=1, test=1))
+    masks = contents(write_segmentation_set(tmp_path / "seg", seed=4, train=2, val=1, test=1))
+    for split in SPLITS:
+        assert boxes[f"{split}/000001.png"] == masks[f"images/{split}/000001.png"]
+    assert boxes["scenes.json"] != masks["scenes.json"]
+
+
+@pytest.mark.parametrize("damage", ["interrupted", "other parameters", "boxes"])
+def test_a_segmentation_set_that_is_not_finished_is_written_anew(tmp_path, damage):
+    wanted = contents(write_segmentation_set(tmp_path / "reference", seed=1, train=2, val=1, test=1))
+    if damage == "boxes":  # the other task's set in the same folder leaves nothing behind
+        root = write_detection_set(tmp_path / "set", seed=1, train=2, val=1, test=1)
+    else:
+        root = write_segmentation_set(tmp_path / "set", seed=1 + (damage != "interrupted"), train=3, val=1, test=1)
+    if damage == "interrupted":
+        record = root / "scenes.json"
+        record.write_text(json.dumps({**json.loads(wanted["scenes.json"]), "complete": False}))
+        (root / "masks" / "train" / "000002.png").unlink()
+    write_segmentation_set(root, seed=1, train=2, val=1, test=1)
+    assert contents(root) == wanted
+    assert {path.name for path in root.iterdir()} == {"scenes.json", "images", "masks"}
+
+
+def test_a_finished_segmentation_set_is_left_alone(tmp_path):
+    root = write_segmentation_set(tmp_path / "set", seed=1, train=2, val=1, test=1)
+    (root / "masks" / "train" / "000001.png").write_bytes(b"touched")
+    write_segmentation_set(root, seed=1, train=2, val=1, test=1)
+    assert (root / "masks" / "train" / "000001.png").read_bytes() == b"touched"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "precious.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="not empty"):
+        write_segmentation_set(tmp_path / "mine", seed=1, train=1, val=1, test=1)

@@ -94,6 +94,8 @@ def record(model: nn.Module, *taps: str, x: Tensor = X) -> list:
         ("bbox_head.get_targets()", "bbox_head", "get_targets", False, ()),
         ("bbox_head.get_targets()[1]", "bbox_head", "get_targets", False, (1,)),
         ("loss()", "", "loss", False, ()),
+        ("head.cls_seg():input", "head", "cls_seg", True, ()),
+        ("head.cls_seg():input[1]", "head", "cls_seg", True, (1,)),
         ("neck[*]", "neck", "forward", False, ("*",)),
         ("neck[-1]", "neck", "forward", False, (-1,)),
         ("bbox_head[1][*]", "bbox_head", "forward", False, (1, "*")),
@@ -109,7 +111,20 @@ def test_grammar(text: str, path: str, method: str, is_input: bool, index: tuple
 
 
 @pytest.mark.parametrize(
-    "text", ["neck[", "neck[]", "neck[0", "neck:output", "neck()[0]x", "a b", "neck:input()", None, 3]
+    "text",
+    [
+        "neck[",
+        "neck[]",
+        "neck[0",
+        "neck:output",
+        "neck()[0]x",
+        "a b",
+        "neck:input()",
+        "neck():output",
+        "neck()()",
+        None,
+        3,
+    ],
 )
 def test_not_a_tap(text: object):
     with pytest.raises(WiringError, match="cannot read tap"):
@@ -197,6 +212,39 @@ def test_a_method():
     assert torch.equal(recording[tap], torch.full((3,), 7.0))
     # The dry run of a host does not get there, which is fine for a method.
     recorder.rehearse(model, lambda: model(X))
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+def test_what_a_method_is_given(by_keyword: bool):
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 2)
+
+        def classify(self, features: Tensor) -> Tensor:
+            return self.layer(features)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classify(features=x * 2) if by_keyword else self.classify(x * 2)
+
+    model = nn.ModuleDict({"head": Scores()})
+    given, returned = (Tap.parse(f"head.classify(){side}") for side in (":input", ""))
+    recorder = Recorder(model, [given, returned], "student")
+    x = torch.ones(3, 4, requires_grad=True)
+    recording = recorder.rehearse(model, lambda: model["head"](x))
+    assert torch.equal(recording[given], x * 2)
+    assert torch.equal(recording[returned], model["head"].layer(x * 2))
+    # The gradient flows on through what was recorded.
+    with recorder.record(model) as recording:
+        model["head"](x)
+    recording[given].sum().backward()
+    assert torch.equal(x.grad, torch.full((3, 4), 2.0))
+    assert "classify" not in vars(model["head"])
+    # A prefix ends with the method's call.
+    model["head"].layer.register_forward_hook(lambda *_: None)
+    assert torch.equal(recorder.record_prefix(model, lambda: model["head"](x))[given], x * 2)
+    with pytest.raises(WiringError, match="has no method 'clasify'; did you mean 'classify'"):
+        Recorder(model, [Tap.parse("head.clasify():input")], "student")
 
 
 def test_calls_are_counted():

@@ -25,9 +25,9 @@ from taskdistill import (
     WarmUp,
     WiringError,
 )
-from taskdistill.losses import hint, logit_matching, soft_targets
+from taskdistill.losses import channel_wise, hint, logit_matching, soft_targets
 from taskdistill.regions import foreground_weights
-from taskdistill.terms import build_terms
+from taskdistill.terms import ChannelWise, build_terms
 
 
 class Emit(nn.Module):
@@ -380,3 +380,114 @@ def test_a_name_with_loss_in_it_is_refused_because_hosts_add_up_such_keys():
         pass
 
     assert WarpLoss().name == "warp"
+
+
+# --- channel-wise
+
+
+def test_channel_wise_of_equal_channels_has_no_adapter():
+    student, teacher = (golden.wave((2, 3, 4, 4), f, 0.3, 2.0).float() for f in (0.7, 0.9))
+    distiller = distil({"a": student}, {"a": teacher}, ChannelWise("parts.a", temperature=2.0, weight=3.0))
+    out = distiller(EXAMPLE)
+    torch.testing.assert_close(out.loss, 3 * channel_wise(student, teacher, 2.0))
+    assert not list(distiller.terms.parameters())
+    assert distiller.rows[0].adapter == "NoAdapter"
+
+
+def test_channel_wise_of_other_channels_and_grids_has_one():
+    student, teacher = (
+        golden.wave((2, 3, 8, 8), 0.7, 0.3, 2.0).float(),
+        golden.wave((2, 5, 4, 4), 0.9, 0.3, 2.0).float(),
+    )
+    distiller = distil({"a": student}, {"a": teacher}, ChannelWise("parts.a"))
+    out = distiller(EXAMPLE)
+    adapted = distiller.terms["channel_wise"].adapters[0](student, teacher)
+    torch.testing.assert_close(out.loss, channel_wise(adapted, teacher, 4.0))
+    assert distiller.rows[0].adapter == "ConvAdapter 3→5, resize"
+    out.loss.backward()
+    assert all(p.grad is not None for p in distiller.terms.parameters())
+
+
+def test_channel_wise_leaves_padding_and_empty_images_out():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(2))
+    batch = Batch(padded_size=(32, 32), image_sizes=[(32, 16), (32, 32)])
+    found = []
+    for junk in (0.0, 1e6):
+        s, t = student.clone(), teacher.clone()
+        s[0, :, :, 2:], t[0, :, :, 2:] = junk, -junk
+        found.append(one(s, t, ChannelWise("parts.a"), batch=batch))
+    assert torch.equal(*found)
+    halves = channel_wise(student[:1, :, :, :2], teacher[:1, :, :, :2]), channel_wise(student[1:], teacher[1:])
+    torch.testing.assert_close(found[0], sum(halves) / 2)
+    alone = Batch(padded_size=(32, 32), image_sizes=[(0, 0), (32, 32)])
+    torch.testing.assert_close(one(student, teacher, ChannelWise("parts.a"), batch=alone), halves[1])
+
+
+def test_channel_wise_takes_maps_alone():
+    with pytest.raises(WiringError, match=r"channel_wise: parts\.a \(2, 5\) and parts\.a \(2, 5\) must be maps"):
+        distil({"a": torch.zeros(2, 5)}, {"a": torch.zeros(2, 5)}, ChannelWise("parts.a"))
+    with pytest.raises(DistillError, match="temperature must be > 0"):
+        ChannelWise("parts.a", temperature=0)
+
+
+# --- what a term shows and hides
+
+
+class Counting(Hint):
+    """Counts its steps out of sight, and shows the count."""
+
+    def __init__(self, *args: object, **settings: object) -> None:
+        super().__init__(*args, **settings)
+        self.steps = 0
+
+    def forward(self, *args: object):
+        self.steps += 1
+        self.monitor = {"steps": torch.tensor(float(self.steps))}
+        return super().forward(*args)
+
+    def hidden_state(self) -> dict:
+        return {"steps": self.steps}
+
+    def load_hidden_state(self, state) -> None:
+        self.steps = state["steps"]
+
+
+MAPS = {"a": torch.ones(1, 2, 3, 3)}
+
+
+def test_what_a_term_monitors_is_logged_and_is_no_loss():
+    distiller = distil(MAPS, MAPS, Counting("parts.a", name="counted"), Hint("parts.a"))
+    for step in (1, 2):
+        out = distiller(EXAMPLE)
+        assert out.losses["distill.counted.steps"] == step
+    assert set(out.losses) == {"distill.counted.loss", "distill.hint.loss", "distill.counted.steps"}
+    torch.testing.assert_close(out.loss, out.losses["distill.counted.loss"] + out.losses["distill.hint.loss"])
+
+
+def test_a_term_that_rests_shows_nothing():
+    distiller = distil(MAPS, MAPS, Counting("parts.a", name="counted", schedule=Stop(1)))
+    assert "distill.counted.steps" in distiller(EXAMPLE).losses
+    assert set(distiller(EXAMPLE).losses) == {"distill.counted.loss"}
+
+
+def test_hidden_state_travels_in_live_state_and_in_the_state_dict(tmp_path):
+    first = distil(MAPS, MAPS, Counting("parts.a", name="counted"), Hint("parts.a"))
+    for _ in range(3):
+        first(EXAMPLE)
+    assert first.live_state()["hidden"] == {"counted": {"steps": 3}}
+    by_live, by_dict, plain = (
+        distil(MAPS, MAPS, Counting("parts.a", name="counted"), Hint("parts.a")) for _ in range(3)
+    )
+    by_live.load_live_state(first.live_state())
+    torch.save(first.state_dict(), tmp_path / "state.pth")
+    by_dict.load_state_dict(torch.load(tmp_path / "state.pth", weights_only=True), strict=True)
+    assert [d.terms["counted"].steps for d in (by_live, by_dict, plain)] == [3, 3, 0]
+    assert by_dict.iteration == 3
+    # Terms that hide nothing add nothing, and a state from before there was anything to hide loads.
+    bare = distil(MAPS, MAPS, Hint("parts.a"))
+    assert bare.get_extra_state() == {"iteration": 0} and bare.live_state()["hidden"] == {}
+    older = first.live_state()
+    del older["hidden"]
+    plain.load_live_state(older)
+    assert plain.terms["counted"].steps == 0

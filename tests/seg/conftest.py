@@ -1,0 +1,62 @@
+"""Shared real material, made once a session: scenes, a teacher's checkpoint, and the runs that many tests look at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmengine.runner import Runner
+
+import seg_support as models
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configs_are_written_as_they_come():
+    """A Runner prints its config six times and has yapf format it each time: four fifths of a run of four iterations."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _in_mmseg():
+    models.enter_host()
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.scenes(tmp_path_factory.mktemp("scenes"))
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A wider PSPNet."""
+    return models.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
+
+
+@dataclass
+class Trained:
+    """A finished run: its Runner and where its checkpoints are."""
+
+    runner: Runner
+    work_dir: Path
+
+    def checkpoint(self, iteration: int) -> Path:
+        return self.work_dir / f"iter_{iteration}.pth"
+
+
+@pytest.fixture(scope="session")
+def plain_run(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Trained:
+    """The plain student, 4 iterations."""
+    work_dir = tmp_path_factory.mktemp("plain")
+    return Trained(models.run(models.config(models.segmentor(), scenes, work_dir)), work_dir)
+
+
+@pytest.fixture(scope="session")
+def distilled_run(tmp_path_factory: pytest.TempPathFactory, scenes: Path, teacher: dict[str, Any]) -> Trained:
+    """The student with every term, 4 iterations without a stop, checkpoints after 2 and 4; nothing of the host's draws."""
+    work_dir = tmp_path_factory.mktemp("distilled")
+    model = models.distilled(models.segmentor(dropout=0.0), teacher, **models.EVERY_TERM)
+    return Trained(models.run(models.config(model, scenes, work_dir)), work_dir)
