@@ -210,7 +210,7 @@ def _curves(runner: Runner, iterations: int, demo: Demo) -> dict[str, list[tuple
     if validated in scalars:
         interval = max(iterations // demo.evaluations, 1)
         curves["validation"] = [
-            ((i + 1) * interval, float(value)) for i, value in enumerate(scalars[validated].data[0])
+            (min((i + 1) * interval, iterations), float(value)) for i, value in enumerate(scalars[validated].data[0])
         ]
     return curves
 

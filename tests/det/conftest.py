@@ -6,9 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 import det_support as models
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _in_mmdet():
+    """Other tests in this process may have entered another host's scope."""
+    DefaultScope.get_instance("det_tests", scope_name="mmdet")
 
 
 @pytest.fixture(scope="session")
