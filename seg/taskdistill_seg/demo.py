@@ -114,6 +114,7 @@ class Layout:
     size: tuple[int, int]
     crop: tuple[int, int]
     batch: int
+    padding: int = 255
 
 
 SCENES = Layout(
@@ -125,6 +126,7 @@ SCENES = Layout(
     (SIZE, SIZE),
     (SIZE, SIZE),
     16,
+    padding=0,  # background: upstream mmseg cannot both weigh classes and ignore pixels
 )
 
 
@@ -167,13 +169,13 @@ def config(
 ) -> Config:
     """The Runner's config of one training: the same for teacher, plain and distilled students."""
 
-    # What a picture lacks of the crop, the data preprocessor pads and ignores.
+    # What a picture lacks of the crop, the data preprocessor pads.
     augmentation: list[dict[str, Any]] = [
         dict(type="RandomResize", scale=layout.size[::-1], ratio_range=(0.8, 1.25), keep_ratio=True),
         dict(type="RandomCrop", crop_size=layout.crop),
     ]
     model = copy.deepcopy(model)
-    model["data_preprocessor"].update(size=layout.crop, size_divisor=None)
+    model["data_preprocessor"].update(size=layout.crop, size_divisor=None, seg_pad_val=layout.padding)
 
     def loader(part: str, *, train: bool) -> dict[str, Any]:
         folder = layout.splits[part]
