@@ -95,20 +95,8 @@ class LogitTerm(ClassScores):
 
     compares_classes = True
 
-    def __init__(
-        self,
-        *,
-        tap: Taps = LOGITS,
-        student_tap: Taps | None = None,
-        teacher_tap: Taps | None = None,
-        grid: Grid = "teacher",
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(
-            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
-        )
+    def __init__(self, *, tap: Taps = LOGITS, grid: Grid = "teacher", **settings: Any) -> None:
+        super().__init__(tap, **settings)
         if grid not in ("teacher", "labels"):
             raise DistillError(f"{type(self).__name__}: grid must be 'teacher' or 'labels', got {grid!r}")
         self.grid = grid
@@ -146,19 +134,8 @@ class FeatureTerm(HeadTerm):
         tap: maps ``(B, C, H, W)``; what the classifier is given by default. The student's are resized to the teacher's grid.
     """
 
-    def __init__(
-        self,
-        *,
-        tap: Taps = FEATURES,
-        student_tap: Taps | None = None,
-        teacher_tap: Taps | None = None,
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(
-            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
-        )
+    def __init__(self, *, tap: Taps = FEATURES, **settings: Any) -> None:
+        super().__init__(tap, **settings)
 
     def wire(self, wiring: Wiring) -> None:
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):

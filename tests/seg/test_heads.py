@@ -69,7 +69,20 @@ def test_a_head_that_returns_several_maps_is_read_at_the_one_that_counts(tmp_pat
     student["decode_head"] = dict(head, type="DAHead", in_channels=32, in_index=3, dropout_ratio=0.0, pam_channels=4)
     teacher = save_teacher(tmp_path / "teacher.pth")
     model = build(distilled(student, teacher, recipe="channel_wise"))
-    total(losses_of(model, *batch())).backward()
+    outputs = []
+    forward = model.decode_head.forward
+
+    def remember(inputs):
+        outputs.append([score.clone() for score in forward(inputs)])
+        for score in outputs[-1]:
+            score.retain_grad()
+        return tuple(outputs[-1])
+
+    model.decode_head.forward = remember
+    losses_of(model, *batch())["distill.channel_wise.loss"].backward()
+    main, *others = outputs[-1]
+    assert main.grad.abs().sum() > 0
+    assert all(score.grad is None or not score.grad.any() for score in others)
 
 
 def test_binary_scores_in_the_other_order_are_their_negative(tmp_path):
