@@ -191,18 +191,12 @@ class FeatureImitation(TapTerm):
         self,
         tap: Taps | None = None,
         *,
-        student_tap: Taps | None = None,
-        teacher_tap: Taps | None = None,
         adapter: AdapterKind = "auto",
         region: Any = "all",
         loss: Any = "hint",
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
-        )
+        super().__init__(tap, **settings)
         self.adapter_kind: AdapterKind = adapter
         self.region, self.region_name = build_region(region, self)
         self.loss = _loss_function(loss)
@@ -257,17 +251,11 @@ class ChannelWise(TapTerm):
         tap: Taps | None = None,
         *,
         temperature: float = 4.0,
-        student_tap: Taps | None = None,
-        teacher_tap: Taps | None = None,
         adapter: AdapterKind = "auto",
         region: Any = "all",
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
-        )
+        super().__init__(tap, **settings)
         check_temperature(temperature)
         self.temperature = temperature
         self.adapter_kind: AdapterKind = adapter
@@ -321,15 +309,9 @@ class SoftTargets(TapTerm):
         *,
         hard_weight: float = 0.0,
         tap: Taps = "",
-        student_tap: Taps | None = None,
-        teacher_tap: Taps | None = None,
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
-        )
+        super().__init__(tap, **settings)
         check_temperature(temperature)
         if not 0 <= hard_weight <= 1:
             raise DistillError(f"SoftTargets: hard_weight must be in [0, 1], got {hard_weight}")
@@ -377,15 +359,9 @@ class LogitMatching(TapTerm):
         *,
         center: bool = False,
         tap: Taps = "",
-        student_tap: Taps | None = None,
-        teacher_tap: Taps | None = None,
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(
-            tap, student_tap=student_tap, teacher_tap=teacher_tap, weight=weight, schedule=schedule, name=name
-        )
+        super().__init__(tap, **settings)
         self.center = center
 
     def wire(self, wiring: Wiring) -> None:
