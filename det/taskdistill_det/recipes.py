@@ -48,7 +48,7 @@ def imitation(
 
 @RECIPES.register
 def combined(
-    main: float = 2.0, vlr: float = 2.0, classes: float = 2.5, features: float = 2.0, schedule: Any = None
+    main: float = 2.0, vlr: float = 2.0, classes: float = 5.0, features: float = 6.0, schedule: Any = None
 ) -> list[dict[str, Any]]:
     """``localization`` and ``imitation`` together, with weights tuned on the demo's validation scenes.
 
