@@ -42,6 +42,9 @@ class HostDistiller(nn.Module):
     Call :meth:`wire` once, then in each step :meth:`record_teacher`, :meth:`record_student` and :meth:`losses`.
     """
 
+    recorder: type[Recorder] = Recorder
+    """What records the models; a host with taps of its own has a recorder of its own."""
+
     def __init__(self, teacher: Teacher, terms: Sequence[Any], registry: Registry = TERMS) -> None:
         super().__init__()
         self.teacher = teacher
@@ -56,6 +59,7 @@ class HostDistiller(nn.Module):
         run_student: Callable[[], Any],
         run_teacher: Callable[[], Any],
         fields: frozenset[str] = frozenset(),
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         """Sizes every adapter by one dry run of both models in eval mode, and checks every term.
 
@@ -64,6 +68,7 @@ class HostDistiller(nn.Module):
         Args:
             run_student, run_teacher: run the two models on a small example.
             fields: which fields of :class:`Batch` the host fills.
+            facts: what else the host's own terms ask for (see :class:`~taskdistill.terms.Wiring`).
 
         Raises:
             WiringError: the first term that cannot be wired, with taps, shapes and what to do.
@@ -88,15 +93,17 @@ class HostDistiller(nn.Module):
             teacher_recording = self._teacher_recorder.rehearse(teacher, run_teacher)
             with torch.enable_grad():
                 for term in self._all_terms():
-                    term.wire(Wiring(student, teacher, student_recording, teacher_recording, fields))
+                    term.wire(Wiring(student, teacher, student_recording, teacher_recording, fields, facts or {}))
 
     def _recorder(self, model: nn.Module, owner: str) -> Recorder:
         for term in self._all_terms():
             try:
-                Recorder(model, getattr(term, f"{owner}_taps"), owner)
+                self.recorder(model, getattr(term, f"{owner}_taps"), owner)
             except WiringError as error:
                 raise WiringError(f"{term.name}: {error}") from None
-        return Recorder(model, [tap for term in self._all_terms() for tap in getattr(term, f"{owner}_taps")], owner)
+        return self.recorder(
+            model, [tap for term in self._all_terms() for tap in getattr(term, f"{owner}_taps")], owner
+        )
 
     def _all_terms(self) -> list[Term]:
         return [term for term in self.terms.values() if isinstance(term, Term)]
@@ -120,23 +127,43 @@ class HostDistiller(nn.Module):
         """Context manager: records the student while the host runs it."""
         return self._student_recorder.record(student)
 
+    def counts(self, batch: Batch) -> dict[str, Tensor]:
+        """Each term's denominator on this batch, of the terms that know it before the forward pass."""
+        found = {term.name: term.count(batch) for term in self._all_terms()}
+        return {name: count for name, count in found.items() if count is not None}
+
     def losses(
-        self, student: Recording | None, teacher: Recording | None, batch: Batch, step: Step, device: torch.device | str
+        self,
+        student: Recording | None,
+        teacher: Recording | None,
+        batch: Batch,
+        step: Step,
+        device: torch.device | str,
+        totals: Mapping[str, Tensor] | None = None,
+        parts: int = 1,
     ) -> dict[str, Tensor]:
         """The weighted losses, ``{"distill.<term>.loss": scalar}``; on several processes call it on all of them.
 
         Each term's sum is divided by its count over *all* processes and multiplied by their number, so that the mean of
         gradients that DDP takes is the gradient of the one big batch. Terms at weight 0, and terms with a non-finite value
         (on any process: dropped by all, counted in ``dropped``, reported), give 0 and keep their parameters in the graph.
+
+        Args:
+            totals: for a batch that comes in parts (gradient accumulation), each term's denominator over all of them and over
+                all processes, from :meth:`counts`; the parts' losses then add up to that of the whole batch.
+            parts: how many there are; a term without a total weighs them alike.
         """
         active = self.active(step)
         ratios = {term.name: _flat(term(student, teacher, batch)) for term in active}
         dropped, denominators = self._agree(ratios)
+        totals = totals or {}
         result: dict[str, Tensor] = {}
         for term in self._all_terms():
             key = f"distill.{term.name}.loss"
             if term.name in ratios and term.name not in dropped:
-                share = divide(ratios[term.name].numerator, denominators[term.name]).sum()
+                whole = totals.get(term.name)
+                denominator = denominators[term.name] * parts if whole is None else whole.to(denominators[term.name])
+                share = divide(ratios[term.name].numerator, denominator).sum()
                 result[key] = share * (term.weight_at(step) * world_size())
             else:
                 result[key] = _idle(term, device)

@@ -153,6 +153,17 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         raise DistillError(f"{what} takes no argument {unknown[1]!r}{nearest(unknown[1], _names(target))}") from error
 
 
+def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
+    """The terms that a recipe stands for: ``"name"`` or ``dict(type="name", …)`` to change its settings; ``None``: none."""
+    if recipe is None:
+        return []
+    spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe) if isinstance(recipe, Mapping) else {}
+    name = spec.pop("type", None)
+    if not isinstance(name, str):
+        raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(recipes)}")
+    return list(call(recipes.get(name), spec, f"recipe {name}"))
+
+
 def _names(target: type) -> list[str]:
     """The arguments that a class and its bases name."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -69,6 +69,10 @@ class Tap:
         return self.text or "(output)"
 
 
+Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Runs a call on behalf of its caller: ``(original, args, kwargs) -> output``."""
+
+
 class _Source(NamedTuple):
     """One callable to listen to."""
 
@@ -180,6 +184,9 @@ class Recorder:
         WiringError: a path that the model does not have; the message names the nearest ones.
     """
 
+    _differentiable: frozenset[str] = frozenset({"forward"})
+    """Methods that have to run with gradient where the model does."""
+
     def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model") -> None:
         self.owner = owner
         self.taps = tuple(dict.fromkeys(taps))
@@ -264,15 +271,15 @@ class Recorder:
         recording = Recording(self.owner, sources, self._copied)
         wants_gradient = torch.is_grad_enabled()
 
-        def shadow(source: _Source, original: Callable[..., Any]) -> Callable[..., Any]:
+        def listener(source: _Source) -> Listener:
             seen = recording._seen[source.path, source.method]
             key = (source.path, source.method)
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
+            def hear(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 if seen.keeps_input:
-                    seen.add(seen.inputs, args[0] if args else next(iter(kwargs.values()), None))
+                    seen.add(seen.inputs, self._read_input(source, args, kwargs))
                 output = original(*args, **kwargs)
-                if wants_gradient and source.method == "forward" and not torch.is_grad_enabled():
+                if wants_gradient and source.method in self._differentiable and not torch.is_grad_enabled():
                     raise WiringError(
                         f"tap '{source.path}' of the {self.owner} lies inside a reentrant checkpoint, where no gradient "
                         "reaches it; tap the checkpointed block itself or checkpoint with use_reentrant=False"
@@ -286,19 +293,31 @@ class Recorder:
                         raise _Complete
                 return output
 
-            return forward
+            return hear
 
         undo: list[Callable[[], None]] = []
         try:
             for source in {(s.path, s.method): s for found in sources.values() for s in found}.values():
-                before = vars(source.module).get(source.method)
-                shadowed = shadow(source, getattr(source.module, source.method))
-                object.__setattr__(source.module, source.method, shadowed)
-                undo.append(_restorer(source, before))
+                undo.append(self._attach(source, listener(source)))
             yield recording
         finally:
             for restore in reversed(undo):
                 restore()
+
+    def _read_input(self, source: _Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What a tap of the input keeps of a call: its first argument."""
+        return args[0] if args else next(iter(kwargs.values()), None)
+
+    def _attach(self, source: _Source, hear: Listener) -> Callable[[], None]:
+        """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
+        before = vars(source.module).get(source.method)
+        original = getattr(source.module, source.method)
+
+        def shadow(*args: Any, **kwargs: Any) -> Any:
+            return hear(original, args, kwargs)
+
+        object.__setattr__(source.module, source.method, shadow)
+        return _restorer(source, before)
 
 
 class _Complete(BaseException):

@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ class Wiring:
     student_recording: Recording
     teacher_recording: Recording
     fields: frozenset[str] = frozenset()
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    """What else the host knows before training that its own terms ask for."""
 
 
 class WiringRow(NamedTuple):
@@ -108,6 +110,10 @@ class Term(nn.Module):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         """This process's sum and count of the loss, before the weight."""
         raise NotImplementedError
+
+    def count(self, batch: Batch) -> Tensor | None:
+        """The denominator that :meth:`forward` will give, from the batch alone; ``None`` where only the pass can tell."""
+        return None
 
     def row(
         self, student: Any, teacher: Any, *, taps: tuple[Tap, Tap], adapter: str = "–", region: str = "–"
@@ -440,6 +446,12 @@ def in_order(scores: Tensor, order: Tensor | None) -> Tensor:
     if order is None:
         return scores
     return -scores if scores.shape[1] == 1 else scores[:, order]
+
+
+def check_choice(term: Term, name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises a :class:`DistillError` unless a setting of a term is one of these."""
+    if value not in choices:
+        raise DistillError(f"{type(term).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def build_region(spec: Any, term: Term) -> tuple[Region, str]:

@@ -19,16 +19,18 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
+from taskdistill.classes import class_order
 from taskdistill.distiller import HostDistiller
-from taskdistill.errors import DistillError, WiringError, nearest
+from taskdistill.errors import DistillError, nearest
+from taskdistill.hiding import hide_from_state_dict
 from taskdistill.isolation import isolated_rng
 from taskdistill.regions import Batch
-from taskdistill.registry import Registry, call
+from taskdistill.registry import Registry, expand_recipe
 from taskdistill.teacher import Teacher
 
 from .checkpoints import SAFE_TYPES
 from .configs import MissingConfig, load_config, model_of, student_config
-from .state import HubLink, hide_from_state_dict
+from .state import HubLink
 from .views import TeacherView
 
 logger = logging.getLogger("taskdistill")
@@ -107,13 +109,7 @@ class Graft(_Host, metaclass=Grafting):
     @classmethod
     def expand(cls, recipe: Any) -> list[Any]:
         """The terms of a recipe."""
-        if recipe is None:
-            return []
-        spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe) if isinstance(recipe, Mapping) else {}
-        name = spec.pop("type", None)
-        if not isinstance(name, str):
-            raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(cls._recipes)}")
-        return list(call(cls._recipes.get(name), spec, f"recipe {name}"))
+        return expand_recipe(recipe, cls._recipes)
 
     @classmethod
     def _distiller(cls, student: Any, teacher: Any, specs: list[Any], size: int) -> tuple[HostDistiller, TeacherView]:
@@ -270,29 +266,3 @@ def teacher_classes(teacher: Teacher) -> Any:
     """The class names that the teacher's checkpoint records, or ``None``."""
     meta = teacher.meta.get("dataset_meta") or teacher.meta
     return meta.get("classes") or meta.get("CLASSES")
-
-
-def class_order(student: Any, teacher: Any) -> Tensor | None:
-    """Indices that put the teacher's classes in the student's order.
-
-    Returns:
-        ``None`` when the order is the same, or when one side does not know its class names (said in a warning).
-
-    Raises:
-        WiringError: the names differ.
-    """
-    if not student or not teacher:
-        side = "training set" if not student else "teacher's checkpoint"
-        logger.warning("the %s does not name its classes; taking student's and teacher's classes to be the same", side)
-        return None
-    student, teacher = list(student), list(teacher)
-    if student == teacher:
-        return None
-    if sorted(student) != sorted(teacher):
-        missing = [name for name in student if name not in teacher]
-        extra = [name for name in teacher if name not in student]
-        raise WiringError(
-            f"the teacher was trained on other classes: it lacks {missing[:5]}, and has {extra[:5]} that the student lacks; "
-            "drop the terms on class outputs, or use a teacher of the same classes"
-        )
-    return torch.tensor([teacher.index(name) for name in student])

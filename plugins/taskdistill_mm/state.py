@@ -10,7 +10,6 @@ import copy
 from typing import Any
 
 from mmengine.logging import MessageHub
-from torch import nn
 
 from taskdistill.distiller import HostDistiller
 from taskdistill.schedules import Step
@@ -72,23 +71,3 @@ class HubLink:
     def info(self, key: str) -> Any:
         """A value of runtime information; ``None`` when there is none."""
         return self._hub.get_info(key) if key in self._hub.runtime_info else None
-
-
-def hide_from_state_dict(module: nn.Module) -> None:
-    """Makes a child module leave no trace in its parents' ``state_dict`` and ask for nothing when one is loaded."""
-
-    def drop(_: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-        for key in [key for key in state if key.startswith(prefix)]:
-            del state[key]
-        described = getattr(state, "_metadata", None)
-        if described is not None:
-            for key in [key for key in described if key == prefix[:-1] or key.startswith(prefix)]:
-                del described[key]
-
-    def keep(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        # Loading hands every child its own values, so that none is missing.
-        tensors = {**dict(owner.named_parameters()), **dict(owner.named_buffers())}
-        state.update({prefix + name: tensor.detach() for name, tensor in tensors.items()})
-
-    module._register_state_dict_hook(drop)
-    module.register_load_state_dict_pre_hook(keep)

@@ -12,7 +12,8 @@ from torch import nn
 
 from taskdistill import Constant, FeatureImitation, HostDistiller, Step, Teacher
 from taskdistill.errors import DistillError
-from taskdistill_mm.state import KEY, HubLink, hide_from_state_dict
+from taskdistill.hiding import hide_from_state_dict
+from taskdistill_mm.state import KEY, HubLink
 
 _hubs = count()
 

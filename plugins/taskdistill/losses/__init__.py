@@ -2,26 +2,35 @@
 
 from .adversarial import adversarial, critic_loss, gradient_penalty
 from .affinity import pairwise_affinity
+from .attention_maps import attention_distributions, attention_scores
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
 from .cross_image import memory_relations, pixel_relations
 from .dist import dist_between_classes, dist_within_classes
+from .divergences import generalized_jsd, reverse_kl, skewed_kl
 from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
+from .states import cosine, patient
+from .token_relations import token_relations
+from .universal_logits import universal_logits
 
 __all__ = [
     "Ratio",
     "SoftTargetsLoss",
     "adversarial",
+    "attention_distributions",
+    "attention_scores",
     "binary_soft_targets",
     "channel_wise",
     "class_prototypes",
+    "cosine",
     "critic_loss",
     "dist_between_classes",
     "dist_within_classes",
+    "generalized_jsd",
     "gradient_penalty",
     "hint",
     "localization",
@@ -29,9 +38,14 @@ __all__ = [
     "memory_relations",
     "mixed_targets",
     "pairwise_affinity",
+    "patient",
     "pixel_relations",
     "reduce_loss",
+    "reverse_kl",
+    "skewed_kl",
     "soft_targets",
+    "token_relations",
+    "universal_logits",
     "upcast",
     "weighted_ratio",
 ]

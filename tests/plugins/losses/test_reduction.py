@@ -11,13 +11,21 @@ from torch import Tensor
 from taskdistill import LOSSES, DistillError
 from taskdistill.losses import (
     Ratio,
+    attention_distributions,
+    attention_scores,
     binary_soft_targets,
+    cosine,
+    generalized_jsd,
     hint,
     localization,
     logit_matching,
     mixed_targets,
+    patient,
     reduce_loss,
+    reverse_kl,
+    skewed_kl,
     soft_targets,
+    universal_logits,
     upcast,
     weighted_ratio,
 )
@@ -31,6 +39,14 @@ CASES: dict[str, tuple[Loss, tuple[int, ...], tuple[int, ...]]] = {
     "logit_matching": (logit_matching, (5, 7), (5,)),
     "hint": (hint, (2, 3, 4, 5), (2, 4, 5)),
     "localization": (localization, (5, 4, 9), (5, 4)),
+    "reverse_kl": (reverse_kl, (5, 7), (5,)),
+    "generalized_jsd": (generalized_jsd, (5, 7), (5,)),
+    "skewed_kl": (skewed_kl, (5, 7), (5,)),
+    "universal_logits": (universal_logits, (5, 7), (5,)),
+    "attention_scores": (attention_scores, (2, 3, 4, 5), (2, 3, 4, 5)),
+    "attention_distributions": (attention_distributions, (2, 3, 4, 5), (2, 3, 4)),
+    "cosine": (cosine, (5, 7), (5,)),
+    "patient": (patient, (5, 7), (5,)),
 }
 # Of other arguments than (student, teacher, weight); each has these tests in its own file.
 ELSEWHERE = {
@@ -43,6 +59,7 @@ ELSEWHERE = {
     "memory_relations",
     "pairwise_affinity",
     "pixel_relations",
+    "token_relations",
 }
 every_loss = pytest.mark.parametrize("name", CASES)
 

@@ -1,0 +1,65 @@
+"""Token relations: how the queries, keys or values of a sequence relate to each other (MiniLM, MiniLMv2).
+
+Wang et al., "MiniLM", 2020, arXiv 2002.10957, equation 6; Wang et al., "MiniLMv2", 2021, arXiv 2012.15828, equations 5 to 7.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..errors import DistillError
+from ..registry import LOSSES
+from .attention_maps import attention_distributions
+from .reduction import Reduction, upcast
+
+
+@LOSSES.register
+def token_relations(
+    student_vectors: Tensor,
+    teacher_vectors: Tensor,
+    heads: int,
+    *,
+    valid: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Token relations: KL of softmax(AAᵀ/√d) over R relation heads, for A the queries, keys or values (MiniLMv2 2021).
+
+    .. math:: \mathrm{KL}\!\left(\mathrm{softmax}\frac{A_t A_t^\top}{\sqrt{d_t}} \,\Big\|\,
+              \mathrm{softmax}\frac{A_s A_s^\top}{\sqrt{d_s}}\right)
+
+    The vectors are cut into ``heads`` equal parts, so that the two models may have other numbers of attention heads and other
+    widths.
+
+    Args:
+        student_vectors: ``(B, L, D_s)``, all heads side by side.
+        teacher_vectors: ``(B, L, D_t)``.
+        heads: R, which has to divide both widths.
+        valid: which tokens a token may be related to, broadcasts to ``(B, R, L, L)``; ``None`` for all.
+        weight: weights that broadcast to ``(B, R, L)``.
+        reduction: over the R·L rows of each sequence.
+    """
+    return attention_distributions(
+        relation_scores(student_vectors, heads, "student"),
+        relation_scores(teacher_vectors, heads, "teacher"),
+        valid=valid,
+        weight=weight,
+        reduction=reduction,
+    )
+
+
+def relation_scores(vectors: Tensor, heads: int, owner: str) -> Tensor:
+    """``(B, L, D)`` -> ``(B, R, L, L)``: AAᵀ/√(D/R) of each of R parts.
+
+    Raises:
+        DistillError: R does not divide the width.
+    """
+    batch, length, width = vectors.shape
+    if heads < 1 or width % heads:
+        raise DistillError(f"token_relations: {heads} relation heads do not divide the {owner}'s width {width}")
+    parts = upcast(vectors).view(batch, length, heads, width // heads).transpose(1, 2)
+    with torch.autocast(vectors.device.type, enabled=False):
+        return parts @ parts.transpose(-1, -2) / math.sqrt(width // heads)
