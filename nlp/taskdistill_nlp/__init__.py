@@ -1,0 +1,38 @@
+"""Distillation for Hugging Face: wrap a Trainer, or a trainer that you already have."""
+
+from taskdistill.hosts import require
+
+require("transformers", "taskdistill_nlp")
+
+from .collator import DistillCollator  # noqa: E402
+from .layers import AttentionMaps, Embeddings, HiddenStates, PatientStates, Relations  # noqa: E402
+from .logits import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL, SoftTargets, UniversalLogits  # noqa: E402
+from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
+from .registry import RECIPES, TERMS  # noqa: E402
+from .trainer import DistillTrainer, distill  # noqa: E402
+
+__all__ = [
+    "RECIPES",
+    "TERMS",
+    "AttentionMaps",
+    "DistillCollator",
+    "DistillTrainer",
+    "Embeddings",
+    "ForwardKL",
+    "GeneralizedJSD",
+    "HiddenStates",
+    "PatientStates",
+    "Relations",
+    "ReverseKL",
+    "SkewedKL",
+    "SoftTargets",
+    "UniversalLogits",
+    "distilbert",
+    "distill",
+    "gkd",
+    "minilm",
+    "minilmv2",
+    "mobilebert",
+    "pkd",
+    "tinybert",
+]

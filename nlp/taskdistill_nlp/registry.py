@@ -1,0 +1,18 @@
+"""Names of terms and recipes for Hugging Face models; terms of the core are found too."""
+
+from __future__ import annotations
+
+from taskdistill.registry import RECIPES as CORE_RECIPES
+from taskdistill.registry import TERMS as CORE_TERMS
+from taskdistill.registry import Registry
+
+TERMS = Registry(
+    "term",
+    "taskdistill.nlp_terms",
+    parent=CORE_TERMS,
+    refused={
+        "ChannelWise": "it compares maps (B, C, H, W); use HiddenStates",
+        "LogitMatching": "use SoftTargets with a high temperature",
+    },
+)
+RECIPES = Registry("recipe", "taskdistill.nlp_recipes", parent=CORE_RECIPES)

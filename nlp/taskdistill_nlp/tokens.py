@@ -1,0 +1,101 @@
+"""What terms know of a batch of text: which tokens are real, which logits have a label, which tokens belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from taskdistill.errors import DistillError
+from taskdistill.regions import Batch
+
+IGNORED = -100
+TEACHER_INPUTS = "teacher_inputs"
+"""Key of a batch under which :class:`~taskdistill_nlp.DistillCollator` puts what only the teacher is given."""
+TOKEN_PAIRS = "token_pairs"
+"""Key of a batch: ``(B, P, 2)`` positions of tokens that belong together, in the student's and the teacher's, −1 for none."""
+
+
+@dataclass
+class Side:
+    """The tokens of one model.
+
+    Attributes:
+        real: ``(B, L)`` boolean, false for padding; ``None`` where every position counts (images).
+        decoder: the same for a decoder's own tokens; ``None`` without a decoder.
+        labelled: ``(B, L)`` boolean: positions whose logits have a label (for a causal model the one *before* the labelled
+            token); ``None`` without labels.
+    """
+
+    real: Tensor | None
+    decoder: Tensor | None = None
+    labelled: Tensor | None = None
+
+    def of(self, stack: str) -> Tensor | None:
+        """The real tokens that a stack's hidden states stand for."""
+        return self.decoder if stack in ("decoder", "cross") else self.real
+
+
+@dataclass
+class Tokens:
+    """The tokens of both models in one batch.
+
+    Attributes:
+        size: number of samples.
+        student, teacher: each model's side.
+        pairs: ``(B, P, 2)`` positions that belong together where the two are tokenised differently; ``None`` where position i is
+            the same token for both.
+    """
+
+    size: int
+    student: Side
+    teacher: Side
+    pairs: Tensor | None = None
+
+
+def tokens_of(batch: Batch) -> Tokens:
+    """The :class:`Tokens` that the host put into the batch."""
+    return batch.extra["tokens"]
+
+
+def read_batch(inputs: Mapping[str, Any], task: str) -> Batch:
+    """A :class:`~taskdistill.regions.Batch` from what a collator made."""
+    own = {name: value for name, value in inputs.items() if name not in (TEACHER_INPUTS, TOKEN_PAIRS)}
+    tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
+    if not tensors:
+        raise DistillError("the batch holds no tensors; the collator has to return a dict of them")
+    other = {**own, **inputs[TEACHER_INPUTS]} if TEACHER_INPUTS in inputs else own
+    pairs = inputs.get(TOKEN_PAIRS)
+    tokens = Tokens(len(tensors[0]), _side(own, task), _side(other, task), pairs)
+    return Batch(labels=own.get("labels"), extra={"tokens": tokens})
+
+
+def _side(inputs: Mapping[str, Any], task: str) -> Side:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool) if ids is not None else None
+    if real is not None and real.ndim != 2:
+        raise DistillError(f"attention_mask must be (B, L), got {tuple(real.shape)}")
+    labels = inputs.get("labels")
+    labelled = decoder = None
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+        labelled = labels != IGNORED
+        if task == "seq2seq":
+            decoder = labelled
+        elif task == "causal":
+            labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], 1)
+    if "decoder_attention_mask" in inputs:
+        decoder = inputs["decoder_attention_mask"].bool()
+    return Side(real, decoder, labelled)
+
+
+def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
+    """``values`` at ``positions (B, P)`` along a dimension; −1 takes position 0 (to be masked by who asks)."""
+    index = positions.clamp(min=0)
+    shape = [1] * values.ndim
+    shape[0], shape[dim] = index.shape
+    expanded = list(values.shape)
+    expanded[dim] = index.shape[1]
+    return values.gather(dim, index.view(shape).expand(expanded))

@@ -1,0 +1,242 @@
+"""DistillCollator: one view of the batch, a second tokenizer, inputs for the teacher alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerFast,
+)
+
+import nlp_support as support
+from taskdistill import DistillError
+from taskdistill_nlp import DistillCollator, DistillTrainer
+from taskdistill_nlp.collator import align
+from taskdistill_nlp.student import graft
+from taskdistill_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS
+
+TEXTS = ["the cat sat", "a dog", "the dog sat on the cat", "on"]
+
+
+def by_word(side="right"):
+    """[CLS] w w w [SEP]"""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "the", "cat", "sat", "a", "dog", "on"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        padding_side=side,
+        model_max_length=32,
+    )
+
+
+def by_letter(side="left"):
+    """One token a character, spaces too, no special tokens, padded on the left by default."""
+    letters = ["<pad>", *"abcdefghijklmnopqrstuvwxyz "]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", padding_side=side, model_max_length=64
+    )
+
+
+def features(tokenizer, texts=TEXTS):
+    return [{**tokenizer(text), "text": text, "labels": i % 3} for i, text in enumerate(texts)]
+
+
+def test_plain_wrapping_is_the_wrapped_collator():
+    tokenizer = by_word()
+    plain = [{k: v for k, v in f.items() if k != "text"} for f in features(tokenizer)]
+    wrapped, own = (
+        make(plain)
+        for make in (DistillCollator(DataCollatorWithPadding(tokenizer)), DataCollatorWithPadding(tokenizer))
+    )
+    assert wrapped.keys() == own.keys()
+    assert all(torch.equal(wrapped[key], own[key]) for key in own)
+    assert DistillCollator(lambda f: f)([(1, 2)]) == [(1, 2)]
+
+
+def test_random_masking_is_drawn_once():
+    tokenizer = by_word()
+    collator = DistillCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5))
+    student = support.quiet(support.model("roberta", vocab_size=11, pad_token_id=0))
+    grafted = graft(
+        student, support.model("roberta", 32, vocab_size=11, pad_token_id=0, seed=2), ["SoftTargets"]
+    ).train()
+    seen = []
+    grafted.distiller.teacher.model.register_forward_pre_hook(
+        lambda _, a, k: seen.append(k["input_ids"]), with_kwargs=True
+    )
+    batch = collator([{k: v for k, v in f.items() if k not in ("text", "labels")} for f in features(tokenizer)])
+    grafted(**batch)
+    assert torch.equal(seen[0], batch["input_ids"])
+    assert (batch["labels"] != -100).any()
+
+
+def test_tokens_that_end_on_the_same_character():
+    ours, theirs = by_word(), by_letter()
+    collator = DistillCollator(DataCollatorWithPadding(ours), theirs, text="text")
+    batch = collator(features(ours))
+    given = batch[TEACHER_INPUTS]
+    assert given["input_ids"].shape == (4, len(TEXTS[2]))
+    assert given["attention_mask"][3].tolist() == [0] * 20 + [1, 1]  # "on", padded on the left
+    pairs = [[tuple(p) for p in row.tolist() if p[0] >= 0] for row in batch[TOKEN_PAIRS]]
+    # "the cat sat": [CLS] the cat sat [SEP]; the words end on characters 2, 6, 10, padded by 22 − 11.
+    assert pairs[0] == [(1, 11 + 2), (2, 11 + 6), (3, 11 + 10)]
+    assert pairs[3] == [(1, 21)]
+    for row, text in zip(pairs, TEXTS, strict=True):
+        assert len(row) == len(text.split())
+    left = DistillCollator(DataCollatorWithPadding(by_word("left")), theirs, text="text")(features(ours))
+    moved = [[tuple(p) for p in row.tolist() if p[0] >= 0] for row in left[TOKEN_PAIRS]]
+    assert moved[3] == [(8 - 3 + 1, 21)]
+
+
+def test_words():
+    ours, theirs = by_word(), by_letter()
+    words = [text.split() for text in TEXTS]
+    data = [{**ours(w, is_split_into_words=True), "tokens": w} for w in words]
+    for feature in data:
+        feature["labels"] = [-100, *[0] * (len(feature["input_ids"]) - 2), -100]
+    batch = DistillCollator(DataCollatorForTokenClassification(ours), theirs, words="tokens")(data)
+    letters = theirs(words[0], is_split_into_words=True)
+    starts = [letters.word_ids().index(i) for i in range(3)]
+    longest = batch[TEACHER_INPUTS]["input_ids"].shape[1]
+    offset = longest - len(letters["input_ids"])
+    assert [tuple(p) for p in batch[TOKEN_PAIRS][0].tolist() if p[0] >= 0] == [
+        (1 + i, offset + starts[i]) for i in range(3)
+    ]
+
+
+def test_pairs_of_texts():
+    ours, theirs = by_word(), by_letter()
+    data = [{**ours("the cat", "a dog"), "a": "the cat", "b": "a dog", "labels": 0}]
+    batch = DistillCollator(DataCollatorWithPadding(ours), theirs, text=["a", "b"])(data)
+    assert [tuple(p) for p in batch[TOKEN_PAIRS][0].tolist()] == [(1, 2), (2, 6), (4, 7), (5, 11)]
+    encodings = [t(["the cat"], ["a dog"], return_offsets_mapping=True) for t in (ours, ours)]
+    assert align(*encodings, 0) == [(i, i) for i in (1, 2, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    "term",
+    [
+        "HiddenStates",
+        "AttentionMaps",
+        "Relations",
+        "SoftTargets",
+        "PatientStates",
+        dict(type="AttentionMaps", of="distributions"),
+    ],
+)
+def test_terms_across_tokenizers(term):
+    ours, theirs = by_word(), by_letter("right")  # BERT counts positions from the padding on
+    collator = DistillCollator(DataCollatorWithPadding(ours), theirs, text="text")
+    student = support.quiet(support.model("bert", vocab_size=11, seed=1))
+    terms = [term if isinstance(term, dict) else dict(type=term)]
+    if terms[0]["type"] == "PatientStates":
+        terms[0]["layers"] = "last"
+    grafted = graft(student, support.model("bert", 32, 4, vocab_size=28, seed=2), terms).train()
+    found = []
+    for texts in (TEXTS, TEXTS[:2] + TEXTS[3:] + ["the dog sat on the dog sat"]):
+        batch = collator(features(ours, texts))
+        batch = {
+            k: v[:2] if isinstance(v, torch.Tensor) else {n: t[:2] for n, t in v.items()} for k, v in batch.items()
+        }
+        grafted.zero_grad()
+        grafted(**batch)
+        loss = next(iter(grafted._distill.losses.values()))
+        loss.backward()
+        found.append((loss.detach(), support.distillation_gradient(grafted)))
+    # The two batches hold the same two samples, padded to other lengths for both models.
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
+    assert found[0][0] > 0
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(gradient, found[1][1][name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_same_tokenizer_twice_changes_nothing():
+    tokenizer = by_word()
+    losses = []
+    for second in (None, by_word()):
+        text = {} if second is None else {"text": "text"}
+        collator = DistillCollator(DataCollatorWithPadding(tokenizer), second, **text)
+        data = features(tokenizer)
+        if second is None:
+            data = [{k: v for k, v in f.items() if k != "text"} for f in data]
+        student = support.quiet(support.model("bert", vocab_size=11, seed=1))
+        grafted = graft(student, support.model("bert", 32, 4, vocab_size=11, seed=2), ["SoftTargets"]).train()
+        grafted(**collator(data))
+        losses.append(grafted._distill.losses["distill.soft_targets.loss"])
+    torch.testing.assert_close(*losses)
+
+
+def test_inputs_for_the_teacher_alone():
+    data = [{**sample, "teacher_pixel_values": torch.rand(3, 24, 24)} for sample in support.samples(4, "image")]
+    batch = DistillCollator(support.collate)(data)
+    assert batch[TEACHER_INPUTS]["pixel_values"].shape == (4, 3, 24, 24)
+    student = support.quiet(support.model("vit", seed=1))
+    grafted = graft(student, support.model("vit", 32, image_size=24, seed=2), ["SoftTargets"]).train()
+    grafted(**batch)
+    assert grafted._distill.losses["distill.soft_targets.loss"] > 0
+    grafted.eval()(**batch)
+
+
+@pytest.mark.parametrize("prune", [True, False])
+def test_in_the_trainer(prune, tmp_path):
+    from datasets import Dataset
+
+    ours, theirs = by_word(), by_letter()
+    data = Dataset.from_list(features(ours, TEXTS * 3))
+    trainer = DistillTrainer(
+        model=support.model("bert", vocab_size=11, seed=1),
+        teacher=support.model("bert", 32, 4, vocab_size=28, seed=2),
+        terms=["HiddenStates", "SoftTargets"],
+        args=support.arguments(tmp_path, remove_unused_columns=prune, eval_strategy="steps", eval_steps=4),
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=DistillCollator(DataCollatorWithPadding(ours), theirs, text="text"),
+        processing_class=ours,
+    )
+    trainer.train()
+    assert [e for e in trainer.state.log_history if e.get("distill.hidden_states.loss", 0) > 0]
+    assert [e for e in trainer.state.log_history if "eval_loss" in e]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(), "name its column, text='text' or words='tokens'"),
+        (dict(text="text", words="tokens"), "name its column"),
+        (dict(text="text", collator=lambda f: f), "pass tokenizer=…, the student's"),
+        (
+            dict(text="text", collator=DataCollatorForLanguageModeling(by_word())),
+            "cannot be drawn once for two tokenizers",
+        ),
+        (dict(text="text", collator=3), "wraps a collator, got int"),
+    ],
+)
+def test_one_clear_line(settings, message):
+    collator = settings.pop("collator", DataCollatorWithPadding(by_word()))
+    with pytest.raises(DistillError, match=message):
+        DistillCollator(collator, by_letter(), **settings)
+
+
+def test_text_that_is_not_there_or_does_not_fit():
+    ours = by_word()
+    collator = DistillCollator(DataCollatorWithPadding(ours), by_letter(), text="text")
+    with pytest.raises(DistillError, match="no column 'text' in input_ids"):
+        collator([{k: v for k, v in f.items() if k != "text"} for f in features(ours)])
+    with pytest.raises(DistillError, match="does not tokenise to the student's input_ids"):
+        collator([{**f, "text": "a dog"} for f in features(ours)])

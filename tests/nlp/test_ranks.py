@@ -1,0 +1,101 @@
+"""One batch of 8 ≡ 8 accumulated batches of 1 ≡ two processes with 4 each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nlp_ranks
+import nlp_support as support
+
+HERE = Path(__file__).parents[1]
+
+
+def close(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], rtol=2e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def without_host(found, plain):
+    return {name: g - plain.get(name, 0) for name, g in found.items()}
+
+
+@pytest.mark.parametrize("family", list(nlp_ranks.TERMS))
+def test_accumulated_batches_are_one_batch(family, tmp_path):
+    terms = nlp_ranks.TERMS[family]
+    found = {}
+    for batch, accumulation in ((8, 1), (2, 4), (1, 8), (3, 3)):
+        whole = nlp_ranks.gradients(family, tmp_path, terms, batch, accumulation).found
+        host = nlp_ranks.gradients(family, tmp_path, [], batch, accumulation).found
+        # BERT's own loss is added up over micro-batches; what distilling adds is not.
+        found[batch] = without_host(whole, host)
+        if family == "llama":
+            found[batch, "host"] = host
+    for batch in (2, 1, 3):
+        close(found[8], found[batch])
+        if family == "llama":
+            close(found[8, "host"], found[batch, "host"])
+
+
+def test_the_host_adds_up_what_it_does_not_scale(tmp_path, caplog):
+    """A fact of the host, pinned: BERT ignores num_items_in_batch and the Trainer takes its loss to be scaled."""
+    one = nlp_ranks.gradients("bert", tmp_path, [], 8, 1).found
+    many = nlp_ranks.gradients("bert", tmp_path, [], 2, 4).found
+    close({name: 4 * g for name, g in one.items()}, many)
+    assert not caplog.records
+    nlp_ranks.gradients("bert", tmp_path, ["SoftTargets"], 2, 4)
+    assert [r.message for r in caplog.records if "ignores num_items_in_batch" in r.message].__len__() == 1
+    caplog.clear()
+    nlp_ranks.gradients("llama", tmp_path, ["ForwardKL"], 2, 4)
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("family", list(nlp_ranks.TERMS))
+def test_two_processes_are_one(family, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "nlp_ranks.py"), str(rank), "2", str(port), family, str(tmp_path)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
+    found = torch.load(tmp_path / "found.pt")
+    alone = nlp_ranks.gradients(family, tmp_path, nlp_ranks.TERMS[family], 8, 1)
+    host = nlp_ranks.gradients(family, tmp_path, [], 8, 1).found
+    # The Trainer multiplies a loss that it takes to be scaled by the number of processes; BERT's is not.
+    times = 2 if family == "bert" else 1
+    doubled = {name: times * g for name, g in host.items()}
+    close(without_host(alone.found, host), without_host(found["gradient"], doubled))
+    mine = next(entry for entry in alone.state.log_history if "distill.hidden_states.loss" in entry)
+    for name in mine:
+        if name.startswith("distill."):
+            assert found["logged"][name] == pytest.approx(mine[name], rel=1e-3), name
+
+
+def test_one_process_on_several_gpus_is_refused(tmp_path, monkeypatch):
+    from taskdistill import DistillError
+    from taskdistill_nlp import DistillTrainer
+
+    arguments = support.arguments(tmp_path)
+    arguments._n_gpu = 2
+    monkeypatch.setattr(type(arguments), "n_gpu", property(lambda self: 2))
+    with pytest.raises(DistillError, match="accelerate launch"):
+        DistillTrainer(
+            model=support.model("bert"), teacher=support.model("bert"), terms=["SoftTargets"], args=arguments
+        )

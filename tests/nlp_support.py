@@ -1,0 +1,168 @@
+"""Small real Hugging Face models and data for the tests."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import TrainingArguments
+
+import taskdistill_nlp  # noqa: F401
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+VOCABULARY = 40
+TASKS: dict[str, tuple[str, str]] = {
+    "bert": ("BertForSequenceClassification", "sequence"),
+    "distilbert": ("DistilBertForSequenceClassification", "sequence"),
+    "roberta": ("RobertaForMaskedLM", "masked"),
+    "electra": ("ElectraForTokenClassification", "tokens"),
+    "deberta": ("DebertaV2ForSequenceClassification", "sequence"),
+    "gpt2": ("GPT2LMHeadModel", "causal"),
+    "llama": ("LlamaForCausalLM", "causal"),
+    "qwen": ("Qwen3ForCausalLM", "causal"),
+    "t5": ("T5ForConditionalGeneration", "seq2seq"),
+    "vit": ("ViTForImageClassification", "image"),
+}
+"""Family -> the class under test and its task."""
+
+
+def model(
+    family: str, width: int = 16, layers: int = 2, heads: int = 4, seed: int = 0, kind: str = "", **settings: Any
+) -> Any:
+    """A small model with random weights.
+
+    Args:
+        family: one of ``TASKS``.
+        kind: another class of the family, such as ``"BertForQuestionAnswering"``.
+    """
+    kind = kind or TASKS[family][0]
+    sizes: dict[str, Any] = dict(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=2 * width,
+        vocab_size=VOCABULARY,
+    )
+    if family == "distilbert":
+        sizes = dict(dim=width, n_layers=layers, n_heads=heads, hidden_dim=2 * width, vocab_size=VOCABULARY)
+    elif family == "gpt2":
+        sizes = dict(n_embd=width, n_layer=layers, n_head=heads, vocab_size=VOCABULARY)
+    elif family == "t5":
+        sizes = dict(
+            d_model=width,
+            d_kv=width // heads,
+            num_layers=layers,
+            num_heads=heads,
+            d_ff=2 * width,
+            vocab_size=VOCABULARY,
+        )
+        sizes["decoder_start_token_id"] = 0
+    elif family == "electra":
+        sizes["embedding_size"] = 8
+    elif family == "vit":
+        del sizes["vocab_size"]
+        sizes.update(image_size=16, patch_size=8)
+    elif family in ("llama", "qwen"):
+        sizes["num_key_value_heads"] = heads // 2
+        if family == "qwen":
+            sizes["head_dim"] = width // heads
+    elif family == "deberta":
+        sizes.update(
+            relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=8, max_relative_positions=16
+        )
+    if family not in ("gpt2", "t5", "vit"):
+        sizes["max_position_embeddings"] = 64
+    if any(word in kind for word in ("SequenceClassification", "TokenClassification", "ImageClassification")):
+        sizes["num_labels"] = 3
+    found = getattr(transformers, kind)
+    torch.manual_seed(seed)
+    built = found(found.config_class(**{**sizes, **settings}))
+    # Freshly initialised models say nothing much: make their layers and heads matter.
+    with torch.no_grad():
+        for parameter in built.parameters():
+            if parameter.ndim > 1 and family != "t5":
+                parameter.mul_(4)
+    return built
+
+
+def samples(count: int = 8, task: str = "sequence", seed: int = 0, longest: int = 9) -> list[dict[str, Any]]:
+    """Samples of different lengths, from 3 tokens on, with labels of the task."""
+    draw = random.Random(seed)
+    found = []
+    for i in range(count):
+        ids = [1] + [draw.randrange(5, VOCABULARY) for _ in range(2 + i % (longest - 2))]
+        sample: dict[str, Any] = {"input_ids": ids}
+        if task == "sequence":
+            sample["labels"] = i % 3
+        elif task == "tokens":
+            sample["labels"] = [-100] + [draw.randrange(3) for _ in ids[1:]]
+        elif task == "question":
+            sample.update(start_positions=draw.randrange(len(ids)), end_positions=draw.randrange(len(ids)))
+        elif task == "masked":
+            sample["labels"] = [token if draw.random() < 0.5 else -100 for token in ids]
+        elif task == "causal":
+            sample["labels"] = [-100, *ids[1:]]
+        elif task == "seq2seq":
+            sample["labels"] = [draw.randrange(5, VOCABULARY) for _ in range(2 + i % 3)]
+        elif task == "image":
+            generator = torch.Generator().manual_seed(seed * 100 + i)
+            sample = {"pixel_values": torch.rand(3, 16, 16, generator=generator), "labels": i % 3}
+        found.append(sample)
+    return found
+
+
+def collate(features: list[dict[str, Any]], extra: int = 0) -> dict[str, Tensor]:
+    """Pads on the right, by ``extra`` tokens more than needed."""
+    batch: dict[str, Tensor] = {}
+    for name in features[0]:
+        values = [feature[name] for feature in features]
+        if isinstance(values[0], Tensor):
+            batch[name] = torch.stack(values)
+        elif isinstance(values[0], list):
+            length = max(map(len, values)) + extra
+            fill = 0 if name == "input_ids" else -100
+            batch[name] = torch.tensor([value + [fill] * (length - len(value)) for value in values])
+            if name == "input_ids":
+                batch["attention_mask"] = torch.tensor([[1] * len(v) + [0] * (length - len(v)) for v in values])
+        else:
+            batch[name] = torch.tensor(values)
+    return batch
+
+
+def arguments(folder: Path, **settings: Any) -> TrainingArguments:
+    """Training arguments of a short, quiet run on the CPU."""
+    defaults: dict[str, Any] = dict(
+        max_steps=4,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_steps=1,
+        save_strategy="no",
+        seed=1,
+    )
+    return TrainingArguments(str(folder), **{**defaults, **settings})
+
+
+def quiet(built: nn.Module) -> nn.Module:
+    """The model without any dropout."""
+    for module in built.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout"):
+            if isinstance(vars(module).get(name), float):
+                setattr(module, name, 0.0)
+    return built
+
+
+def distillation_gradient(trained: Any) -> dict[str, Tensor]:
+    """A copy of every gradient, by name."""
+    return {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
