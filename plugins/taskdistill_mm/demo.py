@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,8 +27,8 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from taskdistill.bench import interleave
-from taskdistill.errors import DistillError
-from taskdistill.report import Result, gap_closed, markdown, print_rows, summary, write_results
+from taskdistill.comparison import Outcome, check_split, choose, compare
+from taskdistill.report import Result
 
 from .run import on_device
 
@@ -90,15 +90,11 @@ class Demo:
 
 
 @dataclass
-class Trained:
-    """A trained model and what there is to say of it."""
+class Trained(Outcome):
+    """A trained model with its Runner and checkpoint."""
 
-    method: str
-    seed: int
     runner: Runner
     checkpoint: Path
-    metrics: dict[str, float]
-    curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
 
 class _Progress(Hook):
@@ -192,7 +188,7 @@ def train(
     metrics["parameters (k)"] = sum(p.numel() for p in plain_view(runner.model).parameters()) / 1e3
     metrics["MFLOPs"] = complexity["flops"] / 1e6
     curves = _curves(runner, iterations, demo)
-    return Trained(method, seed, runner, work_dir / f"iter_{iterations}.pth", metrics, curves)
+    return Trained(method, seed, metrics, runner, work_dir / f"iter_{iterations}.pth", curves=curves)
 
 
 def _curves(runner: Runner, iterations: int, demo: Demo) -> dict[str, list[tuple[int, float]]]:
@@ -249,17 +245,6 @@ def _quiet(logger: MMLogger) -> None:
         handler.setLevel(logging.ERROR)
 
 
-def choose(demo: Demo, recipes: str) -> list[str]:
-    """Names from ``"default"``, ``"all"``, ``"none"`` or a list with commas between."""
-    if recipes in ("all", "none"):
-        return list(demo.recipes) if recipes == "all" else []
-    names = list(demo.default) if recipes == "default" else [n.strip() for n in recipes.split(",") if n.strip()]
-    unknown = [name for name in names if name not in demo.recipes]
-    if unknown or not names:
-        raise DistillError(f"the demo has no recipe {', '.join(map(repr, unknown))}; known: {', '.join(demo.recipes)}")
-    return names
-
-
 def run(
     demo: Demo,
     seeds: int = 1,
@@ -281,83 +266,36 @@ def run(
         iterations: of every training; the demo's own by default.
         split: ``"val"`` to tune on (with other seeds than the table's).
     """
-    names = choose(demo, recipes)
-    if split not in ("val", "test"):
-        raise DistillError(f"split must be 'val' or 'test', got {split!r}")
+    names = choose(recipes, list(demo.recipes), demo.default)
+    check_split(split)
     cv2.setNumThreads(0)
     DefaultScope.get_instance(f"taskdistill_demo_{demo.task}", scope_name=demo.scope)
     folder = Path(out)
     data = demo.write_data(folder / "data")
-    started = time.perf_counter()
-    results: list[Result] = []
+
+    def train_all(seed: int) -> list[Trained]:
+        work = folder / f"seed{seed}"
+
+        def fit(method: str, model: dict[str, Any]) -> Trained:
+            return train(demo, method, model, data, work / method, seed, iterations, split)
+
+        teacher = fit("teacher", demo.teacher[1])
+        found = [teacher, fit("plain", demo.student[1])]
+        found += [fit(name, demo.distilled(teacher.checkpoint, demo.recipes[name])) for name in names]
+        steps = time_steps(found)
+        for trained in found:
+            trained.metrics["step (ms)"] = steps[trained.method]
+        return found
+
     with on_device(device):
-        for seed in range(first_seed, first_seed + seeds):
-            work = folder / f"seed{seed}"
-
-            def fit(method: str, model: dict[str, Any], seed: int = seed, work: Path = work) -> Trained:
-                return train(demo, method, model, data, work / method, seed, iterations, split)
-
-            teacher = fit("teacher", demo.teacher[1])
-            mine = [teacher, fit("plain", demo.student[1])]
-            mine += [fit(name, demo.distilled(teacher.checkpoint, demo.recipes[name])) for name in names]
-            steps = time_steps(mine)
-            for trained in mine:
-                trained.metrics["step (ms)"] = steps[trained.method]
-                model = (demo.teacher if trained.method == "teacher" else demo.student)[0]
-                results += [
-                    Result(demo.task, demo.dataset, model, trained.method, seed, metric, value)
-                    for metric, value in trained.metrics.items()
-                ]
-            # Written after every seed: an interrupted run keeps what it has.
-            write_results(results, folder / "results.csv")
-            if seed == first_seed:
-                demo.picture[1](mine, folder / demo.picture[0])
-                draw_curves(demo, mine, folder / "curves.png")
-    digits = {**dict.fromkeys(demo.scores, 3), "parameters (k)": 0, "MFLOPs": 0, "step (ms)": 0}
-    rows = summary(results, digits)
-    tested = demo.tested if split == "test" else f"{split} split"
-    print_rows(rows, title=f"\n{demo.dataset}, {tested}, {seeds} seed{'s' if seeds > 1 else ''}")
-    (folder / "table.md").write_text(markdown(rows) + "\n")
-    for name in names:
-        closed = gap_closed(results, demo.main_metric, name)
-        print(f"{name} closes {closed:.0%} of the gap from plain student to teacher")
-    print(f"results, pictures and checkpoints in {folder} ({time.perf_counter() - started:.0f} s)")
-    return results
-
-
-def draw_curves(demo: Demo, runs: Sequence[Trained], path: Path) -> None:
-    """The host's loss and the validation score of every model, the distillation terms, and a critic's figures if there is one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    watched = [key for run in runs for key in run.curves if key.startswith("distill.") and "loss" not in key]
-    figure, axes = plt.subplots(1, 4 if watched else 3, figsize=(17 if watched else 13, 3.8))
-    left, middle, right, *rest = axes
-    for run in runs:
-        host = [key for key in run.curves if "loss" in key and key != "loss" and not key.startswith("distill.")]
-        steps = [step for step, _ in run.curves[host[0]]]
-        total = np.sum([[value for _, value in run.curves[key]] for key in host], axis=0)
-        left.plot(steps, total, label=run.method)
-        if "validation" in run.curves:
-            middle.plot(*zip(*run.curves["validation"], strict=True), marker=".", label=run.method)
-        for key, points in run.curves.items():
-            if key.startswith("distill."):
-                label = f"{run.method}: {key.removeprefix('distill.').removesuffix('.loss')}"
-                axis = right if key.endswith(".loss") else rest[0]
-                axis.plot(*zip(*points, strict=True), label=label)
-    left.set(title="host's training loss", xlabel="iteration", yscale="log")
-    middle.set(title=f"{demo.main_metric} on the validation split", xlabel="iteration")
-    # A critic's term may be negative.
-    right.set(title="distillation terms (weighted)", xlabel="iteration")
-    right.set_yscale("symlog", linthresh=1e-2)
-    if rest:
-        rest[0].set(title="the critic", xlabel="iteration")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+        return compare(
+            demo.task,
+            demo.dataset,
+            folder,
+            range(first_seed, first_seed + seeds),
+            train_all,
+            models=lambda method: (demo.teacher if method == "teacher" else demo.student)[0],
+            digits={**dict.fromkeys(demo.scores, 3), "parameters (k)": 0, "MFLOPs": 0, "step (ms)": 0},
+            draw=lambda runs: demo.picture[1](runs, folder / demo.picture[0]),  # type: ignore[arg-type]
+            tested=demo.tested if split == "test" else f"{split} split",
+        )
