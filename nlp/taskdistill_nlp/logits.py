@@ -23,6 +23,7 @@ from taskdistill.regions import Batch
 from taskdistill.taps import Recording, Tap
 from taskdistill.terms import Term, Wiring, check_choice, mean_of
 
+from .chunked import head_of
 from .registry import TERMS
 from .tasks import LANGUAGE_MODELS, task_of
 from .tokens import Side, Tokens, take, tokens_of
@@ -48,6 +49,9 @@ class LogitTerm(Term):
         self.tokens = tokens
         self.task = "other"
         self.common: int | None = None
+        self.chunked = False
+        """Whether the host computes this term from hidden states and leaves it the sum in ``ready``."""
+        self.ready: Tensor | None = None
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.task = task_of(student)
@@ -59,6 +63,10 @@ class LogitTerm(Term):
             )
         fields = ["start_logits", "end_logits"] if self.task == "question" else ["logits"]
         self.student_taps = self.teacher_taps = [Tap.parse(f"[{field}]") for field in fields]
+        if self.chunked:
+            self.student_taps, self.teacher_taps = (
+                [Tap.parse(f"{model.base_model_prefix}[0]")] for model in (student, teacher)
+            )
         if self.tokens == "auto":
             self._where = "valid" if self.task in ("masked", "other") else "labelled"
         else:
@@ -72,10 +80,17 @@ class LogitTerm(Term):
                 f"{self.name}: student and teacher have different tokenizers, so that their tokens cannot be compared one by "
                 "one; use UniversalLogits"
             )
-        for tap in self.student_taps:
-            student, teacher = wiring.student_recording[tap], wiring.teacher_recording[tap]
+        for s_tap, t_tap in zip(self.student_taps, self.teacher_taps, strict=True):
+            student, teacher = wiring.student_recording[s_tap], wiring.teacher_recording[t_tap]
+            if self.chunked:
+                student, teacher = (
+                    states.new_empty(*states.shape[:-1], len(head_of(model).weight))
+                    for states, model in ((student, wiring.student), (teacher, wiring.teacher))
+                )
             self._check(student, teacher, wiring)
-            self.rows.append(self.row(student, teacher, taps=(tap, tap), region=self._region(student)))
+            adapter = "in chunks" if self.chunked else "–"
+            region = self._region(student)
+            self.rows.append(self.row(student, teacher, taps=(s_tap, t_tap), adapter=adapter, region=region))
 
     def _check(self, student: Tensor, teacher: Tensor, wiring: Wiring) -> None:
         if student.ndim != teacher.ndim:
@@ -128,6 +143,11 @@ class LogitTerm(Term):
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
+        if self.chunked:
+            assert self.ready is not None
+            count = self.count(batch)
+            assert count is not None
+            return Ratio(self.ready, count.to(self.ready))
         ratios = []
         for tap in self.student_taps:
             s, t = student[tap], teacher[tap]
@@ -146,6 +166,18 @@ class LogitTerm(Term):
             return ratios[0]
         whole = mean_of(ratios)
         return Ratio(whole.numerator.sum(), whole.denominator[0])  # start and end of the same questions
+
+    def on_chunk(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:meth:`compare` on logits ``(n, V)`` of some tokens."""
+        if self.common is not None:
+            student, teacher = student[:, : self.common], teacher[:, : self.common]
+        return self.compare(student, teacher)
+
+    def counted(self, batch: Batch) -> Tensor:
+        """``(B, L)``: the tokens whose predictions count."""
+        weight = self._weight(tokens_of(batch), tokens_of(batch).student)
+        assert weight is not None
+        return weight
 
     def _per_token(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Ratio:
         weight = self._pair_weight(tokens)

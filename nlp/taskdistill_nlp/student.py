@@ -15,22 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from taskdistill.classes import class_order
 from taskdistill.distiller import HostDistiller
+from taskdistill.distributed import sum_over_ranks, world_size
 from taskdistill.errors import DistillError, WiringError
 from taskdistill.hiding import hide_from_state_dict
 from taskdistill.isolation import isolated_rng
 from taskdistill.regions import Batch
 from taskdistill.schedules import Step
-from taskdistill.taps import Recorder
+from taskdistill.taps import Recorder, Recording, Tap
 from taskdistill.teacher import Teacher
 
 from .attention import AttentionRecorder
+from .chunked import Part, check_heads, chunked_losses, head_of
+from .logits import LogitTerm
 from .registry import TERMS
 from .tasks import AUTO_CLASSES, accepted, example, task_of
-from .tokens import TEACHER_INPUTS, TOKEN_PAIRS, read_batch
+from .tokens import IGNORED, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
 
@@ -55,6 +59,9 @@ class Link:
         self.parts = 1
         self.losses: dict[str, Tensor] | None = None
         self.steps = 0
+        self.chunk: int | None = None
+        self.host_factor = 1.0
+        """What the Trainer multiplies the model's own loss by, relative to the terms'."""
 
     def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Without what only the teacher takes."""
@@ -110,14 +117,68 @@ class Grafted:
             model = distiller.teacher.model
             given = link.of_teacher(inputs if "labels" in inputs else {**inputs, "labels": batch.labels}, model)
             teacher = distiller.record_teacher(lambda: model(**given), device.type)
+        if link.chunk is not None:
+            return self._in_chunks(own, batch, step, teacher)
         with distiller.record_student(self) if active else nullcontext() as student:  # type: ignore[arg-type]
             output = self.plain_forward(*args, **own)
         link.losses = distiller.losses(student, teacher, batch, step, device, link.totals, link.parts)
-        if is_dataclass(output):
-            # In the output, so that DDP sees every parameter of the terms in what the forward pass returns.
-            found = {key: value for key, value in link.losses.items() if key.endswith(".loss")}
-            output = _output_class(type(output))(**output, distill=found)  # type: ignore[arg-type]
-        return output
+        return _with_losses(output, link.losses)
+
+    def _in_chunks(self, inputs: dict[str, Any], batch: Batch, step: Step, teacher: Recording | None) -> Any:
+        """As the plain pass, but the losses on logits come from hidden states; the output has no logits."""
+        link, distiller = self._distill, self.distiller
+        assert distiller is not None and link.chunk is not None
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise DistillError("chunked=True computes the host's loss itself and needs labels in the batch")
+        items = inputs.pop("num_items_in_batch", None)
+        empty = torch.zeros(0, dtype=torch.long, device=labels.device)
+        with distiller.record_student(self) as student:  # type: ignore[arg-type]
+            output = self.plain_forward(**inputs, logits_to_keep=empty)
+        hidden = student[self._states_tap()].flatten(0, 1)
+        targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+        items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
+        hard = 1 / items.to(hidden.device).float()
+        terms = [term for term in distiller.active(step) if isinstance(term, LogitTerm)]
+
+        def total(terms: list[LogitTerm]) -> tuple[Tensor, Tensor]:
+            parts, states, head = [], None, None
+            for term in terms:
+                count = link.totals.get(term.name)
+                if count is None:
+                    own = term.count(batch)
+                    assert own is not None
+                    count = sum_over_ranks(own.to(hidden.device)) * link.parts
+                factor = term.weight_at(step) * world_size() / count.clamp(min=1).to(hidden.device) / link.host_factor
+                parts.append(Part(term.on_chunk, term.counted(batch).flatten().to(hidden.device), factor.float()))
+            if terms:
+                assert teacher is not None
+                states = teacher[terms[0].teacher_taps[0]].flatten(0, 1)
+                head = head_of(distiller.teacher.model)
+            return chunked_losses(hidden, head_of(self), targets, hard, states, head, parts, link.chunk or 1)
+
+        whole, sums = total(terms)
+        for term, value in zip(terms, sums[1:], strict=True):
+            term.ready = value.float()
+        before = dict(distiller.dropped)
+        link.losses = distiller.losses(student, teacher, batch, step, hidden.device, link.totals, link.parts)
+        finite = [term for term in terms if distiller.dropped[term.name] == before[term.name]]
+        if len(finite) < len(terms):
+            whole, sums = total(finite)
+        # The terms' values are counted by their names; their gradient comes with the host's loss.
+        output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
+        return _with_losses(output, link.losses)
+
+    def _states_tap(self) -> Tap:
+        return Tap.parse(f"{self.base_model_prefix}[0]")  # type: ignore[attr-defined]
+
+
+def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
+    """The output with the terms' losses in it, so that DDP sees every parameter of the terms in what the pass returns."""
+    if is_dataclass(output):
+        found = {key: value for key, value in losses.items() if key.endswith(".loss")}
+        output = _output_class(type(output))(**output, distill=found)  # type: ignore[arg-type]
+    return output
 
 
 @cache
@@ -142,6 +203,7 @@ def graft(
     *,
     dry_run: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
+    chunk: int | None = None,
 ) -> Any:
     """Grafts the distiller on a student, in place.
 
@@ -153,6 +215,7 @@ def graft(
         dry_run: one small batch for both models; made from their configs by default.
         facts: what is known of the vocabularies: ``vocabulary`` (``"same"``, ``"different"``), ``vocabulary_checked`` (entries of
             the tokenizer).
+        chunk: tokens at a time for losses on a causal model's logits; ``None``: all at once.
 
     Raises:
         DistillError: a wrong teacher; :class:`~taskdistill.WiringError`: a term that cannot work on the two.
@@ -181,6 +244,9 @@ def graft(
                 held.model.to(device)
                 ours = dict(dry_run) if dry_run is not None else example(student)
                 theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model)
+                if chunk is not None:
+                    _chunk(student, distiller, task, ours, theirs)
+                    link.chunk = chunk
                 _wire(student, distiller, ours, theirs, facts or {})
                 if any(term.compares_classes for term in distiller._all_terms()):
                     names = _class_names(student), _class_names(held.model)
@@ -194,6 +260,18 @@ def graft(
         distiller.to(device)
     student.add_module("distiller", distiller)
     return student
+
+
+def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> None:
+    if task != "causal":
+        raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
+    check_heads(student, ours)
+    check_heads(distiller.teacher.model, theirs)
+    for term in distiller._all_terms():
+        if isinstance(term, LogitTerm):
+            if not term.same_vocabulary:
+                raise WiringError(f"{term.name} sorts whole vocabularies and cannot be chunked; leave chunked out")
+            term.chunked = True
 
 
 def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from taskdistill.distributed import sum_over_ranks, world_size
-from taskdistill.errors import DistillError
+from taskdistill.errors import DistillError, check_number
 from taskdistill.isolation import eval_mode
 from taskdistill.registry import expand_recipe
 from taskdistill.schedules import Step
@@ -52,6 +52,7 @@ class Distilling(_Host):
         terms: Sequence[Any] | None = None,
         recipe: Any = None,
         dry_run: Mapping[str, Any] | None = None,
+        chunked: bool | int = False,
     ) -> None:
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
@@ -59,6 +60,7 @@ class Distilling(_Host):
         _refuse_hosts(self)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         self._settings = dict(teacher=teacher, terms=specs, dry_run=dry_run, facts=_vocabularies(self, teacher))
+        self._settings["chunk"] = _chunk_size(self, chunked)
         self._totals: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_step = 0
@@ -129,6 +131,9 @@ class Distilling(_Host):
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
         link.batch, link.losses = read_batch(inputs, link.task), None
         link.step, link.totals, link.parts = Step(state.global_step, int(state.epoch or 0)), self._totals, parts
+        link.host_factor = self._host_factor(num_items_in_batch) / (
+            1 if self._host_scales(num_items_in_batch) else parts
+        )
         try:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
@@ -165,6 +170,14 @@ class Distilling(_Host):
                 type(student).__name__,
                 parts,
             )
+
+    def _host_factor(self, num_items: Any) -> float:
+        """What the Trainer multiplies the model's loss by to make up for DDP's mean; its own rule."""
+        args = self.args
+        accepts = self.model_accepts_loss_kwargs or self.compute_loss_func
+        if not (args.average_tokens_across_devices and accepts and num_items is not None):
+            return 1.0
+        return float(self.accelerator.num_processes)
 
     def _host_scales(self, num_items: Any) -> bool:
         """Whether the Trainer takes the loss to be scaled over the accumulated batch already; its own rule."""
@@ -230,6 +243,9 @@ class DistillTrainer(Distilling, Trainer):
         terms: a list of names, dicts or terms.
         recipe: a recipe's name, or ``dict(type=name, …)``; its terms come before ``terms``.
         dry_run: one small batch that both models take; made from their configs by default.
+        chunked: for causal models with a large vocabulary: the host's cross-entropy and the divergences are computed together,
+            256 (or that many) tokens at a time, and no model's logits are ever held as a whole. Training steps then return no
+            logits. Not with label smoothing or a loss of your own.
 
     Example::
 
@@ -246,10 +262,11 @@ class DistillTrainer(Distilling, Trainer):
         terms: Sequence[Any] | None = None,
         recipe: Any = None,
         dry_run: Mapping[str, Any] | None = None,
+        chunked: bool | int = False,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self.start_distilling(teacher, terms, recipe, dry_run)
+        self.start_distilling(teacher, terms, recipe, dry_run, chunked)
 
 
 @cache
@@ -264,12 +281,13 @@ def distill(
     terms: Sequence[Any] | None = None,
     recipe: Any = None,
     dry_run: Mapping[str, Any] | None = None,
+    chunked: bool | int = False,
 ) -> Any:
     """Lets a trainer that you already have distil: any Trainer or subclass of it, before ``train()``.
 
     Args:
         trainer: it is changed and handed back; its own ``compute_loss``, callbacks and so on stay in force.
-        teacher, terms, recipe, dry_run: as for :class:`DistillTrainer`.
+        teacher, terms, recipe, dry_run, chunked: as for :class:`DistillTrainer`.
     """
     if not isinstance(trainer, Trainer):
         raise DistillError(f"distill takes a transformers.Trainer, got {type(trainer).__name__}")
@@ -278,7 +296,7 @@ def distill(
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
-        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run)  # type: ignore[arg-type]
+        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run, chunked)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = before
         raise
@@ -295,6 +313,20 @@ def _refuse_hosts(trainer: Any) -> None:
     for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
         if found:
             raise DistillError(f"distilling under {name} is not supported; use several processes without it (DDP)")
+
+
+def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
+    if chunked is False:
+        return None
+    size = 256 if chunked is True else chunked
+    check_number("chunked", "the number of tokens", size, 1, whole=True)
+    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
+    own = trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
+    if own:
+        raise DistillError(
+            "chunked=True computes the cross-entropy itself: leave out label smoothing and losses of your own"
+        )
+    return size
 
 
 def _vocabularies(trainer: Any, teacher: Any) -> dict[str, Any]:

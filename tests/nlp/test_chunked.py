@@ -1,0 +1,203 @@
+"""Chunked language-model losses: equal to the plain ones, without the logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import Trainer
+
+import nlp_support as support
+from taskdistill import DistillError, WiringError
+from taskdistill.losses import generalized_jsd, soft_targets
+from taskdistill_nlp import DistillTrainer
+from taskdistill_nlp.chunked import Head, Part, chunked_losses
+from taskdistill_nlp.student import graft
+
+
+def tensors(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=dtype)
+
+    hidden, weight, bias = draw(11, 4).requires_grad_(), draw(7, 4).requires_grad_(), draw(7).requires_grad_()
+    targets = torch.tensor([0, -100, 3, 6, 2, -100, 1, 1, 5, 4, -100])
+    counted = torch.tensor([1, 1, 0, 1, 1, 0, 0, 1, 1, 1, 0], dtype=torch.bool)
+    return hidden, weight, bias, draw(11, 6), draw(7, 6), targets, counted
+
+
+def parts(targets, counted):
+    return [
+        Part(lambda s, t: soft_targets(s, t, 2.0, reduction="none"), targets != -100, torch.tensor(0.3)),
+        Part(lambda s, t: generalized_jsd(s, t, 0.3, reduction="none"), counted, torch.tensor(0.2)),
+    ]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+def test_equal_to_the_plain_formula(chunk):
+    hidden, weight, bias, states, table, targets, counted = tensors()
+    found = parts(targets, counted)
+    total, sums = chunked_losses(
+        hidden, Head(weight, bias), targets, torch.tensor(0.1), states, Head(table, None), found, chunk
+    )
+    gradients = torch.autograd.grad(1.7 * total, (hidden, weight, bias))
+    logits, given = F.linear(hidden, weight, bias), states @ table.t()
+    plain = [
+        F.cross_entropy(logits, targets, reduction="sum"),
+        soft_targets(logits, given, 2.0, reduction="none")[targets != -100].sum(),
+        generalized_jsd(logits, given, 0.3, reduction="none")[counted].sum(),
+    ]
+    torch.testing.assert_close(sums, torch.stack(plain).detach(), rtol=1e-6, atol=1e-6)
+    expected = torch.autograd.grad(1.7 * (0.1 * plain[0] + 0.3 * plain[1] + 0.2 * plain[2]), (hidden, weight, bias))
+    for one, other in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_nothing_counted_is_zero_with_a_live_graph():
+    hidden, weight, _, states, table, targets, counted = tensors()
+    nothing = torch.full_like(targets, -100)
+    total, sums = chunked_losses(
+        hidden,
+        Head(weight, None),
+        nothing,
+        torch.tensor(1.0),
+        states,
+        Head(table, None),
+        parts(nothing, counted & False),
+        4,
+    )
+    assert total == 0 and not sums.any()
+    assert not torch.autograd.grad(total, hidden)[0].any()
+
+
+FAMILIES = ["llama", "qwen", "gpt2"]
+TERMS = ["ForwardKL", dict(type="GeneralizedJSD", tokens="valid", weight=0.5), "HiddenStates"]
+
+
+def trained(folder, family, chunked, terms=TERMS, kind=DistillTrainer, **settings):
+    more = (
+        {}
+        if kind is not DistillTrainer
+        else dict(teacher=support.model(family, 32, 4, seed=2), terms=terms, chunked=chunked)
+    )
+    more.update(settings.pop("more", {}))
+    trainer = kind(
+        model=support.quiet(support.model(family, seed=1)),
+        args=support.arguments(folder, **{**dict(max_steps=3, learning_rate=0.1, optim="sgd"), **settings}),
+        train_dataset=support.samples(12, "causal"),
+        eval_dataset=support.samples(4, "causal"),
+        data_collator=support.collate,
+        **more,
+    )
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_is_the_plain_one(family, accumulation, tmp_path):
+    plain, ours = (
+        trained(tmp_path, family, chunked, gradient_accumulation_steps=accumulation) for chunked in (False, 3)
+    )
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(
+            ours.model.state_dict()[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for one, other in zip(plain.state.log_history, ours.state.log_history, strict=True):
+        for key in one:
+            if "loss" in key and "train" not in key:
+                assert one[key] == pytest.approx(other[key], rel=1e-4), key
+    assert "eval_loss" in ours.evaluate()
+    assert any(row.adapter == "in chunks" for row in ours.distiller.rows)
+
+
+def test_without_terms_only_the_hosts_loss_is_chunked(tmp_path):
+    plain = trained(tmp_path, "llama", False, kind=Trainer)
+    ours = trained(tmp_path, "llama", 4, terms=[dict(type="ForwardKL", weight=0)])
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_no_logits_are_held():
+    student = graft(
+        support.model("llama", vocab_size=5000, seed=1),
+        support.model("llama", vocab_size=5000, seed=2),
+        ["ForwardKL"],
+        chunk=8,
+    ).train()
+    batch = support.collate(support.samples(8, "causal"))
+    tokens = batch["input_ids"].numel()
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            found = function(*args, **(kwargs or {}))
+            sizes.append(
+                max(
+                    (
+                        t.numel()
+                        for t in (found if isinstance(found, (tuple, list)) else [found])
+                        if isinstance(t, torch.Tensor)
+                    ),
+                    default=0,
+                )
+            )
+            return found
+
+    weights = max(p.numel() for p in student.parameters())
+    with Watch():
+        output = student(**batch)
+        output.loss.backward()
+    assert max(sizes) <= weights < tokens * 5000
+    assert output.logits.shape[1] == 0
+    assert student.lm_head.weight.grad.abs().sum() > 0
+
+
+def test_a_term_that_is_not_finite_leaves_the_hosts_loss(tmp_path):
+    from taskdistill_nlp import ForwardKL
+
+    class Broken(ForwardKL):
+        def compare(self, student, teacher):
+            return super().compare(student, teacher) / 0
+
+    plain = trained(tmp_path, "llama", False, kind=Trainer)
+    ours = trained(tmp_path, "llama", 4, terms=[Broken()])
+    for name, value in plain.model.state_dict().items():
+        torch.testing.assert_close(ours.model.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    assert ours.distiller.dropped == {"broken": 3}
+
+
+class Custom(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def test_refused(tmp_path):
+    from taskdistill_nlp import distill
+
+    with pytest.raises(DistillError, match="leave out label smoothing"):
+        trained(tmp_path, "llama", True, label_smoothing_factor=0.1)
+    own = Custom(model=support.model("llama"), args=support.arguments(tmp_path))
+    with pytest.raises(DistillError, match="losses of your own"):
+        distill(own, teacher=support.model("llama", seed=2), terms=["ForwardKL"], chunked=True)
+    with pytest.raises(DistillError, match="must be a whole number >= 1, got 0"):
+        trained(tmp_path, "llama", 0)
+    with pytest.raises(WiringError, match=r"universal_logits sorts whole vocabularies"):
+        trained(tmp_path, "llama", True, terms=["UniversalLogits"])
+    with pytest.raises(WiringError, match="is for causal language models, and BertForSequenceClassification is none"):
+        graft(support.model("bert"), support.model("bert", seed=2), ["SoftTargets"], chunk=8)
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        intermediate_size=32,
+        vocab_size=40,
+        final_logit_softcapping=0.01,
+    )
+    with pytest.raises(WiringError, match="Gemma2ForCausalLM changes its logits after the output layer"):
+        graft(Gemma2ForCausalLM(config), support.model("llama"), ["ForwardKL"], chunk=8)
