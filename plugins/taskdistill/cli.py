@@ -18,7 +18,7 @@ from .errors import DistillError, nearest
 from .hosts import MissingHost, require
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
 
-HOSTS = {"det": "mmdet", "seg": "mmseg"}
+HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
 """Tasks that have a plugin, with the host framework that each needs."""
 
 
@@ -48,19 +48,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    train = commands.add_parser("train", help="train a distilled student from a config")
+    train = commands.add_parser("train", help="train a distilled student from a config or a recipe file")
     train.add_argument("config")
     train.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/CONFIG'S NAME)")
     train.add_argument("--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the latest one")
     train.add_argument("--amp", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, help="random seed")
     _add_options(train)
-    train.set_defaults(run=lambda a: _mm().train(a.config, a.cfg_options, a.work_dir, a.resume, a.amp, a.seed))
+    train.set_defaults(
+        run=lambda a: _runs(a.config).train(a.config, a.cfg_options, a.work_dir, a.resume, a.amp, a.seed)
+    )
 
     check = commands.add_parser("check", help="build everything, run one step, print the wiring")
     check.add_argument("config")
     _add_options(check)
-    check.set_defaults(run=lambda a: _mm().check(a.config, a.cfg_options))
+    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options))
 
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
@@ -97,7 +99,10 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
 
 
-def _mm() -> ModuleType:
+def _runs(config: str) -> ModuleType:
+    """Who trains a config: Python is mmengine's, YAML and TOML are recipes for Hugging Face."""
+    if Path(config).suffix in (".yaml", ".yml", ".toml"):
+        return plugin("nlp", "run")
     require("mmengine", "a config of MMDetection or MMSegmentation")
     return import_module("taskdistill_mm.run")
 

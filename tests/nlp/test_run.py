@@ -1,0 +1,242 @@
+"""Recipe files and scripts: real trainings from the command line; a user's mistake is one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+import nlp_support as support  # noqa: F401  quiet, one thread
+from taskdistill import DistillError
+from taskdistill.cli import main
+from taskdistill_nlp.run import _read, load, spans, tag_scores, train_tokenizer
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "nlp" / "recipes"
+SMALL = ["student.hidden_size=16", "training.num_train_epochs=1", "data.length=12", "tokenizer.vocab_size=60"]
+WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "runs", "sleeps", "eats"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Sentences whose label is their first word's colour, with tags, as jsonl."""
+    for split, count in (("train", 48), ("val", 12)):
+        rows = []
+        for i in range(count):
+            words = [WORDS[i % 3], WORDS[3 + i % 2], WORDS[6 + i % 3], WORDS[9 + (i // 3) % 3]]
+            tags = ["O", "O", "B-animal", "O"]
+            rows.append(json.dumps({"text": " ".join(words), "tokens": words, "tags": tags, "label": words[0]}))
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(rows))
+    return [f"data.train={tmp_path}/train.jsonl", f"data.eval={tmp_path}/val.jsonl"]
+
+
+def teacher(recipe, data, folder, *options):
+    given = [
+        "train",
+        str(RECIPES / recipe),
+        "--work-dir",
+        str(folder),
+        "--cfg-options",
+        *data,
+        *SMALL,
+        "teacher=null",
+        "recipe=null",
+        "terms=null",
+        *options,
+    ]
+    assert main(given) == 0
+    return str(folder)
+
+
+def fails(capsys, arguments, *parts):
+    capsys.readouterr()
+    assert main(arguments) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("taskdistill")]
+    assert len(lines) == 1, lines
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "terms"), [("classification.yaml", 4), ("tokens.yaml", 3), ("language_model.yaml", 1)]
+)
+def test_a_recipe_file_trains_a_teacher_then_a_student(recipe, terms, data, tmp_path, capsys):
+    folder = teacher(recipe, data, tmp_path / "teacher", "student.hidden_size=32")
+    options = [*data, *SMALL[:-1], f"teacher={folder}"]
+    assert main(["check", str(RECIPES / recipe), "--cfg-options", *options]) == 0
+    said = capsys.readouterr().out
+    assert len([line for line in said.splitlines() if line.startswith("distill.") and ".loss" in line]) == terms
+    assert (
+        main(
+            [
+                "train",
+                str(RECIPES / recipe),
+                "--work-dir",
+                str(tmp_path / "out"),
+                "--seed",
+                "3",
+                "--cfg-options",
+                *options,
+            ]
+        )
+        == 0
+    )
+    out = tmp_path / "out"
+    assert (out / "model.safetensors").is_file() and (out / "tokenizer.json").is_file()
+    found = json.loads((out / "eval_results.json").read_text())
+    if recipe == "classification.yaml":
+        assert {"eval_accuracy", "eval_macro_f1"} <= found.keys()
+        model = AutoModelForSequenceClassification.from_pretrained(out)
+        assert sorted(model.config.id2label.values()) == ["blue", "green", "red"]
+    elif recipe == "tokens.yaml":
+        assert {"eval_accuracy", "eval_span_f1"} <= found.keys()
+
+
+def test_a_masked_model_and_resume(data, tmp_path):
+    options = ["task=masked", "student.model_type=bert", "chunked=false"]
+    folder = teacher("language_model.yaml", data, tmp_path / "teacher", *options)
+    given = [
+        *data,
+        *SMALL[:-1],
+        *options,
+        f"teacher={folder}",
+        "recipe=distilbert",
+        "training.save_strategy=epoch",
+        "training.num_train_epochs=2",
+    ]
+    command = [
+        "train",
+        str(RECIPES / "language_model.yaml"),
+        "--work-dir",
+        str(tmp_path / "out"),
+        "--cfg-options",
+        *given,
+    ]
+    assert main(command) == 0
+    first = {p.name: p.read_bytes() for p in (tmp_path / "out").glob("model.safetensors")}
+    checkpoint = min((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+    assert main([*command[:2], "--resume", str(checkpoint), *command[2:]]) == 0
+    assert first == {p.name: p.read_bytes() for p in (tmp_path / "out").glob("model.safetensors")}
+
+
+def test_toml_csv_and_a_saved_dataset(data, tmp_path):
+    import tomllib  # noqa: F401
+    from datasets import load_dataset
+
+    found = load_dataset("json", data_files=data[0].partition("=")[2], split="train")
+    found.remove_columns(["tokens", "tags"]).to_csv(tmp_path / "train.csv")
+    found.save_to_disk(tmp_path / "saved")
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text(
+        f"""
+task = "classification"
+data = {{ train = "{tmp_path}/train.csv", eval = "{tmp_path}/saved", fraction = 0.5, length = 12 }}
+tokenizer = {{ vocab_size = 60 }}
+student = {{ model_type = "bert", hidden_size = 16, num_hidden_layers = 1, num_attention_heads = 2, intermediate_size = 16 }}
+training = {{ max_steps = 2, use_cpu = true, save_strategy = "no", disable_tqdm = true }}
+output = "{tmp_path}/out"
+"""
+    )
+    assert main(["train", str(recipe)]) == 0
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["task=sorting"], ("task is one of classification, tokens, causal, masked; got 'sorting'",)),
+        (["data.train=nowhere.jsonl"], ("no data at nowhere.jsonl",)),
+        (["data.text=sentence"], ("no column 'sentence' but", "name it with data.text")),
+        (["data.txt=a"], ("data has no entry 'txt'; did you mean 'text'",)),
+        (["teachr=a"], ("a recipe has no entry 'teachr'; did you mean 'teacher'",)),
+        (["training.learning_rat=1"], ("training takes no argument 'learning_rat'; did you mean 'learning_rate'",)),
+        (["student.model_type=brt"], ("student: ",)),
+        (["student=nowhere"], ("no student at nowhere",)),
+        (["tokenizer=nowhere"], ("no tokenizer at nowhere",)),
+        (["tokenizer=null"], ("tokenizer is a folder, or {vocab_size: 4000}",)),
+        (["teacher=nowhere"], ("no teacher at nowhere",)),
+        (["teacher=null"], ("need teacher",)),
+        (["data.fraction=2"], ("data.fraction must be in (0, 1], got 2",)),
+        (["recipe=tinyber"], ("no recipe is called 'tinyber'; did you mean 'tinybert'",)),
+        (["nonsense"], ("write options like training.learning_rate=0.001",)),
+    ],
+)
+def test_one_clear_line(options, parts, data, capsys):
+    fails(capsys, ["check", str(RECIPES / "classification.yaml"), "--cfg-options", *data, *SMALL, *options], *parts)
+
+
+def test_files_that_are_no_recipes(tmp_path, capsys):
+    fails(capsys, ["train", "nowhere.yaml"], "recipe file not found: nowhere.yaml")
+    (tmp_path / "a.yaml").write_text("task: [")
+    fails(capsys, ["train", str(tmp_path / "a.yaml")], "cannot read")
+    (tmp_path / "b.yaml").write_text("just words")
+    fails(capsys, ["train", str(tmp_path / "b.yaml")], "holds no settings")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(DistillError, match=r"empty\.jsonl holds no samples"):
+        _read(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text"')
+    with pytest.raises(DistillError, match=r"cannot read .*broken\.jsonl: "):
+        _read(str(tmp_path / "broken.jsonl"))
+
+
+@pytest.mark.parametrize("script", ["classification", "token_classification", "language_model"])
+def test_scripts(script, data, tmp_path):
+    files = [option.partition("=")[2] for option in data]
+    command = [
+        sys.executable,
+        str(RECIPES / f"{script}.py"),
+        "--train",
+        files[0],
+        "--eval",
+        files[1],
+        "--out",
+        str(tmp_path / "o"),
+        "--vocabulary",
+        "60",
+        "--epochs",
+        "1",
+    ]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("teacher:", "plain:", "distilled:"))]
+    assert len(lines) == 3, done.stdout
+
+
+def test_spans_and_scores_by_hand():
+    assert spans(["B-a", "I-a", "O", "I-b", "B-b", "I-c"]) == {("a", 0, 2), ("b", 3, 4), ("b", 4, 5), ("c", 5, 6)}
+    names = ["O", "B-a", "I-a"]
+    truth = torch.tensor([[1, 2, 0, -100], [0, 1, 0, -100]]).numpy()
+    predicted = torch.tensor([[1, 2, 0, 2], [1, 1, 0, 1]]).numpy()
+    # Spans: 2 true; 3 found ("a" at 0-2; "a" at 0-1 and at 1-2 of the second), 2 of them right: F1 = 4 / 5.
+    assert tag_scores(predicted, truth, names) == {"accuracy": 5 / 6, "span_f1": 0.8}
+
+
+def test_options_override_entries(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump({"task": "causal", "training": {"max_steps": 1}}))
+    found = load(path, ["training.max_steps=2", "training.bf16=true", "data.train=x.jsonl", "teacher=null"])
+    assert found == {
+        "task": "causal",
+        "training": {"max_steps": 2, "bf16": True},
+        "data": {"train": "x.jsonl"},
+        "teacher": None,
+    }
+
+
+def test_tokenizer():
+    tokenizer = train_tokenizer(["Red cat", "blue dog"] * 5, 40)
+    ids = tokenizer("red dog")["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "red", "dog", "[SEP]"]
