@@ -4,6 +4,7 @@ from taskdistill.hosts import require
 
 require("transformers", "taskdistill_nlp")
 
+from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
 from .layers import AttentionMaps, Embeddings, HiddenStates, PatientStates, Relations  # noqa: E402
 from .logits import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL, SoftTargets, UniversalLogits  # noqa: E402
@@ -26,6 +27,7 @@ __all__ = [
     "ReverseKL",
     "SkewedKL",
     "SoftTargets",
+    "TeacherCache",
     "UniversalLogits",
     "distilbert",
     "distill",

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from taskdistill.errors import DistillError
 
-from .tokens import TEACHER_INPUTS, TOKEN_PAIRS
+from .cache import TeacherCache
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS
 
 PREFIX = "teacher_"
 
@@ -29,6 +30,7 @@ class DistillCollator:
         text: the column with the text (or the two columns of a pair) that a second tokenizer needs.
         words: a column with the text as a list of words, instead of ``text``.
         max_length: of the teacher's tokens; the tokenizer's own limit by default.
+        cache: keeps the teacher's outputs by sample, so that it runs once a sample; not for random views of it.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class DistillCollator:
         text: str | Sequence[str] | None = None,
         words: str | None = None,
         max_length: int | None = None,
+        cache: TeacherCache | None = None,
     ) -> None:
         if not callable(collator):
             raise DistillError(f"DistillCollator wraps a collator, got {type(collator).__name__}")
@@ -49,6 +52,11 @@ class DistillCollator:
         self.text = [text] if isinstance(text, str) else list(text or [])
         self.words = words
         self.max_length = max_length
+        self.cache = cache
+        if cache is not None and getattr(collator, "mlm", False):
+            raise DistillError(
+                "random masking changes the inputs in every epoch, which no cache can follow; leave cache out"
+            )
         if teacher_tokenizer is None:
             return
         if getattr(collator, "mlm", False):
@@ -69,13 +77,18 @@ class DistillCollator:
         teacher = [
             PREFIX + name for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "position_ids")
         ]
-        return [*self.text, *([self.words] if self.words else []), *teacher]
+        own = [*self.text, *([self.words] if self.words else []), *([self.cache.id] if self.cache is not None else [])]
+        return [*own, *teacher]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         """The wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
         if not features or not isinstance(features[0], Mapping):
             return self.collator(features)
-        extra = {*self.text, *([self.words] if self.words else [])}
+        extra = {
+            *self.text,
+            *([self.words] if self.words else []),
+            *([self.cache.id] if self.cache is not None else []),
+        }
         plain = [
             {name: value for name, value in feature.items() if name not in extra and not name.startswith(PREFIX)}
             for feature in features
@@ -92,6 +105,13 @@ class DistillCollator:
             batch[TOKEN_PAIRS] = pairs
         if teacher:
             batch[TEACHER_INPUTS] = teacher
+        if self.cache is not None:
+            if self.cache.id not in features[0]:
+                raise DistillError(
+                    f"the cache finds no column {self.cache.id!r} in {', '.join(features[0])}; keep it in the data set, or name "
+                    "another with TeacherCache(id=…)"
+                )
+            batch[SAMPLE_IDS] = [str(feature[self.cache.id]) for feature in features]
         return batch
 
     def _second_view(self, features: list[Any], batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:

@@ -7,7 +7,7 @@ autocast).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import is_dataclass, make_dataclass
 from functools import cache, wraps
@@ -30,11 +30,12 @@ from taskdistill.taps import Recorder, Recording, Tap
 from taskdistill.teacher import Teacher
 
 from .attention import AttentionRecorder
+from .cache import TeacherCache
 from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
 from .registry import TERMS
 from .tasks import AUTO_CLASSES, accepted, example, task_of
-from .tokens import IGNORED, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
+from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
 
@@ -43,6 +44,21 @@ class TextDistiller(HostDistiller):
     """The distiller of Hugging Face models: it hears attention, too."""
 
     recorder: type[Recorder] = AttentionRecorder
+
+    def record_through(
+        self, cache: TeacherCache | None, ids: Any, inputs: Mapping[str, Any], run: Callable[[], Any], device: str
+    ) -> Recording:
+        """The teacher's recording, from the cache where there is one that knows these samples."""
+        if cache is None or ids is None:
+            return self.record_teacher(run, device)
+        taps = self._teacher_recorder.taps
+        given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        found = cache.look_up(ids, given, taps)
+        if found is not None:
+            return found
+        recording = self.record_teacher(run, device)
+        cache.store(ids, given, recording, taps)
+        return recording
 
 
 class Link:
@@ -60,12 +76,13 @@ class Link:
         self.losses: dict[str, Tensor] | None = None
         self.steps = 0
         self.chunk: int | None = None
+        self.cache: TeacherCache | None = None
         self.host_factor = 1.0
         """What the Trainer multiplies the model's own loss by, relative to the terms'."""
 
     def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Without what only the teacher takes."""
-        foreign = {TEACHER_INPUTS, TOKEN_PAIRS} | (self.teacher_takes - self.takes)
+        foreign = {TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS} | (self.teacher_takes - self.takes)
         return {name: value for name, value in inputs.items() if name not in foreign}
 
     def of_teacher(self, inputs: Mapping[str, Any], teacher: Any) -> dict[str, Any]:
@@ -116,7 +133,9 @@ class Grafted:
         if active:
             model = distiller.teacher.model
             given = link.of_teacher(inputs if "labels" in inputs else {**inputs, "labels": batch.labels}, model)
-            teacher = distiller.record_teacher(lambda: model(**given), device.type)
+            teacher = distiller.record_through(
+                link.cache, inputs.get(SAMPLE_IDS), given, lambda: model(**given), device.type
+            )
         if link.chunk is not None:
             return self._in_chunks(own, batch, step, teacher)
         with distiller.record_student(self) if active else nullcontext() as student:  # type: ignore[arg-type]
@@ -204,6 +223,7 @@ def graft(
     dry_run: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     chunk: int | None = None,
+    cache: TeacherCache | None = None,
 ) -> Any:
     """Grafts the distiller on a student, in place.
 
@@ -216,6 +236,7 @@ def graft(
         facts: what is known of the vocabularies: ``vocabulary`` (``"same"``, ``"different"``), ``vocabulary_checked`` (entries of
             the tokenizer).
         chunk: tokens at a time for losses on a causal model's logits; ``None``: all at once.
+        cache: of the teacher's outputs, for batches with sample ids.
 
     Raises:
         DistillError: a wrong teacher; :class:`~taskdistill.WiringError`: a term that cannot work on the two.
@@ -248,6 +269,10 @@ def graft(
                     _chunk(student, distiller, task, ours, theirs)
                     link.chunk = chunk
                 _wire(student, distiller, ours, theirs, facts or {})
+                if cache is not None:
+                    for term in distiller._all_terms():
+                        cache.check(term.teacher_taps, term.name)
+                    link.cache = cache
                 if any(term.compares_classes for term in distiller._all_terms()):
                     names = _class_names(student), _class_names(held.model)
                     if any(names):

@@ -18,6 +18,9 @@ TEACHER_INPUTS = "teacher_inputs"
 TOKEN_PAIRS = "token_pairs"
 """Key of a batch: ``(B, P, 2)`` positions of tokens that belong together, in the student's and the teacher's, −1 for none."""
 
+SAMPLE_IDS = "sample_ids"
+"""Key of a batch: what tells its samples apart, for cached teacher outputs."""
+
 
 @dataclass
 class Side:
@@ -63,7 +66,7 @@ def tokens_of(batch: Batch) -> Tokens:
 
 def read_batch(inputs: Mapping[str, Any], task: str) -> Batch:
     """A :class:`~taskdistill.regions.Batch` from what a collator made."""
-    own = {name: value for name, value in inputs.items() if name not in (TEACHER_INPUTS, TOKEN_PAIRS)}
+    own = {name: value for name, value in inputs.items() if name not in (TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS)}
     tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors:
         raise DistillError("the batch holds no tensors; the collator has to return a dict of them")

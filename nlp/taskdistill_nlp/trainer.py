@@ -61,6 +61,7 @@ class Distilling(_Host):
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         self._settings = dict(teacher=teacher, terms=specs, dry_run=dry_run, facts=_vocabularies(self, teacher))
         self._settings["chunk"] = _chunk_size(self, chunked)
+        self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._totals: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_step = 0
