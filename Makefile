@@ -3,7 +3,7 @@
 #   make demo               teacher, plain student, distilled students on embedded data; a table and pictures
 #   make test               the default tests        make test-slow, make test-gpu: opt-in ones
 #   make lint typecheck     ruff, mypy
-#   make bench-det bench-seg   what distilling costs
+#   make bench-det bench-seg bench-nlp   what distilling costs
 #
 #   STACK=upstream          the alternative mm stack, in an environment of its own
 #   TORCH=torch==2.13.0     the torch to install
@@ -28,7 +28,7 @@ MMCV_upstream := mmcv
 MM_upstream := mmengine mmdet mmsegmentation ftfy regex
 CONSTRAINTS := -c constraints/common.txt -c constraints/$(STACK).txt -c $(VENV)/torch.txt
 
-.PHONY: env demo test test-slow test-gpu lint typecheck format bench-det bench-seg clean
+.PHONY: env demo test test-slow test-gpu lint typecheck format bench-det bench-seg bench-nlp clean
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.ready
@@ -76,7 +76,7 @@ format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench-det bench-seg: bench-%: env
+bench-det bench-seg bench-nlp: bench-%: env
 	KINETO_LOG_LEVEL=5 $(BIN)/python -m taskdistill bench $* --device $(DEVICE)
 
 clean:

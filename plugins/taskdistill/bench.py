@@ -65,6 +65,23 @@ def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
     return median_interval([a / b for a, b in zip(above, below, strict=True)])
 
 
+def compared(seconds: Mapping[str, Sequence[float]], peers: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Rows of a table: each step's median, and its ratio to ``plain`` + ``teacher forward`` and to the peers, of the same round."""
+    sums = [plain + teacher for plain, teacher in zip(seconds["plain"], seconds["teacher forward"], strict=True)]
+    rows = []
+    for name, values in seconds.items():
+        distils = name not in ("plain", "teacher forward")
+        row = {
+            "step": name,
+            "ms": f"{median_interval(values).median * 1e3:.0f}",
+            "/ (plain + teacher forward)": str(ratio_interval(values, sums)) if distils else "–",
+        }
+        for peer in peers:
+            row[f"/ {peer}"] = str(ratio_interval(values, seconds[peer])) if distils else "–"
+        rows.append(row)
+    return rows
+
+
 def peak_memory(step: Callable[[], object], device: str = "cpu") -> int:
     """Bytes that a step holds at its peak beyond what was held before it: on CUDA by torch's allocator, on a CPU by its profiler."""
     if device != "cpu":

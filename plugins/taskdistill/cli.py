@@ -20,8 +20,8 @@ from .registry import LOSSES, REGIONS, SCHEDULES, Registry
 
 HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
 """Tasks that have a plugin, with the host framework that each needs."""
-MEASURED = ("det", "seg")
-"""Tasks with a demo and a bench."""
+DEMOS = ("det", "seg")
+"""Tasks with a demo."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
 
     demo = commands.add_parser("demo", help="teacher, plain and distilled students on embedded data")
-    demo.add_argument("task", nargs="?", default="all", choices=["all", *MEASURED])
+    demo.add_argument("task", nargs="?", default="all", choices=["all", *DEMOS])
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
     demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="what distilling costs: step times and memory")
-    bench.add_argument("task", choices=list(MEASURED))
+    bench.add_argument("task", choices=list(HOSTS))
     bench.add_argument("--pairs", type=int, default=30, help="interleaved rounds (default: 30)")
     bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
@@ -165,7 +165,7 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
     if arguments.iterations is not None and arguments.iterations < 2:
         raise DistillError(f"--iterations must be at least 2, got {arguments.iterations}")
-    tasks = list(MEASURED) if arguments.task == "all" else [arguments.task]
+    tasks = list(DEMOS) if arguments.task == "all" else [arguments.task]
     if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
         raise DistillError(f"recipes belong to one task: taskdistill demo TASK --recipes {arguments.recipes}")
     if arguments.data is not None and arguments.task != "seg":

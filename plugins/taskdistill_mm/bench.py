@@ -16,7 +16,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope, Registry
 from torch import Tensor
 
-from taskdistill.bench import interleave, median_interval, peak_memory, ratio_interval
+from taskdistill.bench import compared, interleave, peak_memory
 from taskdistill.errors import DistillError
 from taskdistill.report import markdown, print_rows
 
@@ -72,18 +72,7 @@ def measure(variants: Variants, pairs: int, device: str, out: str) -> list[dict[
     with tempfile.TemporaryDirectory() as scratch:
         steps, models, tapped = _steps(variants, Path(scratch), size, count, device)
     seconds = interleave(steps, pairs, device=device)
-    baseline = [plain + teacher for plain, teacher in zip(seconds["plain"], seconds["teacher forward"], strict=True)]
-    rows = []
-    for name, values in seconds.items():
-        distils = name not in ("plain", "teacher forward")
-        row = {
-            "step": name,
-            "ms": f"{median_interval(values).median * 1e3:.0f}",
-            "/ (plain + teacher forward)": str(ratio_interval(values, baseline)) if distils else "–",
-        }
-        for peer in variants.peers:
-            row[f"/ {peer}"] = str(ratio_interval(values, seconds[peer])) if distils else "–"
-        rows.append(row)
+    rows = compared(seconds, list(variants.peers))
     memory = _memory(steps, tapped, device)
     machine = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     title = f"{machine}, {count} images of {size}×{size}, {pairs} interleaved rounds, medians with 95 % intervals"

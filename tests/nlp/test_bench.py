@@ -1,0 +1,26 @@
+"""The benchmark runs on small models; its steps train what they say."""
+
+from __future__ import annotations
+
+import torch
+
+import nlp_support as support  # noqa: F401  quiet, one thread
+from taskdistill_nlp import bench
+
+
+def test_every_variant_trains(monkeypatch):
+    monkeypatch.setitem(bench.SIZES, "cpu", (2, 8))
+    steps = bench.steps("cpu", base=128, depth=4)
+    assert list(steps)[:3] == ["plain", "teacher forward", "eager maps"]
+    assert set(bench.VARIANTS) < set(steps)
+    for run in steps.values():
+        run()
+
+
+def test_language_model_rows(monkeypatch):
+    monkeypatch.setattr(bench, "LM_TOKENS", 64)
+    rows = bench.language_model(2048, 6, "cpu", width=16)
+    assert [row["step"] for row in rows] == ["no distillation", "plain losses", "chunked"]
+    assert float(rows[2]["peak / plain losses"]) < 1
+    assert all(float(row["ms"]) >= 0 for row in rows)
+    torch.manual_seed(0)
