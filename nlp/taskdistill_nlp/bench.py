@@ -84,8 +84,8 @@ def steps(device: str = "cpu", base: int = 768, depth: int = 12) -> dict[str, Ca
 
     def bert(width: int, layers: int, attention: str = "sdpa") -> Any:
         sizes: dict[str, Any] = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64 or 2)
-        config = BertConfig(**sizes, intermediate_size=4 * width, attn_implementation=attention)
-        built: Any = BertForSequenceClassification(config)
+        built: Any = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=4 * width))
+        built.set_attn_implementation(attention)
         return built.to(device)
 
     teacher = bert(base, depth).eval().requires_grad_(False)
