@@ -21,7 +21,7 @@ from torch import Tensor
 
 from taskdistill.classes import class_order
 from taskdistill.distiller import HostDistiller
-from taskdistill.errors import DistillError, nearest
+from taskdistill.errors import DistillError, WiringError, nearest
 from taskdistill.hiding import hide_from_state_dict
 from taskdistill.isolation import isolated_rng
 from taskdistill.regions import Batch
@@ -72,6 +72,7 @@ class Graft(_Host, metaclass=Grafting):
         teacher: Any = None,
         terms: Any = None,
         recipe: Any = None,
+        inherit: Any = (),
         dry_run_size: int = 128,
         **model: Any,
     ) -> Any:
@@ -82,25 +83,33 @@ class Graft(_Host, metaclass=Grafting):
             teacher: ``dict(config=…, checkpoint=…)``; see :func:`build_teacher`.
             terms: a list of terms.
             recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings; its terms come before ``terms``.
+            inherit: modules whose weights the student takes over from the teacher before training, where the two are alike: a
+                path or a list of them, such as ``"bbox_head"`` (the inheriting strategy of FGD, arXiv 2111.11837).
             dry_run_size: side of the square input of the dry run, in pixels.
         """
         if student is None:
             raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
+        paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
         grafted = cls._models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
         link = HubLink()
+        if paths and not specs:
+            raise DistillError(
+                "inherit takes weights from the teacher of a distillation; give it terms or a recipe as well"
+            )
         with isolated_rng():
             distiller, view, problem = None, None, None
             if specs:
                 try:
                     distiller, view = cls._distiller(grafted, teacher, specs, dry_run_size)
+                    check_inheritance(grafted, distiller.teacher.model, paths)
                 except MissingConfig as error:
                     problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
         # A plain attribute for what is no module; mmengine's modules take it as any object.
-        grafted._distill = _Link(link, view, problem)
+        grafted._distill = _Link(link, view, problem, paths)
         if distiller is not None:
             hide_from_state_dict(distiller)
         grafted.add_module("distiller", distiller)
@@ -155,12 +164,16 @@ class Graft(_Host, metaclass=Grafting):
         return losses
 
     def init_weights(self) -> None:
-        """The student's own initialisation; the distiller takes no part. Called when training starts: loads the teacher."""
+        """The student's own initialisation, then what it inherits. Called when training starts: loads the teacher."""
         self._distill.raise_problem()
         if self.distiller is not None:
             self.distiller.teacher.load()
         with self._without_distiller():
             super().init_weights()  # type: ignore[misc]
+        if self.distiller is not None:
+            for path in self._distill.inherit:
+                theirs = self.distiller.teacher.model.get_submodule(path).state_dict()
+                self.get_submodule(path).load_state_dict(theirs)  # type: ignore[attr-defined]
 
     def start_distilling(self, classes: Any = None) -> None:
         """What needs the teacher's weights or the training set, before the first step: loads it, compares class names.
@@ -183,9 +196,14 @@ class Graft(_Host, metaclass=Grafting):
                 f"{', '.join(still)}: a schedule by='epoch' never moves in a run of one epoch, which is what "
                 "IterBasedTrainLoop counts; use by='iter'"
             )
-        if any(term.compares_classes for term in terms):
+        if link.inherit or any(term.compares_classes for term in terms):
             meta = link.hub.info("dataset_meta") or {}
             link.order = class_order(classes or meta.get("classes"), teacher_classes(self.distiller.teacher))
+            if link.inherit and link.order is not None:
+                raise DistillError(
+                    "inherit takes over the teacher's outputs as they are, and its classes stand in another order than the "
+                    "student's; leave inherit out, or bring the data set's classes into the teacher's order"
+                )
         link.ready = True
 
     @contextmanager
@@ -206,8 +224,10 @@ class Graft(_Host, metaclass=Grafting):
 class _Link:
     """What a graft holds beside its distiller."""
 
-    def __init__(self, hub: HubLink, view: TeacherView | None, problem: DistillError | None) -> None:
-        self.hub, self._view, self._problem = hub, view, problem
+    def __init__(
+        self, hub: HubLink, view: TeacherView | None, problem: DistillError | None, inherit: tuple[str, ...]
+    ) -> None:
+        self.hub, self._view, self._problem, self.inherit = hub, view, problem, inherit
         self.ready = False
         self.order: Tensor | None = None
 
@@ -223,6 +243,25 @@ class _Link:
         if self.order is not None and self.order.device != device:
             self.order = self.order.to(device)
         return self.order
+
+
+def check_inheritance(student: Any, teacher: Any, paths: tuple[str, ...]) -> None:
+    """Raises a :class:`WiringError` unless student and teacher have modules of the same shapes at these paths."""
+    for path in paths:
+        states = []
+        for owner, model in (("student", student), ("teacher", teacher)):
+            try:
+                states.append(model.get_submodule(path).state_dict())
+            except AttributeError:
+                names = [name for name, _ in model.named_modules() if name]
+                raise WiringError(f"inherit: the {owner} has no module {path!r}{nearest(path, names)}") from None
+        ours, theirs = ({key: tuple(value.shape) for key, value in state.items()} for state in states)
+        if ours != theirs:
+            key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+            raise WiringError(
+                f"inherit: {path!r} differs, {key} is {ours.get(key, 'missing')} in the student and {theirs.get(key, 'missing')} in "
+                "the teacher; inherit only what is alike, such as a head on a pyramid of the same width"
+            )
 
 
 def build_teacher(spec: Any, models: MMRegistry) -> Teacher:

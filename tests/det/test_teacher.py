@@ -23,6 +23,7 @@ from det_support import (
     run,
     runner_config,
     save_plain,
+    save_teacher,
 )
 from taskdistill.errors import DistillError, UnsafeCheckpoint, WiringError
 
@@ -212,3 +213,47 @@ def test_the_teacher_can_compute_in_its_own_precision(teacher_model, teacher_che
     assert found.dtype == torch.float32
     assert found.item() == pytest.approx(exact, rel=1e-6 if precision == "fp32" else 0.05)
     assert (found.item() == exact) == (precision == "fp32")
+
+
+INHERIT = ["neck.fpn_convs", "bbox_head"]
+
+
+def test_the_student_inherits_what_is_alike(teacher_model, teacher_checkpoint):
+    student = copy.deepcopy(teacher_model)
+    student["backbone"].update(depth=18)
+    made = build(distilled(student, teacher_model, teacher_checkpoint, inherit=INHERIT, **FEATURES))
+    teacher = made.distiller.teacher.model
+    for path in INHERIT:
+        assert_same(made.get_submodule(path).state_dict(), teacher.get_submodule(path).state_dict())
+    lateral = "neck.lateral_convs.0"
+    assert any(
+        not torch.equal(a, b)
+        for a, b in zip(
+            made.get_submodule(lateral).parameters(), teacher.get_submodule(lateral).parameters(), strict=True
+        )
+    )
+    # A copy, which trains on its own.
+    with torch.no_grad():
+        for parameter in made.bbox_head.parameters():
+            parameter.zero_()
+    assert any(parameter.abs().sum() > 0 for parameter in teacher.bbox_head.parameters())
+
+
+def test_what_is_not_alike_cannot_be_inherited(teacher_model, teacher_checkpoint):
+    def make(**settings):
+        build(distilled(detector(), teacher_model, teacher_checkpoint, **{**FEATURES, **settings}))
+
+    with pytest.raises(WiringError, match=r"inherit: the student has no module 'bbox_hed'; did you mean 'bbox_head'"):
+        make(inherit="bbox_hed")
+    with pytest.raises(WiringError, match=r"inherit: 'backbone' differs, .* in the student and .* in the teacher"):
+        make(inherit="backbone")
+    with pytest.raises(DistillError, match="give it terms or a recipe as well"):
+        make(inherit="bbox_head", terms=[])
+
+
+def test_classes_in_another_order_cannot_be_inherited(tmp_path, teacher_model):
+    path = save_teacher(tmp_path / "teacher.pth", teacher_model, classes=tuple(reversed(CLASSES)))
+    student = copy.deepcopy(teacher_model)
+    made = build(distilled(student, teacher_model, str(path), inherit="bbox_head", **FEATURES))
+    with pytest.raises(DistillError, match="its classes stand in another order"):
+        made.start_distilling(CLASSES)
