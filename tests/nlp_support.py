@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 import taskdistill_nlp  # noqa: F401
 
@@ -166,3 +167,34 @@ def quiet(built: nn.Module) -> nn.Module:
 def distillation_gradient(trained: Any) -> dict[str, Tensor]:
     """A copy of every gradient, by name."""
     return {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
+
+
+def by_word(side="right"):
+    """[CLS] w w w [SEP]"""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "the", "cat", "sat", "a", "dog", "on"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        mask_token="[MASK]",
+        padding_side=side,
+        model_max_length=32,
+    )
+
+
+def by_letter(side="left"):
+    """One token a character, spaces too, no special tokens, padded on the left by default."""
+    letters = ["<pad>", *"abcdefghijklmnopqrstuvwxyz "]
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", padding_side=side, model_max_length=64
+    )

@@ -42,6 +42,7 @@ class AttentionCall(NamedTuple):
         bias: added to the scaled scores (T5's position bias), or ``None``.
         causal: a query attends to the keys up to its own position.
         softcap: scores become ``softcap · tanh(scores / softcap)``; ``None`` for no such thing.
+        window: a query attends to keys less than so many positions away; ``None``: to all. A kernel with a mask has it in there.
     """
 
     query: Tensor
@@ -52,6 +53,7 @@ class AttentionCall(NamedTuple):
     bias: Tensor | None
     causal: bool
     softcap: float | None
+    window: int | None = None
 
     @property
     def heads(self) -> int:
@@ -83,9 +85,15 @@ class AttentionCall(NamedTuple):
         if self.mask is not None and self.mask.ndim == 4:
             low = torch.finfo(self.mask.dtype).min / 2 if self.mask.is_floating_point() else 0
             found = (self.mask if self.mask.dtype == torch.bool else self.mask > low)[..., :keys]
-        if self.causal:
-            triangle = torch.ones(queries, keys, dtype=torch.bool, device=self.query.device).tril(keys - queries)
-            found = triangle if found is None else found & triangle
+        shape, device = (queries, keys), self.query.device
+        if (
+            self.causal and found is None
+        ):  # a mask of its own says who attends to what; kernels then ask for nothing more
+            found = torch.ones(shape, dtype=torch.bool, device=device).tril(keys - queries)
+        if self.window is not None:
+            away = torch.arange(queries, device=device)[:, None] + (keys - queries) - torch.arange(keys, device=device)
+            near = away.abs() < self.window
+            found = near if found is None else found & near
         return found
 
 
@@ -103,7 +111,7 @@ def stacks(model: nn.Module) -> dict[str, list[Layer]]:
     Returns:
         ``layers`` for a model with one stack; ``encoder``, ``decoder`` and ``cross`` for one with two.
     """
-    found: dict[str, list[Layer]] = {}
+    found: dict[str, dict[str, list[Layer]]] = {}
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     for path, module in model.named_modules():
@@ -116,8 +124,22 @@ def stacks(model: nn.Module) -> dict[str, list[Layer]]:
         here = ".".join(parts[depth + 1 :]) + type(module).__name__
         cross = any(word in here.lower() for word in ("cross", "encdec", "encoder_attn"))
         name = "cross" if cross else "layers" if not both else "decoder" if "decoder" in parts else "encoder"
-        found.setdefault(name, []).append(Layer(".".join(parts[: depth + 1]), path))
-    return found
+        where = found.setdefault(name, {})
+        where.setdefault(".".join(parts[:depth]), []).append(Layer(".".join(parts[: depth + 1]), path))
+    return {name: _one_of(model, name, groups) for name, groups in found.items()}
+
+
+def _one_of(model: nn.Module, name: str, groups: dict[str, list[Layer]]) -> list[Layer]:
+    """The layers of the one list that a stack is, of a model with several towers that of its text."""
+    if len(groups) == 1:
+        return next(iter(groups.values()))
+    text = [path for path in groups if any(word in path for word in ("language_model", "text_model", "decoder"))]
+    if len(text) != 1:
+        raise WiringError(
+            f"{type(model).__name__} has several stacks of layers ({', '.join(groups)}); terms on layers do not know which is "
+            "meant, use FeatureImitation with taps of your own"
+        )
+    return groups[text[0]]
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -231,6 +253,7 @@ def _read(
         settings.get("position_bias"),
         bool(causal),
         settings.get("softcap"),
+        settings.get("sliding_window"),
     )
 
 

@@ -66,6 +66,17 @@ def check_heads(model: Any, inputs: Mapping[str, Any]) -> None:
         raise WiringError(
             f"chunked=True: {name} changes its logits after the output layer (a scale or a cap); leave chunked out"
         )
+    if not hasattr(model, STUDENT_FORWARD):
+        return
+    labels = inputs["input_ids"]
+    with torch.no_grad(), eval_mode(model):
+        own = model.plain_forward(**inputs, labels=labels)["loss"]
+    hard = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    if not torch.allclose(own, hard, rtol=1e-3, atol=1e-4):
+        raise WiringError(
+            f"chunked=True computes the cross-entropy of the next token, and {name} adds something of its own to it (a router's "
+            "loss, for instance); leave chunked out"
+        )
 
 
 class Part(NamedTuple):
@@ -130,7 +141,7 @@ class _Chunked(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-        grad_hidden = torch.zeros_like(hidden) if needs else None
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs and weight.requires_grad else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs and bias is not None else None
         sums = torch.zeros(1 + len(parts), dtype=torch.float64, device=hidden.device)
@@ -151,8 +162,9 @@ class _Chunked(torch.autograd.Function):
                     None if teacher_head.bias is None else teacher_head.bias.to(theirs.dtype),
                 )
             with torch.enable_grad():
-                leaf = logits.detach().requires_grad_()
-                values = [F.cross_entropy(leaf.float(), targets[index], ignore_index=IGNORED, reduction="sum")]
+                # In float32 whatever the model computes in: a loss scaler's factor comes too late for what underflows here.
+                leaf = logits.detach().float().requires_grad_()
+                values = [F.cross_entropy(leaf, targets[index], ignore_index=IGNORED, reduction="sum")]
                 for part in parts:
                     mine = part.counted[index]
                     assert given is not None
@@ -163,27 +175,21 @@ class _Chunked(torch.autograd.Function):
                     (grad_logits,) = torch.autograd.grad((stacked * factors.to(stacked.dtype)).sum(), leaf)
             sums += stacked.detach().double()
             if grad_hidden is not None:
-                grad_hidden[index] = (grad_logits @ weight.to(grad_logits.dtype)).to(grad_hidden.dtype)
+                grad_hidden[index] = grad_logits @ weight.float()
             if grad_weight is not None:
-                grad_weight.addmm_(grad_logits.t().to(torch.float32), states.to(torch.float32))
+                grad_weight.addmm_(grad_logits.t(), states.float())
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0)
-        ctx.save_for_backward(
-            *(
-                None if grad is None else grad.to(like.dtype)
-                for grad, like in ((grad_hidden, hidden), (grad_weight, weight), (grad_bias, bias))
-                if like is not None
-            )
-        )
-        ctx.has_bias = bias is not None
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         ctx.mark_non_differentiable(sums)
         return (sums * factors.double()).sum().float(), sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
-        saved = list(ctx.saved_tensors)
-        grads = [None if grad is None else grad * grad_total.to(grad.dtype) for grad in saved]
-        if not ctx.has_bias:
-            grads.append(None)
+        grads = [
+            None if grad is None else (grad * grad_total.float()).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
         return (*grads, None, None, None, None, None, None)

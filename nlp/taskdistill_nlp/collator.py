@@ -73,12 +73,8 @@ class DistillCollator:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of the data set that it needs beside the models' own."""
-        teacher = [
-            PREFIX + name for name in ("input_ids", "attention_mask", "token_type_ids", "pixel_values", "position_ids")
-        ]
-        own = [*self.text, *([self.words] if self.words else []), *([self.cache.id] if self.cache is not None else [])]
-        return [*own, *teacher]
+        """Columns of the data set that it needs beside the models' own and those that start with ``teacher_``."""
+        return [*self.text, *([self.words] if self.words else []), *([self.cache.id] if self.cache is not None else [])]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         """The wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
@@ -95,9 +91,7 @@ class DistillCollator:
         ]
         batch = dict(self.collator(plain))
         teacher = {
-            name.removeprefix(PREFIX): torch.stack([torch.as_tensor(feature[name]) for feature in features])
-            for name in features[0]
-            if name.startswith(PREFIX)
+            name.removeprefix(PREFIX): _stacked(features, name) for name in features[0] if name.startswith(PREFIX)
         }
         if self.teacher_tokenizer is not None:
             encoded, pairs = self._second_view(features, batch)
@@ -138,14 +132,18 @@ class DistillCollator:
             )
             place = real.nonzero().flatten().tolist()
             found = batch["input_ids"][i][place].tolist()
-            if ours["input_ids"][i][: len(found)] != found:
+            own = ours
+            if ours["input_ids"][i] != found:  # cut to another length, perhaps
+                one = [[text[i]] for text in texts]
+                own = self.tokenizer(*one, **{**settings, "max_length": len(found)})
+            sample = i if own is ours else 0
+            if own["input_ids"][sample] != found:
                 raise DistillError(
                     f"{', '.join(columns)!r} does not tokenise to the student's input_ids; tokenise the data set with the same "
                     "tokenizer and no changes to the text"
                 )
             there = padded["attention_mask"][i].nonzero().flatten().tolist()
-            kept = len(found)
-            rows.append([(place[a], there[b]) for a, b in align(ours, theirs, i, words=bool(self.words)) if a < kept])
+            rows.append([(place[a], there[b]) for a, b in align(own, theirs, sample, i, words=bool(self.words))])
         longest = max(map(len, rows), default=0)
         pairs = torch.full((len(rows), longest, 2), -1)
         for i, row in enumerate(rows):
@@ -154,15 +152,26 @@ class DistillCollator:
         return dict(padded), pairs
 
 
-def align(student: Any, teacher: Any, sample: int, *, words: bool = False) -> list[tuple[int, int]]:
+def _stacked(features: list[Any], name: str) -> Tensor:
+    values = [torch.as_tensor(feature[name]) for feature in features]
+    if len({value.shape for value in values}) > 1:
+        raise DistillError(
+            f"column {name!r} has values of different lengths, which only a tokenizer can pad; give the collator "
+            "teacher_tokenizer=… and the text, or pad the column"
+        )
+    return torch.stack(values)
+
+
+def align(student: Any, teacher: Any, ours: int, theirs: int, *, words: bool = False) -> list[tuple[int, int]]:
     """Positions of tokens that belong together: of one sample encoded by two fast tokenizers.
 
     Args:
         student, teacher: what the tokenizers returned, with offsets.
-        sample: which sample.
+        ours, theirs: which sample of each.
         words: pair the first tokens of the same word, instead of those that end on the same character.
     """
-    keys = [_words(encoding, sample) if words else _ends(encoding, sample) for encoding in (student, teacher)]
+    sides = ((student, ours), (teacher, theirs))
+    keys = [_words(encoding, sample) if words else _ends(encoding, sample) for encoding, sample in sides]
     return [(place, keys[1][key]) for key, place in keys[0].items() if key in keys[1]]
 
 

@@ -14,10 +14,11 @@ from taskdistill.errors import WiringError
 from taskdistill.losses import Ratio, attention_distributions, attention_scores, cosine, hint, patient, token_relations
 from taskdistill.regions import Batch
 from taskdistill.taps import Recording, Tap
-from taskdistill.terms import Term, Wiring, adapter_label, check_choice
+from taskdistill.terms import Term, Wiring, adapter_label, check_choice, mean_of
 
 from .attention import METHOD, AttentionCall, Layer, Stack, attention_call, layer_pairs, stacks
 from .registry import TERMS
+from .tasks import accepted
 from .tokens import Tokens, take, tokens_of
 
 Layers = str | Sequence[Sequence[int]]
@@ -83,18 +84,37 @@ class AttentionTerm(LayerTerm):
         taps = zip(self.student_taps, self.teacher_taps, strict=True)
         return [(attention_call(student, s), attention_call(teacher, t)) for s, t in taps]
 
-    def _valid(self, call: AttentionCall, tokens: Tokens, teacher: bool = False) -> Tensor | None:
-        """``(B, 1 or H, Q, K)``: which pairs of real tokens attend to each other; ``None`` for all."""
-        side = tokens.teacher if teacher else tokens.student
-        queries, keys = (
-            side.of(self._stack_name),
-            side.real if self._stack_name == "cross" else side.of(self._stack_name),
-        )
-        found = call.allowed()
-        if queries is not None and keys is not None:
-            real = queries[:, None, :, None] & keys[:, None, None, :]
-            found = real if found is None else found & real
+    def _valid(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> Tensor | None:
+        """``(B, 1 or H, Q, K)``: which pairs of real tokens attend to each other in both models; ``None`` for all."""
+        found: Tensor | None = None
+        for call, side, place in ((s, tokens.student, 0), (t, tokens.teacher, 1)):
+            own = call.allowed()
+            queries = side.of(self._stack_name)
+            keys = side.real if self._stack_name == "cross" else queries
+            if queries is not None and keys is not None:
+                real = queries[:, None, :, None] & keys[:, None, None, :]
+                own = real if own is None else own & real
+            if own is None:
+                continue
+            if own.ndim == 4 and own.shape[1] > 1:
+                own = own.all(1, keepdim=True)
+            if tokens.pairs is not None:
+                positions = tokens.pairs[..., place]
+                own = own.expand(len(positions), 1, *own.shape[-2:])
+                own = take(take(own, positions, 2), positions, 3)
+            found = own if found is None else found & own
+        if tokens.pairs is not None:
+            both = (tokens.pairs >= 0).all(-1)
+            both = both[:, None, :, None] & both[:, None, None, :]
+            found = both if found is None else found & both
         return found
+
+    def _check_samples(self, call: AttentionCall, tap: Tap, owner: str, example: int = 2) -> None:
+        if call.query.shape[0] not in (1, example):
+            raise WiringError(
+                f"{self.name}: the attention at '{tap}' of the {owner} runs on windows, not on whole samples; use HiddenStates or "
+                "FeatureImitation"
+            )
 
 
 @TERMS.register
@@ -142,9 +162,11 @@ class AttentionMaps(AttentionTerm):
                 raise WiringError(
                     f"{self.name}: one of student and teacher attends backwards only; maps cannot be compared"
                 )
+            self._check_samples(s, s_tap, "student")
+            self._check_samples(t, t_tap, "teacher")
             self.causal = s.causal
             for model in (wiring.student, wiring.teacher):
-                if getattr(getattr(model, "config", None), "sliding_window", None):
+                if _has_windows(model):
                     self.counts_ahead = False  # how many keys a token sees is known in the pass alone
             self.rows.append(self.row(_shape(s), _shape(t), taps=(s_tap, t_tap), region="valid tokens"))
 
@@ -168,26 +190,22 @@ class AttentionMaps(AttentionTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
         parts = [self._compare(s, t, tokens) for s, t in self.calls(student, teacher)]
+        if not self.counts_ahead or tokens.packed:
+            return mean_of(parts)  # layers may see windows of their own
         return Ratio(torch.stack([part.numerator for part in parts]).mean(), parts[0].denominator)
 
     def _compare(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> Ratio:
         scores, targets = s.scores(), t.scores()
-        valid = self._valid(s, tokens)
+        valid = self._valid(s, t, tokens)
         if tokens.pairs is not None:
             ours, theirs = tokens.pairs.unbind(-1)
-            found = (tokens.pairs >= 0).all(-1)
             scores, targets = (take(take(x, p, 2), p, 3) for x, p in ((scores, ours), (targets, theirs)))
-            valid = None if valid is None else take(take(valid.expand(len(ours), -1, -1, -1), ours, 2), ours, 3)
-            both = found[:, None, :, None] & found[:, None, None, :]
-            valid = both if valid is None else valid & both
         if self.heads == "averaged":
             # Distributions are averaged as such; the logarithm of their mean has it as its softmax.
             scores, targets = (self._averaged(x, valid) for x in (scores, targets))
         if self.of == "scores":
             items = attention_scores(scores, targets, reduction="none").mean(1)
-            weight = (
-                None if valid is None else valid.expand(-1, items.shape[-3] if valid.shape[1] > 1 else 1, -1, -1)[:, 0]
-            )
+            weight = None if valid is None else valid[:, 0]
         else:
             items = attention_distributions(scores, targets, valid=valid, reduction="none").mean(1)
             weight = None if valid is None else valid.any(-1)[:, 0]
@@ -240,6 +258,8 @@ class Relations(AttentionTerm):
             self.teacher_taps,
             strict=True,
         ):
+            self._check_samples(s, s_tap, "student")
+            self._check_samples(t, t_tap, "teacher")
             if self.heads is None:
                 self.heads = t.heads
             for kind in self.of:
@@ -275,15 +295,9 @@ class Relations(AttentionTerm):
         return Ratio(torch.stack([part.numerator for part in parts]).sum() / layers, parts[0].denominator)
 
     def _compare(self, s: AttentionCall, t: AttentionCall, kind: str, tokens: Tokens) -> Ratio:
-        valid = self._valid(s, tokens)
+        valid = self._valid(s, t, tokens)
         real = self._real(tokens)
         pairs = tokens.pairs
-        if pairs is not None:
-            ours = pairs[..., 0]
-            both = real[:, None, :, None] & real[:, None, None, :]  # type: ignore[index]
-            if valid is not None:
-                both = both & take(take(valid.expand(len(ours), -1, -1, -1), ours, 2), ours, 3)
-            valid = both
         if kind == "attention":
             scores, targets = s.scores(), t.scores()
             if pairs is not None:
@@ -339,6 +353,11 @@ class HiddenStates(LayerTerm):
             if s.ndim != 3 or t.ndim != 3:
                 raise WiringError(
                     f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be (B, L, C)"
+                )
+            if s.shape[1] != t.shape[1] and "labels" in wiring.fields and _sees_images(wiring.student):
+                raise WiringError(
+                    f"{self.name}: student and teacher cut images into {s.shape[1]} and {t.shape[1]} positions; use SoftTargets, or "
+                    "models of one patch size and image size"
                 )
             adapter = build_adapter(self.adapter_kind, s[:, :1], t[:, :1], f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
@@ -453,6 +472,17 @@ def _first_real(states: Tensor, real: Tensor | None) -> Tensor:
     if real is None:
         return states[:, 0]
     return states[torch.arange(len(states), device=states.device), real.to(torch.int8).argmax(1)]
+
+
+def _has_windows(model: nn.Module) -> bool:
+    """Whether some layers attend to a neighbourhood alone."""
+    config = getattr(model, "config", None)
+    names = ("sliding_window", "local_attention", "attention_chunk_size", "attention_window")
+    return any(getattr(config, name, None) for name in names)
+
+
+def _sees_images(model: nn.Module) -> bool:
+    return "pixel_values" in accepted(model) and "input_ids" not in accepted(model)
 
 
 def _shape(call: AttentionCall) -> str:

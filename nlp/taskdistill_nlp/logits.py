@@ -97,6 +97,14 @@ class LogitTerm(Term):
             raise WiringError(
                 f"{self.name}: logits {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared"
             )
+        problem = getattr(getattr(wiring.student, "config", None), "problem_type", None)
+        if self.task in ("sequence", "image") and (
+            student.shape[-1] == 1 or problem in ("regression", "multi_label_classification")
+        ):
+            raise WiringError(
+                f"{self.name}: softmax over classes means nothing for {problem or 'a single output'}; use terms on layers, or "
+                "FeatureImitation(student_tap='…', teacher_tap='…', adapter='none') on the output layers"
+            )
         if self.task == "question" or student.shape[-1] == teacher.shape[-1]:
             return
         sizes = f"{student.shape[-1]} and {teacher.shape[-1]}"

@@ -39,6 +39,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from taskdistill.errors import DistillError, nearest
 from taskdistill.registry import call
@@ -108,7 +109,13 @@ def train(
     training.update({"bf16": True} if amp else {}, **({} if seed is None else {"seed": seed}))
     config["training"] = training
     trainer = build(config)
-    trainer.train(resume_from_checkpoint=(True if resume == "auto" else resume) if resume else None)
+    if resume == "auto":
+        resume = get_last_checkpoint(config["output"]) if Path(config["output"]).is_dir() else None
+        if resume is None:
+            raise DistillError(f"nothing to resume: there is no checkpoint in {config['output']}")
+    elif resume and not Path(resume).is_dir():
+        raise DistillError(f"nothing to resume: {resume} is no checkpoint's folder")
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if trainer.eval_dataset is not None:
         found = trainer.evaluate()
@@ -160,10 +167,11 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             raise DistillError(f"data has no entry {key!r}{nearest(key, DATA_KEYS)}")
     arguments = _arguments(config)
     set_seed(arguments.seed)
-    sets = dict(data) if data is not None else read_data(told, arguments.seed)
+    sets = dict(data) if data is not None else read_data(told)
     columns = _columns(task, told, sets["train"])
     tokenizer = _tokenizer(config.get("tokenizer"), sets["train"], columns[0], config)
     names = _class_names(task, sets["train"], columns[1]) if columns[1] else None
+    sets["train"] = drawn(sets["train"], told.get("fraction", 1.0), arguments.seed)
     length = int(told.get("length", 128))
     encoded = {split: encode(task, found, tokenizer, columns, names, length) for split, found in sets.items()}
     student = _model(config.get("student"), TASKS[task], tokenizer, names)
@@ -183,19 +191,21 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     )
 
 
-def read_data(data: Mapping[str, Any], seed: int) -> dict[str, Dataset]:
-    """The sets that ``data`` names; ``fraction`` of the training set, drawn with the seed."""
+def read_data(data: Mapping[str, Any]) -> dict[str, Dataset]:
+    """The sets that ``data`` names, whole."""
     if not data.get("train"):
         raise DistillError("data needs train: a jsonl or csv file, or a folder that save_to_disk wrote")
-    found = {split: _read(str(data[split])) for split in ("train", "eval") if data.get(split)}
-    fraction = data.get("fraction", 1.0)
+    return {split: _read(str(data[split])) for split in ("train", "eval") if data.get(split)}
+
+
+def drawn(found: Dataset, fraction: Any, seed: int) -> Dataset:
+    """A share of a set, drawn with the seed; its classes are taken from all of it before."""
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise DistillError(f"data.fraction must be in (0, 1], got {fraction!r}")
-    if fraction < 1:
-        rows = len(found["train"])
-        kept = np.random.default_rng(seed).permutation(rows)[: max(round(rows * fraction), 1)]
-        found["train"] = found["train"].select(sorted(kept.tolist()))
-    return found
+    if fraction == 1:
+        return found
+    kept = np.random.default_rng(seed).permutation(len(found))[: max(round(len(found) * fraction), 1)]
+    return found.select(sorted(kept.tolist()))
 
 
 def _read(source: str) -> Dataset:
@@ -299,7 +309,12 @@ def _collator(task: str, tokenizer: Any) -> Callable[..., Any]:
 def _arguments(config: Mapping[str, Any]) -> TrainingArguments:
     training = dict(config.get("training") or {})
     training.setdefault("report_to", [])
-    return call(TrainingArguments, {"output_dir": config.get("output", "work_dirs/nlp"), **training}, "training")
+    try:
+        return call(TrainingArguments, {"output_dir": config.get("output", "work_dirs/nlp"), **training}, "training")
+    except ValueError as error:
+        raise (
+            error if isinstance(error, DistillError) else DistillError(f"training: {' '.join(str(error).split())}")
+        ) from None
 
 
 def _tokenizer(spec: Any, found: Dataset, column: str, config: Mapping[str, Any]) -> PreTrainedTokenizerBase:

@@ -26,7 +26,7 @@ from taskdistill.hiding import hide_from_state_dict
 from taskdistill.isolation import isolated_rng
 from taskdistill.regions import Batch
 from taskdistill.schedules import Step
-from taskdistill.taps import Recorder, Recording, Tap
+from taskdistill.taps import Recorder, Recording
 from taskdistill.teacher import Teacher
 
 from .attention import AttentionRecorder
@@ -89,10 +89,16 @@ class Link:
         """What the teacher takes of the batch; no labels, so that it computes no loss."""
         own = inputs.get(TEACHER_INPUTS, {})
         found = {**inputs, **own}
-        if own.get("input_ids") is not None:  # another tokenizer: nothing of the student's tokens
+        other = own.get("input_ids") is not None
+        if other:  # another tokenizer: nothing of the student's tokens
             found = {**{k: v for k, v in inputs.items() if not _per_token(k)}, **own}
         if getattr(teacher.config, "is_encoder_decoder", False) and found.get("decoder_input_ids") is None:
-            labels = found.get("labels")
+            labels = own.get("labels") if other else found.get("labels")
+            if other and labels is None:
+                raise DistillError(
+                    "a teacher with a decoder and a tokenizer of its own needs its own target tokens; give the data set a column "
+                    "teacher_decoder_input_ids or teacher_labels"
+                )
             if labels is not None:
                 found["decoder_input_ids"] = teacher.prepare_decoder_input_ids_from_labels(labels=labels)
         keep = self.teacher_takes - LABELS
@@ -103,7 +109,8 @@ class Link:
 
 
 def _per_token(name: str) -> bool:
-    return name in ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
+    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
+    return name in names or name.startswith("decoder_")
 
 
 class Grafted:
@@ -152,9 +159,14 @@ class Grafted:
             raise DistillError("chunked=True computes the host's loss itself and needs labels in the batch")
         items = inputs.pop("num_items_in_batch", None)
         empty = torch.zeros(0, dtype=torch.long, device=labels.device)
-        with distiller.record_student(self) as student:  # type: ignore[arg-type]
-            output = self.plain_forward(**inputs, logits_to_keep=empty)
-        hidden = student[self._states_tap()].flatten(0, 1)
+        states_seen: list[Tensor] = []
+        hook = self.base_model.register_forward_hook(lambda _, args, output: states_seen.append(output[0]))  # type: ignore[attr-defined]
+        try:
+            with distiller.record_student(self) as student:  # type: ignore[arg-type]
+                output = self.plain_forward(**inputs, logits_to_keep=empty)
+        finally:
+            hook.remove()
+        hidden = states_seen[0].flatten(0, 1)
         targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
         items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
         hard = 1 / items.to(hidden.device).float()
@@ -187,9 +199,6 @@ class Grafted:
         # The terms' values are counted by their names; their gradient comes with the host's loss.
         output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
         return _with_losses(output, link.losses)
-
-    def _states_tap(self) -> Tap:
-        return Tap.parse(f"{self.base_model_prefix}[0]")  # type: ignore[attr-defined]
 
 
 def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
@@ -246,6 +255,15 @@ def graft(
         raise DistillError("this student is being distilled already; build a new one for another distiller")
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
+    before = vars(student).get("_original_forward")  # accelerate's, left by an evaluation in mixed precision
+    if getattr(before, "__func__", None) is type(student).forward:
+        del student.forward, student._original_forward
+    if "forward" in vars(student):
+        raise DistillError(
+            f"something has replaced the forward of this {type(student).__name__}; distil first, wrap or patch it afterwards"
+        )
+    if chunk is not None and not terms:
+        raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
     task = task_of(student)
     takes = accepted(student)
     distiller = None
@@ -253,8 +271,8 @@ def graft(
     with isolated_rng():
         held = build_teacher(teacher, student, task) if terms else None
     link = Link(task, None if held is None else held.model, takes)
-    before: Any = student.__class__
-    student.__class__ = _graft_class(before)
+    kind: Any = student.__class__
+    student.__class__ = _graft_class(kind)
     model._distill = link
     student.add_module("distiller", None)
     if held is not None:
@@ -278,7 +296,7 @@ def graft(
                     if any(names):
                         link.order = class_order(*names, ("student's config", "teacher's config"))
         except BaseException:
-            student.__class__ = before
+            student.__class__ = kind
             del student._modules["distiller"], student._distill
             raise
         hide_from_state_dict(distiller)

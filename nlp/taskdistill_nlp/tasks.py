@@ -58,17 +58,27 @@ def example(model: Any) -> dict[str, Tensor]:
     config, takes = model.config, accepted(model)
     device = next(model.parameters()).device
     if "input_ids" in takes:
-        size = min(_vocabulary(model), 8)
-        ids = (torch.arange(10, device=device).view(2, 5) * 3) % size
+        size, end = _vocabulary(model), getattr(config, "eos_token_id", None)
+        end = end if isinstance(end, int) and end < size else None
+        words = [i for i in range(min(size, 9)) if i not in (end, getattr(config, "pad_token_id", None))] or [0]
+        rows = (
+            2 if getattr(config, "pad_token_id", None) is not None else 1
+        )  # some refuse several rows without a pad token
+        ids = torch.tensor(
+            [[words[(5 * row + 3 * i) % len(words)] for i in range(5)] for row in range(rows)], device=device
+        )
+        if end is not None:
+            ids[:, -1] = end  # some take what stands at the end of the text
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         if getattr(config, "is_encoder_decoder", False):
             inputs["decoder_input_ids"] = ids
         return {name: value for name, value in inputs.items() if name in takes}
     if "pixel_values" in takes:
-        height, width = (config.image_size,) * 2 if isinstance(config.image_size, int) else config.image_size
-        return {"pixel_values": torch.zeros(2, config.num_channels, height, width, device=device)}
+        side = getattr(config, "image_size", None) or 224
+        height, width = (side,) * 2 if isinstance(side, int) else side
+        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)}
     raise DistillError(
-        f"{type(model).__name__} takes neither input_ids nor pixel_values; give distill(…, example=dict(…)) one small batch"
+        f"{type(model).__name__} takes neither input_ids nor pixel_values; give dry_run=dict(…), one small batch"
     )
 
 

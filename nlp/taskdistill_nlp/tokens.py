@@ -51,12 +51,14 @@ class Tokens:
         student, teacher: each model's side.
         pairs: ``(B, P, 2)`` positions that belong together where the two are tokenised differently; ``None`` where position i is
             the same token for both.
+        packed: several texts may stand in one row, told apart by ``position_ids`` alone.
     """
 
     size: int
     student: Side
     teacher: Side
     pairs: Tensor | None = None
+    packed: bool = False
 
 
 def tokens_of(batch: Batch) -> Tokens:
@@ -70,10 +72,36 @@ def read_batch(inputs: Mapping[str, Any], task: str) -> Batch:
     tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors:
         raise DistillError("the batch holds no tensors; the collator has to return a dict of them")
-    other = {**own, **inputs[TEACHER_INPUTS]} if TEACHER_INPUTS in inputs else own
-    pairs = inputs.get(TOKEN_PAIRS)
-    tokens = Tokens(len(tensors[0]), _side(own, task), _side(other, task), pairs)
-    return Batch(labels=own.get("labels"), extra={"tokens": tokens})
+    given, pairs = inputs.get(TEACHER_INPUTS, {}), inputs.get(TOKEN_PAIRS)
+    student = _side(own, task)
+    if given.get("input_ids") is not None:  # other tokens: nothing that the student's say holds of them
+        teacher = _side(given, task)
+        if teacher.labelled is None and pairs is not None and teacher.real is not None:
+            teacher.labelled = carried_over(student.labelled, pairs, teacher.real)
+    else:
+        teacher = _side({**own, **given}, task)
+    packed = "position_ids" in own and "attention_mask" not in own
+    return Batch(labels=own.get("labels"), extra={"tokens": Tokens(len(tensors[0]), student, teacher, pairs, packed)})
+
+
+def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor | None:
+    """Which of the teacher's tokens are labelled, told from the student's: each as the last paired one up to it.
+
+    Args:
+        labelled: ``(B, L)`` of the student.
+        pairs: ``(B, P, 2)``.
+        real: ``(B, L_t)``: the teacher's tokens that are not padding.
+    """
+    if labelled is None:
+        return None
+    if not pairs.shape[1]:
+        return torch.zeros_like(real)
+    known = pairs[..., 1] >= 0
+    number = torch.arange(1, pairs.shape[1] + 1, device=pairs.device).expand_as(known) * known
+    place = torch.zeros_like(real, dtype=torch.long).scatter_reduce(1, pairs[..., 1].clamp(min=0), number, "amax")
+    last = place.cummax(1).values
+    found = take(labelled, pairs[..., 0]).gather(1, (last - 1).clamp(min=0))
+    return found & (last > 0) & real
 
 
 def _side(inputs: Mapping[str, Any], task: str) -> Side:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import AutoTokenizer, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from taskdistill.distributed import sum_over_ranks, world_size
@@ -22,7 +22,7 @@ from taskdistill.registry import expand_recipe
 from taskdistill.schedules import Step
 from taskdistill.teacher import read_checkpoint
 
-from .collator import DistillCollator
+from .collator import PREFIX, DistillCollator
 from .registry import RECIPES
 from .student import Grafted, TextDistiller, accepted, graft
 from .tokens import read_batch
@@ -64,7 +64,8 @@ class Distilling(_Host):
         self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._totals: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
-        self._logged_step = 0
+        self._logged_steps = 0
+        self._last_step = 0
         self._host_checked = False
         self._graft(self.model)
         self._new_parameters()
@@ -105,6 +106,10 @@ class Distilling(_Host):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.state.global_step < self._last_step:  # another run of the same trainer
+            self._logged, self._logged_steps = {}, 0
+        self._last_step = self.state.global_step
+        self._logged_steps += 1
         self._totals = {}
         if self.distiller is not None and found[0]:
             self._totals = self._count(found[0], device)
@@ -147,6 +152,7 @@ class Distilling(_Host):
         loss = result[0] if return_outputs else result
         extra = torch.stack([value for key, value in losses.items() if key.endswith(".loss")]).sum()
         self._keep(losses, loss, 1 if self._host_scales(num_items_in_batch) else parts)
+        link.losses = {key: value.detach() for key, value in losses.items()}
         # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
         whole = loss + extra * (1 if self._host_scales(num_items_in_batch) else parts)
         return (whole, result[1]) if return_outputs else whole
@@ -154,7 +160,7 @@ class Distilling(_Host):
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
         parts = int(getattr(self, "current_gradient_accumulation_steps", 1) or 1) * world_size()
-        if self._host_checked or parts == 1:
+        if self._host_checked or parts == 1 or student_chunks(self.model):
             return
         self._host_checked = True
         own = self.compute_loss_func is None and self.label_smoother is None
@@ -164,7 +170,7 @@ class Distilling(_Host):
         given = student._distill.of_student(inputs)
         with torch.no_grad(), eval_mode(student):
             losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
-        if torch.equal(*losses):
+        if torch.equal(*losses) and self.is_world_process_zero():
             logger.warning(
                 "%s ignores num_items_in_batch, so that the Trainer adds its loss up over the %d parts of a batch (accumulated "
                 "batches and processes) instead of averaging it; the distillation losses are averaged",
@@ -190,21 +196,24 @@ class Distilling(_Host):
 
     def _keep(self, losses: Mapping[str, Tensor], host: Tensor, parts: int) -> None:
         for key, value in {**losses, "task_loss": host / parts}.items():
-            value = value.detach().double().cpu()
+            value = value.detach().float()
             last = key.endswith(".dropped")
             self._logged[key] = value if last or key not in self._logged else self._logged[key] + value
 
     def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
         if "loss" in logs and self._logged:
-            step = self.state.global_step
-            steps = max(step - self._logged_step, 1)
+            steps = max(self._logged_steps, 1)
             names = sorted(self._logged)
             device = next(self.model.parameters()).device
             total = sum_over_ranks(torch.stack([self._logged[name] for name in names]).float().to(device))
             for name, value in zip(names, (total / world_size()).tolist(), strict=True):
                 logs[name] = value if name.endswith(".dropped") else value / steps
-            self._logged, self._logged_step = {}, step
+            self._logged, self._logged_steps = {}, 0
         super().log(logs, *args, **settings)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
+        # Generation hands every input on to the model.
+        return super().prediction_step(model, self.model._distill.of_student(inputs), *args, **settings)
 
     # Columns, checkpoints.
 
@@ -212,7 +221,8 @@ class Distilling(_Host):
         super()._set_signature_columns_if_needed()
         columns = list(self._signature_columns)
         if self.distiller is not None:
-            columns += sorted(accepted(self.distiller.teacher.model))
+            taken = sorted(accepted(self.distiller.teacher.model))
+            columns += [*taken, *(PREFIX + name for name in taken)]
         if isinstance(self.data_collator, DistillCollator):
             columns += self.data_collator.columns
         self._signature_columns = list(dict.fromkeys(columns))
@@ -229,8 +239,8 @@ class Distilling(_Host):
                 self.distiller.load_live_state(read_checkpoint(file))
             elif any(p.requires_grad for p in self.distiller.parameters()):
                 raise DistillError(
-                    f"cannot resume from {checkpoint}: it was made without distillation ({STATE_FILE} is missing); start from "
-                    "its student with from_pretrained instead"
+                    f"cannot resume from {checkpoint}: it was made without distillation, or with save_only_model ({STATE_FILE} is "
+                    "missing); start from its student with from_pretrained instead"
                 )
         super()._load_optimizer_and_scheduler(checkpoint)
 
@@ -304,6 +314,11 @@ def distill(
     return trainer
 
 
+def student_chunks(model: Any) -> bool:
+    """Whether this student's losses are computed in chunks."""
+    return model._distill.chunk is not None
+
+
 def _refuse_hosts(trainer: Any) -> None:
     if isinstance(trainer.model, Grafted):
         raise DistillError("this trainer's model is being distilled already; build a new one")
@@ -340,10 +355,9 @@ def _vocabularies(trainer: Any, teacher: Any) -> dict[str, Any]:
         return {}
     facts: dict[str, Any] = {"vocabulary_checked": len(own)}
     other = collator.teacher_tokenizer if isinstance(collator, DistillCollator) else None
-    if other is None and isinstance(teacher, (str, Path)) and (Path(teacher) / "tokenizer_config.json").is_file():
-        from transformers import AutoTokenizer
-
-        other = AutoTokenizer.from_pretrained(teacher)
+    folder = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "") or ""
+    if other is None and folder and (Path(folder) / "tokenizer_config.json").is_file():
+        other = AutoTokenizer.from_pretrained(folder)
     if other is not None:
         facts["vocabulary"] = "same" if other.get_vocab() == own.get_vocab() else "different"
     return facts

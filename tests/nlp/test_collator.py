@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
-    PreTrainedTokenizerFast,
 )
 
 import nlp_support as support
@@ -22,43 +20,12 @@ from taskdistill_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS
 TEXTS = ["the cat sat", "a dog", "the dog sat on the cat", "on"]
 
 
-def by_word(side="right"):
-    """[CLS] w w w [SEP]"""
-    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "the", "cat", "sat", "a", "dog", "on"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        unk_token="[UNK]",
-        mask_token="[MASK]",
-        padding_side=side,
-        model_max_length=32,
-    )
-
-
-def by_letter(side="left"):
-    """One token a character, spaces too, no special tokens, padded on the left by default."""
-    letters = ["<pad>", *"abcdefghijklmnopqrstuvwxyz "]
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(letters)}, []))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", padding_side=side, model_max_length=64
-    )
-
-
 def features(tokenizer, texts=TEXTS):
     return [{**tokenizer(text), "text": text, "labels": i % 3} for i, text in enumerate(texts)]
 
 
 def test_plain_wrapping_is_the_wrapped_collator():
-    tokenizer = by_word()
+    tokenizer = support.by_word()
     plain = [{k: v for k, v in f.items() if k != "text"} for f in features(tokenizer)]
     wrapped, own = (
         make(plain)
@@ -70,7 +37,7 @@ def test_plain_wrapping_is_the_wrapped_collator():
 
 
 def test_random_masking_is_drawn_once():
-    tokenizer = by_word()
+    tokenizer = support.by_word()
     collator = DistillCollator(DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.5))
     student = support.quiet(support.model("roberta", vocab_size=11, pad_token_id=0))
     grafted = graft(
@@ -87,7 +54,7 @@ def test_random_masking_is_drawn_once():
 
 
 def test_tokens_that_end_on_the_same_character():
-    ours, theirs = by_word(), by_letter()
+    ours, theirs = support.by_word(), support.by_letter()
     collator = DistillCollator(DataCollatorWithPadding(ours), theirs, text="text")
     batch = collator(features(ours))
     given = batch[TEACHER_INPUTS]
@@ -99,13 +66,13 @@ def test_tokens_that_end_on_the_same_character():
     assert pairs[3] == [(1, 21)]
     for row, text in zip(pairs, TEXTS, strict=True):
         assert len(row) == len(text.split())
-    left = DistillCollator(DataCollatorWithPadding(by_word("left")), theirs, text="text")(features(ours))
+    left = DistillCollator(DataCollatorWithPadding(support.by_word("left")), theirs, text="text")(features(ours))
     moved = [[tuple(p) for p in row.tolist() if p[0] >= 0] for row in left[TOKEN_PAIRS]]
     assert moved[3] == [(8 - 3 + 1, 21)]
 
 
 def test_words():
-    ours, theirs = by_word(), by_letter()
+    ours, theirs = support.by_word(), support.by_letter()
     words = [text.split() for text in TEXTS]
     data = [{**ours(w, is_split_into_words=True), "tokens": w} for w in words]
     for feature in data:
@@ -121,12 +88,12 @@ def test_words():
 
 
 def test_pairs_of_texts():
-    ours, theirs = by_word(), by_letter()
+    ours, theirs = support.by_word(), support.by_letter()
     data = [{**ours("the cat", "a dog"), "a": "the cat", "b": "a dog", "labels": 0}]
     batch = DistillCollator(DataCollatorWithPadding(ours), theirs, text=["a", "b"])(data)
     assert [tuple(p) for p in batch[TOKEN_PAIRS][0].tolist()] == [(1, 2), (2, 6), (4, 7), (5, 11)]
     encodings = [t(["the cat"], ["a dog"], return_offsets_mapping=True) for t in (ours, ours)]
-    assert align(*encodings, 0) == [(i, i) for i in (1, 2, 4, 5)]
+    assert align(*encodings, 0, 0) == [(i, i) for i in (1, 2, 4, 5)]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +108,7 @@ def test_pairs_of_texts():
     ],
 )
 def test_terms_across_tokenizers(term):
-    ours, theirs = by_word(), by_letter("right")  # BERT counts positions from the padding on
+    ours, theirs = support.by_word(), support.by_letter("right")  # BERT counts positions from the padding on
     collator = DistillCollator(DataCollatorWithPadding(ours), theirs, text="text")
     student = support.quiet(support.model("bert", vocab_size=11, seed=1))
     terms = [term if isinstance(term, dict) else dict(type=term)]
@@ -167,9 +134,9 @@ def test_terms_across_tokenizers(term):
 
 
 def test_the_same_tokenizer_twice_changes_nothing():
-    tokenizer = by_word()
+    tokenizer = support.by_word()
     losses = []
-    for second in (None, by_word()):
+    for second in (None, support.by_word()):
         text = {} if second is None else {"text": "text"}
         collator = DistillCollator(DataCollatorWithPadding(tokenizer), second, **text)
         data = features(tokenizer)
@@ -197,7 +164,7 @@ def test_inputs_for_the_teacher_alone():
 def test_in_the_trainer(prune, tmp_path):
     from datasets import Dataset
 
-    ours, theirs = by_word(), by_letter()
+    ours, theirs = support.by_word(), support.by_letter()
     data = Dataset.from_list(features(ours, TEXTS * 3))
     trainer = DistillTrainer(
         model=support.model("bert", vocab_size=11, seed=1),
@@ -221,21 +188,21 @@ def test_in_the_trainer(prune, tmp_path):
         (dict(text="text", words="tokens"), "name its column"),
         (dict(text="text", collator=lambda f: f), "pass tokenizer=…, the student's"),
         (
-            dict(text="text", collator=DataCollatorForLanguageModeling(by_word())),
+            dict(text="text", collator=DataCollatorForLanguageModeling(support.by_word())),
             "cannot be drawn once for two tokenizers",
         ),
         (dict(text="text", collator=3), "wraps a collator, got int"),
     ],
 )
 def test_one_clear_line(settings, message):
-    collator = settings.pop("collator", DataCollatorWithPadding(by_word()))
+    collator = settings.pop("collator", DataCollatorWithPadding(support.by_word()))
     with pytest.raises(DistillError, match=message):
-        DistillCollator(collator, by_letter(), **settings)
+        DistillCollator(collator, support.by_letter(), **settings)
 
 
 def test_text_that_is_not_there_or_does_not_fit():
-    ours = by_word()
-    collator = DistillCollator(DataCollatorWithPadding(ours), by_letter(), text="text")
+    ours = support.by_word()
+    collator = DistillCollator(DataCollatorWithPadding(ours), support.by_letter(), text="text")
     with pytest.raises(DistillError, match="no column 'text' in input_ids"):
         collator([{k: v for k, v in f.items() if k != "text"} for f in features(ours)])
     with pytest.raises(DistillError, match="does not tokenise to the student's input_ids"):
