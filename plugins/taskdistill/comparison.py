@@ -105,6 +105,7 @@ def draw_curves(runs: Sequence[Outcome], metric: str, path: Path) -> None:
     watched = [key for run in runs for key in run.curves if key.startswith("distill.") and "loss" not in key]
     figure, axes = plt.subplots(1, 4 if watched else 3, figsize=(17 if watched else 13, 3.8))
     left, middle, right, *rest = axes
+    right.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for run in runs:
         host = [key for key in run.curves if "loss" in key and key != "loss" and not key.startswith("distill.")]
         steps = [step for step, _ in run.curves[host[0]]]
@@ -126,8 +127,11 @@ def draw_curves(runs: Sequence[Outcome], metric: str, path: Path) -> None:
         rest[0].set(title="the critic", xlabel="iteration")
     for axis in axes:
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
+        labels = len(axis.get_legend_handles_labels()[0])
+        if labels > 6:  # beside the lines there is no room
+            axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncol=2)
+        elif labels:
             axis.legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, bbox_inches="tight")
     plt.close(figure)
