@@ -10,7 +10,7 @@
 ``teacher``      a folder; left out, the model trains alone (a teacher, or the plain student)
 ``recipe``       a recipe's name, or ``{type: name, …}``
 ``terms``        a list of terms beside it
-``chunked``      for causal models; see :class:`~taskdistill_nlp.DistillTrainer`
+``chunked``      for causal models under a teacher; see :class:`~taskdistill_nlp.DistillTrainer`
 ``training``     arguments of :class:`transformers.TrainingArguments`
 ``output``       where checkpoints and the student go
 ===============  ====================================================================================================
@@ -186,7 +186,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
         data_collator=DistillCollator(_collator(task, tokenizer)),
         processing_class=tokenizer,
         compute_metrics=_metrics(task, names),
-        chunked=config.get("chunked") or False,
+        chunked=(config.get("chunked") or False) if settings["teacher"] else False,
         **settings,
     )
 

@@ -61,9 +61,8 @@ def example(model: Any) -> dict[str, Tensor]:
         size, end = _vocabulary(model), getattr(config, "eos_token_id", None)
         end = end if isinstance(end, int) and end < size else None
         words = [i for i in range(min(size, 9)) if i not in (end, getattr(config, "pad_token_id", None))] or [0]
-        rows = (
-            2 if getattr(config, "pad_token_id", None) is not None else 1
-        )  # some refuse several rows without a pad token
+        # Classifiers of causal models refuse several rows without a pad token.
+        rows = 1 if task_of(model) == "sequence" and getattr(config, "pad_token_id", None) is None else 2
         ids = torch.tensor(
             [[words[(5 * row + 3 * i) % len(words)] for i in range(5)] for row in range(rows)], device=device
         )

@@ -148,7 +148,7 @@ def test_resuming_with_other_terms_or_without_is_refused(tmp_path):
     with pytest.raises(DistillError, match="made with other distillation terms"):
         trained(tmp_path, ["Embeddings"], resume=checkpoint)
     trained(tmp_path / "plain", kind=Trainer, save_strategy="steps", save_steps=2)
-    with pytest.raises(DistillError, match=r"made without distillation \(distiller.pt is missing\)"):
+    with pytest.raises(DistillError, match=r"made without distillation, .* \(distiller.pt is missing\)"):
         trained(tmp_path, ["HiddenStates"], resume=str(tmp_path / "plain" / "checkpoint-2"))
 
 
