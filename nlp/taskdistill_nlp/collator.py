@@ -80,11 +80,7 @@ class DistillCollator:
         """The wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
         if not features or not isinstance(features[0], Mapping):
             return self.collator(features)
-        extra = {
-            *self.text,
-            *([self.words] if self.words else []),
-            *([self.cache.id] if self.cache is not None else []),
-        }
+        extra = set(self.columns)
         plain = [
             {name: value for name, value in feature.items() if name not in extra and not name.startswith(PREFIX)}
             for feature in features

@@ -250,20 +250,10 @@ def graft(
     Raises:
         DistillError: a wrong teacher; :class:`~taskdistill.WiringError`: a term that cannot work on the two.
     """
-    model: Any = student
-    if isinstance(model, Grafted):
-        raise DistillError("this student is being distilled already; build a new one for another distiller")
-    if not isinstance(student, nn.Module) or not hasattr(student, "config"):
-        raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
-    before = vars(student).get("_original_forward")  # accelerate's, left by an evaluation in mixed precision
-    if getattr(before, "__func__", None) is type(student).forward:
-        del student.forward, student._original_forward
-    if "forward" in vars(student):
-        raise DistillError(
-            f"something has replaced the forward of this {type(student).__name__}; distil first, wrap or patch it afterwards"
-        )
+    _check_student(student)
     if chunk is not None and not terms:
         raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
+    model: Any = student
     task = task_of(student)
     takes = accepted(student)
     distiller = None
@@ -303,6 +293,21 @@ def graft(
         distiller.to(device)
     student.add_module("distiller", distiller)
     return student
+
+
+def _check_student(student: Any) -> None:
+    """Refuses what cannot be grafted on; takes off what accelerate left."""
+    if isinstance(student, Grafted):
+        raise DistillError("this student is being distilled already; build a new one for another distiller")
+    if not isinstance(student, nn.Module) or not hasattr(student, "config"):
+        raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
+    before = vars(student).get("_original_forward")  # accelerate's, left by an evaluation in mixed precision
+    if getattr(before, "__func__", None) is type(student).forward:
+        del student.forward, student._original_forward
+    if "forward" in vars(student):
+        raise DistillError(
+            f"something has replaced the forward of this {type(student).__name__}; distil first, wrap or patch it afterwards"
+        )
 
 
 def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> None:

@@ -57,13 +57,7 @@ def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
         return statistics.mean(r.value for r in results if r.method == of and r.metric == metric)
 
     plain, teacher = mean("plain"), mean("teacher")
-    return (
-        (mean(method) - plain) / (teacher - plain)
-        if teacher != plain
-        else float("nan")
-        if teacher != plain
-        else math.nan
-    )
+    return (mean(method) - plain) / (teacher - plain) if teacher != plain else math.nan
 
 
 def summary(results: Sequence[Result], metrics: Mapping[str, int]) -> list[dict[str, str]]:

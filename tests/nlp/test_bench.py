@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 import nlp_support as support  # noqa: F401  quiet, one thread
 from taskdistill_nlp import bench
 
@@ -23,4 +21,3 @@ def test_language_model_rows(monkeypatch):
     assert [row["step"] for row in rows] == ["no distillation", "plain losses", "chunked"]
     assert float(rows[2]["peak / plain losses"]) < 1
     assert all(float(row["ms"]) >= 0 for row in rows)
-    torch.manual_seed(0)
