@@ -20,7 +20,7 @@ from taskdistill_mm.scenes import CLASSES, write_detection_set
 
 SIZE = 96
 DATA = dict(seed=0, train=400, val=150, test=400)
-ITERATIONS = 1600
+ITERATIONS = 2000
 BATCH = 16
 LR = 1e-2
 RECIPES: dict[str, dict[str, Any]] = {
