@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from pprint import pformat
 from types import ModuleType
+from typing import Any
 
 from . import __version__
 from .errors import DistillError, nearest
@@ -20,7 +21,7 @@ from .registry import LOSSES, REGIONS, SCHEDULES, Registry
 
 HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
 """Tasks that have a plugin, with the host framework that each needs."""
-DEMOS = ("det", "seg")
+DEMOS = ("det", "seg", "nlp")
 """Tasks with a demo."""
 
 
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
     demo.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune on, with other seeds")
-    demo.add_argument("--data", help="a real dataset's folder instead of the embedded scenes (seg: mmseg's layout)")
+    demo.add_argument("--data", help="a real dataset's folder instead (seg: mmseg's layout; nlp: jsonl files)")
+    demo.add_argument("--fraction", type=float, help="the share of --data's training set to use (nlp; default: 1)")
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     demo.set_defaults(run=_demo)
@@ -168,12 +170,16 @@ def _demo(arguments: argparse.Namespace) -> None:
     tasks = list(DEMOS) if arguments.task == "all" else [arguments.task]
     if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
         raise DistillError(f"recipes belong to one task: taskdistill demo TASK --recipes {arguments.recipes}")
-    if arguments.data is not None and arguments.task != "seg":
-        raise DistillError("--data needs the task 'seg': taskdistill demo seg --data DIR")
-    extra = {} if arguments.iterations is None else {"iterations": arguments.iterations}
+    if arguments.data is not None and arguments.task not in ("seg", "nlp"):
+        raise DistillError("--data needs the task 'seg' or 'nlp': taskdistill demo seg --data DIR")
+    if arguments.fraction is not None and (arguments.task != "nlp" or arguments.data is None):
+        raise DistillError("--fraction belongs to real text: taskdistill demo nlp --data DIR --fraction 0.1")
+    extra: dict[str, Any] = {} if arguments.iterations is None else {"iterations": arguments.iterations}
     name = ""
     if arguments.data is not None:
         extra["data"] = arguments.data
+        if arguments.fraction is not None:
+            extra["fraction"] = arguments.fraction
         name = f"_{Path(arguments.data).resolve().name}"  # beside the embedded set's results, not over them
     for task in tasks:
         plugin(task, "demo").main(

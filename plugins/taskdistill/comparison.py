@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
@@ -28,6 +30,38 @@ class Outcome:
     seed: int
     metrics: dict[str, float]
     curves: dict[str, list[tuple[int, float]]] = field(default_factory=dict, kw_only=True)
+
+
+class Progress:
+    """One line, rewritten: what trains, how far, the loss, the validation score.
+
+    Args:
+        title: what trains.
+        total: iterations.
+        metric: the validation score's name.
+        terminal: where it is shown.
+    """
+
+    def __init__(self, title: str, total: int, metric: str, terminal: TextIO) -> None:
+        self.title, self.total, self.metric, self.terminal = title, total, metric, terminal
+        self.every = max(total // 60, 1)
+        self.start = time.perf_counter()
+
+    def due(self, done: int) -> bool:
+        """Whether the line is to be rewritten after ``done`` iterations."""
+        return done % self.every == 0 or done == self.total
+
+    def show(self, done: int, loss: float, score: float | None) -> None:
+        """Rewrites the line; ends it with the last iteration."""
+        seconds = time.perf_counter() - self.start
+        left = seconds / done * (self.total - done)
+        shown = f"  val {self.metric} {score:.3f}" if score is not None else ""
+        print(
+            f"\r{self.title:<28} {done:>5}/{self.total}  loss {loss:6.3f}{shown}  {seconds:4.0f} s, {left:4.0f} s left ",
+            end="\n" if done == self.total else "",
+            file=self.terminal,
+            flush=True,
+        )
 
 
 def choose(recipes: str, known: Sequence[str], default: Sequence[str]) -> list[str]:
@@ -90,7 +124,8 @@ def compare(
     for name in dict.fromkeys(result.method for result in results):
         if name not in ("teacher", "plain"):
             closed = gap_closed(results, metric, name)
-            print(f"{name} closes {closed:.0%} of the gap from plain student to teacher")
+            told = "has no gap to close" if math.isnan(closed) else f"closes {closed:.0%} of the gap"
+            print(f"{name} {told} from plain student to teacher")
     print(f"results, pictures and checkpoints in {folder} ({time.perf_counter() - started:.0f} s)")
     return results
 

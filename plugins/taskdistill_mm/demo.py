@@ -9,13 +9,12 @@ import copy
 import io
 import logging
 import sys
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import cv2
 import numpy as np
@@ -27,7 +26,7 @@ from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 from taskdistill.bench import interleave
-from taskdistill.comparison import Outcome, check_split, choose, compare
+from taskdistill.comparison import Outcome, Progress, check_split, choose, compare
 from taskdistill.report import Result
 
 from .run import on_device
@@ -97,30 +96,20 @@ class Trained(Outcome):
     checkpoint: Path
 
 
-class _Progress(Hook):
-    """One line, rewritten: what trains, how far, the loss, the validation score."""
+class _Watch(Hook):
+    """Rewrites the line of progress as the Runner goes."""
 
     priority = "VERY_LOW"
 
-    def __init__(self, title: str, every: int, score: tuple[str, str], terminal: TextIO) -> None:
-        self.title, self.every, self.score, self.terminal = title, every, score, terminal
-        self.start = time.perf_counter()
+    def __init__(self, progress: Progress, score: str) -> None:
+        self.progress, self.score = progress, f"val/{score}"
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         done = runner.iter + 1
-        if done % self.every and done != runner.max_iters:
-            return
-        seconds = time.perf_counter() - self.start
-        left = seconds / done * (runner.max_iters - done)
-        loss = runner.message_hub.get_scalar("train/loss").mean(self.every)
-        score = runner.message_hub.log_scalars.get(f"val/{self.score[1]}")
-        shown = f"  val {self.score[0]} {score.current():.3f}" if score is not None else ""
-        print(
-            f"\r{self.title:<28} {done:>5}/{runner.max_iters}  loss {loss:6.3f}{shown}  {seconds:4.0f} s, {left:4.0f} s left ",
-            end="\n" if done == runner.max_iters else "",
-            file=self.terminal,
-            flush=True,
-        )
+        if self.progress.due(done):
+            score = runner.message_hub.log_scalars.get(self.score)
+            loss = runner.message_hub.get_scalar("train/loss").mean(self.progress.every)
+            self.progress.show(done, loss, None if score is None else score.current())
 
 
 def schedule(iterations: int, lr: float, evaluations: int) -> dict[str, Any]:
@@ -170,13 +159,12 @@ def train(
     """Trains one model through the host's Runner and evaluates it on ``split``."""
     iterations = iterations or demo.iterations
     cfg = demo.config(model, data, work_dir, seed, iterations, split)
-    score = (demo.main_metric, demo.scores[demo.main_metric])
-    progress = _Progress(f"{method} (seed {seed})", max(iterations // 60, 1), score, sys.stdout)
+    progress = Progress(f"{method} (seed {seed})", iterations, demo.main_metric, sys.stdout)
     # The hosts' metrics print a page at every evaluation.
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         runner = Runner.from_cfg(cfg)
-        runner.register_hook(progress)
+        runner.register_hook(_Watch(progress, demo.scores[demo.main_metric]))
         _quiet(runner.logger)
         runner.train()
         tested = runner.test()

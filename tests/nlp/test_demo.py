@@ -1,0 +1,160 @@
+"""The demo runs end to end: tiny, but with the real Trainer, recipes, pictures and files; on docstrings and on a set of one's own."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import nlp_support  # noqa: F401  quiet, one thread
+from taskdistill.cli import main
+from taskdistill.errors import DistillError
+from taskdistill_nlp import demo
+from taskdistill_nlp.text import LIBRARIES, write_sentences
+
+
+def shrink(patch):
+    """Models and data as small as can be."""
+    patch.setattr(demo, "DATA", dict(train=140, val=14, test=28))
+    patch.setattr(demo, "EVALUATIONS", 2)
+    for name, models in (("SENTENCES", demo.bert), ("TAGS", demo.bert), ("LANGUAGE", demo.llama)):
+        part = getattr(demo, name)
+        told = dict(part.told, length=16)
+        sizes = dict(told=told, teacher=models(32, 2), student=models(16, 1), vocabulary=300, batch=4)
+        patch.setattr(demo, name, replace(part, **sizes))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    shrink(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo")
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch)
+        return out, demo.main(recipes="tinybert,gkd", out=out, iterations=4)
+
+
+def rows(folder):
+    with (folder / "results.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def test_demo_writes_every_figure_it_prints(finished):
+    out, results = finished
+    found, language = rows(out), rows(out / "language_model")
+    assert list(found[0]) == ["task", "dataset", "model", "method", "seed", "metric", "value"]
+    assert {row["method"] for row in found} == {"teacher", "plain", "tinybert"}
+    assert {row["metric"] for row in found} == {"accuracy", "macro_f1", "parameters (k)", "step (ms)"}
+    assert {row["method"] for row in language} == {"teacher", "plain", "gkd"}
+    assert {row["metric"] for row in language} == {"perplexity", "parameters (k)", "step (ms)"}
+    assert len(found) + len(language) == len(results)
+    size = {row["method"]: float(row["value"]) for row in found if row["metric"] == "parameters (k)"}
+    assert size["teacher"] > 2 * size["plain"]
+    assert size["tinybert"] == size["plain"]  # a distilled student costs what a plain one does
+    for folder in (out, out / "language_model"):
+        width, height = Image.open(folder / "attention.png").size
+        assert height > 0.6 * width  # three rows of four heads
+        assert Image.open(folder / "curves.png").size[0] > 1000
+        assert "| plain |" in (folder / "table.md").read_text()
+
+
+def test_demo_evaluates_what_it_saves(finished):
+    out, results = finished
+    told = {r.method: r.value for r in results if r.metric == "accuracy"}
+    lines = [json.loads(line) for line in (out / "data" / "test.jsonl").read_text().splitlines()]
+    for method in ("plain", "tinybert"):
+        folder = out / "seed0" / method
+        model, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        right = 0
+        for line in lines:
+            encoded = tokenizer(line["text"], truncation=True, max_length=16, return_tensors="pt")
+            right += model.config.id2label[int(model.eval()(**encoded).logits.argmax())] == line["label"]
+        assert right / len(lines) == pytest.approx(told[method])
+
+
+@pytest.fixture
+def real(tmp_path):
+    """A set in the layout of ``--data``: words, tags and labels."""
+    root = tmp_path / "own"
+    root.mkdir()
+    for split, count in (("train", 40), ("val", 8)):
+        made = [
+            {"tokens": ["play", ["a", "the"][i % 2], "song"], "tags": ["O", "O", "B-what"], "label": i % 2}
+            for i in range(count)
+        ]
+        (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    return root
+
+
+def test_demo_takes_a_real_set(small, tmp_path, real):
+    results = demo.main(recipes="none", out=tmp_path / "out", iterations=2, data=str(real), fraction=0.5)
+    assert {(r.dataset, r.metric) for r in results} >= {("own", "accuracy"), ("own, tags", "span_f1")}
+    assert {r.method for r in results} == {"teacher", "plain"}
+    assert {row["dataset"] for row in rows(tmp_path / "out" / "tags")} == {"own, tags"}
+
+
+def test_a_fraction_is_drawn_by_the_seed(small, tmp_path, real):
+    [(part, sets), _] = demo.read_real(real, 0.5)
+    runs = [demo.train(part, "teacher", sets, tmp_path / str(seed), seed, 1) for seed in (0, 1)]
+    drawn = [run.trainer.train_dataset["input_ids"] for run in runs]
+    assert [len(each) for each in drawn] == [20, 20]
+    assert list(drawn[0]) != list(drawn[1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({"label": 1}, "need a column 'text', or 'tokens'"),
+        ({"text": "a"}, "need a column 'label', or 'tokens' and 'tags'"),
+    ],
+)
+def test_a_set_without_its_columns_is_one_line(tmp_path, line, message):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(DistillError, match=message):
+        demo.main(out=tmp_path / "out", data=str(tmp_path))
+    (tmp_path / "val.jsonl").unlink()
+    with pytest.raises(DistillError, match=r"no val\.jsonl"):
+        demo.main(out=tmp_path / "out", data=str(tmp_path))
+
+
+def test_options_that_mean_nothing_are_one_line(capsys):
+    assert main(["demo", "nlp", "--fraction", "0.5"]) == 2
+    assert "taskdistill demo nlp --data DIR --fraction 0.1" in capsys.readouterr().err
+    assert main(["demo", "nlp", "--recipes", "nothing"]) == 2
+    assert "no recipe 'nothing'" in capsys.readouterr().err
+
+
+def test_sentences_leak_nothing(tmp_path):
+    counts = dict(train=70, val=35, test=35)
+    folder = write_sentences(tmp_path / "a", counts)
+    found = {
+        split: [json.loads(line) for line in (folder / f"{split}.jsonl").read_text().splitlines()] for split in counts
+    }
+    for split, lines in found.items():
+        assert Counter(line["label"] for line in lines) == dict.fromkeys(LIBRARIES, counts[split] // len(LIBRARIES))
+    texts = [(line["text"], line["label"]) for lines in found.values() for line in lines]
+    assert len(set(texts)) == len(texts)
+    # A name by itself would give the answer away.
+    words = {word.strip(".,:;()'\"").lower() for text, _ in texts for word in text.split()}
+    assert not words & {*LIBRARIES, "np", "pd", "nx", "pytorch"}
+    again = write_sentences(tmp_path / "b", counts)
+    assert (again / "train.jsonl").read_bytes() == (folder / "train.jsonl").read_bytes()
+    other = write_sentences(tmp_path / "c", counts, seed=1)
+    assert (other / "train.jsonl").read_bytes() != (folder / "train.jsonl").read_bytes()
+
+
+def test_too_many_sentences_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("taskdistill_nlp.text.LIBRARIES", ("networkx",))
+    with pytest.raises(DistillError, match=r"docstrings of networkx hold \d+ sentences for val, 1000000 are needed"):
+        write_sentences(tmp_path, dict(val=10**6))
