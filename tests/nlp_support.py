@@ -198,3 +198,9 @@ def by_letter(side="left"):
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", padding_side=side, model_max_length=64
     )
+
+
+def loss_of(student: Any, batch: Any) -> Tensor:
+    """The sum of the distillation losses of one pass of a grafted student."""
+    student(**batch)
+    return torch.stack([v for k, v in student._distill.losses.items() if k.endswith(".loss")]).sum()

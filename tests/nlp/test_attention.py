@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+import transformers
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
@@ -11,6 +14,7 @@ import nlp_support as support
 from taskdistill import WiringError
 from taskdistill.taps import Tap
 from taskdistill_nlp.attention import AttentionCall, AttentionRecorder, attention_call, layer_pairs, stacks
+from taskdistill_nlp.student import graft
 from taskdistill_nlp.tasks import example, task_of
 
 FAMILIES = list(support.TASKS)
@@ -211,3 +215,77 @@ def test_stacks():
     assert list(stacks(support.model("t5"))) == ["encoder", "decoder", "cross"]
     assert [layer.path for layer in stacks(support.model("gpt2"))["layers"]] == ["transformer.h.0", "transformer.h.1"]
     assert stacks(nn.Linear(2, 2)) == {}
+
+
+def gemma(seed, kinds, window=4):
+    config = transformers.Gemma3TextConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        intermediate_size=32,
+        vocab_size=40,
+        sliding_window=window,
+        layer_types=kinds,
+        pad_token_id=0,
+    )
+    torch.manual_seed(seed)
+    return support.quiet(transformers.Gemma3ForCausalLM(config))
+
+
+def long_batch():
+    ids = torch.randint(5, 40, (2, 12), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+@pytest.mark.parametrize("of", ["scores", "distributions"])
+def test_layers_with_windows_of_their_own(of):
+    mixed = ["sliding_attention", "full_attention"]
+    apart = []
+    for layers in ([(0, 0)], [(1, 1)], [(0, 0), (1, 1)]):
+        grafted = graft(gemma(1, mixed), gemma(2, mixed), [dict(type="AttentionMaps", of=of, layers=layers)]).train()
+        apart.append(support.loss_of(grafted, long_batch()).detach())
+    torch.testing.assert_close(apart[2], (apart[0] + apart[1]) / 2)
+
+
+def test_keys_that_one_model_cannot_see_do_not_count():
+    def mistral(seed, window):
+        sizes = dict(
+            hidden_size=16, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32
+        )
+        torch.manual_seed(seed)
+        return transformers.MistralForCausalLM(
+            transformers.MistralConfig(**sizes, vocab_size=40, sliding_window=window)
+        )
+
+    term = dict(type="AttentionMaps", of="distributions", layers=[(0, 0)])
+    one, other, both, neither = (
+        support.loss_of(graft(mistral(1, ours), mistral(2, theirs), [term]).train(), long_batch()).detach()
+        for ours, theirs in ((4, None), (None, 4), (4, 4), (None, None))
+    )
+    torch.testing.assert_close(one, both)
+    torch.testing.assert_close(other, both)
+    assert not torch.isclose(neither, both)
+
+
+def test_towers_and_windows_are_told_apart():
+    swin = transformers.SwinForImageClassification(
+        transformers.SwinConfig(
+            image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=4
+        )
+    )
+    with pytest.raises(WiringError, match="runs on windows"):
+        graft(swin, copy.deepcopy(swin), [dict(type="AttentionMaps", layers=[(0, 0)])])
+    clip = transformers.CLIPModel(
+        transformers.CLIPConfig(
+            text_config=dict(
+                hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=40
+            ),
+            vision_config=dict(hidden_size=24, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16),
+        )
+    )
+    assert [layer.path for layer in stacks(clip)["layers"]] == [
+        "text_model.encoder.layers.0",
+        "text_model.encoder.layers.1",
+    ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from transformers import Trainer
 
 import nlp_support as support
@@ -201,3 +202,47 @@ def test_refused(tmp_path):
     )
     with pytest.raises(WiringError, match="Gemma2ForCausalLM changes its logits after the output layer"):
         graft(Gemma2ForCausalLM(config), support.model("llama"), ["ForwardKL"], chunk=8)
+
+
+def test_chunks_keep_small_gradients_in_half_precision():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4, 8, generator=generator).half().requires_grad_()
+    weight = torch.randn(4096, 8, generator=generator).requires_grad_()
+    targets = torch.tensor([1, 2, 3, 4])
+    total, _ = chunked_losses(hidden, Head(weight, None), targets, torch.tensor(1 / 8192), None, None, [], 2)
+    (total * 65536).backward()
+    plain = weight.detach().clone().requires_grad_()
+    loss = torch.nn.functional.cross_entropy(hidden.detach().float() @ plain.t(), targets, reduction="sum") / 8192
+    (loss * 65536).backward()
+    torch.testing.assert_close(weight.grad, plain.grad, rtol=0.05, atol=0.02)
+    assert hidden.grad.isfinite().all()
+
+
+def test_what_chunks_cannot_do_is_refused():
+    config = transformers.Qwen2MoeConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        shared_expert_intermediate_size=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        vocab_size=40,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    with pytest.raises(WiringError, match="adds something of its own"):
+        graft(transformers.Qwen2MoeForCausalLM(config), support.model("llama", seed=2), ["ForwardKL"], chunk=4)
+    with pytest.raises(DistillError, match="belongs to a distillation"):
+        graft(support.model("llama"), None, [], chunk=4)
+
+
+def test_chunks_beside_terms_on_layers_alone():
+    student = graft(
+        support.quiet(support.model("llama", seed=1)), support.model("llama", 32, seed=2), ["HiddenStates"], chunk=4
+    )
+    batch = support.collate(support.samples(4, "causal"))
+    plain = support.quiet(support.model("llama", seed=1))
+    torch.testing.assert_close(student.train()(**batch).loss, plain(**batch).loss, rtol=1e-5, atol=1e-6)

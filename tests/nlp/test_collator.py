@@ -15,7 +15,7 @@ from taskdistill import DistillError
 from taskdistill_nlp import DistillCollator, DistillTrainer
 from taskdistill_nlp.collator import align
 from taskdistill_nlp.student import graft
-from taskdistill_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS
+from taskdistill_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS, carried_over, read_batch
 
 TEXTS = ["the cat sat", "a dog", "the dog sat on the cat", "on"]
 
@@ -207,3 +207,51 @@ def test_text_that_is_not_there_or_does_not_fit():
         collator([{k: v for k, v in f.items() if k != "text"} for f in features(ours)])
     with pytest.raises(DistillError, match="does not tokenise to the student's input_ids"):
         collator([{**f, "text": "a dog"} for f in features(ours)])
+
+
+@pytest.mark.parametrize("align", ["position", "text"])
+def test_universal_logits_across_tokenizers(align):
+    ours = support.by_word()
+    texts = ["the cat sat", "a dog", "the dog sat on the cat"]
+    losses = []
+    for side in ("left", "right"):
+        collator = DistillCollator(DataCollatorWithPadding(ours), support.by_letter(side), text="text")
+        batch = collator([{**ours(text), "text": text} for text in texts])
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        batch["labels"][:, :2] = -100  # a prompt of one word
+        student = support.model("llama", vocab_size=11, seed=1)
+        teacher = support.model("llama", 32, vocab_size=28, seed=2)
+        grafted = graft(
+            student, teacher, [dict(type="UniversalLogits", align=align)], facts={"vocabulary": "different"}
+        )
+        losses.append(support.loss_of(support.quiet(grafted).train(), batch).detach())
+        tokens = read_batch(batch, "causal").extra["tokens"]
+        assert tokens.teacher.labelled.shape == batch["teacher_inputs"]["input_ids"].shape
+    assert losses[0] > 0
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-6)
+
+
+def test_labels_carried_over_by_hand():
+    labelled = torch.tensor([[False, False, True, True, False]])
+    pairs = torch.tensor([[[1, 2], [2, 5], [3, 7], [-1, -1]]])
+    real = torch.tensor([[True] * 9 + [False]])
+    # Up to token 4 the last paired one is the student's 1, which has no label; from 5 on it is 2, then 3.
+    assert carried_over(labelled, pairs, real).tolist() == [[False] * 5 + [True] * 4 + [False]]
+    assert carried_over(None, pairs, real) is None
+    assert not carried_over(labelled, pairs[:, :0], real).any()
+
+
+def test_a_decoder_with_other_tokens_needs_its_own_targets():
+    batch = support.collate(support.samples(2, "seq2seq"))
+    batch["teacher_inputs"] = {"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}
+    student = graft(support.model("t5", seed=1), support.model("t5", 32, seed=2), ["HiddenStates"]).train()
+    with pytest.raises(DistillError, match="teacher_decoder_input_ids or teacher_labels"):
+        student(**batch)
+
+
+def test_truncated_samples_are_paired():
+    ours = support.by_word()
+    text = "the cat sat on the dog"
+    feature = {**ours(text, truncation=True, max_length=5), "text": text}
+    batch = DistillCollator(DataCollatorWithPadding(ours), support.by_letter(), text="text")([feature])
+    assert [tuple(pair) for pair in batch["token_pairs"][0].tolist()] == [(1, 2), (2, 6), (3, 10)]

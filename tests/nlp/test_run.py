@@ -16,7 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import nlp_support as support  # noqa: F401  quiet, one thread
 from taskdistill import DistillError
 from taskdistill.cli import main
-from taskdistill_nlp.run import _read, load, spans, tag_scores, train_tokenizer
+from taskdistill_nlp.run import _read, build, load, spans, tag_scores, train, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "nlp" / "recipes"
@@ -240,3 +240,39 @@ def test_tokenizer():
     tokenizer = train_tokenizer(["Red cat", "blue dog"] * 5, 40)
     ids = tokenizer("red dog")["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "red", "dog", "[SEP]"]
+
+
+def test_a_share_of_the_data_keeps_all_classes(tmp_path):
+    rows = [{"text": f"word {i}", "label": "rare" if i == 0 else "common"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    student = dict(model_type="bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    config = dict(
+        task="classification", data=dict(train=str(tmp_path / "a.jsonl"), fraction=0.1), tokenizer=dict(vocab_size=60)
+    )
+    trainer = build(dict(**config, student=student, output=str(tmp_path), training=dict(use_cpu=True)))
+    assert len(trainer.train_dataset) == 2
+    assert trainer.model.config.num_labels == 2
+    with pytest.raises(DistillError, match="training: ") as caught:
+        build(
+            dict(
+                **config,
+                student=student,
+                output=str(tmp_path),
+                training=dict(load_best_model_at_end=True, eval_strategy="no"),
+            )
+        )
+    assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_resume(tmp_path):
+    rows = [{"text": f"word {i}", "label": i % 2} for i in range(8)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        f"task: classification\ndata: {{train: {tmp_path}/a.jsonl}}\ntokenizer: {{vocab_size: 60}}\ntraining: {{use_cpu: true}}\n"
+        "student: {model_type: bert, hidden_size: 16, num_hidden_layers: 1, num_attention_heads: 2, intermediate_size: 16}\n"
+    )
+    with pytest.raises(DistillError, match="nothing to resume: there is no checkpoint"):
+        train(recipe, work_dir=str(tmp_path / "out"), resume="auto")
+    with pytest.raises(DistillError, match="is no checkpoint's folder"):
+        train(recipe, work_dir=str(tmp_path / "out"), resume="nowhere")

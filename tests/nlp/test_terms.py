@@ -7,11 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 
 import nlp_support as support
 from taskdistill import DistillError, WiringError
 from taskdistill_nlp import TERMS
 from taskdistill_nlp.student import graft
+from taskdistill_nlp.tasks import example
 from taskdistill_nlp.tokens import read_batch
 
 GENERAL = {
@@ -323,3 +325,45 @@ def test_the_teacher_computes_no_loss_and_stays_as_it_is():
     assert seen == [{"input_ids", "attention_mask"}]
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
+
+
+def test_outputs_that_are_no_classes_are_refused():
+    models = [support.model("bert", seed=s, num_labels=1) for s in (1, 2)]
+    with pytest.raises(WiringError, match="a single output"):
+        graft(*models, ["SoftTargets"])
+    models = [support.model("bert", seed=s, problem_type="multi_label_classification") for s in (1, 2)]
+    with pytest.raises(WiringError, match="multi_label_classification"):
+        graft(*models, ["SoftTargets"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (
+            "BartForSequenceClassification",
+            dict(
+                d_model=16,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=16,
+                decoder_ffn_dim=16,
+                vocab_size=40,
+            ),
+        ),
+        ("T5ForSequenceClassification", dict(d_model=16, d_kv=8, num_layers=1, num_heads=2, d_ff=16, vocab_size=40)),
+        ("GPT2ForSequenceClassification", dict(n_embd=16, n_layer=1, n_head=2, vocab_size=40)),
+        ("ResNetForImageClassification", dict(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1])),
+    ],
+)
+def test_the_dry_run_is_made_for_awkward_models(kind, settings):
+    cls = getattr(transformers, kind)
+    model = cls(cls.config_class(**settings)).eval()
+    with torch.no_grad():
+        assert model(**example(model)).logits.ndim == 2
+
+
+def test_images_cut_into_other_positions():
+    with pytest.raises(WiringError, match="cut images into 5 and 17 positions"):
+        graft(support.model("vit"), support.model("vit", patch_size=4), [dict(type="HiddenStates", layers="final")])

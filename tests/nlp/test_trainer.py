@@ -10,11 +10,19 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer, TrainerCallback
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+)
 
 import nlp_support as support
 from taskdistill import DistillError, WiringError
-from taskdistill_nlp import DistillTrainer, HiddenStates, SoftTargets, distill
+from taskdistill_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill
+from taskdistill_nlp.student import graft
 
 ALL = [
     "SoftTargets",
@@ -471,3 +479,81 @@ def test_recipes_train_and_print(tmp_path):
         assert trainer.distiller.terms
         assert all(isinstance(spec, dict) for spec in RECIPES.get(recipe)())
     assert trained(tmp_path, more={"recipe": "gkd"}, family="llama", steps=1).distiller.terms
+
+
+def trainer_of(folder, kind=DistillTrainer, **settings):
+    more = (
+        dict(teacher=support.model("bert", 32, seed=2), terms=["SoftTargets", "HiddenStates"])
+        if kind is DistillTrainer
+        else {}
+    )
+    return kind(
+        model=support.model("bert", seed=1),
+        args=support.arguments(folder, **settings),
+        train_dataset=support.samples(12),
+        eval_dataset=support.samples(4),
+        data_collator=support.collate,
+        **more,
+    )
+
+
+def test_distilling_after_an_evaluation_in_mixed_precision(tmp_path):
+    trainer = trainer_of(tmp_path, Trainer, bf16=True, bf16_full_eval=False)
+    trainer.evaluate()
+    distill(trainer, teacher=support.model("bert", 32, seed=2), terms=["HiddenStates"])
+    trainer.train()
+    assert any("distill.hidden_states.loss" in entry for entry in trainer.state.log_history)
+
+
+def test_a_patched_forward_is_said(tmp_path):
+    student = support.model("bert")
+    student.forward = lambda **inputs: None
+    with pytest.raises(DistillError, match="something has replaced the forward"):
+        graft(student, support.model("bert", seed=2), ["SoftTargets"])
+
+
+def test_figures_of_a_second_run_and_after_resuming(tmp_path):
+    trainer = trainer_of(tmp_path, logging_steps=2, save_strategy="steps", save_steps=1, learning_rate=0.0)
+    trainer.train()
+    trainer.train()
+    resumed = trainer_of(tmp_path, logging_steps=2, learning_rate=0.0)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for found in (trainer, resumed):
+        entries = [entry for entry in found.state.log_history if "task_loss" in entry]
+        for entry in entries if found is trainer else entries[-1:]:
+            parts = [v for k, v in entry.items() if k.startswith("distill.") or k == "task_loss"]
+            assert sum(parts) == pytest.approx(entry["loss"], rel=1e-3)
+
+
+def test_a_copy_of_a_student_in_training(tmp_path):
+    trainer = trainer_of(tmp_path)
+    trainer.train()
+    twin = copy.deepcopy(trainer.model)
+    batch = support.collate(support.samples(2))
+    twin.eval(), trainer.model.eval()
+    assert torch.equal(twin(**batch).logits, trainer.model(**batch).logits)
+
+
+def test_generation_in_the_evaluation(tmp_path):
+    arguments = Seq2SeqTrainingArguments(
+        str(tmp_path),
+        max_steps=1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+        predict_with_generate=True,
+        save_strategy="no",
+    )
+    data = [{**sample, "teacher_token_type_ids": torch.zeros(3)} for sample in support.samples(4, "seq2seq")]
+    trainer = Seq2SeqTrainer(
+        model=support.model("t5", seed=1),
+        args=arguments,
+        train_dataset=data,
+        eval_dataset=data,
+        data_collator=DistillCollator(support.collate),
+        compute_metrics=lambda predicted: {"rows": float(len(predicted.predictions))},
+    )
+    distill(trainer, teacher=support.model("t5", 32, seed=2), terms=["ForwardKL"])
+    trainer.args.remove_unused_columns = False
+    trainer.train()
+    assert trainer.evaluate(max_new_tokens=3)["eval_rows"] == 4
