@@ -347,6 +347,14 @@ def read_real(root: Path, fraction: float) -> list[tuple[Part, dict[str, Dataset
     return parts
 
 
+def _embedded(folder: Path, split: str) -> list[tuple[Part, dict[str, Dataset]]]:
+    """The docstrings' parts, written to ``folder``; tables are of ``split``."""
+    write_sentences(folder, DATA)
+    read = {name: read_data(dict(train=folder / f"{name}.jsonl"))["train"] for name in ("train", "val", split)}
+    sets = {"train": read["train"], "eval": read["val"], "test": read[split]}
+    return [(SENTENCES, sets), (LANGUAGE, sets)]
+
+
 def main(
     seeds: int = 1,
     recipes: str = "default",
@@ -373,27 +381,18 @@ def main(
     check_split(split)
     if device == "cuda" and not torch.cuda.is_available():
         raise DistillError("no CUDA device here; use the device 'cpu'")
-    folder = Path(out)
     known = list(dict.fromkeys(name for part in (SENTENCES, LANGUAGE) for name in part.recipes))
     chosen = choose(recipes, known, known)
-    if data is None:
-        written = write_sentences(folder / "data", DATA)
-        files = {name: str(written / f"{name}.jsonl") for name in ("train", "val", "test")}
-        sets = {name: read_data(dict(train=file))["train"] for name, file in files.items()}
-        sets = {"train": sets["train"], "eval": sets["val"], "test": sets[split]}
-        parts = [(SENTENCES, sets), (LANGUAGE, sets)]
-    else:
-        parts = read_real(Path(data), fraction)
+    folder = Path(out)
+    tested = "val split" if data is not None or split == "val" else "test split"
     results = []
     with _quiet():
+        parts = _embedded(folder / "data", split) if data is None else read_real(Path(data), fraction)
         for part, sets in parts:
             names = list(part.default) if recipes == "default" else [name for name in chosen if name in part.recipes]
             if names or recipes == "none":
-                split_name = "val split" if data is not None or split == "val" else "test split"
                 run = partial(_train_all, part, sets, names, folder / part.name, iterations, device)
-                results += _compare(
-                    part, sets, run, folder / part.name, range(first_seed, first_seed + seeds), split_name
-                )
+                results += _compare(part, sets, run, folder / part.name, range(first_seed, first_seed + seeds), tested)
     return results
 
 
