@@ -72,3 +72,7 @@ LD_WEIGHTED_AVG4_025_GRAD_SQ = 4.91002661651e-05
 LD_WEIGHTED_AVG16_025 = 0.0420891721338  # avg_factor = 16
 # The same class as the authors use it for class logits: logits(), T = 2, weight 10, avg_factor = 5, mean over classes.
 CLASS_KD_T2_W10 = 5.07569435035
+
+# jbwang1997/CrossKD@87e156a46259e3a516b65fc6a049b200b9ab0d54, mmdet/models/losses/pkd_loss.py, features(): value, gradient at
+# [0, 0, 0, 0], sum of squared gradients. It standardises with the unbiased deviation plus 1e-6: (n - 1) / n of 1 - r for n positions.
+PEARSON = (0.9695648270993387, -0.0044095240738358426, 0.002718827447932711)

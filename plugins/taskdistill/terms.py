@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterKind, build_adapter
+from .distributed import total_over_ranks, world_size
 from .errors import DistillError, WiringError
-from .losses import Ratio, channel_wise, hint, logit_matching, mixed_targets, soft_targets, weighted_ratio
+from .losses import Ratio, channel_wise, hint, logit_matching, mixed_targets, pearson, soft_targets, weighted_ratio
 from .losses.soft_targets import check_temperature
 from .regions import All, Batch, Region
 from .registry import LOSSES, REGIONS, TERMS, Registry
@@ -216,11 +217,14 @@ class FeatureImitation(TapTerm):
                     f"{self.name}: region {self.region_name!r} cannot place the positions of {t_tap} {tuple(t.shape)} in the "
                     "image; tap a map (B, C, H, W), such as the output of a stage"
                 )
-            adapter = build_adapter(self.adapter_kind, s, t, f"{self.name} ({s_tap} → {t_tap})")
+            adapter = build_adapter(self._adapter_kind(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
             self.rows.append(
                 self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region=self.region_name)
             )
+
+    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+        return self.adapter_kind
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
@@ -229,14 +233,45 @@ class FeatureImitation(TapTerm):
             if weight is not None and t.ndim == 4:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
                 t = t.masked_fill((weight == 0)[:, None], 0)
-            items = self.loss(adapter(s, t), t, dim=1 if t.ndim == 4 else -1, reduction="none")
-            ratios.append(weighted_ratio(items, weight))
+            ratios.append(self._compare(adapter(s, t), t, weight))
         return mean_of(ratios)
+
+    def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
+        items = self.loss(student, teacher, dim=1 if teacher.ndim == 4 else -1, reduction="none")
+        return weighted_ratio(items, weight)
 
 
 @TERMS.register
 class Hint(FeatureImitation):
     """FitNets' hint (arXiv 1412.6550): feature imitation of one layer, every position, squared error."""
+
+
+@TERMS.register
+class PearsonImitation(FeatureImitation):
+    """Features that correlate with the teacher's, channel by channel, whatever their scale (PKD; Cao et al. 2022, arXiv 2207.02039).
+
+    The correlation is over all positions of the batch, on several processes over those of all of them. Several tensors weigh
+    alike. The paper's weights are 6 for Faster R-CNN and 10 for RetinaNet, on the pyramid.
+
+    Args:
+        tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
+        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
+        region: ``"all"`` (padding excluded) or another; positions at weight 0 take no part.
+    """
+
+    def __init__(
+        self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
+    ) -> None:
+        super().__init__(tap, adapter=adapter, region=region, **settings)
+
+    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+        return adapter_where_channels_differ(self.adapter_kind, student, teacher)
+
+    def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
+        dim = 1 if teacher.ndim == 4 else -1
+        share = 1 / world_size()  # every process computes the same
+        value = pearson(student, teacher, dim=dim, weight=weight, total=total_over_ranks)
+        return Ratio(value * share, value.new_full((), share))
 
 
 @TERMS.register
@@ -276,9 +311,7 @@ class ChannelWise(TapTerm):
                 raise WiringError(
                     f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be maps (B, C, H, W)"
                 )
-            kind = self.adapter_kind
-            if kind == "auto" and s.shape[1] == t.shape[1]:
-                kind = "none"
+            kind = adapter_where_channels_differ(self.adapter_kind, s, t)
             adapter = build_adapter(kind, s, t, f"{self.name} ({s_tap} → {t_tap})", align_corners=self.align_corners)
             self.adapters.append(adapter)
             self.rows.append(
@@ -469,6 +502,12 @@ def check_region(term: Term, region: Region, name: str, wiring: Wiring) -> None:
     missing = region.needs - wiring.fields
     if missing:
         raise WiringError(f"{term.name}: region {name!r} needs {', '.join(sorted(missing))}, not given here")
+
+
+def adapter_where_channels_differ(kind: AdapterKind, student: Tensor, teacher: Tensor) -> AdapterKind:
+    """What ``"auto"`` is for terms that leave channels alone where they agree."""
+    dim = 1 if teacher.ndim == 4 else -1
+    return "none" if kind == "auto" and student.shape[dim] == teacher.shape[dim] else kind
 
 
 def adapter_label(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:

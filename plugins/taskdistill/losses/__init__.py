@@ -11,6 +11,7 @@ from .divergences import generalized_jsd, reverse_kl, skewed_kl
 from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
+from .pearson import pearson
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
 from .states import cosine, patient
@@ -39,6 +40,7 @@ __all__ = [
     "mixed_targets",
     "pairwise_affinity",
     "patient",
+    "pearson",
     "pixel_relations",
     "reduce_loss",
     "reverse_kl",

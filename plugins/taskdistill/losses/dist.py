@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..registry import LOSSES
-from .reduction import Reduction, divide, reduce_loss, same_shape, upcast
+from .correlation import correlation, correlation_over_items
+from .reduction import Reduction, reduce_loss, same_shape, upcast
 from .soft_targets import check_temperature
 
 
@@ -38,7 +38,7 @@ def dist_between_classes(
     """
     p, q = _probabilities(student_logits, teacher_logits, temperature, dim, weight)
     squared_means = p.new_tensor(1 / p.shape[-1])
-    items = 1 - _correlation(
+    items = 1 - correlation(
         (p - p.mean(-1, keepdim=True), squared_means), (q - q.mean(-1, keepdim=True), squared_means), -1
     )
     return reduce_loss(items * temperature**2, weight, reduction)
@@ -66,11 +66,8 @@ def dist_within_classes(
     p, q = (
         x.reshape(-1, x.shape[-1]) for x in _probabilities(student_logits, teacher_logits, temperature, dim, weight)
     )
-    w = torch.ones_like(p[:, :1]) if weight is None else weight.reshape(-1, 1).to(p.dtype)
-    count = total(w.sum(0))
-    means = [divide(total((w * x).sum(0)), count) for x in (p, q)]
-    centred = [((x - mean) * w.sqrt(), count * mean.square()) for x, mean in zip((p, q), means, strict=True)]
-    items = (1 - _correlation(centred[0], centred[1], 0, total)) * temperature**2 * (count > 0)
+    found, count = correlation_over_items(p, q, None if weight is None else weight.reshape(-1), total)
+    items = (1 - found) * temperature**2 * (count > 0)
     return reduce_loss(items, None, reduction)
 
 
@@ -84,19 +81,3 @@ def _probabilities(
     if weight is not None:
         s, t = (x.masked_fill((weight == 0)[..., None], 0) for x in (s, t))
     return (s / temperature).softmax(-1), (t / temperature).softmax(-1)
-
-
-def _correlation(
-    first: tuple[Tensor, Tensor],
-    second: tuple[Tensor, Tensor],
-    dim: int,
-    total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> Tensor:
-    """Of centred values, each with its sum of squared means. Constant ones correlate with nothing: 0, gradient 0."""
-    (p, p_means), (q, q_means) = first, second
-    pq, pp, qq = (total((a * b).sum(dim)) for a, b in ((p, q), (p, p), (q, q)))
-    # What rounding leaves of a constant is none. Not clamp(): the gradient would be q divided by next to nothing.
-    rounding = (8 * torch.finfo(p.dtype).eps) ** 2
-    # NaN is not below anything: it is no constant, and shows in the value, so that the term is dropped.
-    constant = (pp <= rounding * p_means) | (qq <= rounding * q_means) | (pp * qq <= 1e-16)
-    return pq.masked_fill(constant, 0) / (pp * qq).masked_fill(constant, 1).sqrt()

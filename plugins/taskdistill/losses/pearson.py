@@ -1,0 +1,48 @@
+"""Pearson imitation (PKD): features that correlate, whatever their scale.
+
+Cao, Zhang, Liu, Li, Xu, "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
+NeurIPS 2022, arXiv 2207.02039.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from ..registry import LOSSES
+from .correlation import correlation_over_items
+from .reduction import Reduction, reduce_loss, same_shape, upcast
+
+
+@LOSSES.register
+def pearson(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    *,
+    dim: int = 1,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Tensor:
+    r"""1 - Pearson correlation of each channel over all positions of the batch (PKD; Cao et al. 2022).
+
+    .. math:: 1 - r = \tfrac{1}{2 N} \sum_i (\hat s_i - \hat t_i)^2, \qquad \hat x = (x - \mu_x) / \sigma_x
+
+    so that neither the scale nor the offset of a channel matters. A channel that is constant in either model correlates with
+    nothing: 1, without gradient.
+
+    Args:
+        student_features, teacher_features: ``(B, C, H, W)``, or ``(…, C)`` with ``dim=-1``; the same shape.
+        dim: the channel dimension.
+        weight: position weights, of the shape without ``dim``; positions at weight 0 take no part.
+        reduction: over channels; ``"none"`` gives ``(C,)``. Zero when all weights are.
+        total: sums a tensor over processes (with its gradient), to correlate over the positions of all of them.
+    """
+    same_shape(student_features, teacher_features, "pearson")
+    s, t = (upcast(x).movedim(dim, -1) for x in (student_features, teacher_features))
+    if weight is not None:
+        s, t = (x.masked_fill((weight == 0)[..., None], 0) for x in (s, t))
+        weight = weight.reshape(-1)
+    found, count = correlation_over_items(s.flatten(0, -2), t.flatten(0, -2), weight, total)
+    return reduce_loss((1 - found) * (count > 0), None, reduction)
