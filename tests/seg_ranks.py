@@ -41,6 +41,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "prototypes": dict(type="ClassPrototypes"),
     "relations": dict(**RELATIONS, across_ranks=True),
     "imitation": dict(type="FeatureImitation", tap="backbone[3]"),
+    "pearson": dict(type="PearsonImitation", tap="backbone[2]"),
     "wgan-gp": dict(type="AdversarialMask", critic=SMALL_CRITIC),
     "lsgan": dict(type="AdversarialMask", kind="lsgan", critic=SMALL_CRITIC),
     "hinge": dict(type="AdversarialMask", kind="hinge", critic=SMALL_CRITIC, condition_on_image=True, steps=2),

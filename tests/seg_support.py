@@ -41,6 +41,7 @@ EVERY_TERM: dict[str, Any] = dict(
         dict(type="ClassPrototypes", weight=200.0),
         dict(type="CrossImageRelations", nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
         dict(type="FeatureImitation", tap="backbone[3]"),
+        dict(type="PearsonImitation", tap="backbone[2]"),
     ],
 )
 """Settings of a distilled segmentor with every kind of term."""

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from taskdistill import Batch, Distiller, FeatureImitation, SoftTargets, WarmUp
 from taskdistill.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
 from taskdistill.losses import hint
+from taskdistill.terms import PearsonImitation
 
 SHARES = (slice(0, 3), slice(3, 4))  # three images on the first process, one on the second
 IMAGES = torch.sin(torch.arange(4 * 3 * 8 * 8.0)).reshape(4, 3, 8, 8)
@@ -45,7 +46,7 @@ class Net(nn.Module):
 
 
 def distiller(broken_on: int | None) -> Distiller:
-    """Four terms whose counts differ from process to process; a fifth is infinite on one process alone."""
+    """Five terms whose counts differ from process to process; another is infinite on one process alone."""
     rank = dist.get_rank() if dist.is_initialized() else 0
 
     def broken(student: Tensor, teacher: Tensor, *, dim: int, reduction: str) -> Tensor:
@@ -56,6 +57,7 @@ def distiller(broken_on: int | None) -> Distiller:
     terms: list[Any] = [
         FeatureImitation(["trunk", "deep"], weight=0.7, name="valid"),
         FeatureImitation("trunk", region="foreground", weight=2, name="boxes"),
+        PearsonImitation(["trunk", "deep"], weight=0.8, name="related"),
         SoftTargets(temperature=2, hard_weight=0.3, name="mixed"),
         SoftTargets(temperature=4, name="soft"),
         FeatureImitation("deep", name="later", schedule=WarmUp(1)),

@@ -12,6 +12,7 @@ TERMS = Registry(
     parent=CORE_TERMS,
     refused={
         "ChannelWise": "it compares maps (B, C, H, W); use HiddenStates",
+        "PearsonImitation": "it correlates over positions, and padding is among them; use HiddenStates",
         "LogitMatching": "use SoftTargets with a high temperature",
     },
 )

@@ -22,6 +22,7 @@ from taskdistill.regions import Batch
 from taskdistill.taps import Recording
 from taskdistill.terms import ChannelWise as CoreChannelWise
 from taskdistill.terms import FeatureImitation as CoreFeatureImitation
+from taskdistill.terms import PearsonImitation as CorePearsonImitation
 from taskdistill.terms import Taps, Wiring, mean_of
 
 from .dense import LOGITS, ClassScores, HeadTerm, LogitTerm, reads_scores
@@ -137,3 +138,14 @@ class FeatureImitation(HeadTerm, CoreFeatureImitation):
 @TERMS.register
 class Hint(FeatureImitation):
     """FitNets' hint (arXiv 1412.6550): feature imitation of one layer, every pixel that counts, squared error."""
+
+
+@TERMS.register
+class PearsonImitation(HeadTerm, CorePearsonImitation):
+    """Features that correlate with the teacher's over the pixels that count (PKD; Cao et al. 2022, arXiv 2207.02039).
+
+    The core's :class:`taskdistill.terms.PearsonImitation` with ``region="valid"`` by default.
+    """
+
+    def __init__(self, tap: Taps | None = None, *, region: Any = "valid", **settings: Any) -> None:
+        super().__init__(tap, region=region, **settings)

@@ -25,9 +25,9 @@ from taskdistill import (
     WarmUp,
     WiringError,
 )
-from taskdistill.losses import channel_wise, hint, logit_matching, soft_targets
+from taskdistill.losses import channel_wise, hint, logit_matching, pearson, soft_targets
 from taskdistill.regions import foreground_weights
-from taskdistill.terms import ChannelWise, build_terms
+from taskdistill.terms import ChannelWise, PearsonImitation, build_terms
 
 
 class Emit(nn.Module):
@@ -429,6 +429,36 @@ def test_channel_wise_takes_maps_alone():
         distil({"a": torch.zeros(2, 5)}, {"a": torch.zeros(2, 5)}, ChannelWise("parts.a"))
     with pytest.raises(DistillError, match="temperature must be > 0"):
         ChannelWise("parts.a", temperature=0)
+
+
+# --- Pearson imitation
+
+
+def test_pearson_imitation_of_equal_channels_has_no_adapter():
+    student, teacher = (golden.wave((2, 3, 4, 4), f, 0.3, 2.0).float() for f in (0.7, 0.9))
+    distiller = distil({"a": student}, {"a": teacher}, PearsonImitation("parts.a", weight=3.0))
+    torch.testing.assert_close(distiller(EXAMPLE).loss, 3 * pearson(student, teacher))
+    assert not list(distiller.terms.parameters())
+    assert distiller.rows[0].adapter == "NoAdapter"
+    wider = golden.wave((2, 5, 2, 2), 0.9, 0.3, 2.0).float()
+    distiller = distil({"a": student}, {"a": wider}, PearsonImitation("parts.a"))
+    assert distiller.rows[0].adapter == "ConvAdapter 3→5, resize"
+    distiller(EXAMPLE).loss.backward()
+    assert all(p.grad is not None for p in distiller.terms.parameters())
+
+
+def test_pearson_imitation_leaves_padding_out():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 3, 4, 4, generator=generator) for _ in range(2))
+    batch = Batch(padded_size=(32, 32), image_sizes=[(32, 16), (32, 32)])
+    found = []
+    for junk in (0.0, 1e6):
+        s, t = student.clone(), teacher.clone()
+        s[0, :, :, 2:], t[0, :, :, 2:] = junk, -junk
+        found.append(one(s, t, PearsonImitation("parts.a"), batch=batch))
+    torch.testing.assert_close(*found)
+    kept = [torch.cat([x[0, :, :, :2].flatten(1), x[1].flatten(1)], 1).T for x in (student, teacher)]
+    torch.testing.assert_close(found[0], pearson(*kept, dim=-1))
 
 
 # --- what a term shows and hides

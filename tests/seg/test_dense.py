@@ -51,6 +51,7 @@ FEATURE_TERMS = {
     "CrossImageRelations": dict(**RELATIONS, new_pixels=300),
     "ChannelWise features": dict(type="ChannelWise", tap=FEATURES),
     "FeatureImitation": dict(type="FeatureImitation", tap=FEATURES),
+    "PearsonImitation": dict(type="PearsonImitation", tap=FEATURES),
 }
 EVERY = {**LOGIT_TERMS, **FEATURE_TERMS}
 every_term = pytest.mark.parametrize("kind", list(EVERY))
