@@ -170,9 +170,13 @@ class _Watch(TrainerCallback):
         self.score: float | None = None
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
-        if state.global_step and "loss" in (logs or {}):
-            self.progress.show(state.global_step, self.loss, self.score)
+        if "loss" in (logs or {}):
+            self.loss = (logs or {})["loss"]
+            if state.global_step < state.max_steps:
+                self.progress.show(state.global_step, self.loss, self.score)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.progress.show(state.global_step, self.loss, self.score)
 
     def on_evaluate(
         self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
