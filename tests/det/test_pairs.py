@@ -23,6 +23,8 @@ from det_support import (
 FEATURES = [
     dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
     dict(type="FeatureImitation", student_tap="backbone[*]", teacher_tap="backbone[*]", name="stages"),
+    dict(type="PearsonImitation", tap="neck[*]"),
+    dict(type="ChannelWise", tap="neck[*]"),
 ]
 PREDICTIONS = [dict(type="SoftTargets"), dict(type="SoftTargets", name="soft_vlr", region="vlr")]
 PAIRS = {
