@@ -1,6 +1,6 @@
 """``make bench-nlp``: what distilling costs under the Trainer's models, and what chunked losses save.
 
-A BERT of base size teaches one of half its depth and width; weights are random, which costs the same. All variants have the same
+A BERT (of base size on a GPU, smaller on a CPU) teaches one of half its depth and width; weights are random, which costs the same. All variants have the same
 student weights, teacher and batch, and are timed in turn in one process. ``eager maps`` is the usual way to mimic attention:
 both models with ``attn_implementation="eager"`` and ``output_attentions=True``, and a squared error between what they return.
 """
@@ -32,6 +32,8 @@ from .tokens import read_batch
 
 SIZES = {"cpu": (8, 128), "cuda": (64, 128)}
 """Sequences and tokens of the batch."""
+TEACHERS = {"cpu": (384, 8), "cuda": (768, 12)}
+"""Width and layers of the teacher."""
 MAPS = dict(type="AttentionMaps", layers="uniform", heads="averaged", of="distributions")
 VARIANTS: dict[str, Callable[[], list[Any]]] = {
     "SoftTargets": lambda: [dict(type="SoftTargets")],
@@ -59,9 +61,11 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/nlp") -> l
         raise DistillError("no CUDA device here; run the benchmark with --device cpu")
     machine = f"{device}, {torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
     batch, length = SIZES[device]
-    seconds = interleave(steps(device), pairs, device=device)
+    width, layers = TEACHERS[device]
+    seconds = interleave(steps(device, width, layers), pairs, device=device)
     rows = compared(seconds, ["eager maps"])
-    title = f"{machine}, {batch} sequences of {length} tokens, {pairs} interleaved rounds, medians with 95 % intervals"
+    models = f"BERT {layers} × {width} teaches {layers // 2} × {width // 2}"
+    title = f"{machine}, {models}, {batch} sequences of {length} tokens, {pairs} interleaved rounds, medians with 95 % intervals"
     print_rows(rows, title=title)
     chunks = [row for vocabulary in LM_VOCABULARIES for row in language_model(vocabulary, pairs, device)]
     held = f"{machine}, a whole training step of a causal model on {LM_TOKENS} tokens with GeneralizedJSD, {max(pairs // 6, 3)} rounds"
@@ -72,7 +76,7 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/nlp") -> l
     return rows
 
 
-def steps(device: str = "cpu", base: int = 768, depth: int = 12) -> dict[str, Callable[[], Any]]:
+def steps(device: str, base: int, depth: int) -> dict[str, Callable[[], Any]]:
     """The steps to time.
 
     Args:
