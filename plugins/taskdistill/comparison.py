@@ -164,7 +164,7 @@ def draw_curves(runs: Sequence[Outcome], metric: str, path: Path) -> None:
         axis.grid(alpha=0.3)
         labels = len(axis.get_legend_handles_labels()[0])
         if labels > 6:  # beside the lines there is no room
-            axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.24), ncol=2)
+            axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncol=2)
         elif labels:
             axis.legend(fontsize=7)
     figure.tight_layout()
