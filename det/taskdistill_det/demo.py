@@ -86,7 +86,7 @@ def detector(width: int, channels: int, convs: int) -> dict[str, Any]:
 
 TEACHER = ("GFL-R18, width 16", detector(width=16, channels=48, convs=2))
 # Neck and head of one width, as in the literature: the student is smaller in its backbone alone.
-STUDENT = ("GFL-R18, width 4", detector(width=4, channels=48, convs=2))
+STUDENT = ("GFL-R18, width 6", detector(width=6, channels=48, convs=2))
 
 
 def config(
