@@ -58,6 +58,7 @@ ELSEWHERE = {
     "dist_within_classes",
     "memory_relations",
     "pairwise_affinity",
+    "pearson",
     "pixel_relations",
     "token_relations",
 }
