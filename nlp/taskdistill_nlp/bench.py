@@ -1,8 +1,8 @@
 """``make bench-nlp``: what distilling costs under the Trainer's models, and what chunked losses save.
 
-A BERT (of base size on a GPU, smaller on a CPU) teaches one of half its depth and width; weights are random, which costs the same. All variants have the same
-student weights, teacher and batch, and are timed in turn in one process. ``eager maps`` is the usual way to mimic attention:
-both models with ``attn_implementation="eager"`` and ``output_attentions=True``, and a squared error between what they return.
+A BERT (of base size on a GPU, smaller on a CPU) teaches one of half its depth and width; weights are random, which costs the
+same. All variants have the same student weights, teacher and batch, and are timed in turn in one process. ``eager maps`` is the
+usual way to mimic attention: both models with ``attn_implementation="eager"`` and ``output_attentions=True``, and a squared error between what they return.
 """
 
 from __future__ import annotations

@@ -274,6 +274,9 @@ def encode(
         encoded = tokenizer(list(found[text]), truncation=True, max_length=length)
         return Dataset.from_dict({**encoded, "labels": [number(value) for value in found[label]]})
     if task == "tokens":
+        for i, (words, tags) in enumerate(zip(found[text], found[label], strict=True)):
+            if len(words) != len(tags):
+                raise DistillError(f"sample {i} has {len(words)} {text} and {len(tags)} {label}; every word needs one")
         encoded = tokenizer(list(found[text]), truncation=True, max_length=length, is_split_into_words=True)
         labels = []
         for i, tags in enumerate(found[label]):

@@ -128,6 +128,13 @@ def test_a_set_without_its_columns_is_one_line(tmp_path, line, message):
         demo.main(out=tmp_path / "out", data=str(tmp_path))
 
 
+def test_words_without_their_tags_are_one_line(small, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"tokens": ["a", "b"], "tags": ["O"]}) + "\n")
+    with pytest.raises(DistillError, match="sample 0 has 2 tokens and 1 tags"):
+        demo.main(out=tmp_path / "out", data=str(tmp_path), recipes="none", iterations=2)
+
+
 def test_options_that_mean_nothing_are_one_line(capsys):
     assert main(["demo", "nlp", "--fraction", "0.5"]) == 2
     assert "taskdistill demo nlp --data DIR --fraction 0.1" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def pearson(
     .. math:: 1 - r = \tfrac{1}{2 N} \sum_i (\hat s_i - \hat t_i)^2, \qquad \hat x = (x - \mu_x) / \sigma_x
 
     so that neither the scale nor the offset of a channel matters. A channel that is constant in either model correlates with
-    nothing: 1, without gradient.
+    nothing: 1, without gradient. So does one that hardly varies at all (product of the two squared sums at most 1e-16).
 
     Args:
         student_features, teacher_features: ``(B, C, H, W)``, or ``(…, C)`` with ``dim=-1``; the same shape.
