@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from torch import Tensor
 
+from det_stages import staged
 from det_support import BOXES, build, detector, distillation, distilled, part, raw_batch
 
 TERMS: dict[str, Any] = {
@@ -26,17 +27,39 @@ TERMS: dict[str, Any] = {
     "soft": dict(type="SoftTargets"),
     "soft_main": dict(type="SoftTargets", region="main", activation="softmax"),
 }
+ON_PROPOSALS: dict[str, Any] = {
+    "roi_classes": dict(type="SoftTargets"),
+    "roi_weighted": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.8, region="main"),
+    "roi_boxes": dict(type="BoundedRegression", margin=1e6),
+    "roi_features": dict(type="FeatureImitation", tap="roi_head.bbox_head:input"),
+    "rpn_classes": dict(type="SoftTargets", head="rpn_head"),
+    "rpn_boxes": dict(type="BoundedRegression", margin=1e6, head="rpn_head"),
+}
+"""Terms of a two-stage detector; with more samples than proposals nothing is drawn at random."""
 BATCHES = {
     "unequal": BOXES,  # 1 and 2 objects on the first process, 3 and 1 on the second
     "one sided": (*BOXES[1:3], [], []),  # no object at all on the second process
 }
 
 
+def two_stage() -> dict[str, Any]:
+    """A student whose RoI head trains on every proposal."""
+    return staged("Faster R-CNN", samples=500, frozen_bn=True)
+
+
+def two_stage_teacher() -> dict[str, Any]:
+    """Its teacher; the weights lie beside the dense teacher's."""
+    return staged("Faster R-CNN", width=6, channels=12)
+
+
 def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)) -> dict[str, Any]:
     """The loss on a share of the batch, and the distillation gradient; under several processes the mean that DDP takes."""
-    entry = distilled(
-        detector(frozen_bn=True), detector(width=6, channels=12), teacher, terms=[{**TERMS[term], "name": "term"}]
-    )
+    spec = {**TERMS, **ON_PROPOSALS}[term]
+    student, other = detector(frozen_bn=True), detector(width=6, channels=12)
+    if term in ON_PROPOSALS:
+        student, other = two_stage(), two_stage_teacher()
+        teacher = f"{teacher}.staged"
+    entry = distilled(student, other, teacher, terms=[{**spec, "name": "term"}])
     model = build(entry)
     wrapped = model
     if dist.is_initialized():
@@ -64,7 +87,7 @@ def main(rank: int, world: int, store: str, teacher: str, out: str) -> None:
     share = slice(2 * rank, 2 * rank + 2)
     results: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, boxes in BATCHES.items():
-        for term in TERMS:
+        for term in (*TERMS, *ON_PROPOSALS):
             results[name, term] = gradients_of(teacher, term, boxes, share)
     torch.save(results, out)
     dist.destroy_process_group()

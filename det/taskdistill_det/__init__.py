@@ -4,6 +4,7 @@ from taskdistill.hosts import require
 
 require("mmdet", "taskdistill_det")
 
+from .bounded import BoundedRegression  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
 from .recipes import combined, imitation, localization  # noqa: E402
@@ -13,6 +14,7 @@ from .soft_targets import SoftTargets  # noqa: E402
 __all__ = [
     "RECIPES",
     "TERMS",
+    "BoundedRegression",
     "DistilledDetector",
     "LocalizationDistillation",
     "SoftTargets",

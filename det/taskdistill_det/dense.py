@@ -4,62 +4,380 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from mmdet.models.dense_heads import ATSSHead, GFLHead
-from torch import Tensor, nn
+import torch.nn.functional as F
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RPNHead,
+    RTMDetHead,
+    RTMDetSepBNHead,
+    TOODHead,
+    YOLOXHead,
+)
+from mmdet.models.dense_heads.anchor_head import AnchorHead
+from torch import Tensor
 
 from taskdistill.errors import WiringError
 from taskdistill.regions import Batch
 from taskdistill.taps import Recording, Tap
 from taskdistill.terms import Term, Wiring
 
+from .heads import Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
 from .regions import valuable_region
 
-CLASSES = Tap.parse("bbox_head[0][*]")
-BOXES = Tap.parse("bbox_head[1][*]")
-TARGETS = Tap.parse("bbox_head.get_targets()")
-
 AnchorRegion = Literal["all", "main", "vlr"]
-_SUPPORTED = (GFLHead, ATSSHead)
 
 
-def dense_head(model: nn.Module, owner: str, term: Term) -> Any:
-    """The model's dense head, checked to predict what this suite's prediction-level terms read.
+@dataclass
+class Assignment:
+    """Where the student's own assigner put the ground truth; all levels in one row of N priors (anchors or points).
+
+    Attributes:
+        labels: ``(B, N)``, the background being ``num_classes``.
+        assigned: ``(B, N)`` priors that the assigner looked at. The host counts an image's padding up to the size divisor
+            as image.
+        valid: ``(B, N)`` those of them whose centre lies in the image itself.
+        anchors: ``(N, 4)`` in pixels; of a point the point itself, twice.
+        strides: ``(N,)`` pixels between the positions of a level.
+        num_per_level: how many of the N each level has.
+        num_classes: number of foreground classes.
+        targets: ``(B, N, 4)`` as the host's ``get_targets`` has them; they mean something at positives alone.
+    """
+
+    labels: Tensor
+    assigned: Tensor
+    valid: Tensor
+    anchors: Tensor
+    strides: Tensor
+    num_per_level: list[int]
+    num_classes: int
+    targets: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """``(B, N)`` priors that hold an object."""
+        return (self.labels >= 0) & (self.labels < self.num_classes) & self.valid
+
+    def weights(self, region: AnchorRegion, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
+        """``(B, N)``: 1 on ``"all"`` valid priors or on the positives (``"main"``), the IoU in the ``"vlr"``."""
+        if region == "all":
+            return self.valid.float()
+        if region == "main":
+            return self.positive.float()
+        key = f"vlr {variant} {id(self)}"
+        if key not in batch.extra:
+            assert batch.boxes is not None
+            images = zip(self.assigned, batch.boxes, strict=True)
+            found = torch.stack([self._valuable(seen, b.to(self.anchors), variant) for seen, b in images])
+            batch.extra[key] = found * self.valid
+        return batch.extra[key]
+
+    def _valuable(self, seen: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
+        # The thresholds are the assigner's, so they are taken from the anchors that it saw, padding and all.
+        weights = self.anchors.new_zeros(len(self.anchors))
+        counts = torch.stack([level.sum() for level in seen.split(self.num_per_level)]).tolist()
+        weights[seen] = valuable_region(self.anchors[seen], counts, boxes, variant=variant)
+        return weights
+
+
+class DenseHead:
+    """How one kind of dense head is read. No module is kept, so that none is registered or copied.
+
+    The base reads heads that give class logits and ``"deltas"`` of anchors, and whose ``get_targets`` gives lists per level of
+    (anchors, labels, weights, targets, …), as ATSS does.
+    """
+
+    unit: ClassVar[str] = "deltas"
+    """Boxes are compared in the box coder's ``"deltas"``, or as edges in ``"strides"``."""
+    distributions: ClassVar[bool] = False
+    """Whether edges are predicted as distributions over bins."""
+    first: ClassVar[int] = 1
+    """Where labels stand in what ``get_targets`` returns; weights and targets follow."""
+    losses: ClassVar[tuple[str, ...]] = ("loss_cls",)
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        self.kind, self.owner, self.path = type(head).__name__, owner, path
+        self.generator, self.bbox_coder = head.prior_generator, getattr(head, "bbox_coder", None)
+        self.decoded_targets = getattr(head, "reg_decoded_bbox", False)
+        self.sigmoid = getattr(head, "use_sigmoid_cls", True)
+        self.num_classes, self.channels = head.num_classes, head.cls_out_channels
+        self.bins = int(head.reg_max) + 1 if self.distributions else 0
+        self.num_priors = self.generator.num_base_priors[0]
+        self.strides = [_side(stride) for stride in self.generator.strides]
+        self.classes = Tap.parse(f"{path}[0][*]")
+        self.boxes = Tap.parse(f"{path}[1][*]")
+        self.targets = Tap.parse(f"{path}.get_targets()")
+
+    @property
+    def class_taps(self) -> tuple[Tap, ...]:
+        """What :meth:`logits` reads."""
+        return (self.classes,)
+
+    def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
+        """Class logits ``(K, C)`` at chosen priors."""
+        return pick(recording.tensors(self.classes), chosen, self.num_priors)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+        """Boxes ``(K, 4)`` in this head's unit from what it predicts at K priors with these centres and strides."""
+        return picked
+
+    def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
+        """The host's targets ``(K, 4)`` in this head's unit."""
+        if self.unit == "strides":
+            return targets / strides[:, None]
+        return self.bbox_coder.encode(anchors, targets) if self.decoded_targets else targets  # type: ignore[union-attr]
+
+    def regression(self, recording: Recording, chosen: Tensor, assignment: Assignment) -> Tensor:
+        """Boxes ``(K, 4)`` in this head's unit at chosen priors."""
+        anchors, strides = assignment.anchors, assignment.strides
+        places = in_order_of_pick(chosen, assignment.num_per_level)
+        centres = (anchors[places, :2] + anchors[places, 2:]) / 2
+        picked = pick(recording.tensors(self.boxes), chosen, self.num_priors)
+        return self.edges(picked.float(), centres, strides[places])
+
+    def priors(self, recording: Recording) -> tuple[Tensor, Tensor, list[int]]:
+        """Anchors ``(N, 4)``, strides ``(N,)`` and the number of priors of each level."""
+        levels = recording.tensors(self.classes)
+        found = self.generator.grid_priors([level.shape[-2:] for level in levels], device=levels[0].device)
+        counts = [len(level) for level in found]
+        strides = torch.cat([level.new_full((n,), s) for level, n, s in zip(found, counts, self.strides, strict=True)])
+        anchors = torch.cat([level if level.shape[1] == 4 else level.repeat(1, 2) for level in found])
+        return anchors.float(), strides.float(), counts
+
+    def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, whether the assigner looked, and targets: ``(B, N)``, ``(B, N)``, ``(B, N, 4)``."""
+        labels, weights, targets = recording[self.targets][self.first : self.first + 3]
+        return _row(labels, images), _row(weights, images) > 0, _row(targets, images, 4)
+
+    def assignment(self, recording: Recording, batch: Batch) -> Assignment:
+        """The assignment of this step, made once for all terms."""
+        key = f"assignment {self.path}"
+        if key not in batch.extra:
+            images = len(recording.tensors(self.classes)[0])
+            anchors, strides, counts = self.priors(recording)
+            labels, assigned, targets = self.assigned(recording, images)
+            valid = assigned
+            if batch.image_sizes is not None:
+                sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
+                valid = assigned & ((anchors[:, :2] + anchors[:, 2:]) / 2 < sizes).all(-1)
+            batch.extra[key] = Assignment(labels, assigned, valid, anchors, strides, counts, self.num_classes, targets)
+        return batch.extra[key]
+
+
+class _Anchors(DenseHead):
+    """RetinaNet and RPN: targets come without anchors."""
+
+    first = 0
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        if isinstance(head, RPNHead):
+            self.losses = ("loss_rpn_cls",)  # type: ignore[misc]
+
+
+class _Distributions(DenseHead):
+    """GFL: edges as distributions of their distance in strides."""
+
+    unit = "strides"
+    distributions = True
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+        bins = torch.arange(self.bins, device=picked.device, dtype=picked.dtype)
+        distances = F.softmax(picked.unflatten(1, (4, self.bins)), -1) @ bins
+        return _edges(centres / strides[:, None], distances)
+
+
+class _Distances(DenseHead):
+    """RTMDet: distances to the four edges in pixels."""
+
+    unit = "strides"
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+        return _edges(centres / strides[:, None], picked / strides[:, None])
+
+
+class _Points(_Distances):
+    """FCOS: distances in pixels, or in strides while it trains; targets in the same, image after image."""
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        self.by_stride = head.norm_on_bbox
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+        trains = self.owner == "student"
+        distances = picked if self.by_stride and trains else picked / strides[:, None]
+        return _edges(centres / strides[:, None], distances)
+
+    def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
+        distances = targets if self.by_stride else targets / strides[:, None]
+        return _edges(anchors[:, :2] / strides[:, None], distances)
+
+    def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        labels, targets = (_row(part, images, n) for part, n in zip(recording[self.targets], (None, 4), strict=True))
+        return labels, torch.ones_like(labels, dtype=torch.bool), targets
+
+
+class _Aligned(DenseHead):
+    """TOOD: scores and boxes as they are, boxes in strides."""
+
+    unit = "strides"
+
+    def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
+        return super().logits(recording, chosen).float().logit(eps=1e-6)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+        return picked
+
+
+class _Objects(DenseHead):
+    """YOLOX: a class counts together with the objectness; boxes are a centre's offset and the logarithm of a size."""
+
+    unit = "strides"
+    losses = ("loss_cls", "loss_obj")
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        self.objectness = Tap.parse(f"{path}[2][*]")
+        self.targets = Tap.parse(f"{path}._get_targets_single()")
+
+    @property
+    def class_taps(self) -> tuple[Tap, ...]:
+        return (self.classes, self.objectness)
+
+    def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
+        objectness = pick(recording.tensors(self.objectness), chosen, 1).float()
+        log_score = F.logsigmoid(super().logits(recording, chosen).float()) + F.logsigmoid(objectness)
+        return log_score - torch.log(-torch.expm1(log_score.clamp(max=-1e-6)))
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+        middle, half = picked[:, :2] + centres / strides[:, None], picked[:, 2:].exp() / 2
+        return torch.cat([middle - half, middle + half], 1)
+
+    def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = recording[self.targets]
+        labels, targets = [], []
+        for mask, classes, _, boxes, *_ in found if images > 1 else [found]:
+            labels.append(torch.full_like(mask, self.num_classes, dtype=torch.long))
+            targets.append(boxes.new_zeros(len(mask), 4))
+            if len(boxes):
+                labels[-1][mask] = classes.argmax(1)
+                targets[-1][mask] = boxes
+        return torch.stack(labels), torch.ones_like(torch.stack(labels), dtype=torch.bool), torch.stack(targets)
+
+
+KINDS: dict[type, type[DenseHead]] = {
+    GFLHead: _Distributions,
+    TOODHead: _Aligned,
+    ATSSHead: DenseHead,
+    RTMDetSepBNHead: _Distances,
+    RTMDetHead: _Distances,
+    FCOSHead: _Points,
+    YOLOXHead: _Objects,
+    RPNHead: _Anchors,
+    RetinaHead: _Anchors,
+    AnchorHead: _Anchors,
+}
+_READ = ("forward", "get_targets", "loss_by_feat", "_get_targets_single")
+
+
+def dense_head(head: Any, path: str, owner: str, term: Term) -> DenseHead:
+    """A model's dense head as terms read it.
 
     Raises:
-        WiringError: the model has no such head; says which heads there are, and what works without.
+        WiringError: it is of no kind that this suite knows; says what works without.
     """
-    head = getattr(model, "bbox_head", None)
-    known = any(
-        type(head).forward is kind.forward and type(head).get_targets is kind.get_targets  # type: ignore[attr-defined]
-        for kind in _SUPPORTED
-        if isinstance(head, kind)
-    )
-    name = type(head).__name__ if head is not None else f"{type(model).__name__} without bbox_head"
-    if not known:
+    kind = known_head(head, list(KINDS), [method for method in _READ if hasattr(head, method)])
+    if kind is None:
+        names = ", ".join(kind.__name__ for kind in KINDS if kind is not AnchorHead)
         raise WiringError(
-            f"{term.name}: the {owner}'s head {name} is not one that this term can read "
-            f"({', '.join(kind.__name__ for kind in _SUPPORTED)}); FeatureImitation works with any detector"
+            f"{term.name}: the {owner}'s head {type(head).__name__} is not one that this term can read ({names}); "
+            "FeatureImitation works with any detector"
         )
-    assert head is not None
-    if head.num_base_priors != 1:
-        raise WiringError(
-            f"{term.name}: the {owner}'s {name} has {head.num_base_priors} anchors a position; one is supported"
-        )
-    return head
+    return KINDS[kind](head, path, owner)
 
 
-def same_grid(student: Any, teacher: Any, term: Term) -> None:
-    """Raises a :class:`WiringError` unless two heads predict on the same strides and anchors."""
-    left, right = student.prior_generator, teacher.prior_generator
-    if list(left.strides) != list(right.strides):
-        raise WiringError(
-            f"{term.name}: student and teacher predict on different strides, {_first(left.strides)} and "
-            f"{_first(right.strides)}; give both the same anchor_generator.strides"
+class DenseHeads(Heads):
+    """Two dense heads that predict on the same grid."""
+
+    def __init__(self, student: Any, teacher: Any, path: str, term: Term) -> None:
+        self.student = dense_head(student, path, "student", term)
+        self.teacher = dense_head(teacher, path, "teacher", term)
+        same_grid(self.student, self.teacher, term)
+        self.classes, self.host_losses = self.student.num_classes, self.student.losses
+        ours, theirs = (*self.student.class_taps, self.student.targets), self.teacher.class_taps
+        self.class_taps = ours, theirs
+        self.box_taps = (*ours, self.student.boxes), (self.teacher.boxes,)
+        anchors = hasattr(self.student.generator, "base_anchors")
+        self.regions = ("all", "main", "vlr") if anchors else ("all", "main")
+
+    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: AnchorRegion) -> list[Rows]:
+        assignment = self.student.assignment(student, batch)
+        weights = assignment.weights(region, batch)
+        chosen = weights > 0
+        logits, targets = self.student.logits(student, chosen), self.teacher.logits(teacher, chosen)
+        targets = targets if self.student.losses == ("loss_rpn_cls",) else in_students_order(targets, batch.class_order)
+        if region == "all":
+            return [Rows(logits, targets, count=targets.float().sigmoid().amax(1).sum())]
+        return [Rows(logits, targets, weight=pick_weights(weights, chosen, assignment.num_per_level))]
+
+    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
+        assignment = self.student.assignment(student, batch)
+        chosen = assignment.positive
+        boxes = [
+            head.regression(recording, chosen, assignment)
+            for head, recording in ((self.student, student), (self.teacher, teacher))
+        ]
+        places = in_order_of_pick(chosen, assignment.num_per_level)
+        image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
+        target = self.student.true_edges(
+            assignment.targets[image, places].float(), assignment.anchors[places], assignment.strides[places]
         )
-    for level, (a, b) in enumerate(zip(left.base_anchors, right.base_anchors, strict=True)):
+        return [Rows(boxes[0], boxes[1], target=target)]
+
+    def check_classes(self, term: Term) -> None:
+        for head in (self.student, self.teacher):
+            if not head.sigmoid:
+                raise WiringError(
+                    f"{term.name}: the {head.owner}'s {head.kind} has softmax classes; this term needs sigmoid ones"
+                )
+        same_number_of_classes(self.student.channels, self.teacher.channels, term)
+
+    def check_boxes(self, term: Term) -> None:
+        if self.student.unit != self.teacher.unit:
+            raise WiringError(
+                f"{term.name}: the student's {self.student.kind} predicts boxes in {self.student.unit}, the teacher's "
+                f"{self.teacher.kind} in {self.teacher.unit}; give both a head of one kind"
+            )
+        if self.student.unit == "deltas":
+            same_box_coder(self.student, self.teacher, term)
+
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"]) -> list[tuple[Any, Any, Tap, Tap]]:
+        ours, theirs = (getattr(head, kind) for head in (self.student, self.teacher))
+        recorded = zip(wiring.student_recording.tensors(ours), wiring.teacher_recording.tensors(theirs), strict=True)
+        return [(s, t, ours, theirs) for s, t in recorded]
+
+
+def same_grid(student: DenseHead, teacher: DenseHead, term: Term) -> None:
+    """Raises a :class:`WiringError` unless two heads predict on the same strides, and on the same anchors if both have some."""
+    if student.strides != teacher.strides:
+        raise WiringError(
+            f"{term.name}: student and teacher predict on different strides, {student.strides} and {teacher.strides}; "
+            "give both the same anchor_generator.strides"
+        )
+    if student.num_priors != teacher.num_priors:
+        raise WiringError(
+            f"{term.name}: the student has {student.num_priors} anchors a position, the teacher {teacher.num_priors}; "
+            "give both the same anchor_generator"
+        )
+    pairs = [getattr(head.generator, "base_anchors", None) for head in (student, teacher)]
+    if None in pairs:
+        return
+    for level, (a, b) in enumerate(zip(*pairs, strict=True)):
         if a.shape != b.shape or not torch.allclose(a, b):
             raise WiringError(
                 f"{term.name}: student and teacher have different anchors on level {level}, {a.tolist()} and {b.tolist()}; "
@@ -67,146 +385,63 @@ def same_grid(student: Any, teacher: Any, term: Term) -> None:
             )
 
 
-def same_box_coder(student: Any, teacher: Any, term: Term) -> None:
-    """Raises a :class:`WiringError` unless two heads code boxes alike."""
-    left, right = student.bbox_coder, teacher.bbox_coder
-    if type(left) is not type(right) or vars(left) != vars(right):
-        raise WiringError(
-            f"{term.name}: student and teacher code boxes differently, {type(left).__name__} {vars(left)} and "
-            f"{type(right).__name__} {vars(right)}; give both the same bbox_coder"
-        )
-
-
-def same_classes(student: Any, teacher: Any, term: Term) -> None:
-    """Raises a :class:`WiringError` unless two heads have sigmoid outputs for equally many classes."""
-    for owner, head in (("student", student), ("teacher", teacher)):
-        if not getattr(head, "use_sigmoid_cls", False):
-            raise WiringError(
-                f"{term.name}: the {owner}'s {type(head).__name__} has softmax classes; this term needs sigmoid ones"
-            )
-    if student.cls_out_channels != teacher.cls_out_channels:
-        raise WiringError(
-            f"{term.name}: the student predicts {student.cls_out_channels} classes, the teacher {teacher.cls_out_channels}; "
-            "train both on the same classes"
-        )
-
-
-def distribution_bins(head: Any, owner: str, term: Term) -> int:
+def distribution_bins(head: DenseHead, term: Term) -> int:
     """Number of bins of a head that predicts box edges as distributions.
 
     Raises:
         WiringError: the head predicts plain numbers.
     """
-    if not (hasattr(head, "reg_max") and hasattr(head, "integral")):
+    if not head.distributions:
         raise WiringError(
-            f"{term.name}: the {owner}'s {type(head).__name__} predicts box edges as numbers, not as distributions "
+            f"{term.name}: the {head.owner}'s {head.kind} predicts box edges as numbers, not as distributions "
             "(reg_max), so there is no localization to distil; use a GFLHead, or FeatureImitation and SoftTargets"
         )
-    return int(head.reg_max) + 1
+    return head.bins
 
 
-@dataclass
-class Assignment:
-    """Where the student's own assigner put the ground truth, read from its ``get_targets``; all levels in one row.
-
-    Attributes:
-        labels: ``(B, N)``, the background being ``num_classes``.
-        assigned: ``(B, N)`` anchors that the assigner looked at. The host counts an image's padding up to the size divisor
-            as image.
-        valid: ``(B, N)`` those of them whose centre lies in the image itself.
-        anchors: ``(B, N, 4)`` in pixels.
-        num_per_level: how many of the N each level has.
-        num_classes: number of foreground classes.
-    """
-
-    labels: Tensor
-    assigned: Tensor
-    valid: Tensor
-    anchors: Tensor
-    num_per_level: list[int]
-    num_classes: int
-
-    @classmethod
-    def of(cls, student: Recording, batch: Batch, num_classes: int) -> Assignment:
-        """The assignment of this step, made once for all terms."""
-        found = batch.extra.get("assignment")
-        if found is None:
-            per_level, labels, label_weights = student[TARGETS][:3]
-            anchors = torch.cat([level.reshape(len(level), -1, 4) for level in per_level], 1)
-            assigned = torch.cat([level.reshape(len(level), -1) for level in label_weights], 1) > 0
-            valid = assigned
-            if batch.image_sizes is not None:
-                sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
-                valid = assigned & ((anchors[..., :2] + anchors[..., 2:]) / 2 < sizes).all(-1)
-            found = cls(
-                labels=torch.cat([level.reshape(len(level), -1) for level in labels], 1),
-                assigned=assigned,
-                valid=valid,
-                anchors=anchors,
-                num_per_level=[level.shape[1] for level in labels],
-                num_classes=num_classes,
-            )
-            batch.extra["assignment"] = found
-        return found
-
-    @property
-    def positive(self) -> Tensor:
-        """``(B, N)`` anchors that hold an object."""
-        return (self.labels >= 0) & (self.labels < self.num_classes) & self.valid
-
-    def weights(self, region: AnchorRegion, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
-        """``(B, N)``: 1 on ``"all"`` valid anchors or on the positives (``"main"``), the IoU in the ``"vlr"``."""
-        if region == "all":
-            return self.valid.float()
-        if region == "main":
-            return self.positive.float()
-        key = f"vlr {variant}"
-        if key not in batch.extra:
-            assert batch.boxes is not None
-            images = zip(self.anchors, self.assigned, batch.boxes, strict=True)
-            found = torch.stack([self._valuable(a, seen, b.to(a), variant) for a, seen, b in images])
-            batch.extra[key] = found * self.valid
-        return batch.extra[key]
-
-    def _valuable(self, anchors: Tensor, seen: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
-        # The thresholds are the assigner's, so they are taken from the anchors that it saw, padding and all.
-        weights = anchors.new_zeros(len(anchors))
-        counts = torch.stack([level.sum() for level in seen.split(self.num_per_level)]).tolist()
-        weights[seen] = valuable_region(anchors[seen], counts, boxes, variant=variant)
-        return weights
-
-
-def pick(levels: Sequence[Tensor], chosen: Tensor, num_per_level: Sequence[int]) -> Tensor:
-    """Predictions at chosen anchors, without a copy of all the others.
+def pick(levels: Sequence[Tensor], chosen: Tensor, num_priors: int) -> Tensor:
+    """Predictions at chosen priors, without a copy of all the others.
 
     Args:
-        levels: per level ``(B, C, H, W)``.
-        chosen: ``(B, N)`` mask over the anchors of all levels.
-        num_per_level: H·W of each level.
+        levels: per level ``(B, A·C, H, W)``.
+        chosen: ``(B, N)`` mask over the priors of all levels, position by position.
+        num_priors: A, those of one position.
 
     Returns:
         ``(K, C)``, level by level, in each the order of ``chosen``.
     """
     rows = []
-    for level, mask in zip(levels, chosen.split(list(num_per_level), 1), strict=True):
-        image, position = mask.nonzero(as_tuple=True)
-        width = level.shape[-1]
-        rows.append(level[image, :, position // width, position % width])
+    counts = [level.shape[-2] * level.shape[-1] * num_priors for level in levels]
+    for level, mask in zip(levels, chosen.split(counts, 1), strict=True):
+        image, prior = mask.nonzero(as_tuple=True)
+        position, width = prior // num_priors, level.shape[-1]
+        by_prior = level.unflatten(1, (num_priors, -1))
+        rows.append(by_prior[image, prior % num_priors, :, position // width, position % width])
     return torch.cat(rows)
 
 
 def pick_weights(weights: Tensor, chosen: Tensor, num_per_level: Sequence[int]) -> Tensor:
-    """The weights ``(B, N)`` at chosen anchors in the order of :func:`pick`: ``(K,)``."""
+    """The weights ``(B, N)`` at chosen priors in the order of :func:`pick`: ``(K,)``."""
     counts = list(num_per_level)
     return torch.cat([w[m] for w, m in zip(weights.split(counts, 1), chosen.split(counts, 1), strict=True)])
 
 
-def heads_of(wiring: Wiring, term: Term) -> tuple[Any, Any]:
-    """Student's and teacher's dense heads, checked to predict on the same grid and anchors."""
-    student, teacher = dense_head(wiring.student, "student", term), dense_head(wiring.teacher, "teacher", term)
-    same_grid(student, teacher, term)
-    return student, teacher
+def in_order_of_pick(chosen: Tensor, num_per_level: Sequence[int], *, images: bool = False) -> Tensor:
+    """For each chosen prior, in the order of :func:`pick`, which of the N it is, or of which image: ``(K,)``."""
+    places = torch.arange(chosen.shape[0 if images else 1], device=chosen.device)
+    places = (places[:, None] if images else places).expand_as(chosen)
+    return pick_weights(places, chosen, num_per_level)
 
 
-def _first(strides: Sequence[Any]) -> list[int]:
-    return [stride[0] if isinstance(stride, (tuple, list)) else stride for stride in strides]
+def _edges(centres: Tensor, distances: Tensor) -> Tensor:
+    return torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], 1)
+
+
+def _row(levels: Sequence[Tensor], images: int, width: int | None = None) -> Tensor:
+    """All levels as ``(B, N)`` or ``(B, N, width)``."""
+    shape = (images, -1) if width is None else (images, -1, width)
+    return torch.cat([level.reshape(shape) for level in levels], 1)
+
+
+def _side(stride: Any) -> int:
+    return stride[0] if isinstance(stride, (tuple, list)) else stride

@@ -12,6 +12,7 @@ from taskdistill.regions import Batch
 from taskdistill_mm.graft import Graft
 
 from .registry import RECIPES, TERMS
+from .rois import REPLAY
 
 
 @MODELS.register_module()
@@ -33,6 +34,7 @@ class DistilledDetector(Graft):
     _terms = TERMS
     _recipes = RECIPES
     _fields = frozenset({"boxes", "labels", "image_sizes"})
+    _replay = REPLAY
 
     @classmethod
     def _example_samples(cls, size: int) -> list[DetDataSample]:

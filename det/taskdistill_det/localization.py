@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from taskdistill.errors import DistillError, WiringError
 from taskdistill.losses import Ratio, localization, weighted_ratio
@@ -13,7 +13,8 @@ from taskdistill.regions import Batch
 from taskdistill.taps import Recording
 from taskdistill.terms import Term, Wiring
 
-from .dense import BOXES, CLASSES, TARGETS, Assignment, distribution_bins, heads_of, pick, pick_weights, same_box_coder
+from .dense import DenseHeads, distribution_bins, pick, pick_weights
+from .heads import find_heads, same_box_coder
 from .registry import TERMS
 
 
@@ -35,8 +36,7 @@ class LocalizationDistillation(Term):
         vlr_variant: see :func:`taskdistill_det.regions.valuable_region`.
     """
 
-    student_taps = (BOXES, CLASSES, TARGETS)
-    teacher_taps = (BOXES,)
+    heads: DenseHeads
 
     def __init__(
         self,
@@ -57,33 +57,39 @@ class LocalizationDistillation(Term):
             if given not in ("code", "paper"):
                 raise DistillError(f"LocalizationDistillation: variant must be 'code' or 'paper', got {given!r}")
         self.temperature, self.region, self.variant, self.vlr_variant = temperature, region, variant, vlr_variant
-        self.num_classes = 0
-        self.bins = 0
 
-    def wire(self, wiring: Wiring) -> None:
-        student, teacher = heads_of(wiring, self)
-        bins = [distribution_bins(head, owner, self) for head, owner in ((student, "student"), (teacher, "teacher"))]
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        heads = find_heads(student, teacher, "auto", self)
+        if not isinstance(heads, DenseHeads):
+            raise WiringError(
+                f"{self.name}: a {type(student).__name__} predicts box edges as numbers, not as distributions (reg_max); use a "
+                "GFLHead, or BoundedRegression"
+            )
+        bins = [distribution_bins(head, self) for head in (heads.student, heads.teacher)]
         if bins[0] != bins[1]:
             raise WiringError(
                 f"{self.name}: the student's edges have {bins[0]} bins, the teacher's {bins[1]}; give both the same reg_max"
             )
-        same_box_coder(student, teacher, self)
-        self.num_classes, self.bins = student.num_classes, bins[0]
-        pairs = zip(wiring.student_recording.tensors(BOXES), wiring.teacher_recording.tensors(BOXES), strict=True)
-        self.rows += [self.row(s, t, taps=(BOXES, BOXES), region=self.region) for s, t in pairs]
+        same_box_coder(heads.student, heads.teacher, self)
+        self.heads = heads
+        self.student_taps, self.teacher_taps = heads.box_taps
+
+    def wire(self, wiring: Wiring) -> None:
+        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes"):
+            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region=self.region))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        assignment = Assignment.of(student, batch, self.num_classes)
-        levels = assignment.num_per_level
+        ours, theirs = self.heads.student, self.heads.teacher
+        assignment = ours.assignment(student, batch)
         weights = assignment.weights(self.region, batch, self.vlr_variant)
         chosen = weights > 0
-        edges = self._edges(pick(student.tensors(BOXES), chosen, levels))
-        targets = self._edges(pick(teacher.tensors(BOXES), chosen, levels))
+        edges = self._edges(pick(student.tensors(ours.boxes), chosen, 1))
+        targets = self._edges(pick(teacher.tensors(theirs.boxes), chosen, 1))
         items = localization(edges, targets, self.temperature, variant=self.variant, reduction="none").mean(-1)
         if self.region == "main":
-            scores = pick(student.tensors(CLASSES), chosen, levels).detach().float().sigmoid()
+            scores = ours.logits(student, chosen).detach().float().sigmoid()
             return weighted_ratio(items, scores.amax(1))
-        return weighted_ratio(items, pick_weights(weights, chosen, levels))
+        return weighted_ratio(items, pick_weights(weights, chosen, assignment.num_per_level))
 
     def _edges(self, picked: Tensor) -> Tensor:
-        return picked.reshape(-1, 4, self.bins)
+        return picked.unflatten(1, (4, self.heads.student.bins))

@@ -22,13 +22,30 @@ from .losses.reduction import Ratio, divide
 from .regions import Batch
 from .registry import TERMS, Registry
 from .schedules import Step
-from .taps import Recorder, Recording
+from .taps import Recorder, Recording, Tap
 from .teacher import Teacher
 from .terms import Term, Wiring, WiringRow, build_terms
 
 logger = logging.getLogger("taskdistill")
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A part of the teacher that runs on what the *student* drew (its proposals): after the student, on the same calls.
+
+    Attributes:
+        path: the module; the teacher's taps in it are recorded in the replay, not in the teacher's own pass.
+        student_taps: what the replay needs of the student's pass.
+        teacher_taps: what it needs of the teacher's own pass.
+        run: ``(teacher's model, student's recording, teacher's recording, batch)``; calls the part.
+    """
+
+    path: str
+    student_taps: Sequence[Tap]
+    teacher_taps: Sequence[Tap]
+    run: Callable[[nn.Module, Recording, Recording, Batch], None]
 
 
 class HostDistiller(nn.Module):
@@ -52,6 +69,7 @@ class HostDistiller(nn.Module):
             built = build_terms(terms, registry)
         self.terms = nn.ModuleDict({term.name: term for term in built})
         self.dropped = dict.fromkeys(self.terms, 0)
+        self._replay: tuple[Replay, Recorder] | None = None
 
     def wire(
         self,
@@ -60,6 +78,7 @@ class HostDistiller(nn.Module):
         run_teacher: Callable[[], Any],
         fields: frozenset[str] = frozenset(),
         facts: Mapping[str, Any] | None = None,
+        replay: Replay | None = None,
     ) -> None:
         """Sizes every adapter by one dry run of both models in eval mode, and checks every term.
 
@@ -69,6 +88,7 @@ class HostDistiller(nn.Module):
             run_student, run_teacher: run the two models on a small example.
             fields: which fields of :class:`Batch` the host fills.
             facts: what else the host's own terms ask for (see :class:`~taskdistill.terms.Wiring`).
+            replay: the part of the teacher that runs on what the student drew, where some term taps it.
 
         Raises:
             WiringError: the first term that cannot be wired, with taps, shapes and what to do.
@@ -81,9 +101,10 @@ class HostDistiller(nn.Module):
                 )
         for term in self._all_terms():
             term.prepare(student, teacher)
+        student_taps, teacher_taps, replayed = self._taps(replay)
         with isolated_rng(), torch.no_grad():
-            self._student_recorder = self._recorder(student, "student")
-            self._teacher_recorder = self._recorder(teacher, "teacher")
+            self._student_recorder = self._recorder(student, "student", student_taps)
+            self._teacher_recorder = self._recorder(teacher, "teacher", teacher_taps)
             with eval_mode(student):
                 for module in student.modules():
                     # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
@@ -91,19 +112,34 @@ class HostDistiller(nn.Module):
                 student_recording = self._student_recorder.rehearse(student, run_student)
             self.teacher.ensure_eval()
             teacher_recording = self._teacher_recorder.rehearse(teacher, run_teacher)
+            if replay is not None and replayed:
+                self._replay = replay, self._recorder(teacher, "teacher", replayed)
+                drawn, seen = student_recording, teacher_recording
+                again = self._replay[1].rehearse(teacher, lambda: replay.run(teacher, drawn, seen, Batch()))
+                teacher_recording = teacher_recording.joined(again)
+            outside = (replay.path,) if replay is not None else ()
             with torch.enable_grad():
                 for term in self._all_terms():
-                    term.wire(Wiring(student, teacher, student_recording, teacher_recording, fields, facts or {}))
+                    recordings = student_recording, teacher_recording
+                    term.wire(Wiring(student, teacher, *recordings, fields, facts or {}, outside))
 
-    def _recorder(self, model: nn.Module, owner: str) -> Recorder:
+    def _taps(self, replay: Replay | None) -> tuple[list[Tap], list[Tap], list[Tap]]:
+        """What to record of the student, of the teacher's own pass, and of the replay."""
+        student = [tap for term in self._all_terms() for tap in term.student_taps]
+        teacher = [tap for term in self._all_terms() for tap in term.teacher_taps]
+        replayed = [tap for tap in teacher if replay is not None and tap.below(replay.path)]
+        if replay is None or not replayed:
+            return student, teacher, []
+        first = [tap for tap in teacher if not tap.below(replay.path)]
+        return [*student, *replay.student_taps], [*first, *replay.teacher_taps], replayed
+
+    def _recorder(self, model: nn.Module, owner: str, taps: Sequence[Tap]) -> Recorder:
         for term in self._all_terms():
             try:
                 self.recorder(model, getattr(term, f"{owner}_taps"), owner)
             except WiringError as error:
                 raise WiringError(f"{term.name}: {error}") from None
-        return self.recorder(
-            model, [tap for term in self._all_terms() for tap in getattr(term, f"{owner}_taps")], owner
-        )
+        return self.recorder(model, taps, owner)
 
     def _all_terms(self) -> list[Term]:
         return [term for term in self.terms.values() if isinstance(term, Term)]
@@ -123,9 +159,28 @@ class HostDistiller(nn.Module):
         with self.teacher.context(device_type):
             return self._teacher_recorder.record_prefix(self.teacher.model, run)
 
+    def replay_teacher(
+        self, student: Recording, teacher: Recording, batch: Batch, device_type: str = "cpu"
+    ) -> Recording:
+        """Runs what of the teacher works on the student's proposals; both of the teacher's recordings as one."""
+        if self._replay is None:
+            return teacher
+        replay, recorder = self._replay
+        model = self.teacher.model
+        with self.teacher.context(device_type):
+            return teacher.joined(recorder.record_prefix(model, lambda: replay.run(model, student, teacher, batch)))
+
     def record_student(self, student: nn.Module) -> AbstractContextManager[Recording]:
         """Context manager: records the student while the host runs it."""
         return self._student_recorder.record(student)
+
+    def host_shares(self, step: Step) -> dict[str, float]:
+        """The share that active terms leave to the host's losses, by their names; see :class:`Term`."""
+        shares: dict[str, float] = {}
+        for term in self.active(step):
+            for name in term.host_losses if term.host_share != 1 else ():
+                shares[name] = shares.get(name, 1.0) * term.host_share
+        return shares
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
         """Each term's denominator on this batch, of the terms that know it before the forward pass."""

@@ -5,6 +5,7 @@
 ``backbone.layer3:input``      its input
 ``bbox_head.get_targets()``    what a method of it returns (it may not run in the dry run)
 ``head.cls_seg():input``       what a method of it is given first
+``head.cls_seg():inputs``      all that it is given, by name; ``head.cls_seg():inputs[feat]`` one of them
 ``neck[*]``  ``neck[1]``       all, or one, of the list that it returns
 ``bbox_head[1][*]``            all of the second list that it returns
 ``head.cls_convs[3]``          a child of a ``ModuleList`` (``head.cls_convs.3``); run once per pyramid level, it yields a list
@@ -18,6 +19,7 @@ the backward pass (gradient checkpointing) finds the model as it was, so every t
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from .errors import WiringError, nearest
 
-_GRAMMAR = re.compile(r"(?P<path>[\w.\-]*)(?P<what>\(\)(:input)?|:input)?(?P<index>(\[[\w*\-]+\])*)")
+_GRAMMAR = re.compile(r"(?P<path>[\w.\-]*)(?P<what>\(\)(:inputs?)?|:inputs?)?(?P<index>(\[[\w*\-]+\])*)")
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Tap:
         method: the method whose call is read, ``"forward"`` unless the tap names one.
         input: read the first argument rather than what is returned.
         index: what to take from it: integers, field names, ``"*"`` for all of a list.
+        inputs: read all arguments, a dict by name.
     """
 
     text: str
@@ -49,6 +52,16 @@ class Tap:
     method: str = "forward"
     input: bool = False
     index: tuple[int | str, ...] = ()
+    inputs: bool = False
+
+    @property
+    def side(self) -> str:
+        """Which side of a call is read: ``"output"``, ``"input"`` or ``"inputs"``."""
+        return "inputs" if self.inputs else "input" if self.input else "output"
+
+    def below(self, path: str) -> bool:
+        """Whether the module at ``path``, or one inside it, is tapped."""
+        return self.path == path or self.path.startswith(f"{path}.")
 
     @classmethod
     def parse(cls, text: str) -> Tap:
@@ -63,7 +76,8 @@ class Tap:
         if what and what.startswith("()"):
             path, _, method = path.rpartition(".")
         parts = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in index)
-        return cls(text, path, method, bool(what) and what.endswith(":input"), parts)
+        side = what.rpartition(":")[2] if what else ""
+        return cls(text, path, method, side == "input", parts, side == "inputs")
 
     def __str__(self) -> str:
         return self.text or "(output)"
@@ -82,22 +96,23 @@ class _Source(NamedTuple):
 
 
 class _Seen:
-    """The calls of one source during one pass; only the side that a tap reads is kept."""
+    """The calls of one source during one pass; only the sides that a tap reads are kept."""
 
-    def __init__(self, copy: bool, sides: set[bool]) -> None:
+    def __init__(self, copy: bool, sides: set[str]) -> None:
         self.copy = copy
         self.calls = 0
-        self.keeps_input, self.keeps_output = True in sides, False in sides
-        self.inputs: list[Any] = []
-        self.outputs: list[Any] = []
+        self.values: dict[str, list[Any]] = {side: [] for side in sides}
         self._versions: list[tuple[Tensor, int]] = []
 
-    def add(self, values: list[Any], value: Any) -> None:
+    def add(self, side: str, read: Callable[[], Any]) -> None:
+        if side not in self.values:
+            return
+        value = read()
         if self.copy:
             value = _map(value, torch.clone)
         else:
             self._versions += [(tensor, tensor._version) for tensor in _tensors(value)]
-        values.append(value)
+        self.values[side].append(value)
 
     @property
     def overwritten(self) -> bool:
@@ -110,11 +125,18 @@ class Recording:
     def __init__(self, owner: str, sources: Mapping[Tap, Sequence[_Source]], copied: set[tuple[str, str]]) -> None:
         self.owner = owner
         self._sources = sources
-        sides: dict[tuple[str, str], set[bool]] = {}
+        sides: dict[tuple[str, str], set[str]] = {}
         for tap, found in sources.items():
             for source in found:
-                sides.setdefault((source.path, source.method), set()).add(tap.input)
+                sides.setdefault((source.path, source.method), set()).add(tap.side)
         self._seen = {key: _Seen(key in copied, wanted) for key, wanted in sides.items()}
+
+    def joined(self, other: Recording) -> Recording:
+        """This and another recording of the same model, each of its own taps, as one."""
+        both = Recording(self.owner, {}, set())
+        both._sources = {**self._sources, **other._sources}
+        both._seen = {**self._seen, **other._seen}
+        return both
 
     def calls(self, tap: Tap) -> int:
         """How often the tap's module (or method) ran."""
@@ -124,8 +146,7 @@ class Recording:
         """The tapped value: a list where the module ran more than once or the tap says ``[*]``."""
         values: list[Any] = []
         for source in self._sources[tap]:
-            seen = self._seen[source.path, source.method]
-            values += seen.inputs if tap.input else seen.outputs
+            values += self._seen[source.path, source.method].values[tap.side]
         if not values:
             raise WiringError(
                 f"tap '{tap}' of the {self.owner} never fired: this step does not run {tap.path or 'the model'}"
@@ -276,16 +297,15 @@ class Recorder:
             key = (source.path, source.method)
 
             def hear(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                if seen.keeps_input:
-                    seen.add(seen.inputs, self._read_input(source, args, kwargs))
+                seen.add("input", lambda: args[0] if args else next(iter(kwargs.values()), None))
+                seen.add("inputs", lambda: _by_name(original, args, kwargs))
                 output = original(*args, **kwargs)
                 if wants_gradient and source.method in self._differentiable and not torch.is_grad_enabled():
                     raise WiringError(
                         f"tap '{source.path}' of the {self.owner} lies inside a reentrant checkpoint, where no gradient "
                         "reaches it; tap the checkpointed block itself or checkpoint with use_reentrant=False"
                     )
-                if seen.keeps_output:
-                    seen.add(seen.outputs, output)
+                seen.add("output", lambda: output)
                 seen.calls += 1
                 if remaining is not None:
                     remaining[key] = remaining.get(key, 0) - 1
@@ -303,10 +323,6 @@ class Recorder:
         finally:
             for restore in reversed(undo):
                 restore()
-
-    def _read_input(self, source: _Source, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What a tap of the input keeps of a call: its first argument."""
-        return args[0] if args else next(iter(kwargs.values()), None)
 
     def _attach(self, source: _Source, hear: Listener) -> Callable[[], None]:
         """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
@@ -332,6 +348,10 @@ def _restorer(source: _Source, before: Any) -> Callable[[], None]:
             object.__setattr__(source.module, source.method, before)
 
     return restore
+
+
+def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

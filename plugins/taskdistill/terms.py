@@ -36,6 +36,12 @@ class Wiring:
     fields: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the host knows before training that its own terms ask for."""
+    outside: tuple[str, ...] = ()
+    """Modules whose maps are no pictures of the image (heads on regions of interest)."""
+
+    def in_image(self, tap: Tap) -> bool:
+        """Whether the positions of what a tap reads lie in the image, so that a region can place them."""
+        return not any(tap.below(path) for path in self.outside)
 
 
 class WiringRow(NamedTuple):
@@ -64,6 +70,9 @@ class Term(nn.Module):
     teacher_taps: Sequence[Tap] = ()
     compares_classes = False
     """Whether the term compares class outputs, so that both models must have the same class names."""
+    host_losses: Sequence[str] = ()
+    """The host's own losses that the term takes a share of: while it is active, they count :attr:`host_share`."""
+    host_share: float = 1.0
 
     def __init__(self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None) -> None:
         super().__init__()
@@ -208,15 +217,12 @@ class FeatureImitation(TapTerm):
         self.region, self.region_name = build_region(region, self)
         self.loss = _loss_function(loss)
         self.adapters = nn.ModuleList()
+        self.placed: list[bool] = []
 
     def wire(self, wiring: Wiring) -> None:
         check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
-            if t.ndim != 4 and (not isinstance(self.region, All) or "image_sizes" in wiring.fields):
-                raise WiringError(
-                    f"{self.name}: region {self.region_name!r} cannot place the positions of {t_tap} {tuple(t.shape)} in the "
-                    "image; tap a map (B, C, H, W), such as the output of a stage"
-                )
+            self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
             adapter = build_adapter(self._adapter_kind(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
             self.rows.append(
@@ -228,8 +234,9 @@ class FeatureImitation(TapTerm):
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
-        for adapter, (s, t, _, _) in zip(self.adapters, self.pairs(student, teacher), strict=True):
-            weight = self.region(batch, t)
+        pairs = self.pairs(student, teacher)
+        for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
+            weight = self.region(batch, t) if in_image else None
             if weight is not None and t.ndim == 4:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
                 t = t.masked_fill((weight == 0)[:, None], 0)
@@ -302,6 +309,7 @@ class ChannelWise(TapTerm):
         self.adapter_kind: AdapterKind = adapter
         self.region, self.region_name = build_region(region, self)
         self.adapters = nn.ModuleList()
+        self.placed: list[bool] = []
         self.align_corners = False
 
     def wire(self, wiring: Wiring) -> None:
@@ -311,6 +319,7 @@ class ChannelWise(TapTerm):
                 raise WiringError(
                     f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be maps (B, C, H, W)"
                 )
+            self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
             kind = adapter_where_channels_differ(self.adapter_kind, s, t)
             adapter = build_adapter(kind, s, t, f"{self.name} ({s_tap} → {t_tap})", align_corners=self.align_corners)
             self.adapters.append(adapter)
@@ -320,10 +329,11 @@ class ChannelWise(TapTerm):
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
-        for adapter, (s, t, _, _) in zip(self.adapters, self.pairs(student, teacher), strict=True):
+        pairs = self.pairs(student, teacher)
+        for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
             if self.compares_classes:
                 t = in_order(t, batch.class_order)
-            valid = self.region(batch, t)
+            valid = self.region(batch, t) if in_image else None
             items = channel_wise(adapter(s, t), t, self.temperature, valid=valid, reduction="none")
             present = None if valid is None else (valid.flatten(1) > 0).any(1, keepdim=True)
             ratios.append(weighted_ratio(items, present))
@@ -502,6 +512,23 @@ def check_region(term: Term, region: Region, name: str, wiring: Wiring) -> None:
     missing = region.needs - wiring.fields
     if missing:
         raise WiringError(f"{term.name}: region {name!r} needs {', '.join(sorted(missing))}, not given here")
+
+
+def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wiring: Wiring) -> bool:
+    """Whether a region has to place what is tapped in the image; maps of proposals count alike in region ``"all"``.
+
+    Raises:
+        WiringError: the region has to, and cannot.
+    """
+    if isinstance(region, All) and not wiring.in_image(tap):
+        return False
+    needed = not isinstance(region, All) or "image_sizes" in wiring.fields
+    if needed and (teacher.ndim != 4 or not wiring.in_image(tap)):
+        raise WiringError(
+            f"{term.name}: region {name!r} cannot place the positions of {tap} {tuple(teacher.shape)} in the image; "
+            + ("tap a map (B, C, H, W), such as the output of a stage" if wiring.in_image(tap) else "use region='all'")
+        )
+    return True
 
 
 def adapter_where_channels_differ(kind: AdapterKind, student: Tensor, teacher: Tensor) -> AdapterKind:

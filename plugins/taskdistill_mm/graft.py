@@ -20,7 +20,7 @@ from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
 from taskdistill.classes import class_order
-from taskdistill.distiller import HostDistiller
+from taskdistill.distiller import HostDistiller, Replay
 from taskdistill.errors import DistillError, WiringError, nearest
 from taskdistill.hiding import hide_from_state_dict
 from taskdistill.isolation import isolated_rng
@@ -62,6 +62,7 @@ class Graft(_Host, metaclass=Grafting):
     _terms: ClassVar[Registry]
     _recipes: ClassVar[Registry]
     _fields: ClassVar[frozenset[str]] = frozenset()
+    _replay: ClassVar[Replay | None] = None
 
     distiller: HostDistiller | None
 
@@ -130,7 +131,7 @@ class Graft(_Host, metaclass=Grafting):
         def run(model: Any) -> Any:
             return model(example, cls._example_samples(size), mode="tensor")
 
-        distiller.wire(student, lambda: run(student), lambda: run(built.model), cls._fields)
+        distiller.wire(student, lambda: run(student), lambda: run(built.model), cls._fields, replay=cls._replay)
         return distiller, view
 
     @classmethod
@@ -160,6 +161,9 @@ class Graft(_Host, metaclass=Grafting):
             teacher = distiller.record_teacher(lambda: model(view, data_samples, mode="tensor"), inputs.device.type)
         with distiller.record_student(self) as student:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
+        if teacher is not None:
+            teacher = distiller.replay_teacher(student, teacher, batch, inputs.device.type)
+            mix(losses, distiller.host_shares(step))
         losses.update(distiller.losses(student, teacher, batch, step, inputs.device))
         return losses
 
@@ -243,6 +247,19 @@ class _Link:
         if self.order is not None and self.order.device != device:
             self.order = self.order.to(device)
         return self.order
+
+
+def mix(losses: dict[str, Any], shares: Mapping[str, float]) -> None:
+    """Multiplies the host's losses of these names by the shares that terms leave to them.
+
+    Raises:
+        WiringError: the host has no loss of such a name.
+    """
+    for name, share in shares.items():
+        if name not in losses:
+            raise WiringError(f"a term shares the host's loss {name!r}, and there is none{nearest(name, losses)}")
+        value = losses[name]
+        losses[name] = [part * share for part in value] if isinstance(value, list) else value * share
 
 
 def check_inheritance(student: Any, teacher: Any, paths: tuple[str, ...]) -> None:

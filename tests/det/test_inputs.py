@@ -27,7 +27,6 @@ from det_support import (
 from taskdistill import TERMS, Term
 from taskdistill.errors import WiringError
 from taskdistill.losses import Ratio
-from taskdistill_det.dense import Assignment
 
 SIZES = [(96, 96), (64, 96), (96, 64), (70, 74)]
 SMALL = [[[8.0, 10.0, 44.0, 50.0]], [[20.0, 4.0, 90.0, 60.0]], [[2.0, 60.0, 30.0, 94.0]], [[12.0, 20.0, 60.0, 64.0]]]
@@ -48,7 +47,8 @@ def _scribble(model, batch, amount):
     def losses_of(student, teacher, *rest):
         for recording in (student, teacher):
             for seen in recording._seen.values():
-                seen.outputs[:] = [_in_padding(value, data["inputs"].shape[-2:], amount) for value in seen.outputs]
+                outputs = seen.values.get("output", [])
+                outputs[:] = [_in_padding(value, data["inputs"].shape[-2:], amount) for value in outputs]
         return original(student, teacher, *rest)
 
     distiller.losses = losses_of
@@ -112,7 +112,7 @@ def test_the_padding_that_the_host_counts_as_image_does_not_count(entry):
     with model.distiller.record_student(model) as recording:
         model(**data, mode="loss")
     batch = model._batch(**data)
-    assignment = Assignment.of(recording, batch, 10)
+    assignment = model.distiller.terms["soft_targets"].heads.student.assignment(recording, batch)
     assert (assignment.positive <= assignment.valid).all() and assignment.positive.any()
     # Anchors are at multiples of the stride 8, 16, 32: of 70 rows are 9, 5, 3 in the image; of 74 columns 10, 5, 3.
     assert assignment.valid[3].sum() == 9 * 10 + 5 * 5 + 3 * 3

@@ -13,37 +13,38 @@ from det_golden import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_o
 from det_support import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
 from taskdistill.regions import Batch
 from taskdistill_det import LocalizationDistillation, SoftTargets
-from taskdistill_det.dense import BOXES as BINS
-from taskdistill_det.dense import CLASSES as SCORES
-from taskdistill_det.dense import TARGETS
+from taskdistill_det.dense import Assignment, DenseHeads
 
 
 def golden(case):
-    """Recordings of student and teacher, and the batch, of a golden case."""
+    """A pair of GFL heads, recordings of student and teacher, and the batch, of a golden case."""
     anchors, counts, boxes = anchors_and_boxes(case)
+    strides = CASES[case][1]
+    gfl = build(detector(classes=3, reg_max=16, strides=strides)).bbox_head
+    heads = DenseHeads(gfl, gfl, "bbox_head", SoftTargets())
     labels = torch.full((1, len(anchors)), 3)
     for anchor, box in POSITIVES[case].items():
         labels[0, anchor] = LABELS[box]
-    targets = (
-        [level[None] for level in anchors.split(counts)],
-        list(labels.split(counts, 1)),
-        [torch.ones(1, count) for count in counts],
-    )
+    everywhere = torch.ones_like(labels, dtype=torch.bool)
+    no_targets = anchors.new_zeros(1, len(anchors), 4)
+    each = torch.tensor(strides).repeat_interleave(torch.tensor(counts))
+    assignment = Assignment(labels, everywhere, everywhere, anchors, each, counts, 3, no_targets)
     outputs = head_outputs(case)
     for level in (*outputs["cls_s"], *outputs["box_s"]):
         level.requires_grad_()
-    student = Given({SCORES: outputs["cls_s"], BINS: outputs["box_s"], TARGETS: targets})
-    return student, Given({SCORES: outputs["cls_t"], BINS: outputs["box_t"]}), Batch(boxes=[boxes])
+    student = Given({heads.student.classes: outputs["cls_s"], heads.student.boxes: outputs["box_s"]})
+    teacher = Given({heads.teacher.classes: outputs["cls_t"], heads.teacher.boxes: outputs["box_t"]})
+    return heads, student, teacher, Batch(boxes=[boxes], extra={"assignment bbox_head": assignment})
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize("case", list(CASES))
 def test_the_authors_figures(case, variant):
-    student, teacher, batch = golden(case)
+    heads, student, teacher, batch = golden(case)
     expected = HEAD[case, variant]
 
     def ratio(term):
-        term.num_classes, term.bins = 3, 17
+        term.heads = heads
         return term(student, teacher, batch)
 
     # loss_ld = 0.25 · Σ_i w_i · mean over edges; nothing divides it. Ours is that sum over Σ w. Scores are taken in float32.

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import det_ranks
-from det_support import assert_same, build, detector, distilled, run, runner_config, save_plain
+from det_support import assert_same, build, detector, distilled, run, runner_config, save_plain, save_teacher
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -26,6 +26,7 @@ def environment(**more: str) -> dict[str, str]:
 def two_ranks(tmp_path_factory, teacher_checkpoint):
     """What each of two gloo processes found."""
     folder = tmp_path_factory.mktemp("ranks")
+    save_teacher(Path(f"{teacher_checkpoint}.staged"), det_ranks.two_stage_teacher())
     outs = [folder / f"{rank}.pth" for rank in range(2)]
     started = [
         subprocess.Popen(
@@ -51,7 +52,7 @@ def two_ranks(tmp_path_factory, teacher_checkpoint):
 
 
 @pytest.mark.parametrize("batch", list(det_ranks.BATCHES))
-@pytest.mark.parametrize("term", list(det_ranks.TERMS))
+@pytest.mark.parametrize("term", [*det_ranks.TERMS, *det_ranks.ON_PROPOSALS])
 def test_two_ranks_are_one_batch(two_ranks, teacher_checkpoint, term, batch):
     whole = det_ranks.gradients_of(teacher_checkpoint, term, det_ranks.BATCHES[batch])
     first, second = (ranks[batch, term] for ranks in two_ranks)
@@ -75,6 +76,15 @@ def test_the_hosts_own_loss_is_left_as_it_scales_itself(two_ranks, teacher_check
     mean = {name: (ranks[0][name] + ranks[1][name]) / 2 for name in whole}
     assert mean["loss_cls"] == pytest.approx(whole["loss_cls"], rel=1e-4)
     assert mean["loss_bbox"] == pytest.approx(whole["loss_bbox"] / 2, rel=1e-4)
+
+
+def test_roi_heads_divide_their_own_losses_by_the_proposals_of_each_rank(two_ranks, teacher_checkpoint):
+    # The mean over ranks of means over unlike numbers of proposals is not the mean over all; it is left as the host has it.
+    whole = det_ranks.gradients_of(teacher_checkpoint, "roi_boxes", det_ranks.BATCHES["one sided"])["host"]
+    ranks = [found["one sided", "roi_boxes"]["host"] for found in two_ranks]
+    assert ranks[1]["loss_bbox"] == 0  # no object there
+    mean = (ranks[0]["loss_bbox"] + ranks[1]["loss_bbox"]) / 2
+    assert mean != pytest.approx(whole["loss_bbox"], rel=1e-3)
 
 
 @pytest.fixture

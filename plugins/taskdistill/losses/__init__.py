@@ -3,6 +3,7 @@
 from .adversarial import adversarial, critic_loss, gradient_penalty
 from .affinity import pairwise_affinity
 from .attention_maps import attention_distributions, attention_scores
+from .bounded_regression import bounded_regression
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
 from .cross_image import memory_relations, pixel_relations
@@ -17,6 +18,7 @@ from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, s
 from .states import cosine, patient
 from .token_relations import token_relations
 from .universal_logits import universal_logits
+from .weighted_soft_targets import weighted_binary_soft_targets, weighted_soft_targets
 
 __all__ = [
     "Ratio",
@@ -25,6 +27,7 @@ __all__ = [
     "attention_distributions",
     "attention_scores",
     "binary_soft_targets",
+    "bounded_regression",
     "channel_wise",
     "class_prototypes",
     "cosine",
@@ -49,5 +52,7 @@ __all__ = [
     "token_relations",
     "universal_logits",
     "upcast",
+    "weighted_binary_soft_targets",
     "weighted_ratio",
+    "weighted_soft_targets",
 ]

@@ -1,0 +1,149 @@
+"""What prediction-level terms read: the same places in student's and teacher's heads, whatever kind of head it is.
+
+A :class:`Heads` is made of two heads of one kind (dense, on regions of interest, or on queries) before the dry run. It says which
+taps it needs and gives rows: class logits side by side, boxes side by side with their targets.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from taskdistill.errors import DistillError, WiringError
+from taskdistill.regions import Batch
+from taskdistill.taps import Recording, Tap
+from taskdistill.terms import Term, Wiring
+
+HeadName = Literal["auto", "bbox_head", "rpn_head", "roi_head"]
+HeadRegion = Literal["all", "main", "vlr"]
+
+
+@dataclass
+class Rows:
+    """K places where both models predict.
+
+    Attributes:
+        student, teacher: class logits ``(K, C)`` in the student's order of classes, or boxes ``(K, 4)`` in one unit.
+        weight: ``(K,)``, or ``None`` where all count alike.
+        target: of boxes, ``(K, 4)`` in the same unit.
+        count: what the sum over rows is divided by, where that is not the sum of weights.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor | None = None
+    target: Tensor | None = None
+    count: Tensor | None = None
+
+
+class Heads(ABC):
+    """Two heads of one kind.
+
+    Attributes:
+        classes: of the student, background left out.
+        class_taps, box_taps: what class rows and box rows need of (student, teacher).
+        host_losses: the host's own class losses, by name.
+    """
+
+    softmax: ClassVar[bool] = False
+    """Softmax over classes and background (the last), rather than a sigmoid each."""
+    regions: tuple[str, ...] = ("all", "main")
+    """What regions mean something on this head, its default first."""
+
+    classes: int
+    class_taps: tuple[Sequence[Tap], Sequence[Tap]]
+    box_taps: tuple[Sequence[Tap], Sequence[Tap]]
+    host_losses: Sequence[str]
+
+    @abstractmethod
+    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
+        """Class logits of a region; one entry a stage, which weigh alike."""
+
+    @abstractmethod
+    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
+        """Boxes where the student's assigner put an object, with their targets; one entry a stage."""
+
+    @abstractmethod
+    def check_classes(self, term: Term) -> None:
+        """Raises a :class:`WiringError` unless both heads predict classes alike."""
+
+    @abstractmethod
+    def check_boxes(self, term: Term) -> None:
+        """Raises a :class:`WiringError` unless both heads' boxes are in one unit."""
+
+    @abstractmethod
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"]) -> list[tuple[Any, Any, Tap, Tap]]:
+        """What was compared in the dry run, for ``taskdistill check``."""
+
+
+def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: Term) -> Heads:
+    """The heads of this name; ``"auto"`` takes the one that predicts the boxes in the end.
+
+    Raises:
+        WiringError: a model has no such head, or none that this suite can read, or the two do not predict the same.
+    """
+    from .dense import DenseHeads
+    from .queries import QueryHeads, has_queries
+    from .rois import RoIHeads
+
+    if which == "auto":
+        which = "roi_head" if hasattr(student, "roi_head") else "bbox_head"
+    heads: list[Any] = [getattr(model, which, None) for model in (student, teacher)]
+    for owner, model, head in zip(("student", "teacher"), (student, teacher), heads, strict=True):
+        if head is None:
+            raise WiringError(
+                f"{term.name}: the {owner}, a {type(model).__name__}, has no {which}; features work across detectors, "
+                "predictions are compared between heads of one kind"
+            )
+    if which == "roi_head":
+        return RoIHeads(student, teacher, term)
+    if any(has_queries(head) for head in heads):
+        return QueryHeads(student, teacher, term)
+    return DenseHeads(heads[0], heads[1], which, term)
+
+
+def check_head_name(term: Term, which: Any) -> None:
+    """Raises a :class:`DistillError` unless it is a head's name."""
+    if which not in ("auto", "bbox_head", "rpn_head", "roi_head"):
+        raise DistillError(
+            f"{type(term).__name__}: head must be 'auto', 'bbox_head', 'rpn_head' or 'roi_head', got {which!r}"
+        )
+
+
+def same_number_of_classes(student: int, teacher: int, term: Term) -> None:
+    """Raises a :class:`WiringError` unless both predict equally many classes."""
+    if student != teacher:
+        raise WiringError(
+            f"{term.name}: the student predicts {student} classes, the teacher {teacher}; train both on the same classes"
+        )
+
+
+def same_box_coder(student: Any, teacher: Any, term: Term) -> None:
+    """Raises a :class:`WiringError` unless two heads code boxes alike."""
+    left, right = student.bbox_coder, teacher.bbox_coder
+    if type(left) is not type(right) or vars(left) != vars(right):
+        raise WiringError(
+            f"{term.name}: student and teacher code boxes differently, {type(left).__name__} {vars(left)} and "
+            f"{type(right).__name__} {vars(right)}; give both the same bbox_coder"
+        )
+
+
+def known_head(head: Any, kinds: Sequence[type], methods: Sequence[str]) -> type | None:
+    """The first of ``kinds`` whose ``methods`` a head has unchanged: one that is overridden may mean anything."""
+    for kind in kinds:
+        if isinstance(head, kind) and all(getattr(type(head), m, 0) is getattr(kind, m, 1) for m in methods):
+            return kind
+    return None
+
+
+def in_students_order(logits: Tensor, order: Tensor | None) -> Tensor:
+    """Teacher's class logits ``(K, C)`` or ``(K, C + 1)`` in the student's order; a background stays last."""
+    if order is None:
+        return logits
+    background = torch.arange(len(order), logits.shape[1], device=order.device)
+    return logits[:, torch.cat([order, background])]

@@ -1,0 +1,141 @@
+"""Heads on regions of interest: the teacher's run on the student's proposals, after the student has drawn them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
+from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
+from torch import Tensor, nn
+
+from taskdistill.distiller import Replay
+from taskdistill.errors import WiringError
+from taskdistill.regions import Batch
+from taskdistill.taps import Recording, Tap
+from taskdistill.terms import Term, Wiring
+
+from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
+
+ROI_HEAD = "roi_head"
+_FEATURES = Tap.parse("extract_feat()")
+_BOXES_DRAWN = Tap.parse(f"{ROI_HEAD}._bbox_forward():inputs")
+_MASKS_DRAWN = Tap.parse(f"{ROI_HEAD}._mask_forward():inputs")
+
+
+def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch) -> None:
+    """The teacher's RoI head on its own pyramid and the student's regions, stage by stage."""
+    scale = batch.extra.get("teacher_scale", 1)
+    head, pyramid = teacher.roi_head, recorded[_FEATURES]
+    for tap, run in ((_BOXES_DRAWN, "_bbox_forward"), (_MASKS_DRAWN, "_mask_forward")):
+        # Without objects no mask is predicted, and a detector of boxes predicts none at all.
+        drawn = student[tap] if student.calls(tap) else []
+        for arguments in drawn if isinstance(drawn, list) else [drawn]:
+            regions = arguments.get("rois")
+            if regions is None or not hasattr(head, run):
+                continue
+            if scale != 1:
+                regions = torch.cat([regions[:, :1], regions[:, 1:] * scale], 1)
+            getattr(head, run)(**{**arguments, "x": pyramid, "rois": regions})
+
+
+REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
+"""What of a two-stage teacher runs on the student's proposals: its whole RoI head, boxes and masks."""
+
+
+class RoIHeads(Heads):
+    """Two RoI heads on the student's sampled proposals; a cascade's stages weigh alike."""
+
+    softmax = True
+
+    def __init__(self, student: Any, teacher: Any, term: Term) -> None:
+        heads = [
+            _box_heads(model.roi_head, owner, term)
+            for model, owner in zip((student, teacher), ("student", "teacher"), strict=True)
+        ]
+        same_stages(student.roi_head, teacher.roi_head, term)
+        self.heads = [[_Plain(head) for head in found] for found in heads]
+        self.classes = self.heads[0][0].num_classes
+        cascade = isinstance(student.roi_head, CascadeRoIHead)
+        stages = [f"[{i}]" for i in range(len(heads[0]))] if cascade else [""]
+        self.outputs = [Tap.parse(f"{ROI_HEAD}.bbox_head{stage}") for stage in stages]
+        self.targets = [Tap.parse(f"{ROI_HEAD}.bbox_head.loss_and_target(){stage}[bbox_targets]") for stage in stages]
+        self.class_taps = self.box_taps = (*self.outputs, *self.targets), tuple(self.outputs)
+        self.host_losses = tuple(f"s{i}.loss_cls" for i in range(len(stages))) if cascade else ("loss_cls",)
+
+    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
+        found = []
+        for output, target in zip(self.outputs, self.targets, strict=True):
+            logits, scores = student[output][0], in_students_order(teacher[output][0], batch.class_order)
+            chosen = None if region == "all" else (student[target][0] < self.classes).float()
+            found.append(Rows(logits, scores, weight=chosen))
+        return found
+
+    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
+        found = []
+        for stage, (output, tap) in enumerate(zip(self.outputs, self.targets, strict=True)):
+            labels, _, targets, _ = student[tap]
+            rows = (labels < self.classes).nonzero()[:, 0]
+            boxes = []
+            for side, recording, order in zip(self.heads, (student, teacher), (None, batch.class_order), strict=True):
+                boxes.append(side[stage].boxes(recording[output][1], rows, labels[rows], order))
+            found.append(Rows(boxes[0], boxes[1], target=targets[rows]))
+        return found
+
+    def check_classes(self, term: Term) -> None:
+        same_number_of_classes(self.heads[0][0].num_classes, self.heads[1][0].num_classes, term)
+
+    def check_boxes(self, term: Term) -> None:
+        for ours, theirs in zip(*self.heads, strict=True):
+            same_box_coder(ours, theirs, term)
+            if ours.decoded_targets:
+                raise WiringError(
+                    f"{term.name}: the student's bbox_head is trained on decoded boxes (reg_decoded_bbox); this term "
+                    "compares what box coders encode, set reg_decoded_bbox=False"
+                )
+
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"]) -> list[tuple[Any, Any, Tap, Tap]]:
+        place = 0 if kind == "classes" else 1
+        recordings = wiring.student_recording, wiring.teacher_recording
+        return [(*(recording[tap][place] for recording in recordings), tap, tap) for tap in self.outputs]
+
+
+class _Plain:
+    """What is needed of a box head, without its module."""
+
+    def __init__(self, head: Any) -> None:
+        self.num_classes, self.bbox_coder = head.num_classes, head.bbox_coder
+        self.agnostic, self.decoded_targets = head.reg_class_agnostic, head.reg_decoded_bbox
+
+    def boxes(self, predicted: Tensor, rows: Tensor, labels: Tensor, order: Tensor | None) -> Tensor:
+        """What the coder decodes ``(K, 4)``, of the true class where there is one for each class."""
+        if self.agnostic:
+            return predicted[rows]
+        wanted = labels if order is None else order[labels]
+        return predicted.unflatten(1, (self.num_classes, -1))[rows, wanted]
+
+
+def same_stages(student: nn.Module, teacher: nn.Module, term: Term) -> None:
+    """Raises a :class:`WiringError` unless both RoI heads have as many stages."""
+    counts = [getattr(head, "num_stages", 1) for head in (student, teacher)]
+    if counts[0] != counts[1]:
+        raise WiringError(
+            f"{term.name}: the student's RoI head has {counts[0]} stages, the teacher's {counts[1]}; the teacher's is run on "
+            "the student's proposals stage by stage, so both need as many"
+        )
+
+
+def _box_heads(roi_head: Any, owner: str, term: Term) -> Sequence[Any]:
+    kinds = (StandardRoIHead, CascadeRoIHead)
+    known = known_head(roi_head, kinds, ("loss", "bbox_loss", "_bbox_forward"))
+    boxes: Any = getattr(roi_head, "bbox_head", None)
+    heads: list[Any] = list(boxes) if isinstance(boxes, nn.ModuleList) else [boxes]
+    for head in heads:
+        reads = isinstance(head, BBoxHead) and type(head).get_targets is BBoxHead.get_targets
+        if known is None or not reads or head.custom_cls_channels or head.loss_cls.use_sigmoid:
+            raise WiringError(
+                f"{term.name}: the {owner}'s {type(roi_head).__name__} with {type(head).__name__} is not one that this term can "
+                "read (StandardRoIHead, CascadeRoIHead with softmax classes); FeatureImitation works with any detector"
+            )
+    return heads

@@ -1,0 +1,45 @@
+"""Teacher-bounded regression: learn the true box until the student is better than its teacher.
+
+Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017,
+equation 4.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..errors import DistillError
+from ..registry import LOSSES
+from .reduction import Reduction, reduce_loss, same_shape, upcast
+
+
+@LOSSES.register
+def bounded_regression(
+    student_boxes: Tensor,
+    teacher_boxes: Tensor,
+    targets: Tensor,
+    *,
+    margin: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Teacher-bounded regression: squared error to the truth, where the student is not better than the teacher (Chen 2017).
+
+    .. math:: L_b = \|R_s - y\|_2^2 \;\text{ if }\; \|R_s - y\|_2^2 + m > \|R_t - y\|_2^2, \text{ else } 0
+
+    The teacher's box is no target: it may point the wrong way. It is the bound from which on the student is left alone.
+
+    Args:
+        student_boxes, teacher_boxes, targets: ``(…, D)`` in one unit, that of the box coder; the same shape.
+        margin: m >= 0, by which the student has to be better; unpublished, 0 by default.
+        weight: item weights that broadcast to ``(…,)``.
+        reduction: over items.
+    """
+    for other, name in ((teacher_boxes, "teacher"), (targets, "targets")):
+        same_shape(student_boxes, other, f"bounded_regression ({name})")
+    if not margin >= 0:
+        raise DistillError(f"margin must be >= 0, got {margin}")
+    student, teacher, truth = upcast(student_boxes), upcast(teacher_boxes), upcast(targets)
+    error = (student - truth).square().sum(-1)
+    bound = (teacher - truth).square().sum(-1)
+    return reduce_loss(error.masked_fill(error.detach() + margin <= bound, 0), weight, reduction)

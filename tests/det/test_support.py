@@ -1,0 +1,92 @@
+"""The support table: on every ✓ real training makes the distillation loss fall, and every – is refused with a reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mmengine.logging import MessageHub
+
+import det_table
+from det_stages import STAGED, detr, staged, with_masks
+from det_support import build, distillation, distilled, losses, raw_batch, save_teacher
+from det_zoo import zoo
+from taskdistill import WiringError
+
+
+def model(detector: str, **settings):
+    """A small real detector by its name in the table."""
+    if detector in det_table.DENSE:
+        return zoo(detector, **settings)
+    return staged(detector, **settings) if detector in STAGED else detr(detector.replace(" ", ""), **settings)
+
+
+def batch(detector: str):
+    return with_masks(raw_batch()) if detector == "Mask R-CNN" else raw_batch()
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """detector -> (model, checkpoint) of a wider teacher."""
+    folder = tmp_path_factory.mktemp("teachers")
+    found = {}
+
+    def teacher(detector):
+        if detector not in found:
+            entry = model(detector, width=6)
+            found[detector] = entry, save_teacher(folder / f"{detector}.pth", entry)
+        return found[detector]
+
+    return teacher
+
+
+@pytest.fixture(autouse=True)
+def _epoch():
+    # TOOD asks the Runner's hub which epoch it is, to choose its assigner.
+    MessageHub.get_current_instance().update_info("epoch", 9)
+
+
+def cells(wanted):
+    return [
+        pytest.param(t, d, id=f"{t}-{d}")
+        for t in det_table.TECHNIQUES
+        for d in det_table.DETECTORS
+        if det_table.works(t, d) is wanted
+    ]
+
+
+@pytest.mark.parametrize(("technique", "detector"), cells(True))
+def test_training_on_one_batch_makes_the_loss_fall(teachers, technique, detector):
+    term = dict(det_table.term(technique, detector), weight=1.0, name="term")
+    student = build(distilled(model(detector, frozen_bn=True), *teachers(detector), terms=[term]))
+    trained = [p for p in student.parameters() if p.requires_grad]
+    # SimOTA and Hungarian matching answer to what is predicted: steps small enough to leave them where they are.
+    optimizer = torch.optim.Adam(trained, lr=2e-4 if detector in ("YOLOX", "DINO") else 2e-3)
+    values = []
+    for _ in range(4):
+        torch.manual_seed(0)  # DINO draws noise, samplers draw proposals
+        found = losses(student, batch(detector))
+        values.append(distillation(found).item())
+        optimizer.zero_grad()
+        sum(value for name, value in found.items() if "loss" in name and not name.startswith("distill.")).backward(
+            retain_graph=True
+        )
+        optimizer.zero_grad()  # the host's loss is computed as ever; only the term's steps are taken
+        found["distill.term.loss"].backward()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained)
+        optimizer.step()
+    assert all(value == value and value > 0 for value in values), values
+    assert values[-1] < values[0], values
+    assert student.distiller.dropped == {"term": 0}
+
+
+@pytest.mark.parametrize(("technique", "detector"), cells(False))
+def test_what_has_no_meaning_is_refused_with_a_reason(teachers, technique, detector):
+    with pytest.raises(WiringError) as caught:
+        build(distilled(model(detector), *teachers(detector), terms=[det_table.term(technique, detector)]))
+    message = str(caught.value)
+    assert "\n" not in message and len(message) > 40
+
+
+def test_the_readme_shows_this_table():
+    shown = det_table.between_marks(det_table.README.read_text())[1].strip()
+    assert shown == det_table.table(), "run python tests/det_table.py"

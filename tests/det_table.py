@@ -1,0 +1,80 @@
+"""Which technique works on which detector: the cells that ``tests/det/test_support.py`` tests and ``det/README.md`` shows.
+
+``python tests/det_table.py`` writes the table into the README, between its two marks.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "det" / "README.md"
+MARKS = "<!-- support table: python tests/det_table.py -->", "<!-- end of the support table -->"
+
+DENSE = ("GFL", "ATSS", "RetinaNet", "FCOS", "TOOD", "RTMDet", "YOLOX")
+STAGED = ("Faster R-CNN", "Mask R-CNN", "Cascade R-CNN")
+QUERIES = ("Deformable DETR", "DINO")
+DETECTORS = (*DENSE, *STAGED, *QUERIES)
+
+_BOUNDED = dict(type="BoundedRegression", margin=1e6)  # with this margin no student is left alone
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "`FeatureImitation`": dict(type="FeatureImitation", tap="neck[*]"),
+    "… region `foreground`": dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
+    "… of RoIs": dict(type="FeatureImitation", tap="roi_head.bbox_head:input"),
+    "`PearsonImitation`": dict(type="PearsonImitation", tap="neck[*]"),
+    "`ChannelWise`": dict(type="ChannelWise", tap="neck[*]", temperature=1.0),
+    "`SoftTargets`": dict(type="SoftTargets"),
+    "… `background_weight`, `hard_weight`": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.5),
+    "… region `vlr`": dict(type="SoftTargets", region="vlr"),
+    "… `head='rpn_head'`": dict(type="SoftTargets", head="rpn_head"),
+    "`BoundedRegression`": _BOUNDED,
+    "… `head='rpn_head'`, boxes": dict(_BOUNDED, head="rpn_head"),
+    "`LocalizationDistillation`": dict(type="LocalizationDistillation"),
+}
+_ANCHORS = ("GFL", "ATSS", "RetinaNet", "TOOD")
+ONLY = {
+    "… of RoIs": STAGED,
+    "… region `vlr`": _ANCHORS,
+    "… `head='rpn_head'`": STAGED,
+    "… `head='rpn_head'`, boxes": STAGED,
+    "`LocalizationDistillation`": ("GFL",),
+}
+"""Where a technique's heads are not there on every detector: those that have them."""
+
+
+def works(technique: str, detector: str) -> bool:
+    """Whether the cell has a ✓."""
+    return detector in ONLY.get(technique, DETECTORS)
+
+
+def term(technique: str, detector: str) -> dict[str, Any]:
+    """The cell's term."""
+    found = copy.deepcopy(TECHNIQUES[technique])
+    if detector == "Cascade R-CNN" and found.get("tap", "").startswith("roi_head"):
+        found["tap"] = "roi_head.bbox_head.0:input"
+    return found
+
+
+def table() -> str:
+    """The table in Markdown."""
+    lines = ["| | " + " | ".join(DETECTORS) + " |", "| --- |" + " :-: |" * len(DETECTORS)]
+    for technique in TECHNIQUES:
+        cells = " | ".join("✓" if works(technique, detector) else "–" for detector in DETECTORS)
+        lines.append(f"| {technique} | {cells} |")
+    return "\n".join(lines)
+
+
+def between_marks(text: str) -> tuple[str, str, str]:
+    """What stands before, between and after the marks."""
+    before, _, rest = text.partition(MARKS[0])
+    inside, _, after = rest.partition(MARKS[1])
+    return before, inside, after
+
+
+if __name__ == "__main__":
+    before, _, after = between_marks(README.read_text())
+    README.write_text(f"{before}{MARKS[0]}\n\n{table()}\n\n{MARKS[1]}{after}")
+    sys.exit(0)
