@@ -7,7 +7,7 @@ require("mmdet", "taskdistill_det")
 from .bounded import BoundedRegression  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
-from .recipes import combined, imitation, localization  # noqa: E402
+from .recipes import chen2017, combined, imitation, localization, pearson  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .soft_targets import SoftTargets  # noqa: E402
 
@@ -18,7 +18,9 @@ __all__ = [
     "DistilledDetector",
     "LocalizationDistillation",
     "SoftTargets",
+    "chen2017",
     "combined",
     "imitation",
     "localization",
+    "pearson",
 ]

@@ -31,7 +31,7 @@ def localization(
             weight=classes,
         ),
     ]
-    return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]
+    return scheduled(terms, schedule)
 
 
 @RECIPES.register
@@ -60,3 +60,48 @@ def combined(
         *localization(main=main, vlr=vlr, classes=classes, schedule=schedule),
         *imitation(weight=features, schedule=schedule),
     ]
+
+
+@RECIPES.register
+def chen2017(
+    features: float = 0.5,
+    boxes: float = 0.5,
+    hard_weight: float = 0.8,
+    background_weight: float = 1.5,
+    two_stage: bool = False,
+    tap: str = "neck[*]",
+    schedule: Any = None,
+) -> list[dict[str, Any]]:
+    """Chen et al. (NeurIPS 2017): hint on every position, weighted soft classes mixed with the hard ones, bounded boxes.
+
+    Args:
+        features, boxes: γ and ν, the weights of hint and bounded regression.
+        hard_weight: μ of μ·hard + (1 − μ)·soft; not published, 0.8 in a re-implementation.
+        background_weight: of the soft classes.
+        two_stage: the same on the region proposal network, as the paper has it for Faster R-CNN.
+        tap: where the hint is.
+        schedule: of all terms.
+    """
+    heads = (("classes", "boxes", "auto"), ("rpn_classes", "rpn_boxes", "rpn_head"))
+    terms: list[dict[str, Any]] = [dict(type="Hint", tap=tap, weight=features)]
+    for class_name, box_name, head in heads[: 2 if two_stage else 1]:
+        mixed = dict(background_weight=background_weight, hard_weight=hard_weight)
+        terms.append(dict(type="SoftTargets", name=class_name, head=head, **mixed))
+        terms.append(dict(type="BoundedRegression", name=box_name, head=head, weight=boxes))
+    return scheduled(terms, schedule)
+
+
+@RECIPES.register
+def pearson(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
+    """PKD (NeurIPS 2022): the pyramid's channels correlate with the teacher's, whatever their scale.
+
+    Args:
+        weight: 10 for one-stage detectors (the paper's for RetinaNet), 6 for two-stage ones.
+        tap, schedule: those of its one term.
+    """
+    return [dict(type="PearsonImitation", tap=tap, weight=weight, schedule=schedule)]
+
+
+def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:
+    """The terms with one schedule for all, where there is one."""
+    return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]
