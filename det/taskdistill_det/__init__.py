@@ -5,8 +5,9 @@ from taskdistill.hosts import require
 require("mmdet", "taskdistill_det")
 
 from .detector import DistilledDetector  # noqa: E402
+from .focal_global import FocalGlobal  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
-from .recipes import combined, imitation, localization  # noqa: E402
+from .recipes import combined, fine_grained, focal_global, imitation, localization, masked_generation  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .soft_targets import SoftTargets  # noqa: E402
 
@@ -14,9 +15,13 @@ __all__ = [
     "RECIPES",
     "TERMS",
     "DistilledDetector",
+    "FocalGlobal",
     "LocalizationDistillation",
     "SoftTargets",
     "combined",
+    "fine_grained",
+    "focal_global",
     "imitation",
     "localization",
+    "masked_generation",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -227,14 +227,18 @@ class FeatureImitation(TapTerm):
         return self.adapter_kind
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ratios = []
+        return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+
+    def aligned(
+        self, student: Recording, teacher: Recording, batch: Batch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tensor by tensor the adapted student's, the teacher's, and the region's weights of the positions."""
         for adapter, (s, t, _, _) in zip(self.adapters, self.pairs(student, teacher), strict=True):
             weight = self.region(batch, t)
             if weight is not None and t.ndim == 4:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
                 t = t.masked_fill((weight == 0)[:, None], 0)
-            ratios.append(self._compare(adapter(s, t), t, weight))
-        return mean_of(ratios)
+            yield adapter(s, t), t, weight
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
         items = self.loss(student, teacher, dim=1 if teacher.ndim == 4 else -1, reduction="none")
@@ -307,10 +311,7 @@ class ChannelWise(TapTerm):
     def wire(self, wiring: Wiring) -> None:
         check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
-            if s.ndim != 4 or t.ndim != 4:
-                raise WiringError(
-                    f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be maps (B, C, H, W)"
-                )
+            check_maps(self, s, t, s_tap, t_tap)
             kind = adapter_where_channels_differ(self.adapter_kind, s, t)
             adapter = build_adapter(kind, s, t, f"{self.name} ({s_tap} → {t_tap})", align_corners=self.align_corners)
             self.adapters.append(adapter)
@@ -502,6 +503,15 @@ def check_region(term: Term, region: Region, name: str, wiring: Wiring) -> None:
     missing = region.needs - wiring.fields
     if missing:
         raise WiringError(f"{term.name}: region {name!r} needs {', '.join(sorted(missing))}, not given here")
+
+
+def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
+    """Raises a :class:`WiringError` unless both tensors are maps."""
+    if student.ndim != 4 or teacher.ndim != 4:
+        raise WiringError(
+            f"{term.name}: {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)} must be maps "
+            "(B, C, H, W)"
+        )
 
 
 def adapter_where_channels_differ(kind: AdapterKind, student: Tensor, teacher: Tensor) -> AdapterKind:
