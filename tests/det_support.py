@@ -40,10 +40,16 @@ EVERY_TERM: dict[str, Any] = dict(
         dict(type="FeatureImitation", tap="backbone.layer3", name="layer3"),
         dict(type="FeatureImitation", tap="bbox_head.cls_convs[0]", name="tower"),
         dict(type="SoftTargets"),
+        dict(type="FocalGlobal"),
+        dict(type="MaskedGeneration"),
+        dict(type="FeatureImitation", tap="neck[0]", region="fine_grained", name="near"),
     ],
 )
 """Settings of a distilled detector with every kind of term."""
-TERM_NAMES = ("ld_main", "ld_vlr", "class_main", "feature_imitation", "layer3", "tower", "soft_targets")
+TERM_NAMES = (
+    *("ld_main", "ld_vlr", "class_main", "feature_imitation", "layer3", "tower", "soft_targets"),
+    *("focal_global", "masked_generation", "near"),
+)
 _names = count()
 
 

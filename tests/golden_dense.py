@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from golden import wave
 
@@ -113,3 +113,62 @@ ADVERSARIAL = {
 }
 # The same file's CriterionAdditionalGP with lambda_gp = 10 on critic(), its random shares replaced; gradient of W.
 GRADIENT_PENALTY_10 = (7.63862770142, 5.32696271362, 754.300687772)
+
+
+def fill(module: nn.Module) -> None:
+    """Every parameter by a formula of its place in the module and its shape; float64."""
+    for place, parameter in enumerate(module.parameters()):
+        parameter.data = wave(tuple(parameter.shape), 0.9 + 0.1 * place, 0.3 * place, 0.7)
+
+
+FOCAL_BOXES = {
+    # Two that overlap, and an image without any; an image without background, and one with a box at the border.
+    "some": ([[3.0, 5.0, 18.0, 21.0], [10.0, 12.0, 15.0, 31.0]], []),
+    "whole": ([[0.0, 0.0, 32.0, 40.0]], [[20.0, 30.0, 31.0, 39.0]]),
+}
+"""Boxes of two images of 40×32 pixels, of which golden.features() are maps of stride 8."""
+
+# yzd-v/FGD@c03a6cf3b3cb3cbfd5554dbf4766e7135747d22d:mmdet/distillation/losses/fgd.py, FeatureLoss with temp 0.5 on
+# golden.features() and FOCAL_BOXES, one of its four weights at 1; the modules filled by fill() in the order conv_mask_s,
+# channel_add_conv_s, conv_mask_t, channel_add_conv_t. (part, boxes): figure
+FOCAL_GLOBAL = {
+    ("foreground", "some"): (14.894974376549552, -0.08671677469350142, 3.005927305243441),
+    ("background", "some"): (17.74292080103628, 0.0, 8.820951229802068),
+    ("attention", "some"): (3.9571301795564153, -0.20039341404608774, 7.271169180866273),
+    ("relation", "some"): (547.3341243068129, 0.3940479127251273, 1134.9563407438031),
+    ("foreground", "whole"): (10.547943512171583, -0.04624894650320076, 1.4387111339663625),
+    ("background", "whole"): (9.526384715108746, 0.0, 1.2889263838517813),
+}
+# The same with the published weights, on "some".
+FOCAL_GLOBAL_ONE_STAGE = (0.028481670488379962, -0.00018494324215291965, 7.2044589674497035e-06)
+
+# yzd-v/MGD@2c9da0b28625eb948db57afc02c824452c3910fe:det/mmdet/distillation/losses/mgd.py, FeatureLoss with alpha_mgd 1 on
+# golden.features(); generation filled by fill(), every third position left out, from the first on. The gradient is that at
+# the student's *second* number.
+MASKED_GENERATION = (4044.73795371654, 54.88810504411768, 7390287.889398659)
+
+# twangnh/Distilling-Object-Detectors@c6583f3a2844bfbb7664c0552be17eccac03bffb:lib/model/rpn/anchor_target_layer.py, mask_batch
+# above 0, for maps of 19×25 of stride 16, scales 8, 16, 32 and ratios 0.5, 1, 2. It counts a box from pixel to pixel, both
+# included: here they end one further, and so do its anchors.
+FINE_GRAINED_ANCHORS = (
+    *((-84.0, -40.0, 100.0, 56.0), (-176.0, -88.0, 192.0, 104.0), (-360.0, -184.0, 376.0, 200.0)),
+    *((-56.0, -56.0, 72.0, 72.0), (-120.0, -120.0, 136.0, 136.0), (-248.0, -248.0, 264.0, 264.0)),
+    *((-36.0, -80.0, 52.0, 96.0), (-80.0, -168.0, 96.0, 184.0), (-168.0, -344.0, 184.0, 360.0)),
+)
+FINE_GRAINED_BOXES = (
+    [[40.0, 60.0, 200.0, 181.0], [220.0, 20.0, 261.0, 280.0]],
+    [[300.0, 200.0, 400.0, 304.0], [10.0, 10.0, 31.0, 26.0], [5.0, 5.0, 391.0, 291.0]],
+)
+# Per image the number of positions in each row and in each column, and the sum of their flat indices.
+FINE_GRAINED = (
+    (
+        [0, 0, 4, 4, 6, 11, 13, 15, 13, 11, 6, 6, 6, 6, 6, 4, 3, 0, 0],
+        [0, 0, 0, 1, 3, 5, 5, 5, 5, 5, 3, 1, 11, 14, 15, 15, 15, 11, 0, 0, 0, 0, 0, 0, 0],
+        25232,
+    ),
+    (
+        [19, 20, 21, 21, 24, 25, 25, 25, 25, 25, 25, 25, 25, 25, 24, 21, 21, 20, 15],
+        [14, 15, 15, 15, 17, 18, 18, 19, 19, 19, 19, 19, 19, 19, 19, 19, 19, 19, 18, 17, 17, 15, 15, 15, 13],
+        101228,
+    ),
+)

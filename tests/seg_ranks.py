@@ -42,6 +42,7 @@ TERMS: dict[str, dict[str, Any]] = {
     "relations": dict(**RELATIONS, across_ranks=True),
     "imitation": dict(type="FeatureImitation", tap="backbone[3]"),
     "pearson": dict(type="PearsonImitation", tap="backbone[2]"),
+    "generation": dict(type="MaskedGeneration"),
     "wgan-gp": dict(type="AdversarialMask", critic=SMALL_CRITIC),
     "lsgan": dict(type="AdversarialMask", kind="lsgan", critic=SMALL_CRITIC),
     "hinge": dict(type="AdversarialMask", kind="hinge", critic=SMALL_CRITIC, condition_on_image=True, steps=2),

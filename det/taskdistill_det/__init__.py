@@ -6,8 +6,18 @@ require("mmdet", "taskdistill_det")
 
 from .bounded import BoundedRegression  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
+from .focal_global import FocalGlobal  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
-from .recipes import chen2017, combined, imitation, localization, pearson  # noqa: E402
+from .recipes import (  # noqa: E402
+    chen2017,
+    combined,
+    fine_grained,
+    focal_global,
+    imitation,
+    localization,
+    masked_generation,
+    pearson,
+)
 from .registry import RECIPES, TERMS  # noqa: E402
 from .soft_targets import SoftTargets  # noqa: E402
 
@@ -16,11 +26,15 @@ __all__ = [
     "TERMS",
     "BoundedRegression",
     "DistilledDetector",
+    "FocalGlobal",
     "LocalizationDistillation",
     "SoftTargets",
     "chen2017",
     "combined",
+    "fine_grained",
+    "focal_global",
     "imitation",
     "localization",
+    "masked_generation",
     "pearson",
 ]

@@ -385,6 +385,19 @@ def same_grid(student: DenseHead, teacher: DenseHead, term: Term) -> None:
             )
 
 
+def anchor_levels(model: Any) -> list[tuple[tuple[float, float], Tensor | None]]:
+    """What anchors the model's first stage has: per level its stride (x, y) and base anchors ``(A, 4)`` around position (0, 0).
+
+    ``None`` in place of the anchors for heads on points; no level at all for a head without either (DETR).
+    """
+    for name in ("rpn_head", "bbox_head"):
+        generator = getattr(getattr(model, name, None), "prior_generator", None)
+        if generator is not None:
+            anchors = getattr(generator, "base_anchors", [None] * len(generator.strides))
+            return [((float(x), float(y)), level) for (x, y), level in zip(generator.strides, anchors, strict=True)]
+    return []
+
+
 def distribution_bins(head: DenseHead, term: Term) -> int:
     """Number of bins of a head that predicts box edges as distributions.
 

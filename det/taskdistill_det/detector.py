@@ -11,6 +11,7 @@ from torch import Tensor
 from taskdistill.regions import Batch
 from taskdistill_mm.graft import Graft
 
+from .dense import anchor_levels
 from .registry import RECIPES, TERMS
 from .rois import REPLAY
 
@@ -47,4 +48,5 @@ class DistilledDetector(Graft):
         boxes = [sample.gt_instances.bboxes for sample in data_samples]
         batch.boxes = [getattr(box, "tensor", box) for box in boxes]
         batch.labels = [sample.gt_instances.labels for sample in data_samples]
+        batch.extra["base_anchors"] = anchor_levels(self)
         return batch

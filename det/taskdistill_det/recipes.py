@@ -102,6 +102,61 @@ def pearson(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) ->
     return [dict(type="PearsonImitation", tap=tap, weight=weight, schedule=schedule)]
 
 
+@RECIPES.register
+def focal_global(
+    temperature: float = 0.5,
+    alpha: float = 1e-3,
+    beta: float = 5e-4,
+    gamma: float = 5e-4,
+    lambda_: float = 5e-6,
+    tap: str = "neck[*]",
+    schedule: Any = None,
+) -> list[dict[str, Any]]:
+    """FGD (CVPR 2022) on the pyramid, with the published weights for one-stage detectors.
+
+    Two-stage ones have alpha 5e-5, beta 2.5e-5, gamma 5e-5 and lambda_ 5e-7.
+
+    Args:
+        temperature, alpha, beta, gamma, lambda_, tap, schedule: those of its one term.
+    """
+    weights = dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
+    return [dict(type="FocalGlobal", tap=tap, temperature=temperature, **weights, schedule=schedule)]
+
+
+@RECIPES.register
+def masked_generation(
+    weight: float = 2e-5, mask_ratio: float = 0.65, tap: str = "neck[*]", schedule: Any = None
+) -> list[dict[str, Any]]:
+    """MGD (ECCV 2022) on the pyramid, with the published weight for one-stage detectors.
+
+    Two-stage ones have weight 5e-7 and mask_ratio 0.45.
+
+    Args:
+        weight, mask_ratio, tap, schedule: those of its one term.
+    """
+    return [dict(type="MaskedGeneration", tap=tap, mask_ratio=mask_ratio, weight=weight, schedule=schedule)]
+
+
+@RECIPES.register
+def fine_grained(
+    weight: float = 1.28, threshold: float = 0.5, tap: str = "neck[*]", schedule: Any = None
+) -> list[dict[str, Any]]:
+    """FGFI (CVPR 2019): imitation through 1×1 adapters at the positions whose anchors come near an object.
+
+    The paper's loss is 0.01 · Σ I (r(s) - t)² / (2 ΣI), summed over channels; ours is the mean over channels, so that the paper's
+    weight is 0.01 · C / 2: 1.28 for pyramids of 256 channels. Where there are several levels, each has its own ΣI, and they weigh
+    alike.
+
+    Args:
+        weight, tap, schedule: those of its one term.
+        threshold: ψ of its region.
+    """
+    region = dict(type="fine_grained", threshold=threshold)
+    return [
+        dict(type="FeatureImitation", tap=tap, region=region, weight=weight, name="fine_grained", schedule=schedule)
+    ]
+
+
 def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:
     """The terms with one schedule for all, where there is one."""
     return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]

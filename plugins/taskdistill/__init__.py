@@ -6,6 +6,8 @@ The core: losses, taps, adapters, regions, terms, schedules, teacher, distiller.
 
 from .distiller import Distiller, DistillOutput, HostDistiller
 from .errors import DistillError, UnsafeCheckpoint, WiringError
+from .fine_grained import FineGrained
+from .generation import MaskedGeneration
 from .regions import Batch, Region
 from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, TERMS, Registry
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
@@ -28,9 +30,11 @@ __all__ = [
     "DistillOutput",
     "Distiller",
     "FeatureImitation",
+    "FineGrained",
     "Hint",
     "HostDistiller",
     "LogitMatching",
+    "MaskedGeneration",
     "Ramp",
     "Recorder",
     "Recording",

@@ -43,3 +43,9 @@ def check_number(
     if not fine or value < low or (above and value == low):
         kind = "whole number" if whole else "number"
         raise DistillError(f"{owner}: {name} must be a {kind} {'>' if above else '>='} {low:g}, got {value!r}")
+
+
+def check_share(owner: str, name: str, value: Any) -> None:
+    """Raises a :class:`DistillError` unless ``value`` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise DistillError(f"{owner}: {name} must be in [0, 1], got {value!r}")

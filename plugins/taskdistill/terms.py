@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -233,15 +233,19 @@ class FeatureImitation(TapTerm):
         return self.adapter_kind
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ratios = []
+        return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+
+    def aligned(
+        self, student: Recording, teacher: Recording, batch: Batch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tensor by tensor the adapted student's, the teacher's, and the region's weights of the positions."""
         pairs = self.pairs(student, teacher)
         for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
             weight = self.region(batch, t) if in_image else None
             if weight is not None and t.ndim == 4:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
                 t = t.masked_fill((weight == 0)[:, None], 0)
-            ratios.append(self._compare(adapter(s, t), t, weight))
-        return mean_of(ratios)
+            yield adapter(s, t), t, weight
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
         items = self.loss(student, teacher, dim=1 if teacher.ndim == 4 else -1, reduction="none")
@@ -315,10 +319,7 @@ class ChannelWise(TapTerm):
     def wire(self, wiring: Wiring) -> None:
         check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
-            if s.ndim != 4 or t.ndim != 4:
-                raise WiringError(
-                    f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be maps (B, C, H, W)"
-                )
+            check_maps(self, s, t, s_tap, t_tap)
             self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
             kind = adapter_where_channels_differ(self.adapter_kind, s, t)
             adapter = build_adapter(kind, s, t, f"{self.name} ({s_tap} → {t_tap})", align_corners=self.align_corners)
@@ -529,6 +530,15 @@ def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wir
             + ("tap a map (B, C, H, W), such as the output of a stage" if wiring.in_image(tap) else "use region='all'")
         )
     return True
+
+
+def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
+    """Raises a :class:`WiringError` unless both tensors are maps."""
+    if student.ndim != 4 or teacher.ndim != 4:
+        raise WiringError(
+            f"{term.name}: {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)} must be maps "
+            "(B, C, H, W)"
+        )
 
 
 def adapter_where_channels_differ(kind: AdapterKind, student: Tensor, teacher: Tensor) -> AdapterKind:

@@ -5,7 +5,7 @@ from taskdistill.hosts import require
 require("mmseg", "taskdistill_seg")
 
 from .adversarial import AdversarialMask  # noqa: E402
-from .pixels import DIST, ChannelWise, FeatureImitation, Hint, PearsonImitation, PixelSoftTargets  # noqa: E402
+from .pixels import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PearsonImitation, PixelSoftTargets  # noqa: E402
 from .recipes import channel_wise, cross_image, prototypes, structured  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .relations import ClassPrototypes, CrossImageRelations, PairwiseAffinity  # noqa: E402
@@ -22,6 +22,7 @@ __all__ = [
     "DistilledSegmentor",
     "FeatureImitation",
     "Hint",
+    "MaskedGeneration",
     "PairwiseAffinity",
     "PearsonImitation",
     "PixelSoftTargets",

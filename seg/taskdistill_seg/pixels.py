@@ -9,6 +9,7 @@ from torch import Tensor
 
 from taskdistill.distributed import total_over_ranks, world_size
 from taskdistill.errors import DistillError, WiringError, check_number
+from taskdistill.generation import MaskedGeneration as CoreMaskedGeneration
 from taskdistill.losses import (
     Ratio,
     binary_soft_targets,
@@ -149,3 +150,17 @@ class PearsonImitation(HeadTerm, CorePearsonImitation):
 
     def __init__(self, tap: Taps | None = None, *, region: Any = "valid", **settings: Any) -> None:
         super().__init__(tap, region=region, **settings)
+
+
+@TERMS.register
+class MaskedGeneration(HeadTerm, CoreMaskedGeneration):
+    """The student's features, some positions left out, must generate the teacher's on the pixels that count (MGD; 2205.01529).
+
+    The core's :class:`taskdistill.generation.MaskedGeneration` with the authors' settings for segmentation: the backbone's last
+    map and ``mask_ratio`` 0.75; and with ``region="valid"``.
+    """
+
+    def __init__(
+        self, tap: Taps | None = "backbone[-1]", *, mask_ratio: float = 0.75, region: Any = "valid", **settings: Any
+    ) -> None:
+        super().__init__(tap, mask_ratio=mask_ratio, region=region, **settings)

@@ -141,7 +141,9 @@ def test_the_resumed_adapters_are_the_saved_ones(tmp_path, scenes, model, distil
     whole = history(distilled_run.runner, "distill.layer3.loss")
     assert history(runner, "distill.layer3.loss")[:2] == whole[:2]  # the log's own history
     assert history(runner, "distill.layer3.loss")[2] != whole[2]
-    assert all((value != 0).any() for value in built.values() if value.ndim == 4)
+    # FGD's blocks start with a last convolution of zeros.
+    drawn = {name: value for name, value in built.items() if value.ndim == 4 and not name.endswith(".add.3.weight")}
+    assert all((value != 0).any() for value in drawn.values())
     # SGD's momentum moved them off zero by a little, nowhere near what the seed built.
     moved = adapters(runner)["layer3.adapters.0.project.weight"].abs().mean()
     assert moved < 0.5 * built["layer3.adapters.0.project.weight"].abs().mean()

@@ -43,6 +43,7 @@ def _scribble(model, batch, amount):
     data = model.data_preprocessor(copy.deepcopy(batch), True)
     distiller = model.distiller
     original = distiller.losses
+    hidden = distiller.live_state()["hidden"]
 
     def losses_of(student, teacher, *rest):
         for recording in (student, teacher):
@@ -56,6 +57,7 @@ def _scribble(model, batch, amount):
         found = model(**data, mode="loss")
     finally:
         del distiller.losses
+        distiller._load_hidden(hidden)  # the next call leaves out what this one did
     return found
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from det_support import TERM_NAMES, build, detector, distilled, losses, raw_batch
+from taskdistill import Step
 from taskdistill.errors import DistillError
-from taskdistill_det import DistilledDetector, localization
+from taskdistill_det import DistilledDetector, fine_grained, focal_global, localization, masked_generation
 
 
 def test_the_localization_recipe_is_the_papers():
@@ -15,6 +16,25 @@ def test_the_localization_recipe_is_the_papers():
     assert (main["region"], main["temperature"], main["weight"]) == ("main", 10, 0.25)
     assert (vlr["region"], vlr["temperature"], vlr["weight"]) == ("vlr", 10, 0.25)
     assert (classes["region"], classes["temperature"], classes["weight"], classes["classes"]) == ("main", 2, 10, "mean")
+
+
+def test_the_other_recipes_are_their_papers():
+    (focal,) = focal_global()
+    assert [focal[key] for key in ("temperature", "alpha", "beta", "gamma", "lambda_")] == [0.5, 1e-3, 5e-4, 5e-4, 5e-6]
+    (generation,) = masked_generation()
+    assert (generation["mask_ratio"], generation["weight"]) == (0.65, 2e-5)
+    (near,) = fine_grained()
+    # Half of 0.01 · (a sum over 256 channels) is 1.28 · their mean.
+    assert (near["region"]["threshold"], near["weight"]) == (0.5, pytest.approx(0.01 * 256 / 2))
+
+
+@pytest.mark.parametrize("recipe", ["focal_global", "masked_generation", "fine_grained"])
+def test_a_recipe_of_one_term_is_called_after_it_and_takes_a_schedule(teacher_model, teacher_checkpoint, recipe):
+    settings = dict(type=recipe, tap="neck[0]", schedule=dict(type="Stop", end=1))
+    model = build(distilled(detector(), teacher_model, teacher_checkpoint, recipe=settings))
+    assert [(row.term, row.student_tap) for row in model.distiller.rows] == [(recipe, "neck[0]")]
+    assert losses(model, raw_batch())[f"distill.{recipe}.loss"] > 0
+    assert [model.distiller.terms[recipe].schedule(Step(step)) for step in (0, 1)] == [1, 0]
 
 
 def test_a_recipe_is_the_terms_that_it_prints(teacher_model, teacher_checkpoint):

@@ -295,6 +295,7 @@ def test_refused_when_built(terms, student, teacher, message):
         (dict(type="PatientStates", variant="mean"), "variant must be one of paper, code"),
         (dict(type="HiddenStates", loss="l1"), "loss must be one of mse, cosine, normalized"),
         (dict(type="ChannelWise"), r"cannot be used here; it compares maps \(B, C, H, W\); use HiddenStates"),
+        (dict(type="MaskedGeneration"), r"cannot be used here; it generates maps \(B, C, H, W\); use HiddenStates"),
         (dict(type="AttentionMap"), "did you mean 'AttentionMaps'"),
     ],
 )

@@ -9,9 +9,11 @@ from .class_prototypes import class_prototypes
 from .cross_image import memory_relations, pixel_relations
 from .dist import dist_between_classes, dist_within_classes
 from .divergences import generalized_jsd, reverse_kl, skewed_kl
+from .focal_global import focal_attention, focal_features
 from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
+from .masked_generation import masked_generation
 from .pearson import pearson
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
@@ -34,11 +36,14 @@ __all__ = [
     "critic_loss",
     "dist_between_classes",
     "dist_within_classes",
+    "focal_attention",
+    "focal_features",
     "generalized_jsd",
     "gradient_penalty",
     "hint",
     "localization",
     "logit_matching",
+    "masked_generation",
     "memory_relations",
     "mixed_targets",
     "pairwise_affinity",

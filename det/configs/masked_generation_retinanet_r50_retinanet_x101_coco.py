@@ -1,0 +1,22 @@
+# MGD's published pair: RetinaNet-X101 teaches RetinaNet-R50, which takes over its pyramid and head.
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
+
+data_root = "data/coco/"
+teacher_checkpoint = "retinanet_x101_64x4d_fpn_mstrain_3x_coco_20210719_051838-022c2187.pth"
+
+custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+model = dict(
+    type="DistilledDetector",
+    student=_base_.model.type,
+    teacher=dict(
+        config="mmdet::retinanet/retinanet_x101-64x4d_fpn_ms-640-800-3x_coco.py", checkpoint=teacher_checkpoint
+    ),
+    recipe="masked_generation",
+    inherit=["neck", "bbox_head"],
+)
+
+train_dataloader = dict(dataset=dict(data_root=data_root))
+val_dataloader = dict(dataset=dict(data_root=data_root))
+test_dataloader = dict(dataset=dict(data_root=data_root))
+val_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")
+test_evaluator = dict(ann_file=data_root + "annotations/instances_val2017.json")

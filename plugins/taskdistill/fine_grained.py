@@ -1,0 +1,138 @@
+"""The region near objects: positions whose anchors come close to the best that any anchor does for an object.
+
+Wang, Yuan, Zhang, Feng, "Distilling Object Detectors with Fine-Grained Feature Imitation" (FGFI), CVPR 2019, arXiv 1906.03609.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import DistillError, WiringError, check_number, check_share
+from .regions import Batch, Region, valid_positions
+from .registry import REGIONS
+
+
+class _Level(NamedTuple):
+    """A grid of anchors: its rows and columns, its stride (x, y) in pixels, and the anchors ``(A, 4)`` of position (0, 0)."""
+
+    size: tuple[int, int]
+    stride: tuple[float, float]
+    anchors: Tensor
+
+
+@REGIONS.register("fine_grained")
+class FineGrained(Region):
+    """Positions near objects (FGFI; Wang et al., CVPR 2019, section 3.2), all alike.
+
+    For each box the threshold is a share of the best IoU that any anchor has with it; a position belongs to the region when one
+    of its anchors has more with some box. The best is taken over the levels of the whole pyramid, so that a box marks the levels
+    that can detect it. (The paper and its authors' code have one level.) Positions in the padding weigh 0, and their anchors
+    are not the best.
+
+    The anchors are the student's own where the host gives them as ``batch.extra["base_anchors"]``: per level its stride (x, y)
+    and the anchors ``(A, 4)`` around position (0, 0), or ``None``, which stands for squares of ``scale`` strides (as do maps
+    whose grid is no level's) in these ratios.
+
+    Args:
+        threshold: ψ in [0, 1], the share of the best IoU; 0.5 in the paper.
+        scale: side of the squares in strides, where the host has no anchors.
+        ratios: height / width of what they are stretched to at equal area.
+    """
+
+    needs = frozenset({"boxes"})
+
+    def __init__(
+        self, threshold: float = 0.5, *, scale: float = 8.0, ratios: Sequence[float] = (0.5, 1.0, 2.0)
+    ) -> None:
+        check_share("region 'fine_grained'", "threshold", threshold)
+        check_number("region 'fine_grained'", "scale", scale, above=True)
+        if not isinstance(ratios, (list, tuple)) or not ratios:
+            raise DistillError(f"region 'fine_grained': ratios must be a list of numbers, got {ratios!r}")
+        for ratio in ratios:
+            check_number("region 'fine_grained'", "a ratio", ratio, above=True)
+        self.threshold, self.scale, self.ratios = threshold, scale, tuple(ratios)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+        if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
+            raise WiringError("region 'fine_grained' needs a map (B, C, H, W) and a batch with boxes")
+        boxes = [found.to(device=feature.device, dtype=torch.float32) for found in batch.boxes]
+        own, levels = self._levels(batch, feature)
+        best = self._best(batch, boxes, levels)
+        valid = _valid(batch, own, feature)
+        masks = []
+        for image, (found, most) in enumerate(zip(boxes, best, strict=True)):
+            near = (best_overlaps(found, own) > (self.threshold * most)[:, None, None]).any(0)
+            masks.append(near.to(torch.float32) if valid is None else near * valid[image])
+        return torch.stack(masks)
+
+    def _levels(self, batch: Batch, feature: Tensor) -> tuple[_Level, list[_Level]]:
+        """The level of this map and all levels; a map on another grid than any of them is one more."""
+        assert batch.padded_size is not None
+        height, width = batch.padded_size
+        levels = [
+            _Level(
+                (math.ceil(height / y), math.ceil(width / x)),
+                (x, y),
+                self._squares(x, y, feature) if anchors is None else anchors.to(feature.device, torch.float32),
+            )
+            for (x, y), anchors in batch.extra.get("base_anchors", ())
+        ]
+        size = (feature.shape[-2], feature.shape[-1])
+        for level in levels:
+            if level.size == size:
+                return level, levels
+        x, y = width / size[1], height / size[0]
+        own = _Level(size, (x, y), self._squares(x, y, feature))
+        return own, [*levels, own]
+
+    def _squares(self, x: float, y: float, feature: Tensor) -> Tensor:
+        ratio = feature.new_tensor(self.ratios, dtype=torch.float32)
+        half = torch.stack([x * self.scale / ratio.sqrt() / 2, y * self.scale * ratio.sqrt() / 2], 1)
+        centre = half.new_tensor([x / 2, y / 2])
+        return torch.cat([centre - half, centre + half], 1)
+
+    def _best(self, batch: Batch, boxes: Sequence[Tensor], levels: Sequence[_Level]) -> list[Tensor]:
+        """Per image the best IoU of each box with any anchor of a valid position, ``(n,)``; found once for all maps of a batch."""
+        key = f"fine_grained best {self.scale} {self.ratios} {[level.stride for level in levels]}"
+        if key not in batch.extra:
+            best = [found.new_zeros(len(found)) for found in boxes]
+            for level in levels:
+                valid = _valid(batch, level, level.anchors)
+                for image, found in enumerate(boxes):
+                    overlaps = best_overlaps(found, level)
+                    if valid is not None:
+                        overlaps = overlaps * valid[image]
+                    best[image] = torch.maximum(best[image], overlaps.flatten(1).amax(1))
+            batch.extra[key] = best
+        found_before: list[Tensor] = batch.extra[key]
+        return found_before
+
+
+def best_overlaps(boxes: Tensor, level: _Level) -> Tensor:
+    """The best IoU of each box ``(n, 4)`` with the anchors of each position: ``(n, H, W)``."""
+    height, width = level.size
+    best = boxes.new_zeros(len(boxes), height, width)
+    x1, y1, x2, y2 = (edge[:, None] for edge in boxes.unbind(1))
+    area = (x2 - x1) * (y2 - y1)
+    left = torch.arange(width, device=boxes.device) * level.stride[0]
+    top = torch.arange(height, device=boxes.device) * level.stride[1]
+    for a in level.anchors:
+        across = (torch.minimum(x2, left + a[2]) - torch.maximum(x1, left + a[0])).clamp(min=0)
+        down = (torch.minimum(y2, top + a[3]) - torch.maximum(y1, top + a[1])).clamp(min=0)
+        overlap = down[:, :, None] * across[:, None, :]
+        union = (area + (a[2] - a[0]) * (a[3] - a[1]))[:, :, None] - overlap
+        best = torch.maximum(best, overlap / union.clamp(min=1e-6))
+    return best
+
+
+def _valid(batch: Batch, level: _Level, place: Tensor) -> Tensor | None:
+    """Which positions of a level lie in the images, ``(B, H, W)``, or ``None`` for all."""
+    if batch.image_sizes is None or batch.padded_size is None:
+        return None
+    return valid_positions(batch.image_sizes, batch.padded_size, place.new_empty(level.size))

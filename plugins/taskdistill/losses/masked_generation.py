@@ -1,0 +1,65 @@
+"""Masked generation: the student's features, with positions left out, must still generate the teacher's.
+
+Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (MGD), ECCV 2022, arXiv 2205.01529.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..registry import LOSSES
+from .hint import hint
+from .reduction import Reduction, reduce_loss, same_shape, upcast
+
+
+class FeatureGenerator(nn.Module):
+    """3×3 convolution, ReLU, 3×3 convolution at one width: ``(B, C, H, W) -> (B, C, H, W)``."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv2d(channels, channels, 3, padding=1)
+        self.leave = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
+        """An image's padding is to both convolutions what lies beyond the map: 0 where ``valid`` ``(B, H, W)`` is."""
+        hidden = self.enter(_inside(features.to(self.enter.weight.dtype), valid)).relu()
+        generated: Tensor = self.leave(_inside(hidden, valid))
+        return generated
+
+
+@LOSSES.register
+def masked_generation(
+    student: Tensor,
+    teacher: Tensor,
+    generator: Callable[[Tensor, Tensor | None], Tensor],
+    keep: Tensor,
+    *,
+    valid: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Masked generation (MGD; Yang et al. 2022, equation 5): squared error of what is generated, summed over an image.
+
+    .. math:: \sum_{c,i} (t_{ci} - G(s \odot M)_{ci})^2
+
+    over all positions, whether they were left out or not.
+
+    Args:
+        student, teacher: ``(B, C, H, W)``, the same shape.
+        generator: G, a :class:`FeatureGenerator`; called with the masked map and ``valid``.
+        keep: M, ``(B, H, W)``: true where the generator may see the student's features.
+        valid: ``(B, H, W)``, above 0 where a position takes part; every position by default.
+        reduction: over images; ``"none"`` gives ``(B,)``.
+
+    Raises:
+        DistillError: the shapes differ.
+    """
+    same_shape(student, teacher, "masked_generation")
+    generated = generator(student.masked_fill(~keep[:, None], 0), valid)
+    items = hint(generated, _inside(upcast(teacher), valid), weight=valid, reduction="none") * teacher.shape[1]
+    return reduce_loss(items.flatten(1).sum(1), None, reduction)
+
+
+def _inside(features: Tensor, valid: Tensor | None) -> Tensor:
+    return features if valid is None else features.masked_fill((valid <= 0)[:, None], 0)
