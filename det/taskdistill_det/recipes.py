@@ -60,3 +60,13 @@ def combined(
         *localization(main=main, vlr=vlr, classes=classes, schedule=schedule),
         *imitation(weight=features, schedule=schedule),
     ]
+
+
+@RECIPES.register
+def cross_head(weight: float = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
+    """CrossKD (CVPR 2024, arXiv 2306.11369): the teacher's last convolutions read the student's head features.
+
+    Args:
+        weight, reused, schedule: those of its one term, in which boxes weigh 4 (distributions) or 1 and classes 1.
+    """
+    return [dict(type="CrossHead", weight=weight, reused=reused, schedule=schedule)]

@@ -92,8 +92,11 @@ class HostDistiller(nn.Module):
             self.teacher.ensure_eval()
             teacher_recording = self._teacher_recorder.rehearse(teacher, run_teacher)
             with torch.enable_grad():
+                wiring = Wiring(
+                    student, teacher, student_recording, teacher_recording, fields, facts or {}, self.teacher
+                )
                 for term in self._all_terms():
-                    term.wire(Wiring(student, teacher, student_recording, teacher_recording, fields, facts or {}))
+                    term.wire(wiring)
 
     def _recorder(self, model: nn.Module, owner: str) -> Recorder:
         for term in self._all_terms():

@@ -1,0 +1,344 @@
+"""Cross-head distillation: the student's head features go through the teacher's remaining head.
+
+Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024, arXiv 2306.11369.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.dense_heads import (
+    ATSSHead,
+    FCOSHead,
+    GFLHead,
+    RetinaHead,
+    RTMDetHead,
+    RTMDetSepBNHead,
+    YOLOXHead,
+)
+from mmdet.models.losses.iou_loss import giou_loss
+from torch import Tensor, nn
+
+from taskdistill.adapters import AdapterKind, build_adapter
+from taskdistill.distributed import total_over_ranks
+from taskdistill.errors import DistillError, WiringError
+from taskdistill.losses import Ratio, localization
+from taskdistill.losses.reduction import divide, same_shape, upcast
+from taskdistill.regions import All, Batch
+from taskdistill.taps import Recording, Tap, shadow
+from taskdistill.terms import Term, Wiring, adapter_label, adapter_where_channels_differ
+
+from .boxes import decode, rows
+from .dense import BOXES, CLASSES, TARGETS
+from .registry import TERMS
+
+OBJECTNESS = Tap.parse("bbox_head[2][*]")
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How a kind of head is read.
+
+    Attributes:
+        head: its class.
+        towers: its two lists of convolutions, of classes and of boxes.
+        targets: where its positives are found.
+        labels: which entry of those holds the labels; ``None`` where the last is the number of positives of an image.
+    """
+
+    head: Any
+    labels: int | None
+    towers: tuple[str, str] = ("cls_convs", "reg_convs")
+    targets: Tap = TARGETS
+
+
+_FAMILIES = (
+    _Family(GFLHead, 1),
+    _Family(ATSSHead, 1),
+    _Family(RetinaHead, 0),
+    _Family(FCOSHead, 0),
+    _Family(RTMDetHead, 1),
+    _Family(RTMDetSepBNHead, 1),
+    _Family(
+        YOLOXHead,
+        None,
+        ("multi_level_cls_convs", "multi_level_reg_convs"),
+        Tap.parse("bbox_head._get_targets_single()"),
+    ),
+)
+_METHODS = ("forward", "forward_single", "get_targets", "_get_targets_single")
+
+
+@TERMS.register
+class CrossHead(Term):
+    r"""The student's head features, read by the teacher's remaining head, predict what the teacher does (CrossKD).
+
+    The output of a convolution of each tower, before its activation, is given the teacher's mean and standard deviation
+    (:func:`align`) and runs through what follows in the *teacher's* tower, frozen. What comes out imitates the teacher's own
+    outputs on every anchor whose centre lies in the image:
+
+    * classes by :func:`focused_entropy`, summed and divided by the student's positives (at least 1 an image, as mmdet counts
+      them). YOLOX's classes are joined with its objectness to the score that it ranks by.
+    * boxes weighted by the teacher's best class score: with distributions the KL of an edge summed over its bins, mean over
+      edges, divided by the sum of weights; other boxes by GIoU, divided by the positives.
+
+    Both denominators are summed over all processes, and so are the statistics. Student and teacher may have heads of different
+    kinds, numbers of convolutions and classes, as both outputs are the teacher's. The authors' code leaves out RetinaNet's
+    anchors between its two thresholds; for FCOS it takes the IoU loss, divides by the sum of the centre-ness and has the
+    weights 0.4 and 0.75 and ``reused=2``; for ATSS it adds the centre-ness of positives.
+
+    Args:
+        reused: how many of the last convolutions of each tower are the teacher's, at least 1; at least one is the student's.
+        classes, boxes: weights of the two parts; ``boxes`` is by default 4 with distributions and 1 without, as published.
+        adapter: for towers of different widths; ``"auto"`` is none where they agree and a 1×1 convolution where not.
+    """
+
+    def __init__(
+        self,
+        reused: int = 1,
+        *,
+        classes: float = 1.0,
+        boxes: float | None = None,
+        adapter: AdapterKind = "auto",
+        weight: float = 1.0,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, name=name)
+        if isinstance(reused, bool) or not isinstance(reused, int) or reused < 1:
+            raise DistillError(f"CrossHead: reused must be a whole number >= 1, got {reused!r}")
+        for key, value in (("classes", classes), ("boxes", boxes)):
+            if value is not None and not value >= 0:
+                raise DistillError(f"CrossHead: {key} must be >= 0, got {value!r}")
+        self.reused, self.classes, self.boxes = reused, classes, boxes
+        self.adapter_kind: AdapterKind = adapter
+        self.adapters = nn.ModuleList()
+        self.region = All()
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self._student, self._teacher = (
+            self._family(model, owner) for model, owner in ((student, "student"), (teacher, "teacher"))
+        )
+        head: Any = teacher.bbox_head
+        if not getattr(head, "use_sigmoid_cls", False):
+            raise WiringError(
+                f"{self.name}: the teacher's {type(head).__name__} has softmax classes; this term needs sigmoid ones"
+            )
+        self._student_towers, self._teacher_towers = (
+            self._tower_taps(model, family, owner)
+            for model, family, owner in ((student, self._student, "student"), (teacher, self._teacher, "teacher"))
+        )
+        own: Any = student.bbox_head
+        self.num_classes: int = own.num_classes
+        self.student_taps = (*chain(*self._student_towers), self._student.targets)
+        objectness = (OBJECTNESS,) if isinstance(head, YOLOXHead) else ()
+        self.teacher_taps = (*chain(*self._teacher_towers), CLASSES, BOXES, *objectness)
+
+    def _family(self, model: nn.Module, owner: str) -> _Family:
+        head: Any = getattr(model, "bbox_head", None)
+        for family in _FAMILIES:
+            if all(getattr(type(head), method, None) is getattr(family.head, method, None) for method in _METHODS):
+                return family
+        name = type(head).__name__ if head is not None else f"{type(model).__name__} without bbox_head"
+        raise WiringError(
+            f"{self.name}: the {owner}'s head {name} has no towers that this term can cross "
+            f"({', '.join(family.head.__name__ for family in _FAMILIES)}); FeatureImitation works with any detector"
+        )
+
+    def _tower_taps(self, model: nn.Module, family: _Family, owner: str) -> list[list[Tap]]:
+        taps = []
+        for tower in family.towers:
+            found = []
+            for path, convs in _levels(model.bbox_head, tower):
+                stage = len(convs) - self.reused
+                if stage < 1:
+                    raise WiringError(
+                        f"{self.name}: the {owner}'s bbox_head.{path} has {len(convs)} convolutions, reused={self.reused} leaves "
+                        "none to the student; give the head more stacked_convs"
+                    )
+                inner = ".pointwise_conv" if hasattr(convs[stage - 1], "pointwise_conv") else ""
+                found.append(Tap.parse(f"bbox_head.{path}.{stage - 1}{inner}.activate:input"))
+            taps.append(found)
+        return taps
+
+    def wire(self, wiring: Wiring) -> None:
+        assert wiring.holder is not None
+        self.holder = wiring.holder
+        head: Any = wiring.teacher.bbox_head
+        self.bins = head.reg_max + 1 if hasattr(head, "integral") else 0
+        self.box_weight = self.boxes if self.boxes is not None else (4.0 if self.bins else 1.0)
+        for mine, theirs in zip(self._student_towers, self._teacher_towers, strict=True):
+            students, teachers = _tapped(wiring.student_recording, mine), _tapped(wiring.teacher_recording, theirs)
+            grids = [[tuple(t.shape[-2:]) for t, _ in tower] for tower in (students, teachers)]
+            if grids[0] != grids[1]:
+                raise WiringError(
+                    f"{self.name}: student and teacher predict on different grids, {grids[0]} and {grids[1]} positions; "
+                    "give both the same strides"
+                )
+            for (s, s_tap), (t, t_tap) in zip(students, teachers, strict=True):
+                kind = adapter_where_channels_differ(self.adapter_kind, s, t)
+                adapter = build_adapter(kind, s, t, f"{self.name} ({s_tap} → {t_tap})")
+                self.adapters.append(adapter)
+                self.rows.append(
+                    self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region="all")
+                )
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        outputs = self._cross(student, teacher, batch)
+        targets = [teacher.tensors(tap) for tap in self.teacher_taps[-3 if self._joined else -2 :]]
+        scores, wanted = self._scores(outputs), self._scores(targets)
+        valid = [self._anchors(batch, level, goal) for level, goal in zip(outputs[1], wanted, strict=True)]
+        trust = torch.cat([goal.amax(-1).sigmoid() * inside for goal, inside in zip(wanted, valid, strict=True)], 1)
+        pairs = zip(scores, wanted, valid, strict=True)
+        classes = torch.stack([_masked(focused_entropy(s, t).sum(-1), inside) for s, t, inside in pairs]).sum()
+        boxes = (self._box_items(outputs[1], targets[1]).masked_fill(trust == 0, 0) * trust).sum()
+        positives = self._positives(student).to(boxes)
+        shares = torch.stack([positives, trust.sum() if self.bins else positives])
+        return Ratio(torch.stack([self.classes * classes, self.box_weight * boxes]), shares)
+
+    @property
+    def _head(self) -> Any:
+        return self.holder.model.bbox_head
+
+    @property
+    def _joined(self) -> bool:
+        return self._teacher.head is YOLOXHead
+
+    def _cross(self, student: Recording, teacher: Recording, batch: Batch) -> Any:
+        """What the teacher's head makes of the student's features: its outputs, each a list of levels."""
+        adapters = iter(self.adapters)
+        with ExitStack() as stack:
+            for name, mine, theirs in zip(
+                self._teacher.towers, self._student_towers, self._teacher_towers, strict=True
+            ):
+                levels = []
+                for (s, _), (t, _) in zip(_tapped(student, mine), _tapped(teacher, theirs), strict=True):
+                    levels.append(align(next(adapters)(s, t), t, self.region(batch, t), total_over_ranks))
+                entering = iter(levels)
+                for _, convs in _levels(self._head, name):
+                    self._enter(stack, convs, entering)
+            with self.holder.context(levels[0].device.type):
+                # The head only passes these on to the convolutions that are left out.
+                return self._head(levels)
+
+    def _enter(self, stack: ExitStack, convs: Sequence[Any], entering: Iterator[Tensor]) -> None:
+        """Lets a tower's features enter it behind the last convolution that is left out."""
+        stage = len(convs) - self.reused
+        activate = getattr(convs[stage - 1], "pointwise_conv", convs[stage - 1]).activate
+        for conv in convs[: stage - 1]:
+            stack.callback(shadow(conv, "forward", lambda x: x))
+        stack.callback(shadow(convs[stage - 1], "forward", lambda _: activate(next(entering))))
+
+    def _scores(self, outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """Per level the class logits ``(B, N, C)``."""
+        found = [rows(level, self._head.cls_out_channels) for level in outputs[0]]
+        if not self._joined:
+            return found
+        return [joint_logits(level, rows(extra, 1)) for level, extra in zip(found, outputs[2], strict=True)]
+
+    def _anchors(self, batch: Batch, level: Tensor, scores: Tensor) -> Tensor:
+        """``(B, N)``: 1 for a level's anchors whose position lies in the image, else 0."""
+        inside = self.region(batch, level)
+        if inside is None:
+            return scores.new_ones(scores.shape[:2])
+        positions = inside.flatten(1)
+        return positions.repeat_interleave(scores.shape[1] // positions.shape[1], 1)
+
+    def _box_items(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
+        """``(B, N)``: the distance of two boxes."""
+        if self.bins:
+            edges = [torch.cat([rows(level, 4 * self.bins) for level in levels], 1) for levels in (outputs, targets)]
+            s, t = (found.unflatten(-1, (4, self.bins)) for found in edges)
+            return localization(s, t, 1.0, variant="paper", reduction="none").mean(-1)
+        s, t = (decode(self._head, levels) for levels in (outputs, targets))
+        items = giou_loss(s.flatten(0, 1), t.flatten(0, 1), eps=1e-6, reduction="none")
+        return items.view(s.shape[:2])
+
+    def _positives(self, student: Recording) -> Tensor:
+        """The anchors that the student's own assigner gave an object, at least 1 an image, summed over images."""
+        found = student[self._student.targets]
+        if self._student.labels is None:
+            images = found if isinstance(found, list) else [found]
+            return torch.tensor([max(image[-1], 1) for image in images]).sum()
+        levels = found[self._student.labels]
+        count = len(student.tensors(self._student_towers[0][0])[0])
+        labels = torch.cat([level.reshape(count, -1) for level in levels], 1)
+        return ((labels >= 0) & (labels < self.num_classes)).sum(1).clamp(min=1).sum()
+
+
+def align(
+    student_features: Tensor,
+    teacher_features: Tensor,
+    valid: Tensor | None = None,
+    total: Callable[[Tensor], Tensor] = lambda part: part,
+) -> Tensor:
+    r"""The student's features with the teacher's mean and standard deviation, channel by channel.
+
+    .. math:: \frac{s - \mu_s}{\sigma_s + 10^{-6}}\,\sigma_t + \mu_t
+
+    as the authors' code has it, over all valid positions of the batch; a channel that is constant in the student becomes
+    :math:`\mu_t`, without gradient. Invalid positions are the teacher's, so that those of the student reach nothing.
+
+    Args:
+        student_features, teacher_features: ``(B, C, H, W)``; the same shape.
+        valid: ``(B, H, W)`` of 0 and 1; all without.
+        total: sums a tensor over processes (with its gradient), for the statistics of all of them.
+    """
+    same_shape(student_features, teacher_features, "align")
+    s, t = upcast(student_features), upcast(teacher_features)
+    inside = torch.ones_like(s[:, :1]) if valid is None else valid[:, None].to(s)
+    s = s.masked_fill(inside == 0, 0)
+    count = total(inside.sum())
+    (mean, std), (teacher_mean, teacher_std) = (_moments(x, inside, count, total) for x in (s, t))
+    # What rounding leaves of a constant is none, and must not be divided by.
+    constant = std <= 8 * torch.finfo(s.dtype).eps * mean.abs()
+    scaled = ((s - mean) / (std + 1e-6)).masked_fill(constant, 0) * teacher_std + teacher_mean
+    return torch.where(inside == 0, t, scaled)
+
+
+def _moments(maps: Tensor, inside: Tensor, count: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and (unbiased) standard deviation ``(1, C, 1, 1)``; the latter without gradient where it is 0."""
+    mean = divide(total((maps.masked_fill(inside == 0, 0)).sum((0, 2, 3), keepdim=True)), count)
+    squares = (maps - mean).masked_fill(inside == 0, 0).square().sum((0, 2, 3), keepdim=True)
+    variance = total(squares) / (count - 1).clamp(min=1)
+    return mean, variance.masked_fill(variance == 0, 1).sqrt().masked_fill(variance == 0, 0)
+
+
+def focused_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    r"""CrossKD's class loss per element: :math:`|p_s - p_t|\,\mathrm{BCE}(p_s, p_t)` with p the sigmoids; 0 where they agree.
+
+    As in the authors' code the factor has a gradient of its own, unlike that of
+    :func:`taskdistill.losses.binary_soft_targets`.
+    """
+    same_shape(student_logits, teacher_logits, "focused_entropy")
+    s, p = upcast(student_logits), upcast(teacher_logits).sigmoid()
+    return F.binary_cross_entropy_with_logits(s, p, reduction="none") * (s.sigmoid() - p).abs()
+
+
+def joint_logits(classes: Tensor, objectness: Tensor) -> Tensor:
+    """The logit of the product of two probabilities given as logits of broadcasting shapes."""
+    a, b = torch.broadcast_tensors(classes, objectness)
+    # 1 / (pq) - 1 = e^-a + e^-b + e^-(a+b)
+    return -torch.logsumexp(torch.stack([-a, -b, -(a + b)]), 0)
+
+
+def _levels(head: Any, tower: str) -> list[tuple[str, Any]]:
+    """A tower's convolutions under their path: once where the levels share them, else once a level."""
+    convs = getattr(head, tower)
+    if isinstance(convs[0], (nn.ModuleList, nn.Sequential)):
+        return [(f"{tower}.{level}", own) for level, own in enumerate(convs)]
+    return [(tower, convs)]
+
+
+def _tapped(recording: Recording, taps: Sequence[Tap]) -> list[tuple[Tensor, Tap]]:
+    return [(tensor, tap) for tap in taps for tensor in recording.tensors(tap)]
+
+
+def _masked(items: Tensor, weights: Tensor) -> Tensor:
+    return (items.masked_fill(weights == 0, 0) * weights).sum()
