@@ -25,6 +25,7 @@ TERMS: dict[str, Any] = {
     "ld_vlr": dict(type="LocalizationDistillation", region="vlr"),
     "soft": dict(type="SoftTargets"),
     "soft_main": dict(type="SoftTargets", region="main", activation="softmax"),
+    "cross_head": dict(type="CrossHead"),
 }
 BATCHES = {
     "unequal": BOXES,  # 1 and 2 objects on the first process, 3 and 1 on the second

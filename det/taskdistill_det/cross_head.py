@@ -79,9 +79,10 @@ _METHODS = ("forward", "forward_single", "get_targets", "_get_targets_single")
 class CrossHead(Term):
     r"""The student's head features, read by the teacher's remaining head, predict what the teacher does (CrossKD).
 
-    The output of a convolution of each tower, before its activation, is given the teacher's mean and standard deviation
-    (:func:`align`) and runs through what follows in the *teacher's* tower, frozen. What comes out imitates the teacher's own
-    outputs on every anchor whose centre lies in the image:
+    The output of a convolution of each tower is given the teacher's mean and standard deviation (:func:`align`), and where the
+    teacher's activation is a ReLU passes one again; then it runs through what follows in the *teacher's* tower, frozen. (The
+    authors' code keeps the output before the ReLU, but that ReLU works in place on what was kept.) What comes out imitates the
+    teacher's own outputs on every anchor whose position lies in the image:
 
     * classes by :func:`focused_entropy`, summed and divided by the student's positives (at least 1 an image, as mmdet counts
       them). YOLOX's classes are joined with its objectness to the score that it ranks by.
@@ -94,7 +95,7 @@ class CrossHead(Term):
     weights 0.4 and 0.75 and ``reused=2``; for ATSS it adds the centre-ness of positives.
 
     Args:
-        reused: how many of the last convolutions of each tower are the teacher's, at least 1; at least one is the student's.
+        reused: how many of the last convolutions of each tower are the teacher's; with all of them, what is aligned is the pyramid.
         classes, boxes: weights of the two parts; ``boxes`` is by default 4 with distributions and 1 without, as published.
         adapter: for towers of different widths; ``"auto"`` is none where they agree and a 1×1 convolution where not.
     """
@@ -111,8 +112,8 @@ class CrossHead(Term):
         name: str | None = None,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, name=name)
-        if isinstance(reused, bool) or not isinstance(reused, int) or reused < 1:
-            raise DistillError(f"CrossHead: reused must be a whole number >= 1, got {reused!r}")
+        if isinstance(reused, bool) or not isinstance(reused, int) or reused < 0:
+            raise DistillError(f"CrossHead: reused must be a whole number >= 0, got {reused!r}")
         for key, value in (("classes", classes), ("boxes", boxes)):
             if value is not None and not value >= 0:
                 raise DistillError(f"CrossHead: {key} must be >= 0, got {value!r}")
@@ -137,8 +138,7 @@ class CrossHead(Term):
         own: Any = student.bbox_head
         self.num_classes: int = own.num_classes
         self.student_taps = (*chain(*self._student_towers), self._student.targets)
-        objectness = (OBJECTNESS,) if isinstance(head, YOLOXHead) else ()
-        self.teacher_taps = (*chain(*self._teacher_towers), CLASSES, BOXES, *objectness)
+        self.teacher_taps = (*chain(*self._teacher_towers), *self._outputs)
 
     def _family(self, model: nn.Module, owner: str) -> _Family:
         head: Any = getattr(model, "bbox_head", None)
@@ -157,14 +157,13 @@ class CrossHead(Term):
             found = []
             for path, convs in _levels(model.bbox_head, tower):
                 stage = len(convs) - self.reused
-                if stage < 1:
+                if stage < 0:
                     raise WiringError(
-                        f"{self.name}: the {owner}'s bbox_head.{path} has {len(convs)} convolutions, reused={self.reused} leaves "
-                        "none to the student; give the head more stacked_convs"
+                        f"{self.name}: the {owner}'s bbox_head.{path} has {len(convs)} convolutions, fewer than reused={self.reused}; "
+                        "reuse fewer"
                     )
-                inner = ".pointwise_conv" if hasattr(convs[stage - 1], "pointwise_conv") else ""
-                found.append(Tap.parse(f"bbox_head.{path}.{stage - 1}{inner}.activate:input"))
-            taps.append(found)
+                found.append(Tap.parse(f"bbox_head.{path}.{stage - 1}" if stage else "bbox_head:input[*]"))
+            taps.append(list(dict.fromkeys(found)))
         return taps
 
     def wire(self, wiring: Wiring) -> None:
@@ -190,13 +189,15 @@ class CrossHead(Term):
                 )
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        outputs = self._cross(student, teacher, batch)
-        targets = [teacher.tensors(tap) for tap in self.teacher_taps[-3 if self._joined else -2 :]]
+        found = self._cross(student, teacher, batch)[: len(self._outputs)]
+        # Nothing in the padding may reach the gradient: what is equal there says nothing.
+        outputs, targets = (
+            [[self._blanked(level, batch) for level in levels] for levels in pair]
+            for pair in (found, [teacher.tensors(tap) for tap in self._outputs])
+        )
         scores, wanted = self._scores(outputs), self._scores(targets)
-        valid = [self._anchors(batch, level, goal) for level, goal in zip(outputs[1], wanted, strict=True)]
-        trust = torch.cat([goal.amax(-1).sigmoid() * inside for goal, inside in zip(wanted, valid, strict=True)], 1)
-        pairs = zip(scores, wanted, valid, strict=True)
-        classes = torch.stack([_masked(focused_entropy(s, t).sum(-1), inside) for s, t, inside in pairs]).sum()
+        classes = torch.stack([focused_entropy(s, t).sum() for s, t in zip(scores, wanted, strict=True)]).sum()
+        trust = torch.cat([self._trust(t, out, batch) for t, out in zip(wanted, outputs[1], strict=True)], 1)
         boxes = (self._box_items(outputs[1], targets[1]).masked_fill(trust == 0, 0) * trust).sum()
         positives = self._positives(student).to(boxes)
         shares = torch.stack([positives, trust.sum() if self.bins else positives])
@@ -207,8 +208,9 @@ class CrossHead(Term):
         return self.holder.model.bbox_head
 
     @property
-    def _joined(self) -> bool:
-        return self._teacher.head is YOLOXHead
+    def _outputs(self) -> tuple[Tap, ...]:
+        """What the teacher's head gives that is compared; where it has an objectness apart, that belongs to the classes."""
+        return (CLASSES, BOXES, OBJECTNESS) if self._teacher.head is YOLOXHead else (CLASSES, BOXES)
 
     def _cross(self, student: Recording, teacher: Recording, batch: Batch) -> Any:
         """What the teacher's head makes of the student's features: its outputs, each a list of levels."""
@@ -228,27 +230,35 @@ class CrossHead(Term):
                 return self._head(levels)
 
     def _enter(self, stack: ExitStack, convs: Sequence[Any], entering: Iterator[Tensor]) -> None:
-        """Lets a tower's features enter it behind the last convolution that is left out."""
-        stage = len(convs) - self.reused
-        activate = getattr(convs[stage - 1], "pointwise_conv", convs[stage - 1]).activate
-        for conv in convs[: stage - 1]:
+        """Lets a tower's features enter it behind the convolutions that are left out."""
+        skipped = convs[: len(convs) - self.reused]
+        if not skipped:
+            first = convs[0].forward
+            stack.callback(shadow(convs[0], "forward", lambda _: first(next(entering))))
+            return
+        relu = isinstance(getattr(getattr(skipped[-1], "pointwise_conv", skipped[-1]), "activate", None), nn.ReLU)
+        for conv in skipped[:-1]:
             stack.callback(shadow(conv, "forward", lambda x: x))
-        stack.callback(shadow(convs[stage - 1], "forward", lambda _: activate(next(entering))))
+        stack.callback(shadow(skipped[-1], "forward", lambda _: F.relu(next(entering)) if relu else next(entering)))
 
     def _scores(self, outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Per level the class logits ``(B, N, C)``."""
         found = [rows(level, self._head.cls_out_channels) for level in outputs[0]]
-        if not self._joined:
+        if len(outputs) == 2:
             return found
         return [joint_logits(level, rows(extra, 1)) for level, extra in zip(found, outputs[2], strict=True)]
 
-    def _anchors(self, batch: Batch, level: Tensor, scores: Tensor) -> Tensor:
-        """``(B, N)``: 1 for a level's anchors whose position lies in the image, else 0."""
+    def _blanked(self, level: Tensor, batch: Batch) -> Tensor:
+        inside = self.region(batch, level)
+        return level if inside is None else level.masked_fill((inside == 0)[:, None], 0)
+
+    def _trust(self, scores: Tensor, level: Tensor, batch: Batch) -> Tensor:
+        """``(B, N)``: the teacher's best class score at a level's anchors, 0 where their position lies in the padding."""
+        best = scores.amax(-1).sigmoid()
         inside = self.region(batch, level)
         if inside is None:
-            return scores.new_ones(scores.shape[:2])
-        positions = inside.flatten(1)
-        return positions.repeat_interleave(scores.shape[1] // positions.shape[1], 1)
+            return best
+        return (best.unflatten(1, (inside[0].numel(), -1)) * inside.flatten(1)[..., None]).flatten(1)
 
     def _box_items(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """``(B, N)``: the distance of two boxes."""
@@ -293,9 +303,9 @@ def align(
     same_shape(student_features, teacher_features, "align")
     s, t = upcast(student_features), upcast(teacher_features)
     inside = torch.ones_like(s[:, :1]) if valid is None else valid[:, None].to(s)
-    s = s.masked_fill(inside == 0, 0)
+    s, known = (x.masked_fill(inside == 0, 0) for x in (s, t))
     count = total(inside.sum())
-    (mean, std), (teacher_mean, teacher_std) = (_moments(x, inside, count, total) for x in (s, t))
+    (mean, std), (teacher_mean, teacher_std) = (_moments(x, inside, count, total) for x in (s, known))
     # What rounding leaves of a constant is none, and must not be divided by.
     constant = std <= 8 * torch.finfo(s.dtype).eps * mean.abs()
     scaled = ((s - mean) / (std + 1e-6)).masked_fill(constant, 0) * teacher_std + teacher_mean
@@ -303,10 +313,10 @@ def align(
 
 
 def _moments(maps: Tensor, inside: Tensor, count: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and (unbiased) standard deviation ``(1, C, 1, 1)``; the latter without gradient where it is 0."""
-    mean = divide(total((maps.masked_fill(inside == 0, 0)).sum((0, 2, 3), keepdim=True)), count)
-    squares = (maps - mean).masked_fill(inside == 0, 0).square().sum((0, 2, 3), keepdim=True)
-    variance = total(squares) / (count - 1).clamp(min=1)
+    """Mean and (unbiased) standard deviation ``(1, C, 1, 1)``, the latter without gradient where it is 0."""
+    mean = divide(total(maps.sum((0, 2, 3), keepdim=True)), count)
+    squares = total(((maps - mean).square() * inside).sum((0, 2, 3), keepdim=True))
+    variance = squares / (count - 1).clamp(min=1)
     return mean, variance.masked_fill(variance == 0, 1).sqrt().masked_fill(variance == 0, 0)
 
 
@@ -338,7 +348,3 @@ def _levels(head: Any, tower: str) -> list[tuple[str, Any]]:
 
 def _tapped(recording: Recording, taps: Sequence[Tap]) -> list[tuple[Tensor, Tap]]:
     return [(tensor, tap) for tap in taps for tensor in recording.tensors(tap)]
-
-
-def _masked(items: Tensor, weights: Tensor) -> Tensor:
-    return (items.masked_fill(weights == 0, 0) * weights).sum()

@@ -22,7 +22,7 @@ def test_ready_config_builds_and_wires_every_term(name):
     assert type(model).__name__ == f"Distilled{config.model.student}"
     wired = {row.term for row in model.distiller.rows}
     assert wired == set(model.distiller.terms)
-    assert len(wired) >= 2
+    assert len(model.distiller.rows) >= 2
 
 
 def test_custom_classes_reach_student_teacher_and_data():
