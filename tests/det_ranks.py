@@ -29,6 +29,7 @@ TERMS: dict[str, Any] = {
     "ld_vlr": dict(type="LocalizationDistillation", region="vlr"),
     "soft": dict(type="SoftTargets"),
     "soft_main": dict(type="SoftTargets", region="main", activation="softmax"),
+    "cross_head": dict(type="CrossHead"),
 }
 ON_PROPOSALS: dict[str, Any] = {
     "roi_classes": dict(type="SoftTargets"),

@@ -23,9 +23,12 @@ _BOUNDED = dict(type="BoundedRegression", margin=1e6)  # with this margin no stu
 TECHNIQUES: dict[str, dict[str, Any]] = {
     "`FeatureImitation`": dict(type="FeatureImitation", tap="neck[*]"),
     "… region `foreground`": dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
+    "… region `fine_grained`": dict(type="FeatureImitation", tap="neck[*]", region="fine_grained"),
     "… of RoIs": dict(type="FeatureImitation", tap="roi_head.bbox_head:input"),
     "`PearsonImitation`": dict(type="PearsonImitation", tap="neck[*]"),
     "`ChannelWise`": dict(type="ChannelWise", tap="neck[*]", temperature=1.0),
+    "`FocalGlobal`": dict(type="FocalGlobal"),
+    "`MaskedGeneration`": dict(type="MaskedGeneration"),
     "`SoftTargets`": dict(type="SoftTargets"),
     "… `background_weight`, `hard_weight`": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.5),
     "… region `vlr`": dict(type="SoftTargets", region="vlr"),
@@ -33,6 +36,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "`BoundedRegression`": _BOUNDED,
     "… `head='rpn_head'`, boxes": dict(_BOUNDED, head="rpn_head"),
     "`LocalizationDistillation`": dict(type="LocalizationDistillation"),
+    "`CrossHead`": dict(type="CrossHead"),
 }
 _ANCHORS = ("GFL", "ATSS", "RetinaNet", "TOOD")
 ONLY = {
@@ -41,6 +45,7 @@ ONLY = {
     "… `head='rpn_head'`": STAGED,
     "… `head='rpn_head'`, boxes": STAGED,
     "`LocalizationDistillation`": ("GFL",),
+    "`CrossHead`": ("GFL", "ATSS", "RetinaNet", "FCOS", "RTMDet", "YOLOX"),
 }
 """Where a technique's heads are not there on every detector: those that have them."""
 

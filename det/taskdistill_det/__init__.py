@@ -5,12 +5,14 @@ from taskdistill.hosts import require
 require("mmdet", "taskdistill_det")
 
 from .bounded import BoundedRegression  # noqa: E402
+from .cross_head import CrossHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
 from .focal_global import FocalGlobal  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
 from .recipes import (  # noqa: E402
     chen2017,
     combined,
+    cross_head,
     fine_grained,
     focal_global,
     imitation,
@@ -25,12 +27,14 @@ __all__ = [
     "RECIPES",
     "TERMS",
     "BoundedRegression",
+    "CrossHead",
     "DistilledDetector",
     "FocalGlobal",
     "LocalizationDistillation",
     "SoftTargets",
     "chen2017",
     "combined",
+    "cross_head",
     "fine_grained",
     "focal_global",
     "imitation",

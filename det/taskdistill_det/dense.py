@@ -251,8 +251,7 @@ class _Objects(DenseHead):
 
     def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
         objectness = pick(recording.tensors(self.objectness), chosen, 1).float()
-        log_score = F.logsigmoid(super().logits(recording, chosen).float()) + F.logsigmoid(objectness)
-        return log_score - torch.log(-torch.expm1(log_score.clamp(max=-1e-6)))
+        return joint_logits(super().logits(recording, chosen).float(), objectness)
 
     def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
         middle, half = picked[:, :2] + centres / strides[:, None], picked[:, 2:].exp() / 2
@@ -282,7 +281,7 @@ KINDS: dict[type, type[DenseHead]] = {
     RetinaHead: _Anchors,
     AnchorHead: _Anchors,
 }
-_READ = ("forward", "get_targets", "loss_by_feat", "_get_targets_single")
+_READ = ("forward", "forward_single", "get_targets", "loss_by_feat", "_get_targets_single")
 
 
 def dense_head(head: Any, path: str, owner: str, term: Term) -> DenseHead:
@@ -431,6 +430,13 @@ def pick(levels: Sequence[Tensor], chosen: Tensor, num_priors: int) -> Tensor:
         by_prior = level.unflatten(1, (num_priors, -1))
         rows.append(by_prior[image, prior % num_priors, :, position // width, position % width])
     return torch.cat(rows)
+
+
+def joint_logits(classes: Tensor, objectness: Tensor) -> Tensor:
+    """The logit of the product of two probabilities given as logits of broadcasting shapes."""
+    a, b = torch.broadcast_tensors(classes, objectness)
+    # 1 / (pq) - 1 = e^-a + e^-b + e^-(a+b)
+    return -torch.logsumexp(torch.stack([-a, -b, -(a + b)]), 0)
 
 
 def pick_weights(weights: Tensor, chosen: Tensor, num_per_level: Sequence[int]) -> Tensor:

@@ -157,6 +157,16 @@ def fine_grained(
     ]
 
 
+@RECIPES.register
+def cross_head(weight: float = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
+    """CrossKD (CVPR 2024, arXiv 2306.11369): the teacher's last convolutions read the student's head features.
+
+    Args:
+        weight, reused, schedule: those of its one term, in which boxes weigh 4 (distributions) or 1 and classes 1.
+    """
+    return [dict(type="CrossHead", weight=weight, reused=reused, schedule=schedule)]
+
+
 def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:
     """The terms with one schedule for all, where there is one."""
     return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]

@@ -117,11 +117,19 @@ class HostDistiller(nn.Module):
                 drawn, seen = student_recording, teacher_recording
                 again = self._replay[1].rehearse(teacher, lambda: replay.run(teacher, drawn, seen, Batch()))
                 teacher_recording = teacher_recording.joined(again)
-            outside = (replay.path,) if replay is not None else ()
+            wiring = Wiring(
+                student,
+                teacher,
+                student_recording,
+                teacher_recording,
+                fields,
+                facts or {},
+                holder=self.teacher,
+                outside=() if replay is None else (replay.path,),
+            )
             with torch.enable_grad():
                 for term in self._all_terms():
-                    recordings = student_recording, teacher_recording
-                    term.wire(Wiring(student, teacher, *recordings, fields, facts or {}, outside))
+                    term.wire(wiring)
 
     def _taps(self, replay: Replay | None) -> tuple[list[Tap], list[Tap], list[Tap]]:
         """What to record of the student, of the teacher's own pass, and of the replay."""

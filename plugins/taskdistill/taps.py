@@ -326,26 +326,24 @@ class Recorder:
 
     def _attach(self, source: _Source, hear: Listener) -> Callable[[], None]:
         """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
-        before = vars(source.module).get(source.method)
         original = getattr(source.module, source.method)
-
-        def shadow(*args: Any, **kwargs: Any) -> Any:
-            return hear(original, args, kwargs)
-
-        object.__setattr__(source.module, source.method, shadow)
-        return _restorer(source, before)
+        return shadow(source.module, source.method, lambda *args, **kwargs: hear(original, args, kwargs))
 
 
 class _Complete(BaseException):
     """Leaves a forward pass whose remaining modules no tap needs; no host's ``except Exception`` may swallow it."""
 
 
-def _restorer(source: _Source, before: Any) -> Callable[[], None]:
+def shadow(module: nn.Module, method: str, replacement: Callable[..., Any]) -> Callable[[], None]:
+    """Puts a function in place of a module's method, on this instance alone; returns what takes it away."""
+    before = vars(module).get(method)
+    object.__setattr__(module, method, replacement)
+
     def restore() -> None:
         if before is None:
-            object.__delattr__(source.module, source.method)
+            object.__delattr__(module, method)
         else:
-            object.__setattr__(source.module, source.method, before)
+            object.__setattr__(module, method, before)
 
     return restore
 

@@ -21,6 +21,7 @@ from .regions import All, Batch, Region
 from .registry import LOSSES, REGIONS, TERMS, Registry
 from .schedules import Step, build_schedule
 from .taps import Recording, Tap
+from .teacher import Teacher
 
 Taps = str | Sequence[str]
 
@@ -36,6 +37,8 @@ class Wiring:
     fields: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the host knows before training that its own terms ask for."""
+    holder: Teacher | None = None
+    """The frozen teacher as the distiller holds it, for terms that run parts of it: deep copies share it."""
     outside: tuple[str, ...] = ()
     """Modules whose maps are no pictures of the image (heads on regions of interest)."""
 

@@ -61,8 +61,10 @@ def test_two_ranks_are_one_batch(two_ranks, teacher_checkpoint, term, batch):
     assert whole["loss"] > 0
     assert_same(first["gradients"], second["gradients"])
     assert first["gradients"].keys() == whole["gradients"].keys()
+    # Some gradients are 0 but for rounding, as of a bias in front of an alignment.
+    rounding = 1e-6 * max(gradient.abs().max().item() for gradient in whole["gradients"].values())
     for name, gradient in whole["gradients"].items():
-        close = 1e-4 * gradient.abs().max().item() + 1e-9
+        close = 1e-4 * gradient.abs().max().item() + rounding + 1e-9
         torch.testing.assert_close(
             first["gradients"][name], gradient, rtol=1e-3, atol=close, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -1,0 +1,419 @@
+"""CrossKD: the authors' figures, alignment by hand, every kind of head that it can cross, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.hub import get_config
+
+from det_support import (
+    BOXES,
+    build,
+    detector,
+    distilled,
+    gradients,
+    losses,
+    part,
+    raw_batch,
+    save_plain,
+    save_teacher,
+)
+from det_zoo import KINDS, zoo
+from golden import features, logits, wave
+from taskdistill.errors import DistillError, WiringError
+from taskdistill_det import CrossHead
+from taskdistill_det.boxes import decode
+from taskdistill_det.cross_head import align, focused_entropy
+from taskdistill_det.dense import joint_logits
+
+CROSSED = [kind for kind in KINDS if kind != "TOOD"]
+LOSS = "distill.cross_head.loss"
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """Of each kind a wider teacher: its model and its checkpoint."""
+    folder = tmp_path_factory.mktemp("teachers")
+
+    def make(kind):
+        model = zoo(kind, width=6, channels=12, frozen_bn=True)
+        path = folder / f"{kind}.pth"
+        return model, str(path) if path.exists() else save_teacher(path, model)
+
+    return make
+
+
+def crossed(student, teacher, checkpoint, **settings):
+    """A built detector whose one term is CrossHead."""
+    return build(distilled(student, teacher, checkpoint, terms=[dict(type="CrossHead", **settings)]))
+
+
+def cross_loss(model, batch=None):
+    return losses(model, batch or raw_batch())[LOSS]
+
+
+# jbwang1997/CrossKD@87e156a46259e3a516b65fc6a049b200b9ab0d54, mmdet/models/detectors/crosskd_gfl.py and kd_loss.py.
+
+
+def test_the_alignment_is_the_authors():
+    aligned = align(*features())
+    assert aligned.square().sum().item() == pytest.approx(483.73278356085876, rel=1e-9)
+    expected = [-1.3670396611018911, -1.7610272083705942, -1.90072307058492, -1.7672200681370842]
+    assert aligned[1, 3].flatten()[:4].tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_class_loss_is_the_authors():
+    student, teacher = logits()
+    student.requires_grad_()
+    value = focused_entropy(student, teacher).sum()
+    value.backward()
+    assert value.item() == pytest.approx(43.68327305704167, rel=1e-12)
+    # With a gradient through the factor: without it this is another number.
+    assert student.grad.abs().sum().item() == pytest.approx(22.673258726543928, rel=1e-9)
+
+
+# Student and teacher with weights by formula; the authors' loss() on top of mmdet's heads, reused_teacher_head_idx=2 of 3 convolutions.
+# For each kind and each of two batches: loss_cls_kd and loss_reg_kd, and of both the sum of the absolute gradients of the student.
+AUTHORS = {
+    "GFL": [
+        (101.15132904, 1.28424966, 80214.453125, 653.06231689),
+        (115.60151672, 1.28424966, 91673.6484, 653.06231689),
+    ],
+    "RetinaNet": [
+        (24315.214844, 65.984550, 35359296.0, 10832.05859),
+        (26967.783203, 73.182861, 39216676.0, 12013.75686),
+    ],
+    "ATSS": [
+        (93.05738831, 7.83052063, 85750.195312, 2847.370605),
+        (106.35130310, 8.94916630, 98000.2343, 3254.13891602),
+    ],
+}
+GOLDEN_BOXES = (BOXES[:2], ([], BOXES[2]))
+
+
+def by_formula(model, phase):
+    """Writes every weight of a model from a sine."""
+    with torch.no_grad():
+        for place, (name, p) in enumerate(sorted(model.named_parameters())):
+            if p.ndim == 4:
+                p.copy_(wave(tuple(p.shape), 0.7, phase + place, 1 / math.sqrt(p[0].numel())))
+            elif p.ndim == 1:
+                p.copy_(wave(tuple(p.shape), 0.9, phase + place, 0.2) + name.endswith("weight"))
+    return model
+
+
+@pytest.mark.parametrize("kind", list(AUTHORS))
+def test_the_authors_figures(kind, tmp_path):
+    entry = zoo(kind, convs=3, frozen_bn=True)
+    if kind == "RetinaNet":  # no anchor between the two thresholds: the authors leave those out
+        entry["train_cfg"]["assigner"]["neg_iou_thr"] = 0.5
+    checkpoint = save_plain(tmp_path / "teacher.pth", by_formula(build(entry), 1.1))
+    terms = [dict(type="CrossHead", name="classes", boxes=0), dict(type="CrossHead", name="boxes", classes=0)]
+    model = by_formula(build(distilled(entry, entry, checkpoint, terms=terms)), 0.3).train()
+    for boxes, expected in zip(GOLDEN_BOXES, AUTHORS[kind], strict=True):
+        samples = raw_batch(boxes)["data_samples"]
+        for sample in samples:
+            sample.set_metainfo(dict(pad_shape=(96, 96), batch_input_shape=(96, 96)))
+        images = torch.stack([wave((3, 96, 96), 0.013 + 0.001 * i, i, 2.0).float() for i in range(2)])
+        found = model(images, samples, mode="loss")
+        values, slopes = [], []
+        for name in ("classes", "boxes"):
+            model.zero_grad()
+            found[f"distill.{name}.loss"].backward(retain_graph=True)
+            values.append(found[f"distill.{name}.loss"].item())
+            slopes.append(sum(g.abs().sum().item() for g in gradients(model).values()))
+        assert (*values, *slopes) == pytest.approx(expected, rel=2e-5)
+
+
+def test_alignment_by_hand():
+    # Student 0, 0, 3: mean 1, variance (1 + 1 + 4) / 2 = 3. Teacher 2, 4, 9: mean 5, variance (9 + 1 + 16) / 2 = 13.
+    student = torch.tensor([0.0, 0.0, 3.0]).reshape(1, 1, 1, 3)
+    teacher = torch.tensor([2.0, 4.0, 9.0]).reshape(1, 1, 1, 3)
+    slope = math.sqrt(13 / 3)
+    expected = [5 - slope, 5 - slope, 5 + 2 * slope]
+    assert align(student, teacher).flatten().tolist() == pytest.approx(expected, rel=1e-5)
+    # A fourth position in the padding: no part of the statistics, and the teacher's own afterwards.
+    padded = [torch.cat([x, torch.full((1, 1, 1, 1), fill)], -1) for x, fill in ((student, torch.nan), (teacher, 7.0))]
+    padded[0].requires_grad_()
+    aligned = align(*padded, torch.tensor([[[1.0, 1.0, 1.0, 0.0]]]))
+    assert aligned.flatten().tolist() == pytest.approx([*expected, 7.0], rel=1e-5)
+    aligned[..., 2].sum().backward()
+    assert padded[0].grad.isfinite().all()
+    assert padded[0].grad[..., 3] == 0
+
+
+def test_the_alignment_does_not_mind_the_students_scale():
+    student, teacher = features()
+    torch.testing.assert_close(align(3 * student + 2, teacher), align(student, teacher), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+@pytest.mark.parametrize("valid", [None, torch.zeros(2, 3, 3), torch.eye(3)[None].expand(2, 3, 3) * 0 + 1])
+def test_a_constant_channel_becomes_the_teachers_mean_without_gradient(value, valid):
+    student = torch.full((2, 1, 3, 3), value, requires_grad=True)
+    teacher = torch.arange(18.0).reshape(2, 1, 3, 3)
+    aligned = align(student, teacher, valid)
+    expected = teacher if valid is not None and not valid.any() else torch.full_like(teacher, 8.5)
+    torch.testing.assert_close(aligned, expected)
+    aligned.sum().backward()
+    assert (student.grad == 0).all()
+
+
+def test_one_position_has_no_standard_deviation():
+    assert align(torch.ones(1, 2, 1, 1), torch.full((1, 2, 1, 1), 5.0)).flatten().tolist() == [5.0, 5.0]
+
+
+def test_joint_logits_are_those_of_the_product():
+    p, q = torch.tensor([0.2, 0.9]), torch.tensor([0.5])
+    assert joint_logits(p.logit(), q.logit()).sigmoid().tolist() == pytest.approx([0.1, 0.45])
+    assert joint_logits(torch.tensor([-200.0]), torch.tensor([300.0])).item() == pytest.approx(-200.0)
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+@pytest.mark.parametrize("reused", [0, 1, 2])
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(kind, reused, teachers):
+    model, checkpoint = teachers(kind)
+    found = crossed(model, model, checkpoint, reused=reused)
+    batch = raw_batch([[[8.0, 10.0, 44.0, 50.0]], [[12.0, 20.0, 60.0, 64.0]]], [(96, 96), (70, 74)])
+    assert cross_loss(found, batch) > 1e-2
+    found.load_state_dict(torch.load(checkpoint)["state_dict"])
+    assert cross_loss(found, batch).item() == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+def test_every_kind_learns_from_its_teachers_head(kind, teachers):
+    model = crossed(zoo(kind), *teachers(kind))
+    teacher = model.distiller.teacher.model
+    before = copy.deepcopy(teacher.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    values = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = cross_loss(model)
+        loss.backward()
+        optimizer.step()
+        values.append(loss.item())
+    assert values[-1] < 0.98 * values[0] if kind != "YOLOX" else values[-1] < values[0]
+    reached = {name for name, gradient in gradients(model).items() if gradient.abs().sum() > 0}
+    assert "backbone.conv1.weight" in reached
+    # The student's own last convolution and predictions take no part.
+    towers = [name for name in reached if name.startswith("bbox_head") and "conv" in name]
+    assert towers
+    assert all(".0.conv" in name or ".0.gn" in name or ".0.bn" in name for name in towers)
+    # The teacher is as it was.
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    assert not any("forward" in vars(module) for module in teacher.modules())
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        (zoo("ATSS"), zoo("GFL", channels=12)),
+        (zoo("YOLOX"), zoo("RTMDet", width=6)),
+        (zoo("GFL", convs=1), zoo("GFL", convs=3, channels=12)),
+        (zoo("RTMDet"), zoo("RTMDet", head=dict(use_depthwise=True, share_conv=False))),
+        (zoo("RTMDet", head=dict(type="RTMDetHead", exp_on_reg=None)), zoo("FCOS", head=dict(norm_on_bbox=True))),
+    ],
+    ids=["kinds", "families", "depths", "depthwise", "shared"],
+)
+def test_heads_may_differ(student, teacher, tmp_path):
+    for model in (student, teacher):
+        if model["bbox_head"].get("exp_on_reg", True) is None:
+            del model["bbox_head"]["exp_on_reg"]
+    model = crossed(student, teacher, save_teacher(tmp_path / "teacher.pth", teacher))
+    loss = cross_loss(model)
+    loss.backward()
+    assert 0 < loss < 1e4
+    assert gradients(model)["backbone.conv1.weight"].isfinite().all()
+
+
+def test_the_teacher_may_know_more_classes(tmp_path):
+    teacher = zoo("GFL", classes=13)
+    names = tuple(f"class {i}" for i in range(13))
+    model = crossed(zoo("GFL"), teacher, save_teacher(tmp_path / "teacher.pth", teacher, classes=names))
+    model.start_distilling(tuple("0123456789"))
+    assert cross_loss(model) > 0
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+def test_without_objects_it_is_finite_and_does_not_explode(kind, teachers):
+    model = crossed(zoo(kind, frozen_bn=True), *teachers(kind))
+    some, none = cross_loss(model), cross_loss(model, raw_batch([[], [], [], []]))
+    none.backward()
+    # Divided by the number of images, where there were tens of positives each.
+    assert 0 < none <= 100 * some
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+def test_it_does_not_grow_with_the_batch(kind, teachers):
+    model = crossed(zoo(kind, frozen_bn=True), *teachers(kind))
+    once = part(raw_batch(), slice(1, 3))
+    twice = {key: [*values, *copy.deepcopy(values)] for key, values in once.items()}
+    # Not to the last digit: n - 1 in the standard deviation.
+    assert cross_loss(model, twice).item() == pytest.approx(cross_loss(model, once).item(), rel=0.02)
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+def test_what_is_in_the_padding_of_the_maps_changes_nothing(kind, teachers):
+    model = crossed(zoo(kind, frozen_bn=True), *teachers(kind)).train()
+    boxes = [[[8.0, 10.0, 44.0, 50.0]], [[20.0, 4.0, 60.0, 60.0]]]
+    data = model.data_preprocessor(raw_batch(boxes, [(96, 96), (64, 72)]), True)
+    original = model.distiller.losses
+    found = []
+    for amount in (0.0, 100.0, torch.nan):
+
+        def losses_of(student, teacher, *rest, amount=amount):
+            for recording, keys in ((student, "convs"), (teacher, "bbox_head")):
+                for (path, _), seen in recording._seen.items():
+                    if path.startswith("bbox_head") and keys in path and (keys == "convs" or path == keys):
+                        outputs = seen.values.get("output", [])
+                        outputs[:] = [_in_padding(value, amount) for value in outputs]
+            return original(student, teacher, *rest)
+
+        model.distiller.losses = losses_of
+        model.zero_grad()
+        loss = model(**data, mode="loss")[LOSS]
+        loss.backward()
+        found.append((loss.item(), gradients(model)["bbox_head." + _first_tower(kind)].abs().sum().item()))
+    del model.distiller.losses
+    assert found[0][0] > 0
+    assert found[1] == found[0]
+    assert found[2][0] == found[0][0]
+    assert math.isfinite(found[2][1])
+
+
+def _first_tower(kind):
+    levels = {"YOLOX": "multi_level_cls_convs.0.0", "RTMDet": "cls_convs.0.0"}
+    return f"{levels.get(kind, 'cls_convs.0')}.conv.weight"
+
+
+def _in_padding(value, amount):
+    """Adds to the cells of the second image that lie below 64 or right of 72 pixels."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_in_padding(entry, amount) for entry in value)
+    height, width = value.shape[2:]
+    y, x = torch.arange(height) * (96 / height) >= 64, torch.arange(width) * (96 / width) >= 72
+    outside = torch.stack([torch.zeros(height, width, dtype=torch.bool), y[:, None] | x])[:, None]
+    return torch.where(outside, value + amount, value)
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+def test_under_autocast_it_is_computed_in_float32(kind, teachers):
+    model = crossed(zoo(kind, frozen_bn=True), *teachers(kind))
+    exact = cross_loss(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = cross_loss(model)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=0.15)
+    found.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_the_head_runs_in_the_teachers_precision(precision, expected, teachers):
+    teacher, checkpoint = teachers("GFL")
+    entry = distilled(zoo("GFL"), teacher, checkpoint, terms=[dict(type="CrossHead")])
+    entry["teacher"]["precision"] = precision
+    model = build(entry)
+    seen = []
+    last = model.distiller.teacher.model.bbox_head.cls_convs[1].conv
+    handle = last.register_forward_hook(lambda module, args, out: seen.append((out.dtype, out.requires_grad)))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "fp32"):
+        assert cross_loss(model) > 0
+    handle.remove()
+    assert seen == [(expected, False)] * 3 + [(expected, True)] * 3
+
+
+def test_copies_share_the_teacher_and_no_checkpoint_holds_it(teachers):
+    model = crossed(zoo("GFL"), *teachers("GFL"))
+    other = copy.deepcopy(model)
+    assert other.distiller.terms["cross_head"].holder is model.distiller.teacher
+    held = {id(parameter) for parameter in model.distiller.teacher.model.parameters()}
+    assert not any(id(parameter) in held for parameter in model.parameters())
+    assert set(model.state_dict()) == set(build(zoo("GFL")).state_dict())
+    assert cross_loss(other).item() == pytest.approx(cross_loss(model).item(), rel=1e-5)
+
+
+def test_weights_of_the_two_parts(teachers):
+    both, boxes, classes = (
+        cross_loss(crossed(zoo("GFL"), *teachers("GFL"), **settings)).item()
+        for settings in ({}, dict(classes=0), dict(classes=2, boxes=0))
+    )
+    # Adapters are drawn alike for all three.
+    assert both == pytest.approx(boxes + classes / 2, rel=1e-5)
+    halved = crossed(zoo("GFL"), *teachers("GFL"), classes=0, boxes=2.0)
+    assert cross_loss(halved).item() == pytest.approx(boxes / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", CROSSED)
+@pytest.mark.parametrize("training", [False, True])
+def test_decoded_boxes_are_those_that_the_head_predicts(kind, training):
+    model = build(zoo(kind, frozen_bn=True, head=dict(norm_on_bbox=True) if kind == "FCOS" else None)).eval()
+    batch = raw_batch()
+    data = model.data_preprocessor(batch, False)
+    model.test_cfg.update(score_thr=0.0, nms_pre=1000)
+    model.bbox_head.test_cfg.update(
+        score_thr=0.0, nms_pre=1000, nms=dict(type="nms", iou_threshold=1.0), max_per_img=4000
+    )
+    with torch.no_grad():
+        predicted = model(**copy.deepcopy(data), mode="predict")[0].pred_instances.bboxes
+        model.train(training)
+        found = decode(model.bbox_head, model(data["inputs"], mode="tensor")[1])[0]
+    # Clipped to the image, as prediction does; in some other order.
+    clipped = found.clamp(0, 96)
+    distances = torch.cdist(predicted[:50], clipped if kind != "YOLOX" else found, p=math.inf).amin(1)
+    assert len(predicted) >= 50
+    assert distances.max() < 1e-2
+
+
+REFUSED = [
+    (zoo("TOOD"), {}, "head TOODHead has no towers .*FeatureImitation"),
+    (zoo("GFL", strides=(8, 16, 32, 64)), {}, "different grids.*give both the same strides"),
+    (zoo("GFL", convs=1), dict(reused=2), r"teacher's bbox_head.cls_convs has 1 convolutions, fewer than reused=2"),
+    (
+        zoo("RetinaNet", head=dict(loss_cls=dict(type="CrossEntropyLoss"))),
+        {},
+        "softmax classes; this term needs sigmoid",
+    ),
+]
+
+
+@pytest.mark.parametrize(("teacher", "settings", "message"), REFUSED, ids=["TOOD", "grid", "reused", "softmax"])
+def test_what_cannot_be_crossed_is_refused(teacher, settings, message):
+    with pytest.raises(WiringError, match=message):
+        crossed(zoo("GFL"), teacher, "unread.pth", **settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [
+        ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "FasterRCNN without bbox_head"),
+        ("deformable_detr/deformable-detr_r50_16xb2-50e_coco.py", "DeformableDETRHead"),
+    ],
+)
+def test_two_stages_and_queries_are_refused(config, name):
+    model = get_config(f"mmdet::{config}").model
+    model.backbone.update(depth=18, init_cfg=None)
+    model.neck.in_channels = [64, 128, 256, 512][-len(model.neck.in_channels) :]
+    with pytest.raises(WiringError, match=f"cross_head: the student's head {name} .*FeatureImitation"):
+        build(distilled(Config(dict(m=model)).m.to_dict(), detector(), "unread.pth", terms=[dict(type="CrossHead")]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(reused=-1), "reused must be a whole number >= 0, got -1"),
+        (dict(reused=True), "reused must be"),
+        (dict(classes=-1.0), "classes must be >= 0"),
+        (dict(boxes=-2), "boxes must be >= 0, got -2"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(DistillError, match=message):
+        CrossHead(**settings)
