@@ -16,6 +16,7 @@ from taskdistill.taps import Recording, Tap
 from taskdistill.terms import Term, Wiring
 
 from .regions import valuable_region
+from .resolution import same_resolution
 
 CLASSES = Tap.parse("bbox_head[0][*]")
 BOXES = Tap.parse("bbox_head[1][*]")
@@ -203,6 +204,7 @@ def pick_weights(weights: Tensor, chosen: Tensor, num_per_level: Sequence[int]) 
 
 def heads_of(wiring: Wiring, term: Term) -> tuple[Any, Any]:
     """Student's and teacher's dense heads, checked to predict on the same grid and anchors."""
+    same_resolution(wiring, term)
     student, teacher = dense_head(wiring.student, "student", term), dense_head(wiring.teacher, "teacher", term)
     same_grid(student, teacher, term)
     return student, teacher
