@@ -54,7 +54,7 @@ class BoundedRegression(Term):
         self.student_taps, self.teacher_taps = self.heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:
-        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes"):
+        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self):
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region="main"))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:

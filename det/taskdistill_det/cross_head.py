@@ -27,6 +27,7 @@ from taskdistill.terms import Term, Wiring, adapter_label, adapter_where_channel
 from .boxes import decode, rows
 from .dense import DenseHead, dense_head, joint_logits
 from .registry import TERMS
+from .resolution import same_resolution
 
 
 @TERMS.register
@@ -115,6 +116,7 @@ class CrossHead(Term):
 
     def wire(self, wiring: Wiring) -> None:
         assert wiring.holder is not None
+        same_resolution(wiring, self)
         self.holder = wiring.holder
         self.bins = self._theirs.bins
         self.box_weight = self.boxes if self.boxes is not None else (4.0 if self.bins else 1.0)

@@ -29,6 +29,7 @@ from taskdistill.terms import Term, Wiring
 
 from .heads import Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
 from .regions import valuable_region
+from .resolution import same_resolution
 
 AnchorRegion = Literal["all", "main", "vlr"]
 
@@ -355,7 +356,8 @@ class DenseHeads(Heads):
         if self.student.unit == "deltas":
             same_box_coder(self.student, self.teacher, term)
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"]) -> list[tuple[Any, Any, Tap, Tap]]:
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
+        same_resolution(wiring, term)
         ours, theirs = (getattr(head, kind) for head in (self.student, self.teacher))
         recorded = zip(wiring.student_recording.tensors(ours), wiring.teacher_recording.tensors(theirs), strict=True)
         return [(s, t, ours, theirs) for s, t in recorded]

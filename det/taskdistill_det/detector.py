@@ -9,10 +9,12 @@ from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from taskdistill.regions import Batch
-from taskdistill_mm.graft import Graft
+from taskdistill_mm.graft import Graft, image_sizes
+from taskdistill_mm.resolution import Resolution
 
 from .dense import anchor_levels
 from .registry import RECIPES, TERMS
+from .resolution import reduced_sample
 from .rois import REPLAY
 
 
@@ -36,6 +38,7 @@ class DistilledDetector(Graft):
     _recipes = RECIPES
     _fields = frozenset({"boxes", "labels", "image_sizes"})
     _replay = REPLAY
+    _scales = True
 
     @classmethod
     def _example_samples(cls, size: int) -> list[DetDataSample]:
@@ -50,3 +53,8 @@ class DistilledDetector(Graft):
         batch.labels = [sample.gt_instances.labels for sample in data_samples]
         batch.extra["base_anchors"] = anchor_levels(self)
         return batch
+
+    def _reduced(self, inputs: Tensor, data_samples: Any, resolution: Resolution) -> tuple[Tensor, Any]:
+        small = resolution.student_inputs(inputs, image_sizes(data_samples))
+        padded = (small.shape[-2], small.shape[-1])
+        return small, [reduced_sample(sample, resolution, padded, self.data_preprocessor) for sample in data_samples]

@@ -77,8 +77,12 @@ class Heads(ABC):
         """Raises a :class:`WiringError` unless both heads' boxes are in one unit."""
 
     @abstractmethod
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"]) -> list[tuple[Any, Any, Tap, Tap]]:
-        """What was compared in the dry run, for ``taskdistill check``."""
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
+        """What was compared in the dry run, for ``taskdistill check``.
+
+        Raises:
+            WiringError: with a teacher of its own resolution the two do not predict at the same places.
+        """
 
 
 def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: Term) -> Heads:

@@ -75,7 +75,7 @@ class LocalizationDistillation(Term):
         self.student_taps, self.teacher_taps = heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:
-        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes"):
+        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self):
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region=self.region))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:

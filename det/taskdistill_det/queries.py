@@ -64,7 +64,7 @@ class QueryHeads(Heads):
     def check_boxes(self, term: Term) -> None:
         """Both are centre and size as shares of the image."""
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"]) -> list[tuple[Any, Any, Tap, Tap]]:
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
         tap = _CLASSES if kind == "classes" else _BOXES
         return [(wiring.student_recording[tap][-1], wiring.teacher_recording[tap][-1], tap, tap)]
 

@@ -95,7 +95,7 @@ class RoIHeads(Heads):
                     "compares what box coders encode, set reg_decoded_bbox=False"
                 )
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"]) -> list[tuple[Any, Any, Tap, Tap]]:
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
         place = 0 if kind == "classes" else 1
         recordings = wiring.student_recording, wiring.teacher_recording
         return [(*(recording[tap][place] for recording in recordings), tap, tap) for tap in self.outputs]

@@ -111,7 +111,7 @@ class SoftTargets(Term):
             raise WiringError(f"{self.name}: a softmax over sigmoid classes has no background to weigh")
 
     def wire(self, wiring: Wiring) -> None:
-        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "classes"):
+        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "classes", self):
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region=str(self.region)))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:

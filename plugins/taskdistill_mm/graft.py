@@ -30,6 +30,7 @@ from taskdistill.teacher import Teacher
 
 from .checkpoints import SAFE_TYPES
 from .configs import MissingConfig, load_config, model_of, student_config
+from .resolution import Resolution, Size, samples_padded_to, teacher_scale
 from .state import HubLink
 from .views import TeacherView
 
@@ -63,6 +64,7 @@ class Graft(_Host, metaclass=Grafting):
     _recipes: ClassVar[Registry]
     _fields: ClassVar[frozenset[str]] = frozenset()
     _replay: ClassVar[Replay | None] = None
+    _scales: ClassVar[bool] = False  # whether the teacher may have its own resolution
 
     distiller: HostDistiller | None
 
@@ -81,7 +83,8 @@ class Graft(_Host, metaclass=Grafting):
 
         Args:
             student: the student's type, with the rest of its model beside (``**model``), or its whole model.
-            teacher: ``dict(config=…, checkpoint=…)``; see :func:`build_teacher`.
+            teacher: ``dict(config=…, checkpoint=…)``; see :func:`build_teacher`. With ``scale=2.0`` the training pipeline delivers
+                the teacher's images, and the student is trained on the same view at half their size.
             terms: a list of terms.
             recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings; its terms come before ``terms``.
             inherit: modules whose weights the student takes over from the teacher before training, where the two are alike: a
@@ -95,22 +98,23 @@ class Graft(_Host, metaclass=Grafting):
         paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
         grafted = cls._models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
+        cls._check_scale(teacher, bool(specs))
         link = HubLink()
         if paths and not specs:
             raise DistillError(
                 "inherit takes weights from the teacher of a distillation; give it terms or a recipe as well"
             )
         with isolated_rng():
-            distiller, view, problem = None, None, None
+            distiller, view, resolution, problem = None, None, None, None
             if specs:
                 try:
-                    distiller, view = cls._distiller(grafted, teacher, specs, dry_run_size)
+                    distiller, view, resolution = cls._distiller(grafted, teacher, specs, dry_run_size)
                     check_inheritance(grafted, distiller.teacher.model, paths)
                 except MissingConfig as error:
                     problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
         # A plain attribute for what is no module; mmengine's modules take it as any object.
-        grafted._distill = _Link(link, view, problem, paths)
+        grafted._distill = _Link(link, view, resolution, problem, paths)
         if distiller is not None:
             hide_from_state_dict(distiller)
         grafted.add_module("distiller", distiller)
@@ -122,17 +126,47 @@ class Graft(_Host, metaclass=Grafting):
         return expand_recipe(recipe, cls._recipes)
 
     @classmethod
-    def _distiller(cls, student: Any, teacher: Any, specs: list[Any], size: int) -> tuple[HostDistiller, TeacherView]:
+    def _check_scale(cls, teacher: Any, distils: bool) -> None:
+        """Raises a :class:`DistillError` for a resolution of the teacher's own that cannot be had."""
+        if teacher_scale(teacher) == 1:
+            return
+        if not cls._scales:
+            raise DistillError(
+                f"{cls.__name__} takes no teacher scale: labels of pixels are not brought to the student's size; leave it out"
+            )
+        if not distils:
+            raise DistillError(
+                f"{cls.__name__}: without terms the student would not be reduced by the teacher's scale; leave scale out and "
+                "resize in the pipeline"
+            )
+
+    @classmethod
+    def _distiller(
+        cls, student: Any, teacher: Any, specs: list[Any], size: int
+    ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
         built = build_teacher(teacher, cls._models)
-        view = TeacherView(student.data_preprocessor, built.model.get_submodule("data_preprocessor"))
+        theirs = built.model.get_submodule("data_preprocessor")
+        view = TeacherView(student.data_preprocessor, theirs)
+        scale = teacher_scale(teacher)
+        resolution = Resolution.of(scale, student.data_preprocessor, theirs) if scale != 1 else None
         distiller = HostDistiller(built, specs, cls._terms)
         example = torch.randn(1, len(view.scale), size, size)
+        large = round(size * scale)
+        larger = torch.randn(1, len(view.scale), large, large) if resolution else example
 
-        def run(model: Any) -> Any:
-            return model(example, cls._example_samples(size), mode="tensor")
+        def run(model: Any, example: Tensor) -> Any:
+            return model(example, cls._example_samples(example.shape[-1]), mode="tensor")
 
-        distiller.wire(student, lambda: run(student), lambda: run(built.model), cls._fields, replay=cls._replay)
-        return distiller, view
+        facts = {"teacher_scale": float(scale)}
+        distiller.wire(
+            student,
+            lambda: run(student, example),
+            lambda: run(built.model, larger),
+            cls._fields,
+            facts,
+            cls._replay,
+        )
+        return distiller, view, resolution
 
     @classmethod
     def _example_samples(cls, size: int) -> Any:
@@ -141,8 +175,15 @@ class Graft(_Host, metaclass=Grafting):
     # What the host calls.
 
     def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
-        """The host's losses, and in training ``distill.<term>.loss`` beside them."""
+        """The host's losses, and in training ``distill.<term>.loss`` beside them.
+
+        Where the teacher has a resolution of its own, the batch is in training the teacher's, and the host's losses those of
+        the reduced one.
+        """
         link = self._distill
+        delivered = inputs, data_samples
+        if self.training and link.resolution is not None:
+            inputs, data_samples = self._reduced(inputs, data_samples, link.resolution)
         if self.distiller is None or not self.training or not torch.is_grad_enabled():
             if self.training:
                 link.raise_problem()
@@ -153,12 +194,13 @@ class Graft(_Host, metaclass=Grafting):
         if not link.ready:
             self.start_distilling()
         batch.class_order = link.order_on(inputs.device)
+        batch.extra["teacher_scale"] = link.scale
         step = link.hub.step()
         teacher = None
         if distiller.active(step):
-            view = link.view(inputs, batch.image_sizes)
+            view, samples = link.view(*delivered, (inputs.shape[-2], inputs.shape[-1]))
             model = distiller.teacher.model
-            teacher = distiller.record_teacher(lambda: model(view, data_samples, mode="tensor"), inputs.device.type)
+            teacher = distiller.record_teacher(lambda: model(view, samples, mode="tensor"), inputs.device.type)
         with distiller.record_student(self) as student:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
         if teacher is not None:
@@ -220,18 +262,26 @@ class Graft(_Host, metaclass=Grafting):
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
         """What terms may know of the host's batch; each task adds its own."""
-        sizes = [tuple(sample.metainfo["img_shape"][:2]) for sample in data_samples]
         height, width = inputs.shape[-2:]
-        return Batch(padded_size=(height, width), image_sizes=sizes)
+        return Batch(padded_size=(height, width), image_sizes=image_sizes(data_samples))
+
+    def _reduced(self, inputs: Tensor, data_samples: Any, resolution: Resolution) -> tuple[Tensor, Any]:
+        """The student's batch from the teacher's; nothing of the latter is changed."""
+        raise NotImplementedError
 
 
 class _Link:
     """What a graft holds beside its distiller."""
 
     def __init__(
-        self, hub: HubLink, view: TeacherView | None, problem: DistillError | None, inherit: tuple[str, ...]
+        self,
+        hub: HubLink,
+        view: TeacherView | None,
+        resolution: Resolution | None,
+        problem: DistillError | None,
+        inherit: tuple[str, ...],
     ) -> None:
-        self.hub, self._view, self._problem, self.inherit = hub, view, problem, inherit
+        self.hub, self._view, self.resolution, self._problem, self.inherit = hub, view, resolution, problem, inherit
         self.ready = False
         self.order: Tensor | None = None
 
@@ -239,9 +289,23 @@ class _Link:
         if self._problem is not None:
             raise self._problem
 
-    def view(self, inputs: Tensor, sizes: Any) -> Tensor:
+    @property
+    def scale(self) -> float:
+        """The teacher's image size over the student's."""
+        return 1.0 if self.resolution is None else float(self.resolution.scale)
+
+    def view(self, inputs: Tensor, samples: Any, padded: Size) -> tuple[Tensor, Any]:
+        """The teacher's inputs and data samples for the batch that the pipeline delivered.
+
+        Args:
+            padded: (height, width) of the student's input.
+        """
         assert self._view is not None
-        return self._view(inputs, sizes)
+        view = self._view(inputs, image_sizes(samples))
+        if self.resolution is None:
+            return view, samples
+        view = self.resolution.teacher_inputs(view, padded, self._view.pad_value)
+        return view, samples_padded_to(samples, (view.shape[-2], view.shape[-1]))
 
     def order_on(self, device: torch.device) -> Tensor | None:
         if self.order is not None and self.order.device != device:
@@ -260,6 +324,11 @@ def mix(losses: dict[str, Any], shares: Mapping[str, float]) -> None:
             raise WiringError(f"a term shares the host's loss {name!r}, and there is none{nearest(name, losses)}")
         value = losses[name]
         losses[name] = [part * share for part in value] if isinstance(value, list) else value * share
+
+
+def image_sizes(samples: Any) -> list[Size]:
+    """(height, width) of each image inside the padded batch."""
+    return [tuple(sample.metainfo["img_shape"][:2]) for sample in samples]
 
 
 def check_inheritance(student: Any, teacher: Any, paths: tuple[str, ...]) -> None:
@@ -286,7 +355,7 @@ def build_teacher(spec: Any, models: MMRegistry) -> Teacher:
 
     Args:
         spec: ``dict(config=…, checkpoint=…)`` with ``config`` a path, ``"mmdet::…"``, a model or a whole config, and
-            optionally ``precision`` and ``trusted`` (see :class:`taskdistill.Teacher`).
+            optionally ``precision`` and ``trusted`` (see :class:`taskdistill.Teacher`) and ``scale`` (see :meth:`Graft.build`).
         models: the host's model registry.
 
     Raises:
@@ -295,7 +364,7 @@ def build_teacher(spec: Any, models: MMRegistry) -> Teacher:
     """
     if not isinstance(spec, Mapping):
         raise DistillError(f"teacher must be dict(config=…, checkpoint=…), got {spec!r}")
-    known = ("config", "checkpoint", "precision", "trusted")
+    known = ("config", "checkpoint", "precision", "trusted", "scale")
     for key in spec:
         if key not in known:
             raise DistillError(f"teacher takes no argument {key!r}{nearest(key, known)}")

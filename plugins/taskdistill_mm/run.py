@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -185,6 +186,7 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
         rows = model.distiller.rows if model.distiller is not None else []
         print_rows([row._asdict() for row in rows], title=f"{type(model).__name__}: wiring")
         print_rows([{"loss": k, "first step": f"{v.item():.4g}"} for k, v in values.items()], title="one step")
-        for handler in runner.logger.handlers:
+        for handler in [h for h in runner.logger.handlers if isinstance(h, logging.FileHandler)]:
+            runner.logger.removeHandler(handler)  # or a model built later in this process writes to a closed file
             handler.close()
     return rows

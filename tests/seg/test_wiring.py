@@ -103,6 +103,10 @@ def test_a_mistake_in_a_term(term, parts):
         (dict(teacher=dict(checkpoint="teacher.pth")), ("teacher needs config=",)),
         (dict(teacher="teacher.pth"), ("dict(config=…, checkpoint=…)", "'teacher.pth'")),
         (dict(teacher=dict(config=segmentor(), chekpoint="t.pth")), ("'chekpoint'", "'checkpoint'")),
+        (
+            dict(teacher=dict(config=segmentor(), checkpoint="t.pth", scale=2.0)),
+            ("DistilledSegmentor takes no teacher scale", "leave it out"),
+        ),
         (dict(terms=dict(type="PixelSoftTargets")), ("terms must be a list",)),
         (dict(recipe="structurd"), ("no recipe is called 'structurd'", "'structured'")),
         (dict(recipe=dict(type="structured", pari=1)), ("takes no argument 'pari'", "'pair'")),
