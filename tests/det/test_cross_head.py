@@ -250,6 +250,34 @@ def test_without_objects_it_is_finite_and_does_not_explode(kind, teachers):
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
 
 
+@pytest.mark.parametrize("kind", [kind for kind in CROSSED if kind != "FCOS"])
+def test_it_divides_by_what_the_students_assigner_found(kind, teachers):
+    model = crossed(zoo(kind, frozen_bn=True), *teachers(kind))
+    assigner, ratios, found = model.bbox_head.assigner, [], []
+    assign = assigner.assign
+
+    def counted(*args, **settings):
+        result = assign(*args, **settings)
+        found.append(max(1, int((result.gt_inds > 0).sum())))
+        return result
+
+    assigner.assign = counted
+    model.distiller.terms["cross_head"].register_forward_hook(lambda module, args, ratio: ratios.append(ratio))
+    cross_loss(model, raw_batch((*BOXES[1:3], [])))
+    assert len(found) == 3 or (kind == "YOLOX" and len(found) == 2)  # YOLOX assigns nothing where there is nothing
+    assert ratios[0].denominator[0] == sum(found) + (3 - len(found))
+    assert sum(found) > 5
+
+
+def test_fcos_divides_by_the_points_in_the_boxes(teachers):
+    model = crossed(zoo("FCOS"), *teachers("FCOS"))
+    ratios = []
+    model.distiller.terms["cross_head"].register_forward_hook(lambda module, args, ratio: ratios.append(ratio))
+    # Points at 4, 12, 20 …: 12 and 20 lie within 8 to 24 both ways, at most 12 from an edge: 4 points, of the first level alone.
+    cross_loss(model, raw_batch([[[8.0, 8.0, 24.0, 24.0]], []]))
+    assert ratios[0].denominator.tolist() == [4 + 1, 4 + 1]
+
+
 @pytest.mark.parametrize("kind", CROSSED)
 def test_it_does_not_grow_with_the_batch(kind, teachers):
     model = crossed(zoo(kind, frozen_bn=True), *teachers(kind))
