@@ -6,7 +6,7 @@ variants have the same student weights, teacher weights and batch, and are timed
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 
 from taskdistill_mm.bench import Variants, measure
 from taskdistill_mm.configs import load_config
+
+from .peers import mmdet_ld
 
 STUDENT = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
 TEACHER = "mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py"
@@ -32,19 +34,13 @@ IMAGES = {"cpu": 2, "cuda": 8}
 
 def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/det") -> list[dict[str, str]]:
     """Measures, prints the tables and writes them to ``out``; see :func:`taskdistill_mm.bench.measure`."""
-    base = load_config(STUDENT).model
-    base.backbone.init_cfg = None
-    student = copy.deepcopy(base)
+    student = load_config(STUDENT).model
+    student.backbone.init_cfg = None
     for key in ("teacher_config", "teacher_ckpt"):
         student.pop(key)
     student.type = "GFL"
     student.bbox_head.type = "GFLHead"
     student.bbox_head.pop("loss_ld")
-
-    def peer(config: str, checkpoint: str) -> dict[str, Any]:
-        model = copy.deepcopy(base)
-        model.update(teacher_config=config, teacher_ckpt=checkpoint)
-        return dict(model)
 
     variants = Variants(
         scope="mmdet",
@@ -57,7 +53,7 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/det") -> l
         size=SIZE,
         images=IMAGES,
         forward=lambda teacher, inputs: teacher.bbox_head(teacher.extract_feat(inputs)),
-        peers={"mmdet LD": peer},
+        peers={"mmdet LD": partial(mmdet_ld, student)},
     )
     return measure(variants, pairs, device, out)
 

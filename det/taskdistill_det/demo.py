@@ -1,14 +1,18 @@
-"""``taskdistill demo det``: does distilling pay, on data that every machine can make?
+"""``taskdistill demo det``: does distilling pay, on data that every machine can make, and on a real set of your own?
 
 Scenes of real handwritten digits, a teacher, a plain student and a distilled student for each recipe: the same training set,
 the same schedule, the host's own Runner. Weights of terms were tuned on the validation scenes with other seeds; the table is of
-the test scenes.
+the test scenes. ``--data DIR`` takes a real set in COCO's format.
 """
 
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +22,41 @@ from taskdistill.report import Result
 from taskdistill_mm.demo import Demo, Trained, run, schedule
 from taskdistill_mm.scenes import CLASSES, write_detection_set
 
+from .peers import mmdet_ld
+from .real import RealSet
+
 SIZE = 96
 DATA = dict(seed=0, train=400, val=150, test=400)
 ITERATIONS = 2000
 BATCH = 16
 LR = 1e-2
+REAL_SIZE = (160, 120)
+REAL_ITERATIONS = 1000
+REAL_BATCH = 8
+REAL_LR = 1e-2
+REAL_EVALUATIONS = 2
+REAL_ROUNDS = 10
 RECIPES: dict[str, dict[str, Any]] = {
     # Weights tuned on the validation scenes with seeds 100 and 101.
     "combined": dict(recipe="combined"),
     "localization": dict(recipe=dict(type="localization", main=1.0, vlr=1.0, classes=5.0)),
     "imitation": dict(recipe="imitation"),
 }
+# On real sets: nothing was tuned for them.
+REAL_RECIPES: dict[str, dict[str, Any]] = {
+    "combined": dict(recipe="combined"),
+    "localization": dict(recipe="localization"),
+    "imitation": dict(recipe="imitation"),
+}
+PEERS = {"mmdet_ld": mmdet_ld}
 DEFAULT = ("combined",)
 EVALUATIONS = 6
+ROUNDS = 20
 SCORES = {"AP": "coco/bbox_mAP", "AP50": "coco/bbox_mAP_50", "AP75": "coco/bbox_mAP_75"}
 
 
-def detector(width: int, channels: int, convs: int) -> dict[str, Any]:
-    """A GFL detector for the scenes: ResNet-18 of ``width`` base channels, FPN and head of ``channels``."""
+def detector(width: int, channels: int, convs: int, classes: int = len(CLASSES)) -> dict[str, Any]:
+    """A small GFL detector: ResNet-18 of ``width`` base channels, FPN and head of ``channels``."""
     return dict(
         type="GFL",
         data_preprocessor=dict(
@@ -64,7 +85,7 @@ def detector(width: int, channels: int, convs: int) -> dict[str, Any]:
         ),
         bbox_head=dict(
             type="GFLHead",
-            num_classes=len(CLASSES),
+            num_classes=classes,
             in_channels=channels,
             feat_channels=channels,
             stacked_convs=convs,
@@ -84,36 +105,64 @@ def detector(width: int, channels: int, convs: int) -> dict[str, Any]:
     )
 
 
-TEACHER = ("GFL-R18, width 16", detector(width=16, channels=48, convs=2))
-# Neck and head of one width, as in the literature: the student is smaller in its backbone alone.
-STUDENT = ("GFL-R18, width 6", detector(width=6, channels=48, convs=2))
+# Base channels of the backbone, channels of neck and head: the latter alike, as in the literature.
+TEACHER = (16, 48)
+STUDENT = (6, 48)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A dataset: its classes, its splits' names, its pictures' (width, height), and batches and augmentation of training."""
+
+    classes: tuple[str, ...]
+    splits: dict[str, str]
+    size: tuple[int, int]
+    batch: int
+    augmentation: tuple[dict[str, Any], ...]
+    lr: float = LR
+    evaluations: int = EVALUATIONS
+
+
+SCENES = Layout(
+    CLASSES,
+    {name: name for name in ("train", "val", "test")},
+    (SIZE, SIZE),
+    BATCH,
+    (dict(type="RandomShift", prob=0.7, max_shift_px=8),),
+)
 
 
 def config(
-    model: dict[str, Any], data: Path, work_dir: Path, seed: int, iterations: int = ITERATIONS, split: str = "test"
+    layout: Layout,
+    model: dict[str, Any],
+    data: Path,
+    work_dir: Path,
+    seed: int,
+    iterations: int = ITERATIONS,
+    split: str = "test",
 ) -> Config:
     """The Runner's config of one training: the same for teacher, plain and distilled students."""
 
     def loader(part: str, *, train: bool) -> dict[str, Any]:
-        pipeline = [
+        folder = layout.splits[part]
+        pipeline: list[dict[str, Any]] = [
             dict(type="LoadImageFromFile"),
             dict(type="LoadAnnotations", with_bbox=True),
-            dict(type="Resize", scale=(SIZE, SIZE), keep_ratio=True),
+            dict(type="Resize", scale=layout.size, keep_ratio=True),
+            *(layout.augmentation if train else ()),
         ]
-        if train:
-            pipeline.append(dict(type="RandomShift", prob=0.7, max_shift_px=8))
         meta = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
         pipeline.append(dict(type="PackDetInputs", meta_keys=meta))
         return dict(
-            batch_size=BATCH if train else 25,
+            batch_size=layout.batch if train else 25,
             num_workers=0,
             sampler=dict(type="InfiniteSampler" if train else "DefaultSampler", shuffle=train),
             dataset=dict(
                 type="CocoDataset",
                 data_root=str(data),
-                metainfo=dict(classes=CLASSES),
-                ann_file=f"annotations/instances_{part}.json",
-                data_prefix=dict(img=f"{part}/"),
+                metainfo=dict(classes=layout.classes),
+                ann_file=f"annotations/instances_{folder}.json",
+                data_prefix=dict(img=f"{folder}/"),
                 filter_cfg=dict(filter_empty_gt=False),
                 test_mode=not train,
                 pipeline=pipeline,
@@ -121,7 +170,8 @@ def config(
         )
 
     def evaluator(part: str) -> dict[str, Any]:
-        return dict(type="CocoMetric", ann_file=f"{data}/annotations/instances_{part}.json", metric="bbox")
+        path = f"{data}/annotations/instances_{layout.splits[part]}.json"
+        return dict(type="CocoMetric", ann_file=path, metric="bbox")
 
     return Config(
         dict(
@@ -134,29 +184,59 @@ def config(
             val_evaluator=evaluator("val"),
             test_evaluator=evaluator(split),
             randomness=dict(seed=seed),
-            **schedule(iterations, LR, EVALUATIONS),
+            **schedule(iterations, layout.lr, layout.evaluations),
         )
     )
 
 
-def main(out: str = "runs/demo/det", **settings: Any) -> list[Result]:
-    """Trains everything, prints the table and writes the files to ``out``; for the rest see :func:`taskdistill_mm.demo.run`."""
+def real_layout(real: RealSet) -> Layout:
+    """A real set: small pictures, flips in every direction."""
+    flips = dict(type="RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"])
+    # There is no third split: tables are of val, and nothing may be tuned on them.
+    splits = {"train": "train", "val": "val", "test": "val"}
+    return Layout(real.classes, splits, REAL_SIZE, REAL_BATCH, (flips,), REAL_LR, REAL_EVALUATIONS)
+
+
+def padded(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) as the data preprocessor pads them."""
+    return -(-size[0] // 32) * 32, -(-size[1] // 32) * 32
+
+
+def main(out: str = "runs/demo/det", data: str | None = None, **settings: Any) -> list[Result]:
+    """Trains everything, prints the table and writes the files to ``out``; for the rest see :func:`taskdistill_mm.demo.run`.
+
+    Args:
+        out: where results go.
+        data: a real set's folder (see :class:`taskdistill_det.real.RealSet`) instead of the scenes.
+    """
+    real = None if data is None else RealSet.read(Path(data))
+    layout = SCENES if real is None else real_layout(real)
+
+    def write_data(folder: Path) -> Path:
+        return write_detection_set(folder, size=SIZE, **DATA) if real is None else real.shrunk(folder, layout.size)
+
+    def sized(width: int, channels: int) -> tuple[str, dict[str, Any]]:
+        return f"GFL-R18, width {width}", detector(width, channels, convs=2, classes=len(layout.classes))
+
     demo = Demo(
         task="det",
-        dataset="digit scenes",
+        dataset="digit scenes" if real is None else real.root.resolve().name,
         scope="mmdet",
         kind="DistilledDetector",
-        teacher=TEACHER,
-        student=STUDENT,
-        recipes=RECIPES,
+        teacher=sized(*TEACHER),
+        student=sized(*STUDENT),
+        recipes=RECIPES if real is None else REAL_RECIPES,
         default=DEFAULT,
-        write_data=lambda folder: write_detection_set(folder, size=SIZE, **DATA),
-        config=config,
-        iterations=ITERATIONS,
-        evaluations=EVALUATIONS,
+        write_data=write_data,
+        config=partial(config, layout),
+        iterations=ITERATIONS if real is None else REAL_ITERATIONS,
+        evaluations=layout.evaluations,
         scores=SCORES,
-        size=(SIZE, SIZE),
+        size=padded(layout.size[::-1]),
         picture=("detections.png", draw_detections),
+        tested="test scenes" if real is None else "val split",
+        peers=PEERS,
+        rounds=ROUNDS if real is None else REAL_ROUNDS,
     )
     return run(demo, out=out, **settings)
 
@@ -171,9 +251,12 @@ def draw_detections(runs: Sequence[Trained], path: Path, scenes: int = 5, thresh
     from mmdet.apis import inference_detector
     from mmdet.registry import DATASETS
 
-    dataset = DATASETS.build(runs[0].runner.cfg.test_dataloader.dataset)
+    with redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+        dataset = DATASETS.build(runs[0].runner.cfg.test_dataloader.dataset)
     columns = ["ground truth", *(trained.method for trained in runs)]
-    figure, axes = plt.subplots(scenes, len(columns), figsize=(2.2 * len(columns), 2.2 * scenes), squeeze=False)
+    height, width = plt.imread(dataset.get_data_info(0)["img_path"]).shape[:2]
+    shape = (2.2 * len(columns), (2.2 * height / width + 0.1) * scenes)
+    figure, axes = plt.subplots(scenes, len(columns), figsize=shape, squeeze=False)
     for row in range(scenes):
         info = dataset.get_data_info(row)
         image = plt.imread(info["img_path"])
@@ -192,7 +275,7 @@ def draw_detections(runs: Sequence[Trained], path: Path, scenes: int = 5, thresh
             for (x1, y1, x2, y2), label, score in boxes:
                 colour = plt.cm.tab10(int(label))
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
-                text = CLASSES[int(label)] + ("" if score is None else f" {score:.2f}")
+                text = dataset.metainfo["classes"][int(label)] + ("" if score is None else f" {score:.2f}")
                 axis.text(
                     x1, y1, text, fontsize=5.5, color="white", va="bottom", bbox=dict(facecolor=colour, pad=0.6, lw=0)
                 )

@@ -84,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
     demo.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune on, with other seeds")
-    demo.add_argument("--data", help="a real dataset's folder instead (seg: mmseg's layout; nlp: jsonl files)")
+    demo.add_argument(
+        "--data", help="a real dataset's folder instead (det: COCO's json; seg: mmseg's layout; nlp: jsonl)"
+    )
     demo.add_argument("--fraction", type=float, help="the share of --data's training set to use (nlp; default: 1)")
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -170,8 +172,8 @@ def _demo(arguments: argparse.Namespace) -> None:
     tasks = list(DEMOS) if arguments.task == "all" else [arguments.task]
     if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
         raise DistillError(f"recipes belong to one task: taskdistill demo TASK --recipes {arguments.recipes}")
-    if arguments.data is not None and arguments.task not in ("seg", "nlp"):
-        raise DistillError("--data needs the task 'seg' or 'nlp': taskdistill demo seg --data DIR")
+    if arguments.data is not None and arguments.task == "all":
+        raise DistillError("--data belongs to one task: taskdistill demo det --data DIR")
     if arguments.fraction is not None and (arguments.task != "nlp" or arguments.data is None):
         raise DistillError("--fraction belongs to real text: taskdistill demo nlp --data DIR --fraction 0.1")
     extra: dict[str, Any] = {} if arguments.iterations is None else {"iterations": arguments.iterations}

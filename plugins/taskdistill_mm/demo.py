@@ -10,25 +10,29 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import torch
 from mmengine.analysis import get_model_complexity_info
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
-from mmengine.registry import DefaultScope
+from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
+from taskdistill import __version__
 from taskdistill.bench import interleave
 from taskdistill.comparison import Outcome, Progress, check_split, choose, compare
 from taskdistill.report import Result
 
+from .finished import RECORD, WEIGHTS, Finished, alone, bare_weights, describe, digest, restore
 from .run import on_device
 
 
@@ -51,6 +55,8 @@ class Demo:
         size: (height, width) of the input whose FLOPs are counted.
         picture: file name and function that draws what the models of one seed predict.
         tested: what the test split is called.
+        peers: others' distillation by name: the model from (student's model, teacher's config, teacher's checkpoint).
+        rounds: of timing the steps.
     """
 
     task: str
@@ -69,11 +75,34 @@ class Demo:
     picture: tuple[str, Callable[[Sequence[Trained], Path], None]]
     evaluations: int = 6
     tested: str = "test scenes"
+    peers: Mapping[str, Callable[[dict[str, Any], dict[str, Any], str], dict[str, Any]]] = field(default_factory=dict)
+    rounds: int = 20
 
     @property
     def main_metric(self) -> str:
         """The metric that the gap is measured by."""
         return next(iter(self.scores))
+
+    def model(self, method: str, teacher: Path) -> dict[str, Any]:
+        """The ``model`` entry of a method, given the teacher's checkpoint."""
+        if method in ("teacher", "plain"):
+            return (self.teacher if method == "teacher" else self.student)[1]
+        if method in self.peers:
+            weights = str(teacher.with_name(WEIGHTS))
+            return self.peers[method](self.student[1], dict(model=self.teacher[1]), weights)
+        return self.distilled(teacher, self.recipes[method])
+
+    def settings(self, method: str, seed: int, iterations: int, split: str) -> dict[str, Any]:
+        """What a training depends on beside data and device, wherever its files lie."""
+        model = self.model(method, Path("teacher.pth"))
+        recipe = self.recipes.get(method, {}).get("recipe")
+        versions = [__version__, torch.__version__, import_module(self.scope).__version__]
+        return dict(
+            config=self.config(model, Path("data"), Path("work"), seed, iterations, split).to_dict(),
+            # A recipe's own weights stand in no config.
+            terms=MODELS.get(f"{self.scope}.{self.kind}").expand(recipe) if recipe is not None else None,
+            versions=versions,
+        )
 
     def distilled(self, teacher: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The student's model with a distiller entry."""
@@ -160,12 +189,9 @@ def train(
     iterations = iterations or demo.iterations
     cfg = demo.config(model, data, work_dir, seed, iterations, split)
     progress = Progress(f"{method} (seed {seed})", iterations, demo.main_metric, sys.stdout)
-    # The hosts' metrics print a page at every evaluation.
-    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        runner = Runner.from_cfg(cfg)
+    with _silent():
+        runner = _runner(cfg)
         runner.register_hook(_Watch(progress, demo.scores[demo.main_metric]))
-        _quiet(runner.logger)
         runner.train()
         tested = runner.test()
         complexity = get_model_complexity_info(
@@ -177,6 +203,48 @@ def train(
     metrics["MFLOPs"] = complexity["flops"] / 1e6
     curves = _curves(runner, iterations, demo)
     return Trained(method, seed, metrics, runner, work_dir / f"iter_{iterations}.pth", curves=curves)
+
+
+def _runner(cfg: Config) -> Runner:
+    runner = Runner.from_cfg(cfg)
+    _quiet(runner.logger)
+    return runner
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """The hosts' datasets and metrics print a page at every evaluation."""
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def train_once(
+    demo: Demo, method: str, data: Path, folder: Path, seed: int, iterations: int, split: str, world: Any
+) -> Trained:
+    """Trains a method in ``folder/method``, or takes the finished training there if it had the same settings.
+
+    Args:
+        demo, method, data, seed, iterations, split: see :func:`train`.
+        folder: of the seed; the teacher's checkpoint is in ``folder/teacher``.
+        world: what else the result depends on: the dataset's files, the device.
+    """
+    work, name = folder / method, f"iter_{iterations}.pth"
+    with _silent():
+        settings = digest([demo.settings(method, seed, iterations, split), world])
+    model = demo.model(method, folder / "teacher" / name)
+    with alone(folder / f"{method}.lock", f"{method} (seed {seed})"):
+        found = Finished.read(work, settings)
+        if found is None or not (work / name).is_file():
+            (work / RECORD).unlink(missing_ok=True)
+            trained = train(demo, method, model, data, work, seed, iterations, split)
+            Finished(settings, trained.metrics, trained.curves).write(work)
+            return trained
+    print(f"{method} (seed {seed}): taken from {work}, which was trained with these settings")
+    with _silent():
+        runner = _runner(demo.config(model, data, work, seed, iterations, split))
+        restore(runner, work / name)
+    return Trained(method, seed, found.metrics, runner, work / name, curves=found.curves)
 
 
 def _curves(runner: Runner, iterations: int, demo: Demo) -> dict[str, list[tuple[int, float]]]:
@@ -201,7 +269,8 @@ def _curves(runner: Runner, iterations: int, demo: Demo) -> dict[str, list[tuple
 
 def time_steps(runs: Sequence[Trained], rounds: int = 20) -> dict[str, float]:
     """Milliseconds of a training step (forward, loss, backward) of each method, timed in turn on one batch: medians."""
-    batch = next(iter(runs[0].runner.train_dataloader))
+    with _silent():
+        batch = next(iter(runs[0].runner.train_dataloader))
 
     def step(model: Any) -> Callable[[], None]:
         model.train()
@@ -245,6 +314,9 @@ def run(
 ) -> list[Result]:
     """Trains everything, prints the table and writes ``results.csv``, ``table.md``, the picture and ``curves.png`` to ``out``.
 
+    What was trained in ``out`` before, with the same settings, is taken from there. Several processes may work on one folder
+    at a time, best on a seed each; the same call for all of them then writes their table.
+
     Args:
         demo: what to compare.
         seeds, first_seed: how many seeds, and the first of them.
@@ -254,23 +326,26 @@ def run(
         iterations: of every training; the demo's own by default.
         split: ``"val"`` to tune on (with other seeds than the table's).
     """
-    names = choose(recipes, list(demo.recipes), demo.default)
+    names = choose(recipes, [*demo.recipes, *demo.peers], demo.default)
     check_split(split)
     cv2.setNumThreads(0)
     DefaultScope.get_instance(f"taskdistill_demo_{demo.task}", scope_name=demo.scope)
     folder = Path(out)
-    data = demo.write_data(folder / "data")
+    with alone(folder / "data.lock", "data"):
+        data = demo.write_data(folder / "data")
+    world = [describe(data), device]
 
     def train_all(seed: int) -> list[Trained]:
-        work = folder / f"seed{seed}"
-
-        def fit(method: str, model: dict[str, Any]) -> Trained:
-            return train(demo, method, model, data, work / method, seed, iterations, split)
-
-        teacher = fit("teacher", demo.teacher[1])
-        found = [teacher, fit("plain", demo.student[1])]
-        found += [fit(name, demo.distilled(teacher.checkpoint, demo.recipes[name])) for name in names]
-        steps = time_steps(found)
+        found: list[Trained] = []
+        for method in ("teacher", "plain", *names):
+            if method in demo.peers:
+                bare_weights(found[0].checkpoint)
+            found.append(
+                train_once(
+                    demo, method, data, folder / f"seed{seed}", seed, iterations or demo.iterations, split, world
+                )
+            )
+        steps = time_steps(found, demo.rounds)
         for trained in found:
             trained.metrics["step (ms)"] = steps[trained.method]
         return found

@@ -1,17 +1,27 @@
-"""The demo runs end to end: tiny, but with the real Runner, recipes, pictures and files."""
+"""The demo runs end to end: tiny, but with the real Runner, recipes, pictures and files; on scenes and on a real set's layout."""
 
 from __future__ import annotations
 
 import copy
 import csv
+import json
+import shutil
+import subprocess
+import sys
 
 import cv2
+import numpy as np
 import pytest
+import torch
 
+from taskdistill import comparison
 from taskdistill.errors import DistillError
 from taskdistill.report import Result, gap_closed
-from taskdistill_det import demo
-from taskdistill_mm.demo import train
+from taskdistill_det import DistilledDetector, demo
+from taskdistill_mm import demo as shared
+from taskdistill_mm.demo import Trained, train
+from taskdistill_mm.finished import alone
+from taskdistill_mm.scenes import write_detection_set
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +63,7 @@ def test_demo_draws_what_was_detected(finished, tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "run", lambda settings, **_: runs.append(settings))
     demo.main()
     data = demo.write_detection_set(tmp_path / "data", size=demo.SIZE, **demo.DATA)
-    model = copy.deepcopy(demo.STUDENT[1])
+    model = copy.deepcopy(runs[0].student[1])
     model["test_cfg"]["score_thr"] = 0.0
     trained = train(runs[0], "plain", model, data, tmp_path / "plain", seed=0, iterations=2)
     for name, threshold in (("every.png", 0.0), ("none.png", 1.1)):
@@ -67,8 +77,6 @@ def test_demo_draws_what_was_detected(finished, tmp_path, monkeypatch):
 
 
 def test_demo_checkpoints_are_plain_students(finished):
-    import torch
-
     out, _ = finished
     keys = [
         list(torch.load(out / "seed0" / method / "iter_6.pth", weights_only=False)["state_dict"])
@@ -85,3 +93,202 @@ def test_unknown_recipe_is_one_line():
 def test_gap_closed_by_hand():
     rows = [Result("det", "d", "m", method, 0, "AP", v) for method, v in [("plain", 0.2), ("teacher", 0.6), ("x", 0.3)]]
     assert gap_closed(rows, "AP", "x") == pytest.approx(0.25)
+
+
+METRICS = {*demo.SCORES, "parameters (k)", "MFLOPs"}
+
+
+def figures(results):
+    """Every figure but the time, which is measured anew."""
+    return {(r.method, r.metric): r.value for r in results if r.metric in METRICS}
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    def refuse(demo, method, *_):
+        raise AssertionError(f"{method} was trained")
+
+    monkeypatch.setattr(shared, "train", refuse)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A small set in COCO's format."""
+    return write_detection_set(tmp_path_factory.mktemp("set") / "digits", seed=0, train=8, val=5, test=0)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory, digits):
+    """What the demo made of it."""
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        small(patch)
+        results = demo.main(out=str(out), data=str(digits), recipes="combined,mmdet_ld", iterations=4)
+    return out, results
+
+
+def small(patch):
+    patch.setattr(demo, "REAL_SIZE", (64, 64))
+    patch.setattr(demo, "REAL_BATCH", 4)
+    patch.setattr(demo, "REAL_ROUNDS", 1)
+
+
+@pytest.fixture
+def again(digits, monkeypatch):
+    """Runs the demo on the real set once more, in the folder ``out``; other settings can be given."""
+    small(monkeypatch)
+    plain = dict(data=str(digits), recipes="combined,mmdet_ld", iterations=4)
+    return lambda **settings: demo.main(**{**plain, **settings})
+
+
+def test_demo_takes_a_real_set(real):
+    out, results = real
+    assert {result.dataset for result in results} == {"digits"}
+    assert {result.method for result in results} == {"teacher", "plain", "combined", "mmdet_ld"}
+    size = {result.method: result.value for result in results if result.metric == "parameters (k)"}
+    assert size["teacher"] > 3 * size["plain"]
+    assert size["plain"] == size["combined"] == size["mmdet_ld"]
+    assert cv2.imread(str(out / "detections.png")).std() > 20
+    assert "mmdet_ld" in (out / "table.md").read_text()
+
+
+def test_mmdets_own_distillation_learns_from_the_demos_teacher(real):
+    out, _ = real
+    curves = json.loads((out / "seed0/mmdet_ld/finished.json").read_text())["curves"]
+    assert all(value > 0 for _, value in curves["loss_ld"])
+    assert "loss_ld" not in json.loads((out / "seed0/plain/finished.json").read_text())["curves"]
+    weights = {name: state(out / "seed0" / name / "iter_4.pth") for name in ("teacher", "plain", "mmdet_ld")}
+    told = state(out / "seed0/teacher/weights.pth")
+    assert told.keys() == weights["teacher"].keys()
+    assert all(torch.equal(told[key], value) for key, value in weights["teacher"].items())
+    assert weights["mmdet_ld"].keys() == weights["plain"].keys()
+
+
+def state(path):
+    return torch.load(path, weights_only=False)["state_dict"]
+
+
+def test_finished_trainings_are_taken_as_they_are(real, again, no_training, capsys):
+    out, results = real
+    for name in ("table.md", "results.csv", "detections.png", "curves.png"):
+        (out / name).unlink()
+    same = again(out=str(out))
+    assert figures(same) == figures(results)
+    assert len(same) == len(results) and all(r.value > 0 for r in same if r.metric == "step (ms)")
+    assert capsys.readouterr().out.count("taken from") == 4
+    assert cv2.imread(str(out / "curves.png")).std() > 20
+    assert cv2.imread(str(out / "detections.png")).std() > 20
+
+
+def test_the_folder_may_move_and_other_recipes_may_be_asked_for(digits, real, again, no_training, tmp_path):
+    out, results = real
+    shutil.copytree(digits, tmp_path / "digits")
+    shutil.copytree(out, tmp_path / "out")
+    moved = again(out=str(tmp_path / "out"), data=str(tmp_path / "digits"), recipes="mmdet_ld")
+    assert figures(moved) == {key: value for key, value in figures(results).items() if key[0] != "combined"}
+
+
+@pytest.fixture
+def decided(tmp_path, again, monkeypatch):
+    """Runs the demo without any training, in a folder of its own: which methods would be trained, each time."""
+    trained = []
+
+    def note(demo, method, model, data, work, seed, iterations, split):
+        trained.append(method)
+        work.mkdir(parents=True, exist_ok=True)
+        (work / f"iter_{iterations}.pth").write_text("weights")
+        return Trained(method, seed, dict.fromkeys(demo.scores, 0.5), None, work / f"iter_{iterations}.pth")
+
+    monkeypatch.setattr(shared, "train", note)
+    for name in ("bare_weights", "restore", "_runner"):
+        monkeypatch.setattr(shared, name, lambda *_: None)
+    monkeypatch.setattr(shared, "time_steps", lambda runs, _: {run.method: 1.0 for run in runs})
+    monkeypatch.setattr(comparison, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(demo, "draw_detections", lambda *_: None)
+
+    def run(**settings):
+        trained.clear()
+        again(out=str(tmp_path / "out"), **settings)
+        return list(trained)
+
+    return run
+
+
+EVERYTHING = ["teacher", "plain", "combined", "mmdet_ld"]
+CHANGES = {
+    "a weight": (
+        lambda patch: patch.setitem(demo.REAL_RECIPES, "combined", dict(recipe=dict(type="combined", features=3.0))),
+        ["combined"],
+    ),
+    "what a recipe means": (
+        lambda patch: patch.setattr(DistilledDetector, "expand", lambda recipe: [dict(type="SoftTargets")]),
+        ["combined"],
+    ),
+    "the student": (lambda patch: patch.setattr(demo, "STUDENT", (5, 48)), ["plain", "combined", "mmdet_ld"]),
+    "the teacher": (lambda patch: patch.setattr(demo, "TEACHER", (20, 48)), ["teacher", "combined", "mmdet_ld"]),
+    "the rate": (lambda patch: patch.setattr(demo, "REAL_LR", 2e-3), EVERYTHING),
+    "the size": (lambda patch: patch.setattr(demo, "REAL_SIZE", (32, 32)), EVERYTHING),
+}
+
+
+@pytest.mark.parametrize(("change", "expected"), CHANGES.values(), ids=CHANGES)
+def test_what_changed_is_trained_anew(decided, monkeypatch, change, expected):
+    assert decided() == EVERYTHING
+    assert decided() == []
+    change(monkeypatch)
+    assert decided() == expected
+    assert decided() == []
+
+
+def test_other_iterations_seeds_pictures_and_lost_files_are_trained_anew(digits, decided, tmp_path):
+    shutil.copytree(digits, tmp_path / "digits")
+    data = str(tmp_path / "digits")
+    assert decided(data=data) == EVERYTHING
+    assert decided(data=data, first_seed=1) == EVERYTHING
+    assert decided(data=data, seeds=2) == []
+    assert decided(data=data, split="val") == []  # a real set has no third split
+    assert decided(data=data, iterations=3) == EVERYTHING
+    cv2.imwrite(str(tmp_path / "digits/train/000001.png"), np.zeros((96, 96, 3), np.uint8))
+    assert decided(data=data, iterations=3) == EVERYTHING
+    work = tmp_path / "out/seed0"
+    (work / "plain/finished.json").write_text('{"settings": "')  # the machine went down
+    (work / "mmdet_ld/iter_3.pth").unlink()
+    assert decided(data=data, iterations=3) == ["plain", "mmdet_ld"]
+
+
+def test_a_distiller_is_restored_with_its_adapters(digits, monkeypatch, tmp_path, capsys):
+    """The losses of a student that was taken are those of the one that was trained, on one batch."""
+    small(monkeypatch)
+    found = []
+    monkeypatch.setattr(demo, "run", lambda settings, **_: found.append(settings))
+    demo.main(data=str(digits))
+    data = found[0].write_data(tmp_path / "data")
+
+    def fit(method):
+        return shared.train_once(found[0], method, data, tmp_path, 0, 4, "test", None)
+
+    fit("teacher")
+    trained, taken = fit("combined"), fit("combined")
+    assert capsys.readouterr().out.count("taken from") == 1
+    batch = next(iter(trained.runner.train_dataloader))
+    losses = []
+    for model in (trained.runner.model, taken.runner.model):
+        model.train()
+        data = model.data_preprocessor(copy.deepcopy(batch), True)
+        losses.append({key: value.item() for key, value in model.parse_losses(model(**data, mode="loss"))[1].items()})
+    assert losses[0] == losses[1]
+    assert sum(key.startswith("distill.") for key in losses[0]) >= 3
+
+
+def test_two_processes_do_not_train_one_model_at_once(tmp_path):
+    """The second waits, says so, and goes on when the first is done."""
+    program = (
+        "import sys; from pathlib import Path; from taskdistill_mm.finished import alone\n"
+        "with alone(Path(sys.argv[1]), 'plain (seed 0)'): print('in', flush=True)"
+    )
+    with alone(tmp_path / "plain.lock", "plain (seed 0)"):
+        command = [sys.executable, "-c", program, str(tmp_path / "plain.lock")]
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert "another process is at it" in other.stdout.readline()
+        assert other.poll() is None
+    assert other.communicate(timeout=60)[0] == "in\n"

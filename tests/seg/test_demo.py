@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from taskdistill.errors import DistillError
+from taskdistill_mm import demo as shared
 from taskdistill_mm.scenes import write_segmentation_set
 from taskdistill_seg import demo
 
@@ -64,6 +65,23 @@ def test_demo_draws_masks_in_their_colours(finished):
 def test_demo_draws_the_critic_beside_the_losses(finished):
     out, _ = finished
     assert cv2.imread(str(out / "curves.png")).shape[1] > 2000  # a fourth plot
+
+
+def test_finished_trainings_are_taken_as_they_are(finished, monkeypatch):
+    out, results = finished
+    monkeypatch.setattr(demo, "DATA", dict(seed=0, train=24, val=4, test=5))
+    monkeypatch.setattr(demo.SCENES, "batch", 4)
+    monkeypatch.setattr(demo, "EVALUATIONS", 2)
+    with monkeypatch.context() as patch:
+        patch.delattr(shared, "train")
+        same = demo.main(seeds=1, recipes="structured,channel_wise", out=str(out), iterations=4)
+    assert [r for r in same if r.metric != "step (ms)"] == [r for r in results if r.metric != "step (ms)"]
+    assert cv2.imread(str(out / "curves.png")).shape[1] > 2000  # the critic's figures too
+    monkeypatch.setattr(demo, "LR", 1e-3)
+    changed = demo.main(seeds=1, recipes="none", out=str(out), iterations=4)
+    assert {(r.method, r.metric, r.value) for r in changed}.isdisjoint(
+        (r.method, r.metric, r.value) for r in results if r.metric == "mIoU"
+    )
 
 
 def test_demo_takes_a_real_set(tmp_path, monkeypatch):
