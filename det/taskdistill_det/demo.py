@@ -36,17 +36,45 @@ REAL_BATCH = 8
 REAL_LR = 1e-2
 REAL_EVALUATIONS = 2
 REAL_ROUNDS = 10
+CHANNELS = 48
+
+
+def published(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """The recipes that nothing was tuned for, with the papers' weights.
+
+    FGD and MGD *sum* over maps, and their weights are for COCO: 256 channels, 800×1216 pixels, strides 8 to 128. Here they are
+    multiplied by how many times more numbers such a sum has there than on this pyramid.
+
+    Args:
+        size: (height, width) of the padded pictures, seen at strides 8, 16 and 32.
+    """
+    ours = sum(size[0] // stride * (size[1] // stride) for stride in (8, 16, 32))
+    theirs = 100 * 152 + 50 * 76 + 25 * 38 + 13 * 19 + 7 * 10
+    channels, positions = 256 / CHANNELS, theirs / ours
+    focal_global = dict(alpha=1e-3 * channels, beta=5e-4 * channels, gamma=5e-4 * positions)
+    return {
+        "chen2017": dict(recipe="chen2017"),
+        "fine_grained": dict(recipe="fine_grained"),
+        "focal_global": dict(recipe=dict(type="focal_global", **focal_global, lambda_=5e-6 * channels * positions)),
+        "masked_generation": dict(recipe=dict(type="masked_generation", weight=2e-5 * channels * positions)),
+        "pearson": dict(recipe="pearson"),
+        "cross_head": dict(recipe="cross_head"),
+    }
+
+
 RECIPES: dict[str, dict[str, Any]] = {
     # Weights tuned on the validation scenes with seeds 100 and 101.
     "combined": dict(recipe="combined"),
     "localization": dict(recipe=dict(type="localization", main=1.0, vlr=1.0, classes=5.0)),
     "imitation": dict(recipe="imitation"),
+    **published((SIZE, SIZE)),
 }
 # On real sets: nothing was tuned for them.
 REAL_RECIPES: dict[str, dict[str, Any]] = {
     "combined": dict(recipe="combined"),
     "localization": dict(recipe="localization"),
     "imitation": dict(recipe="imitation"),
+    **published((-(-REAL_SIZE[1] // 32) * 32, -(-REAL_SIZE[0] // 32) * 32)),
 }
 PEERS = {"mmdet_ld": mmdet_ld}
 DEFAULT = ("combined",)
@@ -106,8 +134,8 @@ def detector(width: int, channels: int, convs: int, classes: int = len(CLASSES))
 
 
 # Base channels of the backbone, channels of neck and head: the latter alike, as in the literature.
-TEACHER = (16, 48)
-STUDENT = (6, 48)
+TEACHER = (16, CHANNELS)
+STUDENT = (6, CHANNELS)
 
 
 @dataclass(frozen=True)
