@@ -39,6 +39,11 @@ REAL_ROUNDS = 10
 CHANNELS = 48
 
 
+def padded(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) as the data preprocessor pads them."""
+    return -(-size[0] // 32) * 32, -(-size[1] // 32) * 32
+
+
 def published(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
     """The recipes that nothing was tuned for, with the papers' weights.
 
@@ -74,7 +79,7 @@ REAL_RECIPES: dict[str, dict[str, Any]] = {
     "combined": dict(recipe="combined"),
     "localization": dict(recipe="localization"),
     "imitation": dict(recipe="imitation"),
-    **published((-(-REAL_SIZE[1] // 32) * 32, -(-REAL_SIZE[0] // 32) * 32)),
+    **published(padded(REAL_SIZE[::-1])),
 }
 PEERS = {"mmdet_ld": mmdet_ld}
 DEFAULT = ("combined",)
@@ -225,11 +230,6 @@ def real_layout(real: RealSet) -> Layout:
     return Layout(real.classes, splits, REAL_SIZE, REAL_BATCH, (flips,), REAL_LR, REAL_EVALUATIONS)
 
 
-def padded(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) as the data preprocessor pads them."""
-    return -(-size[0] // 32) * 32, -(-size[1] // 32) * 32
-
-
 def main(out: str = "runs/demo/det", data: str | None = None, **settings: Any) -> list[Result]:
     """Trains everything, prints the table and writes the files to ``out``; for the rest see :func:`taskdistill_mm.demo.run`.
 
@@ -263,7 +263,7 @@ def main(out: str = "runs/demo/det", data: str | None = None, **settings: Any) -
         size=padded(layout.size[::-1]),
         picture=("detections.png", draw_detections),
         tested="test scenes" if real is None else "val split",
-        peers=PEERS,
+        peers={} if real is None else PEERS,
         rounds=ROUNDS if real is None else REAL_ROUNDS,
     )
     return run(demo, out=out, **settings)
