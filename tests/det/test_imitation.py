@@ -184,6 +184,7 @@ def test_other_detectors_have_anchors_points_or_neither(config, strides, anchors
     [
         ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "neck[*]"),
         ("retinanet/retinanet_r50_fpn_1x_coco.py", "neck[*]"),
+        ("atss/atss_r50_fpn_1x_coco.py", "neck[*]"),
         ("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", "neck[*]"),
         ("detr/detr_r50_8xb2-150e_coco.py", "backbone[0]"),
     ],
