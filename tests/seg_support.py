@@ -42,6 +42,7 @@ EVERY_TERM: dict[str, Any] = dict(
         dict(type="CrossImageRelations", nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
         dict(type="FeatureImitation", tap="backbone[3]"),
         dict(type="PearsonImitation", tap="backbone[2]"),
+        dict(type="MaskedGeneration"),
     ],
 )
 """Settings of a distilled segmentor with every kind of term."""
@@ -55,6 +56,8 @@ TERM_NAMES = (
     "class_prototypes",
     "cross_image_relations",
     "feature_imitation",
+    "pearson_imitation",
+    "masked_generation",
 )
 _names = count()
 

@@ -20,6 +20,7 @@ from mmdet.models.dense_heads import (
     YOLOXHead,
 )
 from mmdet.models.dense_heads.anchor_head import AnchorHead
+from mmdet.models.task_modules.prior_generators import AnchorGenerator, MlvlPointGenerator
 from torch import Tensor
 
 from taskdistill.errors import WiringError
@@ -389,11 +390,11 @@ def same_grid(student: DenseHead, teacher: DenseHead, term: Term) -> None:
 def anchor_levels(model: Any) -> list[tuple[tuple[float, float], Tensor | None]]:
     """What anchors the model's first stage has: per level its stride (x, y) and base anchors ``(A, 4)`` around position (0, 0).
 
-    ``None`` in place of the anchors for heads on points; no level at all for a head without either (DETR).
+    ``None`` in place of the anchors for heads on points; no level at all where neither generator is mmdet's (DETR has none).
     """
     for name in ("rpn_head", "bbox_head"):
         generator = getattr(getattr(model, name, None), "prior_generator", None)
-        if generator is not None:
+        if isinstance(generator, (AnchorGenerator, MlvlPointGenerator)):
             anchors = getattr(generator, "base_anchors", [None] * len(generator.strides))
             return [((float(x), float(y)), level) for (x, y), level in zip(generator.strides, anchors, strict=True)]
     return []

@@ -27,7 +27,7 @@ class _Level(NamedTuple):
 
 @REGIONS.register("fine_grained")
 class FineGrained(Region):
-    """Positions near objects (FGFI; Wang et al., CVPR 2019, section 3.2), all alike.
+    """Positions near objects (FGFI; Wang et al., CVPR 2019), all alike.
 
     For each box the threshold is a share of the best IoU that any anchor has with it; a position belongs to the region when one
     of its anchors has more with some box. The best is taken over the levels of the whole pyramid, so that a box marks the levels
@@ -61,15 +61,16 @@ class FineGrained(Region):
     def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
         if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
             raise WiringError("region 'fine_grained' needs a map (B, C, H, W) and a batch with boxes")
-        boxes = [found.to(device=feature.device, dtype=torch.float32) for found in batch.boxes]
+        boxes = torch.cat([found.to(device=feature.device, dtype=torch.float32) for found in batch.boxes])
+        image = torch.arange(len(batch.boxes)).repeat_interleave(torch.tensor([len(found) for found in batch.boxes]))
+        image = image.to(feature.device)
         own, levels = self._levels(batch, feature)
-        best = self._best(batch, boxes, levels)
+        threshold = self.threshold * self._best(batch, boxes, image, levels)
+        near = best_overlaps(boxes, own) > threshold[:, None, None]
+        marks = feature.new_zeros(len(batch.boxes), *own.size, dtype=torch.float32)
+        mask = (marks.index_add_(0, image, near.to(torch.float32)) > 0).to(torch.float32)
         valid = _valid(batch, own, feature)
-        masks = []
-        for image, (found, most) in enumerate(zip(boxes, best, strict=True)):
-            near = (best_overlaps(found, own) > (self.threshold * most)[:, None, None]).any(0)
-            masks.append(near.to(torch.float32) if valid is None else near * valid[image])
-        return torch.stack(masks)
+        return mask if valid is None else mask * valid
 
     def _levels(self, batch: Batch, feature: Tensor) -> tuple[_Level, list[_Level]]:
         """The level of this map and all levels; a map on another grid than any of them is one more."""
@@ -97,21 +98,20 @@ class FineGrained(Region):
         centre = half.new_tensor([x / 2, y / 2])
         return torch.cat([centre - half, centre + half], 1)
 
-    def _best(self, batch: Batch, boxes: Sequence[Tensor], levels: Sequence[_Level]) -> list[Tensor]:
-        """Per image the best IoU of each box with any anchor of a valid position, ``(n,)``; found once for all maps of a batch."""
+    def _best(self, batch: Batch, boxes: Tensor, image: Tensor, levels: Sequence[_Level]) -> Tensor:
+        """The best IoU of each box of the batch with any anchor of a valid position, ``(n,)``; found once for all maps of a step."""
         key = f"fine_grained best {self.scale} {self.ratios} {[level.stride for level in levels]}"
         if key not in batch.extra:
-            best = [found.new_zeros(len(found)) for found in boxes]
+            best = boxes.new_zeros(len(boxes))
             for level in levels:
-                valid = _valid(batch, level, level.anchors)
-                for image, found in enumerate(boxes):
-                    overlaps = best_overlaps(found, level)
-                    if valid is not None:
-                        overlaps = overlaps * valid[image]
-                    best[image] = torch.maximum(best[image], overlaps.flatten(1).amax(1))
+                overlaps = best_overlaps(boxes, level)
+                valid = _valid(batch, level, boxes)
+                if valid is not None:
+                    overlaps = overlaps * valid[image]
+                best = torch.maximum(best, overlaps.flatten(1).amax(1))
             batch.extra[key] = best
-        found_before: list[Tensor] = batch.extra[key]
-        return found_before
+        found: Tensor = batch.extra[key]
+        return found
 
 
 def best_overlaps(boxes: Tensor, level: _Level) -> Tensor:

@@ -22,6 +22,8 @@ from .terms import FeatureImitation, Taps, Wiring, adapter_where_channels_differ
 class PerImageImitation(FeatureImitation):
     """Base: a loss per image, divided by the number of images; several maps (the levels of a pyramid) add up.
 
+    An image without a position that counts is not counted.
+
     A subclass builds its module for a map in :meth:`_module` and computes in :meth:`_per_image`.
     """
 
@@ -41,10 +43,10 @@ class PerImageImitation(FeatureImitation):
         return adapter_where_channels_differ(self.adapter_kind, student, teacher)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ratios = [
-            weighted_ratio(self._per_image(module, s, t, valid, batch))
-            for module, (s, t, valid) in zip(self.parts, self.aligned(student, teacher, batch), strict=True)
-        ]
+        ratios = []
+        for module, (s, t, valid) in zip(self.parts, self.aligned(student, teacher, batch), strict=True):
+            present = None if valid is None else (valid.flatten(1) > 0).any(1)
+            ratios.append(weighted_ratio(self._per_image(module, s, t, valid, batch), present))
         numerators, denominators = zip(*ratios, strict=True)
         return Ratio(torch.stack(numerators), torch.stack(denominators))
 

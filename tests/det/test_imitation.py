@@ -170,13 +170,18 @@ def of_mmdet(config, width=8):
         ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", [4, 8, 16, 32, 64], 3),
         ("retinanet/retinanet_r50_fpn_1x_coco.py", [8, 16, 32, 64, 128], 9),
         ("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", [8, 16, 32, 64, 128], None),
+        ("yolo/yolov3_d53_8xb8-320-273e_coco.py", [32, 16, 8], 3),
+        ("ssd/ssd300_coco.py", [8, 16, 32, 64, 100, 300], (4, 6, 6, 6, 4, 4)),
         ("detr/detr_r50_8xb2-150e_coco.py", [], None),
     ],
 )
 def test_other_detectors_have_anchors_points_or_neither(config, strides, anchors):
-    levels = anchor_levels(MODELS.build(of_mmdet(config)))
+    model = load_config(f"mmdet::{config}").model
+    model.backbone.init_cfg = None
+    levels = anchor_levels(MODELS.build(model))
     assert [stride for stride, _ in levels] == [(stride, stride) for stride in strides]
-    assert [None if found is None else len(found) for _, found in levels] == [anchors] * len(strides)
+    expected = list(anchors) if isinstance(anchors, tuple) else [anchors] * len(strides)
+    assert [None if found is None else len(found) for _, found in levels] == expected
 
 
 @pytest.mark.parametrize(
@@ -184,6 +189,7 @@ def test_other_detectors_have_anchors_points_or_neither(config, strides, anchors
     [
         ("faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py", "neck[*]"),
         ("retinanet/retinanet_r50_fpn_1x_coco.py", "neck[*]"),
+        ("atss/atss_r50_fpn_1x_coco.py", "neck[*]"),
         ("fcos/fcos_r50-caffe_fpn_gn-head_1x_coco.py", "neck[*]"),
         ("detr/detr_r50_8xb2-150e_coco.py", "backbone[0]"),
     ],

@@ -52,6 +52,7 @@ FEATURE_TERMS = {
     "ChannelWise features": dict(type="ChannelWise", tap=FEATURES),
     "FeatureImitation": dict(type="FeatureImitation", tap=FEATURES),
     "PearsonImitation": dict(type="PearsonImitation", tap=FEATURES),
+    "MaskedGeneration": dict(type="MaskedGeneration", tap=FEATURES, mask_ratio=0, weight=1.0),
 }
 EVERY = {**LOGIT_TERMS, **FEATURE_TERMS}
 every_term = pytest.mark.parametrize("kind", list(EVERY))

@@ -10,8 +10,14 @@ from mmseg.registry import MODELS
 
 from seg_support import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
 from taskdistill.errors import DistillError, WiringError
-from taskdistill.losses import channel_wise, dist_between_classes, dist_within_classes, soft_targets
-from taskdistill_seg import DIST, ChannelWise, FeatureImitation, Hint, PixelSoftTargets
+from taskdistill.losses import (
+    channel_wise,
+    dist_between_classes,
+    dist_within_classes,
+    masked_generation,
+    soft_targets,
+)
+from taskdistill_seg import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PixelSoftTargets
 from taskdistill_seg.dense import FEATURES
 
 
@@ -177,6 +183,31 @@ class SeveralScoresHead(FCNHead):
 
     def forward(self, inputs):
         return {"masks": super().forward(inputs)}
+
+
+# --- masked generation
+
+
+def test_masked_generation_has_the_authors_settings_and_is_the_core_loss_on_the_pixels_that_count(teacher):
+    term = MaskedGeneration()
+    assert (term.mask_ratio, term.weight, term.region_name, str(term.student_taps[0])) == (
+        0.75,
+        2e-5,
+        "valid",
+        "backbone[-1]",
+    )
+    model = model_of(teacher, type="MaskedGeneration", tap=FEATURES, mask_ratio=0, weight=1.0)
+    generator = torch.Generator().manual_seed(2)
+    student, target = (torch.randn(2, channels, 8, 8, generator=generator) for channels in (16, 32))
+    samples = batch(ignored=0.3)[1]
+    loss, slope = loss_of(model, student, target, samples, tap="features")
+    held, valid = model.distiller.terms["term"], valid_of(samples)
+    keep = torch.ones_like(valid)
+    with torch.no_grad():
+        adapted = held.adapters[0](student, target)
+        expected = masked_generation(adapted, target, held.parts[0], keep, valid=valid.float())
+    torch.testing.assert_close(loss, expected)
+    assert not slope.permute(0, 2, 3, 1)[~valid].any() and slope.any()
 
 
 @pytest.mark.parametrize("kind", ["PixelSoftTargets", "DIST", "ChannelWise", "AdversarialMask"])

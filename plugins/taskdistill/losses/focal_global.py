@@ -19,7 +19,7 @@ from .soft_targets import check_temperature
 
 
 def spatial_attention(features: Tensor, temperature: float = 0.5, *, valid: Tensor | None = None) -> Tensor:
-    r"""Equations 2 and 4: :math:`N \operatorname{softmax}_i(\operatorname{mean}_c |F_{ci}| / T)` over the N valid positions.
+    r"""Attention of positions, :math:`N \operatorname{softmax}_i(\operatorname{mean}_c |F_{ci}| / T)` over the N valid positions.
 
     ``(B, C, H, W) -> (B, H, W)``; 0 at positions that are not valid.
     """
@@ -29,7 +29,7 @@ def spatial_attention(features: Tensor, temperature: float = 0.5, *, valid: Tens
 
 
 def channel_attention(features: Tensor, temperature: float = 0.5, *, valid: Tensor | None = None) -> Tensor:
-    r"""Equations 3 and 5: :math:`C \operatorname{softmax}_c(\operatorname{mean}_i |F_{ci}| / T)`; ``(B, C, H, W) -> (B, C)``."""
+    r"""Attention of channels, :math:`C \operatorname{softmax}_c(\operatorname{mean}_i |F_{ci}| / T)`: ``(B, C, H, W) -> (B, C)``."""
     strength = _inside(features, valid).abs()
     mean = strength.flatten(2).sum(2) / _count(strength, valid).clamp(min=1)[:, None]
     return (mean / temperature).softmax(1) * features.shape[1]
@@ -39,7 +39,7 @@ def channel_attention(features: Tensor, temperature: float = 0.5, *, valid: Tens
 def box_scales(
     boxes: Sequence[Tensor], padded_size: tuple[int, int], feature: Tensor, *, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale masks of foreground and background, each ``(B, H, W)`` in float32; equations 6 and 7.
+    """Scale masks of foreground and background, each ``(B, H, W)`` in float32.
 
     A position in boxes weighs 1 / cells of the smallest of them; the others weigh 1 / their number in the image. As in the
     authors' code a box holds the cells from floor(low) to ceil(high), both included, and cells beyond the map count in its area.
@@ -80,7 +80,7 @@ def focal_features(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Focal distillation (FGD; Yang et al. 2022, equation 8): squared error under scale and the teacher's attention.
+    r"""Focal distillation (FGD; Yang et al. 2022): squared error under scale and the teacher's attention.
 
     .. math:: \sum_{c,i} M_i A^S_i A^C_c (t_{ci} - s_{ci})^2
 
@@ -112,7 +112,7 @@ def focal_attention(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Attention imitation (FGD; Yang et al. 2022, equation 9): absolute error of the attentions, summed.
+    r"""Attention imitation (FGD; Yang et al. 2022): absolute error of the attentions, summed.
 
     .. math:: \sum_i |A^S_i(t) - A^S_i(s)| + \sum_c |A^C_c(t) - A^C_c(s)|
 
@@ -162,7 +162,7 @@ class GlobalContext(nn.Module):
 
 
 class GlobalRelation(nn.Module):
-    r"""Global distillation (FGD; Yang et al. 2022, equation 10): :math:`\sum (R_t(t) - R_s(s))^2`, a learned GcBlock for each.
+    r"""Global distillation (FGD; Yang et al. 2022): :math:`\sum (R_t(t) - R_s(s))^2`, a learned GcBlock for each.
 
     Both blocks are trained with the student, as in the authors' code. Computes in the precision of its parameters, also under
     autocast.

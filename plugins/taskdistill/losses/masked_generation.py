@@ -39,7 +39,7 @@ def masked_generation(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Masked generation (MGD; Yang et al. 2022, equation 5): squared error of what is generated, summed over an image.
+    r"""Masked generation (MGD; Yang et al. 2022): squared error of what is generated, summed over an image.
 
     .. math:: \sum_{c,i} (t_{ci} - G(s \odot M)_{ci})^2
 
