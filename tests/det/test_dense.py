@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+from mmdet.registry import MODELS
+from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
-from det_support import BOXES, Given, build, detector, distilled, raw_batch
+from det_support import BOXES, Given, build, detector, distilled, part, raw_batch
+from det_zoo import KINDS, zoo
+from taskdistill import Recorder
 from taskdistill.regions import Batch
 from taskdistill_det import SoftTargets
-from taskdistill_det.dense import dense_head, in_order_of_pick, pick, pick_weights
+from taskdistill_det.boxes import decode
+from taskdistill_det.dense import (
+    Assignment,
+    DenseHeads,
+    dense_head,
+    in_order_of_pick,
+    joint_logits,
+    pick,
+    pick_weights,
+)
 
 
 def test_pick_by_hand():
@@ -38,7 +52,8 @@ def test_pick_by_hand_with_two_anchors_a_position():
 
 def test_assignment_by_hand():
     # One image of 16×8 pixels (width × height) padded to 16×16, anchors of 8 pixels at multiples of 8, then one of 16 pixels.
-    head = dense_head(build(detector(classes=3, strides=(8, 16))).bbox_head, "bbox_head", "student", SoftTargets())
+    gfl = MODELS.build(detector(classes=3, strides=(8, 16))["bbox_head"])
+    head = dense_head(gfl, "bbox_head", "student", SoftTargets())
     labels = [torch.tensor([[0, 3, 3, 3]]), torch.tensor([[2]])]
     weights = [torch.tensor([[1.0, 1.0, 1.0, 0.0]]), torch.tensor([[1.0]])]
     targets = [torch.zeros(1, 4, 4), torch.tensor([[[0.0, 0, 8, 8]]])]
@@ -81,3 +96,119 @@ def test_the_assignment_is_the_students_own(teacher_model, teacher_checkpoint):
             positive = assigned.gt_inds > 0
             assert torch.equal(found.positive[image], positive) and positive.any()
             assert torch.equal(found.labels[image][positive], assigned.gt_inds[positive] - 1)
+
+
+@pytest.fixture(autouse=True)
+def _epoch():
+    MessageHub.get_current_instance().update_info("epoch", 9)  # TOOD asks the Runner which epoch it is
+
+
+def trained_step(kind, **settings):
+    """A student of one kind of head under a teacher of the same, one recorded training step, and the batch."""
+    entry = zoo(kind, **settings)
+    model = build(entry)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(3)
+        for parameter in model.bbox_head.parameters():
+            if parameter.ndim == 4:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    heads = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", SoftTargets())
+    head = heads.student
+    taps = [*head.class_taps, head.boxes, head.targets]
+    model.train()
+    data = model.data_preprocessor(raw_batch(), True)
+    with Recorder(model, taps).record(model) as recording:
+        model(**data, mode="loss")
+    batch = Batch(
+        padded_size=(96, 96),
+        image_sizes=[(96, 96)] * 4,
+        boxes=[sample.gt_instances.bboxes for sample in data["data_samples"]],
+        labels=[sample.gt_instances.labels for sample in data["data_samples"]],
+    )
+    return model, heads, recording, batch
+
+
+def edges_in_pixels(head, rows, anchors, strides):
+    """What the head's unit stands for, by the host's own coder."""
+    return rows * strides[:, None] if head.unit == "strides" else head.bbox_coder.decode(anchors, rows)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_are_the_boxes_of_the_ground_truth(kind):
+    _, heads, recording, batch = trained_step(kind)
+    head = heads.student
+    assignment = head.assignment(recording, batch)
+    chosen = assignment.positive
+    assert chosen.sum() >= 7  # at least one for each object
+    rows = heads.box_rows(recording, recording, batch)[0]
+    places = in_order_of_pick(chosen, assignment.num_per_level)
+    image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
+    found = edges_in_pixels(head, rows.target, assignment.anchors[places], assignment.strides[places])
+    labels = assignment.labels[image, places]
+    for box, label, n in zip(found, labels.tolist(), image.tolist(), strict=True):
+        truth = batch.boxes[n][batch.labels[n] == label]
+        torch.testing.assert_close(box[None], truth, rtol=1e-3, atol=1e-2)
+    assert {(n, label) for n, label in zip(image.tolist(), labels.tolist(), strict=True)} == {
+        (n, label) for n, found in enumerate(batch.labels) for label in found.tolist()
+    }
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "TOOD"])
+def test_boxes_are_what_the_host_decodes(kind):
+    model, heads, recording, batch = trained_step(kind)
+    assignment = heads.student.assignment(recording, batch)
+    chosen = assignment.valid
+    rows = heads.student.regression(recording, chosen, assignment)
+    places = in_order_of_pick(chosen, assignment.num_per_level)
+    image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
+    found = edges_in_pixels(heads.student, rows, assignment.anchors[places], assignment.strides[places])
+    expected = decode(model.bbox_head, recording.tensors(heads.student.boxes))[image, places]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("norm_on_bbox", [False, True])
+def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(norm_on_bbox):
+    # With norm_on_bbox the host's head gives strides while it trains and pixels otherwise.
+    entry = zoo("FCOS", frozen_bn=True, head=dict(norm_on_bbox=norm_on_bbox))
+    model = build(entry)
+    heads = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", SoftTargets())
+    picture = raw_batch()
+    found = []
+    for training, head in ((True, heads.student), (False, heads.teacher)):
+        model.train(training)
+        data = model.data_preprocessor(picture, training)
+        with Recorder(model, [head.classes, head.boxes]).record(model) as recording:
+            model(data["inputs"], mode="tensor")
+        anchors, strides, counts = head.priors(recording)
+        chosen = torch.ones(4, len(anchors), dtype=torch.bool)
+        nothing = torch.zeros(4, len(anchors), dtype=torch.long)
+        assignment = Assignment(nothing, chosen, chosen, anchors, strides, counts, 10, torch.zeros(4, len(anchors), 4))
+        found.append(head.regression(recording, chosen, assignment))
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_yolox_joins_classes_and_objectness():
+    score, objectness = torch.tensor([[2.0, -30.0, 40.0]]), torch.tensor([[0.5, 1.0, 40.0]])
+    expected = (score.double().sigmoid() * objectness.double().sigmoid())[0]
+    found = joint_logits(score, objectness)[0]
+    torch.testing.assert_close(found.double().sigmoid()[:2], expected[:2], rtol=1e-6, atol=0)
+    assert found[2].item() == pytest.approx(39.3, abs=0.1)  # log(2) below 40, where the probability itself is 1
+
+
+def test_tood_scores_are_probabilities_already():
+    _, heads, recording, batch = trained_step("TOOD")
+    rows = heads.class_rows(recording, recording, batch, "all")[0]
+    levels = recording.tensors(heads.student.classes)
+    scores = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, 10) for level in levels])
+    torch.testing.assert_close(rows.student.sigmoid(), scores.clamp(1e-6, 1 - 1e-6), rtol=1e-4, atol=1e-7)
+
+
+def test_a_batch_of_one_image_of_yolox():
+    model = build(zoo("YOLOX"))
+    head = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", SoftTargets()).student
+    model.train()
+    data = model.data_preprocessor(part(raw_batch(), slice(1)), True)
+    with Recorder(model, [*head.class_taps, head.boxes, head.targets]).record(model) as recording:
+        model(**data, mode="loss")
+    found = head.assignment(recording, Batch(boxes=[torch.tensor(BOXES[0])]))
+    assert found.labels.shape == (1, 12 * 12 + 6 * 6 + 3 * 3) and found.positive.any()

@@ -7,10 +7,12 @@ import copy
 import pytest
 import torch
 
+from det_stages import STAGED, detr, staged
 from det_support import (
     EVERY_TERM,
     build,
     detector,
+    distillation,
     distilled,
     gradients,
     losses,
@@ -19,6 +21,8 @@ from det_support import (
     runner_config,
     save_teacher,
 )
+from det_zoo import zoo
+from taskdistill import WiringError
 
 FEATURES = [
     dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
@@ -54,6 +58,58 @@ def test_the_pair_learns(tmp_path, pair):
     for name, parameter in model.distiller.named_parameters():
         assert parameter.grad.abs().sum() > 0, name
     assert all(torch.isfinite(gradient).all() for gradient in gradients(model).values())
+
+
+ACROSS = {
+    "RetinaNet learns from FCOS": ("RetinaNet", "FCOS"),
+    "one stage learns from two": ("GFL", "Faster R-CNN"),
+    "two stages learn from one": ("Faster R-CNN", "GFL"),
+    "RTMDet learns from one stage": ("RTMDet", "ATSS"),
+    "YOLOX learns from GFL": ("YOLOX", "GFL"),
+    "one stage learns from queries": ("ATSS", "Deformable DETR"),
+}
+ONE_POSITION = [dict(type="SoftTargets", name="classes"), dict(type="SoftTargets", name="classes_main", region="main")]
+
+
+def any_model(kind, **settings):
+    if kind in STAGED:
+        return staged(kind, **settings)
+    return detr(kind.replace(" ", ""), **settings) if kind == "Deformable DETR" else zoo(kind, **settings)
+
+
+@pytest.mark.parametrize("pair", list(ACROSS))
+def test_features_cross_families(tmp_path, pair):
+    student, teacher = ACROSS[pair]
+    other = any_model(teacher, width=6)
+    checkpoint = save_teacher(tmp_path / "teacher.pth", other)
+    terms = [*FEATURES[:1], *FEATURES[2:], dict(type="FocalGlobal"), dict(type="MaskedGeneration", weight=1e-3)]
+    model = build(distilled(any_model(student, frozen_bn=True), other, checkpoint, terms=terms))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    values = []
+    for _ in range(3):
+        found = losses(model, raw_batch())
+        values.append(distillation(found))
+        optimizer.zero_grad()
+        values[-1].backward()
+        optimizer.step()
+    assert values[-1] < values[0] and torch.isfinite(values[-1])
+
+
+@pytest.mark.parametrize(("student", "teacher"), [("FCOS", "ATSS"), ("RTMDet", "GFL"), ("GFL", "YOLOX")])
+def test_classes_cross_heads_that_predict_once_a_position(tmp_path, student, teacher):
+    other = any_model(teacher, width=6)
+    checkpoint = save_teacher(tmp_path / "teacher.pth", other)
+    model = build(distilled(any_model(student), other, checkpoint, terms=ONE_POSITION))
+    found = losses(model, raw_batch())
+    assert found["distill.classes.loss"] > 0 and found["distill.classes_main.loss"] > 0
+
+
+def test_boxes_of_unlike_units_are_refused(tmp_path):
+    other = any_model("ATSS", width=6)
+    checkpoint = save_teacher(tmp_path / "teacher.pth", other)
+    entry = distilled(any_model("FCOS"), other, checkpoint, terms=[dict(type="BoundedRegression")])
+    with pytest.raises(WiringError, match="FCOSHead predicts boxes in strides, the teacher's ATSSHead in deltas"):
+        build(entry)
 
 
 def test_a_transformer_student_trains_through_the_runner(tmp_path, scenes, teacher_model, teacher_checkpoint):
