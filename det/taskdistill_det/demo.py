@@ -109,7 +109,7 @@ def detector(width: int, channels: int, convs: int, classes: int = len(CLASSES))
 # Base channels of the backbone, channels of neck and head: the latter alike, as in the literature.
 TEACHER = (16, 48)
 STUDENT = (6, 48)
-REAL_TEACHER = (24, 48)
+REAL_TEACHER = (16, 48)
 REAL_STUDENT = (4, 48)
 
 
