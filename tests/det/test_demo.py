@@ -224,8 +224,8 @@ CHANGES = {
         lambda patch: patch.setattr(DistilledDetector, "expand", lambda recipe: [dict(type="SoftTargets")]),
         ["combined"],
     ),
-    "the student": (lambda patch: patch.setattr(demo, "STUDENT", (5, 48)), ["plain", "combined", "mmdet_ld"]),
-    "the teacher": (lambda patch: patch.setattr(demo, "TEACHER", (20, 48)), ["teacher", "combined", "mmdet_ld"]),
+    "the student": (lambda patch: patch.setattr(demo, "REAL_STUDENT", (5, 48)), ["plain", "combined", "mmdet_ld"]),
+    "the teacher": (lambda patch: patch.setattr(demo, "REAL_TEACHER", (20, 48)), ["teacher", "combined", "mmdet_ld"]),
     "the rate": (lambda patch: patch.setattr(demo, "REAL_LR", 2e-3), EVERYTHING),
     "the size": (lambda patch: patch.setattr(demo, "REAL_SIZE", (32, 32)), EVERYTHING),
 }
