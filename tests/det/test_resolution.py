@@ -16,6 +16,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 
+from det_stages import detr, staged
 from det_support import (
     BOXES,
     assert_same,
@@ -351,3 +352,17 @@ def test_predictions_of_two_grids_cannot_be_compared(teacher_model, term):
 def test_without_terms_nothing_would_reduce_the_student(teacher_model):
     with pytest.raises(DistillError, match="leave scale out and resize in the pipeline"):
         MODELS.build(ConfigDict(scaled(detector(), teacher_model, "absent.pth", terms=[])))
+
+
+@pytest.mark.parametrize("kind", ["DeformableDETR", "Faster R-CNN"])
+def test_predictions_that_stand_for_no_grid_work_with_it(tmp_path, kind):
+    def entry(**settings):
+        return detr(**settings) if kind == "DeformableDETR" else staged(kind, **settings)
+
+    other = entry(width=6)
+    teacher = save_teacher(tmp_path / "teacher.pth", other)
+    terms = [dict(type="SoftTargets"), dict(type="BoundedRegression", margin=1e6)]
+    model = build(scaled(entry(frozen_bn=True), other, teacher, terms=terms))
+    found = losses(model, raw_batch(LARGE, sizes=[(192, 192)] * 4))
+    for name in ("soft_targets", "bounded_regression"):
+        assert torch.isfinite(found[f"distill.{name}.loss"]) and found[f"distill.{name}.loss"] > 0
