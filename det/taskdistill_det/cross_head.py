@@ -24,8 +24,7 @@ from taskdistill.regions import All, Batch
 from taskdistill.taps import Recording, Tap, shadow
 from taskdistill.terms import Term, Wiring, adapter_label, adapter_where_channels_differ
 
-from .boxes import decode, rows
-from .dense import DenseHead, dense_head, joint_logits
+from .dense import DenseHead, dense_head, in_rows, joint_logits
 from .registry import TERMS
 from .resolution import same_resolution
 
@@ -193,10 +192,17 @@ class CrossHead(Term):
 
     def _scores(self, outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
         """Per level the class logits ``(B, N, C)``."""
-        found = [rows(level, self._head.cls_out_channels) for level in outputs[0]]
-        if len(outputs) == 2:
+        counts = self._counts(outputs[0])
+        found, *objectness = (
+            [in_rows(level, n) for level, n in zip(levels, counts, strict=True)]
+            for levels in (outputs[0], *outputs[2:])
+        )
+        if not objectness:
             return found
-        return [joint_logits(level, rows(extra, 1)) for level, extra in zip(found, outputs[2], strict=True)]
+        return [joint_logits(level, extra) for level, extra in zip(found, objectness[0], strict=True)]
+
+    def _counts(self, levels: Sequence[Tensor]) -> list[int]:
+        return [level.shape[-2] * level.shape[-1] * self._theirs.num_priors for level in levels]
 
     def _blanked(self, level: Tensor, batch: Batch) -> Tensor:
         inside = self.region(batch, level)
@@ -213,10 +219,15 @@ class CrossHead(Term):
     def _box_items(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
         """``(B, N)``: the distance of two boxes."""
         if self.bins:
-            edges = [torch.cat([rows(level, 4 * self.bins) for level in levels], 1) for levels in (outputs, targets)]
-            s, t = (found.unflatten(-1, (4, self.bins)) for found in edges)
+            counts = self._counts(outputs)
+            s, t = (
+                torch.cat([in_rows(level, n) for level, n in zip(levels, counts, strict=True)], 1).unflatten(
+                    -1, (4, self.bins)
+                )
+                for levels in (outputs, targets)
+            )
             return localization(s, t, 1.0, variant="paper", reduction="none").mean(-1)
-        s, t = (decode(self._head, levels) for levels in (outputs, targets))
+        s, t = (self._theirs.decoded(levels) for levels in (outputs, targets))
         items = giou_loss(s.flatten(0, 1), t.flatten(0, 1), eps=1e-6, reduction="none")
         return items.view(s.shape[:2])
 

@@ -142,9 +142,18 @@ class DenseHead:
         picked = pick(recording.tensors(self.boxes), chosen, self.num_priors)
         return self.edges(picked.float(), centres, strides[places])
 
-    def priors(self, recording: Recording) -> tuple[Tensor, Tensor, list[int]]:
-        """Anchors ``(N, 4)``, strides ``(N,)`` and the number of priors of each level."""
-        levels = recording.tensors(self.classes)
+    def decoded(self, levels: Sequence[Tensor]) -> Tensor:
+        """All boxes ``(B, N, 4)``, x1, y1, x2, y2 in pixels of the padded input, from the second output; not clipped."""
+        anchors, strides, counts = self.priors(levels)
+        rows = torch.cat([in_rows(level, n) for level, n in zip(levels, counts, strict=True)], 1)
+        places = torch.cat([anchors, strides[:, None]], 1).repeat(len(rows), 1)
+        anchors, strides = places[:, :4], places[:, 4]
+        found = self.edges(rows.flatten(0, 1), (anchors[:, :2] + anchors[:, 2:]) / 2, strides)
+        pixels = self.bbox_coder.decode(anchors, found) if self.unit == "deltas" else found * strides[:, None]  # type: ignore[union-attr]
+        return pixels.view(*rows.shape[:2], 4)
+
+    def priors(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+        """Anchors ``(N, 4)``, strides ``(N,)`` and the number of priors of each level, for the grids of these maps."""
         found = self.generator.grid_priors([level.shape[-2:] for level in levels], device=levels[0].device)
         counts = [len(level) for level in found]
         strides = torch.cat([level.new_full((n,), s) for level, n, s in zip(found, counts, self.strides, strict=True)])
@@ -161,7 +170,7 @@ class DenseHead:
         key = f"assignment {self.path}"
         if key not in batch.extra:
             images = len(recording.tensors(self.classes)[0])
-            anchors, strides, counts = self.priors(recording)
+            anchors, strides, counts = self.priors(recording.tensors(self.classes))
             labels, assigned, targets = self.assigned(recording, images)
             valid = assigned
             if batch.image_sizes is not None:
@@ -433,6 +442,11 @@ def pick(levels: Sequence[Tensor], chosen: Tensor, num_priors: int) -> Tensor:
         by_prior = level.unflatten(1, (num_priors, -1))
         rows.append(by_prior[image, prior % num_priors, :, position // width, position % width])
     return torch.cat(rows)
+
+
+def in_rows(level: Tensor, count: int) -> Tensor:
+    """``(B, A·C, H, W) -> (B, count, C)`` in float32, in the order of the level's H·W·A priors."""
+    return level.permute(0, 2, 3, 1).reshape(len(level), count, -1).float()
 
 
 def joint_logits(classes: Tensor, objectness: Tensor) -> Tensor:

@@ -26,7 +26,6 @@ from det_zoo import KINDS, zoo
 from golden import features, logits, wave
 from taskdistill.errors import DistillError, WiringError
 from taskdistill_det import CrossHead
-from taskdistill_det.boxes import decode
 from taskdistill_det.cross_head import align, focused_entropy
 from taskdistill_det.dense import joint_logits
 
@@ -377,27 +376,6 @@ def test_weights_of_the_two_parts(teachers):
     assert both == pytest.approx(boxes + classes / 2, rel=1e-5)
     halved = crossed(zoo("GFL"), *teachers("GFL"), classes=0, boxes=2.0)
     assert cross_loss(halved).item() == pytest.approx(boxes / 2, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", CROSSED)
-@pytest.mark.parametrize("training", [False, True])
-def test_decoded_boxes_are_those_that_the_head_predicts(kind, training):
-    model = build(zoo(kind, frozen_bn=True, head=dict(norm_on_bbox=True) if kind == "FCOS" else None)).eval()
-    batch = raw_batch()
-    data = model.data_preprocessor(batch, False)
-    model.test_cfg.update(score_thr=0.0, nms_pre=1000)
-    model.bbox_head.test_cfg.update(
-        score_thr=0.0, nms_pre=1000, nms=dict(type="nms", iou_threshold=1.0), max_per_img=4000
-    )
-    with torch.no_grad():
-        predicted = model(**copy.deepcopy(data), mode="predict")[0].pred_instances.bboxes
-        model.train(training)
-        found = decode(model.bbox_head, model(data["inputs"], mode="tensor")[1])[0]
-    # Clipped to the image, as prediction does; in some other order.
-    clipped = found.clamp(0, 96)
-    distances = torch.cdist(predicted[:50], clipped if kind != "YOLOX" else found, p=math.inf).amin(1)
-    assert len(predicted) >= 50
-    assert distances.max() < 1e-2
 
 
 REFUSED = [

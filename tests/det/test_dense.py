@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import math
+
 import pytest
 import torch
 from mmdet.registry import MODELS
@@ -13,7 +16,6 @@ from det_zoo import KINDS, zoo
 from taskdistill import Recorder
 from taskdistill.regions import Batch
 from taskdistill_det import SoftTargets
-from taskdistill_det.boxes import decode
 from taskdistill_det.dense import (
     Assignment,
     DenseHeads,
@@ -154,16 +156,16 @@ def test_targets_are_the_boxes_of_the_ground_truth(kind):
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "TOOD"])
-def test_boxes_are_what_the_host_decodes(kind):
-    model, heads, recording, batch = trained_step(kind)
+def test_boxes_at_chosen_priors_are_those_of_the_whole_grid(kind):
+    _, heads, recording, batch = trained_step(kind)
     assignment = heads.student.assignment(recording, batch)
     chosen = assignment.valid
     rows = heads.student.regression(recording, chosen, assignment)
     places = in_order_of_pick(chosen, assignment.num_per_level)
     image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
     found = edges_in_pixels(heads.student, rows, assignment.anchors[places], assignment.strides[places])
-    expected = decode(model.bbox_head, recording.tensors(heads.student.boxes))[image, places]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+    everywhere = heads.student.decoded(recording.tensors(heads.student.boxes))
+    torch.testing.assert_close(found, everywhere[image, places], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("norm_on_bbox", [False, True])
@@ -179,7 +181,7 @@ def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(
         data = model.data_preprocessor(picture, training)
         with Recorder(model, [head.classes, head.boxes]).record(model) as recording:
             model(data["inputs"], mode="tensor")
-        anchors, strides, counts = head.priors(recording)
+        anchors, strides, counts = head.priors(recording.tensors(head.classes))
         chosen = torch.ones(4, len(anchors), dtype=torch.bool)
         nothing = torch.zeros(4, len(anchors), dtype=torch.long)
         assignment = Assignment(nothing, chosen, chosen, anchors, strides, counts, 10, torch.zeros(4, len(anchors), 4))
@@ -212,3 +214,26 @@ def test_a_batch_of_one_image_of_yolox():
         model(**data, mode="loss")
     found = head.assignment(recording, Batch(boxes=[torch.tensor(BOXES[0])]))
     assert found.labels.shape == (1, 12 * 12 + 6 * 6 + 3 * 3) and found.positive.any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_decoded_boxes_are_those_that_the_head_predicts(kind, training):
+    model = build(zoo(kind, frozen_bn=True, head=dict(norm_on_bbox=True) if kind == "FCOS" else None)).eval()
+    batch = raw_batch()
+    data = model.data_preprocessor(batch, False)
+    model.test_cfg.update(score_thr=0.0, nms_pre=1000)
+    model.bbox_head.test_cfg.update(
+        score_thr=0.0, nms_pre=1000, nms=dict(type="nms", iou_threshold=1.0), max_per_img=4000
+    )
+    with torch.no_grad():
+        predicted = model(**copy.deepcopy(data), mode="predict")[0].pred_instances.bboxes
+        model.train(training)
+        owner = "student" if training else "teacher"
+        head = dense_head(model.bbox_head, "bbox_head", owner, SoftTargets())
+        found = head.decoded(model(data["inputs"], mode="tensor")[1])[0]
+    # Clipped to the image, as most heads predict; in some other order.
+    clipped = found.clamp(0, 96)
+    distances = torch.cdist(predicted[:50], found if kind in ("TOOD", "YOLOX") else clipped, p=math.inf).amin(1)
+    assert len(predicted) >= 50
+    assert distances.max() < 1e-2
