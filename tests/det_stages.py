@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import mmdet
 import numpy as np
 from mmdet.structures.mask import BitmapMasks
 
@@ -100,10 +101,11 @@ def _sampled(threshold: float, number: int) -> dict[str, Any]:
 def detr(kind: str = "DeformableDETR", *, queries: int = 12, **settings: Any) -> dict[str, Any]:
     """The ``model`` entry of a small ``DeformableDETR`` or ``DINO`` of 10 classes."""
     base = detector(**settings)
-    width = 16
+    dino = kind == "DINO"
+    # Upstream's DINO encodes its reference points in 512 numbers, whatever its width is; only 256 fits them.
+    width = 256 if dino and mmdet.__version__ == "3.3.0" else 16
     attention = dict(embed_dims=width, num_levels=3, num_heads=2, num_points=2, dropout=0.0, batch_first=True)
     feed = dict(embed_dims=width, feedforward_channels=32, ffn_drop=0.0)
-    dino = kind == "DINO"
     own = dict(embed_dims=width, num_heads=2, dropout=0.0, batch_first=True)
     head = dict(
         type=f"{kind}Head",
