@@ -51,6 +51,7 @@ class BoundedRegression(Term):
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.heads = find_heads(student, teacher, self.head, self)
         self.heads.check_boxes(self)
+        self.compares_classes = self.heads.boxes_by_class
         self.student_taps, self.teacher_taps = self.heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:

@@ -185,10 +185,11 @@ class _Anchors(DenseHead):
 
     first = 0
 
-    def __init__(self, head: Any, path: str, owner: str) -> None:
-        super().__init__(head, path, owner)
-        if isinstance(head, RPNHead):
-            self.losses = ("loss_rpn_cls",)  # type: ignore[misc]
+
+class _Proposals(_Anchors):
+    """RPN: names its loss itself."""
+
+    losses = ("loss_rpn_cls",)
 
 
 class _Distributions(DenseHead):
@@ -288,7 +289,7 @@ KINDS: dict[type, type[DenseHead]] = {
     RTMDetHead: _Distances,
     FCOSHead: _Points,
     YOLOXHead: _Objects,
-    RPNHead: _Anchors,
+    RPNHead: _Proposals,
     RetinaHead: _Anchors,
     AnchorHead: _Anchors,
 }
@@ -319,6 +320,9 @@ class DenseHeads(Heads):
         self.teacher = dense_head(teacher, path, "teacher", term)
         same_grid(self.student, self.teacher, term)
         self.classes, self.host_losses = self.student.num_classes, self.student.losses
+        self.proposes = path == "rpn_head"  # any dense head can, and knows objects alone
+        if self.proposes:
+            self.host_losses = [name if "rpn" in name else f"rpn_{name}" for name in self.student.losses]
         ours, theirs = (*self.student.class_taps, self.student.targets), self.teacher.class_taps
         self.class_taps = ours, theirs
         self.box_taps = (*ours, self.student.boxes), (self.teacher.boxes,)
@@ -330,7 +334,7 @@ class DenseHeads(Heads):
         weights = assignment.weights(region, batch)
         chosen = weights > 0
         logits, targets = self.student.logits(student, chosen), self.teacher.logits(teacher, chosen)
-        targets = targets if self.student.losses == ("loss_rpn_cls",) else in_students_order(targets, batch.class_order)
+        targets = targets if self.proposes else in_students_order(targets, batch.class_order)
         if region == "all":
             return [Rows(logits, targets, count=targets.float().sigmoid().amax(1).sum())]
         return [Rows(logits, targets, weight=pick_weights(weights, chosen, assignment.num_per_level))]

@@ -54,6 +54,8 @@ class Heads(ABC):
     """Softmax over classes and background (the last), rather than a sigmoid each."""
     regions: tuple[str, ...] = ("all", "main")
     """What regions mean something on this head, its default first."""
+    boxes_by_class: bool = False
+    """Whether which of the teacher's boxes is taken depends on its classes, so that both have to have the same."""
 
     classes: int
     class_taps: tuple[Sequence[Tap], Sequence[Tap]]

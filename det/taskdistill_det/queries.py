@@ -34,6 +34,7 @@ class QueryHeads(Heads):
     """
 
     regions = ("main",)
+    boxes_by_class = True
     host_losses = ("loss_cls",)
 
     def __init__(self, student: Any, teacher: Any, term: Term) -> None:
@@ -62,7 +63,8 @@ class QueryHeads(Heads):
         same_number_of_classes(self.classes, self.teacher_classes, term)
 
     def check_boxes(self, term: Term) -> None:
-        """Both are centre and size as shares of the image."""
+        """Both are centre and size as shares of the image; matching them to the truth takes the classes too."""
+        self.check_classes(term)
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
         tap = _CLASSES if kind == "classes" else _BOXES

@@ -57,6 +57,7 @@ class RoIHeads(Heads):
         same_stages(student.roi_head, teacher.roi_head, term)
         self.heads = [[_Plain(head) for head in found] for found in heads]
         self.classes = self.heads[0][0].num_classes
+        self.boxes_by_class = not all(head.agnostic for head in self.heads[1])
         cascade = isinstance(student.roi_head, CascadeRoIHead)
         stages = [f"[{i}]" for i in range(len(heads[0]))] if cascade else [""]
         self.outputs = [Tap.parse(f"{ROI_HEAD}.bbox_head{stage}") for stage in stages]
@@ -87,6 +88,8 @@ class RoIHeads(Heads):
         same_number_of_classes(self.heads[0][0].num_classes, self.heads[1][0].num_classes, term)
 
     def check_boxes(self, term: Term) -> None:
+        if self.boxes_by_class:
+            self.check_classes(term)
         for ours, theirs in zip(*self.heads, strict=True):
             same_box_coder(ours, theirs, term)
             if ours.decoded_targets:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from taskdistill.errors import DistillError, WiringError
+from taskdistill.errors import DistillError, WiringError, check_number, check_share
 from taskdistill.losses import (
     Ratio,
     binary_soft_targets,
@@ -16,7 +16,7 @@ from taskdistill.losses import (
     weighted_ratio,
     weighted_soft_targets,
 )
-from taskdistill.losses.soft_targets import check_hard_weight, check_temperature
+from taskdistill.losses.soft_targets import check_temperature
 from taskdistill.regions import Batch
 from taskdistill.taps import Recording
 from taskdistill.terms import Term, Wiring, check_choice, mean_of
@@ -80,15 +80,15 @@ class SoftTargets(Term):
         if region is not None:
             check_choice(self, "region", region, ("all", "main", "vlr"))
         check_choice(self, "classes", classes, ("sum", "mean"))
-        if focus < 0 or (focus and (activation == "softmax" or background_weight is not None)):
-            raise DistillError(
-                f"SoftTargets: focus must be >= 0, and 0 with softmax or a background_weight, got {focus}"
-            )
-        if background_weight is not None and not background_weight > 0:
-            raise DistillError(f"SoftTargets: background_weight must be > 0 or None, got {background_weight}")
+        check_number("SoftTargets", "focus", focus)
+        if focus and (activation == "softmax" or background_weight is not None):
+            raise DistillError(f"SoftTargets: focus must be 0 with softmax or a background_weight, got {focus}")
+        if background_weight is not None:
+            check_number("SoftTargets", "background_weight", background_weight, above=True)
         if hard_weight is not None:
-            check_hard_weight(hard_weight)
+            check_share("SoftTargets", "hard_weight", hard_weight)
             self.host_share = hard_weight
+        self.own_share = 1.0 if hard_weight is None else 1 - hard_weight
         self.temperature, self.focus, self.classes = temperature, focus, classes
         self.head, self.region, self.activation = head, region, activation
         self.background_weight = background_weight
@@ -117,7 +117,7 @@ class SoftTargets(Term):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         assert self.region is not None
         found = mean_of([self._ratio(r) for r in self.heads.class_rows(student, teacher, batch, self.region)])
-        return Ratio(found.numerator * (1 - self.host_share), found.denominator) if self.host_share < 1 else found
+        return Ratio(found.numerator * self.own_share, found.denominator)
 
     def _ratio(self, rows: Rows) -> Ratio:
         items = self._items(rows.student, rows.teacher)

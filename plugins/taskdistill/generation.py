@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .adapters import AdapterKind
 from .distributed import SharedRandom, rank
-from .errors import check_share
+from .errors import WiringError, check_share
 from .losses import Ratio, masked_generation, weighted_ratio
 from .losses.masked_generation import FeatureGenerator
 from .regions import Batch
@@ -35,6 +35,11 @@ class PerImageImitation(FeatureImitation):
         pairs = self.pairs(wiring.student_recording, wiring.teacher_recording)
         for pair in pairs:
             check_maps(self, *pair)
+            if not wiring.in_image(pair[3]):
+                raise WiringError(
+                    f"{self.name}: {pair[3]} yields maps of proposals, and this loss is one of images; tap a stage or the neck, "
+                    "or take FeatureImitation"
+                )
         super().wire(wiring)
         for s, t, _, _ in pairs:
             self.parts.append(self._module(t.shape[1]).to(s.device))
