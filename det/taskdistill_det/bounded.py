@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from taskdistill.errors import DistillError
+from taskdistill.errors import check_number
 from taskdistill.losses import Ratio, bounded_regression, weighted_ratio
 from taskdistill.regions import Batch
 from taskdistill.taps import Recording
@@ -20,7 +20,8 @@ from .registry import TERMS
 class BoundedRegression(Term):
     r"""Squared box error to the ground truth where the student is not better than its teacher (Chen et al., NeurIPS 2017, eq. 4).
 
-    Mean over the positives of the student's own assigner, over all processes. The teacher predicts on the same anchors, the same
+    Mean over the positives of the student's own assigner, over all processes. (The paper and mmdet divide the box losses of
+    RPN and RoI heads by *all* sampled boxes, so that their ν weighs less there by the share of positives.) The teacher predicts on the same anchors, the same
     proposals (its RoI head is run on those that the student sampled), or the query of the same object. Boxes are compared in the
     unit that the head regresses: a box coder's deltas (RetinaNet, ATSS, RPN, RoI heads), edges in strides (GFL, FCOS, TOOD,
     RTMDet, YOLOX), or centre and size as shares of the image (DETR).
@@ -43,8 +44,7 @@ class BoundedRegression(Term):
         name: str | None = None,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, name=name)
-        if isinstance(margin, bool) or not isinstance(margin, (int, float)) or not margin >= 0:
-            raise DistillError(f"BoundedRegression: margin must be >= 0, got {margin!r}")
+        check_number("BoundedRegression", "margin", margin)
         check_head_name(self, head)
         self.margin, self.head = margin, head
 

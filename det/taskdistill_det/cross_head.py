@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from taskdistill.adapters import AdapterKind, build_adapter
 from taskdistill.distributed import total_over_ranks
-from taskdistill.errors import DistillError, WiringError
+from taskdistill.errors import WiringError, check_number
 from taskdistill.losses import Ratio, localization
 from taskdistill.losses.reduction import divide, same_shape, upcast
 from taskdistill.regions import All, Batch
 from taskdistill.taps import Recording, Tap, shadow
 from taskdistill.terms import Term, Wiring, adapter_label, adapter_where_channels_differ
 
-from .dense import DenseHead, dense_head, in_rows, joint_logits
+from .dense import DenseHead, check_sigmoid, dense_head, in_rows, joint_logits
 from .registry import TERMS
 from .resolution import same_resolution
 
@@ -66,11 +66,10 @@ class CrossHead(Term):
         name: str | None = None,
     ) -> None:
         super().__init__(weight=weight, schedule=schedule, name=name)
-        if isinstance(reused, bool) or not isinstance(reused, int) or reused < 0:
-            raise DistillError(f"CrossHead: reused must be a whole number >= 0, got {reused!r}")
-        for key, value in (("classes", classes), ("boxes", boxes)):
-            if value is not None and not value >= 0:
-                raise DistillError(f"CrossHead: {key} must be >= 0, got {value!r}")
+        check_number("CrossHead", "reused", reused, whole=True)
+        check_number("CrossHead", "classes", classes)
+        if boxes is not None:
+            check_number("CrossHead", "boxes", boxes)
         self.reused, self.classes, self.boxes = reused, classes, boxes
         self.adapter_kind: AdapterKind = adapter
         self.adapters = nn.ModuleList()
@@ -92,10 +91,7 @@ class CrossHead(Term):
                 "FeatureImitation works with any detector"
             )
         found = dense_head(head, "bbox_head", owner, self)
-        if not found.sigmoid:
-            raise WiringError(
-                f"{self.name}: the {owner}'s {found.kind} has softmax classes; this term needs sigmoid ones"
-            )
+        check_sigmoid(found, self)
         return found
 
     def _tower_taps(self, model: nn.Module, owner: str) -> list[list[Tap]]:

@@ -134,13 +134,13 @@ class DenseHead:
             return targets / strides[:, None]
         return self.bbox_coder.encode(anchors, targets) if self.decoded_targets else targets  # type: ignore[union-attr]
 
-    def regression(self, recording: Recording, chosen: Tensor, assignment: Assignment) -> Tensor:
-        """Boxes ``(K, 4)`` in this head's unit at chosen priors."""
-        anchors, strides = assignment.anchors, assignment.strides
-        places = in_order_of_pick(chosen, assignment.num_per_level)
+    def regression(self, recording: Recording, chosen: Tensor) -> Tensor:
+        """Boxes ``(K, 4)`` in this head's unit at chosen priors; its points may lie elsewhere in a cell than another head's."""
+        levels = recording.tensors(self.boxes)
+        anchors, strides, counts = self.priors(levels)
+        places = in_order_of_pick(chosen, counts)
         centres = (anchors[places, :2] + anchors[places, 2:]) / 2
-        picked = pick(recording.tensors(self.boxes), chosen, self.num_priors)
-        return self.edges(picked.float(), centres, strides[places])
+        return self.edges(pick(levels, chosen, self.num_priors).float(), centres, strides[places])
 
     def decoded(self, levels: Sequence[Tensor]) -> Tensor:
         """All boxes ``(B, N, 4)``, x1, y1, x2, y2 in pixels of the padded input, from the second output; not clipped."""
@@ -343,8 +343,7 @@ class DenseHeads(Heads):
         assignment = self.student.assignment(student, batch)
         chosen = assignment.positive
         boxes = [
-            head.regression(recording, chosen, assignment)
-            for head, recording in ((self.student, student), (self.teacher, teacher))
+            head.regression(recording, chosen) for head, recording in ((self.student, student), (self.teacher, teacher))
         ]
         places = in_order_of_pick(chosen, assignment.num_per_level)
         image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
@@ -355,10 +354,7 @@ class DenseHeads(Heads):
 
     def check_classes(self, term: Term) -> None:
         for head in (self.student, self.teacher):
-            if not head.sigmoid:
-                raise WiringError(
-                    f"{term.name}: the {head.owner}'s {head.kind} has softmax classes; this term needs sigmoid ones"
-                )
+            check_sigmoid(head, term)
         same_number_of_classes(self.student.channels, self.teacher.channels, term)
 
     def check_boxes(self, term: Term) -> None:
@@ -411,6 +407,14 @@ def anchor_levels(model: Any) -> list[tuple[tuple[float, float], Tensor | None]]
             anchors = getattr(generator, "base_anchors", [None] * len(generator.strides))
             return [((float(x), float(y)), level) for (x, y), level in zip(generator.strides, anchors, strict=True)]
     return []
+
+
+def check_sigmoid(head: DenseHead, term: Term) -> None:
+    """Raises a :class:`WiringError` unless a head's classes are a sigmoid each."""
+    if not head.sigmoid:
+        raise WiringError(
+            f"{term.name}: the {head.owner}'s {head.kind} has softmax classes; this term needs sigmoid ones"
+        )
 
 
 def distribution_bins(head: DenseHead, term: Term) -> int:

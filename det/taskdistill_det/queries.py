@@ -106,7 +106,9 @@ class QueryHeads(Heads):
     def _queries(self, classes: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
         """The query of each object, -1 where it has none: ``(objects,)``."""
         pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
-        predicted = InstanceData(scores=classes.float(), bboxes=bbox_cxcywh_to_xyxy(boxes.float()) * pixels)
+        # What is not finite drops the term later; scipy would end the run.
+        scores, places = (torch.nan_to_num(part.float()) for part in (classes, boxes))
+        predicted = InstanceData(scores=scores, bboxes=bbox_cxcywh_to_xyxy(places) * pixels)
         assigned = self.assigner.assign(
             pred_instances=predicted,
             gt_instances=InstanceData(bboxes=truth, labels=labels),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -25,19 +26,43 @@ _MASKS_DRAWN = Tap.parse(f"{ROI_HEAD}._mask_forward():inputs")
 
 
 def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch) -> None:
-    """The teacher's RoI head on its own pyramid and the student's regions, stage by stage."""
-    scale = batch.extra.get("teacher_scale", 1)
+    """The teacher's RoI head on its own pyramid and the student's regions, stage by stage.
+
+    Raises:
+        WiringError: the two RoI heads are not called alike.
+    """
+    scale = batch.teacher_scale
     head, pyramid = teacher.roi_head, recorded[_FEATURES]
-    for tap, run in ((_BOXES_DRAWN, "_bbox_forward"), (_MASKS_DRAWN, "_mask_forward")):
+    runs = [(_BOXES_DRAWN, head._bbox_forward)]
+    if head.with_mask and not getattr(
+        head, "share_roi_extractor", False
+    ):  # of a shared one the host hands on features, not regions
+        runs.append((_MASKS_DRAWN, head._mask_forward))
+    for tap, run in runs:
         # Without objects no mask is predicted, and a detector of boxes predicts none at all.
         drawn = student[tap] if student.calls(tap) else []
         for arguments in drawn if isinstance(drawn, list) else [drawn]:
-            regions = arguments.get("rois")
-            if regions is None or not hasattr(head, run):
-                continue
+            _same_call(run, head, arguments)
+            regions = arguments["rois"]
             if scale != 1:
                 regions = torch.cat([regions[:, :1], regions[:, 1:] * scale], 1)
-            getattr(head, run)(**{**arguments, "x": pyramid, "rois": regions})
+            run(**{**arguments, "x": pyramid, "rois": regions})
+
+
+def _same_call(run: Callable[..., Any], head: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises a :class:`WiringError` unless the teacher's head takes the student's call, and nothing else of the student's."""
+    takes, known = set(inspect.signature(run).parameters), {"x", "rois", "stage"}
+    more = [name for name, value in arguments.items() if name not in known and value is not None]
+    if set(arguments) - takes or ("stage" in takes) != ("stage" in arguments):
+        raise WiringError(
+            f"the teacher's {type(head).__name__} is called with ({', '.join(takes)}), the student's with "
+            f"({', '.join(arguments)}); to run on the student's proposals both have to be of one kind"
+        )
+    if more or arguments.get("stage", 0) >= getattr(head, "num_stages", 1):
+        raise WiringError(
+            f"the teacher's {type(head).__name__} cannot follow the student's call with {', '.join(more) or 'that many stages'}; "
+            "tap what comes before the RoI head (neck[*])"
+        )
 
 
 REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
@@ -67,20 +92,22 @@ class RoIHeads(Heads):
 
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
         found = []
-        for output, target in zip(self.outputs, self.targets, strict=True):
-            logits, scores = student[output][0], in_students_order(teacher[output][0], batch.class_order)
-            chosen = None if region == "all" else (student[target][0] < self.classes).float()
-            found.append(Rows(logits, scores, weight=chosen))
+        for stage in range(len(self.outputs)):
+            logits, scores = (_seen(recording, self.outputs, stage)[0] for recording in (student, teacher))
+            labels = _seen(student, self.targets, stage)[0]
+            chosen = None if region == "all" else (labels < self.classes).float()
+            found.append(Rows(logits, in_students_order(scores, batch.class_order), weight=chosen))
         return found
 
     def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
         found = []
-        for stage, (output, tap) in enumerate(zip(self.outputs, self.targets, strict=True)):
-            labels, _, targets, _ = student[tap]
+        for stage in range(len(self.outputs)):
+            labels, _, targets, _ = _seen(student, self.targets, stage)
             rows = (labels < self.classes).nonzero()[:, 0]
             boxes = []
             for side, recording, order in zip(self.heads, (student, teacher), (None, batch.class_order), strict=True):
-                boxes.append(side[stage].boxes(recording[output][1], rows, labels[rows], order))
+                predicted = _seen(recording, self.outputs, stage)[1]
+                boxes.append(side[stage].boxes(predicted, rows, labels[rows], order))
             found.append(Rows(boxes[0], boxes[1], target=targets[rows]))
         return found
 
@@ -102,6 +129,14 @@ class RoIHeads(Heads):
         place = 0 if kind == "classes" else 1
         recordings = wiring.student_recording, wiring.teacher_recording
         return [(*(recording[tap][place] for recording in recordings), tap, tap) for tap in self.outputs]
+
+
+def _seen(recording: Recording, taps: Sequence[Tap], stage: int) -> Sequence[Tensor]:
+    """What a stage gave; of a stage that the host left out (no proposals left), no rows of what the first one gave."""
+    if recording.calls(taps[stage]):
+        found: Sequence[Tensor] = recording[taps[stage]]
+        return found
+    return [part[:0] for part in recording[taps[0]]]
 
 
 class _Plain:

@@ -31,7 +31,7 @@ class SoftTargets(Term):
 
     Per row (an anchor, a proposal, a query) the KL is summed over classes (or their mean), then weighted over the region:
 
-    * ``"all"``: of a dense head all valid anchors, divided by the sum of the teacher's best class scores, which is the number
+    * ``"all"``: of a dense head all valid anchors (of a proposal network those that it sampled), divided by the sum of the teacher's best class scores, which is the number
       of objects as the teacher sees them; unlike the number of positives it is never 0. Of an RoI head all of the student's
       sampled proposals, on which the teacher's head is run too: their mean.
     * ``"main"`` (the positives) and ``"vlr"`` (weighted by IoU, dense heads with anchors): divided by the sum of weights. Of a
@@ -52,7 +52,8 @@ class SoftTargets(Term):
         background_weight: weigh the background's part of the *cross-entropy*: 1.5 in Chen et al. (NeurIPS 2017, eq. 3),
             other classes 1; of a sigmoid class the background is its complement. ``None`` compares by KL.
         hard_weight: μ in μ·hard + (1 − μ)·soft (the same paper, eq. 2): the host's own loss of these classes counts μ, this
-            term 1 − μ. ``None`` leaves the host's loss alone and adds this term.
+            term 1 − μ (of DETR's losses the last layer's; with a schedule as far as it lets the term count). ``None`` leaves the
+            host's loss alone and adds this term.
     """
 
     compares_classes = True

@@ -186,8 +186,10 @@ class HostDistiller(nn.Module):
         """The share that active terms leave to the host's losses, by their names; see :class:`Term`."""
         shares: dict[str, float] = {}
         for term in self.active(step):
-            for name in term.host_losses if term.host_share != 1 else ():
-                shares[name] = shares.get(name, 1.0) * term.host_share
+            # While a schedule keeps the term small, the host's loss keeps what the term does not take.
+            share = 1 - (1 - term.host_share) * min(term.weight_at(step) / term.weight, 1)
+            for name in term.host_losses if share != 1 else ():
+                shares[name] = shares.get(name, 1.0) * share
         return shares
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import DistillError, WiringError, check_number, check_share
-from .regions import Batch, Region, valid_positions
+from .regions import Batch, Region, on_grid, valid_positions
 from .registry import REGIONS
 
 
@@ -64,16 +64,21 @@ class FineGrained(Region):
         boxes = torch.cat([found.to(device=feature.device, dtype=torch.float32) for found in batch.boxes])
         image = torch.arange(len(batch.boxes)).repeat_interleave(torch.tensor([len(found) for found in batch.boxes]))
         image = image.to(feature.device)
-        own, levels = self._levels(batch, feature)
+        # The anchors are the student's, also where a larger teacher's map has finer positions.
+        size = tuple(round(side / batch.teacher_scale) for side in feature.shape[-2:])
+        own, levels = self._levels(batch, feature, (size[0], size[1]))
         threshold = self.threshold * self._best(batch, boxes, image, levels)
         near = best_overlaps(boxes, own) > threshold[:, None, None]
         marks = feature.new_zeros(len(batch.boxes), *own.size, dtype=torch.float32)
         mask = (marks.index_add_(0, image, near.to(torch.float32)) > 0).to(torch.float32)
-        valid = _valid(batch, own, feature)
+        mask = on_grid(mask, feature.shape[-2:])
+        if batch.image_sizes is None:
+            return mask
+        valid = valid_positions(batch.image_sizes, batch.padded_size, feature)
         return mask if valid is None else mask * valid
 
-    def _levels(self, batch: Batch, feature: Tensor) -> tuple[_Level, list[_Level]]:
-        """The level of this map and all levels; a map on another grid than any of them is one more."""
+    def _levels(self, batch: Batch, feature: Tensor, size: tuple[int, int]) -> tuple[_Level, list[_Level]]:
+        """The level of this grid and all levels; a grid that is none of them is one more."""
         assert batch.padded_size is not None
         height, width = batch.padded_size
         levels = [
@@ -84,7 +89,6 @@ class FineGrained(Region):
             )
             for (x, y), anchors in batch.extra.get("base_anchors", ())
         ]
-        size = (feature.shape[-2], feature.shape[-1])
         for level in levels:
             if level.size == size:
                 return level, levels

@@ -28,6 +28,7 @@ class Batch:
         labels: whatever the host calls labels: per image ``(n,)``, or one tensor; ``(B, H, W)`` classes of pixels.
         valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding; ``None`` when the host has no such thing.
         class_order: indices that put the teacher's classes in the student's order; ``None`` when the order is the same.
+        teacher_scale: the teacher's input size over the student's; sizes and boxes here are the student's.
         extra: anything that only one host's terms look at.
     """
 
@@ -37,6 +38,7 @@ class Batch:
     labels: Any = None
     valid: Tensor | None = None
     class_order: Tensor | None = None
+    teacher_scale: float = 1.0
     extra: dict[str, Any] = field(default_factory=dict)
 
 

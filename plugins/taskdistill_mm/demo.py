@@ -27,12 +27,11 @@ from mmengine.logging import MMLogger
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
 
-from taskdistill import __version__
 from taskdistill.bench import interleave
 from taskdistill.comparison import Outcome, Progress, check_split, choose, compare
 from taskdistill.report import Result
 
-from .finished import RECORD, WEIGHTS, Finished, alone, bare_weights, describe, digest, restore
+from .finished import RECORD, WEIGHTS, Finished, alone, bare_weights, code, describe, digest, restore
 from .run import on_device
 
 
@@ -96,7 +95,8 @@ class Demo:
         """What a training depends on beside data and device, wherever its files lie."""
         model = self.model(method, Path("teacher.pth"))
         recipe = self.recipes.get(method, {}).get("recipe")
-        versions = [__version__, torch.__version__, import_module(self.scope).__version__]
+        hosts = [import_module(name).__version__ for name in ("mmcv", "mmengine", self.scope)]
+        versions = [code("taskdistill", "taskdistill_mm", f"taskdistill_{self.task}"), torch.__version__, *hosts]
         return dict(
             config=self.config(model, Path("data"), Path("work"), seed, iterations, split).to_dict(),
             # A recipe's own weights stand in no config.
@@ -268,7 +268,10 @@ def _curves(runner: Runner, iterations: int, demo: Demo) -> dict[str, list[tuple
 
 
 def time_steps(runs: Sequence[Trained], rounds: int = 20) -> dict[str, float]:
-    """Milliseconds of a training step (forward, loss, backward) of each method, timed in turn on one batch: medians."""
+    """Milliseconds of a training step (forward, loss, backward) of each method, timed in turn on one batch: medians.
+
+    The models are afterwards as they were: steps move the statistics of batch norms.
+    """
     with _silent():
         batch = next(iter(runs[0].runner.train_dataloader))
 
@@ -284,7 +287,11 @@ def time_steps(runs: Sequence[Trained], rounds: int = 20) -> dict[str, float]:
         return run
 
     device = next(runs[0].runner.model.parameters()).device.type
+    before = [{name: buffer.clone() for name, buffer in run.runner.model.named_buffers()} for run in runs]
     seconds = interleave({run.method: step(run.runner.model) for run in runs}, rounds, device=device)
+    for run, buffers in zip(runs, before, strict=True):
+        for name, buffer in run.runner.model.named_buffers():
+            buffer.copy_(buffers[name])
     return {method: float(np.median(values)) * 1e3 for method, values in seconds.items()}
 
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def describe(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+def code(*packages: str) -> str:
+    """A hash of what the modules of these packages say, so that a loss that was changed is trained with anew."""
+    found = hashlib.sha256()
+    for package in packages:
+        (root,) = import_module(package).__path__
+        for path in sorted(Path(root).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
 
 
 @contextmanager

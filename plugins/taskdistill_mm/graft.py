@@ -194,7 +194,7 @@ class Graft(_Host, metaclass=Grafting):
         if not link.ready:
             self.start_distilling()
         batch.class_order = link.order_on(inputs.device)
-        batch.extra["teacher_scale"] = link.scale
+        batch.teacher_scale = link.scale
         step = link.hub.step()
         teacher = None
         if distiller.active(step):
@@ -317,11 +317,14 @@ def mix(losses: dict[str, Any], shares: Mapping[str, float]) -> None:
     """Multiplies the host's losses of these names by the shares that terms leave to them.
 
     Raises:
-        WiringError: the host has no loss of such a name.
+        WiringError: the host has no loss of any such name. (One of several may be missing: a cascade's stage without proposals.)
     """
+    if shares and not any(name in losses for name in shares):
+        name = next(iter(shares))
+        raise WiringError(f"a term shares the host's loss {name!r}, and there is none{nearest(name, losses)}")
     for name, share in shares.items():
         if name not in losses:
-            raise WiringError(f"a term shares the host's loss {name!r}, and there is none{nearest(name, losses)}")
+            continue
         value = losses[name]
         losses[name] = [part * share for part in value] if isinstance(value, list) else value * share
 

@@ -11,13 +11,12 @@ from mmdet.registry import MODELS
 from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
-from det_support import BOXES, Given, build, detector, distilled, part, raw_batch
+from det_support import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
 from det_zoo import KINDS, zoo
 from taskdistill import Recorder
 from taskdistill.regions import Batch
 from taskdistill_det import SoftTargets
 from taskdistill_det.dense import (
-    Assignment,
     DenseHeads,
     dense_head,
     in_order_of_pick,
@@ -160,7 +159,7 @@ def test_boxes_at_chosen_priors_are_those_of_the_whole_grid(kind):
     _, heads, recording, batch = trained_step(kind)
     assignment = heads.student.assignment(recording, batch)
     chosen = assignment.valid
-    rows = heads.student.regression(recording, chosen, assignment)
+    rows = heads.student.regression(recording, chosen)
     places = in_order_of_pick(chosen, assignment.num_per_level)
     image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
     found = edges_in_pixels(heads.student, rows, assignment.anchors[places], assignment.strides[places])
@@ -181,11 +180,8 @@ def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(
         data = model.data_preprocessor(picture, training)
         with Recorder(model, [head.classes, head.boxes]).record(model) as recording:
             model(data["inputs"], mode="tensor")
-        anchors, strides, counts = head.priors(recording.tensors(head.classes))
-        chosen = torch.ones(4, len(anchors), dtype=torch.bool)
-        nothing = torch.zeros(4, len(anchors), dtype=torch.long)
-        assignment = Assignment(nothing, chosen, chosen, anchors, strides, counts, 10, torch.zeros(4, len(anchors), 4))
-        found.append(head.regression(recording, chosen, assignment))
+        chosen = torch.ones(4, 12 * 12 + 6 * 6 + 3 * 3, dtype=torch.bool)
+        found.append(head.regression(recording, chosen))
     torch.testing.assert_close(found[0], found[1])
 
 
@@ -237,3 +233,36 @@ def test_decoded_boxes_are_those_that_the_head_predicts(kind, training):
     distances = torch.cdist(predicted[:50], found if kind in ("TOOD", "YOLOX") else clipped, p=math.inf).amin(1)
     assert len(predicted) >= 50
     assert distances.max() < 1e-2
+
+
+def test_boxes_of_heads_whose_points_lie_elsewhere_in_a_cell(tmp_path):
+    # FCOS's points are the centres of cells, GFL's their corners: each head's boxes are decoded at its own.
+    student, teacher = zoo("FCOS", frozen_bn=True), zoo("GFL", width=6, channels=12)
+    model = build(
+        distilled(student, teacher, save_teacher(tmp_path / "t.pth", teacher), terms=[dict(type="BoundedRegression")])
+    ).train()
+    data = model.data_preprocessor(raw_batch(), True)
+    distiller, batch = model.distiller, model._batch(**data)
+    other = distiller.record_teacher(lambda: distiller.teacher.model(data["inputs"], mode="tensor"))
+    with distiller.record_student(model) as recording:
+        model(**data, mode="loss")
+    heads = distiller.terms["bounded_regression"].heads
+    rows = heads.box_rows(recording, other, batch)[0]
+    assignment = heads.student.assignment(recording, batch)
+    chosen = assignment.positive
+    places = in_order_of_pick(chosen, assignment.num_per_level)
+    image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
+    inner = distiller.teacher.model
+    levels = inner(data["inputs"], mode="tensor")[1]
+    anchors = torch.cat(
+        inner.bbox_head.prior_generator.grid_priors([level.shape[-2:] for level in levels], device="cpu")
+    )
+    distances = torch.cat(
+        [inner.bbox_head.integral(x.permute(0, 2, 3, 1).reshape(-1, 36)).view(4, -1, 4) for x in levels], 1
+    )
+    pixels = distances * assignment.strides[:, None]
+    boxes = inner.bbox_head.bbox_coder.decode(
+        inner.bbox_head.anchor_center(anchors).repeat(4, 1), pixels.flatten(0, 1)
+    ).view(4, -1, 4)
+    expected = boxes[image, places] / assignment.strides[places, None]
+    torch.testing.assert_close(rows.teacher, expected, rtol=1e-4, atol=1e-4)

@@ -87,6 +87,27 @@ def test_what_has_no_meaning_is_refused_with_a_reason(teachers, technique, detec
     assert "\n" not in message and len(message) > 40
 
 
+def itself(detector, terms, path):
+    """A student with its teacher's weights, one step: the distillation losses."""
+    entry = model(detector, frozen_bn=True)
+    student = build(distilled(entry, entry, save_teacher(path, entry), terms=terms))
+    student.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    torch.manual_seed(0)
+    return {name: value for name, value in losses(student, batch(detector)).items() if name.startswith("distill.")}
+
+
+@pytest.mark.parametrize("detector", det_table.DETECTORS)
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, detector):
+    heads = ("auto", "rpn_head") if detector in STAGED else ("auto",)
+    # Attention in training is not bit for bit that of evaluation, and rounding decides which of two equal boxes is the better.
+    kinds = ("SoftTargets",) if detector in det_table.QUERIES else ("SoftTargets", "BoundedRegression")
+    terms = [dict(type=kind, head=head, name=f"{kind}_{head}") for kind in kinds for head in heads]
+    found = itself(detector, terms, tmp_path / "teacher.pth")
+    assert len(found) == len(terms)
+    for name, value in found.items():
+        assert value.item() == pytest.approx(0, abs=1e-5), name
+
+
 def test_the_readme_shows_this_table():
     shown = det_table.between_marks(det_table.README.read_text())[1].strip()
     assert shown == det_table.table(), "run python tests/det_table.py"
