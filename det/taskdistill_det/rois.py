@@ -51,9 +51,9 @@ def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch)
 
 def _same_call(run: Callable[..., Any], head: Any, arguments: Mapping[str, Any]) -> None:
     """Raises a :class:`WiringError` unless the teacher's head takes the student's call, and nothing else of the student's."""
-    takes, known = set(inspect.signature(run).parameters), {"x", "rois", "stage"}
+    takes, known = list(inspect.signature(run).parameters), {"x", "rois", "stage"}
     more = [name for name, value in arguments.items() if name not in known and value is not None]
-    if set(arguments) - takes or ("stage" in takes) != ("stage" in arguments):
+    if set(arguments) - set(takes) or ("stage" in takes) != ("stage" in arguments):
         raise WiringError(
             f"the teacher's {type(head).__name__} is called with ({', '.join(takes)}), the student's with "
             f"({', '.join(arguments)}); to run on the student's proposals both have to be of one kind"

@@ -316,16 +316,10 @@ class _Link:
 def mix(losses: dict[str, Any], shares: Mapping[str, float]) -> None:
     """Multiplies the host's losses of these names by the shares that terms leave to them.
 
-    Raises:
-        WiringError: the host has no loss of any such name. (One of several may be missing: a cascade's stage without proposals.)
+    A step may lack one: without proposals an RoI head has no class loss.
     """
-    if shares and not any(name in losses for name in shares):
-        name = next(iter(shares))
-        raise WiringError(f"a term shares the host's loss {name!r}, and there is none{nearest(name, losses)}")
-    for name, share in shares.items():
-        if name not in losses:
-            continue
-        value = losses[name]
+    for name in shares.keys() & losses.keys():
+        value, share = losses[name], shares[name]
         losses[name] = [part * share for part in value] if isinstance(value, list) else value * share
 
 

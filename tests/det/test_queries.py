@@ -250,3 +250,14 @@ def test_classes_in_sigmoid_cross_entropy_by_hand(teachers):
     s, t = (c[0][query_of_each_object(c[0], b[0], sample)[0]] for c, b in (student, teacher))
     expected = -(t.sigmoid() * F.logsigmoid(s) + 1.5 * (-t).sigmoid() * F.logsigmoid(-s)).sum()
     assert found["distill.weighted.loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_a_teacher_that_is_not_finite_drops_the_terms_and_the_run_goes_on(teachers):
+    model = taught(teachers("DeformableDETR"))
+    model.start_distilling()
+    with torch.no_grad():
+        for parameter in model.distiller.teacher.model.bbox_head.reg_branches.parameters():
+            parameter.fill_(torch.nan)
+    found = losses(model, TWO)
+    assert found["distill.boxes.loss"] == 0 and model.distiller.dropped["boxes"] == 1
+    assert torch.isfinite(sum(value for name, value in found.items() if "loss" in name))

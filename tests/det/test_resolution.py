@@ -343,7 +343,7 @@ def test_no_scale(teacher_model, scale):
         MODELS.build(ConfigDict(scaled(detector(), teacher_model, "absent.pth", scale)))
 
 
-@pytest.mark.parametrize("term", ["SoftTargets", "LocalizationDistillation"])
+@pytest.mark.parametrize("term", ["SoftTargets", "LocalizationDistillation", "BoundedRegression", "CrossHead"])
 def test_predictions_of_two_grids_cannot_be_compared(teacher_model, term):
     with pytest.raises(WiringError, match=r"with the teacher's scale=1\.5 the two grids differ; leave scale out"):
         MODELS.build(ConfigDict(scaled(detector(), teacher_model, "absent.pth", 1.5, terms=[dict(type=term)])))

@@ -382,3 +382,35 @@ def test_what_does_not_compare_is_refused_in_one_line(student, teacher, term, me
         build(distilled(student, teacher, "nowhere.pth", terms=[term]))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_roi_taps_of_heads_that_are_not_called_alike_are_refused():
+    tap = dict(type="FeatureImitation", student_tap=ROI_TAP, teacher_tap="roi_head.bbox_head.0:input")
+    with pytest.raises(
+        WiringError, match=r"CascadeRoIHead is called with \(stage, x, rois\), the student's with \(x, rois\)"
+    ):
+        build(distilled(FASTER, CASCADE, "nowhere.pth", terms=[tap]))
+    deeper = staged("Cascade R-CNN")
+    shallow = copy.deepcopy(deeper)
+    for key, value in dict(num_stages=1, stage_loss_weights=[1]).items():
+        shallow["roi_head"][key] = value
+    shallow["roi_head"]["bbox_head"] = shallow["roi_head"]["bbox_head"][:1]
+    shallow["train_cfg"]["rcnn"] = shallow["train_cfg"]["rcnn"][:1]
+    tap = dict(type="FeatureImitation", tap="roi_head.bbox_head.0:input")
+    with pytest.raises(WiringError, match="cannot follow the student's call with that many stages"):
+        build(distilled(deeper, shallow, "nowhere.pth", terms=[tap]))
+
+
+def test_a_cascade_that_ends_early_trains_on_as_the_plain_one_does(teachers):
+    # Without objects and without proposals mmdet leaves out the later stages.
+    student = staged("Cascade R-CNN", frozen_bn=True)
+    student["train_cfg"]["rpn_proposal"] = dict(student["train_cfg"]["rpn_proposal"], min_bbox_size=10000)
+    plain = losses(build(student), raw_batch([[], []]))
+    assert "s1.loss_cls" not in plain
+    terms = [dict(type="SoftTargets", hard_weight=0.5), dict(type="BoundedRegression")]
+    model = build(distilled(student, *teachers("Cascade R-CNN"), terms=terms))
+    found = losses(model, raw_batch([[], []]))
+    assert {name for name in found if not name.startswith("distill.")} == set(plain)
+    for name in ("soft_targets", "bounded_regression"):
+        assert found[f"distill.{name}.loss"].item() == 0
+    sum(value for name, value in found.items() if "loss" in name).backward()

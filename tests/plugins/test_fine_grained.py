@@ -128,3 +128,16 @@ def test_wrong_settings(settings: dict, message: str):
 def test_it_needs_a_map_and_boxes():
     with pytest.raises(WiringError, match="needs a map"):
         FineGrained()(Batch(padded_size=(32, 32)), grid(4, 4))
+
+
+def test_a_larger_teachers_map_has_the_students_anchors_at_finer_positions():
+    # The student's P3 and P4 under a teacher of twice its size: the teacher's P3 has the grid of no level of the student, its P4
+    # that of the student's P3.
+    batch = Batch(padded_size=(32, 32), boxes=[boxes((0, 0, 16, 16))])
+    batch.extra["base_anchors"] = [((8, 8), square(16)), ((16, 16), square(32))]
+    expected = [FineGrained(0.3)(batch, grid(side, side)) for side in (4, 2)]
+    assert expected[0].any()
+    batch.teacher_scale = 2.0
+    for mask, side in zip(expected, (8, 4), strict=True):
+        found = FineGrained(0.3)(batch, grid(side, side))
+        assert torch.equal(found, mask.repeat_interleave(2, 1).repeat_interleave(2, 2))

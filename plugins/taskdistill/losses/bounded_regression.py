@@ -6,6 +6,7 @@ equation 4.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..errors import DistillError
@@ -27,7 +28,8 @@ def bounded_regression(
 
     .. math:: L_b = \|R_s - y\|_2^2 \;\text{ if }\; \|R_s - y\|_2^2 + m > \|R_t - y\|_2^2, \text{ else } 0
 
-    The teacher's box is no target: it may point the wrong way. It is the bound from which on the student is left alone.
+    The teacher's box is no target: it may point the wrong way. It is the bound from which on the student is left alone. A bound
+    that is no number gives none either.
 
     Args:
         student_boxes, teacher_boxes, targets: ``(…, D)`` in one unit, that of the box coder; the same shape.
@@ -42,4 +44,5 @@ def bounded_regression(
     student, teacher, truth = upcast(student_boxes), upcast(teacher_boxes), upcast(targets)
     error = (student - truth).square().sum(-1)
     bound = (teacher - truth).square().sum(-1)
-    return reduce_loss(error.masked_fill(error.detach() + margin <= bound, 0), weight, reduction)
+    items = error.masked_fill(error.detach() + margin <= bound, 0)
+    return reduce_loss(torch.where(bound.isnan(), bound, items), weight, reduction)

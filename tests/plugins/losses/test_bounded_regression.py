@@ -72,6 +72,14 @@ def test_an_infinite_teacher_bounds_nothing_in():
     assert value.item() == 0 and not student.grad.any()
 
 
+def test_a_teacher_that_is_no_number_shows():
+    teacher = torch.tensor([[0.0, 0, 0, 0], [torch.nan, 0, 0, 0]])
+    items = bounded_regression(torch.ones(2, 4), teacher, torch.zeros(2, 4), reduction="none")
+    assert items[0] == 4 and items[1].isnan()
+    kept = bounded_regression(torch.ones(2, 4), teacher, torch.zeros(2, 4), weight=torch.tensor([1.0, 0.0]))
+    assert kept == 4  # at weight 0 nothing counts
+
+
 def test_errors():
     with pytest.raises(DistillError, match="margin must be >= 0, got -1"):
         bounded_regression(STUDENT, TEACHER, TRUTH, margin=-1)
