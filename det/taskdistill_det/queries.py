@@ -106,7 +106,9 @@ class QueryHeads(Heads):
     def _queries(self, classes: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
         """The query of each object, -1 where it has none: ``(objects,)``."""
         pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
-        predicted = InstanceData(scores=classes.float(), bboxes=bbox_cxcywh_to_xyxy(boxes.float()) * pixels)
+        # What is not finite matches as it may; the term that it belongs to is dropped later.
+        classes, boxes = classes.float().nan_to_num(), boxes.float().nan_to_num()
+        predicted = InstanceData(scores=classes, bboxes=bbox_cxcywh_to_xyxy(boxes) * pixels)
         assigned = self.assigner.assign(
             pred_instances=predicted,
             gt_instances=InstanceData(bboxes=truth, labels=labels),

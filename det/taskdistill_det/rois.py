@@ -35,6 +35,12 @@ def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch)
             regions = arguments.get("rois")
             if regions is None or not hasattr(head, run):
                 continue
+            foreign = [key for key, value in arguments.items() if isinstance(value, Tensor) and key != "rois"]
+            if foreign:
+                raise WiringError(
+                    f"{type(head).__name__}.{run}() takes {foreign[0]} of the student's own, so the "
+                    "teacher's cannot be run on the student's proposals; tap the backbone or the neck"
+                )
             if scale != 1:
                 regions = torch.cat([regions[:, :1], regions[:, 1:] * scale], 1)
             getattr(head, run)(**{**arguments, "x": pyramid, "rois": regions})

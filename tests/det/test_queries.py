@@ -219,6 +219,19 @@ def test_the_gradient_reaches_matched_queries_alone(step):
         assert slopes[-1, image].any(1).nonzero()[:, 0].tolist() == sorted(matched.values())
 
 
+def test_a_teacher_that_is_not_finite_is_dropped(teachers, tmp_path):
+    entry, checkpoint = teachers("DeformableDETR")
+    saved = torch.load(checkpoint, weights_only=True)
+    for key, value in saved["state_dict"].items():
+        if key.startswith(("bbox_head.cls_branches", "bbox_head.reg_branches")) and key.endswith("bias"):
+            value.fill_(torch.nan)
+    torch.save(saved, tmp_path / "broken.pth")
+    model = taught((entry, str(tmp_path / "broken.pth")))
+    found = losses(model, TWO)
+    assert found["distill.classes.loss"].item() == found["distill.classes.dropped"].item() - 1 == 0
+    assert all(torch.isfinite(value).all() for value in found.values())
+
+
 def changed(**head):
     model = detr()
     model["bbox_head"] |= head
