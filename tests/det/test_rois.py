@@ -14,6 +14,7 @@ from mmcv.ops import RoIAlign
 from mmdet.models.dense_heads import rpn_head
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
+from mmdet.registry import MODELS
 
 from det_stages import staged, with_masks
 from det_support import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
@@ -328,6 +329,26 @@ def test_in_bf16(step, monkeypatch):
 
 
 # --- what is refused
+
+
+@MODELS.register_module()
+class ContextRoIHead(StandardRoIHead):
+    """A head whose boxes see a picture of the whole image, as HTC's and SCNet's do."""
+
+    def _bbox_forward(self, x, rois, context=None):
+        if context is None:
+            return self._bbox_forward(x, rois, x[0].mean((2, 3)))
+        return super()._bbox_forward(x, rois)
+
+
+def test_a_head_that_looks_at_more_of_the_student_than_proposals():
+    model = staged("Faster R-CNN")
+    model["roi_head"]["type"] = "ContextRoIHead"
+    with pytest.raises(
+        WiringError, match="ContextRoIHead cannot follow the student's call with context; tap what comes before"
+    ) as caught:
+        build(distilled(model, model, "nowhere.pth", terms=[dict(type="FeatureImitation", tap=ROI_TAP)]))
+    assert "\n" not in str(caught.value)
 
 
 def coded(width=4):

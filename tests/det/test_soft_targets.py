@@ -1,4 +1,4 @@
-"""Soft targets on dense class outputs, by hand from the heads' raw outputs."""
+"""Soft targets on class outputs: dense ones by hand from the heads' raw outputs, and the mix with the host's own loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from det_support import build, detector, distilled, losses, raw_batch, save_teacher
+from det_stages import STAGED, detr, staged
+from det_support import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
+from det_zoo import zoo
+from taskdistill import DistillError, Step, WiringError
+from taskdistill_det import BoundedRegression, SoftTargets
 
 
 def _outputs(model):
@@ -38,3 +42,151 @@ def test_on_all_anchors_it_is_the_binary_kl_over_the_teachers_scores(student, te
     entropy = F.binary_cross_entropy_with_logits(t, t.sigmoid(), reduction="none")
     focused = ((bce - entropy) * (t.sigmoid() - s.sigmoid()).abs()).mean(1).sum() / count
     assert found["distill.focused.loss"].item() == pytest.approx(focused.item(), rel=1e-4)
+
+
+# --- the mix with the host's own loss
+
+HEADS = {
+    "GFL": ({}, {"loss_cls"}),
+    "YOLOX": ({}, {"loss_cls", "loss_obj"}),
+    "Faster R-CNN": ({}, {"loss_cls"}),
+    "RPN": ({"head": "rpn_head"}, {"loss_rpn_cls"}),
+    "FCOS as RPN": ({"head": "rpn_head"}, {"rpn_loss_cls"}),
+    "Cascade R-CNN": ({}, {"s0.loss_cls", "s1.loss_cls"}),
+    "DeformableDETR": ({}, {"loss_cls"}),
+}
+"""Detector: the term's settings and the host's losses that it shares."""
+
+
+def _entry(kind, **settings):
+    if kind == "DeformableDETR":
+        return detr(kind, **settings)
+    if kind not in ("RPN", "FCOS as RPN", *STAGED):
+        return zoo(kind, **settings)
+    model = staged(kind if kind in STAGED else "Faster R-CNN", **settings)
+    if kind == "FCOS as RPN":
+        model["rpn_head"] = dict(zoo("FCOS")["bbox_head"], num_classes=1)
+    return model
+
+
+@pytest.mark.parametrize("kind", list(HEADS))
+def test_the_share_of_the_hosts_loss(kind, tmp_path):
+    settings, shared = HEADS[kind]
+    teacher = _entry(kind, width=6)
+    checkpoint = save_teacher(tmp_path / "teacher.pth", teacher)
+    terms = [
+        dict(type="SoftTargets", name="whole", **settings),
+        dict(type="SoftTargets", name="mixed", hard_weight=0.25, **settings),
+        dict(type="SoftTargets", name="resting", hard_weight=0.5, weight=0.0, **settings),
+        dict(type="SoftTargets", name="hard", hard_weight=1.0, **settings),
+    ]
+    model = build(distilled(_entry(kind, frozen_bn=True), teacher, checkpoint, terms=terms))
+    found = losses(model, raw_batch())
+    with torch.no_grad():
+        host = losses(model, raw_batch())  # without gradient the host's loss is its own alone
+    assert not any(key.startswith("distill") for key in host)
+    for key, value in host.items():
+        share = 0.25 if key in shared else 1.0
+        assert found[key].item() == pytest.approx(share * value.item(), rel=1e-6), key
+    assert shared <= set(host) and all(host[key] > 0 for key in shared)
+    whole = found["distill.whole.loss"].item()
+    assert whole > 0
+    assert found["distill.mixed.loss"].item() == pytest.approx(0.75 * whole, rel=1e-6)
+    assert found["distill.hard.loss"].item() == found["distill.resting.loss"].item() == 0
+
+
+def test_a_schedule_at_0_leaves_the_hosts_loss_whole(teacher_model, teacher_checkpoint, monkeypatch):
+    term = dict(type="SoftTargets", hard_weight=0.25, schedule=dict(type="WarmUp", end=2))
+    model = build(distilled(detector(frozen_bn=True), teacher_model, teacher_checkpoint, terms=[term]))
+    with torch.no_grad():
+        host = losses(model, raw_batch())["loss_cls"].item()
+    for iteration, share in ((0, 1.0), (2, 0.25)):
+        monkeypatch.setattr(model._distill.hub, "step", lambda iteration=iteration: Step(iteration, 0))
+        assert losses(model, raw_batch())["loss_cls"].item() == pytest.approx(share * host, rel=1e-6)
+
+
+def test_a_head_that_proposes_knows_no_order_of_classes(tmp_path):
+    # An FCOS head as RPN scores objects alone; that the teacher's classes stand in another order is no matter to it.
+    teacher = _entry("FCOS as RPN", width=6)
+    term = dict(type="SoftTargets", head="rpn_head")
+    values = []
+    for classes in (CLASSES, CLASSES[::-1]):
+        checkpoint = save_teacher(tmp_path / "teacher.pth", teacher, classes=classes)
+        model = build(
+            distilled(
+                _entry("FCOS as RPN", frozen_bn=True),
+                teacher,
+                checkpoint,
+                terms=[term, dict(type="SoftTargets", name="classes")],
+            )
+        )
+        model.start_distilling(CLASSES)
+        found = losses(model, raw_batch())
+        values.append([found[f"distill.{name}.loss"].item() for name in ("soft_targets", "classes")])
+    assert values[0][0] == values[1][0] > 0
+    assert values[0][1] != values[1][1]
+
+
+def test_the_backgrounds_weight_by_hand(teacher_model, teacher_checkpoint):
+    terms = [
+        dict(type="SoftTargets", name="heavy", background_weight=1.5),
+        dict(type="SoftTargets", name="even", background_weight=1.0, temperature=2.0, classes="mean"),
+    ]
+    model = build(distilled(detector(frozen_bn=True), teacher_model, teacher_checkpoint, terms=terms))
+    found = losses(model, raw_batch())
+    s, t = _outputs(model)
+    count = t.sigmoid().amax(1).sum()
+    # Each class and its complement as two classes of torch's own weighted cross-entropy.
+    two = torch.stack([s.flatten(), torch.zeros(s.numel())], 1)
+    target = torch.stack([t.flatten(), torch.zeros(t.numel())], 1).softmax(1)
+    crossed = F.cross_entropy(two, target, weight=torch.tensor([1.0, 1.5]), reduction="sum")
+    assert found["distill.heavy.loss"].item() == pytest.approx((crossed / count).item(), rel=1e-4)
+    even = 4 * F.binary_cross_entropy_with_logits(s / 2, (t / 2).sigmoid(), reduction="sum") / 10
+    assert found["distill.even.loss"].item() == pytest.approx((even / count).item(), rel=1e-4)
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(temperature=0), "temperature must be > 0, got 0"),
+        (dict(head="box_head"), "head must be 'auto', 'bbox_head', 'rpn_head' or 'roi_head', got 'box_head'"),
+        (dict(activation="tanh"), "activation must be one of auto, sigmoid, softmax, got 'tanh'"),
+        (dict(region="foreground"), "region must be one of all, main, vlr, got 'foreground'"),
+        (dict(classes="max"), "classes must be one of sum, mean, got 'max'"),
+        (dict(focus=-1), "focus must be a number >= 0, got -1"),
+        (dict(focus=1, activation="softmax"), "focus must be 0 with softmax or a background_weight, got 1"),
+        (dict(focus=1, background_weight=1.5), "focus must be 0 with softmax or a background_weight, got 1"),
+        (dict(background_weight=0), "background_weight must be a number > 0, got 0"),
+        (dict(background_weight="1.5"), "background_weight must be a number > 0, got '1.5'"),
+        (dict(hard_weight=1.1), "hard_weight must be in [0, 1], got 1.1"),
+        (dict(hard_weight="0.5"), "hard_weight must be in [0, 1], got '0.5'"),
+    ],
+)
+def test_wrong_arguments(settings, message):
+    with pytest.raises(DistillError) as caught:
+        SoftTargets(**settings)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(margin=-1), "margin must be a number >= 0, got -1"),
+        (dict(margin="0"), "margin must be a number >= 0, got '0'"),
+        (dict(head="neck"), "head must be 'auto', 'bbox_head', 'rpn_head' or 'roi_head', got 'neck'"),
+    ],
+)
+def test_wrong_arguments_of_the_bound(settings, message):
+    with pytest.raises(DistillError) as caught:
+        BoundedRegression(**settings)
+    assert message in str(caught.value)
+
+
+def test_a_softmax_over_sigmoid_classes_has_no_background(teacher_model):
+    term = dict(type="SoftTargets", activation="softmax", background_weight=1.5)
+    with pytest.raises(WiringError, match="a softmax over sigmoid classes has no background to weigh"):
+        build(distilled(detector(), teacher_model, "nowhere.pth", terms=[term]))

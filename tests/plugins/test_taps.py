@@ -247,6 +247,103 @@ def test_what_a_method_is_given(by_keyword: bool):
         Recorder(model, [Tap.parse("head.clasify():input")], "student")
 
 
+class Sampler(nn.Module):
+    """A method that takes its arguments by place or by name, and a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+
+    def sample(self, feat: Tensor, rois: Tensor, scale: float = 1.0) -> Tensor:
+        return self.layer(feat) * rois.sum() * scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.sample(x, rois=torch.tensor([1.0, 2.0]))
+        return first + self.sample(rois=torch.tensor([5.0]), feat=x * 2, scale=3.0)
+
+
+def test_all_arguments_by_name():
+    model = nn.ModuleDict({"head": Sampler()})
+    every, feats, rois = (Tap.parse(f"head.sample():inputs{index}") for index in ("", "[1][feat]", "[0][rois]"))
+    recorder = Recorder(model, [every, feats, rois], "student")
+    x = torch.ones(3, 4, requires_grad=True)
+    recorder.rehearse(model, lambda: model["head"](x))
+    with recorder.record(model) as recording:
+        model["head"](x)
+    by_place, by_name = recording[every]
+    # Names are the method's own, whichever way it was called; a default that was not given is not there.
+    assert list(by_place) == ["feat", "rois"] and set(by_name) == {"feat", "rois", "scale"}
+    assert by_place["feat"] is x and by_name["scale"] == 3.0
+    assert torch.equal(recording[rois], torch.tensor([1.0, 2.0])) and torch.equal(recording[feats], x * 2)
+    recording[feats].sum().backward()
+    assert torch.equal(x.grad, torch.full((3, 4), 2.0))
+    assert "sample" not in vars(model["head"])
+
+
+def test_arguments_that_are_overwritten_in_place_are_recorded_as_they_were():
+    class Spoiler(Sampler):
+        def sample(self, feat: Tensor, rois: Tensor) -> Tensor:
+            return feat.mul_(0) + rois
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.sample(x + 1, rois=x)
+
+    model = nn.ModuleDict({"head": Spoiler()})
+    tap = Tap.parse("head.sample():inputs[feat]")
+    recorder = Recorder(model, [tap])
+    x = torch.ones(2)
+    recorder.rehearse(model, lambda: model["head"](x))
+    with recorder.record(model) as recording:
+        model["head"](x)
+    assert recording[tap].tolist() == [2, 2]
+
+
+def test_an_argument_that_there_is_not():
+    model = nn.ModuleDict({"head": Sampler()})
+    tap = Tap.parse("head.sample():inputs[0][fetas]")
+    with Recorder(model, [tap], "student").record(model) as recording:
+        model["head"](torch.ones(1, 4))
+    with pytest.raises(
+        WiringError, match=r"tap 'head.sample\(\):inputs\[0\]\[fetas\]' of the student: no \[fetas\] in a dict"
+    ):
+        recording[tap]
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "inside"),
+    [
+        ("head", "head", True),
+        ("head", "head.boxes:input", True),
+        ("head", "head.sample():inputs[feat]", True),
+        ("head", "headless", False),
+        ("head", "neck.head", False),
+        ("head.boxes", "head", False),
+    ],
+)
+def test_below(path: str, text: str, inside: bool):
+    assert Tap.parse(text).below(path) is inside
+
+
+def test_two_recordings_of_one_model_as_one():
+    model = net().eval()
+    first, second, unused = (Tap.parse(text) for text in ("backbone.stem", "head.tower[*]", "head.get_targets()"))
+    with Recorder(model, [first], "teacher").record(model) as early:
+        model.features(X)
+    with Recorder(model, [second, unused], "teacher").record(model) as late:
+        model(X * 2)
+    both = early.joined(late)
+    assert torch.equal(both[first], model.backbone.stem(X))  # the first pass's, though the second ran it again
+    assert [x.shape for x in both.tensors(second)] == [x.shape for x in late.tensors(second)]
+    assert all(a is b for a, b in zip(both.tensors(second), late.tensors(second), strict=True))
+    assert [both.calls(tap) for tap in (first, second, unused)] == [1, 6, 0]
+    with pytest.raises(WiringError, match=r"tap 'head.get_targets\(\)' of the teacher never fired"):
+        both[unused]
+    # Neither of the two was changed.
+    assert early.calls(first) == 1
+    with pytest.raises(KeyError):
+        early[second]
+
+
 def test_calls_are_counted():
     model = net()
     taps = [Tap.parse(text) for text in ("neck", "head.tower[*]", "head.get_targets()")]
