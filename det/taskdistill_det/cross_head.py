@@ -5,7 +5,7 @@ Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import chain
 from typing import Any
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from taskdistill.adapters import AdapterKind, build_adapter
 from taskdistill.distributed import total_over_ranks
 from taskdistill.errors import WiringError, check_number
-from taskdistill.losses import Ratio, localization
-from taskdistill.losses.reduction import divide, same_shape, upcast
+from taskdistill.losses import Ratio, align_scale, focused_entropy, localization
 from taskdistill.regions import All, Batch
 from taskdistill.taps import Recording, Tap, shadow
 from taskdistill.terms import Term, Wiring, adapter_label, adapter_where_channels_differ
@@ -33,12 +32,12 @@ from .resolution import same_resolution
 class CrossHead(Term):
     r"""The student's head features, read by the teacher's remaining head, predict what the teacher does (CrossKD).
 
-    The output of a convolution of each tower is given the teacher's mean and standard deviation (:func:`align`), and where the
+    The output of a convolution of each tower is given the teacher's mean and standard deviation (:func:`~taskdistill.losses.align_scale`), and where the
     teacher's activation is a ReLU passes one again; then it runs through what follows in the *teacher's* tower, frozen. (The
     authors' code keeps the output before the ReLU, but that ReLU works in place on what was kept.) What comes out imitates the
     teacher's own outputs on every anchor whose position lies in the image:
 
-    * classes by :func:`focused_entropy`, summed and divided by the student's positives (at least 1 an image, as mmdet counts
+    * classes by :func:`~taskdistill.losses.focused_entropy`, summed and divided by the student's positives (at least 1 an image, as mmdet counts
       them). YOLOX's classes are joined with its objectness to the score that it ranks by.
     * boxes weighted by the teacher's best class score: with distributions the KL of an edge summed over its bins, mean over
       edges, divided by the sum of weights; other boxes by GIoU, divided by the positives.
@@ -139,7 +138,9 @@ class CrossHead(Term):
             for pair in (found, [teacher.tensors(tap) for tap in self._outputs])
         )
         scores, wanted = self._scores(outputs), self._scores(targets)
-        classes = torch.stack([focused_entropy(s, t).sum() for s, t in zip(scores, wanted, strict=True)]).sum()
+        classes = torch.stack(
+            [focused_entropy(s, t, reduction="sum") for s, t in zip(scores, wanted, strict=True)]
+        ).sum()
         trust = torch.cat([self._trust(t, out, batch) for t, out in zip(wanted, outputs[1], strict=True)], 1)
         boxes = (self._box_items(outputs[1], targets[1]).masked_fill(trust == 0, 0) * trust).sum()
         # The anchors that the student's own assigner gave an object, at least 1 an image.
@@ -166,7 +167,7 @@ class CrossHead(Term):
             for name, mine, theirs in towers:
                 levels = []
                 for (s, _), (t, _) in zip(_tapped(student, mine), _tapped(teacher, theirs), strict=True):
-                    levels.append(align(next(adapters)(s, t), t, self.region(batch, t), total_over_ranks))
+                    levels.append(align_scale(next(adapters)(s, t), t, self.region(batch, t), total_over_ranks))
                 entering = iter(levels)
                 for _, convs in _levels(self._head, name):
                     self._enter(stack, convs, entering)
@@ -226,55 +227,6 @@ class CrossHead(Term):
         s, t = (self._theirs.decoded(levels) for levels in (outputs, targets))
         items = giou_loss(s.flatten(0, 1), t.flatten(0, 1), eps=1e-6, reduction="none")
         return items.view(s.shape[:2])
-
-
-def align(
-    student_features: Tensor,
-    teacher_features: Tensor,
-    valid: Tensor | None = None,
-    total: Callable[[Tensor], Tensor] = lambda part: part,
-) -> Tensor:
-    r"""The student's features with the teacher's mean and standard deviation, channel by channel.
-
-    .. math:: \frac{s - \mu_s}{\sigma_s + 10^{-6}}\,\sigma_t + \mu_t
-
-    as the authors' code has it, over all valid positions of the batch; a channel that is constant in the student becomes
-    :math:`\mu_t`, without gradient. Invalid positions are the teacher's, so that those of the student reach nothing.
-
-    Args:
-        student_features, teacher_features: ``(B, C, H, W)``; the same shape.
-        valid: ``(B, H, W)`` of 0 and 1; all without.
-        total: sums a tensor over processes (with its gradient), for the statistics of all of them.
-    """
-    same_shape(student_features, teacher_features, "align")
-    s, t = upcast(student_features), upcast(teacher_features)
-    inside = torch.ones_like(s[:, :1]) if valid is None else valid[:, None].to(s)
-    s, known = (x.masked_fill(inside == 0, 0) for x in (s, t))
-    count = total(inside.sum())
-    (mean, std), (teacher_mean, teacher_std) = (_moments(x, inside, count, total) for x in (s, known))
-    # What rounding leaves of a constant is none, and must not be divided by.
-    constant = std <= 8 * torch.finfo(s.dtype).eps * mean.abs()
-    scaled = ((s - mean) / (std + 1e-6)).masked_fill(constant, 0) * teacher_std + teacher_mean
-    return torch.where(inside == 0, t, scaled)
-
-
-def _moments(maps: Tensor, inside: Tensor, count: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and (unbiased) standard deviation ``(1, C, 1, 1)``, the latter without gradient where it is 0."""
-    mean = divide(total(maps.sum((0, 2, 3), keepdim=True)), count)
-    squares = total(((maps - mean).square() * inside).sum((0, 2, 3), keepdim=True))
-    variance = squares / (count - 1).clamp(min=1)
-    return mean, variance.masked_fill(variance == 0, 1).sqrt().masked_fill(variance == 0, 0)
-
-
-def focused_entropy(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    r"""CrossKD's class loss per element: :math:`|p_s - p_t|\,\mathrm{BCE}(p_s, p_t)` with p the sigmoids; 0 where they agree.
-
-    As in the authors' code the factor has a gradient of its own, unlike that of
-    :func:`taskdistill.losses.binary_soft_targets`.
-    """
-    same_shape(student_logits, teacher_logits, "focused_entropy")
-    s, p = upcast(student_logits), upcast(teacher_logits).sigmoid()
-    return F.binary_cross_entropy_with_logits(s, p, reduction="none") * (s.sigmoid() - p).abs()
 
 
 _TOWERS = (("cls_convs", "reg_convs"), ("multi_level_cls_convs", "multi_level_reg_convs"))

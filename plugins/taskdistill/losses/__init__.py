@@ -6,6 +6,7 @@ from .attention_maps import attention_distributions, attention_scores
 from .bounded_regression import bounded_regression
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
+from .cross_head import align_scale, focused_entropy
 from .cross_image import memory_relations, pixel_relations
 from .dist import dist_between_classes, dist_within_classes
 from .divergences import generalized_jsd, reverse_kl, skewed_kl
@@ -26,6 +27,7 @@ __all__ = [
     "Ratio",
     "SoftTargetsLoss",
     "adversarial",
+    "align_scale",
     "attention_distributions",
     "attention_scores",
     "binary_soft_targets",
@@ -38,6 +40,7 @@ __all__ = [
     "dist_within_classes",
     "focal_attention",
     "focal_features",
+    "focused_entropy",
     "generalized_jsd",
     "gradient_penalty",
     "hint",

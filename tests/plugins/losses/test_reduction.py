@@ -15,6 +15,7 @@ from taskdistill.losses import (
     attention_scores,
     binary_soft_targets,
     cosine,
+    focused_entropy,
     generalized_jsd,
     hint,
     localization,
@@ -49,6 +50,7 @@ CASES: dict[str, tuple[Loss, tuple[int, ...], tuple[int, ...]]] = {
     "attention_distributions": (attention_distributions, (2, 3, 4, 5), (2, 3, 4)),
     "cosine": (cosine, (5, 7), (5,)),
     "patient": (patient, (5, 7), (5,)),
+    "focused_entropy": (focused_entropy, (5, 7), (5, 7)),
     "weighted_soft_targets": (weighted_soft_targets, (5, 7), (5,)),
     "weighted_binary_soft_targets": (weighted_binary_soft_targets, (5, 7), (5, 7)),
 }
