@@ -15,7 +15,7 @@ import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from torch import Tensor
 
-from det_stages import staged
+from det_stages import detr, staged
 from det_support import BOXES, build, detector, distillation, distilled, part, raw_batch
 
 TERMS: dict[str, Any] = {
@@ -38,22 +38,26 @@ ON_PROPOSALS: dict[str, Any] = {
     "roi_features": dict(type="FeatureImitation", tap="roi_head.bbox_head:input"),
     "rpn_classes": dict(type="SoftTargets", head="rpn_head"),
     "rpn_boxes": dict(type="BoundedRegression", margin=1e6, head="rpn_head"),
+    "cascade_classes": dict(type="SoftTargets"),
+    "cascade_boxes": dict(type="BoundedRegression", margin=1e6),
+    "query_classes": dict(type="SoftTargets"),
+    "query_boxes": dict(type="BoundedRegression", margin=1e6),
 }
-"""Terms of a two-stage detector; with more samples than proposals nothing is drawn at random."""
+"""Terms of detectors without a dense head; with more samples than proposals nothing is drawn at random."""
 BATCHES = {
     "unequal": BOXES,  # 1 and 2 objects on the first process, 3 and 1 on the second
     "one sided": (*BOXES[1:3], [], []),  # no object at all on the second process
 }
 
 
-def two_stage() -> dict[str, Any]:
-    """A student whose RoI head trains on every proposal."""
-    return staged("Faster R-CNN", samples=500, frozen_bn=True)
+def kind_of(term: str) -> str:
+    """The detector that a term of :data:`ON_PROPOSALS` is tested on."""
+    return {"cascade": "Cascade R-CNN", "query": "DeformableDETR"}.get(term.partition("_")[0], "Faster R-CNN")
 
 
-def two_stage_teacher() -> dict[str, Any]:
-    """Its teacher; the weights lie beside the dense teacher's."""
-    return staged("Faster R-CNN", width=6, channels=12)
+def without_dense_head(kind: str, **settings: Any) -> dict[str, Any]:
+    """A model of this kind whose RoI head, if it has one, trains on every proposal; teachers' weights lie beside the dense one's."""
+    return detr(kind, **settings) if kind == "DeformableDETR" else staged(kind, samples=500, **settings)
 
 
 def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)) -> dict[str, Any]:
@@ -61,8 +65,9 @@ def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)
     spec = {**TERMS, **ON_PROPOSALS}[term]
     student, other = detector(frozen_bn=True), detector(width=6, channels=12)
     if term in ON_PROPOSALS:
-        student, other = two_stage(), two_stage_teacher()
-        teacher = f"{teacher}.staged"
+        kind = kind_of(term)
+        student, other = without_dense_head(kind, frozen_bn=True), without_dense_head(kind, width=6)
+        teacher = f"{teacher}.{kind}"
     entry = distilled(student, other, teacher, terms=[{**spec, "name": "term"}])
     model = build(entry)
     wrapped = model

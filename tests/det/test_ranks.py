@@ -26,7 +26,8 @@ def environment(**more: str) -> dict[str, str]:
 def two_ranks(tmp_path_factory, teacher_checkpoint):
     """What each of two gloo processes found."""
     folder = tmp_path_factory.mktemp("ranks")
-    save_teacher(Path(f"{teacher_checkpoint}.staged"), det_ranks.two_stage_teacher())
+    for kind in {det_ranks.kind_of(term) for term in det_ranks.ON_PROPOSALS}:
+        save_teacher(Path(f"{teacher_checkpoint}.{kind}"), det_ranks.without_dense_head(kind, width=6))
     outs = [folder / f"{rank}.pth" for rank in range(2)]
     started = [
         subprocess.Popen(
