@@ -8,14 +8,16 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
+from taskdistill.distiller import HostDistiller
 from taskdistill.regions import Batch
 from taskdistill_mm.graft import Graft, image_sizes
 from taskdistill_mm.resolution import Resolution
+from taskdistill_mm.views import TeacherView
 
 from .dense import anchor_levels
 from .registry import RECIPES, TERMS
 from .resolution import reduced_sample
-from .rois import REPLAY
+from .rois import REPLAY, check_samplers
 
 
 @MODELS.register_module()
@@ -45,6 +47,15 @@ class DistilledDetector(Graft):
         shape = (size, size)
         meta = dict(img_shape=shape, ori_shape=shape, pad_shape=shape, batch_input_shape=shape, scale_factor=(1.0, 1.0))
         return [DetDataSample(metainfo=meta)]
+
+    @classmethod
+    def _distiller(
+        cls, student: Any, teacher: Any, specs: list[Any], size: int
+    ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
+        made = super()._distiller(student, teacher, specs, size)
+        if made[0].replays:
+            check_samplers(student.roi_head)
+        return made
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
         batch = super()._batch(inputs, data_samples)

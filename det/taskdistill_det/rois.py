@@ -69,6 +69,18 @@ REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
 """What of a two-stage teacher runs on the student's proposals: its whole RoI head, boxes and masks."""
 
 
+def check_samplers(roi_head: Any) -> None:
+    """Raises a :class:`WiringError` where a student's sampler runs the RoI head itself, to find hard proposals."""
+    samplers = getattr(roi_head, "bbox_sampler", None)
+    for sampler in samplers if isinstance(samplers, (list, tuple)) else [samplers]:
+        for part in (sampler, getattr(sampler, "pos_sampler", None), getattr(sampler, "neg_sampler", None)):
+            if hasattr(part, "context"):
+                raise WiringError(
+                    f"the student's {type(part).__name__} runs the RoI head to choose proposals, which cannot be told from its "
+                    "training; take a RandomSampler, or terms on the backbone, the neck or the rpn_head"
+                )
+
+
 class RoIHeads(Heads):
     """Two RoI heads on the student's sampled proposals; a cascade's stages weigh alike."""
 

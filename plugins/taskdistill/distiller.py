@@ -178,6 +178,11 @@ class HostDistiller(nn.Module):
         with self.teacher.context(device_type):
             return teacher.joined(recorder.record_prefix(model, lambda: replay.run(model, student, teacher, batch)))
 
+    @property
+    def replays(self) -> bool:
+        """Whether some term taps the part of the teacher that is replayed."""
+        return self._replay is not None
+
     def record_student(self, student: nn.Module) -> AbstractContextManager[Recording]:
         """Context manager: records the student while the host runs it."""
         return self._student_recorder.record(student)

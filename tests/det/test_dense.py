@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from mmdet.registry import MODELS
 from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
@@ -53,8 +52,7 @@ def test_pick_by_hand_with_two_anchors_a_position():
 
 def test_assignment_by_hand():
     # One image of 16×8 pixels (width × height) padded to 16×16, anchors of 8 pixels at multiples of 8, then one of 16 pixels.
-    gfl = MODELS.build(detector(classes=3, strides=(8, 16))["bbox_head"])
-    head = dense_head(gfl, "bbox_head", "student", SoftTargets())
+    head = dense_head(build(detector(classes=3, strides=(8, 16))["bbox_head"]), "bbox_head", "student", SoftTargets())
     labels = [torch.tensor([[0, 3, 3, 3]]), torch.tensor([[2]])]
     weights = [torch.tensor([[1.0, 1.0, 1.0, 0.0]]), torch.tensor([[1.0]])]
     targets = [torch.zeros(1, 4, 4), torch.tensor([[[0.0, 0, 8, 8]]])]

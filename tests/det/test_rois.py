@@ -341,6 +341,22 @@ class ContextRoIHead(StandardRoIHead):
         return super()._bbox_forward(x, rois)
 
 
+@pytest.mark.parametrize("combined", [False, True])
+def test_a_sampler_that_runs_the_head_itself(teachers, combined):
+    model = staged("Faster R-CNN")
+    mining = dict(type="OHEMSampler", num=8, pos_fraction=0.5)
+    if combined:
+        mining = dict(
+            mining, type="CombinedSampler", pos_sampler=dict(type="RandomSampler"), neg_sampler=dict(type="OHEMSampler")
+        )
+    model["train_cfg"]["rcnn"]["sampler"] = mining
+    for term in (SOFT, dict(type="FeatureImitation", tap=ROI_TAP)):
+        with pytest.raises(WiringError, match="the student's OHEMSampler runs the RoI head to choose proposals"):
+            build(distilled(model, FASTER, "nowhere.pth", terms=[term]))
+    trained = build(distilled(model, *teachers("Faster R-CNN"), terms=[dict(SOFT, head="rpn_head")]))
+    assert losses(trained, batch())["distill.soft_targets.loss"].item() > 0
+
+
 def test_a_head_that_looks_at_more_of_the_student_than_proposals():
     model = staged("Faster R-CNN")
     model["roi_head"]["type"] = "ContextRoIHead"
