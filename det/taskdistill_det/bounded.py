@@ -12,7 +12,8 @@ from taskdistill.regions import Batch
 from taskdistill.taps import Recording
 from taskdistill.terms import Term, Wiring, mean_of
 
-from .heads import HeadName, Heads, check_head_name, find_heads
+from .heads import Heads
+from .predictions import HeadName, check_head_name, find_heads
 from .registry import TERMS
 
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from taskdistill.errors import DistillError, WiringError
+from taskdistill.errors import WiringError
 from taskdistill.regions import Batch
 from taskdistill.taps import Recording, Tap
 from taskdistill.terms import Term, Wiring
 
-HeadName = Literal["auto", "bbox_head", "rpn_head", "roi_head"]
 HeadRegion = Literal["all", "main", "vlr"]
 
 
@@ -85,40 +84,6 @@ class Heads(ABC):
         Raises:
             WiringError: with a teacher of its own resolution the two do not predict at the same places.
         """
-
-
-def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: Term) -> Heads:
-    """The heads of this name; ``"auto"`` takes the one that predicts the boxes in the end.
-
-    Raises:
-        WiringError: a model has no such head, or none that this suite can read, or the two do not predict the same.
-    """
-    from .dense import DenseHeads
-    from .queries import QueryHeads, has_queries
-    from .rois import RoIHeads
-
-    if which == "auto":
-        which = "roi_head" if hasattr(student, "roi_head") else "bbox_head"
-    heads: list[Any] = [getattr(model, which, None) for model in (student, teacher)]
-    for owner, model, head in zip(("student", "teacher"), (student, teacher), heads, strict=True):
-        if head is None:
-            raise WiringError(
-                f"{term.name}: the {owner}, a {type(model).__name__}, has no {which}; features work across detectors, "
-                "predictions are compared between heads of one kind"
-            )
-    if which == "roi_head":
-        return RoIHeads(student, teacher, term)
-    if any(has_queries(head) for head in heads):
-        return QueryHeads(student, teacher, term)
-    return DenseHeads(heads[0], heads[1], which, term)
-
-
-def check_head_name(term: Term, which: Any) -> None:
-    """Raises a :class:`DistillError` unless it is a head's name."""
-    if which not in ("auto", "bbox_head", "rpn_head", "roi_head"):
-        raise DistillError(
-            f"{type(term).__name__}: head must be 'auto', 'bbox_head', 'rpn_head' or 'roi_head', got {which!r}"
-        )
 
 
 def same_number_of_classes(student: int, teacher: int, term: Term) -> None:

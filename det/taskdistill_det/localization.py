@@ -14,7 +14,8 @@ from taskdistill.taps import Recording
 from taskdistill.terms import Term, Wiring
 
 from .dense import DenseHeads, distribution_bins, pick, pick_weights
-from .heads import find_heads, same_box_coder
+from .heads import same_box_coder
+from .predictions import find_heads
 from .registry import TERMS
 
 

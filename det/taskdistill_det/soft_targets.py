@@ -21,7 +21,8 @@ from taskdistill.regions import Batch
 from taskdistill.taps import Recording
 from taskdistill.terms import Term, Wiring, check_choice, mean_of
 
-from .heads import HeadName, HeadRegion, Heads, Rows, check_head_name, find_heads
+from .heads import HeadRegion, Heads, Rows
+from .predictions import HeadName, check_head_name, find_heads
 from .registry import TERMS
 
 

@@ -152,7 +152,7 @@ def test_the_backgrounds_weight_by_hand(teacher_model, teacher_checkpoint):
     ("settings", "message"),
     [
         (dict(temperature=0), "temperature must be > 0, got 0"),
-        (dict(head="box_head"), "head must be 'auto', 'bbox_head', 'rpn_head' or 'roi_head', got 'box_head'"),
+        (dict(head="box_head"), "head must be one of auto, bbox_head, rpn_head, roi_head, got 'box_head'"),
         (dict(activation="tanh"), "activation must be one of auto, sigmoid, softmax, got 'tanh'"),
         (dict(region="foreground"), "region must be one of all, main, vlr, got 'foreground'"),
         (dict(classes="max"), "classes must be one of sum, mean, got 'max'"),
@@ -177,7 +177,7 @@ def test_wrong_arguments(settings, message):
     [
         (dict(margin=-1), "margin must be a number >= 0, got -1"),
         (dict(margin="0"), "margin must be a number >= 0, got '0'"),
-        (dict(head="neck"), "head must be 'auto', 'bbox_head', 'rpn_head' or 'roi_head', got 'neck'"),
+        (dict(head="neck"), "head must be one of auto, bbox_head, rpn_head, roi_head, got 'neck'"),
     ],
 )
 def test_wrong_arguments_of_the_bound(settings, message):
