@@ -101,35 +101,33 @@ class HostDistiller(nn.Module):
                 )
         for term in self._all_terms():
             term.prepare(student, teacher)
-        student_taps, teacher_taps, replayed = self._taps(replay)
         with isolated_rng(), torch.no_grad():
-            self._student_recorder = self._recorder(student, "student", student_taps)
-            self._teacher_recorder = self._recorder(teacher, "teacher", teacher_taps)
-            with eval_mode(student):
-                for module in student.modules():
-                    # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
-                    module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
-                student_recording = self._student_recorder.rehearse(student, run_student)
-            self.teacher.ensure_eval()
-            teacher_recording = self._teacher_recorder.rehearse(teacher, run_teacher)
-            if replay is not None and replayed:
-                self._replay = replay, self._recorder(teacher, "teacher", replayed)
-                drawn, seen = student_recording, teacher_recording
-                again = self._replay[1].rehearse(teacher, lambda: replay.run(teacher, drawn, seen, Batch()))
-                teacher_recording = teacher_recording.joined(again)
-            wiring = Wiring(
-                student,
-                teacher,
-                student_recording,
-                teacher_recording,
-                fields,
-                facts or {},
-                holder=self.teacher,
-                outside=() if replay is None else (replay.path,),
-            )
+            recordings = self._rehearse(student, run_student, run_teacher, replay)
+            outside = () if replay is None else (replay.path,)
+            wiring = Wiring(student, teacher, *recordings, fields, facts or {}, self.teacher, outside)
             with torch.enable_grad():
                 for term in self._all_terms():
                     term.wire(wiring)
+
+    def _rehearse(
+        self, student: nn.Module, run_student: Callable[[], Any], run_teacher: Callable[[], Any], replay: Replay | None
+    ) -> tuple[Recording, Recording]:
+        """Makes the recorders and runs both models once: what was tapped of the student, and of the teacher."""
+        teacher = self.teacher.model
+        student_taps, teacher_taps, replayed = self._taps(replay)
+        self._student_recorder = self._recorder(student, "student", student_taps)
+        self._teacher_recorder = self._recorder(teacher, "teacher", teacher_taps)
+        with eval_mode(student):
+            for module in student.modules():
+                # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
+                module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
+            drawn = self._student_recorder.rehearse(student, run_student)
+        self.teacher.ensure_eval()
+        seen = self._teacher_recorder.rehearse(teacher, run_teacher)
+        if replay is None or not replayed:
+            return drawn, seen
+        self._replay = replay, self._recorder(teacher, "teacher", replayed)
+        return drawn, seen.joined(self._replay[1].rehearse(teacher, lambda: replay.run(teacher, drawn, seen, Batch())))
 
     def _taps(self, replay: Replay | None) -> tuple[list[Tap], list[Tap], list[Tap]]:
         """What to record of the student, of the teacher's own pass, and of the replay."""
