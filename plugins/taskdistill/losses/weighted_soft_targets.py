@@ -66,7 +66,7 @@ def weighted_binary_soft_targets(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""The same for independent sigmoid classes: each has a background of its own (after Chen et al. 2017).
+    r"""Background-weighted soft cross-entropy of sigmoid classes, each with a background of its own (after Chen et al. 2017).
 
     .. math:: -T^2 \big( p_t \log p_s + w_{bg} (1 - p_t) \log (1 - p_s) \big)
 
