@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import pytest
+from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
 import det_support as models
+
+_numbers = count()
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _in_mmdet():
     """Other tests in this process may have entered another host's scope."""
     DefaultScope.get_instance("det_tests", scope_name="mmdet")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hub():
+    """What a Runner of an earlier test left in mmengine's hub (its iteration) is no business of this one."""
+    MessageHub.get_instance(f"det_test{next(_numbers)}")
 
 
 @pytest.fixture(scope="session")
