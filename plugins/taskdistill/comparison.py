@@ -140,6 +140,8 @@ def draw_curves(runs: Sequence[Outcome], metric: str, path: Path) -> None:
     watched = [key for run in runs for key in run.curves if key.startswith("distill.") and "loss" not in key]
     figure, axes = plt.subplots(1, 4 if watched else 3, figsize=(17 if watched else 13, 3.8))
     left, middle, right, *rest = axes
+    for axis in (left, middle) if len(runs) > 10 else ():
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     right.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for run in runs:
         host = [key for key in run.curves if "loss" in key and key != "loss" and not key.startswith("distill.")]

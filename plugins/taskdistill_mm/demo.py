@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from taskdistill.report import Result
 
 from .finished import RECORD, WEIGHTS, Finished, alone, bare_weights, code, describe, digest, restore
 from .run import on_device
+
+_runs = count()
 
 
 @dataclass
@@ -206,6 +209,8 @@ def train(
 
 
 def _runner(cfg: Config) -> Runner:
+    # mmengine names a Runner's message hub after the second it is made in: two of one second would share one.
+    cfg.experiment_name = f"demo{next(_runs)}"
     runner = Runner.from_cfg(cfg)
     _quiet(runner.logger)
     return runner

@@ -270,6 +270,8 @@ def test_a_distiller_is_restored_with_its_adapters(digits, monkeypatch, tmp_path
     fit("teacher")
     trained, taken = fit("combined"), fit("combined")
     assert capsys.readouterr().out.count("taken from") == 1
+    # Made within one second, and each with a hub of its own, in which a distiller keeps its state.
+    assert fit("teacher").runner.message_hub is not taken.runner.message_hub
     batch = next(iter(trained.runner.train_dataloader))
     losses = []
     for model in (trained.runner.model, taken.runner.model):
