@@ -28,11 +28,9 @@ from taskdistill.regions import Batch
 from taskdistill.taps import Recording, Tap
 from taskdistill.terms import Term, Wiring
 
-from .heads import Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
+from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
 from .regions import valuable_region
 from .resolution import same_resolution
-
-AnchorRegion = Literal["all", "main", "vlr"]
 
 
 @dataclass
@@ -65,7 +63,7 @@ class Assignment:
         """``(B, N)`` priors that hold an object."""
         return (self.labels >= 0) & (self.labels < self.num_classes) & self.valid
 
-    def weights(self, region: AnchorRegion, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
+    def weights(self, region: HeadRegion, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
         """``(B, N)``: 1 on ``"all"`` valid priors or on the positives (``"main"``), the IoU in the ``"vlr"``."""
         if region == "all":
             return self.valid.float()
@@ -329,7 +327,7 @@ class DenseHeads(Heads):
         anchors = hasattr(self.student.generator, "base_anchors")
         self.regions = ("all", "main", "vlr") if anchors else ("all", "main")
 
-    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: AnchorRegion) -> list[Rows]:
+    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
         assignment = self.student.assignment(student, batch)
         weights = assignment.weights(region, batch)
         chosen = weights > 0

@@ -95,6 +95,8 @@ class Graft(_Host, metaclass=Grafting):
             raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
+        if not isinstance(inherit, (str, list, tuple)):
+            raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")
         paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
         grafted = cls._models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]

@@ -208,6 +208,9 @@ def test_a_batch_of_one_image_of_yolox():
         model(**data, mode="loss")
     found = head.assignment(recording, Batch(boxes=[torch.tensor(BOXES[0])]))
     assert found.labels.shape == (1, 12 * 12 + 6 * 6 + 3 * 3) and found.positive.any()
+    assert set(found.labels[found.positive].tolist()) == {0}  # the class of its one object
+    targets = found.targets[found.positive]
+    assert torch.equal(targets, torch.tensor(BOXES[0]).expand_as(targets))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -257,3 +257,9 @@ def test_classes_in_another_order_cannot_be_inherited(tmp_path, teacher_model):
     made = build(distilled(student, teacher_model, str(path), inherit="bbox_head", **FEATURES))
     with pytest.raises(DistillError, match="its classes stand in another order"):
         made.start_distilling(CLASSES)
+
+
+@pytest.mark.parametrize("inherit", [None, 3, {"bbox_head": 1}])
+def test_what_is_no_path_cannot_be_inherited(teacher_model, teacher_checkpoint, inherit):
+    with pytest.raises(DistillError, match=r"^inherit must be a path of a module or a list of them, got "):
+        build(distilled(detector(), teacher_model, teacher_checkpoint, inherit=inherit, **FEATURES))
