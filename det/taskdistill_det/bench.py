@@ -22,11 +22,13 @@ from .peers import mmdet_ld
 
 STUDENT = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
 TEACHER = "mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py"
+PAPERS = ("chen2017", "fine_grained", "focal_global", "masked_generation", "pearson", "cross_head")
 RECIPES: dict[str, dict[str, Any]] = {
     "LD, main region": dict(terms=[dict(type="LocalizationDistillation")]),
     "localization": dict(recipe="localization"),
     "foreground imitation": dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")]),
     "soft targets": dict(terms=[dict(type="SoftTargets")]),
+    **{name: dict(recipe=name) for name in PAPERS},
 }
 SIZE = {"cpu": 256, "cuda": 800}
 IMAGES = {"cpu": 2, "cuda": 8}

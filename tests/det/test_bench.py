@@ -1,0 +1,32 @@
+"""The benchmark times real steps of a real pair and of mmdet's own LD; here a small one."""
+
+from __future__ import annotations
+
+import pytest
+from mmengine.config import Config
+
+from det_support import STRIDES, detector
+from taskdistill.errors import DistillError
+from taskdistill_det import bench
+from taskdistill_det.peers import mmdet_ld
+
+
+def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, capsys):
+    student = mmdet_ld(detector(classes=80), "teacher.py", "teacher.pth")
+    for name, model in (("STUDENT", student), ("TEACHER", detector(classes=80, width=8, channels=16))):
+        path = tmp_path / f"{name}.py"
+        Config(dict(model=model)).dump(path)
+        monkeypatch.setattr(bench, name, str(path))
+    monkeypatch.setattr(bench, "SIZE", {"cpu": 2 * max(STRIDES)})
+    rows = bench.main(pairs=2, out=str(tmp_path / "out"))
+    assert [row["step"] for row in rows] == ["plain", "teacher forward", "mmdet LD", *bench.RECIPES]
+    assert set(bench.PAPERS) < set(bench.RECIPES)
+    written = (tmp_path / "out" / "bench_cpu.md").read_text()
+    assert all(row["ms"] in written for row in rows)
+    assert all(0.2 < float(row["/ mmdet LD"].split()[0]) < 10 for row in rows[2:])
+    assert "plain + taps" in capsys.readouterr().out
+
+
+def test_bench_refuses_an_unknown_device():
+    with pytest.raises(DistillError, match="device must be"):
+        bench.main(device="tpu")
