@@ -14,7 +14,7 @@ from mmengine.utils import is_installed
 from taskdistill.errors import DistillError
 
 PLUGINS = ("taskdistill_det", "taskdistill_seg")
-_OURS = ("teacher", "terms", "recipe", "dry_run_size", "student")
+_OURS = ("student", "teacher", "terms", "recipe", "inherit", "dry_run_size")
 
 
 # mmengine takes 'mmseg::…' to the distribution mmsegmentation; installed under the fork's name it would not be found, and the

@@ -9,13 +9,14 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 import det_support  # noqa: F401  sets mmdet's scope
+from taskdistill_mm.configs import plain_config
 
 FOLDER = Path(__file__).parents[2] / "det" / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_ready_config_builds_and_wires_every_term(name):
+def test_ready_config_builds_wires_every_term_and_has_its_plain_student(name):
     config = Config.fromfile(FOLDER / name)
     config.model.backbone.init_cfg = None
     model = MODELS.build(config.model)
@@ -23,6 +24,7 @@ def test_ready_config_builds_and_wires_every_term(name):
     wired = {row.term for row in model.distiller.rows}
     assert wired == set(model.distiller.terms)
     assert wired
+    assert type(MODELS.build(plain_config(config).model)).__name__ == config.model.student
 
 
 def test_custom_classes_reach_student_teacher_and_data():

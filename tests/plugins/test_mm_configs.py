@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 from mmengine.config import Config, ConfigDict
 
@@ -15,6 +17,7 @@ from taskdistill_mm.configs import (
     plain_model,
     student_config,
 )
+from taskdistill_mm.graft import Graft
 
 STUDENT = dict(type="Student", width=4, data_preprocessor=dict(type="Prepare"))
 BESIDE = dict(
@@ -25,6 +28,7 @@ BESIDE = dict(
     teacher=dict(config="teacher.py", checkpoint="teacher.pth"),
     terms=[dict(type="SoftTargets")],
     recipe="localization",
+    inherit=["bbox_head"],
     dry_run_size=64,
 )
 WHOLE = {key: value for key, value in BESIDE.items() if key not in ("width", "data_preprocessor")} | {
@@ -62,6 +66,7 @@ def test_the_top_level_preprocessor_goes_into_the_model_where_it_has_none():
 
 @pytest.mark.parametrize("model", [BESIDE, WHOLE])
 def test_a_distilled_model_is_its_plain_student(model):
+    assert set(inspect.signature(Graft.build).parameters) - {"model"} < set(model)
     assert is_distilled(model) and not is_distilled(STUDENT)
     assert plain_model(ConfigDict(model)) == STUDENT
     plain = ConfigDict(STUDENT)
