@@ -178,6 +178,8 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
         if model.distiller is not None:
             for term in model.distiller._all_terms():
                 term.schedule = Constant()  # a warm-up starts at weight 0, where a term is not computed at all
+        for counter in ("iter", "epoch"):  # what a train loop writes and some heads read
+            runner.message_hub.update_info(counter, 0)
         with isolated_rng():
             data = model.data_preprocessor(next(iter(loader)), True)
             losses = model(**data, mode="loss")

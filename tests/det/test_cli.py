@@ -21,7 +21,9 @@ from det_support import (
     needs_resume,
     runner_config,
     save_plain,
+    save_teacher,
 )
+from det_zoo import zoo
 from taskdistill.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +64,25 @@ def test_check_prints_the_wiring_and_leaves_nothing_behind(config, capsys, tmp_p
     for cell in ("neck[*]", "ConvAdapter 8→12", "1×8×16×16", "1×12×16×16", "foreground", "vlr", "0.25"):
         assert cell in said, cell
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("kind", ["TOOD", "YOLOX"])
+def test_check_runs_what_reads_the_iteration_from_the_training_loop(tmp_path, scenes, capsys, kind):
+    teacher = zoo(kind)
+    if kind == "YOLOX":  # of the stock configs
+        resize = dict(type="BatchSyncRandomResize", random_size_range=(64, 96), size_divisor=32, interval=1)
+        student = zoo(kind)
+        student["data_preprocessor"]["batch_augments"] = [resize]
+    else:
+        student = zoo(kind)
+        student["train_cfg"]["initial_epoch"] = 1
+    model = distilled(
+        student, teacher, save_teacher(tmp_path / "teacher.pth", teacher), terms=[dict(type="SoftTargets")]
+    )
+    path = tmp_path / "distilled.py"
+    runner_config(model, scenes, tmp_path / "work").dump(path)
+    assert main(["check", str(path)]) == 0
+    assert "distill.soft_targets.loss" in capsys.readouterr().out
 
 
 def test_train_and_export(config, capsys, tmp_path):
