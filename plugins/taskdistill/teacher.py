@@ -94,7 +94,8 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False, safe_types: Sequ
     """
     file = Path(path).expanduser()
     if not file.is_file():
-        raise DistillError(f"checkpoint not found: {path}")
+        remote = "; download it first and give the file's path" if "://" in str(path) else ""
+        raise DistillError(f"checkpoint not found: {path}{remote}")
     try:
         with torch.serialization.safe_globals(list(safe_types)):
             checkpoint = torch.load(file, map_location="cpu", weights_only=not trusted)
@@ -125,7 +126,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Loads every key or nothing.
+    """Loads every key or nothing; names of older versions count where the model's own modules convert them.
 
     Raises:
         DistillError: missing, unexpected or differently shaped keys, all in one line, and the model is unchanged.
@@ -145,6 +146,10 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
         for kind, keys in problems.items()
         if keys
     ]
-    if found:
-        raise DistillError(f"checkpoint {source} does not fit the teacher {type(model).__name__}; " + "; ".join(found))
-    model.load_state_dict(state)
+    before = {key: value.clone() for key, value in own.items()} if found else own
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        model.load_state_dict(before)
+        said = "; ".join(found) or str(error).replace("\n", " ")
+        raise DistillError(f"checkpoint {source} does not fit the teacher {type(model).__name__}; {said}") from None

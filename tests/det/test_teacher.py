@@ -25,6 +25,7 @@ from det_support import (
     save_plain,
     save_teacher,
 )
+from det_zoo import zoo
 from taskdistill.errors import DistillError, UnsafeCheckpoint, WiringError
 
 SOFT = dict(terms=[dict(type="SoftTargets")])
@@ -81,6 +82,21 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_with_its_keys(tmp_path, teac
     for part in ("neck.fpn_convs.0.conv.weight", "extra.weight", "backbone.conv1.weight (2, 3, 7, 7)", str(path)):
         assert part in message
     assert "\n" not in message
+
+
+def test_names_of_an_older_version_load_where_the_hosts_own_modules_convert_them(tmp_path):
+    fcos = zoo("FCOS")
+    state = build(fcos, seed=5).state_dict()
+    older = {key.replace("conv_cls.", "fcos_cls.").replace("conv_reg.", "fcos_reg."): v for key, v in state.items()}
+    assert older.keys() != state.keys()
+    path = tmp_path / "older.pth"
+    torch.save({"state_dict": older}, path)
+    model = build(distilled(zoo("FCOS"), fcos, str(path), **FEATURES))
+    assert_same(dict(model.distiller.teacher.model.state_dict()), dict(state))
+    del older["bbox_head.fcos_cls.weight"]
+    torch.save({"state_dict": older}, path)
+    with pytest.raises(DistillError, match=r"older\.pth does not fit the teacher FCOS"):
+        build(distilled(zoo("FCOS"), fcos, str(path), **FEATURES))
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])

@@ -127,6 +127,8 @@ def test_usual_layouts(tmp_path: Path, wrap, prefix: str):
 def test_missing_file(tmp_path: Path):
     with pytest.raises(DistillError, match=r"checkpoint not found: .*absent\.pth"):
         Teacher(net(), tmp_path / "absent.pth").load()
+    with pytest.raises(DistillError, match=r"not found: https://example.org/teacher\.pth; download it first"):
+        Teacher(net(), "https://example.org/teacher.pth").load()
 
 
 def test_a_home_directory_is_expanded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
