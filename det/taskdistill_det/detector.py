@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmdet.models.detectors import SemiBaseDetector
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
 from taskdistill.distiller import HostDistiller
+from taskdistill.errors import WiringError
 from taskdistill.regions import Batch
 from taskdistill_mm.graft import Graft, image_sizes
 from taskdistill_mm.resolution import Resolution
@@ -50,8 +52,12 @@ class DistilledDetector(Graft):
 
     @classmethod
     def _distiller(
-        cls, student: Any, teacher: Any, specs: list[Any], size: int
+        cls, student: Any, teacher: Any, specs: list[Any], size: int | None
     ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
+        if isinstance(student, SemiBaseDetector):
+            raise WiringError(
+                f"a {type(student).__name__} trains on several views at once and cannot be the student; distil its detector alone"
+            )
         made = super()._distiller(student, teacher, specs, size)
         if made[0].replays:
             check_samplers(student.roi_head)

@@ -121,7 +121,17 @@ class HostDistiller(nn.Module):
             for module in student.modules():
                 # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
                 module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
-            drawn = self._student_recorder.rehearse(student, run_student)
+            with torch.enable_grad():
+                drawn = self._student_recorder.rehearse(student, run_student)
+        for term in self._all_terms():
+            frozen = [str(tap) for tap in term.student_taps if drawn.frozen(tap)]
+            if frozen:
+                logger.warning(
+                    "%s: %s of the student gives a tensor that none of its trained parameters have a part in (frozen_stages?), "
+                    "so that the student learns nothing there; tap a later module",
+                    term.name,
+                    ", ".join(frozen),
+                )
         self.teacher.ensure_eval()
         seen = self._teacher_recorder.rehearse(teacher, run_teacher)
         if replay is None or not replayed:

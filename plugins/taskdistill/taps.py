@@ -131,6 +131,17 @@ class Recording:
                 sides.setdefault((source.path, source.method), set()).add(tap.side)
         self._seen = {key: _Seen(key in copied, wanted) for key, wanted in sides.items()}
 
+    @property
+    def overwritten(self) -> set[tuple[str, str]]:
+        """The sources whose tensors were changed in place after they were tapped."""
+        return {key for key, seen in self._seen.items() if seen.overwritten}
+
+    def frozen(self, tap: Tap) -> bool:
+        """Whether a tensor of the tap, recorded with gradient, has none: what made it does not train."""
+        if tap.method != "forward" or tap.inputs:
+            return False
+        return any(value.is_floating_point() and not value.requires_grad for value in _tensors(self[tap]))
+
     def joined(self, other: Recording) -> Recording:
         """This and another recording of the same model, each of its own taps, as one."""
         both = Recording(self.owner, {}, set())
@@ -257,9 +268,7 @@ class Recorder:
         """
         with self.record(model) as recording:
             run()
-        stale = {key for key, seen in recording._seen.items() if seen.overwritten}
-        if stale:
-            self._copied |= stale
+        if recording.overwritten:
             with self.record(model) as recording:
                 run()
         self.expected = {key: seen.calls for key, seen in recording._seen.items() if seen.calls}
@@ -278,6 +287,8 @@ class Recorder:
         """
         with self._listening(model, None) as recording:
             yield recording
+        # What a module overwrites that the dry run did not reach (a head, when only a neck is tapped).
+        self._copied |= recording.overwritten
 
     @torch.no_grad()
     def record_prefix(self, model: nn.Module, run: Callable[[], Any]) -> Recording:

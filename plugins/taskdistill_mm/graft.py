@@ -9,7 +9,8 @@ from __future__ import annotations
 import logging
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -35,6 +36,12 @@ from .state import HubLink
 from .views import TeacherView
 
 logger = logging.getLogger("taskdistill")
+
+DRY_RUN_SIZES = (128, 256, 512)
+
+
+class DryRunFailed(WiringError):
+    """A model cannot run on the example of the dry run."""
 
 
 class Grafting(ABCMeta):
@@ -76,7 +83,7 @@ class Graft(_Host, metaclass=Grafting):
         terms: Any = None,
         recipe: Any = None,
         inherit: Any = (),
-        dry_run_size: int = 128,
+        dry_run_size: int | None = None,
         **model: Any,
     ) -> Any:
         """Builds the student as the host would and grafts the distiller on.
@@ -89,7 +96,8 @@ class Graft(_Host, metaclass=Grafting):
             recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings; its terms come before ``terms``.
             inherit: modules whose weights the student takes over from the teacher before training, where the two are alike: a
                 path or a list of them, such as ``"bbox_head"`` (the inheriting strategy of FGD, arXiv 2111.11837).
-            dry_run_size: side of the square input of the dry run, in pixels.
+            dry_run_size: side of the square input of the dry run, in pixels. By default 128, or 256 or 512 where a model cannot
+                run on so little (900 queries need as many positions).
         """
         if student is None:
             raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
@@ -144,31 +152,54 @@ class Graft(_Host, metaclass=Grafting):
 
     @classmethod
     def _distiller(
-        cls, student: Any, teacher: Any, specs: list[Any], size: int
+        cls, student: Any, teacher: Any, specs: list[Any], size: int | None
     ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
         built = build_teacher(teacher, cls._models)
         theirs = built.model.get_submodule("data_preprocessor")
         view = TeacherView(student.data_preprocessor, theirs)
         scale = teacher_scale(teacher)
         resolution = Resolution.of(scale, student.data_preprocessor, theirs) if scale != 1 else None
-        distiller = HostDistiller(built, specs, cls._terms)
-        example = torch.randn(1, len(view.scale), size, size)
+        *smaller, largest = DRY_RUN_SIZES if size is None else (size,)
+        for side in smaller:
+            with suppress(DryRunFailed):
+                return cls._wired(student, built, specs, len(view.scale), side, scale), view, resolution
+        return cls._wired(student, built, specs, len(view.scale), largest, scale), view, resolution
+
+    @classmethod
+    def _wired(
+        cls, student: Any, teacher: Teacher, specs: list[Any], channels: int, size: int, scale: Fraction
+    ) -> HostDistiller:
+        """A distiller wired by a dry run on ``size`` × ``size`` pixels; of the teacher on ``scale`` times as many a side."""
+        distiller = HostDistiller(teacher, specs, cls._terms)
+        example = torch.randn(1, channels, size, size)
         large = round(size * scale)
-        larger = torch.randn(1, len(view.scale), large, large) if resolution else example
+        larger = torch.randn(1, channels, large, large) if scale != 1 else example
 
-        def run(model: Any, example: Tensor) -> Any:
-            return model(example, cls._example_samples(example.shape[-1]), mode="tensor")
+        def run(model: Any, owner: str, example: Tensor) -> Any:
+            side = example.shape[-1]
+            taps = [tap for term in distiller.terms.values() for tap in getattr(term, f"{owner}_taps")]
+            try:
+                if all(tap.below("backbone") or tap.below("neck") for tap in taps):
+                    return model.extract_feat(example)  # untrained heads find a thousand objects to look at
+                return model(example, cls._example_samples(side), mode="tensor")
+            except (DistillError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                said = str(error).partition("\n")[0]
+                raise DryRunFailed(
+                    f"the dry run of the {owner}, a {type(model).__name__}, on {side}×{side} pixels failed "
+                    f"({type(error).__name__}: {said}); set dry_run_size to a size that it can run on"
+                ) from error
 
-        facts = {"teacher_scale": float(scale)}
         distiller.wire(
             student,
-            lambda: run(student, example),
-            lambda: run(built.model, larger),
+            lambda: run(student, "student", example),
+            lambda: run(teacher.model, "teacher", larger),
             cls._fields,
-            facts,
+            {"teacher_scale": float(scale)},
             cls._replay,
         )
-        return distiller, view, resolution
+        return distiller
 
     @classmethod
     def _example_samples(cls, size: int) -> Any:

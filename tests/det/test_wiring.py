@@ -6,9 +6,11 @@ import copy
 
 import pytest
 import torch
+from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 
+from det_stages import detr, staged
 from det_support import detector, distilled
 from taskdistill.errors import DistillError
 
@@ -251,6 +253,50 @@ def test_tokens_are_refused_because_padding_cannot_be_told_from_image(teacher):
     for region in ("all", "foreground"):
         terms = [dict(type="FeatureImitation", tap="backbone.stages.0.blocks.0", region=region)]
         fails(distilled(swin, swin, "nowhere.pth", terms=terms), "cannot place the positions", "output of a stage")
+
+
+def test_a_dry_run_goes_no_further_than_the_taps(monkeypatch):
+    # Over a thousand untrained proposals the heads of a cascade take a minute at full width, also where nothing but inference follows.
+    model = staged("Cascade R-CNN")
+    rows = MODELS.build(ConfigDict(distilled(model, model, "absent.pth", terms=IMITATION))).distiller.rows
+
+    def unreachable(*_):
+        raise AssertionError("the heads ran")
+
+    monkeypatch.setattr(CascadeRoIHead, "forward", unreachable)
+    again = MODELS.build(ConfigDict(distilled(model, model, "absent.pth", terms=IMITATION))).distiller.rows
+    assert again == rows and len(rows) == 3
+
+
+def test_a_dry_run_is_as_large_as_the_models_need():
+    # 128×128 pixels give 336 positions, of which the detector picks 400 queries.
+    model = detr("DINO", queries=400)
+    entry = distilled(model, model, "absent.pth", terms=SOFT)
+    (row,) = MODELS.build(ConfigDict(entry)).distiller.rows
+    assert row.student_shape.endswith("400×10")
+    fails(dict(entry, dry_run_size=128), "dry run of the student, a DINO, on 128×128 pixels failed", "dry_run_size")
+
+
+def test_features_that_no_training_reaches_are_told_of(teacher, caplog):
+    student = changed(detector(), "backbone", frozen_stages=1)
+    with caplog.at_level("WARNING", logger="taskdistill"):
+        terms = [dict(type="FeatureImitation", tap=f"backbone[{index}]", name=f"stage{index}") for index in (0, 1)]
+        MODELS.build(ConfigDict(distilled(student, teacher, "absent.pth", terms=terms)))
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["stage0"]
+    assert "backbone[0]" in caplog.text and "frozen_stages" in caplog.text
+
+
+def test_a_semi_supervised_student_is_refused(teacher):
+    student = dict(
+        type="SoftTeacher",
+        detector=staged("Faster R-CNN"),
+        semi_train_cfg=dict(freeze_teacher=True),
+        data_preprocessor=dict(
+            type="MultiBranchDataPreprocessor",
+            data_preprocessor=dict(type="DetDataPreprocessor", mean=[0.0] * 3, std=[1.0] * 3),
+        ),
+    )
+    fails(distilled(student, teacher, "absent.pth", terms=IMITATION), "a SoftTeacher trains on several views")
 
 
 def test_two_stage_detectors_wire_features(teacher):
