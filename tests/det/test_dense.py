@@ -165,6 +165,20 @@ def test_boxes_at_chosen_priors_are_those_of_the_whole_grid(kind):
     torch.testing.assert_close(found, everywhere[image, places], rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_boxes_are_decoded_in_float32_under_autocast(kind):
+    _, heads, recording, batch = trained_step(kind)
+    head = heads.student
+    chosen = head.assignment(recording, batch).valid
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            found.append((head.regression(recording, chosen), head.decoded(recording.tensors(head.boxes))))
+    for exact, mixed in zip(*found, strict=True):
+        assert mixed.dtype == torch.float32
+        assert torch.equal(exact, mixed)
+
+
 @pytest.mark.parametrize("norm_on_bbox", [False, True])
 def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(norm_on_bbox):
     # With norm_on_bbox the host's head gives strides while it trains and pixels otherwise.
