@@ -98,6 +98,11 @@ class CrossHead(Term):
         for tower in _towers(model.bbox_head):
             found = []
             for path, convs in _levels(model.bbox_head, tower):
+                if not len(convs):
+                    raise WiringError(
+                        f"{self.name}: the {owner}'s bbox_head.{path} has no convolutions that could be crossed; set its "
+                        "stacked_convs to 1 or more, or use FeatureImitation"
+                    )
                 stage = len(convs) - self.reused
                 if stage < 0:
                     raise WiringError(
@@ -240,7 +245,7 @@ def _towers(head: Any) -> tuple[str, str]:
 def _levels(head: Any, tower: str) -> list[tuple[str, Any]]:
     """A tower's convolutions under their path: once where the levels share them, else once a level."""
     convs = getattr(head, tower)
-    if isinstance(convs[0], (nn.ModuleList, nn.Sequential)):
+    if any(isinstance(own, (nn.ModuleList, nn.Sequential)) for own in convs):
         return [(f"{tower}.{level}", own) for level, own in enumerate(convs)]
     return [(tower, convs)]
 

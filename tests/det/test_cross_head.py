@@ -338,6 +338,20 @@ def test_what_cannot_be_crossed_is_refused(teacher, settings, message):
         crossed(zoo("GFL"), teacher, "unread.pth", **settings)
 
 
+@pytest.mark.parametrize("reused", [0, 1])
+@pytest.mark.parametrize("owner", ["student", "teacher"])
+@pytest.mark.parametrize(("kind", "tower"), [("ATSS", "cls_convs"), ("YOLOX", "multi_level_cls_convs.0")])
+def test_empty_towers_are_refused(kind, tower, owner, reused):
+    # As mmdet's DyHead has them: its convolutions are in the neck.
+    pair = [zoo(kind, convs=0 if side == owner else 2) for side in ("student", "teacher")]
+    with pytest.raises(WiringError) as caught:
+        crossed(*pair, "unread.pth", reused=reused)
+    assert str(caught.value) == (
+        f"cross_head: the {owner}'s bbox_head.{tower} has no convolutions that could be crossed; "
+        "set its stacked_convs to 1 or more, or use FeatureImitation"
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "name"),
     [
