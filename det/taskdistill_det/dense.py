@@ -292,7 +292,9 @@ KINDS: dict[type, type[DenseHead]] = {
     RetinaHead: _Anchors,
     AnchorHead: _Anchors,
 }
-_READ = ("forward", "forward_single", "get_targets", "loss_by_feat", "_get_targets_single")
+_FORWARD = ("forward", "forward_single")
+_TRAINED = (*_FORWARD, "get_targets", "loss_by_feat", "_get_targets_single")
+_PREDICTED = (*_FORWARD, "predict_by_feat", "_predict_by_feat_single")
 
 
 def dense_head(head: Any, path: str, owner: str, term: Term) -> DenseHead:
@@ -301,7 +303,10 @@ def dense_head(head: Any, path: str, owner: str, term: Term) -> DenseHead:
     Raises:
         WiringError: it is of no kind that this suite knows; says what works without.
     """
-    kind = known_head(head, list(KINDS), [method for method in _READ if hasattr(head, method)])
+    # What a teacher's outputs mean is known where it predicts as its kind does, however it was trained (LDHead).
+    lists = [_TRAINED] if owner == "student" else [_TRAINED, _PREDICTED]
+    kinds = [known_head(head, list(KINDS), [m for m in methods if hasattr(head, m)]) for methods in lists]
+    kind = next(filter(None, kinds), None)
     if kind is None:
         names = ", ".join(kind.__name__ for kind in KINDS if kind is not AnchorHead)
         raise WiringError(

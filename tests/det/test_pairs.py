@@ -104,6 +104,44 @@ def test_classes_cross_heads_that_predict_once_a_position(tmp_path, student, tea
     assert found["distill.classes.loss"] > 0 and found["distill.classes_main.loss"] > 0
 
 
+# Its default loss_ld is in no registry.
+LD_HEAD = dict(type="LDHead", loss_ld=dict(type="KnowledgeDistillationKLDivLoss", loss_weight=0.25, T=10))
+
+
+def test_a_teacher_that_was_trained_by_other_losses_teaches_as_its_kind_does(tmp_path):
+    plain = zoo("GFL", width=6)
+    checkpoint = save_teacher(tmp_path / "teacher.pth", plain)  # an LDHead has the same weights
+    student, terms = zoo("GFL", frozen_bn=True), [dict(type="LocalizationDistillation"), dict(type="SoftTargets")]
+    found = []
+    for head in (dict(type="GFLHead"), LD_HEAD):
+        teacher = zoo("GFL", width=6, head=head)
+        model = build(distilled(student, teacher, checkpoint, terms=terms))
+        assert type(model.distiller.teacher.model.bbox_head).__name__ == head["type"]
+        found.append({key: value.item() for key, value in losses(model, raw_batch()).items() if "distill." in key})
+    assert found[0] == found[1]
+    assert len(found[0]) == 2 and min(found[0].values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "head"),
+    [
+        ("ATSS", "PAAHead"),  # predicts in a way of its own
+        ("RetinaNet", "RetinaSepBNHead"),  # has a forward of its own
+    ],
+)
+def test_a_teacher_that_predicts_otherwise_is_refused(kind, head):
+    settings = dict(type=head) | (dict(num_ins=3) if head == "RetinaSepBNHead" else {})
+    entry = distilled(zoo(kind), zoo(kind, head=settings), "unread.pth", terms=[dict(type="SoftTargets")])
+    with pytest.raises(WiringError, match=f"the teacher's head {head} is not one that this term can read"):
+        build(entry)
+
+
+def test_a_student_with_losses_of_its_own_is_refused():
+    student = zoo("GFL", head=LD_HEAD)
+    with pytest.raises(WiringError, match="the student's head LDHead is not one that this term can read"):
+        build(distilled(student, zoo("GFL"), "unread.pth", terms=[dict(type="SoftTargets")]))
+
+
 def test_boxes_of_unlike_units_are_refused(tmp_path):
     other = any_model("ATSS", width=6)
     checkpoint = save_teacher(tmp_path / "teacher.pth", other)
