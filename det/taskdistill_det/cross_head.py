@@ -78,7 +78,7 @@ class CrossHead(Term):
         models = {"student": student, "teacher": teacher}
         self._ours, self._theirs = (self._read(model, owner) for owner, model in models.items())
         self._student_towers, self._teacher_towers = (self._tower_taps(model, o) for o, model in models.items())
-        self.student_taps = (*chain(*self._student_towers), self._ours.classes, self._ours.targets)
+        self.student_taps = (*chain(*self._student_towers), *self._ours.assignment_taps)
         self.teacher_taps = (*chain(*self._teacher_towers), *self._outputs)
 
     def _read(self, model: nn.Module, owner: str) -> DenseHead:

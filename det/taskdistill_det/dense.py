@@ -20,7 +20,7 @@ from mmdet.models.dense_heads import (
     YOLOXHead,
 )
 from mmdet.models.dense_heads.anchor_head import AnchorHead
-from mmdet.models.task_modules.prior_generators import AnchorGenerator, MlvlPointGenerator
+from mmdet.models.task_modules.prior_generators import AnchorGenerator, MlvlPointGenerator, anchor_inside_flags
 from torch import Tensor
 
 from taskdistill.errors import WiringError
@@ -39,9 +39,11 @@ class Assignment:
 
     Attributes:
         labels: ``(B, N)``, the background being ``num_classes``.
-        assigned: ``(B, N)`` priors that the assigner looked at. The host counts an image's padding up to the size divisor
-            as image.
-        valid: ``(B, N)`` those of them whose centre lies in the image itself.
+        given: ``(B, N)`` priors that the host gave its assigner, which counts an image's padding up to the size divisor as
+            image.
+        assigned: ``(B, N)`` those of them that were neither ignored (RetinaNet's between two thresholds) nor left out of a
+            sample (RPN's).
+        inside: ``(B, N)`` priors whose centre lies in the image itself.
         anchors: ``(N, 4)`` in pixels; of a point the point itself, twice.
         strides: ``(N,)`` pixels between the positions of a level.
         num_per_level: how many of the N each level has.
@@ -50,8 +52,9 @@ class Assignment:
     """
 
     labels: Tensor
+    given: Tensor
     assigned: Tensor
-    valid: Tensor
+    inside: Tensor
     anchors: Tensor
     strides: Tensor
     num_per_level: list[int]
@@ -59,12 +62,20 @@ class Assignment:
     targets: Tensor
 
     @property
+    def valid(self) -> Tensor:
+        """``(B, N)`` assigned priors whose centre lies in the image itself."""
+        return self.assigned & self.inside
+
+    @property
     def positive(self) -> Tensor:
         """``(B, N)`` priors that hold an object."""
         return (self.labels >= 0) & (self.labels < self.num_classes) & self.valid
 
     def weights(self, region: HeadRegion, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
-        """``(B, N)``: 1 on ``"all"`` valid priors or on the positives (``"main"``), the IoU in the ``"vlr"``."""
+        """``(B, N)``: 1 on ``"all"`` valid priors or on the positives (``"main"``), the IoU in the ``"vlr"``.
+
+        The last lies below the positives, where some assigners ignore: it is taken from all priors that the host gave.
+        """
         if region == "all":
             return self.valid.float()
         if region == "main":
@@ -72,16 +83,16 @@ class Assignment:
         key = f"vlr {variant} {id(self)}"
         if key not in batch.extra:
             assert batch.boxes is not None
-            images = zip(self.assigned, batch.boxes, strict=True)
-            found = torch.stack([self._valuable(seen, b.to(self.anchors), variant) for seen, b in images])
-            batch.extra[key] = found * self.valid
+            images = zip(self.given, batch.boxes, strict=True)
+            found = torch.stack([self._valuable(given, b.to(self.anchors), variant) for given, b in images])
+            batch.extra[key] = found * self.inside
         return batch.extra[key]
 
-    def _valuable(self, seen: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
-        # The thresholds are the assigner's, so they are taken from the anchors that it saw, padding and all.
+    def _valuable(self, given: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
+        # The thresholds are an assigner's, so they are taken from the anchors that it gets, padding and all.
         weights = self.anchors.new_zeros(len(self.anchors))
-        counts = torch.stack([level.sum() for level in seen.split(self.num_per_level)]).tolist()
-        weights[seen] = valuable_region(self.anchors[seen], counts, boxes, variant=variant)
+        counts = torch.stack([level.sum() for level in given.split(self.num_per_level)]).tolist()
+        weights[given] = valuable_region(self.anchors[given], counts, boxes, variant=variant)
         return weights
 
 
@@ -112,11 +123,18 @@ class DenseHead:
         self.classes = Tap.parse(f"{path}[0][*]")
         self.boxes = Tap.parse(f"{path}[1][*]")
         self.targets = Tap.parse(f"{path}.get_targets()")
+        self.flags = Tap.parse(f"{path}.get_anchors()[1]") if hasattr(self.generator, "base_anchors") else None
+        self.allowed_border = (getattr(head, "train_cfg", None) or {}).get("allowed_border", -1)
 
     @property
     def class_taps(self) -> tuple[Tap, ...]:
         """What :meth:`logits` reads."""
         return (self.classes,)
+
+    @property
+    def assignment_taps(self) -> tuple[Tap, ...]:
+        """What :meth:`assignment` reads."""
+        return (self.classes, self.targets) if self.flags is None else (self.classes, self.targets, self.flags)
 
     def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
         """Class logits ``(K, C)`` at chosen priors."""
@@ -159,22 +177,32 @@ class DenseHead:
         return anchors.float(), strides.float(), counts
 
     def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels, whether the assigner looked, and targets: ``(B, N)``, ``(B, N)``, ``(B, N, 4)``."""
+        """Labels, whether they count, and targets: ``(B, N)``, ``(B, N)``, ``(B, N, 4)``."""
         labels, weights, targets = recording[self.targets][self.first : self.first + 3]
         return _row(labels, images), _row(weights, images) > 0, _row(targets, images, 4)
+
+    def given(self, recording: Recording, anchors: Tensor, batch: Batch) -> Tensor:
+        """Anchors that the host hands to its assigner, ``(B, N)``: those on the image and its padding, within the border."""
+        assert self.flags is not None and batch.image_sizes is not None
+        flags = recording[self.flags]  # get_targets may have joined the levels in place
+        rows = [torch.cat(levels) if isinstance(levels, list) else levels for levels in flags]
+        pairs = zip(rows, batch.image_sizes, strict=True)
+        return torch.stack([anchor_inside_flags(anchors, row, size, self.allowed_border) for row, size in pairs])
 
     def assignment(self, recording: Recording, batch: Batch) -> Assignment:
         """The assignment of this step, made once for all terms."""
         key = f"assignment {self.path}"
         if key not in batch.extra:
-            images = len(recording.tensors(self.classes)[0])
-            anchors, strides, counts = self.priors(recording.tensors(self.classes))
-            labels, assigned, targets = self.assigned(recording, images)
-            valid = assigned
-            if batch.image_sizes is not None:
-                sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
-                valid = assigned & ((anchors[:, :2] + anchors[:, 2:]) / 2 < sizes).all(-1)
-            batch.extra[key] = Assignment(labels, assigned, valid, anchors, strides, counts, self.num_classes, targets)
+            assert batch.image_sizes is not None
+            outputs = recording.tensors(self.classes)
+            anchors, strides, counts = self.priors(outputs)
+            labels, assigned, targets = self.assigned(recording, len(outputs[0]))
+            given = assigned if self.flags is None else self.given(recording, anchors, batch)
+            sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
+            inside = ((anchors[:, :2] + anchors[:, 2:]) / 2 < sizes).all(-1)
+            batch.extra[key] = Assignment(
+                labels, given, assigned, inside, anchors, strides, counts, self.num_classes, targets
+            )
         return batch.extra[key]
 
 
@@ -327,11 +355,10 @@ class DenseHeads(Heads):
         self.proposes = path == "rpn_head"  # any dense head can, and knows objects alone
         if self.proposes:
             self.host_losses = [name if "rpn" in name else f"rpn_{name}" for name in self.student.losses]
-        ours, theirs = (*self.student.class_taps, self.student.targets), self.teacher.class_taps
-        self.class_taps = ours, theirs
+        ours = *self.student.class_taps, *self.student.assignment_taps
+        self.class_taps = ours, self.teacher.class_taps
         self.box_taps = (*ours, self.student.boxes), (self.teacher.boxes,)
-        anchors = hasattr(self.student.generator, "base_anchors")
-        self.regions = ("all", "main", "vlr") if anchors else ("all", "main")
+        self.regions = ("all", "main") if self.student.flags is None else ("all", "main", "vlr")
 
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
         assignment = self.student.assignment(student, batch)

@@ -10,6 +10,7 @@ import torch
 from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
+from det_stages import staged
 from det_support import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
 from det_zoo import KINDS, zoo
 from taskdistill import Recorder
@@ -23,6 +24,7 @@ from taskdistill_det.dense import (
     pick,
     pick_weights,
 )
+from taskdistill_det.regions import valuable_region
 
 
 def test_pick_by_hand():
@@ -58,11 +60,13 @@ def test_assignment_by_hand():
     targets = [torch.zeros(1, 4, 4), torch.tensor([[[0.0, 0, 8, 8]]])]
     batch = Batch(padded_size=(16, 16), image_sizes=[(8, 16)], boxes=[torch.tensor([[0.0, 0.0, 8.0, 8.0]])])
     outputs = [torch.zeros(1, 3, 2, 2), torch.zeros(1, 3, 1, 1)]
-    seen = Given({head.targets: (None, labels, weights, targets, 2), head.classes: outputs})
+    flags = [[torch.tensor([True, True, True, True]), torch.tensor([True])]]
+    seen = Given({head.targets: (None, labels, weights, targets, 2), head.classes: outputs, head.flags: flags})
     found = head.assignment(seen, batch)
     assert found.num_per_level == [4, 1]
     assert found.anchors[[1, 4]].tolist() == [[-8, -16, 24, 16], [-32, -32, 32, 32]]  # four strides large
     assert found.strides.tolist() == [8, 8, 8, 8, 16]
+    assert found.given.tolist() == [[True, True, True, True, True]]
     assert found.assigned.tolist() == [[True, True, True, False, True]]
     assert found.valid.tolist() == [
         [True, True, False, False, True]
@@ -111,20 +115,25 @@ def trained_step(kind, **settings):
         for parameter in model.bbox_head.parameters():
             if parameter.ndim == 4:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    heads = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", SoftTargets())
-    head = heads.student
-    taps = [*head.class_taps, head.boxes, head.targets]
+    return model, *recorded(model)
+
+
+def recorded(model, path="bbox_head", sizes=((96, 96),) * 4):
+    """A head beside itself, one training step of it, and the batch."""
+    head = model.get_submodule(path)
+    heads = DenseHeads(head, head, path, SoftTargets())
     model.train()
-    data = model.data_preprocessor(raw_batch(), True)
-    with Recorder(model, taps).record(model) as recording:
+    data = model.data_preprocessor(raw_batch(sizes=sizes), True)
+    with Recorder(model, [*heads.class_taps[0], *heads.box_taps[0]]).record(model) as recording:
         model(**data, mode="loss")
+    samples = data["data_samples"]
     batch = Batch(
-        padded_size=(96, 96),
-        image_sizes=[(96, 96)] * 4,
-        boxes=[sample.gt_instances.bboxes for sample in data["data_samples"]],
-        labels=[sample.gt_instances.labels for sample in data["data_samples"]],
+        padded_size=tuple(data["inputs"].shape[-2:]),
+        image_sizes=list(sizes),
+        boxes=[sample.gt_instances.bboxes for sample in samples],
+        labels=[sample.gt_instances.labels for sample in samples],
     )
-    return model, heads, recording, batch
+    return heads, recording, batch
 
 
 def edges_in_pixels(head, rows, anchors, strides):
@@ -197,6 +206,43 @@ def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(
     torch.testing.assert_close(found[0], found[1])
 
 
+def _sampling_rpn():
+    entry = staged("Faster R-CNN")
+    sampler = dict(type="RandomSampler", num=32, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False)
+    entry["train_cfg"]["rpn"]["sampler"] = sampler
+    return entry
+
+
+SIZES = ((96, 96), (90, 96), (96, 200), (70, 64))
+"""Of a batch that is padded; the second one by less than a stride."""
+
+
+@pytest.mark.parametrize("border", [-1, 0])
+@pytest.mark.parametrize("kind", ["GFL", "ATSS", "TOOD", "RetinaNet", "RPN"])
+def test_the_valuable_region_is_that_of_all_valid_anchors(kind, border):
+    entry, path = (_sampling_rpn(), "rpn_head") if kind == "RPN" else (zoo(kind), "bbox_head")
+    (entry["train_cfg"]["rpn"] if kind == "RPN" else entry["train_cfg"])["allowed_border"] = border
+    heads, recording, batch = recorded(build(entry), path, SIZES)
+    found = heads.student.assignment(recording, batch)
+    weights = found.weights("vlr", batch)
+    x1, y1, x2, y2 = found.anchors.T
+    for image, (height, width) in enumerate(SIZES):
+        # The host pads to multiples of 32, then to the largest of the batch, whose positions it leaves out.
+        padded = [32 * math.ceil(side / 32) for side in (width, height)]
+        valid = ((x1 + x2) / 2 < padded[0]) & ((y1 + y2) / 2 < padded[1])
+        if border == 0:
+            valid &= (x1 >= 0) & (y1 >= 0) & (x2 < width) & (y2 < height)
+        counts = [int(level.sum()) for level in valid.split(found.num_per_level)]
+        region = valuable_region(found.anchors[valid], counts, batch.boxes[image])
+        region *= (((x1 + x2) / 2 < width) & ((y1 + y2) / 2 < height))[valid]
+        assert torch.equal(weights[image][valid], region) and region.any()
+        assert not weights[image][~valid].any()
+    # RetinaNet's assigner ignores an IoU of 0.4 to 0.5, RPN's sampler leaves out most; the others use all that they get.
+    left_out = (weights > 0) & ~found.assigned
+    assert left_out.any() == (kind in ("RetinaNet", "RPN"))
+    assert torch.equal(found.given, found.assigned) == (kind not in ("RetinaNet", "RPN"))
+
+
 def test_yolox_joins_classes_and_objectness():
     score, objectness = torch.tensor([[2.0, -30.0, 40.0]]), torch.tensor([[0.5, 1.0, 40.0]])
     expected = (score.double().sigmoid() * objectness.double().sigmoid())[0]
@@ -220,7 +266,7 @@ def test_a_batch_of_one_image_of_yolox():
     data = model.data_preprocessor(part(raw_batch(), slice(1)), True)
     with Recorder(model, [*head.class_taps, head.boxes, head.targets]).record(model) as recording:
         model(**data, mode="loss")
-    found = head.assignment(recording, Batch(boxes=[torch.tensor(BOXES[0])]))
+    found = head.assignment(recording, Batch(boxes=[torch.tensor(BOXES[0])], image_sizes=[(96, 96)]))
     assert found.labels.shape == (1, 12 * 12 + 6 * 6 + 3 * 3) and found.positive.any()
     assert set(found.labels[found.positive].tolist()) == {0}  # the class of its one object
     targets = found.targets[found.positive]

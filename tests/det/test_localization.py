@@ -28,7 +28,7 @@ def golden(case):
     everywhere = torch.ones_like(labels, dtype=torch.bool)
     no_targets = anchors.new_zeros(1, len(anchors), 4)
     each = torch.tensor(strides).repeat_interleave(torch.tensor(counts))
-    assignment = Assignment(labels, everywhere, everywhere, anchors, each, counts, 3, no_targets)
+    assignment = Assignment(labels, everywhere, everywhere, everywhere, anchors, each, counts, 3, no_targets)
     outputs = head_outputs(case)
     for level in (*outputs["cls_s"], *outputs["box_s"]):
         level.requires_grad_()
