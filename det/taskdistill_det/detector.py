@@ -17,6 +17,7 @@ from taskdistill_mm.resolution import Resolution
 from taskdistill_mm.views import TeacherView
 
 from .dense import anchor_levels
+from .heads import reads_classes
 from .registry import RECIPES, TERMS
 from .resolution import reduced_sample
 from .rois import REPLAY, check_samplers
@@ -42,6 +43,7 @@ class DistilledDetector(Graft):
     _recipes = RECIPES
     _fields = frozenset({"boxes", "labels", "image_sizes"})
     _replay = REPLAY
+    _reads_classes = staticmethod(reads_classes)
     _scales = True
 
     @classmethod

@@ -6,13 +6,14 @@ taps it needs and gives rows: class logits side by side, boxes side by side with
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from taskdistill.errors import WiringError
 from taskdistill.regions import Batch
@@ -110,6 +111,29 @@ def known_head(head: Any, kinds: Sequence[type], methods: Sequence[str]) -> type
         if isinstance(head, kind) and all(getattr(type(head), m, 0) is getattr(kind, m, 1) for m in methods):
             return kind
     return None
+
+
+_HEAD = re.compile(r"(bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?")
+_LAYER = re.compile(rf"{_HEAD.pattern}\.(\w+_cls|cls_branches|conv_logits)(\.\d+)?")
+
+
+def reads_classes(model: Any, tap: Tap) -> bool:
+    """Whether the channels of what a tap reads stand for classes: what a head says of them, and the layer that says it.
+
+    A network of proposals knows objects alone, and so does a mask head with one mask for all classes.
+    """
+    if tap.side != "output" or tap.method != "forward":
+        return False
+    if _HEAD.fullmatch(tap.path) is None:
+        return _LAYER.fullmatch(tap.path) is not None
+    head: Any = model.get_submodule(tap.path)
+    index = tap.index
+    if isinstance(head, nn.ModuleList):
+        head, index = head[0], index[1:]
+    if hasattr(head, "class_agnostic"):
+        return not head.class_agnostic
+    boxes_by_class = not getattr(head, "reg_class_agnostic", True)
+    return index[:1] in ((), ("*",), (0,)) or (boxes_by_class and index[:1] == (1,))
 
 
 def in_students_order(logits: Tensor, order: Tensor | None) -> Tensor:

@@ -27,7 +27,9 @@ from taskdistill.hiding import hide_from_state_dict
 from taskdistill.isolation import isolated_rng
 from taskdistill.regions import Batch
 from taskdistill.registry import Registry, expand_recipe
+from taskdistill.taps import Tap
 from taskdistill.teacher import Teacher
+from taskdistill.terms import TapTerm, Term
 
 from .checkpoints import SAFE_TYPES
 from .configs import MissingConfig, load_config, model_of, student_config
@@ -275,15 +277,40 @@ class Graft(_Host, metaclass=Grafting):
                 f"{', '.join(still)}: a schedule by='epoch' never moves in a run of one epoch, which is what "
                 "IterBasedTrainLoop counts; use by='iter'"
             )
-        if link.inherit or any(term.compares_classes for term in terms):
-            meta = link.hub.info("dataset_meta") or {}
-            link.order = class_order(classes or meta.get("classes"), teacher_classes(self.distiller.teacher))
-            if link.inherit and link.order is not None:
-                raise DistillError(
-                    "inherit takes over the teacher's outputs as they are, and its classes stand in another order than the "
-                    "student's; leave inherit out, or bring the data set's classes into the teacher's order"
-                )
+        self._compare_classes(self.distiller, classes)
         link.ready = True
+
+    def _compare_classes(self, distiller: HostDistiller, classes: Any) -> None:
+        """Finds out how the teacher's classes come into the student's order, and refuses what takes them as they are."""
+        link, terms = self._distill, distiller._all_terms()
+        paired = [term.name for term in terms if self._pairs_classes(term, distiller.teacher.model)]
+        if not (link.inherit or paired or any(term.compares_classes for term in terms)):
+            return
+        meta = link.hub.info("dataset_meta") or {}
+        link.order = class_order(classes or meta.get("classes"), teacher_classes(distiller.teacher))
+        if link.inherit and link.order is not None:
+            raise DistillError(
+                "inherit takes over the teacher's outputs as they are, and its classes stand in another order than the "
+                "student's; leave inherit out, or bring the data set's classes into the teacher's order"
+            )
+        if paired and link.order is not None:
+            raise WiringError(
+                f"{', '.join(paired)}: tapped at class outputs, whose channels are compared one by one, and the teacher's classes "
+                "stand in another order than the student's; use SoftTargets there, or bring the data set's classes into the "
+                "teacher's order"
+            )
+
+    def _pairs_classes(self, term: Term, teacher: Any) -> bool:
+        """Whether a term on features is tapped at class outputs, whose order it does not know."""
+        if term.compares_classes or not isinstance(term, TapTerm):
+            return False
+        sides = (self, term.student_taps), (teacher, term.teacher_taps)
+        return any(self._reads_classes(model, tap) for model, taps in sides for tap in taps)
+
+    @staticmethod
+    def _reads_classes(model: Any, tap: Tap) -> bool:
+        """Whether the channels of what a tap reads stand for classes."""
+        return False
 
     @contextmanager
     def _without_distiller(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from collections import OrderedDict
 import pytest
 import torch
 
+from det_stages import detr, staged
 from det_support import (
     CLASSES,
     EVERY_TERM,
@@ -27,6 +28,8 @@ from det_support import (
 )
 from det_zoo import zoo
 from taskdistill.errors import DistillError, UnsafeCheckpoint, WiringError
+from taskdistill.taps import Tap
+from taskdistill_det.heads import reads_classes
 
 SOFT = dict(terms=[dict(type="SoftTargets")])
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])
@@ -197,6 +200,90 @@ def test_other_classes_are_refused_only_where_classes_are_compared(tmp_path, sce
     with pytest.raises(WiringError, match=r"lacks \['9'\], and has \['zebra'\]"):
         run(runner_of(SOFT, "soft"))
     assert history(run(runner_of(FEATURES, "features")), "distill.feature_imitation.loss")[0] > 0
+
+
+PAIRED = {
+    "ChannelWise": dict(type="ChannelWise", tap="bbox_head[0][*]"),
+    "FeatureImitation": dict(type="FeatureImitation", tap="bbox_head[0][1]"),
+    "PearsonImitation": dict(type="PearsonImitation", tap="bbox_head.gfl_cls"),
+    "one side": dict(type="Hint", student_tap="bbox_head[1][*]", teacher_tap="bbox_head[0][*]"),
+}
+
+
+@pytest.mark.parametrize("kind", list(PAIRED))
+def test_class_outputs_are_not_paired_channel_by_channel_in_another_order(
+    tmp_path, teacher_model, teacher_checkpoint, kind, caplog
+):
+    terms = [dict(PAIRED[kind], name="paired"), dict(type="FeatureImitation", tap="neck[*]")]
+    plain = build(teacher_model)
+    reversed_, zebra, unnamed = (
+        save_plain(tmp_path / f"{number}.pth", plain, names)
+        for number, names in enumerate((CLASSES[::-1], (*CLASSES[:9], "zebra"), None))
+    )
+    for checkpoint, message in ((reversed_, "paired: tapped at class outputs.*use SoftTargets"), (zebra, "zebra")):
+        model = build(distilled(detector(), teacher_model, checkpoint, terms=terms))
+        with pytest.raises(WiringError, match=message) as caught:
+            model.start_distilling(CLASSES)
+        assert "\n" not in str(caught.value)
+    for checkpoint in (teacher_checkpoint, unnamed):
+        caplog.clear()
+        model = build(distilled(detector(), teacher_model, checkpoint, terms=terms))
+        model.start_distilling(CLASSES)
+        assert ("does not name its classes" in caplog.text) == (checkpoint == unnamed)
+        assert losses(model, raw_batch())["distill.paired.loss"] > 0
+
+
+def test_what_knows_no_classes_may_come_from_classes_in_another_order(tmp_path, teacher_model):
+    checkpoint = save_plain(tmp_path / "reversed.pth", build(teacher_model), CLASSES[::-1])
+    taps = ["bbox_head[1][*]", "bbox_head.cls_convs[0]", "bbox_head.gfl_cls:input", "neck[*]"]
+    terms = [dict(type="FeatureImitation", tap=taps), dict(type="CrossHead"), dict(type="LocalizationDistillation")]
+    model = build(distilled(detector(), teacher_model, checkpoint, terms=terms))
+    model.start_distilling(CLASSES)
+    assert losses(model, raw_batch())["distill.feature_imitation.loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("model", "by_class", "not_by_class"),
+    [
+        (
+            staged("Mask R-CNN"),
+            "roi_head.bbox_head roi_head.bbox_head[0] roi_head.bbox_head[1] roi_head.bbox_head.fc_cls roi_head.mask_head "
+            "roi_head.mask_head.conv_logits",
+            "rpn_head[0] rpn_head.rpn_cls roi_head.bbox_head:input roi_head.bbox_head.shared_fcs[0]",
+        ),
+        (
+            staged("Cascade R-CNN"),
+            "roi_head.bbox_head[0][0] roi_head.bbox_head.1[0] roi_head.bbox_head[*] roi_head.bbox_head.1.fc_cls",
+            "roi_head.bbox_head.0:input roi_head.bbox_head.1.shared_fcs[0]",
+        ),
+        (
+            detr(),
+            "bbox_head[0] bbox_head[0][-1] bbox_head.cls_branches[1]",
+            "bbox_head[1] bbox_head.reg_branches[1] decoder",
+        ),
+        (zoo("YOLOX"), "bbox_head[0][*] bbox_head.multi_level_conv_cls[0]", "bbox_head[2][*]"),
+    ],
+    ids=["Mask R-CNN", "Cascade R-CNN", "DETR", "YOLOX"],
+)
+def test_taps_at_class_outputs(model, by_class, not_by_class):
+    model = build(model)
+    for taps, expected in ((by_class, True), (not_by_class, False)):
+        parsed = [Tap.parse(tap) for tap in taps.split()]
+        assert all(model.get_submodule(tap.path) is not None for tap in parsed)
+        assert [reads_classes(model, tap) for tap in parsed] == [expected] * len(parsed)
+
+
+def test_boxes_and_masks_for_all_classes_at_once_know_no_order():
+    model = staged("Mask R-CNN")
+    model["roi_head"]["bbox_head"]["reg_class_agnostic"] = True
+    model["roi_head"]["mask_head"]["class_agnostic"] = True
+    model = build(model)
+    for tap, expected in (
+        ("roi_head.bbox_head[0]", True),
+        ("roi_head.bbox_head[1]", False),
+        ("roi_head.mask_head", False),
+    ):
+        assert reads_classes(model, Tap.parse(tap)) == expected
 
 
 def test_unnamed_classes_warn_and_are_taken_as_the_same(tmp_path, teacher_model, teacher_checkpoint, caplog):
