@@ -100,8 +100,8 @@ class CrossHead(Term):
             for path, convs in _levels(model.bbox_head, tower):
                 if not len(convs):
                     raise WiringError(
-                        f"{self.name}: the {owner}'s bbox_head.{path} has no convolutions that could be crossed; set its "
-                        "stacked_convs to 1 or more, or use FeatureImitation"
+                        f"{self.name}: the {owner}'s bbox_head.{path} has no convolutions that could be crossed; set "
+                        "its stacked_convs to 1 or more, or use FeatureImitation"
                     )
                 stage = len(convs) - self.reused
                 if stage < 0:

@@ -39,10 +39,10 @@ class Assignment:
 
     Attributes:
         labels: ``(B, N)``, the background being ``num_classes``.
-        given: ``(B, N)`` priors that the host gave its assigner, which counts an image's padding up to the size divisor as
-            image.
-        assigned: ``(B, N)`` those of them that were neither ignored (RetinaNet's between two thresholds) nor left out of a
-            sample (RPN's).
+        given: ``(B, N)`` priors that the host gave its assigner, which counts an image's padding up to the size divisor
+            as image.
+        assigned: ``(B, N)`` those of them that were neither ignored (RetinaNet's between two thresholds) nor left out
+            of a sample (RPN's).
         inside: ``(B, N)`` priors whose centre lies in the image itself.
         anchors: ``(N, 4)`` in pixels; of a point the point itself, twice.
         strides: ``(N,)`` pixels between the positions of a level.
@@ -182,7 +182,7 @@ class DenseHead:
         return _row(labels, images), _row(weights, images) > 0, _row(targets, images, 4)
 
     def given(self, recording: Recording, anchors: Tensor, batch: Batch) -> Tensor:
-        """Anchors that the host hands to its assigner, ``(B, N)``: those on the image and its padding, within the border."""
+        """Anchors that the host hands to its assigner, ``(B, N)``: on the image and its padding, within the border."""
         assert self.flags is not None and batch.image_sizes is not None
         flags = recording[self.flags]  # get_targets may have joined the levels in place
         rows = [torch.cat(levels) if isinstance(levels, list) else levels for levels in flags]

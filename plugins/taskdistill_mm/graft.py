@@ -281,7 +281,7 @@ class Graft(_Host, metaclass=Grafting):
         link.ready = True
 
     def _compare_classes(self, distiller: HostDistiller, classes: Any) -> None:
-        """Finds out how the teacher's classes come into the student's order, and refuses what takes them as they are."""
+        """Finds out how the teacher's classes come into the student's order; refuses what takes them as they are."""
         link, terms = self._distill, distiller._all_terms()
         paired = [term.name for term in terms if self._pairs_classes(term, distiller.teacher.model)]
         if not (link.inherit or paired or any(term.compares_classes for term in terms)):

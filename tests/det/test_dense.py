@@ -237,7 +237,7 @@ def test_the_valuable_region_is_that_of_all_valid_anchors(kind, border):
         region *= (((x1 + x2) / 2 < width) & ((y1 + y2) / 2 < height))[valid]
         assert torch.equal(weights[image][valid], region) and region.any()
         assert not weights[image][~valid].any()
-    # RetinaNet's assigner ignores an IoU of 0.4 to 0.5, RPN's sampler leaves out most; the others use all that they get.
+    # RetinaNet's assigner ignores an IoU of 0.4 to 0.5, RPN's sampler leaves out most; the others use all they get.
     left_out = (weights > 0) & ~found.assigned
     assert left_out.any() == (kind in ("RetinaNet", "RPN"))
     assert torch.equal(found.given, found.assigned) == (kind not in ("RetinaNet", "RPN"))

@@ -247,8 +247,8 @@ def test_what_knows_no_classes_may_come_from_classes_in_another_order(tmp_path, 
     [
         (
             staged("Mask R-CNN"),
-            "roi_head.bbox_head roi_head.bbox_head[0] roi_head.bbox_head[1] roi_head.bbox_head.fc_cls roi_head.mask_head "
-            "roi_head.mask_head.conv_logits",
+            "roi_head.bbox_head roi_head.bbox_head[0] roi_head.bbox_head[1] roi_head.bbox_head.fc_cls "
+            "roi_head.mask_head roi_head.mask_head.conv_logits",
             "rpn_head[0] rpn_head.rpn_cls roi_head.bbox_head:input roi_head.bbox_head.shared_fcs[0]",
         ),
         (
