@@ -331,10 +331,7 @@ def dense_head(head: Any, path: str, owner: str, term: Term) -> DenseHead:
     Raises:
         WiringError: it is of no kind that this suite knows; says what works without.
     """
-    # What a teacher's outputs mean is known where it predicts as its kind does, however it was trained (LDHead).
-    lists = [_TRAINED] if owner == "student" else [_TRAINED, _PREDICTED]
-    kinds = [known_head(head, list(KINDS), [m for m in methods if hasattr(head, m)]) for methods in lists]
-    kind = next(filter(None, kinds), None)
+    kind = known_head(head, list(KINDS), owner, trained=_TRAINED, predicted=_PREDICTED)
     if kind is None:
         names = ", ".join(kind.__name__ for kind in KINDS if kind is not AnchorHead)
         raise WiringError(

@@ -105,11 +105,20 @@ def same_box_coder(student: Any, teacher: Any, term: Term) -> None:
         )
 
 
-def known_head(head: Any, kinds: Sequence[type], methods: Sequence[str]) -> type | None:
-    """The first of ``kinds`` whose ``methods`` a head has unchanged: one that is overridden may mean anything."""
-    for kind in kinds:
-        if isinstance(head, kind) and all(getattr(type(head), m, 0) is getattr(kind, m, 1) for m in methods):
-            return kind
+def known_head(
+    head: Any, kinds: Sequence[type], owner: str, *, trained: Sequence[str], predicted: Sequence[str]
+) -> type | None:
+    """The first of ``kinds`` whose methods a head has unchanged: one that is overridden may mean anything.
+
+    Args:
+        trained: methods that a head is trained by.
+        predicted: methods that it predicts by. They tell what a teacher's outputs mean, however it was trained.
+    """
+    for methods in [trained] if owner == "student" else [trained, predicted]:
+        own = [method for method in methods if hasattr(head, method)]
+        for kind in kinds:
+            if isinstance(head, kind) and all(getattr(type(head), m, 0) is getattr(kind, m, 1) for m in own):
+                return kind
     return None
 
 

@@ -19,6 +19,10 @@ from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_
 
 _CLASSES = Tap.parse("bbox_head[0]")
 _BOXES = Tap.parse("bbox_head[1]")
+_KINDS = (DeformableDETRHead, DETRHead, DINOHead)
+_READ = dict(
+    trained=("forward", "loss_by_feat_single"), predicted=("forward", "predict_by_feat", "_predict_by_feat_single")
+)
 
 
 def has_queries(head: nn.Module) -> bool:
@@ -40,8 +44,7 @@ class QueryHeads(Heads):
     def __init__(self, student: Any, teacher: Any, term: Term) -> None:
         for owner, model in (("student", student), ("teacher", teacher)):
             head = model.bbox_head
-            kinds = (DeformableDETRHead, DETRHead, DINOHead)
-            if known_head(head, kinds, ("forward", "loss_by_feat_single")) is None or not head.loss_cls.use_sigmoid:
+            if known_head(head, _KINDS, owner, **_READ) is None or not head.loss_cls.use_sigmoid:
                 raise WiringError(
                     f"{term.name}: the {owner}'s {type(head).__name__} is not one that this term can read (the sigmoid heads of "
                     "Deformable DETR and DINO, both models alike); FeatureImitation works with any detector"

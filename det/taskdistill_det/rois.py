@@ -178,7 +178,8 @@ def same_stages(student: nn.Module, teacher: nn.Module, term: Term) -> None:
 
 def _box_heads(roi_head: Any, owner: str, term: Term) -> Sequence[Any]:
     kinds = (StandardRoIHead, CascadeRoIHead)
-    known = known_head(roi_head, kinds, ("loss", "bbox_loss", "_bbox_forward"))
+    trained, predicted = ("loss", "bbox_loss", "_bbox_forward"), ("_bbox_forward", "predict_bbox")
+    known = known_head(roi_head, kinds, owner, trained=trained, predicted=predicted)
     boxes: Any = getattr(roi_head, "bbox_head", None)
     heads: list[Any] = list(boxes) if isinstance(boxes, nn.ModuleList) else [boxes]
     for head in heads:

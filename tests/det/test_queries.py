@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from mmdet.models.dense_heads import DINOHead
+from mmdet.models.dense_heads import DeformableDETRHead, DINOHead
 from mmdet.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 
@@ -230,6 +230,23 @@ def test_a_teacher_that_is_not_finite_is_dropped(teachers, tmp_path):
     found = losses(model, TWO)
     assert found["distill.classes.loss"].item() == found["distill.classes.dropped"].item() - 1 == 0
     assert all(torch.isfinite(value).all() for value in found.values())
+
+
+def test_a_teacher_that_was_trained_by_other_losses_teaches_as_its_kind_does(teachers):
+    class Weighted(DeformableDETRHead):
+        def loss_by_feat_single(self, *args, **settings):
+            return tuple(2 * value for value in super().loss_by_feat_single(*args, **settings))
+
+    entry, checkpoint = teachers("DeformableDETR")
+    found = []
+    for kind in (DeformableDETRHead, Weighted):
+        other = dict(entry, bbox_head=dict(entry["bbox_head"], type=kind))
+        model = taught((other, checkpoint))
+        assert type(model.distiller.teacher.model.bbox_head) is kind
+        found.append({key: value.item() for key, value in losses(model, TWO).items() if key.startswith("distill.")})
+    assert found[0] == found[1] and min(found[0].values()) > 0
+    with pytest.raises(WiringError, match="the student's Weighted is not one that this term can read"):
+        build(distilled(other, entry, checkpoint, terms=TERMS))
 
 
 def changed(**head):

@@ -215,6 +215,22 @@ def test_the_order_of_the_teachers_classes(step, teachers, tmp_path, terms):
         assert found[key].item() == pytest.approx(expected[key].item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["DynamicRoIHead", "PISARoIHead"])
+def test_a_teacher_that_was_trained_by_other_losses_teaches_as_its_kind_does(step, teachers, kind):
+    entry, checkpoint = teachers("Faster R-CNN")
+    other = copy.deepcopy(entry)
+    other["roi_head"]["type"] = kind
+    model = taught((other, checkpoint), *TERMS)
+    assert type(teacher_of(model).roi_head).__name__ == kind
+    found, expected = losses(model, batch()), step("Faster R-CNN")[1]
+    for term in TERMS:
+        assert found[f"distill.{term['name']}.loss"].item() == expected[f"distill.{term['name']}.loss"].item() > 0
+    with pytest.raises(
+        WiringError, match=f"the student's {kind} with Shared2FCBBoxHead is not one that this term can read"
+    ):
+        build(distilled(other, entry, checkpoint, terms=TERMS))
+
+
 def test_the_plain_model_is_left_as_it_was(step, teachers):
     model, found, _, _ = step("Faster R-CNN")
     assert list(model.state_dict()) == list(build(staged("Faster R-CNN")).state_dict())
