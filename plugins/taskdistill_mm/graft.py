@@ -295,9 +295,9 @@ class Graft(_Host, metaclass=Grafting):
             )
         if paired and link.order is not None:
             raise WiringError(
-                f"{', '.join(paired)}: tapped at class outputs, whose channels are compared one by one, and the teacher's classes "
-                "stand in another order than the student's; use SoftTargets there, or bring the data set's classes into the "
-                "teacher's order"
+                f"{', '.join(paired)}: tapped at class outputs, whose channels are compared one by one, and the "
+                "teacher's classes stand in another order than the student's; use SoftTargets there (of a segmentor "
+                "PixelSoftTargets), or bring the data set's classes into the teacher's order"
             )
 
     def _pairs_classes(self, term: Term, teacher: Any) -> bool:

@@ -9,9 +9,10 @@ from mmseg.registry import MODELS
 from torch import Tensor
 
 from taskdistill.regions import Batch, valid_positions
+from taskdistill.taps import Tap
 from taskdistill_mm.graft import Graft
 
-from .dense import main_head
+from .dense import main_head, reads_scores
 from .registry import RECIPES, TERMS
 
 
@@ -34,6 +35,11 @@ class DistilledSegmentor(Graft):
     _terms = TERMS
     _recipes = RECIPES
     _fields = frozenset({"labels", "valid", "image_sizes"})
+
+    @staticmethod
+    def _reads_classes(model: Any, tap: Tap) -> bool:
+        layer = tap.side == "output" and tap.path.startswith("decode_head.") and tap.path.endswith(".conv_seg")
+        return layer or reads_scores(tap)
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
         batch = super()._batch(inputs, data_samples)

@@ -181,6 +181,27 @@ def test_other_classes_are_refused_only_where_classes_are_compared(tmp_path, sce
     assert history(runner, "distill.feature_imitation.loss")[0] > 0
 
 
+@pytest.mark.parametrize(
+    "term",
+    [
+        dict(type="FeatureImitation", tap="decode_head"),
+        dict(type="PearsonImitation", tap="decode_head"),
+        dict(type="ChannelWise", tap="decode_head.conv_seg"),
+    ],
+    ids=["FeatureImitation", "PearsonImitation", "layer"],
+)
+def test_features_at_class_scores_are_refused_in_another_order(tmp_path, teacher, term):
+    terms = [dict(term, name="paired"), *FEATURES]
+    other = save_teacher(tmp_path / "reversed.pth", classes=CLASSES[::-1])
+    with pytest.raises(WiringError, match=r"paired: tapped at class outputs.*PixelSoftTargets") as caught:
+        build(distilled(segmentor(), other, terms=terms)).start_distilling(CLASSES)
+    assert "\n" not in str(caught.value)
+    build(distilled(segmentor(), other, terms=FEATURES)).start_distilling(CLASSES)
+    model = build(distilled(segmentor(), teacher, terms=terms))
+    model.start_distilling(CLASSES)
+    assert losses_of(model, *batch())["distill.paired.loss"] > 0
+
+
 def test_unnamed_classes_warn_and_are_taken_as_the_same(tmp_path, caplog):
     unnamed = save_teacher(tmp_path / "unnamed.pth", classes=None)
     for terms, warned in ((SCORES, True), (FEATURES, False)):
