@@ -45,8 +45,8 @@ def padded(size: tuple[int, int]) -> tuple[int, int]:
     return -(-size[0] // 32) * 32, -(-size[1] // 32) * 32
 
 
-def published(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """The recipes that nothing was tuned for, with the papers' weights.
+def recipes(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
+    """The recipes that are compared. Weights of ``combined`` were tuned on the validation scenes, the others' are the papers'.
 
     FGD and MGD *sum* over maps, and their weights are for COCO: 256 channels, 800×1216 pixels, strides 8 to 128. Here they are
     multiplied by how many times more numbers such a sum has there than on this pyramid.
@@ -59,8 +59,7 @@ def published(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
     channels, positions = 256 / CHANNELS, theirs / ours
     focal_global = dict(alpha=1e-3 * channels, beta=5e-4 * channels, gamma=5e-4 * positions)
     return {
-        "chen2017": dict(recipe="chen2017"),
-        "fine_grained": dict(recipe="fine_grained"),
+        **{name: dict(recipe=name) for name in ("combined", "localization", "imitation", "chen2017", "fine_grained")},
         "focal_global": dict(recipe=dict(type="focal_global", **focal_global, lambda_=5e-6 * channels * positions)),
         "masked_generation": dict(recipe=dict(type="masked_generation", weight=2e-5 * channels * positions)),
         "pearson": dict(recipe="pearson"),
@@ -68,20 +67,8 @@ def published(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
     }
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    # Weights tuned on the validation scenes with seeds 100 and 101.
-    "combined": dict(recipe="combined"),
-    "localization": dict(recipe=dict(type="localization", main=1.0, vlr=1.0, classes=5.0)),
-    "imitation": dict(recipe="imitation"),
-    **published((SIZE, SIZE)),
-}
-# On real sets: nothing was tuned for them.
-REAL_RECIPES: dict[str, dict[str, Any]] = {
-    "combined": dict(recipe="combined"),
-    "localization": dict(recipe="localization"),
-    "imitation": dict(recipe="imitation"),
-    **published(padded(REAL_SIZE[::-1])),
-}
+RECIPES = recipes((SIZE, SIZE))
+REAL_RECIPES = recipes(padded(REAL_SIZE[::-1]))
 PEERS = {"mmdet_ld": mmdet_ld}
 DEFAULT = ("combined",)
 EVALUATIONS = 6
@@ -307,9 +294,8 @@ def draw_detections(runs: Sequence[Trained], path: Path, scenes: int = 5, thresh
                 colour = plt.cm.tab10(int(label))
                 axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
                 text = dataset.metainfo["classes"][int(label)] + ("" if score is None else f" {score:.2f}")
-                axis.text(
-                    x1, y1, text, fontsize=5.5, color="white", va="bottom", bbox=dict(facecolor=colour, pad=0.6, lw=0)
-                )
+                label_box = dict(facecolor=colour, pad=0.6, lw=0)
+                axis.text(x1, y1, text, fontsize=5.5, color="white", va="bottom", bbox=label_box, clip_on=True)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -28,12 +28,13 @@ class LocalizationDistillation(Term):
     over the anchors i of the region and their four edges e. On the main region (the positives) :math:`w` is the student's
     best class score, on the valuable localization region it is the IoU. The weight sum is taken over the whole batch and all
     processes, so that the loss does not grow with either. The authors' code (and mmdet's ``LDHead``) leaves that division
-    out: there, the published weight 0.25 multiplies a sum over all positives.
+    out: there, the published weight 0.25 multiplies a sum over all positives, of a mean over bins. On COCO, with the three
+    images of 800 pixels that a GPU has there, 1.2 is about as strong here on the main region, 2.6 on the other.
 
     Args:
         temperature: T > 0, 10 in the paper.
         region: ``"main"`` or ``"vlr"``; the paper's full method has a term for each.
-        variant: reduction over bins; see :func:`taskdistill.losses.localization`.
+        variant: ``"paper"`` sums over bins, ``"code"`` takes their mean; see :func:`taskdistill.losses.localization`.
         vlr_variant: see :func:`taskdistill_det.regions.valuable_region`.
     """
 
@@ -44,9 +45,9 @@ class LocalizationDistillation(Term):
         temperature: float = 10.0,
         *,
         region: Literal["main", "vlr"] = "main",
-        variant: Literal["code", "paper"] = "code",
+        variant: Literal["code", "paper"] = "paper",
         vlr_variant: Literal["paper", "code"] = "paper",
-        weight: float = 0.25,
+        weight: float = 1.2,
         schedule: Any = None,
         name: str | None = None,
     ) -> None:

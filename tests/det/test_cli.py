@@ -61,7 +61,7 @@ def test_check_prints_the_wiring_and_leaves_nothing_behind(config, capsys, tmp_p
     assert "DistilledGFL: wiring" in said
     for name in TERM_NAMES:
         assert name in said and f"distill.{name}.loss" in said
-    for cell in ("neck[*]", "ConvAdapter 8→12", "1×8×16×16", "1×12×16×16", "foreground", "vlr", "0.25"):
+    for cell in ("neck[*]", "ConvAdapter 8→12", "1×8×16×16", "1×12×16×16", "foreground", "vlr", "0.125"):
         assert cell in said, cell
     assert not (tmp_path / "work").exists()
 

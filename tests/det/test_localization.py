@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 from det_golden import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_outputs
 from det_support import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
 from taskdistill.regions import Batch
-from taskdistill_det import LocalizationDistillation, SoftTargets
+from taskdistill_det import LocalizationDistillation, SoftTargets, localization
 from taskdistill_det.dense import Assignment, DenseHeads
 
 
@@ -48,11 +48,11 @@ def test_the_authors_figures(case, variant):
         return term(student, teacher, batch)
 
     # loss_ld = 0.25 · Σ_i w_i · mean over edges; nothing divides it. Ours is that sum over Σ w. Scores are taken in float32.
-    main = ratio(LocalizationDistillation(region="main"))
+    main = ratio(LocalizationDistillation(region="main", variant="code"))
     assert main.numerator.item() == pytest.approx(sum(expected["ld"]) / 0.25, rel=1e-6)
     assert main.denominator.item() == pytest.approx(sum(expected["weight_sum"]), rel=1e-6)
     # loss_ld_vlr = 0.25 · Σ_i IoU_i · Σ over edges / 16: a quarter of the mean over edges.
-    vlr = ratio(LocalizationDistillation(region="vlr", vlr_variant=variant))
+    vlr = ratio(LocalizationDistillation(region="vlr", variant="code", vlr_variant=variant))
     assert vlr.numerator.item() == pytest.approx(sum(expected["ld_vlr"]) / 0.25 * 4, rel=1e-8)
     # loss_kd = 10 · the mean over the positives *of each level*, added up; ours is the mean over all positives.
     classes = ratio(SoftTargets(2, activation="softmax", classes="mean", region="main"))
@@ -66,7 +66,9 @@ def test_the_authors_figures(case, variant):
 
 @pytest.fixture(scope="module")
 def entry(teacher_model, teacher_checkpoint):
-    return distilled(detector(frozen_bn=True), teacher_model, teacher_checkpoint, recipe="localization")
+    main, vlr, classes = localization(main=0.25)
+    terms = [dict(main, variant="code"), vlr, classes]
+    return distilled(detector(frozen_bn=True), teacher_model, teacher_checkpoint, terms=terms)
 
 
 def _mmdets(model, batch):

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from mmdet.registry import MODELS
+from mmengine.structures import InstanceData
 
 from det_support import TERM_NAMES, build, detector, distilled, losses, raw_batch
 from taskdistill import Step
 from taskdistill.errors import DistillError
 from taskdistill_det import DistilledDetector, fine_grained, focal_global, localization, masked_generation
+from taskdistill_det.regions import valuable_region
+from taskdistill_mm.configs import load_config
 
 
 def test_the_localization_recipe_is_the_papers():
     main, vlr, classes = localization()
-    assert (main["region"], main["temperature"], main["weight"]) == ("main", 10, 0.25)
-    assert (vlr["region"], vlr["temperature"], vlr["weight"]) == ("vlr", 10, 0.25)
-    assert (classes["region"], classes["temperature"], classes["weight"], classes["classes"]) == ("main", 2, 10, "mean")
+    assert (main["region"], main["temperature"]) == ("main", 10)
+    assert (vlr["region"], vlr["temperature"]) == ("vlr", 10)
+    assert (classes["region"], classes["temperature"], classes["activation"]) == ("main", 2, "softmax")
+
+
+def test_the_localization_recipes_weights_are_as_strong_as_the_published_on_coco():
+    """There they stand before sums over the three images of a GPU; so many positives are there, and so much IoU in the VLR."""
+    height, width, levels = 800, 1216, (8, 16, 32, 64, 128)
+    config = load_config("mmdet::gfl/gfl_r50_fpn_1x_coco.py").model
+    head = MODELS.build(dict(config.bbox_head, train_cfg=config.train_cfg, test_cfg=config.test_cfg))
+    grids = [(-(-height // stride), -(-width // stride)) for stride in levels]
+    generator = np.random.default_rng(0)
+    # COCO's objects: 41 % small, 34 % medium, 25 % large, seven an image; enlarged twice.
+    sides = [(10, 32), (32, 96), (96, 350)]
+    positives = valuable = 0.0
+    for _ in range(3):
+        low, high = np.transpose([sides[kind] for kind in generator.choice(3, 7, p=[0.41, 0.34, 0.25])])
+        side = 2 * np.exp(generator.uniform(np.log(low), np.log(high)))
+        ratio = np.exp(generator.normal(0, 0.25, 7))
+        extent = np.minimum(np.stack([side * ratio, side / ratio], 1), [0.9 * width, 0.9 * height])
+        corner = generator.uniform(0, 1, (7, 2)) * ([width, height] - extent)
+        boxes = torch.tensor(np.concatenate([corner, corner + extent], 1)).float()
+        found = InstanceData(bboxes=boxes, labels=torch.zeros(7, dtype=torch.long))
+        metas = [dict(img_shape=(height, width), pad_shape=(height, width))]
+        labels = head.get_targets(*head.get_anchors(grids, metas, device="cpu"), [found], metas, [None])[1]
+        positives += sum(float((level < head.num_classes).sum()) for level in labels)
+        anchors = torch.cat(head.prior_generator.grid_priors(grids, device="cpu"))
+        valuable += valuable_region(anchors, [h * w for h, w in grids], boxes).sum().item()
+    main, vlr, classes = localization()
+    bins, score = head.reg_max + 1, 0.4  # of a student that has learned something
+    assert main["weight"] == pytest.approx(0.25 * positives * score / bins, rel=0.2)
+    assert vlr["weight"] == pytest.approx(0.25 / 4 * valuable / bins, rel=0.2)
+    assert classes["weight"] == 10 / head.num_classes
 
 
 def test_the_other_recipes_are_their_papers():
@@ -46,7 +81,7 @@ def test_a_recipe_is_the_terms_that_it_prints(teacher_model, teacher_checkpoint)
 
 
 def test_a_recipes_settings_can_be_changed(teacher_model, teacher_checkpoint):
-    recipe = dict(type="localization", main=0.5, classes=0)
+    recipe = dict(type="localization", main=2.4, classes=0)
     model = build(distilled(detector(), teacher_model, teacher_checkpoint, recipe=recipe))
     plain = build(distilled(detector(), teacher_model, teacher_checkpoint, recipe="localization"))
     a, b = losses(model, raw_batch()), losses(plain, raw_batch())
