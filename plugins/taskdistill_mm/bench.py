@@ -6,7 +6,8 @@ import copy
 import gc
 import logging
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,8 @@ def measure(variants: Variants, pairs: int, device: str, out: str) -> list[dict[
     if device == "cuda" and not torch.cuda.is_available():
         raise DistillError("no CUDA device here; run the benchmark with --device cpu")
     DefaultScope.get_instance(f"taskdistill_bench_{variants.scope}", scope_name=variants.scope)
-    logging.getLogger("taskdistill").setLevel(logging.ERROR)  # random weights have no class names to compare
     size, count = variants.size[device], variants.images[device]
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, _quiet():
         steps, models, tapped = _steps(variants, Path(scratch), size, count, device)
     seconds = interleave(steps, pairs, device=device)
     rows = compared(seconds, list(variants.peers))
@@ -84,6 +84,18 @@ def measure(variants: Variants, pairs: int, device: str, out: str) -> list[dict[
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"bench_{device}.md").write_text(f"{title}\n\n{markdown(rows)}\n\n{held}\n\n{markdown(memory)}\n")
     return rows
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings back: random weights have no class names to compare."""
+    logger = logging.getLogger("taskdistill")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _steps(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from mmengine.config import Config
 
@@ -25,6 +27,7 @@ def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, 
     assert all(row["ms"] in written for row in rows)
     assert all(0.2 < float(row["/ mmdet LD"].split()[0]) < 10 for row in rows[2:])
     assert "plain + taps" in capsys.readouterr().out
+    assert logging.getLogger("taskdistill").isEnabledFor(logging.WARNING)
 
 
 def test_bench_refuses_an_unknown_device():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 from mmengine.config import Config
 
@@ -27,6 +29,7 @@ def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch,
     ratio = float(rows[2]["/ (plain + teacher forward)"].split()[0])
     assert 0.3 < ratio < 5
     assert "plain + taps" in capsys.readouterr().out
+    assert logging.getLogger("taskdistill").isEnabledFor(logging.WARNING)
 
 
 def test_bench_refuses_an_unknown_device():
