@@ -22,10 +22,10 @@ class BoundedRegression(Term):
     r"""Squared box error to the ground truth where the student is not better than its teacher (Chen et al., NeurIPS 2017, eq. 4).
 
     Mean over the positives of the student's own assigner, over all processes. (The paper and mmdet divide the box losses of
-    RPN and RoI heads by *all* sampled boxes, so that their ν weighs less there by the share of positives.) The teacher predicts on
-    the same anchors, the same proposals (its RoI head is run on those that the student sampled), or the query of the same object.
-    Boxes are compared in the unit that the head regresses: a box coder's deltas (RetinaNet, ATSS, RPN, RoI heads), edges in strides (GFL, FCOS, TOOD,
-    RTMDet, YOLOX), or centre and size as shares of the image (DETR).
+    RPN and RoI heads by *all* sampled boxes, so that their ν weighs less there by the share of positives.) The teacher
+    predicts on the same anchors, the same proposals (its RoI head is run on those that the student sampled), or the query
+    of the same object. Boxes are compared in the unit that the head regresses: a box coder's deltas (RetinaNet, ATSS, RPN,
+    RoI heads), edges in strides (GFL, FCOS, TOOD, RTMDet, YOLOX), or centre and size as shares of the image (DETR).
 
     Args:
         margin: m >= 0 by which the student has to be better to be left alone; unpublished, 0 by default.

@@ -33,9 +33,10 @@ class CrossHead(Term):
     r"""The student's head features, read by the teacher's remaining head, predict what the teacher does (CrossKD).
 
     The output of a convolution of each tower is given the teacher's mean and standard deviation
-    (:func:`~taskdistill.losses.align_scale`), and where the teacher's activation is a ReLU passes one again; then it runs through
-    what follows in the *teacher's* tower, frozen. (The authors' code keeps the output before the ReLU, but that ReLU works in place on what was kept.) What comes out imitates the
-    teacher's own outputs on every anchor whose position lies in the image:
+    (:func:`~taskdistill.losses.align_scale`), and where the teacher's activation is a ReLU passes one again; then it runs
+    through what follows in the *teacher's* tower, frozen. (The authors' code keeps the output before the ReLU, but that
+    ReLU works in place on what was kept.) What comes out imitates the teacher's own outputs on every anchor whose position
+    lies in the image:
 
     * classes by :func:`~taskdistill.losses.focused_entropy`, summed and divided by the student's positives (at least 1 an
       image, as mmdet counts them). YOLOX's classes are joined with its objectness to the score that it ranks by.

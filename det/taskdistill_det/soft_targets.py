@@ -32,9 +32,9 @@ class SoftTargets(Term):
 
     Per row (an anchor, a proposal, a query) the KL is summed over classes (or their mean), then weighted over the region:
 
-    * ``"all"``: of a dense head all valid anchors (of a proposal network those that it sampled), divided by the sum of the teacher's best class scores, which is the number
-      of objects as the teacher sees them; unlike the number of positives it is never 0. Of an RoI head all of the student's
-      sampled proposals, on which the teacher's head is run too: their mean.
+    * ``"all"``: of a dense head all valid anchors (of a proposal network those that it sampled), divided by the sum of the
+      teacher's best class scores, which is the number of objects as the teacher sees them; unlike the number of positives it
+      is never 0. Of an RoI head all of the student's sampled proposals, on which the teacher's head is run too: their mean.
     * ``"main"`` (the positives) and ``"vlr"`` (weighted by IoU, dense heads with anchors; also those that the assigner
       ignores or that are not sampled): divided by the sum of weights. Of a DETR-type model, whose queries stand for no
       place, the two queries that are matched to the same object.

@@ -103,6 +103,7 @@ class HostDistiller(nn.Module):
             term.prepare(student, teacher)
         with isolated_rng(), torch.no_grad():
             recordings = self._rehearse(student, run_student, run_teacher, replay)
+            self._tell_of_frozen(recordings[0])
             outside = () if replay is None else (replay.path,)
             wiring = Wiring(student, teacher, *recordings, fields, facts or {}, self.teacher, outside)
             with torch.enable_grad():
@@ -123,21 +124,24 @@ class HostDistiller(nn.Module):
                 module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
             with torch.enable_grad():
                 drawn = self._student_recorder.rehearse(student, run_student)
-        for term in self._all_terms():
-            frozen = [str(tap) for tap in term.student_taps if drawn.frozen(tap)]
-            if frozen:
-                logger.warning(
-                    "%s: %s of the student gives a tensor that none of its trained parameters have a part in (frozen_stages?), "
-                    "so that the student learns nothing there; tap a later module",
-                    term.name,
-                    ", ".join(frozen),
-                )
         self.teacher.ensure_eval()
         seen = self._teacher_recorder.rehearse(teacher, run_teacher)
         if replay is None or not replayed:
             return drawn, seen
         self._replay = replay, self._recorder(teacher, "teacher", replayed)
         return drawn, seen.joined(self._replay[1].rehearse(teacher, lambda: replay.run(teacher, drawn, seen, Batch())))
+
+    def _tell_of_frozen(self, student: Recording) -> None:
+        """Warns of terms on what does not train: only their adapters would learn."""
+        for term in self._all_terms():
+            frozen = ", ".join(str(tap) for tap in term.student_taps if student.frozen(tap))
+            if frozen:
+                logger.warning(
+                    "%s: no trained parameter of the student has a part in %s (frozen_stages?), so that it learns nothing there; "
+                    "tap a later module",
+                    term.name,
+                    frozen,
+                )
 
     def _taps(self, replay: Replay | None) -> tuple[list[Tap], list[Tap], list[Tap]]:
         """What to record of the student, of the teacher's own pass, and of the replay."""

@@ -256,7 +256,7 @@ def test_tokens_are_refused_because_padding_cannot_be_told_from_image(teacher):
 
 
 def test_a_dry_run_goes_no_further_than_the_taps(monkeypatch):
-    # Over a thousand untrained proposals the heads of a cascade take a minute at full width, also where nothing but inference follows.
+    # Over a thousand untrained proposals the heads of a full cascade take a minute, also where only inference follows.
     model = staged("Cascade R-CNN")
     rows = MODELS.build(ConfigDict(distilled(model, model, "absent.pth", terms=IMITATION))).distiller.rows
 
