@@ -67,9 +67,12 @@ def measure(variants: Variants, pairs: int, device: str, out: str) -> list[dict[
         raise DistillError(f"device must be one of {', '.join(variants.size)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise DistillError("no CUDA device here; run the benchmark with --device cpu")
-    DefaultScope.get_instance(f"taskdistill_bench_{variants.scope}", scope_name=variants.scope)
     size, count = variants.size[device], variants.images[device]
-    with tempfile.TemporaryDirectory() as scratch, _quiet():
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _quiet(),
+        DefaultScope.overwrite_default_scope(variants.scope),
+    ):
         steps, models, tapped = _steps(variants, Path(scratch), size, count, device)
     seconds = interleave(steps, pairs, device=device)
     rows = compared(seconds, list(variants.peers))

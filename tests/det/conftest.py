@@ -23,9 +23,11 @@ def _in_mmdet():
 
 
 @pytest.fixture(autouse=True)
-def _fresh_hub():
+def _fresh_scope_and_hub():
     """What a Runner of an earlier test left in mmengine's hub (its iteration) is no business of this one."""
-    MessageHub.get_instance(f"det_test{next(_numbers)}")
+    name = f"det_test{next(_numbers)}"
+    DefaultScope.get_instance(name, scope_name="mmdet")
+    MessageHub.get_instance(name)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 from det_support import STRIDES, detector
 from taskdistill.errors import DistillError
@@ -20,7 +21,9 @@ def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, 
         Config(dict(model=model)).dump(path)
         monkeypatch.setattr(bench, name, str(path))
     monkeypatch.setattr(bench, "SIZE", {"cpu": 2 * max(STRIDES)})
-    rows = bench.main(pairs=2, out=str(tmp_path / "out"))
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        rows = bench.main(pairs=2, out=str(tmp_path / "out"))
+        assert DefaultScope.get_current_instance().scope_name == "mmengine"
     assert [row["step"] for row in rows] == ["plain", "teacher forward", "mmdet LD", *bench.RECIPES]
     assert set(bench.PAPERS) < set(bench.RECIPES)
     written = (tmp_path / "out" / "bench_cpu.md").read_text()

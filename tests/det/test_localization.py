@@ -13,7 +13,8 @@ from det_golden import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_o
 from det_support import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
 from taskdistill.regions import Batch
 from taskdistill_det import LocalizationDistillation, SoftTargets, localization
-from taskdistill_det.dense import Assignment, DenseHeads
+from taskdistill_det.assignment import Assignment
+from taskdistill_det.dense import DenseHeads
 
 
 def golden(case):

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 from mmengine.config import Config
+from mmengine.registry import DefaultScope
 
 from seg_support import SMALL_CRITIC, segmentor
 from taskdistill.errors import DistillError
@@ -22,7 +23,9 @@ def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch,
         bench, "RECIPES", {"structured": dict(recipe=critic), "channel_wise": dict(recipe="channel_wise")}
     )
     monkeypatch.setattr(bench, "SIZE", {"cpu": 64})
-    rows = bench.main(pairs=2, out=str(tmp_path / "out"))
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        rows = bench.main(pairs=2, out=str(tmp_path / "out"))
+        assert DefaultScope.get_current_instance().scope_name == "mmengine"
     assert [row["step"] for row in rows] == ["plain", "teacher forward", "structured", "channel_wise"]
     written = (tmp_path / "out" / "bench_cpu.md").read_text()
     assert all(row["ms"] in written for row in rows)
