@@ -12,14 +12,6 @@ from mmengine.runner import Runner
 import seg_support as models
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _configs_are_written_as_they_come():
-    """A Runner prints its config six times and has yapf format it each time: four fifths of a run of four iterations."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
-        yield
-
-
 @pytest.fixture(autouse=True)
 def _in_mmseg():
     models.enter_host()

@@ -1,0 +1,22 @@
+"""For all tests: what the hosts spend on things that no test looks at."""
+
+from __future__ import annotations
+
+import gc
+from importlib.util import find_spec
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _configs_are_written_as_they_come():
+    """A Runner prints its config six times and has yapf format it each time: four fifths of a run of four iterations."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec("yapf") is not None:
+            patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
+
+
+def pytest_collection_finish():
+    """What importing the hosts left is not garbage: mmengine collects at every dataset, 0.6 s with those objects, 0.05 s without."""
+    gc.freeze()
