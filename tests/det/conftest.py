@@ -24,7 +24,7 @@ def _in_mmdet():
 
 @pytest.fixture(autouse=True)
 def _fresh_scope_and_hub():
-    """What a Runner of an earlier test left in mmengine's hub (its iteration) is no business of this one."""
+    """What an earlier test left, its scope and its iteration in mmengine's hub, is no business of this one."""
     name = f"det_test{next(_numbers)}"
     DefaultScope.get_instance(name, scope_name="mmdet")
     MessageHub.get_instance(name)
