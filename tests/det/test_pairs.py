@@ -155,6 +155,8 @@ def test_a_transformer_student_trains_through_the_runner(tmp_path, scenes, teach
     entry = distilled(student, teacher_model, teacher_checkpoint, recipe="localization", terms=FEATURES[:1])
     runner = run(runner_config(entry, scenes, tmp_path, iters=1))
     build(student).load_state_dict(runner.model.state_dict(), strict=True)
+    logged = {name: log.data[0].sum() for name, log in runner.message_hub.log_scalars.items() if "distill." in name}
+    assert len(logged) >= 4 and all(value > 0 for value in logged.values()), logged
 
 
 def test_taps_on_grids_of_other_sizes_are_resized(teacher_model, teacher_checkpoint):

@@ -133,7 +133,9 @@ def test_missing_file(tmp_path: Path):
 
 def test_a_home_directory_is_expanded(checkpoint: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(checkpoint.parent))
-    Teacher(net(), "~/teacher.pth").load()
+    teacher = Teacher(net(), "~/teacher.pth")
+    teacher.load()
+    assert equal(teacher.model.state_dict(), weights())
 
 
 def test_weights_that_do_not_fit_change_nothing_and_are_listed(tmp_path: Path):
