@@ -7,6 +7,7 @@
 #
 #   STACK=upstream          the alternative mm stack, in an environment of its own
 #   TORCH=torch==2.13.0     the torch to install
+#   TEST_JOBS=1             processes that test side by side; by default one a core, 8 at most
 
 PYTHON ?= python3.11
 STACK ?= onedl
@@ -16,6 +17,7 @@ SEEDS ?= 1
 RECIPES ?= default
 DEVICE ?= cpu
 PYTEST_ARGS ?=
+TEST_JOBS ?= auto
 
 VENV ?= $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
@@ -57,7 +59,7 @@ demo: env
 	$(BIN)/python -m taskdistill demo $(TASK) --seeds $(SEEDS) --recipes $(RECIPES) --device $(DEVICE)
 
 test: env
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -1,4 +1,4 @@
-"""For all tests: what the hosts spend on things that no test looks at."""
+"""For all tests: nothing is spent on what no test looks at."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import gc
 from importlib.util import find_spec
 
 import pytest
+import torch
+
+# These models are so small that a second thread costs more than it saves, most of all where tests share a machine.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)

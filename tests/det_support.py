@@ -24,8 +24,6 @@ import taskdistill_det  # noqa: F401  registers DistilledDetector
 from taskdistill_mm.scenes import write_detection_set
 
 init_default_scope("mmdet")
-# These models are so small that a second thread costs more than it saves, most of all where tests share a machine.
-torch.set_num_threads(1)
 CLASSES = tuple("0123456789")
 STRIDES = (8, 16, 32)
 needs_resume = pytest.mark.xfail(

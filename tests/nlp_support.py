@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 import taskdistill_nlp  # noqa: F401
 
-torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 

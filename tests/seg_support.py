@@ -22,8 +22,6 @@ from torch import Tensor
 import taskdistill_seg  # noqa: F401  registers DistilledSegmentor
 from taskdistill_mm.scenes import SEGMENTATION_CLASSES, write_segmentation_set
 
-# These models are so small that a second thread costs more than it saves, most of all where tests share a machine.
-torch.set_num_threads(1)
 CLASSES = SEGMENTATION_CLASSES
 FAMILIES = ("FCN", "PSPNet", "DeepLabV3", "DeepLabV3+", "UPerNet", "SegFormer", "BiSeNetV2")
 SMALL_CRITIC: dict[str, Any] = dict(channels=(8, 16), attention=1)
