@@ -20,6 +20,7 @@ from mmdet.models.dense_heads import (
 )
 from mmdet.models.dense_heads.anchor_head import AnchorHead
 from mmdet.models.task_modules.prior_generators import AnchorGenerator, MlvlPointGenerator, anchor_inside_flags
+from mmdet.models.task_modules.samplers import PseudoSampler
 from torch import Tensor
 
 from taskdistill.errors import WiringError
@@ -51,6 +52,7 @@ class DenseHead:
         self.kind, self.owner, self.path = type(head).__name__, owner, path
         self.generator, self.bbox_coder = head.prior_generator, getattr(head, "bbox_coder", None)
         self.decoded_targets = getattr(head, "reg_decoded_bbox", False)
+        self.samples = not isinstance(getattr(head, "sampler", None), (PseudoSampler, type(None)))
         self.sigmoid = getattr(head, "use_sigmoid_cls", True)
         self.num_classes, self.channels = head.num_classes, head.cls_out_channels
         self.bins = int(head.reg_max) + 1 if self.distributions else 0
@@ -285,8 +287,8 @@ class DenseHeads(Heads):
         self.teacher = dense_head(teacher, path, "teacher", term)
         same_grid(self.student, self.teacher, term)
         self.classes, self.host_losses = self.student.num_classes, self.student.losses
-        self.proposes = path == "rpn_head"  # any dense head can, and knows objects alone
-        if self.proposes:
+        self.proposes = path == "rpn_head" or isinstance(self.student, _Proposals)  # any dense head can
+        if path == "rpn_head":
             self.host_losses = [name if "rpn" in name else f"rpn_{name}" for name in self.student.losses]
         ours = *self.student.class_taps, *self.student.assignment_taps
         self.class_taps = ours, self.teacher.class_taps
@@ -299,6 +301,8 @@ class DenseHeads(Heads):
         chosen = weights > 0
         logits, targets = self.student.logits(student, chosen), self.teacher.logits(teacher, chosen)
         targets = targets if self.proposes else in_students_order(targets, batch.class_order)
+        if region == "all" and self.student.samples:
+            return [Rows(logits, targets)]
         if region == "all":
             return [Rows(logits, targets, count=targets.float().sigmoid().amax(1).sum())]
         return [Rows(logits, targets, weight=pick_weights(weights, chosen, assignment.num_per_level))]

@@ -20,7 +20,7 @@ from .dense import anchor_levels
 from .heads import reads_classes
 from .registry import RECIPES, TERMS
 from .resolution import reduced_sample
-from .rois import REPLAY, check_samplers
+from .rois import REPLAY, check_masks, check_samplers
 
 
 @MODELS.register_module()
@@ -63,6 +63,7 @@ class DistilledDetector(Graft):
         made = super()._distiller(student, teacher, specs, size)
         if made[0].replays:
             check_samplers(student.roi_head)
+            check_masks(student.roi_head, made[0])
         return made
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+from mmdet.models.dense_heads import RPNHead
 from torch import Tensor, nn
 
 from taskdistill.errors import WiringError
@@ -54,6 +55,8 @@ class Heads(ABC):
     """Softmax over classes and background (the last), rather than a sigmoid each."""
     regions: tuple[str, ...] = ("all", "main")
     """What regions mean something on this head, its default first."""
+    proposes: bool = False
+    """A network of proposals, which knows objects alone."""
     boxes_by_class: bool = False
     """Whether which of the teacher's boxes is taken depends on its classes, so that both have to have the same."""
 
@@ -141,6 +144,8 @@ def reads_classes(model: Any, tap: Tap) -> bool:
         head, index = head[0], index[1:]
     if hasattr(head, "class_agnostic"):
         return not head.class_agnostic
+    if isinstance(head, RPNHead):
+        return False
     boxes_by_class = not getattr(head, "reg_class_agnostic", True)
     return index[:1] in ((), ("*",), (0,)) or (boxes_by_class and index[:1] == (1,))
 

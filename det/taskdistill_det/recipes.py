@@ -93,7 +93,8 @@ def pearson(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) ->
     """PKD (NeurIPS 2022): the pyramid's channels correlate with the teacher's, whatever their scale.
 
     Args:
-        weight: 10 for one-stage detectors (the paper's for RetinaNet), 6 for two-stage ones.
+        weight: before each level's loss, which add up: 10 for one-stage detectors (the paper's for RetinaNet), 6 for two-stage
+            ones.
         tap, schedule: those of its one term.
     """
     return [dict(type="PearsonImitation", tap=tap, weight=weight, schedule=schedule)]

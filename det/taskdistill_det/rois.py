@@ -11,7 +11,7 @@ from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from torch import Tensor, nn
 
-from taskdistill.distiller import Replay
+from taskdistill.distiller import HostDistiller, Replay
 from taskdistill.errors import WiringError
 from taskdistill.regions import Batch
 from taskdistill.taps import Recording, Tap
@@ -67,6 +67,16 @@ def _same_call(run: Callable[..., Any], head: Any, arguments: Mapping[str, Any])
 
 REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
 """What of a two-stage teacher runs on the student's proposals: its whole RoI head, boxes and masks."""
+
+
+def check_masks(roi_head: Any, distiller: HostDistiller) -> None:
+    """Raises a :class:`WiringError` where a teacher's mask head would have to run on what the student does not draw for it."""
+    taps = [tap for term in distiller.terms.values() for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
+    if taps and getattr(roi_head, "share_roi_extractor", False):
+        raise WiringError(
+            f"the student's mask head has no RoI extractor of its own, so that the teacher's cannot run on its regions for "
+            f"'{taps[0]}'; give the student a mask_roi_extractor, or tap the neck"
+        )
 
 
 def check_samplers(roi_head: Any) -> None:

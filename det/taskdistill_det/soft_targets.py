@@ -32,9 +32,10 @@ class SoftTargets(Term):
 
     Per row (an anchor, a proposal, a query) the KL is summed over classes (or their mean), then weighted over the region:
 
-    * ``"all"``: of a dense head all valid anchors (of a proposal network those that it sampled), divided by the sum of the
-      teacher's best class scores, which is the number of objects as the teacher sees them; unlike the number of positives it
-      is never 0. Of an RoI head all of the student's sampled proposals, on which the teacher's head is run too: their mean.
+    * ``"all"``: of a dense head all valid anchors, divided by the sum of the teacher's best class scores, which is the number
+      of objects as the teacher sees them; unlike the number of positives it is never 0. Of a head that samples its anchors
+      (RPN) the mean over those that it sampled. Of an RoI head that over the student's sampled proposals, on which the
+      teacher's head is run too.
     * ``"main"`` (the positives) and ``"vlr"`` (weighted by IoU, dense heads with anchors; also those that the assigner
       ignores or that are not sampled): divided by the sum of weights. Of a DETR-type model, whose queries stand for no
       place, the two queries that are matched to the same object.
@@ -99,7 +100,7 @@ class SoftTargets(Term):
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.heads = find_heads(student, teacher, self.head, self)
         self.heads.check_classes(self)
-        self.compares_classes = self.head != "rpn_head"
+        self.compares_classes = not self.heads.proposes
         self.student_taps, self.teacher_taps = self.heads.class_taps
         self.host_losses = self.heads.host_losses
         settle_region(self, self.heads)

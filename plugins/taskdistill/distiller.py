@@ -69,6 +69,7 @@ class HostDistiller(nn.Module):
             built = build_terms(terms, registry)
         self.terms = nn.ModuleDict({term.name: term for term in built})
         self.dropped = dict.fromkeys(self.terms, 0)
+        self._dropped_last: set[str] = set()
         self._replay: tuple[Replay, Recorder] | None = None
 
     def wire(
@@ -200,9 +201,14 @@ class HostDistiller(nn.Module):
         return self._student_recorder.record(student)
 
     def host_shares(self, step: Step) -> dict[str, float]:
-        """The share that active terms leave to the host's losses, by their names; see :class:`Term`."""
+        """The share that active terms leave to the host's losses, by their names; see :class:`Term`.
+
+        A term that the last call of :meth:`losses` dropped takes none.
+        """
         shares: dict[str, float] = {}
         for term in self.active(step):
+            if term.name in self._dropped_last:
+                continue
             # While a schedule keeps the term small, the host's loss keeps what the term does not take.
             share = 1 - (1 - term.host_share) * min(term.weight_at(step) / term.weight, 1)
             for name in term.host_losses if share != 1 else ():
@@ -238,6 +244,7 @@ class HostDistiller(nn.Module):
         active = self.active(step)
         ratios = {term.name: _flat(term(student, teacher, batch)) for term in active}
         dropped, denominators = self._agree(ratios)
+        self._dropped_last = dropped
         totals = totals or {}
         result: dict[str, Tensor] = {}
         for term in self._all_terms():

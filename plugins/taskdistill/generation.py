@@ -16,7 +16,7 @@ from .losses.masked_generation import FeatureGenerator
 from .regions import Batch
 from .registry import TERMS
 from .taps import Recording
-from .terms import FeatureImitation, Taps, Wiring, adapter_where_channels_differ, check_maps
+from .terms import FeatureImitation, Taps, Wiring, adapter_where_channels_differ, check_maps, sum_of
 
 
 class PerImageImitation(FeatureImitation):
@@ -52,8 +52,7 @@ class PerImageImitation(FeatureImitation):
         for module, (s, t, valid) in zip(self.parts, self.aligned(student, teacher, batch), strict=True):
             present = None if valid is None else (valid.flatten(1) > 0).any(1)
             ratios.append(weighted_ratio(self._per_image(module, s, t, valid, batch), present))
-        numerators, denominators = zip(*ratios, strict=True)
-        return Ratio(torch.stack(numerators), torch.stack(denominators))
+        return sum_of(ratios)
 
     def _module(self, channels: int) -> nn.Module:
         """The trainable part for a map of so many teacher's channels."""

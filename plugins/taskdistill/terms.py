@@ -227,9 +227,19 @@ class FeatureImitation(TapTerm):
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
             adapter = build_adapter(self._adapter_kind(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
+            self._check_loss(adapter(s.detach(), t), t)
             self.adapters.append(adapter)
             self.rows.append(
                 self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region=self.region_name)
+            )
+
+    def _check_loss(self, student: Tensor, teacher: Tensor) -> None:
+        dim = _class_dim(teacher)
+        places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
+        if found != places:
+            raise WiringError(
+                f"{self.name}: a loss on features gives one value a position, {tuple(places)} here, and this one gives "
+                f"{tuple(found)}; take another, or a term of its own (PearsonImitation, ChannelWise)"
             )
 
     def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
@@ -251,7 +261,7 @@ class FeatureImitation(TapTerm):
             yield adapter(s, t), t, weight
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
-        items = self.loss(student, teacher, dim=1 if teacher.ndim == 4 else -1, reduction="none")
+        items = self.loss(student, teacher, dim=_class_dim(teacher), reduction="none")
         return weighted_ratio(items, weight)
 
 
@@ -264,8 +274,8 @@ class Hint(FeatureImitation):
 class PearsonImitation(FeatureImitation):
     """Features that correlate with the teacher's, channel by channel, whatever their scale (PKD; Cao et al. 2022, arXiv 2207.02039).
 
-    The correlation is over all positions of the batch, on several processes over those of all of them. Several tensors weigh
-    alike. The paper's weights are 6 for Faster R-CNN and 10 for RetinaNet, on the pyramid.
+    The correlation is over all positions of the batch, on several processes over those of all of them. The losses of several
+    tensors add up, as the authors' do: their weights, 6 for Faster R-CNN and 10 for RetinaNet, stand before each level.
 
     Args:
         tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
@@ -281,8 +291,11 @@ class PearsonImitation(FeatureImitation):
     def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
         return adapter_where_channels_differ(self.adapter_kind, student, teacher)
 
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        return sum_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
-        dim = 1 if teacher.ndim == 4 else -1
+        dim = _class_dim(teacher)
         share = 1 / world_size()  # every process computes the same
         value = pearson(student, teacher, dim=dim, weight=weight, total=total_over_ranks)
         return Ratio(value * share, value.new_full((), share))
@@ -475,14 +488,21 @@ def _wire_logits(term: TapTerm, wiring: Wiring) -> None:
         term.rows.append(term.row(s, t, taps=(s_tap, t_tap)))
 
 
-def _class_dim(logits: Tensor) -> int:
-    return 1 if logits.ndim == 4 else -1
+def _class_dim(tensor: Tensor) -> int:
+    """Where classes or channels are: of maps ``(B, C, H, W)`` second, else last."""
+    return 1 if tensor.ndim == 4 else -1
 
 
 def mean_of(ratios: Sequence[Ratio]) -> Ratio:
     """The mean of several losses, each with its own denominator."""
+    numerators, denominators = sum_of(ratios)
+    return Ratio(numerators / len(ratios), denominators)
+
+
+def sum_of(ratios: Sequence[Ratio]) -> Ratio:
+    """The sum of several losses, each with its own denominator."""
     numerators, denominators = zip(*ratios, strict=True)
-    return Ratio(torch.stack(numerators) / len(ratios), torch.stack(denominators))
+    return Ratio(torch.stack(numerators), torch.stack(denominators))
 
 
 def in_order(scores: Tensor, order: Tensor | None) -> Tensor:
@@ -546,7 +566,7 @@ def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, t
 
 def adapter_where_channels_differ(kind: AdapterKind, student: Tensor, teacher: Tensor) -> AdapterKind:
     """What ``"auto"`` is for terms that leave channels alone where they agree."""
-    dim = 1 if teacher.ndim == 4 else -1
+    dim = _class_dim(teacher)
     return "none" if kind == "auto" and student.shape[dim] == teacher.shape[dim] else kind
 
 

@@ -240,8 +240,9 @@ class Graft(_Host, metaclass=Grafting):
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
         if teacher is not None:
             teacher = distiller.replay_teacher(student, teacher, batch, inputs.device.type)
-            mix(losses, distiller.host_shares(step))
-        losses.update(distiller.losses(student, teacher, batch, step, inputs.device))
+        distilled = distiller.losses(student, teacher, batch, step, inputs.device)
+        mix(losses, distiller.host_shares(step))
+        losses.update(distilled)
         return losses
 
     def init_weights(self) -> None:

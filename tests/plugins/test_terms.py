@@ -434,6 +434,15 @@ def test_channel_wise_takes_maps_alone():
 # --- Pearson imitation
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (2, 3)])
+def test_a_loss_on_features_gives_a_value_a_position(shape):
+    tensor = torch.ones(shape)
+    with pytest.raises(
+        WiringError, match=r"one value a position, \(2.*here, and this one gives \(3,\); take another.*PearsonImitation"
+    ):
+        distil({"a": tensor}, {"a": tensor}, FeatureImitation("parts.a", loss="pearson"))
+
+
 def test_pearson_imitation_of_equal_channels_has_no_adapter():
     student, teacher = (golden.wave((2, 3, 4, 4), f, 0.3, 2.0).float() for f in (0.7, 0.9))
     distiller = distil({"a": student}, {"a": teacher}, PearsonImitation("parts.a", weight=3.0))
@@ -445,6 +454,16 @@ def test_pearson_imitation_of_equal_channels_has_no_adapter():
     assert distiller.rows[0].adapter == "ConvAdapter 3→5, resize"
     distiller(EXAMPLE).loss.backward()
     assert all(p.grad is not None for p in distiller.terms.parameters())
+
+
+def test_pearson_imitation_of_several_tensors_adds_up():
+    student, teacher = (
+        {n: golden.wave((2, 3, 4, 4), f * i, 0.3, 2.0).float() for n, i in zip("ab", (1, 3), strict=True)}
+        for f in (0.7, 0.9)
+    )
+    term = PearsonImitation(["parts.a", "parts.b"], weight=3.0)
+    alone = [3 * pearson(student[name], teacher[name]) for name in "ab"]
+    torch.testing.assert_close(distil(student, teacher, term)(EXAMPLE).loss, sum(alone))
 
 
 def test_pearson_imitation_leaves_padding_out():

@@ -29,7 +29,7 @@ def bounded_regression(
     .. math:: L_b = \|R_s - y\|_2^2 \;\text{ if }\; \|R_s - y\|_2^2 + m > \|R_t - y\|_2^2, \text{ else } 0
 
     The teacher's box is no target: it may point the wrong way. It is the bound from which on the student is left alone. A bound
-    that is no number gives none either.
+    that is no number gives none either. A truth that is infinite, such as the logarithm of a box's width of 0, is left out.
 
     Args:
         student_boxes, teacher_boxes, targets: ``(…, D)`` in one unit, that of the box coder; the same shape.
@@ -42,7 +42,9 @@ def bounded_regression(
     if not margin >= 0:
         raise DistillError(f"margin must be >= 0, got {margin}")
     student, teacher, truth = upcast(student_boxes), upcast(teacher_boxes), upcast(targets)
-    error = (student - truth).square().sum(-1)
+    difference = student - truth
     bound = (teacher - truth).square().sum(-1)
-    items = error.masked_fill(error.detach() + margin <= bound, 0)
+    free = difference.detach().square().sum(-1) + margin <= bound
+    # The difference is masked, not its square: of a box without width, infinitely far for both, 0 · inf would be left in the gradient.
+    items = difference.masked_fill(free[..., None], 0).square().sum(-1)
     return reduce_loss(torch.where(bound.isnan(), bound, items), weight, reduction)

@@ -72,6 +72,21 @@ def test_an_infinite_teacher_bounds_nothing_in():
     assert value.item() == 0 and not student.grad.any()
 
 
+@pytest.mark.parametrize("infinite", ["truth", "both"])
+def test_what_is_infinite_for_both_leaves_no_gradient(infinite):
+    # A true box without width has an infinite delta; in fp16 both models may overflow.
+    student, teacher, truth = torch.zeros(2, 4), torch.ones(2, 4), torch.full((2, 4), 0.5)
+    if infinite == "truth":
+        truth[0, 2:] = -torch.inf
+    else:
+        student[0, 1] = teacher[0, 1] = torch.inf
+    student.requires_grad_()
+    value = bounded_regression(student, teacher, truth, margin=1.0)
+    assert value.item() == 0.5  # (0 + 4 · 0.5²) / 2
+    value.backward()
+    torch.testing.assert_close(student.grad, torch.tensor([[0.0] * 4, [-0.5] * 4]))
+
+
 def test_a_teacher_that_is_no_number_shows():
     teacher = torch.tensor([[0.0, 0, 0, 0], [torch.nan, 0, 0, 0]])
     items = bounded_regression(torch.ones(2, 4), teacher, torch.zeros(2, 4), reduction="none")
