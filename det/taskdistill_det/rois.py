@@ -71,7 +71,7 @@ REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
 
 def check_masks(roi_head: Any, distiller: HostDistiller) -> None:
     """Raises a :class:`WiringError` where a teacher's mask head would have to run on what the student does not draw for it."""
-    taps = [tap for term in distiller.terms.values() for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
+    taps = [tap for term in distiller._all_terms() for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
     if taps and getattr(roi_head, "share_roi_extractor", False):
         raise WiringError(
             f"the student's mask head has no RoI extractor of its own, so that the teacher's cannot run on its regions for "

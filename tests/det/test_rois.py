@@ -395,6 +395,12 @@ def of_classes(number):
     return model
 
 
+def masks_from_shared_regions():
+    model = staged("Mask R-CNN")
+    model["roi_head"]["mask_roi_extractor"] = None
+    return model
+
+
 FASTER, CASCADE, DENSE = staged("Faster R-CNN"), staged("Cascade R-CNN"), detector("ATSS")
 BOUNDED, SOFT = dict(type="BoundedRegression"), dict(type="SoftTargets")
 ROI_TAP = "roi_head.bbox_head:input"
@@ -425,6 +431,12 @@ ROI_TAP = "roi_head.bbox_head:input"
             FASTER,
             dict(type="FeatureImitation", tap=ROI_TAP, region="foreground"),
             "region 'foreground' cannot place the positions of roi_head.bbox_head:input",
+        ),
+        (
+            masks_from_shared_regions(),
+            staged("Mask R-CNN"),
+            dict(type="FeatureImitation", tap="roi_head.mask_head:input"),
+            "the student's mask head has no RoI extractor of its own",
         ),
         (FASTER, FASTER, dict(type="FocalGlobal", tap=ROI_TAP), "this loss is one of images"),
         (FASTER, FASTER, dict(type="MaskedGeneration", tap=ROI_TAP), "this loss is one of images"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -42,6 +43,29 @@ def test_on_all_anchors_it_is_the_binary_kl_over_the_teachers_scores(student, te
     entropy = F.binary_cross_entropy_with_logits(t, t.sigmoid(), reduction="none")
     focused = ((bce - entropy) * (t.sigmoid() - s.sigmoid()).abs()).mean(1).sum() / count
     assert found["distill.focused.loss"].item() == pytest.approx(focused.item(), rel=1e-4)
+
+
+def _proposals_alone(**settings):
+    """A stand-alone network of proposals, from that of a Faster R-CNN."""
+    model = staged("Faster R-CNN", **settings)
+    cut = {key: model[key] for key in ("data_preprocessor", "backbone", "neck", "rpn_head")}
+    return dict(cut, type="RPN", **{key: dict(rpn=model[key]["rpn"]) for key in ("train_cfg", "test_cfg")})
+
+
+@pytest.mark.parametrize("kind", ["Faster R-CNN", "RPN"])
+def test_a_sure_teacher_of_a_head_that_samples_is_worth_the_hosts_own_loss(kind, tmp_path):
+    # Where no image has an object and the teacher is sure of that, soft and hard cross-entropy are one number.
+    entry = _proposals_alone if kind == "RPN" else functools.partial(staged, kind)
+    teacher = entry(width=6)
+    checkpoint = save_teacher(tmp_path / "teacher.pth", teacher, classes=CLASSES[::-1])
+    term = dict(type="SoftTargets", head="auto" if kind == "RPN" else "rpn_head", background_weight=1.0)
+    model = build(distilled(entry(frozen_bn=True), teacher, checkpoint, terms=[term]))
+    model.start_distilling(CLASSES)  # in another order, which objectness does not have
+    output = model.distiller.teacher.model.get_submodule("bbox_head" if kind == "RPN" else "rpn_head").rpn_cls
+    output.weight.zero_(), output.bias.fill_(-20)
+    found = losses(model, raw_batch([[], []]))
+    # mmdet counts one positive in an image that has none: two more than the sample's thousand.
+    assert found["distill.soft_targets.loss"].item() == pytest.approx(found["loss_rpn_cls"].item(), rel=3e-3)
 
 
 # --- the mix with the host's own loss
@@ -103,6 +127,20 @@ def test_a_schedule_at_0_leaves_the_hosts_loss_whole(teacher_model, teacher_chec
     for iteration, share in ((0, 1.0), (2, 0.25)):
         monkeypatch.setattr(model._distill.hub, "step", lambda iteration=iteration: Step(iteration, 0))
         assert losses(model, raw_batch())["loss_cls"].item() == pytest.approx(share * host, rel=1e-6)
+
+
+def test_a_dropped_term_leaves_the_hosts_loss_whole(teacher_model, teacher_checkpoint):
+    terms = [dict(type="SoftTargets", hard_weight=0.25), dict(type="BoundedRegression")]
+    model = build(distilled(detector(frozen_bn=True), teacher_model, teacher_checkpoint, terms=terms))
+    with torch.no_grad():
+        host = losses(model, raw_batch())["loss_cls"].item()
+    model.start_distilling(CLASSES)
+    bias = model.distiller.teacher.model.bbox_head.gfl_cls.bias
+    kept = bias.clone()
+    for value, share in ((torch.full_like(kept, torch.nan), 1.0), (kept, 0.25)):
+        bias.copy_(value)
+        assert losses(model, raw_batch())["loss_cls"].item() == pytest.approx(share * host, rel=1e-6)
+    assert model.distiller.dropped == {"soft_targets": 1, "bounded_regression": 0}
 
 
 def test_a_head_that_proposes_knows_no_order_of_classes(tmp_path):
