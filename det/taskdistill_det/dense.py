@@ -351,7 +351,7 @@ def same_grid(student: DenseHead, teacher: DenseHead, term: Term) -> None:
     if student.num_priors != teacher.num_priors:
         raise WiringError(
             f"{term.name}: the student has {student.num_priors} anchors a position, the teacher {teacher.num_priors}; "
-            "give both the same anchor_generator"
+            "give both the same anchor_generator, or compare features"
         )
     pairs = [getattr(head.generator, "base_anchors", None) for head in (student, teacher)]
     if None in pairs:

@@ -302,6 +302,13 @@ class HostDistiller(nn.Module):
         Raises:
             DistillError: the state belongs to other terms.
         """
+        self.check_live_state(state)
+        self.terms.load_state_dict(dict(state["terms"]))
+        self._load_hidden(state.get("hidden", {}))
+        self.dropped.update({name: int(n) for name, n in state["dropped"].items() if name in self.dropped})
+
+    def check_live_state(self, state: Mapping[str, Any]) -> None:
+        """Raises a :class:`DistillError` unless a :meth:`live_state` is that of these terms."""
         own, given = self.terms.state_dict(), state["terms"]
         wrong = [k for k in own if k not in given or given[k].shape != own[k].shape] + [
             k for k in given if k not in own
@@ -311,9 +318,6 @@ class HostDistiller(nn.Module):
                 f"the checkpoint to resume was made with other distillation terms ({', '.join(wrong[:4])} do not fit); "
                 "resume with the terms it was made with, or load it without resuming"
             )
-        self.terms.load_state_dict(dict(given))
-        self._load_hidden(state.get("hidden", {}))
-        self.dropped.update({name: int(n) for name, n in state["dropped"].items() if name in self.dropped})
 
     def _hidden(self) -> dict[str, Any]:
         return {term.name: state for term in self._all_terms() if (state := term.hidden_state())}

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from .errors import DistillError
 
+LOWER_IS_BETTER = frozenset({"perplexity"})
+"""Metrics that fall as a model gets better."""
+
 
 class Result(NamedTuple):
     """One figure of one trained model; a row of ``results.csv``."""
@@ -51,13 +54,17 @@ def mean_sd(values: Sequence[float], digits: int = 3) -> str:
 
 
 def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
-    """Share of the gap from plain student to teacher that a method closes, from the means over seeds; NaN without a gap."""
+    """Share of the gap from plain student to teacher that a method closes, from the means over seeds.
+
+    NaN where there is none: where the teacher is no better than the plain student.
+    """
 
     def mean(of: str) -> float:
         return statistics.mean(r.value for r in results if r.method == of and r.metric == metric)
 
     plain, teacher = mean("plain"), mean("teacher")
-    return (mean(method) - plain) / (teacher - plain) if teacher != plain else math.nan
+    gap = plain - teacher if metric in LOWER_IS_BETTER else teacher - plain
+    return (mean(method) - plain) / (teacher - plain) if gap > 0 else math.nan
 
 
 def summary(results: Sequence[Result], metrics: Mapping[str, int]) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ models (initialise, wrap, average, save, validate, infer) it does to the student
 from __future__ import annotations
 
 import logging
+import traceback
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from taskdistill.classes import class_order
 from taskdistill.distiller import HostDistiller, Replay
-from taskdistill.errors import DistillError, WiringError, nearest
+from taskdistill.errors import DistillError, WiringError, check_number, nearest
 from taskdistill.hiding import hide_from_state_dict
 from taskdistill.isolation import isolated_rng
 from taskdistill.regions import Batch
@@ -33,6 +34,7 @@ from taskdistill.terms import TapTerm, Term
 
 from .checkpoints import SAFE_TYPES
 from .configs import MissingConfig, load_config, model_of, student_config
+from .log import tell_the_run
 from .resolution import Resolution, Size, samples_padded_to, teacher_scale
 from .state import HubLink
 from .views import TeacherView
@@ -101,6 +103,9 @@ class Graft(_Host, metaclass=Grafting):
             dry_run_size: side of the square input of the dry run, in pixels. By default 128, or 256 or 512 where a model cannot
                 run on so little (900 queries need as many positions).
         """
+        tell_the_run()
+        if dry_run_size is not None:
+            check_number(cls.__name__, "dry_run_size", dry_run_size, 1, whole=True)
         if student is None:
             raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
         if not isinstance(terms, (list, tuple, type(None))):
@@ -187,10 +192,11 @@ class Graft(_Host, metaclass=Grafting):
             except (DistillError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                said = str(error).partition("\n")[0]
+                said = str(error).partition("\n")[0] or _where(error)
                 raise DryRunFailed(
                     f"the dry run of the {owner}, a {type(model).__name__}, on {side}×{side} pixels failed "
-                    f"({type(error).__name__}: {said}); set dry_run_size to a size that it can run on"
+                    f"({type(error).__name__}: {said}); see that its parts fit together (in_channels), or set dry_run_size to a "
+                    "size that it can run on"
                 ) from error
 
         distiller.wire(
@@ -372,6 +378,12 @@ class _Link:
         if self.order is not None and self.order.device != device:
             self.order = self.order.to(device)
         return self.order
+
+
+def _where(error: Exception) -> str:
+    """The line that raised, of an error that says nothing."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{last.line} in {last.name}, {last.filename}"
 
 
 def mix(losses: dict[str, Any], shares: Mapping[str, float]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
 from mmengine.device import utils as device_utils
+from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 
@@ -25,6 +27,43 @@ from taskdistill.terms import WiringRow
 
 from .configs import load_config
 from .graft import Graft
+from .state import KEY
+
+PLUGINS = {"DistilledDetector": "taskdistill_det", "DistilledSegmentor": "taskdistill_seg"}
+"""What registers the models that configs name."""
+MISTAKES = (SyntaxError, KeyError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError)
+"""What hosts raise over a config that is wrong."""
+
+
+class Outset(Hook):
+    """Compares what is to be resumed with what is to be trained, before the host does, and sees whether training has begun."""
+
+    begun = False
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Raises a :class:`DistillError` where a resumed checkpoint was made with other terms.
+
+        torch would otherwise find that its optimizer's parameters are others, and not say why.
+        """
+        distiller = getattr(unwrapped(runner.model), "distiller", None)
+        if distiller is None or not runner._resume:
+            return
+        state = checkpoint.get("message_hub", {}).get("runtime_info", {}).get(KEY)
+        if state is not None:
+            distiller.check_live_state(state)
+        elif next(distiller.terms.parameters(), None) is not None:
+            raise DistillError(
+                "the checkpoint to resume was made without these distillation terms; to start from its weights give it as "
+                "load_from, without resuming"
+            )
+
+    def before_train(self, runner: Any) -> None:
+        self.begun = True
+
+
+def unwrapped(model: Any) -> Any:
+    """A model without what distributes it."""
+    return model.module if is_model_wrapper(model) else model
 
 
 def read_config(path: str, options: Sequence[str] = ()) -> Config:
@@ -46,6 +85,9 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
     if "model" not in config:
         raise DistillError(f"{path} has no 'model'; it is not the config of a training")
     kind = str(getattr(config.model.get("type"), "__name__", config.model.get("type")))
+    plugin = PLUGINS.get(kind)
+    if plugin is not None and plugin not in sys.modules:
+        raise DistillError(f"config {path}: {kind} is not imported; add custom_imports = dict(imports=['{plugin}'])")
     config.setdefault("default_scope", "mmseg" if kind == "DistilledSegmentor" else "mmdet")
     return config
 
@@ -57,8 +99,10 @@ def config_mistakes(path: str) -> Iterator[None]:
         yield
     except DistillError:
         raise
-    except (SyntaxError, KeyError, TypeError, ImportError, AttributeError, OSError) as error:
+    except MISTAKES as error:
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
+        if str(error) == "need at least one array to concatenate":  # a dataset of mmengine's that filtered all it had
+            said = "no image of the training set is left; are metainfo.classes the names in its annotation file?"
         raise DistillError(f"config {path}: {type(error).__name__}: {said}") from error
 
 
@@ -112,7 +156,15 @@ def train(
         config.optim_wrapper.type = "AmpOptimWrapper"
     with config_mistakes(path):
         runner = make_runner(config)
-    runner.train()
+    outset = Outset()
+    runner.register_hook(outset)
+    try:
+        runner.train()
+    except MISTAKES as error:
+        if outset.begun:
+            raise
+        with config_mistakes(path):  # the Runner builds loops, optimizer and schedulers late
+            raise error
     return runner
 
 
@@ -164,13 +216,17 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
         config.log_level = "WARNING"
         with config_mistakes(path):
             runner = make_runner(config)
-        model: Any = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model: Any = unwrapped(runner.model)
         if not isinstance(model, Graft):
             raise DistillError(
                 f"{path} trains a plain {type(model).__name__}; set model.type='DistilledDetector' or 'DistilledSegmentor'"
             )
         with config_mistakes(path):
-            loader = runner.build_dataloader(config.train_dataloader)
+            loader = runner.train_loop.dataloader
+            runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+            if runner.param_schedulers is not None:
+                runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
+            _ = runner.val_loop  # builds the validation set and its evaluator, where there is one
         classes = (getattr(loader.dataset, "metainfo", None) or {}).get("classes")
         model.init_weights()
         model.start_distilling(classes)

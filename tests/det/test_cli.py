@@ -99,6 +99,64 @@ def test_train_goes_on_where_it_stopped(config, tmp_path, monkeypatch, resume):
     assert len(last["message_hub"]["log_scalars"]["train/loss"].data[0]) == 4
 
 
+@needs_resume
+def test_resuming_with_other_terms_is_one_line(config, capsys, tmp_path):
+    work = str(tmp_path / "run")
+    assert main(["train", config(), "--work-dir", work]) == 0
+    other = config(lambda m: m.update(recipe=None, terms=[dict(type="FeatureImitation", tap="neck[0]")]))
+    fails(capsys, ["train", other, "--work-dir", work, "--resume"], "made with other distillation terms")
+
+
+@needs_resume
+def test_a_plain_checkpoint_is_no_run_to_resume(config, capsys, tmp_path, scenes):
+    plain = tmp_path / "plain.py"
+    runner_config(detector(), scenes, tmp_path / "run", iters=1).dump(plain)
+    assert main(["train", str(plain)]) == 0
+    arguments = ["train", config(), "--resume", str(tmp_path / "run" / "iter_1.pth")]
+    fails(capsys, arguments, "made without these distillation terms", "as load_from")
+
+
+def test_warnings_stand_in_the_log_of_the_run(config, tmp_path, teacher_model):
+    unnamed = save_plain(tmp_path / "unnamed.pth", build(teacher_model), None)
+    work = tmp_path / "run"
+    assert main(["train", config(lambda m: m["teacher"].update(checkpoint=unnamed)), "--work-dir", str(work)]) == 0
+    (log,) = work.glob("*/*.log")
+    warning = next(line for line in log.read_text().splitlines() if "does not name its classes" in line)
+    assert "WARNING" in warning
+
+
+@pytest.mark.parametrize("command", ["check", "train"])
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        ("optim_wrapper.optimizer.type=AdmW", ("distilled.py: TypeError",)),
+        ("optim_wrapper.optimizer.lrr=0.1", ("lrr",)),
+        ("model.bbox_head.norm_cfg.num_groups=7", ("num_channels", "num_groups")),
+        ("val_evaluator.ann_file=absent.json", ("absent.json",)),
+        ("model.dry_run_size=-4", ("dry_run_size must be a whole number >= 1, got -4",)),
+        (
+            "model.neck.in_channels=[8,16,32,16]",
+            ("dry run of the student", "see that its parts fit together (in_channels)"),
+        ),
+        (
+            "train_dataloader.dataset.metainfo.classes=['zebra'] train_dataloader.dataset.filter_cfg.filter_empty_gt=True",
+            ("no image of the training set", "metainfo.classes"),
+        ),
+    ],
+)
+def test_what_the_host_refuses_is_one_line_before_training(config, capsys, command, option, parts):
+    fails(capsys, [command, config(), "--cfg-options", *option.split()], *parts)
+
+
+def test_a_plugin_that_is_not_imported(config, capsys, monkeypatch):
+    path = config()
+    written = Config.fromfile(path)
+    written.pop("custom_imports", None)
+    written.dump(path)
+    monkeypatch.delitem(sys.modules, "taskdistill_det")
+    fails(capsys, ["check", path], "add custom_imports = dict(imports=['taskdistill_det'])")
+
+
 def test_list_names_terms_and_recipes(capsys):
     assert main(["list"]) == 0
     said = capsys.readouterr().out

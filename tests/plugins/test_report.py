@@ -55,6 +55,11 @@ def test_gap_closed_by_hand():
 def test_no_gap_to_close():
     flat = [r._replace(value=0.5) for r in RESULTS]
     assert math.isnan(gap_closed(flat, "AP", "localization"))
+    # A teacher that is worse than the plain student leaves none either; of a perplexity that is the higher one.
+    turned = [r._replace(value=-r.value) for r in RESULTS]
+    assert math.isnan(gap_closed(turned, "AP", "localization"))
+    falling = [r._replace(metric="perplexity") for r in turned]
+    assert gap_closed(falling, "perplexity", "localization") == pytest.approx(0.35)
 
 
 def test_summary_and_tables(capsys: pytest.CaptureFixture[str]):

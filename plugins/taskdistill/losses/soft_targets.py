@@ -140,7 +140,7 @@ class SoftTargetsLoss(nn.Module):
 def check_temperature(temperature: float) -> None:
     """Raises a :class:`DistillError` unless the temperature is above 0."""
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
-        raise DistillError(f"temperature must be > 0, got {temperature}")
+        raise DistillError(f"temperature must be > 0, got {temperature!r}")
 
 
 def check_hard_weight(hard_weight: float) -> None:
