@@ -301,10 +301,9 @@ class DenseHeads(Heads):
         chosen = weights > 0
         logits, targets = self.student.logits(student, chosen), self.teacher.logits(teacher, chosen)
         targets = targets if self.proposes else in_students_order(targets, batch.class_order)
-        if region == "all" and self.student.samples:
-            return [Rows(logits, targets)]
         if region == "all":
-            return [Rows(logits, targets, count=targets.float().sigmoid().amax(1).sum())]
+            objects = None if self.student.samples else targets.float().sigmoid().amax(1).sum()
+            return [Rows(logits, targets, count=objects)]
         return [Rows(logits, targets, weight=pick_weights(weights, chosen, assignment.num_per_level))]
 
     def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:

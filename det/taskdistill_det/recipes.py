@@ -94,7 +94,7 @@ def pearson(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) ->
 
     Args:
         weight: before each level's loss, which add up: 10 for one-stage detectors (the paper's for RetinaNet), 6 for two-stage
-            ones.
+            ones. The authors' configs tap four of the pyramid's five levels, ``neck[*]`` all of them.
         tap, schedule: those of its one term.
     """
     return [dict(type="PearsonImitation", tap=tap, weight=weight, schedule=schedule)]

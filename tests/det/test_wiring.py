@@ -172,7 +172,8 @@ def test_a_head_that_is_not_known_is_refused_with_what_works():
 
 def test_class_counts_may_differ_where_classes_are_not_compared(teacher):
     for terms in (LD, IMITATION):
-        MODELS.build(ConfigDict(distilled(detector(), detector(classes=7), "absent.pth", terms=terms)))
+        model = MODELS.build(ConfigDict(distilled(detector(), detector(classes=7), "absent.pth", terms=terms)))
+        assert {row.term for row in model.distiller.rows} == set(model.distiller.terms)
 
 
 @pytest.mark.parametrize(
