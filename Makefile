@@ -56,7 +56,7 @@ $(VENV)/.ready: $(VENV)/.mmcv pyproject.toml constraints/common.txt
 	touch $@
 
 demo: env
-	$(BIN)/python -m taskdistill demo $(TASK) --seeds $(SEEDS) --recipes $(RECIPES) --device $(DEVICE)
+	$(BIN)/python -m kdgraft demo $(TASK) --seeds $(SEEDS) --recipes $(RECIPES) --device $(DEVICE)
 
 test: env
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
@@ -79,7 +79,7 @@ format: env
 	$(BIN)/ruff format .
 
 bench-det bench-seg bench-nlp: bench-%: env
-	KINETO_LOG_LEVEL=5 $(BIN)/python -m taskdistill bench $* --device $(DEVICE)
+	KINETO_LOG_LEVEL=5 $(BIN)/python -m kdgraft bench $* --device $(DEVICE)
 
 clean:
 	rm -rf .venv .venv-upstream runs work_dirs build

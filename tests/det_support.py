@@ -20,8 +20,8 @@ from mmengine.runner import Runner
 from mmengine.structures import InstanceData
 from torch import Tensor
 
-import taskdistill_det  # noqa: F401  registers DistilledDetector
-from taskdistill_mm.scenes import write_detection_set
+import kdgraft_det  # noqa: F401  registers DistilledDetector
+from kdgraft_mm.scenes import write_detection_set
 
 init_default_scope("mmdet")
 CLASSES = tuple("0123456789")
@@ -248,7 +248,7 @@ def runner_config(
         entry["classwise"] = False
     config: dict[str, Any] = dict(
         default_scope="mmdet",
-        custom_imports=dict(imports=["taskdistill_det"]),
+        custom_imports=dict(imports=["kdgraft_det"]),
         model=copy.deepcopy(model),
         work_dir=str(work_dir),
         train_dataloader=loader("train", batch_size),

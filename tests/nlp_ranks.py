@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import SequentialSampler
 
 import nlp_support as support
-from taskdistill_nlp import DistillTrainer
+from kdgraft_nlp import DistillTrainer
 
 TERMS: dict[str, list[Any]] = {
     "bert": [

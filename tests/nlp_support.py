@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
-import taskdistill_nlp  # noqa: F401
+import kdgraft_nlp  # noqa: F401
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

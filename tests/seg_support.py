@@ -19,8 +19,8 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-import taskdistill_seg  # noqa: F401  registers DistilledSegmentor
-from taskdistill_mm.scenes import SEGMENTATION_CLASSES, write_segmentation_set
+import kdgraft_seg  # noqa: F401  registers DistilledSegmentor
+from kdgraft_mm.scenes import SEGMENTATION_CLASSES, write_segmentation_set
 
 CLASSES = SEGMENTATION_CLASSES
 FAMILIES = ("FCN", "PSPNet", "DeepLabV3", "DeepLabV3+", "UPerNet", "SegFormer", "BiSeNetV2")

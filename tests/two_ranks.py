@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from taskdistill import Batch, Distiller, FeatureImitation, SoftTargets, WarmUp
-from taskdistill.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
-from taskdistill.losses import hint
-from taskdistill.terms import PearsonImitation
+from kdgraft import Batch, Distiller, FeatureImitation, SoftTargets, WarmUp
+from kdgraft.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
+from kdgraft.losses import hint
+from kdgraft.terms import PearsonImitation
 
 SHARES = (slice(0, 3), slice(3, 4))  # three images on the first process, one on the second
 IMAGES = torch.sin(torch.arange(4 * 3 * 8 * 8.0)).reshape(4, 3, 8, 8)

@@ -5,7 +5,7 @@ _base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "faster_rcnn_r101_fpn_2x_coco_bbox_mAP-0.398_20200504_210455-1d2dac9c.pth"
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,

@@ -7,7 +7,7 @@ data_root = "data/coco/"
 teacher_checkpoint = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
 student_size = (667, 400)
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,

@@ -10,7 +10,7 @@ val_images = "val/"
 classes = ("first", "second", "third")  # as the annotation files name them
 teacher_checkpoint = "teacher.pth"
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 head = dict(num_classes=len(classes))
 model = dict(
     type="DistilledDetector",
@@ -23,7 +23,7 @@ model = dict(
         config=dict(_base_.model, bbox_head=dict(_base_.model.bbox_head, num_classes=len(classes))),
         checkpoint=teacher_checkpoint,
     ),
-    recipe="cross_head",  # closed most of the gap on a real set; others: taskdistill list
+    recipe="cross_head",  # closed most of the gap on a real set; others: kdgraft list
 )
 
 metainfo = dict(classes=classes)

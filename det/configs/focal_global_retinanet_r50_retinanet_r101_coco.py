@@ -4,7 +4,7 @@ _base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth"
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,

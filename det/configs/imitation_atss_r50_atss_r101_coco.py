@@ -4,7 +4,7 @@ _base_ = "mmdet::atss/atss_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "atss_r101_fpn_1x_20200825-dfcadd6f.pth"
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,

@@ -4,7 +4,7 @@ _base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,

@@ -5,7 +5,7 @@ data_root = "data/coco/"
 teacher_checkpoint = "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
 student_pretrained = "https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth"
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,

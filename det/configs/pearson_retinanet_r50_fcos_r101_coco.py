@@ -4,7 +4,7 @@ _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "fcos_r101_caffe_fpn_gn-head_1x_coco-0e37b982.pth"
 
-custom_imports = dict(imports=["taskdistill_det"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,

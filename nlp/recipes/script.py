@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from taskdistill_nlp.run import build
+from kdgraft_nlp.run import build
 
 
 def main(

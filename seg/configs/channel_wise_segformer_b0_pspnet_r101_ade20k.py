@@ -4,7 +4,7 @@ _base_ = "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py"
 data_root = "data/ade/ADEChallengeData2016"
 teacher_checkpoint = "pspnet_r101-d8_512x512_160k_ade20k_20200615_100650-967c316f.pth"
 
-custom_imports = dict(imports=["taskdistill_seg"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_seg"], allow_failed_imports=False)
 model = dict(
     type="DistilledSegmentor",
     student=_base_.model.type,

@@ -4,7 +4,7 @@ _base_ = "mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py"
 data_root = "data/cityscapes/"
 teacher_checkpoint = "deeplabv3plus_r101-d8_512x1024_80k_cityscapes_20200606_114143-068fcfe9.pth"
 
-custom_imports = dict(imports=["taskdistill_seg"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_seg"], allow_failed_imports=False)
 model = dict(
     type="DistilledSegmentor",
     student=_base_.model.type,

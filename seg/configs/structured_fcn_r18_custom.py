@@ -10,7 +10,7 @@ classes = ("first", "second", "third")
 crop_size = (256, 256)
 teacher_checkpoint = "teacher.pth"
 
-custom_imports = dict(imports=["taskdistill_seg"], allow_failed_imports=False)
+custom_imports = dict(imports=["kdgraft_seg"], allow_failed_imports=False)
 data_preprocessor = dict(size=crop_size)
 model = dict(
     type="DistilledSegmentor",

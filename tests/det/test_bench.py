@@ -9,9 +9,9 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
 from det_support import STRIDES, detector
-from taskdistill.errors import DistillError
-from taskdistill_det import bench
-from taskdistill_det.peers import mmdet_ld
+from kdgraft.errors import DistillError
+from kdgraft_det import bench
+from kdgraft_det.peers import mmdet_ld
 
 
 def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, capsys):
@@ -30,7 +30,7 @@ def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, 
     assert all(row["ms"] in written for row in rows)
     assert all(0.2 < float(row["/ mmdet LD"].split()[0]) < 10 for row in rows[2:])
     assert "plain + taps" in capsys.readouterr().out
-    assert logging.getLogger("taskdistill").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("kdgraft").isEnabledFor(logging.WARNING)
 
 
 def test_bench_refuses_an_unknown_device():

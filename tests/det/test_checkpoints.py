@@ -27,10 +27,10 @@ from det_support import (
     runner_config,
     weights,
 )
-from taskdistill.errors import DistillError
-from taskdistill.teacher import read_checkpoint
-from taskdistill_mm.checkpoints import SAFE_TYPES
-from taskdistill_mm.state import KEY
+from kdgraft.errors import DistillError
+from kdgraft.teacher import read_checkpoint
+from kdgraft_mm.checkpoints import SAFE_TYPES
+from kdgraft_mm.state import KEY
 
 EVERY_CHECKPOINT = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1))
 

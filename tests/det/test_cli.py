@@ -24,7 +24,7 @@ from det_support import (
     save_teacher,
 )
 from det_zoo import zoo
-from taskdistill.cli import main
+from kdgraft.cli import main
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,7 +49,7 @@ def fails(capsys, arguments, *parts):
     assert main(arguments) == 2
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("taskdistill: error: "), said
+    assert len(lines) == 1 and lines[0].startswith("kdgraft: error: "), said
     for part in parts:
         assert part in said, said
 
@@ -153,8 +153,8 @@ def test_a_plugin_that_is_not_imported(config, capsys, monkeypatch):
     written = Config.fromfile(path)
     written.pop("custom_imports", None)
     written.dump(path)
-    monkeypatch.delitem(sys.modules, "taskdistill_det")
-    fails(capsys, ["check", path], "add custom_imports = dict(imports=['taskdistill_det'])")
+    monkeypatch.delitem(sys.modules, "kdgraft_det")
+    fails(capsys, ["check", path], "add custom_imports = dict(imports=['kdgraft_det'])")
 
 
 def test_list_names_terms_and_recipes(capsys):
@@ -229,7 +229,7 @@ def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(conf
     path = config(lambda m: m["teacher"].update(chekpoint="t.pth"))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("plugins", "det"))}
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "taskdistill", "check", path],
+        [sys.executable, "-W", "ignore", "-m", "kdgraft", "check", path],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -237,7 +237,7 @@ def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(conf
         timeout=240,
     )
     assert done.returncode == 2
-    assert done.stderr == "taskdistill: error: teacher takes no argument 'chekpoint'; did you mean 'checkpoint'?\n"
+    assert done.stderr == "kdgraft: error: teacher takes no argument 'chekpoint'; did you mean 'checkpoint'?\n"
     assert "Traceback" not in done.stdout
 
 
@@ -261,7 +261,7 @@ def test_check_runs_terms_that_warm_up_from_nothing(config, capsys):
 )
 def test_broken_configs_are_one_line(tmp_path, capsys, text, part):
     path = tmp_path / "broken.py"
-    path.write_text(text + "\ncustom_imports = dict(imports=['taskdistill_det'])\ntrain_dataloader = None\n")
+    path.write_text(text + "\ncustom_imports = dict(imports=['kdgraft_det'])\ntrain_dataloader = None\n")
     fails(capsys, ["check", str(path)], part)
 
 

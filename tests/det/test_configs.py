@@ -9,7 +9,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 
 import det_support  # noqa: F401  sets mmdet's scope
-from taskdistill_mm.configs import plain_config
+from kdgraft_mm.configs import plain_config
 
 FOLDER = Path(__file__).parents[2] / "det" / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))

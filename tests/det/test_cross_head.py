@@ -24,9 +24,9 @@ from det_support import (
 )
 from det_zoo import KINDS, zoo
 from golden import wave
-from taskdistill.errors import DistillError, WiringError
-from taskdistill_det import CrossHead
-from taskdistill_det.dense import joint_logits
+from kdgraft.errors import DistillError, WiringError
+from kdgraft_det import CrossHead
+from kdgraft_det.dense import joint_logits
 
 CROSSED = [kind for kind in KINDS if kind != "TOOD"]
 LOSS = "distill.cross_head.loss"

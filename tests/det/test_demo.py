@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from taskdistill import comparison
-from taskdistill.errors import DistillError
-from taskdistill.report import Result, gap_closed
-from taskdistill_det import DistilledDetector, demo
-from taskdistill_mm import demo as shared
-from taskdistill_mm.demo import Trained, train
-from taskdistill_mm.finished import alone
-from taskdistill_mm.scenes import write_detection_set
+from kdgraft import comparison
+from kdgraft.errors import DistillError
+from kdgraft.report import Result, gap_closed
+from kdgraft_det import DistilledDetector, demo
+from kdgraft_mm import demo as shared
+from kdgraft_mm.demo import Trained, train
+from kdgraft_mm.finished import alone
+from kdgraft_mm.scenes import write_detection_set
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +285,7 @@ def test_a_distiller_is_restored_with_its_adapters(digits, monkeypatch, tmp_path
 def test_two_processes_do_not_train_one_model_at_once(tmp_path):
     """The second waits, says so, and goes on when the first is done."""
     program = (
-        "import sys; from pathlib import Path; from taskdistill_mm.finished import alone\n"
+        "import sys; from pathlib import Path; from kdgraft_mm.finished import alone\n"
         "with alone(Path(sys.argv[1]), 'plain (seed 0)'): print('in', flush=True)"
     )
     with alone(tmp_path / "plain.lock", "plain (seed 0)"):

@@ -13,10 +13,10 @@ from mmengine.structures import InstanceData
 from det_stages import staged
 from det_support import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
 from det_zoo import KINDS, zoo
-from taskdistill import Recorder
-from taskdistill.regions import Batch
-from taskdistill_det import SoftTargets
-from taskdistill_det.dense import (
+from kdgraft import Recorder
+from kdgraft.regions import Batch
+from kdgraft_det import SoftTargets
+from kdgraft_det.dense import (
     DenseHeads,
     dense_head,
     in_order_of_pick,
@@ -24,7 +24,7 @@ from taskdistill_det.dense import (
     pick,
     pick_weights,
 )
-from taskdistill_det.regions import valuable_region
+from kdgraft_det.regions import valuable_region
 
 
 def test_pick_by_hand():

@@ -9,12 +9,12 @@ import torch
 from mmdet.registry import MODELS
 
 from det_support import BOXES, build, detector, distillation, distilled, gradients, losses, raw_batch, save_plain
-from taskdistill import DistillError, WiringError
-from taskdistill.losses import focal_attention, focal_features, masked_generation
-from taskdistill.losses.focal_global import box_scales
-from taskdistill_det import TERMS, fine_grained
-from taskdistill_det.dense import anchor_levels
-from taskdistill_mm.configs import load_config
+from kdgraft import DistillError, WiringError
+from kdgraft.losses import focal_attention, focal_features, masked_generation
+from kdgraft.losses.focal_global import box_scales
+from kdgraft_det import TERMS, fine_grained
+from kdgraft_det.dense import anchor_levels
+from kdgraft_mm.configs import load_config
 
 KINDS = {
     "focal_global": dict(type="FocalGlobal"),

@@ -15,9 +15,9 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from det_support import EVERY_TERM, assert_same, build, detector, distilled, loadable, run, runner_config, save_teacher
-from taskdistill.errors import DistillError, UnsafeCheckpoint
-from taskdistill.teacher import read_checkpoint
-from taskdistill_mm.checkpoints import SAFE_TYPES, export_student
+from kdgraft.errors import DistillError, UnsafeCheckpoint
+from kdgraft.teacher import read_checkpoint
+from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
 
 TEST_PIPELINE = [
     dict(type="LoadImageFromFile"),
@@ -114,7 +114,7 @@ def test_export_writes_plain_weights_and_a_plain_config(trained, exported):
     assert_same(dict(saved["state_dict"]), dict(source["state_dict"]))
     assert saved["meta"]["dataset_meta"]["classes"] == tuple("0123456789")
     for text in (saved["meta"]["cfg"], config.read_text()):
-        assert "taskdistill" not in text and "Distilled" not in text and "teacher" not in text
+        assert "kdgraft" not in text and "Distilled" not in text and "teacher" not in text
     plain = Config.fromfile(config)
     assert plain.model.type == "GFL"
     assert plain.model.to_dict() == Config(dict(model=detector())).model.to_dict()
@@ -127,7 +127,7 @@ def test_the_export_works_in_a_process_without_this_suite(exported, image, expec
         import sys
         class Refuse:
             def find_spec(self, name, path=None, target=None):
-                if name.partition(".")[0].startswith("taskdistill"):
+                if name.partition(".")[0].startswith("kdgraft"):
                     raise ImportError(name)
         sys.meta_path.insert(0, Refuse())
         import torch
@@ -137,7 +137,7 @@ def test_the_export_works_in_a_process_without_this_suite(exported, image, expec
         model = init_detector({str(config)!r}, None, device="cpu")
         model.load_state_dict(torch.load({str(weights)!r}, weights_only=True)["state_dict"], strict=True)
         found = inference_detector(model, {image!r}).pred_instances
-        assert not any(name.startswith("taskdistill") for name in sys.modules)
+        assert not any(name.startswith("kdgraft") for name in sys.modules)
         print("scores", *found.scores.tolist())
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=240)

@@ -24,9 +24,9 @@ from det_support import (
     run,
     runner_config,
 )
-from taskdistill import TERMS, Term
-from taskdistill.errors import WiringError
-from taskdistill.losses import Ratio
+from kdgraft import TERMS, Term
+from kdgraft.errors import WiringError
+from kdgraft.losses import Ratio
 
 SIZES = [(96, 96), (64, 96), (96, 64), (70, 74)]
 SMALL = [[[8.0, 10.0, 44.0, 50.0]], [[20.0, 4.0, 90.0, 60.0]], [[2.0, 60.0, 30.0, 94.0]], [[12.0, 20.0, 60.0, 64.0]]]
@@ -163,7 +163,7 @@ def test_a_term_that_is_not_finite_is_dropped_and_training_goes_on(
 ):
     terms = [dict(type="TestInfinite", name="broken"), dict(type="FeatureImitation", tap="neck[0]")]
     model = distilled(detector(), teacher_model, teacher_checkpoint, terms=terms)
-    with caplog.at_level(logging.WARNING, "taskdistill"):
+    with caplog.at_level(logging.WARNING, "kdgraft"):
         runner = run(runner_config(model, scenes, tmp_path, iters=4))
     assert history(runner, "distill.broken.loss") == [1, 0, 0, pytest.approx(1, abs=0.1)]
     assert runner.model.distiller.dropped == {"broken": 2, "feature_imitation": 0}

@@ -11,10 +11,10 @@ from mmengine.config import ConfigDict
 
 from det_golden import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_outputs
 from det_support import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
-from taskdistill.regions import Batch
-from taskdistill_det import LocalizationDistillation, SoftTargets, localization
-from taskdistill_det.assignment import Assignment
-from taskdistill_det.dense import DenseHeads
+from kdgraft.regions import Batch
+from kdgraft_det import LocalizationDistillation, SoftTargets, localization
+from kdgraft_det.assignment import Assignment
+from kdgraft_det.dense import DenseHeads
 
 
 def golden(case):

@@ -22,7 +22,7 @@ from det_support import (
     save_teacher,
 )
 from det_zoo import zoo
-from taskdistill import WiringError
+from kdgraft import WiringError
 
 FEATURES = [
     dict(type="FeatureImitation", tap="neck[*]", region="foreground"),

@@ -23,8 +23,8 @@ from det_support import (
     raw_batch,
     save_teacher,
 )
-from taskdistill import REGIONS
-from taskdistill.errors import DistillError
+from kdgraft import REGIONS
+from kdgraft.errors import DistillError
 
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])
 CORRELATION = [dict(type="PearsonImitation", tap="neck[*]"), dict(type="ChannelWise", tap="neck[*]")]

@@ -11,7 +11,7 @@ from mmengine.structures import InstanceData
 
 from det_stages import detr
 from det_support import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
-from taskdistill import WiringError
+from kdgraft import WiringError
 
 TWO = part(raw_batch(), slice(1, 3))
 """Two images, of two and of three objects."""

@@ -133,7 +133,7 @@ def test_a_launcher_trains_on_two_processes_as_on_one(tmp_path, config, launcher
             *launcher,
             *port,
             "-m",
-            "taskdistill",
+            "kdgraft",
             "train",
             str(path),
             "--work-dir",

@@ -8,9 +8,9 @@ import cv2
 import numpy as np
 import pytest
 
-from taskdistill.errors import DistillError
-from taskdistill_det import demo
-from taskdistill_det.real import RealSet
+from kdgraft.errors import DistillError
+from kdgraft_det import demo
+from kdgraft_det.real import RealSet
 
 CATEGORIES = [dict(id=7, name="nut"), dict(id=3, name="bolt")]
 

@@ -9,11 +9,11 @@ from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 
 from det_support import TERM_NAMES, build, detector, distilled, losses, raw_batch
-from taskdistill import Step
-from taskdistill.errors import DistillError
-from taskdistill_det import DistilledDetector, fine_grained, focal_global, localization, masked_generation
-from taskdistill_det.regions import valuable_region
-from taskdistill_mm.configs import load_config
+from kdgraft import Step
+from kdgraft.errors import DistillError
+from kdgraft_det import DistilledDetector, fine_grained, focal_global, localization, masked_generation
+from kdgraft_det.regions import valuable_region
+from kdgraft_mm.configs import load_config
 
 
 def test_the_localization_recipe_is_the_papers():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from det_golden import CASES, VALUABLE, anchors_and_boxes
-from taskdistill_det.regions import valuable_region
+from kdgraft_det.regions import valuable_region
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])

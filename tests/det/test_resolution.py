@@ -32,10 +32,10 @@ from det_support import (
     runner_config,
     save_teacher,
 )
-from taskdistill.cli import main
-from taskdistill.errors import DistillError, WiringError
-from taskdistill.regions import foreground_weights
-from taskdistill_mm.configs import load_config
+from kdgraft.cli import main
+from kdgraft.errors import DistillError, WiringError
+from kdgraft.regions import foreground_weights
+from kdgraft_mm.configs import load_config
 
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")])
 KEY = "distill.feature_imitation.loss"

@@ -18,7 +18,7 @@ from mmdet.registry import MODELS
 
 from det_stages import staged, with_masks
 from det_support import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
-from taskdistill import WiringError
+from kdgraft import WiringError
 
 TWO = slice(1, 3)
 """Two images, of two and of three objects."""

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from det_stages import STAGED, detr, staged
 from det_support import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
 from det_zoo import zoo
-from taskdistill import DistillError, Step, WiringError
-from taskdistill_det import BoundedRegression, SoftTargets
+from kdgraft import DistillError, Step, WiringError
+from kdgraft_det import BoundedRegression, SoftTargets
 
 
 def _outputs(model):

@@ -10,7 +10,7 @@ import det_table
 from det_stages import STAGED, detr, staged, with_masks
 from det_support import build, distillation, distilled, losses, raw_batch, save_teacher
 from det_zoo import zoo
-from taskdistill import WiringError
+from kdgraft import WiringError
 
 
 def model(detector: str, **settings):

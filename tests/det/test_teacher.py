@@ -27,9 +27,9 @@ from det_support import (
     save_teacher,
 )
 from det_zoo import zoo
-from taskdistill.errors import DistillError, UnsafeCheckpoint, WiringError
-from taskdistill.taps import Tap
-from taskdistill_det.heads import reads_classes
+from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
+from kdgraft.taps import Tap
+from kdgraft_det.heads import reads_classes
 
 SOFT = dict(terms=[dict(type="SoftTargets")])
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])
@@ -289,12 +289,12 @@ def test_boxes_and_masks_for_all_classes_at_once_know_no_order():
 def test_unnamed_classes_warn_and_are_taken_as_the_same(tmp_path, teacher_model, teacher_checkpoint, caplog):
     unnamed = save_plain(tmp_path / "unnamed.pth", build(teacher_model), None)
     model = build(distilled(detector(), teacher_model, unnamed, **SOFT))
-    with caplog.at_level(logging.WARNING, "taskdistill"):
+    with caplog.at_level(logging.WARNING, "kdgraft"):
         model.start_distilling(CLASSES)
     assert "the teacher's checkpoint does not name its classes" in caplog.text
     caplog.clear()
     model = build(distilled(detector(), teacher_model, unnamed, **FEATURES))
-    with caplog.at_level(logging.WARNING, "taskdistill"):
+    with caplog.at_level(logging.WARNING, "kdgraft"):
         model.start_distilling(CLASSES)
     assert not caplog.text
 

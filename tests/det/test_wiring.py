@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 
 from det_stages import detr, staged
 from det_support import detector, distilled
-from taskdistill.errors import DistillError
+from kdgraft.errors import DistillError
 
 LD = [dict(type="LocalizationDistillation")]
 SOFT = [dict(type="SoftTargets")]
@@ -280,7 +280,7 @@ def test_a_dry_run_is_as_large_as_the_models_need():
 
 def test_features_that_no_training_reaches_are_told_of(teacher, caplog):
     student = changed(detector(), "backbone", frozen_stages=1)
-    with caplog.at_level("WARNING", logger="taskdistill"):
+    with caplog.at_level("WARNING", logger="kdgraft"):
         terms = [dict(type="FeatureImitation", tap=f"backbone[{index}]", name=f"stage{index}") for index in (0, 1)]
         MODELS.build(ConfigDict(distilled(student, teacher, "absent.pth", terms=terms)))
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["stage0"]
@@ -303,7 +303,7 @@ def test_a_semi_supervised_student_is_refused(teacher):
 def test_two_stage_detectors_wire_features(teacher):
     from mmengine.config import Config
 
-    from taskdistill_mm.configs import load_config
+    from kdgraft_mm.configs import load_config
 
     base = load_config("mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py").model
     base.backbone.init_cfg = None

@@ -11,11 +11,11 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 import nlp_support as support
-from taskdistill import WiringError
-from taskdistill.taps import Tap
-from taskdistill_nlp.attention import AttentionCall, AttentionRecorder, attention_call, layer_pairs, stacks
-from taskdistill_nlp.student import graft
-from taskdistill_nlp.tasks import example, task_of
+from kdgraft import WiringError
+from kdgraft.taps import Tap
+from kdgraft_nlp.attention import AttentionCall, AttentionRecorder, attention_call, layer_pairs, stacks
+from kdgraft_nlp.student import graft
+from kdgraft_nlp.tasks import example, task_of
 
 FAMILIES = list(support.TASKS)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import nlp_support as support  # noqa: F401  quiet, one thread
-from taskdistill_nlp import bench
+from kdgraft_nlp import bench
 
 
 def test_every_variant_trains(monkeypatch):

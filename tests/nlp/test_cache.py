@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import nlp_support as support
-from taskdistill import DistillError, WiringError
-from taskdistill_nlp import DistillCollator, DistillTrainer, TeacherCache
+from kdgraft import DistillError, WiringError
+from kdgraft_nlp import DistillCollator, DistillTrainer, TeacherCache
 
 TERMS = {
     "bert": ["SoftTargets", "HiddenStates", "Embeddings", dict(type="PatientStates", layers="last")],

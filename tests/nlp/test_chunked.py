@@ -9,11 +9,11 @@ import transformers
 from transformers import Trainer
 
 import nlp_support as support
-from taskdistill import DistillError, WiringError
-from taskdistill.losses import generalized_jsd, soft_targets
-from taskdistill_nlp import DistillTrainer
-from taskdistill_nlp.chunked import Head, Part, chunked_losses
-from taskdistill_nlp.student import graft
+from kdgraft import DistillError, WiringError
+from kdgraft.losses import generalized_jsd, soft_targets
+from kdgraft_nlp import DistillTrainer
+from kdgraft_nlp.chunked import Head, Part, chunked_losses
+from kdgraft_nlp.student import graft
 
 
 def tensors(dtype=torch.float64):
@@ -156,7 +156,7 @@ def test_no_logits_are_held():
 
 
 def test_a_term_that_is_not_finite_leaves_the_hosts_loss(tmp_path):
-    from taskdistill_nlp import ForwardKL
+    from kdgraft_nlp import ForwardKL
 
     class Broken(ForwardKL):
         def compare(self, student, teacher):
@@ -175,7 +175,7 @@ class Custom(Trainer):
 
 
 def test_refused(tmp_path):
-    from taskdistill_nlp import distill
+    from kdgraft_nlp import distill
 
     with pytest.raises(DistillError, match="leave out label smoothing"):
         trained(tmp_path, "llama", True, label_smoothing_factor=0.1)

@@ -11,11 +11,11 @@ from transformers import (
 )
 
 import nlp_support as support
-from taskdistill import DistillError
-from taskdistill_nlp import DistillCollator, DistillTrainer
-from taskdistill_nlp.collator import align
-from taskdistill_nlp.student import graft
-from taskdistill_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS, carried_over, read_batch
+from kdgraft import DistillError
+from kdgraft_nlp import DistillCollator, DistillTrainer
+from kdgraft_nlp.collator import align
+from kdgraft_nlp.student import graft
+from kdgraft_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS, carried_over, read_batch
 
 TEXTS = ["the cat sat", "a dog", "the dog sat on the cat", "on"]
 

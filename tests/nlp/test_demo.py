@@ -12,10 +12,10 @@ from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import nlp_support  # noqa: F401  quiet, one thread
-from taskdistill.cli import main
-from taskdistill.errors import DistillError
-from taskdistill_nlp import demo
-from taskdistill_nlp.text import LIBRARIES, write_sentences
+from kdgraft.cli import main
+from kdgraft.errors import DistillError
+from kdgraft_nlp import demo
+from kdgraft_nlp.text import LIBRARIES, write_sentences
 
 
 def shrink(patch):
@@ -137,7 +137,7 @@ def test_words_without_their_tags_are_one_line(small, tmp_path):
 
 def test_options_that_mean_nothing_are_one_line(capsys):
     assert main(["demo", "nlp", "--fraction", "0.5"]) == 2
-    assert "taskdistill demo nlp --data DIR --fraction 0.1" in capsys.readouterr().err
+    assert "kdgraft demo nlp --data DIR --fraction 0.1" in capsys.readouterr().err
     assert main(["demo", "nlp", "--recipes", "nothing"]) == 2
     assert "no recipe 'nothing'" in capsys.readouterr().err
 
@@ -162,6 +162,6 @@ def test_sentences_leak_nothing(tmp_path):
 
 
 def test_too_many_sentences_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("taskdistill_nlp.text.LIBRARIES", ("networkx",))
+    monkeypatch.setattr("kdgraft_nlp.text.LIBRARIES", ("networkx",))
     with pytest.raises(DistillError, match=r"docstrings of networkx hold \d+ sentences for val, 1000000 are needed"):
         write_sentences(tmp_path, dict(val=10**6))

@@ -89,8 +89,8 @@ def test_two_processes_are_one(family, tmp_path):
 
 
 def test_one_process_on_several_gpus_is_refused(tmp_path, monkeypatch):
-    from taskdistill import DistillError
-    from taskdistill_nlp import DistillTrainer
+    from kdgraft import DistillError
+    from kdgraft_nlp import DistillTrainer
 
     arguments = support.arguments(tmp_path)
     arguments._n_gpu = 2

@@ -14,9 +14,9 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 import nlp_support as support  # noqa: F401  quiet, one thread
-from taskdistill import DistillError
-from taskdistill.cli import main
-from taskdistill_nlp.run import _read, build, load, spans, tag_scores, train, train_tokenizer
+from kdgraft import DistillError
+from kdgraft.cli import main
+from kdgraft_nlp.run import _read, build, load, spans, tag_scores, train, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "nlp" / "recipes"
@@ -58,7 +58,7 @@ def teacher(recipe, data, folder, *options):
 def fails(capsys, arguments, *parts):
     capsys.readouterr()
     assert main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("taskdistill")]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdgraft")]
     assert len(lines) == 1, lines
     for part in parts:
         assert part in lines[0], lines[0]

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 import transformers
 
 import nlp_support as support
-from taskdistill import DistillError, WiringError
-from taskdistill_nlp import TERMS
-from taskdistill_nlp.student import graft
-from taskdistill_nlp.tasks import example
-from taskdistill_nlp.tokens import read_batch
+from kdgraft import DistillError, WiringError
+from kdgraft_nlp import TERMS
+from kdgraft_nlp.student import graft
+from kdgraft_nlp.tasks import example
+from kdgraft_nlp.tokens import read_batch
 
 GENERAL = {
     "soft": dict(type="SoftTargets"),

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 import nlp_support as support
-from taskdistill import DistillError, WiringError
-from taskdistill_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill
-from taskdistill_nlp.student import graft
+from kdgraft import DistillError, WiringError
+from kdgraft_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill
+from kdgraft_nlp.student import graft
 
 ALL = [
     "SoftTargets",
@@ -466,7 +466,7 @@ def test_seq2seq_trainer_and_question_answering(tmp_path):
 
 
 def test_recipes_train_and_print(tmp_path):
-    from taskdistill_nlp import RECIPES
+    from kdgraft_nlp import RECIPES
 
     assert set(RECIPES) == {"tinybert", "minilm", "minilmv2", "distilbert", "pkd", "mobilebert", "gkd"}
     for recipe in ("tinybert", "minilm", "minilmv2", "distilbert", "pkd", "mobilebert"):

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import golden
-from taskdistill import WiringError
-from taskdistill.adapters import ConvAdapter, LinearAdapter, NoAdapter, build_adapter, resize_to
+from kdgraft import WiringError
+from kdgraft.adapters import ConvAdapter, LinearAdapter, NoAdapter, build_adapter, resize_to
 
 
 def zeros(*shape: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from taskdistill.bench import interleave, median_interval, peak_memory, ratio_interval
+from kdgraft.bench import interleave, median_interval, peak_memory, ratio_interval
 
 
 def test_interleaving_runs_every_step_once_a_round_and_turns_the_order():

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taskdistill import (
+from kdgraft import (
     TERMS,
     Batch,
     Distiller,
@@ -26,8 +26,8 @@ from taskdistill import (
     WarmUp,
     WiringError,
 )
-from taskdistill.losses import Ratio
-from taskdistill.terms import TapTerm
+from kdgraft.losses import Ratio
+from kdgraft.terms import TapTerm
 
 
 class Net(nn.Module):
@@ -410,7 +410,7 @@ def test_a_term_that_is_not_finite_is_dropped_counted_and_reported(caplog: pytes
     terms = [Hint("layer1"), FeatureImitation("layer2", loss=exploding, name="bad")]
     model, alone = distiller(*terms), distiller(Hint("layer1"))
     alone.terms.load_state_dict({k: v for k, v in model.terms.state_dict().items() if k.startswith("hint.")})
-    with caplog.at_level(logging.WARNING, "taskdistill"):
+    with caplog.at_level(logging.WARNING, "kdgraft"):
         for number in range(1, 6):
             torch.manual_seed(5)
             out = model(X)

@@ -13,10 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import taskdistill
+import kdgraft
 import two_ranks
-from taskdistill import distributed
-from taskdistill.distributed import SharedRandom, gather_over_ranks, sum_over_ranks, total_over_ranks, world_size
+from kdgraft import distributed
+from kdgraft.distributed import SharedRandom, gather_over_ranks, sum_over_ranks, total_over_ranks, world_size
 
 RANKS = 2
 WHOLE = slice(0, 4)
@@ -26,7 +26,7 @@ WHOLE = slice(0, 4)
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of the two processes saw, by which of them had the infinite term."""
     folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(taskdistill.__file__).parents[1])
+    root = str(Path(kdgraft.__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(

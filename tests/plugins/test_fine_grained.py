@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 import golden_dense
-from taskdistill import REGIONS, Batch, DistillError, WiringError
-from taskdistill.fine_grained import FineGrained
+from kdgraft import REGIONS, Batch, DistillError, WiringError
+from kdgraft.fine_grained import FineGrained
 
 
 def boxes(*rows: tuple[float, ...]) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from taskdistill import Batch, Distiller, DistillError, MaskedGeneration, WiringError
-from taskdistill.losses import masked_generation
+from kdgraft import Batch, Distiller, DistillError, MaskedGeneration, WiringError
+from kdgraft.losses import masked_generation
 
 
 class Fixed(nn.Module):

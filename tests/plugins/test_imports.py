@@ -10,7 +10,7 @@ import pytest
 FOREIGN = ("mmengine", "mmdet", "mmseg", "mmcv", "transformers", "sklearn", "pandas", "matplotlib", "scipy", "cv2")
 
 
-@pytest.mark.parametrize("module", ["taskdistill", "taskdistill.cli"])
+@pytest.mark.parametrize("module", ["kdgraft", "kdgraft.cli"])
 def test_import(module: str):
     program = f"import sys, {module}; print(sorted(set({FOREIGN!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
@@ -20,8 +20,8 @@ def test_import(module: str):
 
 
 def test_everything_that_is_promised_is_there():
-    import taskdistill
+    import kdgraft
 
-    assert len(set(taskdistill.__all__)) == len(taskdistill.__all__)
-    for name in taskdistill.__all__:
-        assert getattr(taskdistill, name) is not None
+    assert len(set(kdgraft.__all__)) == len(kdgraft.__all__)
+    for name in kdgraft.__all__:
+        assert getattr(kdgraft, name) is not None

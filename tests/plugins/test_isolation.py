@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from taskdistill.isolation import eval_mode, isolated_rng
+from kdgraft.isolation import eval_mode, isolated_rng
 
 
 def draw() -> list[float]:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 
-from taskdistill.errors import UnsafeCheckpoint
-from taskdistill.teacher import read_checkpoint
-from taskdistill_mm.checkpoints import SAFE_TYPES
+from kdgraft.errors import UnsafeCheckpoint
+from kdgraft.teacher import read_checkpoint
+from kdgraft_mm.checkpoints import SAFE_TYPES
 
 
 def saved(tmp_path, **content):

@@ -7,8 +7,8 @@ import inspect
 import pytest
 from mmengine.config import Config, ConfigDict
 
-from taskdistill.errors import DistillError
-from taskdistill_mm.configs import (
+from kdgraft.errors import DistillError
+from kdgraft_mm.configs import (
     MissingConfig,
     is_distilled,
     load_config,
@@ -17,7 +17,7 @@ from taskdistill_mm.configs import (
     plain_model,
     student_config,
 )
-from taskdistill_mm.graft import Graft
+from kdgraft_mm.graft import Graft
 
 STUDENT = dict(type="Student", width=4, data_preprocessor=dict(type="Prepare"))
 BESIDE = dict(
@@ -84,9 +84,9 @@ def test_a_whole_student_takes_a_preprocessor_from_beside_and_nothing_else():
 @pytest.mark.parametrize(
     ("imports", "left"),
     [
-        (dict(imports=["taskdistill_det"]), None),
-        (dict(imports="taskdistill_det", allow_failed_imports=False), None),
-        (dict(imports=["mine", "taskdistill_det"], allow_failed_imports=False), ["mine"]),
+        (dict(imports=["kdgraft_det"]), None),
+        (dict(imports="kdgraft_det", allow_failed_imports=False), None),
+        (dict(imports=["mine", "kdgraft_det"], allow_failed_imports=False), ["mine"]),
         (None, None),
     ],
 )
@@ -97,4 +97,4 @@ def test_the_plain_config_imports_nothing_of_ours(imports, left):
     assert plain.model == STUDENT and plain.lr == 0.1
     assert plain.get("custom_imports", {}).get("imports") == left
     assert config.to_dict() == before
-    assert "taskdistill" not in plain.pretty_text
+    assert "kdgraft" not in plain.pretty_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from taskdistill_mm.graft import mix
+from kdgraft_mm.graft import mix
 
 
 def test_mix():

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taskdistill.adapters import resize_to
-from taskdistill.errors import DistillError
-from taskdistill.regions import foreground_weights
-from taskdistill_mm.resolution import Resolution, nearest_positions, reduce_image, teacher_scale
+from kdgraft.adapters import resize_to
+from kdgraft.errors import DistillError
+from kdgraft.regions import foreground_weights
+from kdgraft_mm.resolution import Resolution, nearest_positions, reduce_image, teacher_scale
 
 SCALES = [Fraction(2), Fraction(3, 2), Fraction(4, 3), Fraction(8, 5), Fraction(3)]
 SIZES = [(200, 333), (331, 250), (96, 40)]

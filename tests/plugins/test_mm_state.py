@@ -10,10 +10,10 @@ import torch
 from mmengine.logging import MessageHub
 from torch import nn
 
-from taskdistill import Constant, FeatureImitation, HostDistiller, Step, Teacher
-from taskdistill.errors import DistillError
-from taskdistill.hiding import hide_from_state_dict
-from taskdistill_mm.state import KEY, HubLink
+from kdgraft import Constant, FeatureImitation, HostDistiller, Step, Teacher
+from kdgraft.errors import DistillError
+from kdgraft.hiding import hide_from_state_dict
+from kdgraft_mm.state import KEY, HubLink
 
 _hubs = count()
 

@@ -7,8 +7,8 @@ import torch
 from mmengine.model import ImgDataPreprocessor
 from torch import nn
 
-from taskdistill.errors import WiringError
-from taskdistill_mm.views import TeacherView
+from kdgraft.errors import WiringError
+from kdgraft_mm.views import TeacherView
 
 SIZES = [(8, 8), (5, 8), (8, 6)]
 

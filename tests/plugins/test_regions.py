@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taskdistill import REGIONS, Batch, Region, WiringError
-from taskdistill.regions import foreground_weights, on_grid, valid_positions
+from kdgraft import REGIONS, Batch, Region, WiringError
+from kdgraft.regions import foreground_weights, on_grid, valid_positions
 
 
 def grid(height: int, width: int, images: int = 1) -> torch.Tensor:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from taskdistill import LOSSES, REGIONS, SCHEDULES, TERMS, DistillError, Registry
-from taskdistill.errors import nearest
+from kdgraft import LOSSES, REGIONS, SCHEDULES, TERMS, DistillError, Registry
+from kdgraft.errors import nearest
 
 
 class Widget:
@@ -28,13 +28,13 @@ class Gadget(Widget):
 
 
 def registry(parent: Registry | None = None) -> Registry:
-    made = Registry("widget", "taskdistill.no_such_group", parent)
+    made = Registry("widget", "kdgraft.no_such_group", parent)
     made.register(Widget)
     return made
 
 
 def test_decorator_gives_the_target_back():
-    made = Registry("widget", "taskdistill.no_such_group")
+    made = Registry("widget", "kdgraft.no_such_group")
     assert made.register(Widget) is Widget
     assert made.register("small")(Gadget) is Gadget
     assert list(made) == ["Widget", "small"]
@@ -111,7 +111,7 @@ def test_an_error_inside_the_constructor_is_not_hidden():
 
 def test_parent():
     parent = registry()
-    child = Registry("widget", "taskdistill.no_such_group", parent)
+    child = Registry("widget", "kdgraft.no_such_group", parent)
     assert child.get("Widget") is Widget
     assert "Widget" in child
     child.register("Widget")(Gadget)  # a task may give its own meaning to a name
@@ -145,7 +145,7 @@ def test_nearest():
 # --- entry points
 
 MODULE = """
-from taskdistill import TERMS, FeatureImitation
+from kdgraft import TERMS, FeatureImitation
 
 @TERMS.register
 class TheirTerm(FeatureImitation):
@@ -163,7 +163,7 @@ def distribution(tmp_path: Path) -> Path:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-distillation\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[taskdistill.terms]\nTheirTerm = their_distillation:TheirTerm\n"
+        "[kdgraft.terms]\nTheirTerm = their_distillation:TheirTerm\n"
         "[widgets.good]\nlarge = decimal:Decimal\n"
         "[widgets.clash]\nWidget = decimal:Decimal\nlate = decimal:Context\n"
     )
@@ -192,7 +192,7 @@ def test_a_third_party_s_term_in_a_distiller(distribution: Path):
 import sys
 sys.path.insert(0, {str(distribution)!r})
 import torch
-from taskdistill import Distiller
+from kdgraft import Distiller
 assert "their_distillation" not in sys.modules
 model = lambda: torch.nn.Sequential(torch.nn.Linear(3, 2))
 distiller = Distiller(model(), model(), terms=[dict(type="TheirTerm", tap="0")], example=torch.ones(1, 3))
@@ -203,7 +203,7 @@ print(list(distiller.terms), type(distiller.terms["their_term"]).__module__)
 
 
 def test_an_argument_that_neither_a_class_nor_its_bases_take():
-    registry = Registry("dish", "taskdistill.tests.nothing")
+    registry = Registry("dish", "kdgraft.tests.nothing")
 
     class Base:
         def __init__(self, *, weight: float = 1.0, name: str = "base") -> None:

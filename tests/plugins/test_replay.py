@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from taskdistill import TERMS, Batch, FeatureImitation, HostDistiller, Step, Stop, Teacher, WiringError
-from taskdistill.distiller import Replay
-from taskdistill.regions import All
-from taskdistill.taps import Tap
-from taskdistill.terms import Term, Wiring, build_region, placed
+from kdgraft import TERMS, Batch, FeatureImitation, HostDistiller, Step, Stop, Teacher, WiringError
+from kdgraft.distiller import Replay
+from kdgraft.regions import All
+from kdgraft.taps import Tap
+from kdgraft.terms import Term, Wiring, build_region, placed
 
 
 class Head(nn.Module):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from taskdistill import DistillError
-from taskdistill.report import Result, gap_closed, markdown, mean_sd, print_rows, read_results, summary, write_results
+from kdgraft import DistillError
+from kdgraft.report import Result, gap_closed, markdown, mean_sd, print_rows, read_results, summary, write_results
 
 RESULTS = [
     Result("det", "digits", model, method, seed, metric, value)

@@ -9,7 +9,7 @@ from pycocotools.coco import COCO
 from scipy.spatial.distance import cdist
 from sklearn.datasets import load_digits
 
-from taskdistill_mm.scenes import (
+from kdgraft_mm.scenes import (
     CLASSES,
     SEGMENTATION_CLASSES,
     SPLITS,

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from taskdistill import SCHEDULES, Constant, Decay, DistillError, Ramp, Schedule, Step, Stop, WarmUp
-from taskdistill.schedules import build_schedule
+from kdgraft import SCHEDULES, Constant, Decay, DistillError, Ramp, Schedule, Step, Stop, WarmUp
+from kdgraft.schedules import build_schedule
 
 
 def values(schedule: Schedule, *iterations: int) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from taskdistill import Recorder, Tap, WiringError
+from kdgraft import Recorder, Tap, WiringError
 
 
 class Neck(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from taskdistill import DistillError, Teacher, UnsafeCheckpoint
+from kdgraft import DistillError, Teacher, UnsafeCheckpoint
 
 
 def net(width: int = 4) -> nn.Sequential:

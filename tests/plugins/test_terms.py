@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import golden
-from taskdistill import (
+from kdgraft import (
     TERMS,
     Batch,
     Constant,
@@ -25,9 +25,9 @@ from taskdistill import (
     WarmUp,
     WiringError,
 )
-from taskdistill.losses import channel_wise, hint, logit_matching, pearson, soft_targets
-from taskdistill.regions import foreground_weights
-from taskdistill.terms import ChannelWise, PearsonImitation, build_terms
+from kdgraft.losses import channel_wise, hint, logit_matching, pearson, soft_targets
+from kdgraft.regions import foreground_weights
+from kdgraft.terms import ChannelWise, PearsonImitation, build_terms
 
 
 class Emit(nn.Module):

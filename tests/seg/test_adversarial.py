@@ -9,6 +9,11 @@ import torch
 import torch.nn.functional as F
 from mmengine.optim import OptimWrapper
 
+from kdgraft.errors import DistillError
+from kdgraft.losses import adversarial
+from kdgraft.losses.adversarial import ADVERSARIES
+from kdgraft_seg import AdversarialMask
+from kdgraft_seg.critic import Critic, Opponent, SelfAttention
 from seg_support import (
     SMALL_CRITIC,
     assert_same,
@@ -24,11 +29,6 @@ from seg_support import (
     segmentor,
     total,
 )
-from taskdistill.errors import DistillError
-from taskdistill.losses import adversarial
-from taskdistill.losses.adversarial import ADVERSARIES
-from taskdistill_seg import AdversarialMask
-from taskdistill_seg.critic import Critic, Opponent, SelfAttention
 
 TERM = dict(type="AdversarialMask", critic=SMALL_CRITIC)
 KEY = "distill.adversarial_mask"

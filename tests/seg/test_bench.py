@@ -8,9 +8,9 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
+from kdgraft.errors import DistillError
+from kdgraft_seg import bench
 from seg_support import SMALL_CRITIC, segmentor
-from taskdistill.errors import DistillError
-from taskdistill_seg import bench
 
 
 def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch, capsys):
@@ -32,7 +32,7 @@ def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch,
     ratio = float(rows[2]["/ (plain + teacher forward)"].split()[0])
     assert 0.3 < ratio < 5
     assert "plain + taps" in capsys.readouterr().out
-    assert logging.getLogger("taskdistill").isEnabledFor(logging.WARNING)
+    assert logging.getLogger("kdgraft").isEnabledFor(logging.WARNING)
 
 
 def test_bench_refuses_an_unknown_device():

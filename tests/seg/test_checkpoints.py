@@ -13,6 +13,10 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 from mmseg.apis import inference_model, init_model
 
+from kdgraft.errors import DistillError
+from kdgraft.teacher import read_checkpoint
+from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
+from kdgraft_mm.state import KEY
 from seg_support import (
     CLASSES,
     EVERY_TERM,
@@ -31,10 +35,6 @@ from seg_support import (
     total,
     weights,
 )
-from taskdistill.errors import DistillError
-from taskdistill.teacher import read_checkpoint
-from taskdistill_mm.checkpoints import SAFE_TYPES, export_student
-from taskdistill_mm.state import KEY
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def trained(tmp_path_factory, scenes):
     """A distilled run of two iterations, its config as a file, and its teacher's checkpoint deleted."""
     folder = tmp_path_factory.mktemp("inference")
     teacher = save_teacher(folder / "teacher.pth")
-    imports = dict(imports=["taskdistill_seg"])
+    imports = dict(imports=["kdgraft_seg"])
     cfg = config(
         distilled(segmentor(), teacher, **EVERY_TERM), scenes, folder / "work", iterations=2, custom_imports=imports
     )
@@ -211,7 +211,7 @@ def test_an_exported_student_tests_alike_in_the_hosts_own_run(tmp_path, trained)
     folder, runner = trained
     weights_file, described = export_student(folder / "work" / "iter_2.pth", tmp_path / "student.pth")
     text = described.read_text()
-    assert "taskdistill" not in text and "Distilled" not in text and "teacher" not in text
+    assert "kdgraft" not in text and "Distilled" not in text and "teacher" not in text
     plain = Config.fromfile(described)
     assert plain.model.type == "EncoderDecoder"
     plain.update(load_from=str(weights_file), work_dir=str(tmp_path / "test"), experiment_name="exported student")

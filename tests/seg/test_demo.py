@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from taskdistill.errors import DistillError
-from taskdistill_mm import demo as shared
-from taskdistill_mm.scenes import write_segmentation_set
-from taskdistill_seg import demo
+from kdgraft.errors import DistillError
+from kdgraft_mm import demo as shared
+from kdgraft_mm.scenes import write_segmentation_set
+from kdgraft_seg import demo
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 
+from kdgraft.errors import WiringError
+from kdgraft.regions import Batch
+from kdgraft_seg.dense import FEATURES, counted, labels_on
 from seg_support import (
     CLASSES,
     SMALL_CRITIC,
@@ -28,9 +31,6 @@ from seg_support import (
     segmentor,
     total,
 )
-from taskdistill.errors import WiringError
-from taskdistill.regions import Batch
-from taskdistill_seg.dense import FEATURES, counted, labels_on
 
 LOGIT_TERMS = {
     "PixelSoftTargets": dict(type="PixelSoftTargets"),

@@ -7,9 +7,9 @@ import copy
 import pytest
 import torch
 
+from kdgraft.errors import WiringError
+from kdgraft_seg import recipes
 from seg_support import CLASSES, batch, build, distilled, losses_of, save_teacher, segmentor, total
-from taskdistill.errors import WiringError
-from taskdistill_seg import recipes
 
 EVERY_RECIPE = ("structured", "channel_wise", "prototypes", "cross_image")
 

@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 
-from seg_support import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
-from taskdistill.errors import DistillError, WiringError
-from taskdistill.losses import (
+from kdgraft.errors import DistillError, WiringError
+from kdgraft.losses import (
     channel_wise,
     dist_between_classes,
     dist_within_classes,
     masked_generation,
     soft_targets,
 )
-from taskdistill_seg import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PixelSoftTargets
-from taskdistill_seg.dense import FEATURES
+from kdgraft_seg import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PixelSoftTargets
+from kdgraft_seg.dense import FEATURES
+from seg_support import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
 
 
 def model_of(teacher, student=None, **term):

@@ -173,7 +173,7 @@ def test_a_launcher_trains_every_term_on_two_processes(tmp_path, scenes, teacher
         scenes,
         tmp_path / "work",
         iterations=2,
-        custom_imports=dict(imports=["taskdistill_seg"]),
+        custom_imports=dict(imports=["kdgraft_seg"]),
         find_unused_parameters=False,
     ).dump(path)
     port = ["--main_process_port" if "accelerate" in launcher[0] else "--master_port", str(29600 + os.getpid() % 300)]
@@ -184,7 +184,7 @@ def test_a_launcher_trains_every_term_on_two_processes(tmp_path, scenes, teacher
             *launcher,
             *port,
             "-m",
-            "taskdistill",
+            "kdgraft",
             "train",
             str(path),
             "--work-dir",

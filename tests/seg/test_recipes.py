@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from kdgraft.cli import main
+from kdgraft.errors import DistillError
+from kdgraft_seg import RECIPES, DistilledSegmentor, channel_wise, cross_image, prototypes, structured
 from seg_support import SMALL_CRITIC, assert_same, batch, build, distillation, distilled, losses_of, segmentor
-from taskdistill.cli import main
-from taskdistill.errors import DistillError
-from taskdistill_seg import RECIPES, DistilledSegmentor, channel_wise, cross_image, prototypes, structured
 
 NAMES = ("structured", "channel_wise", "prototypes", "cross_image")
 

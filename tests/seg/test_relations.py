@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdgraft.errors import DistillError, WiringError
+from kdgraft.losses import class_prototypes, memory_relations, pairwise_affinity, pixel_relations
+from kdgraft.losses.affinity import pool_nodes
+from kdgraft_seg import ClassPrototypes, CrossImageRelations, PairwiseAffinity, cross_image
 from seg_support import assert_same, batch, build, distillation, distilled, losses_of, played, save_teacher, segmentor
-from taskdistill.errors import DistillError, WiringError
-from taskdistill.losses import class_prototypes, memory_relations, pairwise_affinity, pixel_relations
-from taskdistill.losses.affinity import pool_nodes
-from taskdistill_seg import ClassPrototypes, CrossImageRelations, PairwiseAffinity, cross_image
 
 ALL = dict(nodes=64, anchors=999, contrast=99999, new_pixels=300)
 """Everything is compared, nothing drawn."""

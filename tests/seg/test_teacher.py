@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 
+from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
 from seg_support import (
     CLASSES,
     EVERY_TERM,
@@ -26,7 +27,6 @@ from seg_support import (
     save_teacher,
     segmentor,
 )
-from taskdistill.errors import DistillError, UnsafeCheckpoint, WiringError
 
 SCORES = [
     dict(type="PixelSoftTargets"),
@@ -206,7 +206,7 @@ def test_unnamed_classes_warn_and_are_taken_as_the_same(tmp_path, caplog):
     unnamed = save_teacher(tmp_path / "unnamed.pth", classes=None)
     for terms, warned in ((SCORES, True), (FEATURES, False)):
         model = build(distilled(segmentor(), unnamed, terms=terms))
-        with caplog.at_level(logging.WARNING, "taskdistill"):
+        with caplog.at_level(logging.WARNING, "kdgraft"):
             model.start_distilling(CLASSES)
         assert ("the teacher's checkpoint does not name its classes" in caplog.text) == warned
         caplog.clear()

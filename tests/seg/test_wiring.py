@@ -10,9 +10,9 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmseg.registry import MODELS
 
+from kdgraft.cli import main
+from kdgraft.errors import DistillError
 from seg_support import CLASSES, EVERY_TERM, TERM_NAMES, build, config, distilled, save_teacher, segmentor
-from taskdistill.cli import main
-from taskdistill.errors import DistillError
 
 ABSENT = dict(config=segmentor("PSPNet", width=8), checkpoint="absent.pth")
 SOFT = [dict(type="PixelSoftTargets")]
@@ -145,7 +145,7 @@ def file_of(tmp_path, scenes, teacher):
         model = distilled(segmentor(), copy.deepcopy(teacher), **EVERY_TERM)
         change(model)
         cfg = config(
-            model, scenes, tmp_path / "work", iterations=2, custom_imports=dict(imports=["taskdistill_seg"]), **settings
+            model, scenes, tmp_path / "work", iterations=2, custom_imports=dict(imports=["kdgraft_seg"]), **settings
         )
         cfg.dump(tmp_path / "distilled.py")
         return str(tmp_path / "distilled.py")
@@ -159,7 +159,7 @@ def exits(capsys, arguments, *parts):
     assert main(arguments) == 2
     said = capsys.readouterr().err
     lines = [line for line in said.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("taskdistill: error: "), said
+    assert len(lines) == 1 and lines[0].startswith("kdgraft: error: "), said
     for part in parts:
         assert part in said, said
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import adversarial, critic_loss, gradient_penalty
+from kdgraft import DistillError
+from kdgraft.losses import adversarial, critic_loss, gradient_penalty
 
 kinds = pytest.mark.parametrize("kind", ["wgan-gp", "lsgan", "hinge"])
 

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import pairwise_affinity, soft_targets
+from kdgraft import DistillError
+from kdgraft.losses import pairwise_affinity, soft_targets
 
 # Of the 2×5×4 positions; whole 2×2 patches of the first image are invalid.
 VALID = (torch.arange(40) % 3 != 1).reshape(2, 5, 4)

@@ -11,8 +11,8 @@ from scipy.special import rel_entr, softmax
 from torch import Tensor
 
 import golden_text
-from taskdistill import DistillError
-from taskdistill.losses import attention_distributions, attention_scores, soft_targets
+from kdgraft import DistillError
+from kdgraft.losses import attention_distributions, attention_scores, soft_targets
 
 TOKENS = golden_text.tokens()
 KEYS = TOKENS[:, None, None]  # broadcasts to (B, H, Q, K)

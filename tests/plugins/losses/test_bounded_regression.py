@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from taskdistill import DistillError
-from taskdistill.losses import bounded_regression
+from kdgraft import DistillError
+from kdgraft.losses import bounded_regression
 
 TRUTH = torch.zeros(4, 4, dtype=torch.float64)
 # Squared errors: student 1, 4, 0.25, 1; teacher 4, 1, 0.25, 0.

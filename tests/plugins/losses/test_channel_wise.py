@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import channel_wise
+from kdgraft import DistillError
+from kdgraft.losses import channel_wise
 
 # Of the 2×5×4 positions; every image has both kinds.
 VALID = (torch.arange(40) % 3 != 1).reshape(2, 5, 4)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import class_prototypes
+from kdgraft import DistillError
+from kdgraft.losses import class_prototypes
 
 LABELS = golden_dense.labels()
 IGNORED = LABELS == 255

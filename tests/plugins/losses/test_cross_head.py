@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from golden import features, logits
-from taskdistill.losses import align_scale, focused_entropy
+from kdgraft.losses import align_scale, focused_entropy
 
 
 def test_the_alignment_is_the_authors():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import memory_relations, pixel_relations, soft_targets
+from kdgraft import DistillError
+from kdgraft.losses import memory_relations, pixel_relations, soft_targets
 
 # Of 2×20 pixels; both images have both kinds.
 VALID = (torch.arange(40) % 3 != 1).reshape(2, 20)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 import golden
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import dist_between_classes, dist_within_classes
+from kdgraft import DistillError
+from kdgraft.losses import dist_between_classes, dist_within_classes
 
 Loss = Callable[..., Tensor]
 both = pytest.mark.parametrize("loss", [dist_between_classes, dist_within_classes])

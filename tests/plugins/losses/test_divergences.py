@@ -12,8 +12,8 @@ from scipy.special import rel_entr, softmax
 from torch import Tensor
 
 import golden_text
-from taskdistill import DistillError
-from taskdistill.losses import generalized_jsd, reverse_kl, skewed_kl, soft_targets
+from kdgraft import DistillError
+from kdgraft.losses import generalized_jsd, reverse_kl, skewed_kl, soft_targets
 
 EVERY = {
     "reverse_kl": reverse_kl,

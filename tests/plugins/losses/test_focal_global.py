@@ -12,9 +12,9 @@ from torch import Tensor
 
 import golden
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import focal_attention, focal_features
-from taskdistill.losses.focal_global import GlobalRelation, box_scales, channel_attention, spatial_attention
+from kdgraft import DistillError
+from kdgraft.losses import focal_attention, focal_features
+from kdgraft.losses.focal_global import GlobalRelation, box_scales, channel_attention, spatial_attention
 
 
 def maps(dtype: torch.dtype = torch.float64, width: int = 5) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import golden
-from taskdistill import DistillError
-from taskdistill.adapters import ConvAdapter
-from taskdistill.losses import hint
+from kdgraft import DistillError
+from kdgraft.adapters import ConvAdapter
+from kdgraft.losses import hint
 
 
 def test_authors_figure():

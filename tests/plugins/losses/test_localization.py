@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import golden
-from taskdistill import DistillError
-from taskdistill.losses import localization
+from kdgraft import DistillError
+from kdgraft.losses import localization
 
 
 def test_authors_figures():

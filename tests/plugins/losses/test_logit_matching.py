@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import golden
-from taskdistill.losses import logit_matching
+from kdgraft.losses import logit_matching
 
 
 def test_authors_figure():

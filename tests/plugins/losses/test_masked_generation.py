@@ -9,9 +9,9 @@ from torch import Tensor
 
 import golden
 import golden_dense
-from taskdistill import DistillError
-from taskdistill.losses import masked_generation
-from taskdistill.losses.masked_generation import FeatureGenerator
+from kdgraft import DistillError
+from kdgraft.losses import masked_generation
+from kdgraft.losses.masked_generation import FeatureGenerator
 
 
 def maps(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import golden
-from taskdistill import DistillError
-from taskdistill.losses import pearson
+from kdgraft import DistillError
+from kdgraft.losses import pearson
 
 
 def maps(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

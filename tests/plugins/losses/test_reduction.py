@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from taskdistill import LOSSES, DistillError
-from taskdistill.losses import (
+from kdgraft import LOSSES, DistillError
+from kdgraft.losses import (
     Ratio,
     attention_distributions,
     attention_scores,
@@ -82,7 +82,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float64, scale: fl
 
 
 def test_every_registered_loss_is_tested_here():
-    own = {name for name in LOSSES if LOSSES.get(name).__module__.startswith("taskdistill.losses")}
+    own = {name for name in LOSSES if LOSSES.get(name).__module__.startswith("kdgraft.losses")}
     assert own == set(CASES) | ELSEWHERE
 
 

@@ -11,8 +11,8 @@ from scipy.special import expit, log_softmax, rel_entr, softmax
 from torch import Tensor
 
 import golden
-from taskdistill import DistillError
-from taskdistill.losses import SoftTargetsLoss, binary_soft_targets, logit_matching, mixed_targets, soft_targets
+from kdgraft import DistillError
+from kdgraft.losses import SoftTargetsLoss, binary_soft_targets, logit_matching, mixed_targets, soft_targets
 
 
 def gradient(value: Tensor, tensor: Tensor) -> Tensor:

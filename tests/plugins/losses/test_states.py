@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import golden_text
-from taskdistill import DistillError
-from taskdistill.losses import cosine, patient
+from kdgraft import DistillError
+from kdgraft.losses import cosine, patient
 
 EVERY = {"cosine": cosine, "patient": patient, "patient's code": partial(patient, variant="code")}
 every_loss = pytest.mark.parametrize("name", EVERY)

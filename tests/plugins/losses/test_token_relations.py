@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import golden_text
-from taskdistill import DistillError
-from taskdistill.losses import attention_distributions, token_relations
+from kdgraft import DistillError
+from kdgraft.losses import attention_distributions, token_relations
 
 TOKENS = golden_text.tokens()
 SETTINGS = {"valid": TOKENS[:, None, None], "weight": TOKENS[:, None]}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import golden_text
-from taskdistill import DistillError
-from taskdistill.losses import universal_logits
+from kdgraft import DistillError
+from kdgraft.losses import universal_logits
 
 
 def gradient(value: Tensor, tensor: Tensor) -> Tensor:

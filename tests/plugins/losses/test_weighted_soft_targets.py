@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from taskdistill import DistillError
-from taskdistill.losses import (
+from kdgraft import DistillError
+from kdgraft.losses import (
     binary_soft_targets,
     soft_targets,
     weighted_binary_soft_targets,

@@ -1,0 +1,44 @@
+"""Distillation for MMDetection: ``custom_imports = dict(imports=['kdgraft_det'])`` and ``model.type='DistilledDetector'``."""
+
+from kdgraft.hosts import require
+
+require("mmdet", "kdgraft_det")
+
+from .bounded import BoundedRegression  # noqa: E402
+from .cross_head import CrossHead  # noqa: E402
+from .detector import DistilledDetector  # noqa: E402
+from .focal_global import FocalGlobal  # noqa: E402
+from .localization import LocalizationDistillation  # noqa: E402
+from .recipes import (  # noqa: E402
+    chen2017,
+    combined,
+    cross_head,
+    fine_grained,
+    focal_global,
+    imitation,
+    localization,
+    masked_generation,
+    pearson,
+)
+from .registry import RECIPES, TERMS  # noqa: E402
+from .soft_targets import SoftTargets  # noqa: E402
+
+__all__ = [
+    "RECIPES",
+    "TERMS",
+    "BoundedRegression",
+    "CrossHead",
+    "DistilledDetector",
+    "FocalGlobal",
+    "LocalizationDistillation",
+    "SoftTargets",
+    "chen2017",
+    "combined",
+    "cross_head",
+    "fine_grained",
+    "focal_global",
+    "imitation",
+    "localization",
+    "masked_generation",
+    "pearson",
+]

@@ -1,0 +1,68 @@
+"""Teacher-bounded box regression on any head: dense, on regions of interest, on queries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from kdgraft.errors import check_number
+from kdgraft.losses import Ratio, bounded_regression, weighted_ratio
+from kdgraft.regions import Batch
+from kdgraft.taps import Recording
+from kdgraft.terms import Term, Wiring, mean_of
+
+from .heads import Heads
+from .predictions import HeadName, check_head_name, find_heads
+from .registry import TERMS
+
+
+@TERMS.register
+class BoundedRegression(Term):
+    r"""Squared box error to the ground truth where the student is not better than its teacher (Chen et al., NeurIPS 2017, eq. 4).
+
+    Mean over the positives of the student's own assigner, over all processes. (The paper and mmdet divide the box losses of
+    RPN and RoI heads by *all* sampled boxes, so that their ν weighs less there by the share of positives.) The teacher
+    predicts on the same anchors, the same proposals (its RoI head is run on those that the student sampled), or the query
+    of the same object. Boxes are compared in the unit that the head regresses: a box coder's deltas (RetinaNet, ATSS, RPN,
+    RoI heads), edges in strides (GFL, FCOS, TOOD, RTMDet, YOLOX), or centre and size as shares of the image (DETR).
+
+    Args:
+        margin: m >= 0 by which the student has to be better to be left alone; unpublished, 0 by default.
+        head: as in :class:`~kdgraft_det.soft_targets.SoftTargets`.
+        weight: ν, 0.5 in the paper.
+    """
+
+    heads: Heads
+
+    def __init__(
+        self,
+        margin: float = 0.0,
+        *,
+        head: HeadName = "auto",
+        weight: float = 0.5,
+        schedule: Any = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, name=name)
+        check_number("BoundedRegression", "margin", margin)
+        check_head_name(self, head)
+        self.margin, self.head = margin, head
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.heads = find_heads(student, teacher, self.head, self)
+        self.heads.check_boxes(self)
+        self.compares_classes = self.heads.boxes_by_class
+        self.student_taps, self.teacher_taps = self.heads.box_taps
+
+    def wire(self, wiring: Wiring) -> None:
+        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self):
+            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region="main"))
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = []
+        for rows in self.heads.box_rows(student, teacher, batch):
+            assert rows.target is not None
+            items = bounded_regression(rows.student, rows.teacher, rows.target, margin=self.margin, reduction="none")
+            ratios.append(weighted_ratio(items))
+        return mean_of(ratios)

@@ -1,0 +1,158 @@
+"""What prediction-level terms read: the same places in student's and teacher's heads, whatever kind of head it is.
+
+A :class:`Heads` is made of two heads of one kind (dense, on regions of interest, or on queries) before the dry run. It says which
+taps it needs and gives rows: class logits side by side, boxes side by side with their targets.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from mmdet.models.dense_heads import RPNHead
+from torch import Tensor, nn
+
+from kdgraft.errors import WiringError
+from kdgraft.regions import Batch
+from kdgraft.taps import Recording, Tap
+from kdgraft.terms import Term, Wiring
+
+HeadRegion = Literal["all", "main", "vlr"]
+
+
+@dataclass
+class Rows:
+    """K places where both models predict.
+
+    Attributes:
+        student, teacher: class logits ``(K, C)`` in the student's order of classes, or boxes ``(K, 4)`` in one unit.
+        weight: ``(K,)``, or ``None`` where all count alike.
+        target: of boxes, ``(K, 4)`` in the same unit.
+        count: what the sum over rows is divided by, where that is not the sum of weights.
+    """
+
+    student: Tensor
+    teacher: Tensor
+    weight: Tensor | None = None
+    target: Tensor | None = None
+    count: Tensor | None = None
+
+
+class Heads(ABC):
+    """Two heads of one kind.
+
+    Attributes:
+        classes: of the student, background left out.
+        class_taps, box_taps: what class rows and box rows need of (student, teacher).
+        host_losses: the host's own class losses, by name.
+    """
+
+    softmax: ClassVar[bool] = False
+    """Softmax over classes and background (the last), rather than a sigmoid each."""
+    regions: tuple[str, ...] = ("all", "main")
+    """What regions mean something on this head, its default first."""
+    proposes: bool = False
+    """A network of proposals, which knows objects alone."""
+    boxes_by_class: bool = False
+    """Whether which of the teacher's boxes is taken depends on its classes, so that both have to have the same."""
+
+    classes: int
+    class_taps: tuple[Sequence[Tap], Sequence[Tap]]
+    box_taps: tuple[Sequence[Tap], Sequence[Tap]]
+    host_losses: Sequence[str]
+
+    @abstractmethod
+    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
+        """Class logits of a region; one entry a stage, which weigh alike."""
+
+    @abstractmethod
+    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
+        """Boxes where the student's assigner put an object, with their targets; one entry a stage."""
+
+    @abstractmethod
+    def check_classes(self, term: Term) -> None:
+        """Raises a :class:`WiringError` unless both heads predict classes alike."""
+
+    @abstractmethod
+    def check_boxes(self, term: Term) -> None:
+        """Raises a :class:`WiringError` unless both heads' boxes are in one unit."""
+
+    @abstractmethod
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
+        """What was compared in the dry run, for ``kdgraft check``.
+
+        Raises:
+            WiringError: with a teacher of its own resolution the two do not predict at the same places.
+        """
+
+
+def same_number_of_classes(student: int, teacher: int, term: Term) -> None:
+    """Raises a :class:`WiringError` unless both predict equally many classes."""
+    if student != teacher:
+        raise WiringError(
+            f"{term.name}: the student predicts {student} classes, the teacher {teacher}; train both on the same classes"
+        )
+
+
+def same_box_coder(student: Any, teacher: Any, term: Term) -> None:
+    """Raises a :class:`WiringError` unless two heads code boxes alike."""
+    left, right = student.bbox_coder, teacher.bbox_coder
+    if type(left) is not type(right) or vars(left) != vars(right):
+        raise WiringError(
+            f"{term.name}: student and teacher code boxes differently, {type(left).__name__} {vars(left)} and "
+            f"{type(right).__name__} {vars(right)}; give both the same bbox_coder"
+        )
+
+
+def known_head(
+    head: Any, kinds: Sequence[type], owner: str, *, trained: Sequence[str], predicted: Sequence[str]
+) -> type | None:
+    """The first of ``kinds`` whose methods a head has unchanged: one that is overridden may mean anything.
+
+    Args:
+        trained: methods that a head is trained by.
+        predicted: methods that it predicts by. They tell what a teacher's outputs mean, however it was trained.
+    """
+    for methods in [trained] if owner == "student" else [trained, predicted]:
+        own = [method for method in methods if hasattr(head, method)]
+        for kind in kinds:
+            if isinstance(head, kind) and all(getattr(type(head), m, 0) is getattr(kind, m, 1) for m in own):
+                return kind
+    return None
+
+
+_HEAD = re.compile(r"(bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?")
+_LAYER = re.compile(rf"{_HEAD.pattern}\.(\w+_cls|cls_branches|conv_logits)(\.\d+)?")
+
+
+def reads_classes(model: Any, tap: Tap) -> bool:
+    """Whether the channels of what a tap reads stand for classes: what a head says of them, and the layer that says it.
+
+    A network of proposals knows objects alone, and so does a mask head with one mask for all classes.
+    """
+    if tap.side != "output" or tap.method != "forward":
+        return False
+    if _HEAD.fullmatch(tap.path) is None:
+        return _LAYER.fullmatch(tap.path) is not None
+    head: Any = model.get_submodule(tap.path)
+    index = tap.index
+    if isinstance(head, nn.ModuleList):
+        head, index = head[0], index[1:]
+    if hasattr(head, "class_agnostic"):
+        return not head.class_agnostic
+    if isinstance(head, RPNHead):
+        return False
+    boxes_by_class = not getattr(head, "reg_class_agnostic", True)
+    return index[:1] in ((), ("*",), (0,)) or (boxes_by_class and index[:1] == (1,))
+
+
+def in_students_order(logits: Tensor, order: Tensor | None) -> Tensor:
+    """Teacher's class logits ``(K, C)`` or ``(K, C + 1)`` in the student's order; a background stays last."""
+    if order is None:
+        return logits
+    background = torch.arange(len(order), logits.shape[1], device=order.device)
+    return logits[:, torch.cat([order, background])]

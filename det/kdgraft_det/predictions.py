@@ -1,0 +1,44 @@
+"""Which heads a term on predictions compares: by name, or the one that gives the detections."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from kdgraft.errors import WiringError
+from kdgraft.terms import Term, check_choice
+
+from .dense import DenseHeads
+from .heads import Heads
+from .queries import QueryHeads, has_queries
+from .rois import RoIHeads
+
+HeadName = Literal["auto", "bbox_head", "rpn_head", "roi_head"]
+
+
+def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: Term) -> Heads:
+    """The heads of this name; ``"auto"`` takes the one that predicts the boxes in the end.
+
+    Raises:
+        WiringError: a model has no such head, or none that this suite can read, or the two do not predict the same.
+    """
+    if which == "auto":
+        which = "roi_head" if hasattr(student, "roi_head") else "bbox_head"
+    heads: list[Any] = [getattr(model, which, None) for model in (student, teacher)]
+    for owner, model, head in zip(("student", "teacher"), (student, teacher), heads, strict=True):
+        if head is None:
+            raise WiringError(
+                f"{term.name}: the {owner}, a {type(model).__name__}, has no {which}; features work across detectors, "
+                "predictions are compared between heads of one kind"
+            )
+    if which == "roi_head":
+        return RoIHeads(student, teacher, term)
+    if any(has_queries(head) for head in heads):
+        return QueryHeads(student, teacher, term)
+    return DenseHeads(heads[0], heads[1], which, term)
+
+
+def check_head_name(term: Term, which: Any) -> None:
+    """Raises a :class:`~kdgraft.DistillError` unless it is a head's name."""
+    check_choice(term, "head", which, ("auto", "bbox_head", "rpn_head", "roi_head"))

@@ -1,0 +1,123 @@
+"""Heads on object queries (DETR and its kin): student's and teacher's query for the same object, matched through the truth."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from mmdet.models.dense_heads import DeformableDETRHead, DETRHead, DINOHead
+from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
+from mmengine.structures import InstanceData
+from torch import Tensor, nn
+
+from kdgraft.errors import WiringError
+from kdgraft.regions import Batch
+from kdgraft.taps import Recording, Tap
+from kdgraft.terms import Term, Wiring
+
+from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_number_of_classes
+
+_CLASSES = Tap.parse("bbox_head[0]")
+_BOXES = Tap.parse("bbox_head[1]")
+_KINDS = (DeformableDETRHead, DETRHead, DINOHead)
+_READ = dict(
+    trained=("forward", "loss_by_feat_single"), predicted=("forward", "predict_by_feat", "_predict_by_feat_single")
+)
+
+
+def has_queries(head: nn.Module) -> bool:
+    """Whether a head predicts from object queries."""
+    return isinstance(head, DETRHead)
+
+
+class QueryHeads(Heads):
+    """The last decoder layers of two DETR-type models.
+
+    Queries have no order and no place in common. The student's own Hungarian matching gives each object one of the student's
+    queries and, asked again, one of the teacher's; these two are compared.
+    """
+
+    regions = ("main",)
+    boxes_by_class = True
+    host_losses = ("loss_cls",)
+
+    def __init__(self, student: Any, teacher: Any, term: Term) -> None:
+        for owner, model in (("student", student), ("teacher", teacher)):
+            head = model.bbox_head
+            if known_head(head, _KINDS, owner, **_READ) is None or not head.loss_cls.use_sigmoid:
+                raise WiringError(
+                    f"{term.name}: the {owner}'s {type(head).__name__} is not one that this term can read (the sigmoid heads of "
+                    "Deformable DETR and DINO, both models alike); FeatureImitation works with any detector"
+                )
+        self.assigner = student.bbox_head.assigner
+        self.classes, self.teacher_classes = student.bbox_head.num_classes, teacher.bbox_head.num_classes
+        self.queries = student.num_queries, teacher.num_queries
+        self.class_taps = self.box_taps = (_CLASSES, _BOXES), (_CLASSES, _BOXES)
+
+    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
+        ours, theirs, _ = self._matched(student, teacher, batch)
+        return [Rows(ours[0], theirs[0])]
+
+    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
+        ours, theirs, truth = self._matched(student, teacher, batch)
+        return [Rows(ours[1], theirs[1], target=truth)]
+
+    def check_classes(self, term: Term) -> None:
+        same_number_of_classes(self.classes, self.teacher_classes, term)
+
+    def check_boxes(self, term: Term) -> None:
+        """Both are centre and size as shares of the image; matching them to the truth takes the classes too."""
+        self.check_classes(term)
+
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
+        tap = _CLASSES if kind == "classes" else _BOXES
+        return [(wiring.student_recording[tap][-1], wiring.teacher_recording[tap][-1], tap, tap)]
+
+    def _matched(
+        self, student: Recording, teacher: Recording, batch: Batch
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        """(class logits, boxes) of the student and of the teacher at each object's queries, and the true boxes."""
+        if "queries" not in batch.extra:
+            assert batch.boxes is not None and batch.image_sizes is not None
+            outputs = [
+                (
+                    recording[_CLASSES][-1][:, -count:],
+                    recording[_BOXES][-1][:, -count:],
+                )  # DINO's denoising queries go first
+                for recording, count in zip((student, teacher), self.queries, strict=True)
+            ]
+            theirs = outputs[1][0].flatten(0, 1)
+            outputs[1] = in_students_order(theirs, batch.class_order).view_as(outputs[1][0]), outputs[1][1]
+            sides: list[list[tuple[Tensor, Tensor]]] = [[], []]
+            truths = []
+            for image, (boxes, labels, size) in enumerate(
+                zip(batch.boxes, batch.labels, batch.image_sizes, strict=True)
+            ):
+                pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
+                found = [
+                    self._queries(classes[image], places[image], boxes, labels, size) for classes, places in outputs
+                ]
+                both = (found[0] >= 0) & (found[1] >= 0)  # with more objects than queries some have none
+                for side, (classes, places), queries in zip(sides, outputs, found, strict=True):
+                    side.append((classes[image][queries[both]], places[image][queries[both]]))
+                truths.append(bbox_xyxy_to_cxcywh(boxes[both] / pixels))
+            joined = [tuple(torch.cat(parts) for parts in zip(*side, strict=True)) for side in sides]
+            batch.extra["queries"] = *joined, torch.cat(truths)
+        return batch.extra["queries"]
+
+    @torch.no_grad()
+    def _queries(self, classes: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+        """The query of each object, -1 where it has none: ``(objects,)``."""
+        pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
+        # What is not finite drops the term later; scipy would end the run.
+        scores, places = (torch.nan_to_num(part.float()) for part in (classes, boxes))
+        predicted = InstanceData(scores=scores, bboxes=bbox_cxcywh_to_xyxy(places) * pixels)
+        assigned = self.assigner.assign(
+            pred_instances=predicted,
+            gt_instances=InstanceData(bboxes=truth, labels=labels),
+            img_meta=dict(img_shape=size),
+        ).gt_inds
+        queries = (assigned > 0).nonzero()[:, 0]
+        found = torch.full_like(labels, -1)
+        found[assigned[queries] - 1] = queries
+        return found

@@ -1,0 +1,170 @@
+"""Recipes: lists of terms under one name. ``kdgraft list NAME`` prints one, to be edited in a config."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .registry import RECIPES
+
+
+@RECIPES.register
+def localization(
+    main: float = 1.2, vlr: float = 2.6, classes: float = 0.125, temperature: float = 10.0, schedule: Any = None
+) -> list[dict[str, Any]]:
+    """LD (CVPR 2022): box distributions on the main and the valuable region, class distillation on the positives.
+
+    The defaults are as strong as the published weights on COCO. Those stand before sums over the three images of a GPU, divided by
+    the numbers of bins (0.25 and 0.25 / 4), and before a mean over 80 classes (10); these before means over positions and sums over
+    bins and classes, and hold for any number of any of them.
+
+    Args:
+        main, vlr, classes: the weights of the three terms.
+        temperature: of the box distributions; the classes' is 2.
+        schedule: of all three weights.
+    """
+    edges = dict(type="LocalizationDistillation", temperature=temperature)
+    terms: list[dict[str, Any]] = [
+        dict(edges, name="ld_main", region="main", weight=main),
+        dict(edges, name="ld_vlr", region="vlr", weight=vlr),
+        dict(type="SoftTargets", name="class_main", region="main", activation="softmax", temperature=2, weight=classes),
+    ]
+    return scheduled(terms, schedule)
+
+
+@RECIPES.register
+def imitation(
+    weight: float = 1.0, tap: str = "neck[*]", region: str = "foreground", schedule: Any = None
+) -> list[dict[str, Any]]:
+    """Hint on the pyramid through 1×1 adapters (Chen et al., NeurIPS 2017), on the objects: every box weighs the same.
+
+    Args:
+        weight, tap, region, schedule: those of its one term.
+    """
+    return [dict(type="FeatureImitation", tap=tap, region=region, weight=weight, schedule=schedule)]
+
+
+@RECIPES.register
+def combined(
+    main: float = 0.22, vlr: float = 0.22, classes: float = 0.5, features: float = 6.0, schedule: Any = None
+) -> list[dict[str, Any]]:
+    """``localization`` and ``imitation`` together, with weights tuned on the demo's validation scenes.
+
+    Args:
+        main, vlr, classes, features: the weights of the four terms.
+        schedule: of all of them.
+    """
+    return [
+        *localization(main=main, vlr=vlr, classes=classes, schedule=schedule),
+        *imitation(weight=features, schedule=schedule),
+    ]
+
+
+@RECIPES.register
+def chen2017(
+    features: float = 0.5,
+    boxes: float = 0.5,
+    hard_weight: float = 0.8,
+    background_weight: float = 1.5,
+    two_stage: bool = False,
+    tap: str = "neck[*]",
+    schedule: Any = None,
+) -> list[dict[str, Any]]:
+    """Chen et al. (NeurIPS 2017): hint on every position, weighted soft classes mixed with the hard ones, bounded boxes.
+
+    Args:
+        features, boxes: γ and ν, the weights of hint and bounded regression.
+        hard_weight: μ of μ·hard + (1 − μ)·soft; not published, 0.8 in a re-implementation.
+        background_weight: of the soft classes.
+        two_stage: the same on the region proposal network, as the paper has it for Faster R-CNN.
+        tap: where the hint is.
+        schedule: of all terms.
+    """
+    heads = (("classes", "boxes", "auto"), ("rpn_classes", "rpn_boxes", "rpn_head"))
+    terms: list[dict[str, Any]] = [dict(type="Hint", tap=tap, weight=features)]
+    for class_name, box_name, head in heads[: 2 if two_stage else 1]:
+        mixed = dict(background_weight=background_weight, hard_weight=hard_weight)
+        terms.append(dict(type="SoftTargets", name=class_name, head=head, **mixed))
+        terms.append(dict(type="BoundedRegression", name=box_name, head=head, weight=boxes))
+    return scheduled(terms, schedule)
+
+
+@RECIPES.register
+def pearson(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
+    """PKD (NeurIPS 2022): the pyramid's channels correlate with the teacher's, whatever their scale.
+
+    Args:
+        weight: before each level's loss, which add up: 10 for one-stage detectors (the paper's for RetinaNet), 6 for two-stage
+            ones. The authors' configs tap four of the pyramid's five levels, ``neck[*]`` all of them.
+        tap, schedule: those of its one term.
+    """
+    return [dict(type="PearsonImitation", tap=tap, weight=weight, schedule=schedule)]
+
+
+@RECIPES.register
+def focal_global(
+    temperature: float = 0.5,
+    alpha: float = 1e-3,
+    beta: float = 5e-4,
+    gamma: float = 5e-4,
+    lambda_: float = 5e-6,
+    tap: str = "neck[*]",
+    schedule: Any = None,
+) -> list[dict[str, Any]]:
+    """FGD (CVPR 2022) on the pyramid, with the published weights for one-stage detectors.
+
+    Two-stage ones have alpha 5e-5, beta 2.5e-5, gamma 5e-5 and lambda_ 5e-7.
+
+    Args:
+        temperature, alpha, beta, gamma, lambda_, tap, schedule: those of its one term.
+    """
+    weights = dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
+    return [dict(type="FocalGlobal", tap=tap, temperature=temperature, **weights, schedule=schedule)]
+
+
+@RECIPES.register
+def masked_generation(
+    weight: float = 2e-5, mask_ratio: float = 0.65, tap: str = "neck[*]", schedule: Any = None
+) -> list[dict[str, Any]]:
+    """MGD (ECCV 2022) on the pyramid, with the published weight for one-stage detectors.
+
+    Two-stage ones have weight 5e-7 and mask_ratio 0.45.
+
+    Args:
+        weight, mask_ratio, tap, schedule: those of its one term.
+    """
+    return [dict(type="MaskedGeneration", tap=tap, mask_ratio=mask_ratio, weight=weight, schedule=schedule)]
+
+
+@RECIPES.register
+def fine_grained(
+    weight: float = 1.28, threshold: float = 0.5, tap: str = "neck[*]", schedule: Any = None
+) -> list[dict[str, Any]]:
+    """FGFI (CVPR 2019): imitation through 1×1 adapters at the positions whose anchors come near an object.
+
+    The paper's loss is 0.01 · Σ I (r(s) - t)² / (2 ΣI), summed over channels; ours is the mean over channels, so that the paper's
+    weight is 0.01 · C / 2: 1.28 for pyramids of 256 channels. Where there are several levels, each has its own ΣI, and they weigh
+    alike.
+
+    Args:
+        weight, tap, schedule: those of its one term.
+        threshold: ψ of its region.
+    """
+    region = dict(type="fine_grained", threshold=threshold)
+    return [
+        dict(type="FeatureImitation", tap=tap, region=region, weight=weight, name="fine_grained", schedule=schedule)
+    ]
+
+
+@RECIPES.register
+def cross_head(weight: float = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
+    """CrossKD (CVPR 2024, arXiv 2306.11369): the teacher's last convolutions read the student's head features.
+
+    Args:
+        weight, reused, schedule: those of its one term, in which boxes weigh 4 (distributions) or 1 and classes 1.
+    """
+    return [dict(type="CrossHead", weight=weight, reused=reused, schedule=schedule)]
+
+
+def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:
+    """The terms with one schedule for all, where there is one."""
+    return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]

@@ -1,0 +1,107 @@
+"""Ground truth at the student's resolution, where the pipeline delivers the teacher's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from mmdet.structures import DetDataSample
+from mmdet.structures.bbox import BaseBoxes
+from mmdet.structures.mask import BitmapMasks, PolygonMasks
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor
+
+from kdgraft.errors import WiringError
+from kdgraft.terms import Term, Wiring
+from kdgraft_mm.resolution import Resolution, Size, nearest_positions
+
+
+def same_resolution(wiring: Wiring, term: Term) -> None:
+    """Raises a :class:`WiringError` where student and teacher see images of different sizes."""
+    scale = wiring.facts.get("teacher_scale", 1)
+    if scale != 1:
+        raise WiringError(
+            f"{term.name}: compares predictions position by position, and with the teacher's scale={scale:g} the two grids "
+            "differ; leave scale out, or distil features (FeatureImitation)"
+        )
+
+
+def reduced_sample(sample: DetDataSample, resolution: Resolution, padded: Size, preprocessor: Any) -> DetDataSample:
+    """A new sample: boxes, masks and sizes divided by the scale; the given one stays as it is.
+
+    Args:
+        sample: as the host's ``data_preprocessor`` leaves it, at the teacher's resolution.
+        padded: (height, width) of the student's padded batch.
+        preprocessor: the student's ``data_preprocessor``, which says what masks are padded to and with what.
+    """
+    scale = float(resolution.scale)
+    image = sample.metainfo["img_shape"][:2]
+    size = resolution.reduced(image)
+    small = sample.new()
+    meta: dict[str, Any] = dict(img_shape=size, pad_shape=resolution.pad_shape(size), batch_input_shape=padded)
+    if "scale_factor" in sample.metainfo:
+        meta["scale_factor"] = tuple(float(factor) / scale for factor in sample.metainfo["scale_factor"])
+    small.set_metainfo(meta)
+    for key, value in sample.items():
+        if isinstance(value, InstanceData):
+            setattr(small, key, _instances(value, resolution, image, _Padding.of_masks(preprocessor, padded)))
+        elif isinstance(value, PixelData):
+            setattr(small, key, _pixels(value, resolution, image, _Padding.of_pixels(preprocessor, padded)))
+    return small
+
+
+class _Padding:
+    """The size that labels of pixels are padded to, ``None`` for the image's own, and their value there."""
+
+    def __init__(self, size: Size | None, value: int) -> None:
+        self.size, self.value = size, value
+
+    @classmethod
+    def of_masks(cls, preprocessor: Any, padded: Size) -> _Padding:
+        padding = padded if getattr(preprocessor, "pad_mask", False) else None
+        return cls(padding, int(getattr(preprocessor, "mask_pad_value", 0)))
+
+    @classmethod
+    def of_pixels(cls, preprocessor: Any, padded: Size) -> _Padding:
+        padding = padded if getattr(preprocessor, "pad_seg", False) else None
+        return cls(padding, int(getattr(preprocessor, "seg_pad_value", 255)))
+
+
+def _instances(found: InstanceData, resolution: Resolution, image: Size, padding: _Padding) -> InstanceData:
+    small = found.new()
+    scale = float(resolution.scale)
+    if "bboxes" in found:
+        boxes = found.bboxes
+        if isinstance(boxes, BaseBoxes):
+            small.bboxes = boxes.clone()
+            small.bboxes.rescale_((1 / scale, 1 / scale))
+        else:
+            small.bboxes = boxes / scale
+    if "masks" in found:
+        small.masks = reduced_masks(found.masks, resolution, image, padding)
+    return small
+
+
+def reduced_masks(
+    masks: BitmapMasks | PolygonMasks, resolution: Resolution, image: Size, padding: _Padding
+) -> BitmapMasks | PolygonMasks:
+    """Masks of an image of (height, width) ``image``: each pixel takes the one at its centre, polygons are divided."""
+    size = resolution.reduced(image)
+    if isinstance(masks, PolygonMasks):
+        scale = float(resolution.scale)
+        polygons = [[polygon / scale for polygon in polygons] for polygons in masks.masks]
+        return PolygonMasks(polygons, *(padding.size or size))
+    rows, columns = (nearest_positions(side, resolution.scale).numpy() for side in image)
+    small = BitmapMasks(masks.masks[:, rows[:, None], columns[None, :]], *size)
+    return small if padding.size is None else small.pad(padding.size, padding.value)
+
+
+def _pixels(found: PixelData, resolution: Resolution, image: Size, padding: _Padding) -> PixelData:
+    rows, columns = (nearest_positions(side, resolution.scale) for side in image)
+    height, width = padding.size or resolution.reduced(image)
+    fill = (0, width - len(columns), 0, height - len(rows))
+
+    def reduced(labels: Tensor) -> Tensor:
+        return F.pad(labels[..., rows[:, None], columns[None, :]], fill, value=padding.value)
+
+    return PixelData(metainfo=found.metainfo, **{key: reduced(value) for key, value in found.items()})

@@ -1,0 +1,40 @@
+"""Distillation for Hugging Face: wrap a Trainer, or a trainer that you already have."""
+
+from kdgraft.hosts import require
+
+require("transformers", "kdgraft_nlp")
+
+from .cache import TeacherCache  # noqa: E402
+from .collator import DistillCollator  # noqa: E402
+from .layers import AttentionMaps, Embeddings, HiddenStates, PatientStates, Relations  # noqa: E402
+from .logits import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL, SoftTargets, UniversalLogits  # noqa: E402
+from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
+from .registry import RECIPES, TERMS  # noqa: E402
+from .trainer import DistillTrainer, distill  # noqa: E402
+
+__all__ = [
+    "RECIPES",
+    "TERMS",
+    "AttentionMaps",
+    "DistillCollator",
+    "DistillTrainer",
+    "Embeddings",
+    "ForwardKL",
+    "GeneralizedJSD",
+    "HiddenStates",
+    "PatientStates",
+    "Relations",
+    "ReverseKL",
+    "SkewedKL",
+    "SoftTargets",
+    "TeacherCache",
+    "UniversalLogits",
+    "distilbert",
+    "distill",
+    "gkd",
+    "minilm",
+    "minilmv2",
+    "mobilebert",
+    "pkd",
+    "tinybert",
+]

@@ -1,0 +1,195 @@
+"""Language-model losses without the logits: the hard cross-entropy and divergences, chunk by chunk, from hidden states.
+
+A causal language model's logits are tokens × vocabulary numbers, several times over with their gradients and the teacher's. Here
+each chunk of tokens goes through both output layers, all losses and their gradient before the next one; what is kept is the
+gradient of the hidden states and of the output layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from kdgraft.errors import WiringError
+from kdgraft.isolation import eval_mode
+
+from .attention import STUDENT_FORWARD
+from .tasks import accepted
+from .tokens import IGNORED
+
+Compare = Callable[[Tensor, Tensor], Tensor]
+
+
+class Head(NamedTuple):
+    """An output layer: weight ``(V, H)`` and bias ``(V,)`` or ``None``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+def head_of(model: Any) -> Head:
+    """The output layer of a language model."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise WiringError(
+            f"chunked=True needs a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
+        )
+    return Head(layer.weight, layer.bias)
+
+
+def check_heads(model: Any, inputs: Mapping[str, Any]) -> None:
+    """Refuses a model whose logits are not what its output layer makes of its states.
+
+    Raises:
+        WiringError: it cannot give states without logits, or changes the logits afterwards.
+    """
+    name = type(model).__name__
+    if "logits_to_keep" not in accepted(model):
+        raise WiringError(f"chunked=True needs a causal model that takes logits_to_keep, which {name} does not")
+    found: list[Tensor] = []
+    hook = model.base_model.register_forward_hook(lambda _, args, output: found.append(output[0]))
+    try:
+        with torch.no_grad(), eval_mode(model):
+            run = getattr(model, STUDENT_FORWARD, model)
+            logits = run(**inputs)["logits"]
+    finally:
+        hook.remove()
+    if not torch.allclose(head_of(model)(found[0]), logits, rtol=1e-3, atol=1e-4):
+        raise WiringError(
+            f"chunked=True: {name} changes its logits after the output layer (a scale or a cap); leave chunked out"
+        )
+    if not hasattr(model, STUDENT_FORWARD):
+        return
+    labels = inputs["input_ids"]
+    with torch.no_grad(), eval_mode(model):
+        own = model.plain_forward(**inputs, labels=labels)["loss"]
+    hard = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    if not torch.allclose(own, hard, rtol=1e-3, atol=1e-4):
+        raise WiringError(
+            f"chunked=True computes the cross-entropy of the next token, and {name} adds something of its own to it (a router's "
+            "loss, for instance); leave chunked out"
+        )
+
+
+class Part(NamedTuple):
+    """One loss over tokens.
+
+    Attributes:
+        compare: ``(n, V)`` of student and teacher -> ``(n,)``.
+        counted: ``(N,)`` boolean: which tokens count.
+        factor: what the sum over tokens is multiplied by in the total.
+    """
+
+    compare: Compare
+    counted: Tensor
+    factor: Tensor
+
+
+def chunked_losses(
+    hidden: Tensor,
+    head: Head,
+    targets: Tensor,
+    hard_factor: Tensor,
+    teacher_hidden: Tensor | None,
+    teacher_head: Head | None,
+    parts: Sequence[Part],
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """The weighted total of all losses, and the sum of each.
+
+    Args:
+        hidden: ``(N, H)``: the student's states under the output layer.
+        head: the student's output layer.
+        targets: ``(N,)``: the token that each state predicts; −100 for none.
+        hard_factor: what the sum of the cross-entropies is multiplied by in the total, 0-dimensional.
+        teacher_hidden: ``(N, H_t)``; ``None`` where no part compares with a teacher.
+        teacher_head: its output layer.
+        parts: the divergences.
+        chunk: tokens at a time.
+
+    Returns:
+        The total, a scalar with gradient to ``hidden`` and ``head``; and, without gradient, the sums over tokens: of the
+        cross-entropy first, then of each part.
+    """
+    tensors = (hidden, head.weight, head.bias)
+    total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
+    return total, sums
+
+
+class _Chunked(torch.autograd.Function):
+    """Takes the gradient in the forward pass, where the chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        hard_factor: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+        parts: tuple[Part, ...],
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs and weight.requires_grad else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs and bias is not None else None
+        sums = torch.zeros(1 + len(parts), dtype=torch.float64, device=hidden.device)
+        factors = torch.stack([hard_factor, *(part.factor for part in parts)]).to(hidden.device)
+        counted = targets != IGNORED
+        for part in parts:
+            counted = counted | part.counted
+        wanted = counted.nonzero().flatten()
+        for index in wanted.split(chunk):
+            states = hidden[index]
+            logits = F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))
+            given = None
+            if teacher_hidden is not None and teacher_head is not None:
+                theirs = teacher_hidden[index]
+                given = F.linear(
+                    theirs,
+                    teacher_head.weight.to(theirs.dtype),
+                    None if teacher_head.bias is None else teacher_head.bias.to(theirs.dtype),
+                )
+            with torch.enable_grad():
+                # In float32 whatever the model computes in: a loss scaler's factor comes too late for what underflows here.
+                leaf = logits.detach().float().requires_grad_()
+                values = [F.cross_entropy(leaf, targets[index], ignore_index=IGNORED, reduction="sum")]
+                for part in parts:
+                    mine = part.counted[index]
+                    assert given is not None
+                    items = part.compare(leaf, given) if bool(mine.all()) else part.compare(leaf[mine], given[mine])
+                    values.append(items.sum())
+                stacked = torch.stack([value.to(torch.float32) for value in values])
+                if needs:
+                    (grad_logits,) = torch.autograd.grad((stacked * factors.to(stacked.dtype)).sum(), leaf)
+            sums += stacked.detach().double()
+            if grad_hidden is not None:
+                grad_hidden[index] = grad_logits @ weight.float()
+            if grad_weight is not None:
+                grad_weight.addmm_(grad_logits.t(), states.float())
+            if grad_bias is not None:
+                grad_bias += grad_logits.sum(0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(sums)
+        return (sums * factors.double()).sum().float(), sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> Any:
+        grads = [
+            None if grad is None else (grad * grad_total.float()).to(dtype)
+            for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*grads, None, None, None, None, None, None)

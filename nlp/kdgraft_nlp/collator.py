@@ -1,0 +1,188 @@
+"""``DistillCollator``: one view of the batch for both models, also when the teacher has another tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdgraft.errors import DistillError
+
+from .cache import TeacherCache
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS
+
+PREFIX = "teacher_"
+
+
+class DistillCollator:
+    """Wraps any collator; the batch that it makes, with its random masking, is the one that both models see.
+
+    Columns that start with ``teacher_`` (``teacher_pixel_values``, ``teacher_token_type_ids`` …) are stacked and go to the
+    teacher alone, without that prefix. With a second tokenizer the text is tokenised for the teacher too, with its own padding
+    and special tokens, and tokens are paired: those that end on the same character, or the first ones of the same word.
+
+    Args:
+        collator: any collator; ``DataCollatorWithPadding(tokenizer)`` and so on.
+        teacher_tokenizer: the teacher's, where it is not the student's; both fast ones.
+        tokenizer: the student's; the wrapped collator's by default.
+        text: the column with the text (or the two columns of a pair) that a second tokenizer needs.
+        words: a column with the text as a list of words, instead of ``text``.
+        max_length: of the teacher's tokens; the tokenizer's own limit by default.
+        cache: keeps the teacher's outputs by sample, so that it runs once a sample; not for random views of it.
+    """
+
+    def __init__(
+        self,
+        collator: Callable[[list[Any]], Any],
+        teacher_tokenizer: Any = None,
+        *,
+        tokenizer: Any = None,
+        text: str | Sequence[str] | None = None,
+        words: str | None = None,
+        max_length: int | None = None,
+        cache: TeacherCache | None = None,
+    ) -> None:
+        if not callable(collator):
+            raise DistillError(f"DistillCollator wraps a collator, got {type(collator).__name__}")
+        self.collator = collator
+        self.teacher_tokenizer: Any = teacher_tokenizer
+        self.tokenizer: Any = tokenizer if tokenizer is not None else getattr(collator, "tokenizer", None)
+        self.text = [text] if isinstance(text, str) else list(text or [])
+        self.words = words
+        self.max_length = max_length
+        self.cache = cache
+        if cache is not None and getattr(collator, "mlm", False):
+            raise DistillError(
+                "random masking changes the inputs in every epoch, which no cache can follow; leave cache out"
+            )
+        if teacher_tokenizer is None:
+            return
+        if getattr(collator, "mlm", False):
+            raise DistillError("random masking cannot be drawn once for two tokenizers; distil masked models with one")
+        if bool(self.text) == bool(words):
+            raise DistillError("a second tokenizer needs the text: name its column, text='text' or words='tokens'")
+        if self.tokenizer is None:
+            raise DistillError("pass tokenizer=…, the student's: the wrapped collator has none")
+        for owner, found in (("student's", self.tokenizer), ("teacher's", teacher_tokenizer)):
+            if not getattr(found, "is_fast", False):
+                raise DistillError(
+                    f"the {owner} tokenizer must be a fast one, which knows where its tokens stand in the text"
+                )
+
+    @property
+    def columns(self) -> list[str]:
+        """Columns of the data set that it needs beside the models' own and those that start with ``teacher_``."""
+        return [*self.text, *([self.words] if self.words else []), *([self.cache.id] if self.cache is not None else [])]
+
+    def __call__(self, features: list[Any]) -> dict[str, Any]:
+        """The wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
+        if not features or not isinstance(features[0], Mapping):
+            return self.collator(features)
+        extra = set(self.columns)
+        plain = [
+            {name: value for name, value in feature.items() if name not in extra and not name.startswith(PREFIX)}
+            for feature in features
+        ]
+        batch = dict(self.collator(plain))
+        teacher = {
+            name.removeprefix(PREFIX): _stacked(features, name) for name in features[0] if name.startswith(PREFIX)
+        }
+        if self.teacher_tokenizer is not None:
+            encoded, pairs = self._second_view(features, batch)
+            teacher.update(encoded)
+            batch[TOKEN_PAIRS] = pairs
+        if teacher:
+            batch[TEACHER_INPUTS] = teacher
+        if self.cache is not None:
+            if self.cache.id not in features[0]:
+                raise DistillError(
+                    f"the cache finds no column {self.cache.id!r} in {', '.join(features[0])}; keep it in the data set, or name "
+                    "another with TeacherCache(id=…)"
+                )
+            batch[SAMPLE_IDS] = [str(feature[self.cache.id]) for feature in features]
+        return batch
+
+    def _second_view(self, features: list[Any], batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        columns = [self.words] if self.words else self.text
+        for column in columns:
+            if column not in features[0]:
+                raise DistillError(
+                    f"the collator finds no column {column!r} in {', '.join(features[0])}; keep it in the data set"
+                )
+        texts = [[feature[column] for feature in features] for column in columns]
+        settings = dict(truncation=True, return_offsets_mapping=True, is_split_into_words=bool(self.words))
+        theirs = self.teacher_tokenizer(
+            *texts, **settings, **({"max_length": self.max_length} if self.max_length else {})
+        )
+        ours = self.tokenizer(*texts, **settings)
+        fields = [name for name in theirs if name != "offset_mapping"]
+        padded = self.teacher_tokenizer.pad({name: theirs[name] for name in fields}, return_tensors="pt")
+        rows = []
+        for i in range(len(features)):
+            real = (
+                batch["attention_mask"][i].bool()
+                if "attention_mask" in batch
+                else torch.ones_like(batch["input_ids"][i])
+            )
+            place = real.nonzero().flatten().tolist()
+            found = batch["input_ids"][i][place].tolist()
+            own = ours
+            if ours["input_ids"][i] != found:  # cut to another length, perhaps
+                one = [[text[i]] for text in texts]
+                own = self.tokenizer(*one, **{**settings, "max_length": len(found)})
+            sample = i if own is ours else 0
+            if own["input_ids"][sample] != found:
+                raise DistillError(
+                    f"{', '.join(columns)!r} does not tokenise to the student's input_ids; tokenise the data set with the same "
+                    "tokenizer and no changes to the text"
+                )
+            there = padded["attention_mask"][i].nonzero().flatten().tolist()
+            rows.append([(place[a], there[b]) for a, b in align(own, theirs, sample, i, words=bool(self.words))])
+        longest = max(map(len, rows), default=0)
+        pairs = torch.full((len(rows), longest, 2), -1)
+        for i, row in enumerate(rows):
+            if row:
+                pairs[i, : len(row)] = torch.tensor(row)
+        return dict(padded), pairs
+
+
+def _stacked(features: list[Any], name: str) -> Tensor:
+    values = [torch.as_tensor(feature[name]) for feature in features]
+    if len({value.shape for value in values}) > 1:
+        raise DistillError(
+            f"column {name!r} has values of different lengths, which only a tokenizer can pad; give the collator "
+            "teacher_tokenizer=… and the text, or pad the column"
+        )
+    return torch.stack(values)
+
+
+def align(student: Any, teacher: Any, ours: int, theirs: int, *, words: bool = False) -> list[tuple[int, int]]:
+    """Positions of tokens that belong together: of one sample encoded by two fast tokenizers.
+
+    Args:
+        student, teacher: what the tokenizers returned, with offsets.
+        ours, theirs: which sample of each.
+        words: pair the first tokens of the same word, instead of those that end on the same character.
+    """
+    sides = ((student, ours), (teacher, theirs))
+    keys = [_words(encoding, sample) if words else _ends(encoding, sample) for encoding, sample in sides]
+    return [(place, keys[1][key]) for key, place in keys[0].items() if key in keys[1]]
+
+
+def _words(encoding: Any, sample: int) -> dict[Any, int]:
+    found: dict[Any, int] = {}
+    for place, (word, part) in enumerate(zip(encoding.word_ids(sample), encoding.sequence_ids(sample), strict=True)):
+        if word is not None:
+            found.setdefault((part, word), place)
+    return found
+
+
+def _ends(encoding: Any, sample: int) -> dict[Any, int]:
+    parts = encoding.sequence_ids(sample)
+    found: dict[Any, int] = {}
+    for place, ((start, end), part) in enumerate(zip(encoding["offset_mapping"][sample], parts, strict=True)):
+        if part is not None and end > start:
+            found[part, end] = place  # bytes of one character: the last of them has read it all
+    return found

@@ -1,0 +1,339 @@
+"""Terms on logits: soft targets, divergences of language models, universal logits."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kdgraft.errors import WiringError
+from kdgraft.losses import (
+    Ratio,
+    generalized_jsd,
+    reverse_kl,
+    skewed_kl,
+    soft_targets,
+    universal_logits,
+    weighted_ratio,
+)
+from kdgraft.losses.divergences import check_share
+from kdgraft.losses.soft_targets import check_temperature
+from kdgraft.regions import Batch
+from kdgraft.taps import Recording, Tap
+from kdgraft.terms import Term, Wiring, check_choice, mean_of
+
+from .chunked import head_of
+from .registry import TERMS
+from .tasks import LANGUAGE_MODELS, task_of
+from .tokens import Side, Tokens, take, tokens_of
+
+Where = Literal["auto", "valid", "labelled"]
+
+
+class LogitTerm(Term):
+    """Base of terms that compare what two models of one task predict: per sequence, per token, per answer position.
+
+    Args:
+        tokens: whose logits count, for models that predict per token: ``"valid"`` (every token that is not padding),
+            ``"labelled"`` (those with a label other than −100, for a causal model those that predict one), or ``"auto"``:
+            labelled for token classification, causal and sequence-to-sequence models, valid for masked language models.
+    """
+
+    compares_classes = True
+    same_vocabulary = True
+
+    def __init__(self, *, tokens: Where = "auto", **settings: Any) -> None:
+        super().__init__(**settings)
+        check_choice(self, "tokens", tokens, ("auto", "valid", "labelled"))
+        self.tokens = tokens
+        self.task = "other"
+        self.common: int | None = None
+        self.chunked = False
+        """Whether the host computes this term from hidden states and leaves it the sum in ``ready``."""
+        self.ready: Tensor | None = None
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.task = task_of(student)
+        other = task_of(teacher)
+        if other != self.task:
+            raise WiringError(
+                f"{self.name} compares predictions, and the student's are of another kind ({self.task}, "
+                f"{type(student).__name__}) than the teacher's ({other}, {type(teacher).__name__})"
+            )
+        fields = ["start_logits", "end_logits"] if self.task == "question" else ["logits"]
+        self.student_taps = self.teacher_taps = [Tap.parse(f"[{field}]") for field in fields]
+        if self.chunked:
+            self.student_taps, self.teacher_taps = (
+                [Tap.parse(f"{model.base_model_prefix}[0]")] for model in (student, teacher)
+            )
+        if self.tokens == "auto":
+            self._where = "valid" if self.task in ("masked", "other") else "labelled"
+        else:
+            self._where = self.tokens
+        if self.task in LANGUAGE_MODELS:
+            self.compares_classes = False
+
+    def wire(self, wiring: Wiring) -> None:
+        if self.same_vocabulary and self.task in LANGUAGE_MODELS and wiring.facts.get("vocabulary") == "different":
+            raise WiringError(
+                f"{self.name}: student and teacher have different tokenizers, so that their tokens cannot be compared one by "
+                "one; use UniversalLogits"
+            )
+        for s_tap, t_tap in zip(self.student_taps, self.teacher_taps, strict=True):
+            student, teacher = wiring.student_recording[s_tap], wiring.teacher_recording[t_tap]
+            if self.chunked:
+                student, teacher = (
+                    states.new_empty(*states.shape[:-1], len(head_of(model).weight))
+                    for states, model in ((student, wiring.student), (teacher, wiring.teacher))
+                )
+            self._check(student, teacher, wiring)
+            adapter = "in chunks" if self.chunked else "–"
+            region = self._region(student)
+            self.rows.append(self.row(student, teacher, taps=(s_tap, t_tap), adapter=adapter, region=region))
+
+    def _check(self, student: Tensor, teacher: Tensor, wiring: Wiring) -> None:
+        if student.ndim != teacher.ndim:
+            raise WiringError(
+                f"{self.name}: logits {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared"
+            )
+        problem = getattr(getattr(wiring.student, "config", None), "problem_type", None)
+        if self.task in ("sequence", "image") and (
+            student.shape[-1] == 1 or problem in ("regression", "multi_label_classification")
+        ):
+            raise WiringError(
+                f"{self.name}: softmax over classes means nothing for {problem or 'a single output'}; use terms on layers, or "
+                "FeatureImitation(student_tap='…', teacher_tap='…', adapter='none') on the output layers"
+            )
+        if self.task == "question" or student.shape[-1] == teacher.shape[-1]:
+            return
+        sizes = f"{student.shape[-1]} and {teacher.shape[-1]}"
+        if self.task not in LANGUAGE_MODELS:
+            raise WiringError(f"{self.name}: student and teacher tell {sizes} classes apart; they must agree")
+        # Sizes that differ by padding share their first ids; that they do is checked where the tokenizers are known.
+        self.common = min(student.shape[-1], teacher.shape[-1])
+        if not wiring.facts.get("vocabulary_checked"):
+            raise WiringError(
+                f"{self.name}: the vocabularies have {sizes} entries and no tokenizer says that they are padded versions of "
+                "one; pass processing_class=tokenizer to the trainer, or use UniversalLogits for different ones"
+            )
+        if int(wiring.facts["vocabulary_checked"]) > self.common:
+            raise WiringError(
+                f"{self.name}: the tokenizer has {wiring.facts['vocabulary_checked']} entries and the smaller model "
+                f"{self.common}; use UniversalLogits for different vocabularies"
+            )
+
+    def _region(self, logits: Tensor) -> str:
+        if self.task == "question":
+            return "valid positions"
+        return "sequences" if logits.ndim == 2 else f"{self._where} tokens"
+
+    def _weight(self, tokens: Tokens, side: Side) -> Tensor | None:
+        """``(B, L)``: which token predictions count."""
+        if self._where == "labelled" and side.labelled is not None:
+            return side.labelled
+        return side.of("decoder" if self.task == "seq2seq" else "layers")
+
+    def count(self, batch: Batch) -> Tensor | None:
+        tokens = tokens_of(batch)
+        if self.task in ("sequence", "image", "question"):
+            return torch.tensor(float(tokens.size))
+        if self.task == "other":
+            return None
+        weight = self._pair_weight(tokens)
+        return None if weight is None else weight.sum().float()
+
+    def _pair_weight(self, tokens: Tokens) -> Tensor | None:
+        weight = self._weight(tokens, tokens.student)
+        if tokens.pairs is None or weight is None:
+            return weight
+        return take(weight, tokens.pairs[..., 0]) & (tokens.pairs >= 0).all(-1)
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        tokens = tokens_of(batch)
+        if self.chunked:
+            assert self.ready is not None
+            count = self.count(batch)
+            assert count is not None
+            return Ratio(self.ready, count.to(self.ready))
+        ratios = []
+        for tap in self.student_taps:
+            s, t = student[tap], teacher[tap]
+            if self.task == "question":
+                ratios.append(self._answers(s, t, tokens))
+                continue
+            if batch.class_order is not None:
+                t = t[..., batch.class_order]
+            if self.common is not None:
+                s, t = s[..., : self.common], t[..., : self.common]
+            if s.ndim == 2:
+                ratios.append(weighted_ratio(self.compare(s, t)))
+            else:
+                ratios.append(self._per_token(s, t, tokens))
+        if len(ratios) == 1:
+            return ratios[0]
+        whole = mean_of(ratios)
+        return Ratio(whole.numerator.sum(), whole.denominator[0])  # start and end of the same questions
+
+    def on_chunk(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """:meth:`compare` on logits ``(n, V)`` of some tokens."""
+        if self.common is not None:
+            student, teacher = student[:, : self.common], teacher[:, : self.common]
+        return self.compare(student, teacher)
+
+    def counted(self, batch: Batch) -> Tensor:
+        """``(B, L)``: the tokens whose predictions count."""
+        weight = self._weight(tokens_of(batch), tokens_of(batch).student)
+        assert weight is not None
+        return weight
+
+    def _per_token(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Ratio:
+        weight = self._pair_weight(tokens)
+        if tokens.pairs is not None:
+            student, teacher = take(student, tokens.pairs[..., 0]), take(teacher, tokens.pairs[..., 1])
+        if weight is None:
+            return weighted_ratio(self.compare(student, teacher))
+        # The tokens that count, picked: masked ones cost no softmax over the vocabulary.
+        items = self.compare(student[weight], teacher[weight])
+        return Ratio(items.sum(), weight.sum().to(items.dtype))
+
+    def _answers(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Ratio:
+        real = tokens.student.real
+        if tokens.pairs is not None:
+            real = (tokens.pairs >= 0).all(-1)
+            student, teacher = take(student, tokens.pairs[..., 0]), take(teacher, tokens.pairs[..., 1])
+        if real is not None:
+            low = torch.finfo(torch.float16).min
+            student, teacher = student.masked_fill(~real, low), teacher.masked_fill(~real, low)
+        return weighted_ratio(self.compare(student, teacher))
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The loss per item: ``(…, C)`` of both -> ``(…)``."""
+        raise NotImplementedError
+
+
+class Divergence(LogitTerm):
+    """Base of terms with a temperature on logits of one vocabulary."""
+
+    def __init__(self, *, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(**settings)
+        check_temperature(temperature)
+        self.temperature = float(temperature)
+
+
+@TERMS.register
+class SoftTargets(Divergence):
+    """Soft targets per sequence, per token or per answer position: T²·KL(teacher ‖ student) (Hinton 2015, arXiv 1503.02531).
+
+    Args:
+        temperature: T > 0.
+        tokens: for models that predict per token; see :class:`LogitTerm`.
+    """
+
+    def __init__(self, temperature: float = 2.0, **settings: Any) -> None:
+        super().__init__(temperature=temperature, **settings)
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return soft_targets(student, teacher, self.temperature, reduction="none")
+
+
+@TERMS.register
+class ForwardKL(Divergence):
+    """KL(teacher ‖ student) of language models, token mean, no factor T² (sequence-level baseline of GKD, arXiv 2306.13649)."""
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return soft_targets(student, teacher, self.temperature, reduction="none") / self.temperature**2
+
+
+@TERMS.register
+class ReverseKL(Divergence):
+    """KL(student ‖ teacher) of language models: mode seeking (MiniLLM, arXiv 2306.08543)."""
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return reverse_kl(student, teacher, self.temperature, reduction="none")
+
+
+@TERMS.register
+class GeneralizedJSD(Divergence):
+    """Generalised Jensen-Shannon divergence of language models (GKD, arXiv 2306.13649, equation 1).
+
+    Args:
+        beta: in [0, 1]: 0 is the forward, 1 the reverse KL.
+        temperature: T > 0.
+    """
+
+    def __init__(self, beta: float = 0.5, **settings: Any) -> None:
+        super().__init__(**settings)
+        check_share("beta", beta)
+        self.beta = beta
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return generalized_jsd(student, teacher, self.beta, self.temperature, reduction="none")
+
+
+@TERMS.register
+class SkewedKL(Divergence):
+    """KL against a mixture with a little of the first distribution (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        alpha: share of the first distribution in the mixture, in [0, 1).
+        reverse: the student's distribution comes first.
+        temperature: T > 0.
+    """
+
+    def __init__(self, alpha: float = 0.1, *, reverse: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        check_share("alpha", alpha)
+        self.alpha, self.reverse = alpha, reverse
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return skewed_kl(student, teacher, self.alpha, self.temperature, reverse=self.reverse, reduction="none")
+
+
+@TERMS.register
+class UniversalLogits(LogitTerm):
+    """L1 of the sorted probabilities: for different vocabularies (ULD, Boizard et al. 2024, arXiv 2402.12030).
+
+    Args:
+        align: ``"position"``, the paper's: the n-th counted token of one model with the n-th of the other, up to the shorter;
+            ``"text"``: tokens that end on the same character, which the collator finds.
+    """
+
+    same_vocabulary = False
+
+    def __init__(self, align: Literal["position", "text"] = "position", **settings: Any) -> None:
+        super().__init__(**settings)
+        check_choice(self, "align", align, ("position", "text"))
+        self.align = align
+
+    def _check(self, student: Tensor, teacher: Tensor, wiring: Wiring) -> None:
+        if student.ndim != 3 or teacher.ndim != 3 or self.task not in LANGUAGE_MODELS:
+            raise WiringError(f"{self.name} compares language models token by token; use SoftTargets for {self.task}")
+
+    def _pair_weight(self, tokens: Tokens) -> Tensor | None:
+        if self.align == "text":
+            return super()._pair_weight(tokens)
+        ours, theirs = (self._weight(tokens, side) for side in (tokens.student, tokens.teacher))
+        if ours is None or theirs is None:
+            return ours
+        count = torch.minimum(ours.sum(1), theirs.sum(1))
+        return torch.arange(int(count.max()) if len(count) else 0, device=count.device)[None] < count[:, None]
+
+    def _per_token(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Ratio:
+        if self.align == "text":
+            return super()._per_token(student, teacher, tokens)
+        weight = self._pair_weight(tokens)
+        ours, theirs = (self._weight(tokens, side) for side in (tokens.student, tokens.teacher))
+        if weight is None or ours is None or theirs is None:
+            return weighted_ratio(self.compare(student, teacher))
+        items = self.compare(_first(student, ours, weight), _first(teacher, theirs, weight))
+        return Ratio(items.sum(), weight.sum().to(items.dtype))
+
+    def compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        return universal_logits(student, teacher, reduction="none")
+
+
+def _first(logits: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
+    """Of each sequence its first counted tokens, as many as ``weight`` has."""
+    order = (~counted).to(torch.int8).sort(dim=1, stable=True).indices[:, : weight.shape[1]]
+    return take(logits, order)[weight]

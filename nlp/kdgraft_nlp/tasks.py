@@ -1,0 +1,86 @@
+"""What a Hugging Face model is for, and one small input that it takes."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.auto import modeling_auto as auto
+
+from kdgraft.errors import DistillError
+
+_MAPPINGS: dict[str, Any] = {
+    "sequence": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    "tokens": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
+    "question": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
+    "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "image": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+}
+AUTO_CLASSES = {
+    "sequence": auto.AutoModelForSequenceClassification,
+    "tokens": auto.AutoModelForTokenClassification,
+    "question": auto.AutoModelForQuestionAnswering,
+    "seq2seq": auto.AutoModelForSeq2SeqLM,
+    "masked": auto.AutoModelForMaskedLM,
+    "causal": auto.AutoModelForCausalLM,
+    "image": auto.AutoModelForImageClassification,
+}
+LANGUAGE_MODELS = ("masked", "causal", "seq2seq")
+
+
+def task_of(model: nn.Module) -> str:
+    """``sequence``, ``tokens``, ``question``, ``masked``, ``causal``, ``seq2seq``, ``image``, or ``other``."""
+    names = {base.__name__ for base in type(model).__mro__}
+    for task, mapping in _MAPPINGS.items():
+        known: set[str] = set()
+        for value in mapping.values():
+            known.update([value] if isinstance(value, str) else value)
+        if names & known:
+            return task
+    return "other"
+
+
+def accepted(model: nn.Module) -> set[str]:
+    """Names of the arguments that the model's forward takes."""
+    return set(inspect.signature(model.forward).parameters)
+
+
+def example(model: Any) -> dict[str, Tensor]:
+    """A small input of two samples, made from the config alone: token ids, or an image of the configured size.
+
+    Raises:
+        DistillError: the model takes neither.
+    """
+    config, takes = model.config, accepted(model)
+    device = next(model.parameters()).device
+    if "input_ids" in takes:
+        size, end = _vocabulary(model), getattr(config, "eos_token_id", None)
+        end = end if isinstance(end, int) and end < size else None
+        words = [i for i in range(min(size, 9)) if i not in (end, getattr(config, "pad_token_id", None))] or [0]
+        # Classifiers of causal models refuse several rows without a pad token.
+        rows = 1 if task_of(model) == "sequence" and getattr(config, "pad_token_id", None) is None else 2
+        ids = torch.tensor(
+            [[words[(5 * row + 3 * i) % len(words)] for i in range(5)] for row in range(rows)], device=device
+        )
+        if end is not None:
+            ids[:, -1] = end  # some take what stands at the end of the text
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if getattr(config, "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = ids
+        return {name: value for name, value in inputs.items() if name in takes}
+    if "pixel_values" in takes:
+        side = getattr(config, "image_size", None) or 224
+        height, width = (side,) * 2 if isinstance(side, int) else side
+        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)}
+    raise DistillError(
+        f"{type(model).__name__} takes neither input_ids nor pixel_values; give dry_run=dict(…), one small batch"
+    )
+
+
+def _vocabulary(model: nn.Module) -> int:
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
+    return int(embeddings.num_embeddings) if isinstance(embeddings, nn.Embedding) else 8

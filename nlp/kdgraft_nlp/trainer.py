@@ -1,0 +1,363 @@
+"""``DistillTrainer``: the Trainer, with a teacher; ``distill``: the same for a trainer that you already have."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdgraft.distributed import sum_over_ranks, world_size
+from kdgraft.errors import DistillError, check_number
+from kdgraft.isolation import eval_mode
+from kdgraft.registry import expand_recipe
+from kdgraft.schedules import Step
+from kdgraft.teacher import read_checkpoint
+
+from .collator import PREFIX, DistillCollator
+from .registry import RECIPES
+from .student import Grafted, TextDistiller, accepted, graft
+from .tokens import read_batch
+
+logger = logging.getLogger("kdgraft")
+
+STATE_FILE = "distiller.pt"
+"""In each checkpoint, beside the plain student: the terms' parameters and counters."""
+
+
+if TYPE_CHECKING:
+    _Host = Trainer
+else:
+    _Host = object
+
+
+class Distilling(_Host):
+    """What is mixed in before a Trainer class."""
+
+    model: Any
+    _signature_columns: Any
+    _settings: dict[str, Any]
+
+    def start_distilling(
+        self,
+        teacher: Any = None,
+        terms: Sequence[Any] | None = None,
+        recipe: Any = None,
+        dry_run: Mapping[str, Any] | None = None,
+        chunked: bool | int = False,
+    ) -> None:
+        """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
+        if not isinstance(terms, (list, tuple, type(None))):
+            raise DistillError(f"terms must be a list, got {terms!r}")
+        _refuse_hosts(self)
+        specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
+        self._settings = dict(teacher=teacher, terms=specs, dry_run=dry_run, facts=_vocabularies(self, teacher))
+        self._settings["chunk"] = _chunk_size(self, chunked)
+        self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
+        self._totals: dict[str, Tensor] = {}
+        self._logged: dict[str, Tensor] = {}
+        self._logged_steps = 0
+        self._last_step = 0
+        self._host_checked = False
+        self._graft(self.model)
+        self._new_parameters()
+
+    def _graft(self, model: Any) -> None:
+        settings = dict(self._settings)
+        # Terms are sized for one student; a copy for each leaves the given ones as they are.
+        graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
+
+    @property
+    def distiller(self) -> TextDistiller | None:
+        """The distiller; ``None`` without terms."""
+        return self.model.distiller
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        if hasattr(self, "_settings"):
+            self._graft(model)
+        return model
+
+    def _new_parameters(self) -> None:
+        """Gives an optimizer that exists already the terms' parameters."""
+        optimizer = self.optimizer
+        if optimizer is None or self.distiller is None:
+            return
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in self.distiller.parameters() if p.requires_grad and id(p) not in known]
+        if not new:
+            return
+        if getattr(self, "lr_scheduler", None) is not None:
+            raise DistillError(
+                "the terms have parameters to train, and this trainer's optimizer and scheduler are made already; let the "
+                "Trainer make them, or give it the optimizer alone"
+            )
+        optimizer.add_param_group({"params": new})
+
+    # The step.
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.state.global_step < self._last_step:  # another run of the same trainer
+            self._logged, self._logged_steps = {}, 0
+        self._last_step = self.state.global_step
+        self._logged_steps += 1
+        self._totals = {}
+        if self.distiller is not None and found[0]:
+            self._totals = self._count(found[0], device)
+        return found
+
+    def _count(self, batches: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """Each term's items over the whole accumulated batch and all processes."""
+        assert self.distiller is not None
+        task = self.model._distill.task
+        parts = [self.distiller.counts(read_batch(batch, task)) for batch in batches]
+        names = sorted(set.intersection(*(set(part) for part in parts)))
+        if not names:
+            return {}
+        sums = torch.stack([torch.stack([part[name].double().cpu() for part in parts]).sum() for name in names])
+        return dict(zip(names, sum_over_ranks(sums.to(device)).unbind(), strict=True))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        link = self.model._distill
+        if self.distiller is None or not model.training or not torch.is_grad_enabled():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_host(model, inputs, num_items_in_batch)
+        state = self.state
+        parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
+        link.batch, link.losses = read_batch(inputs, link.task), None
+        link.step, link.totals, link.parts = Step(state.global_step, int(state.epoch or 0)), self._totals, parts
+        link.host_factor = self._host_factor(num_items_in_batch) / (
+            1 if self._host_scales(num_items_in_batch) else parts
+        )
+        try:
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            link.batch = link.step = None
+        losses = link.losses
+        if losses is None:
+            raise DistillError(
+                f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
+            )
+        loss = result[0] if return_outputs else result
+        extra = torch.stack([value for key, value in losses.items() if key.endswith(".loss")]).sum()
+        self._keep(losses, loss, 1 if self._host_scales(num_items_in_batch) else parts)
+        link.losses = {key: value.detach() for key, value in losses.items()}
+        # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
+        whole = loss + extra * (1 if self._host_scales(num_items_in_batch) else parts)
+        return (whole, result[1]) if return_outputs else whole
+
+    def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
+        """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
+        parts = int(getattr(self, "current_gradient_accumulation_steps", 1) or 1) * world_size()
+        if self._host_checked or parts == 1 or student_chunks(self.model):
+            return
+        self._host_checked = True
+        own = self.compute_loss_func is None and self.label_smoother is None
+        if num_items is None or not own or not self._host_scales(num_items):
+            return
+        student = self.model
+        given = student._distill.of_student(inputs)
+        with torch.no_grad(), eval_mode(student):
+            losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
+        if torch.equal(*losses) and self.is_world_process_zero():
+            logger.warning(
+                "%s ignores num_items_in_batch, so that the Trainer adds its loss up over the %d parts of a batch (accumulated "
+                "batches and processes) instead of averaging it; the distillation losses are averaged",
+                type(student).__name__,
+                parts,
+            )
+
+    def _host_factor(self, num_items: Any) -> float:
+        """What the Trainer multiplies the model's loss by to make up for DDP's mean; its own rule."""
+        args = self.args
+        accepts = self.model_accepts_loss_kwargs or self.compute_loss_func
+        if not (args.average_tokens_across_devices and accepts and num_items is not None):
+            return 1.0
+        return float(self.accelerator.num_processes)
+
+    def _host_scales(self, num_items: Any) -> bool:
+        """Whether the Trainer takes the loss to be scaled over the accumulated batch already; its own rule."""
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        accepts = self.model_accepts_loss_kwargs and num_items is not None
+        return bool(accepts or self.compute_loss_func is not None)
+
+    def _keep(self, losses: Mapping[str, Tensor], host: Tensor, parts: int) -> None:
+        for key, value in {**losses, "task_loss": host / parts}.items():
+            value = value.detach().float()
+            last = key.endswith(".dropped")
+            self._logged[key] = value if last or key not in self._logged else self._logged[key] + value
+
+    def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
+        if "loss" in logs and self._logged:
+            steps = max(self._logged_steps, 1)
+            names = sorted(self._logged)
+            device = next(self.model.parameters()).device
+            total = sum_over_ranks(torch.stack([self._logged[name] for name in names]).float().to(device))
+            for name, value in zip(names, (total / world_size()).tolist(), strict=True):
+                logs[name] = value if name.endswith(".dropped") else value / steps
+            self._logged, self._logged_steps = {}, 0
+        super().log(logs, *args, **settings)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
+        # Generation hands every input on to the model.
+        return super().prediction_step(model, self.model._distill.of_student(inputs), *args, **settings)
+
+    # Columns, checkpoints.
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = list(self._signature_columns)
+        if self.distiller is not None:
+            taken = sorted(accepted(self.distiller.teacher.model))
+            columns += [*taken, *(PREFIX + name for name in taken)]
+        if isinstance(self.data_collator, DistillCollator):
+            columns += self.data_collator.columns
+        self._signature_columns = list(dict.fromkeys(columns))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.distiller is not None and self.args.should_save:
+            torch.save(self.distiller.live_state(), os.path.join(output_dir, STATE_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.distiller is not None:
+            file = Path(checkpoint) / STATE_FILE
+            if file.is_file():
+                self.distiller.load_live_state(read_checkpoint(file))
+            elif any(p.requires_grad for p in self.distiller.parameters()):
+                raise DistillError(
+                    f"cannot resume from {checkpoint}: it was made without distillation, or with save_only_model ({STATE_FILE} is "
+                    "missing); start from its student with from_pretrained instead"
+                )
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+class DistillTrainer(Distilling, Trainer):
+    """The Trainer with a teacher: everything that Trainer does, and the terms' losses beside the host's.
+
+    Args:
+        model, args, …: as for :class:`transformers.Trainer`.
+        teacher: a model, a :class:`~kdgraft.Teacher`, or the folder that ``save_pretrained`` wrote.
+        terms: a list of names, dicts or terms.
+        recipe: a recipe's name, or ``dict(type=name, …)``; its terms come before ``terms``.
+        dry_run: one small batch that both models take; made from their configs by default.
+        chunked: for causal models with a large vocabulary: the host's cross-entropy and the divergences are computed together,
+            256 (or that many) tokens at a time, and no model's logits are ever held as a whole. Training steps then return no
+            logits. Not with label smoothing or a loss of your own.
+
+    Example::
+
+        trainer = DistillTrainer(model=student, teacher=teacher, terms=[SoftTargets(temperature=2), AttentionMaps()], args=args,
+                                 train_dataset=data, data_collator=DistillCollator(DataCollatorWithPadding(tokenizer)))
+        trainer.train()
+        trainer.save_model("student")   # a plain student
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: Any = None,
+        terms: Sequence[Any] | None = None,
+        recipe: Any = None,
+        dry_run: Mapping[str, Any] | None = None,
+        chunked: bool | int = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(*args, **settings)
+        self.start_distilling(teacher, terms, recipe, dry_run, chunked)
+
+
+@cache
+def _distilling_class(kind: Any) -> Any:
+    return type(f"Distilling{kind.__name__}", (Distilling, kind), {"__module__": kind.__module__})
+
+
+def distill(
+    trainer: Any,
+    *,
+    teacher: Any = None,
+    terms: Sequence[Any] | None = None,
+    recipe: Any = None,
+    dry_run: Mapping[str, Any] | None = None,
+    chunked: bool | int = False,
+) -> Any:
+    """Lets a trainer that you already have distil: any Trainer or subclass of it, before ``train()``.
+
+    Args:
+        trainer: it is changed and handed back; its own ``compute_loss``, callbacks and so on stay in force.
+        teacher, terms, recipe, dry_run, chunked: as for :class:`DistillTrainer`.
+    """
+    if not isinstance(trainer, Trainer):
+        raise DistillError(f"distill takes a transformers.Trainer, got {type(trainer).__name__}")
+    if isinstance(trainer, Distilling):
+        raise DistillError("this trainer distils already; build a new one for other terms")
+    before: Any = trainer.__class__
+    trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
+    try:
+        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run, chunked)  # type: ignore[arg-type]
+    except BaseException:
+        trainer.__class__ = before
+        raise
+    return trainer
+
+
+def student_chunks(model: Any) -> bool:
+    """Whether this student's losses are computed in chunks."""
+    return model._distill.chunk is not None
+
+
+def _refuse_hosts(trainer: Any) -> None:
+    if isinstance(trainer.model, Grafted):
+        raise DistillError("this trainer's model is being distilled already; build a new one")
+    if trainer.args.n_gpu > 1:
+        raise DistillError(
+            "one process cannot distil on several GPUs; start it with 'accelerate launch', one process a GPU"
+        )
+    for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+        if found:
+            raise DistillError(f"distilling under {name} is not supported; use several processes without it (DDP)")
+
+
+def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
+    if chunked is False:
+        return None
+    size = 256 if chunked is True else chunked
+    check_number("chunked", "the number of tokens", size, 1, whole=True)
+    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
+    own = trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
+    if own:
+        raise DistillError(
+            "chunked=True computes the cross-entropy itself: leave out label smoothing and losses of your own"
+        )
+    return size
+
+
+def _vocabularies(trainer: Any, teacher: Any) -> dict[str, Any]:
+    """What is known of the two vocabularies before training."""
+    collator = trainer.data_collator
+    own = trainer.processing_class
+    if not isinstance(own, PreTrainedTokenizerBase):
+        own = getattr(collator, "tokenizer", None)
+    if not isinstance(own, PreTrainedTokenizerBase):
+        return {}
+    facts: dict[str, Any] = {"vocabulary_checked": len(own)}
+    other = collator.teacher_tokenizer if isinstance(collator, DistillCollator) else None
+    folder = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "") or ""
+    if other is None and folder and (Path(folder) / "tokenizer_config.json").is_file():
+        other = AutoTokenizer.from_pretrained(folder)
+    if other is not None:
+        facts["vocabulary"] = "same" if other.get_vocab() == own.get_vocab() else "different"
+    return facts

@@ -1,0 +1,195 @@
+"""The command line: ``kdgraft train | check | export | list | demo | bench``.
+
+A user's mistake ends with one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from pprint import pformat
+from types import ModuleType
+from typing import Any
+
+from . import __version__
+from .errors import DistillError, nearest
+from .hosts import MissingHost, require
+from .registry import LOSSES, REGIONS, SCHEDULES, Registry
+
+HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
+"""Tasks that have a plugin, with the host framework that each needs."""
+DEMOS = ("det", "seg", "nlp")
+"""Tasks with a demo."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except DistillError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
+    else:
+        return 0
+    print("kdgraft: error: " + " ".join(message.split()), file=sys.stderr)
+    return 2
+
+
+def plugin(task: str, module: str | None = None) -> ModuleType:
+    """A task's plugin, or a module of it; :class:`MissingHost` says what to install."""
+    require(HOSTS[task], f"kdgraft_{task}")
+    return import_module(f"kdgraft_{task}" + (f".{module}" if module else ""))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kdgraft", description="Task-specific knowledge distillation.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a distilled student from a config or a recipe file")
+    train.add_argument("config")
+    train.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/CONFIG'S NAME)")
+    train.add_argument("--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the latest one")
+    train.add_argument("--amp", action="store_true", help="mixed precision")
+    train.add_argument("--seed", type=int, help="random seed")
+    _add_options(train)
+    train.set_defaults(
+        run=lambda a: _runs(a.config).train(a.config, a.cfg_options, a.work_dir, a.resume, a.amp, a.seed)
+    )
+
+    check = commands.add_parser("check", help="build everything, run one step, print the wiring")
+    check.add_argument("config")
+    _add_options(check)
+    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options))
+
+    export = commands.add_parser("export", help="write the plain student: weights and config")
+    export.add_argument("checkpoint")
+    export.add_argument("out")
+    export.add_argument("--trusted", action="store_true", help="allow a checkpoint with arbitrary pickled objects")
+    export.set_defaults(run=_export)
+
+    listing = commands.add_parser("list", help="terms, losses, regions, schedules, recipes; or one recipe's terms")
+    listing.add_argument("recipe", nargs="?")
+    listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
+
+    demo = commands.add_parser("demo", help="teacher, plain and distilled students on embedded data")
+    demo.add_argument("task", nargs="?", default="all", choices=["all", *DEMOS])
+    demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
+    demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
+    demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
+    demo.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
+    demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune on, with other seeds")
+    demo.add_argument(
+        "--data", help="a real dataset's folder instead (det: COCO's json; seg: mmseg's layout; nlp: jsonl)"
+    )
+    demo.add_argument("--fraction", type=float, help="the share of --data's training set to use (nlp; default: 1)")
+    demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
+    demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    demo.set_defaults(run=_demo)
+
+    bench = commands.add_parser("bench", help="what distilling costs: step times and memory")
+    bench.add_argument("task", choices=list(HOSTS))
+    bench.add_argument("--pairs", type=int, default=30, help="interleaved rounds (default: 30)")
+    bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
+
+
+def _runs(config: str) -> ModuleType:
+    """Who trains a config: Python is mmengine's, YAML and TOML are recipes for Hugging Face."""
+    if Path(config).suffix in (".yaml", ".yml", ".toml"):
+        return plugin("nlp", "run")
+    require("mmengine", "a config of MMDetection or MMSegmentation")
+    return import_module("kdgraft_mm.run")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    require("mmengine", "a checkpoint of MMDetection or MMSegmentation")
+    written = import_module("kdgraft_mm.checkpoints").export_student(
+        arguments.checkpoint, arguments.out, trusted=arguments.trusted
+    )
+    print(f"wrote {written[0]} and {written[1]}")
+
+
+def _list() -> None:
+    groups: list[tuple[str, Registry]] = [("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES)]
+    for task in HOSTS:
+        try:
+            found = plugin(task)
+        except MissingHost as error:
+            print(f"{task}: {error}\n")
+            continue
+        groups += [(f"{task} terms", found.TERMS), (f"{task} recipes", found.RECIPES)]
+    width = max(len(name) for _, registry in groups for name in registry)
+    for title, registry in groups:
+        print(title)
+        for name, line in registry.describe().items():
+            print(f"  {name:<{width}}  {line}")
+        print()
+
+
+def _show_recipe(name: str) -> None:
+    registries: dict[str, Registry] = {}
+    missing: list[MissingHost] = []
+    for task in HOSTS:
+        try:
+            registries[task] = plugin(task).RECIPES
+        except MissingHost as error:
+            missing.append(error)
+    if not registries:
+        raise missing[0]
+    found = [(task, registry) for task, registry in registries.items() if name in registry]
+    if not found:
+        known = dict.fromkeys(recipe for registry in registries.values() for recipe in registry)
+        raise DistillError(f"no recipe is called {name!r}{nearest(name, known)}")
+    for task, registry in found:
+        print(
+            f"# {task}: {registry.describe()[name]}\nterms = {pformat(registry.get(name)(), sort_dicts=False, width=100)}"
+        )
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    if arguments.pairs < 1:
+        raise DistillError(f"--pairs must be at least 1, got {arguments.pairs}")
+    plugin(arguments.task, "bench").main(arguments.pairs, arguments.device, f"{arguments.out}/{arguments.task}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    if arguments.seeds < 1:
+        raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
+    if arguments.iterations is not None and arguments.iterations < 2:
+        raise DistillError(f"--iterations must be at least 2, got {arguments.iterations}")
+    tasks = list(DEMOS) if arguments.task == "all" else [arguments.task]
+    if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
+        raise DistillError(f"recipes belong to one task: kdgraft demo TASK --recipes {arguments.recipes}")
+    if arguments.data is not None and arguments.task == "all":
+        raise DistillError("--data belongs to one task: kdgraft demo det --data DIR")
+    if arguments.fraction is not None and (arguments.task != "nlp" or arguments.data is None):
+        raise DistillError("--fraction belongs to real text: kdgraft demo nlp --data DIR --fraction 0.1")
+    extra: dict[str, Any] = {} if arguments.iterations is None else {"iterations": arguments.iterations}
+    name = ""
+    if arguments.data is not None:
+        extra["data"] = arguments.data
+        if arguments.fraction is not None:
+            extra["fraction"] = arguments.fraction
+        name = f"_{Path(arguments.data).resolve().name}"  # beside the embedded set's results, not over them
+    for task in tasks:
+        plugin(task, "demo").main(
+            seeds=arguments.seeds,
+            recipes=arguments.recipes,
+            out=f"{arguments.out}/{task}{name}",
+            device=arguments.device,
+            first_seed=arguments.first_seed,
+            split=arguments.split,
+            **extra,
+        )

@@ -1,0 +1,149 @@
+"""Soft targets: the student learns the teacher's softened class probabilities.
+
+Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531, section 2.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import DistillError
+from ..registry import LOSSES
+from .reduction import Reduction, reduce_loss, same_shape, upcast
+
+
+@LOSSES.register
+def soft_targets(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 4.0,
+    *,
+    dim: int = -1,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Soft targets: KL of the softened class probabilities, summed over classes, mean over items (Hinton 2015).
+
+    .. math:: T^2 \, \mathrm{KL}(p_t^T \,\|\, p_s^T)
+
+    The factor :math:`T^2` keeps the gradient's size when :math:`T` changes: per logit it is :math:`T (q_i - p_i)`, which
+    for large :math:`T` tends to that of :func:`~kdgraft.losses.logit_matching`.
+
+    Args:
+        student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``, the same shape. Natural-log units.
+        temperature: T > 0.
+        dim: the class dimension; 1 for dense maps ``(B, C, H, W)``.
+        weight: item weights that broadcast to the shape without ``dim``.
+        reduction: over items; see :func:`~kdgraft.losses.reduction.reduce_loss`.
+
+    Raises:
+        DistillError: the shapes differ or T <= 0.
+    """
+    same_shape(student_logits, teacher_logits, "soft_targets")
+    check_temperature(temperature)
+    log_student = F.log_softmax(upcast(student_logits) / temperature, dim)
+    log_teacher = F.log_softmax(upcast(teacher_logits) / temperature, dim)
+    items = F.kl_div(log_student, log_teacher, reduction="none", log_target=True).sum(dim) * temperature**2
+    return reduce_loss(items, weight, reduction)
+
+
+@LOSSES.register
+def binary_soft_targets(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    temperature: float = 1.0,
+    *,
+    focus: float = 0.0,
+    weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Soft targets for independent sigmoid outputs: KL of the Bernoulli distributions, per element.
+
+    .. math:: T^2 |p_t - p_s|^\gamma \, \mathrm{KL}(\sigma_t \,\|\, \sigma_s)
+
+    The KL of the two Bernoulli distributions (binary cross-entropy less the teacher's entropy, so that equal outputs give
+    0), per element and unreduced over classes.
+
+    Args:
+        student_logits, teacher_logits: any one shape, one logit per class.
+        temperature: T > 0, divides both logits; the factor T² as in :func:`soft_targets`.
+        focus: :math:`\gamma \ge 0`; above 0 the elements on which the two agree count little, without a gradient through
+            the factor, as in CrossKD (arXiv 2306.11369) with 1.
+        weight: element weights that broadcast to the logits.
+        reduction: over elements.
+    """
+    same_shape(student_logits, teacher_logits, "binary_soft_targets")
+    check_temperature(temperature)
+    if focus < 0:
+        raise DistillError(f"focus must be >= 0, got {focus}")
+    student, teacher = upcast(student_logits) / temperature, upcast(teacher_logits) / temperature
+    p = teacher.sigmoid()
+    # softplus(s) - p·s is BCE(s, p); the same at s = t is the teacher's entropy.
+    items = (F.softplus(student) - F.softplus(teacher) - p * (student - teacher)) * temperature**2
+    if focus:
+        items = items * (p - student.detach().sigmoid()).abs() ** focus
+    return reduce_loss(items, weight, reduction)
+
+
+def mixed_targets(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 4.0,
+    hard_weight: float = 0.1,
+    ignore_index: int = -100,
+    dim: int = -1,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Hard and soft targets mixed.
+
+    .. math:: \lambda\,\mathrm{CE}(y, p_s) + (1-\lambda)\,T^2\,\mathrm{KL}(p_t^T\|p_s^T)
+
+    The paper finds a *considerably lower* weight on the hard loss best.
+
+    Args:
+        student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``.
+        labels: class indices of the shape without ``dim``; items at ``ignore_index`` count in neither part.
+        temperature: of the soft part; the hard part is at 1.
+        hard_weight: λ in [0, 1].
+        dim: the class dimension.
+        reduction: over the items that are not ignored; 0 with a live graph when there are none.
+    """
+    check_hard_weight(hard_weight)
+    valid = (labels != ignore_index).to(upcast(student_logits).dtype)
+    scores = upcast(student_logits).movedim(dim, 1)
+    hard = F.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="none")
+    soft = soft_targets(student_logits, teacher_logits, temperature, dim=dim, reduction="none")
+    return reduce_loss(hard_weight * hard + (1 - hard_weight) * soft, valid, reduction)
+
+
+class SoftTargetsLoss(nn.Module):
+    """Holds the settings of :func:`soft_targets`, and of :func:`mixed_targets` when it is given labels."""
+
+    def __init__(self, temperature: float = 4.0, *, hard_weight: float = 0.1) -> None:
+        super().__init__()
+        check_temperature(temperature)
+        check_hard_weight(hard_weight)
+        self.temperature, self.hard_weight = temperature, hard_weight
+
+    def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Soft targets alone, or mixed with the hard loss when ``labels`` are given; a scalar."""
+        if labels is None:
+            return soft_targets(student_logits, teacher_logits, self.temperature)
+        return mixed_targets(
+            student_logits, teacher_logits, labels, temperature=self.temperature, hard_weight=self.hard_weight
+        )
+
+
+def check_temperature(temperature: float) -> None:
+    """Raises a :class:`DistillError` unless the temperature is above 0."""
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
+        raise DistillError(f"temperature must be > 0, got {temperature!r}")
+
+
+def check_hard_weight(hard_weight: float) -> None:
+    """Raises a :class:`DistillError` unless λ is in [0, 1]."""
+    if not 0 <= hard_weight <= 1:
+        raise DistillError(f"hard_weight must be in [0, 1], got {hard_weight}")

@@ -1,0 +1,179 @@
+"""Names for config files: terms, losses, regions, schedules and recipes, open to third parties.
+
+A third-party package adds to a registry either with the decorator::
+
+    from kdgraft import TERMS
+
+    @TERMS.register
+    class MyTerm(Term): ...
+
+or, without being imported by anyone, through an entry point of the registry's group (``kdgraft.terms`` and so on).
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Any, TypeVar, overload
+
+from .errors import DistillError, nearest
+
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+class Registry:
+    """Maps a name to a class or a function.
+
+    Args:
+        kind: what it holds, for messages: ``"term"``.
+        group: the entry-point group that third parties use; loaded on the first look-up.
+        parent: where to look for a name that is not here; a task's registry sits on the core's, and may give its own meaning
+            to a name (detection's ``SoftTargets`` is the dense one).
+        refused: names of the parent that mean nothing here, with what to use instead.
+    """
+
+    def __init__(
+        self, kind: str, group: str, parent: Registry | None = None, refused: Mapping[str, str] | None = None
+    ) -> None:
+        self.kind = kind
+        self.group = group
+        self.parent = parent
+        self.refused = dict(refused or {})
+        self._own: dict[str, Callable[..., Any]] = {}
+        self._loaded = False
+
+    @overload
+    def register(self, target: T) -> T: ...
+    @overload
+    def register(self, target: str) -> Callable[[T], T]: ...
+
+    def register(self, target: T | str) -> T | Callable[[T], T]:
+        """Decorator: ``@TERMS.register`` or ``@TERMS.register("name")``.
+
+        Raises:
+            DistillError: the name is taken by something else.
+        """
+        if isinstance(target, str):
+            name = target
+
+            def decorate(item: T) -> T:
+                self._add(name, item)
+                return item
+
+            return decorate
+        self._add(target.__name__, target)
+        return target
+
+    def _add(self, name: str, item: Callable[..., Any]) -> None:
+        present = self._own.get(name)
+        if present is not None and present is not item:
+            raise DistillError(
+                f"{self.kind} {name!r} is registered by {present.__module__} already; "
+                f"register {item.__module__}.{item.__qualname__} under another name"
+            )
+        self._own[name] = item
+
+    def _load(self) -> None:
+        if self._loaded:
+            return
+        self._loaded = True
+        try:
+            for point in entry_points(group=self.group):
+                self._add(point.name, point.load())
+        except BaseException:
+            self._loaded = False  # say it again at the next look-up, rather than miss the rest in silence
+            raise
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        names = dict.fromkeys(self._own)
+        if self.parent is not None:
+            names.update(dict.fromkeys(name for name in self.parent if name not in self.refused))
+        return iter(names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in list(self)
+
+    def get(self, name: str) -> Callable[..., Any]:
+        """The class or function of this name; a :class:`DistillError` names the nearest ones when there is none."""
+        self._load()
+        if name in self._own:
+            return self._own[name]
+        if name in self.refused:
+            raise DistillError(f"{self.kind} {name!r} cannot be used here; {self.refused[name]}")
+        if self.parent is not None and name in self.parent:
+            return self.parent.get(name)
+        raise DistillError(f"no {self.kind} is called {name!r}{nearest(name, self)}")
+
+    def build(self, spec: Any, **defaults: Any) -> Any:
+        """Builds from ``"name"`` or ``dict(type="name", …)``; anything else (an instance) is handed back as it is.
+
+        Raises:
+            DistillError: an unknown name, or an argument that the class does not take.
+        """
+        if isinstance(spec, str):
+            spec = {"type": spec}
+        if not isinstance(spec, Mapping):
+            return spec
+        arguments = {**defaults, **spec}
+        kind = arguments.pop("type", None)
+        if kind is None:
+            raise DistillError(f"a {self.kind} needs a 'type', one of {', '.join(self)}; got {dict(spec)}")
+        target = self.get(kind) if isinstance(kind, str) else kind
+        if not callable(target):
+            raise DistillError(f"the type of a {self.kind} is a name or a class, got {kind!r}")
+        return call(target, arguments, f"{self.kind} {getattr(target, '__name__', kind)}")
+
+    def describe(self) -> dict[str, str]:
+        """Name -> first line of the docstring."""
+        return {name: (inspect.getdoc(self.get(name)) or "").partition("\n")[0] for name in sorted(self)}
+
+
+def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
+    """Calls ``target(**arguments)``; an argument that it does not take, or lacks, is a :class:`DistillError`."""
+    signature = inspect.signature(target)
+    parameters = signature.parameters
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        for name in arguments:
+            if name not in parameters:
+                raise DistillError(f"{what} takes no argument {name!r}{nearest(name, parameters)}")
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        raise DistillError(f"{what}: {error}") from None
+    try:
+        return target(**arguments)
+    except TypeError as error:
+        # A class that hands what it does not know on to its bases finds out there.
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in arguments or not isinstance(target, type):
+            raise
+        raise DistillError(f"{what} takes no argument {unknown[1]!r}{nearest(unknown[1], _names(target))}") from error
+
+
+def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
+    """The terms that a recipe stands for: ``"name"`` or ``dict(type="name", …)`` to change its settings; ``None``: none."""
+    if recipe is None:
+        return []
+    spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe) if isinstance(recipe, Mapping) else {}
+    name = spec.pop("type", None)
+    if not isinstance(name, str):
+        raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(recipes)}")
+    return list(call(recipes.get(name), spec, f"recipe {name}"))
+
+
+def _names(target: type) -> list[str]:
+    """The arguments that a class and its bases name."""
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    found = [inspect.signature(vars(base)["__init__"]) for base in inspect.getmro(target) if "__init__" in vars(base)]
+    names = [p.name for signature in found for p in signature.parameters.values() if p.kind in named]
+    return [name for name in dict.fromkeys(names) if name != "self"]
+
+
+TERMS = Registry("term", "kdgraft.terms")
+LOSSES = Registry("loss", "kdgraft.losses")
+REGIONS = Registry("region", "kdgraft.regions")
+SCHEDULES = Registry("schedule", "kdgraft.schedules")
+RECIPES = Registry("recipe", "kdgraft.recipes")

@@ -1,0 +1,113 @@
+"""Configs of mm projects: finding them, and turning a distilled one back into the plain student's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+from mmengine.config import utils as config_utils
+from mmengine.utils import is_installed
+
+from kdgraft.errors import DistillError
+
+PLUGINS = ("kdgraft_det", "kdgraft_seg")
+_OURS = ("student", "teacher", "terms", "recipe", "inherit", "dry_run_size")
+
+
+# mmengine takes 'mmseg::…' to the distribution mmsegmentation; installed under the fork's name it would not be found, and the
+# module of the same name is.
+if not is_installed(config_utils.MODULE2PACKAGE["mmseg"]):
+    config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
+
+
+class MissingConfig(DistillError):
+    """A config file that is not there: an error when training starts, none of a model built for inference."""
+
+
+def load_config(source: Any) -> Config:
+    """A config from a path, ``"mmdet::gfl/gfl_r50_fpn_1x_coco.py"``, a dict or a :class:`Config`.
+
+    Raises:
+        MissingConfig: no such file.
+    """
+    if isinstance(source, Config):
+        return source
+    if isinstance(source, Mapping):
+        return Config({"model": dict(source)} if "type" in source else dict(source))
+    path = Path(_packaged(str(source)) if "::" in str(source) else str(source)).expanduser()
+    if not path.is_file():
+        raise MissingConfig(f"config not found: {source}")
+    return Config.fromfile(path)
+
+
+def _packaged(name: str) -> str:
+    package, _, relative = name.partition("::")
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise MissingConfig(f"config not found: {name}; the package {package!r} is not installed")
+    return str(Path(spec.origin).parent / ".mim" / "configs" / relative)
+
+
+def model_of(config: Config) -> ConfigDict:
+    """The ``model`` entry, with the top-level ``data_preprocessor`` in it as the Runner puts it there.
+
+    Raises:
+        DistillError: the config has none.
+    """
+    if "model" not in config:
+        raise DistillError(f"config {config.filename or ''} has no 'model'")
+    model = ConfigDict(config.model)
+    if config.get("data_preprocessor") is not None:
+        model.setdefault("data_preprocessor", config.data_preprocessor)
+    return plain_model(model)
+
+
+def is_distilled(model: Mapping[str, Any]) -> bool:
+    """Whether a ``model`` entry is one of this suite's."""
+    return str(getattr(model.get("type"), "__name__", model.get("type"))).startswith("Distilled") and "student" in model
+
+
+def plain_model(model: ConfigDict) -> ConfigDict:
+    """The student's own ``model`` entry: the same one when it is not a distilled model."""
+    if not is_distilled(model):
+        return model
+    rest = {key: value for key, value in model.items() if key not in (*_OURS, "type")}
+    return student_config(model["student"], rest)
+
+
+def student_config(student: Any, rest: Mapping[str, Any]) -> ConfigDict:
+    """The student's model from ``student=`` (a type, or a whole model) and the entries beside it.
+
+    Raises:
+        DistillError: ``student`` is a whole model and entries stand beside it as well.
+    """
+    if not isinstance(student, Mapping):
+        return ConfigDict(type=student, **rest)
+    extra = [key for key in rest if key != "data_preprocessor"]
+    if extra:
+        raise DistillError(
+            f"student is a whole model, so {', '.join(map(repr, extra))} must go into it; or name only its type: "
+            f"student={student.get('type')!r}"
+        )
+    model = ConfigDict(student)
+    for key, value in rest.items():
+        model.setdefault(key, value)
+    return model
+
+
+def plain_config(config: Config) -> Config:
+    """The config of the undistilled student, free of this suite."""
+    plain = Config(config.to_dict())
+    plain.model = plain_model(plain.model)
+    imports = plain.get("custom_imports")
+    if imports:
+        names = imports.get("imports", [])
+        kept = [name for name in ([names] if isinstance(names, str) else names) if name not in PLUGINS]
+        if kept:
+            plain.custom_imports = {**imports, "imports": kept}
+        else:
+            plain.pop("custom_imports")
+    return plain

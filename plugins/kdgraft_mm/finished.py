@@ -1,0 +1,117 @@
+"""Finished trainings on disk: a demo that was interrupted goes on where it stopped, and several processes can share its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from mmengine.runner import Runner
+
+from kdgraft.teacher import load_strictly, read_checkpoint, weights_of
+
+from .checkpoints import SAFE_TYPES
+
+RECORD = "finished.json"
+WEIGHTS = "weights.pth"
+
+
+@dataclass
+class Finished:
+    """What is known of a finished training, as it stands in ``finished.json`` beside its checkpoint.
+
+    Attributes:
+        settings: :func:`digest` of everything that it depends on.
+        metrics, curves: see :class:`kdgraft.comparison.Outcome`.
+    """
+
+    settings: str
+    metrics: dict[str, float]
+    curves: dict[str, list[tuple[int, float]]]
+
+    @classmethod
+    def read(cls, folder: Path, settings: str) -> Finished | None:
+        """The training in ``folder`` if it had these settings, else ``None``."""
+        try:
+            found = json.loads((folder / RECORD).read_text())
+        except (OSError, ValueError):
+            return None
+        if found.get("settings") != settings:
+            return None
+        curves = {
+            name: [(int(step), float(value)) for step, value in points] for name, points in found["curves"].items()
+        }
+        return cls(settings, found["metrics"], curves)
+
+    def write(self, folder: Path) -> None:
+        """Writes ``finished.json``, all of it or nothing."""
+        part = folder / f"{RECORD}.part"
+        part.write_text(json.dumps(asdict(self), indent=1))
+        os.replace(part, folder / RECORD)
+
+
+def digest(settings: Any) -> str:
+    """A hash of settings of any plain types, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """The files of a dataset: sizes, and for annotations in JSON a hash of what they say."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.suffix == ".json"
+        else str(path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def code(*packages: str) -> str:
+    """A hash of what the modules of these packages say, so that a loss that was changed is trained with anew."""
+    found = hashlib.sha256()
+    for package in packages:
+        (root,) = import_module(package).__path__
+        for path in sorted(Path(root).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Holds the lock ``path``; waits for another process that holds it, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{what}: another process is at it; waiting for its result", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def restore(runner: Runner, checkpoint: Path) -> None:
+    """Brings a Runner to where its training ended: the model's weights, and what its message hub knew (a distiller's own state)."""
+    found = read_checkpoint(checkpoint, safe_types=SAFE_TYPES)
+    load_strictly(runner.model, weights_of(found), str(checkpoint))
+    for key, value in found["message_hub"]["runtime_info"].items():
+        runner.message_hub.update_info(key, value)
+
+
+def bare_weights(checkpoint: Path) -> Path:
+    """Writes ``weights.pth`` beside a checkpoint, with nothing in it but weights: what others' code can load everywhere."""
+    target = checkpoint.with_name(WEIGHTS)
+    part = target.with_suffix(f".{os.getpid()}.part")
+    torch.save({"state_dict": weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))}, part)
+    os.replace(part, target)
+    return target

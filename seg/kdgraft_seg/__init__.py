@@ -1,0 +1,33 @@
+"""Distillation for MMSegmentation: ``custom_imports = dict(imports=['kdgraft_seg'])`` and ``model.type='DistilledSegmentor'``."""
+
+from kdgraft.hosts import require
+
+require("mmseg", "kdgraft_seg")
+
+from .adversarial import AdversarialMask  # noqa: E402
+from .pixels import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PearsonImitation, PixelSoftTargets  # noqa: E402
+from .recipes import channel_wise, cross_image, prototypes, structured  # noqa: E402
+from .registry import RECIPES, TERMS  # noqa: E402
+from .relations import ClassPrototypes, CrossImageRelations, PairwiseAffinity  # noqa: E402
+from .segmentor import DistilledSegmentor  # noqa: E402
+
+__all__ = [
+    "DIST",
+    "RECIPES",
+    "TERMS",
+    "AdversarialMask",
+    "ChannelWise",
+    "ClassPrototypes",
+    "CrossImageRelations",
+    "DistilledSegmentor",
+    "FeatureImitation",
+    "Hint",
+    "MaskedGeneration",
+    "PairwiseAffinity",
+    "PearsonImitation",
+    "PixelSoftTargets",
+    "channel_wise",
+    "cross_image",
+    "prototypes",
+    "structured",
+]

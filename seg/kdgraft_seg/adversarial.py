@@ -1,0 +1,122 @@
+"""``AdversarialMask``: the student's masks shall pass for the teacher's before a critic that learns to tell them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdgraft.adapters import resize_to
+from kdgraft.errors import DistillError, check_number
+from kdgraft.losses import Ratio, adversarial, weighted_ratio
+from kdgraft.losses.adversarial import ADVERSARIES, Adversary
+from kdgraft.regions import Batch
+from kdgraft.registry import call
+from kdgraft.taps import Recording
+from kdgraft.terms import Wiring
+
+from .critic import Critic, Opponent
+from .dense import LogitTerm
+from .registry import TERMS
+
+
+@TERMS.register
+class AdversarialMask(LogitTerm):
+    """Adversarial mask discriminator: holistic distillation of Structured KD (Liu et al. 2019, section 3.3), weight 0.1.
+
+    In every training step the critic first learns, on detached class probabilities, to score the teacher's masks higher than
+    the student's; then the student's loss is how badly its masks score. Positions that do not count are 0 in both masks; images
+    without any that counts take no part. The critic and its optimizer belong to no module: they are in no ``state_dict``, and
+    travel in the checkpoint beside the student.
+
+    Self-attention holds (H·W)² numbers an image, H and W those of the masks divided by 8 and 16 (the default critic): little on
+    the grid of the scores, much with ``grid="labels"`` on large crops; take ``critic=dict(attention=0)`` there.
+
+    With gradient accumulation the critic makes its steps on every micro-batch. Logged beside the loss: ``critic`` (what the
+    critic minimises, without the penalty), ``gap`` (mean score of the teacher's masks less the student's), ``penalty``, and
+    ``skipped`` (critic steps that were not finite, skipped on all processes together) once there is one.
+
+    Args:
+        kind: ``"wgan-gp"``, ``"lsgan"`` or ``"hinge"``.
+        penalty: factor on the gradient penalty; 10 for ``"wgan-gp"`` and 0 for the others by default.
+        condition_on_image: let the critic see the image too, resized to the masks' grid (the paper; its code does not).
+        critic: settings of :class:`~kdgraft_seg.critic.Critic`: ``channels``, ``attention``, ``spectral_norm``.
+        lr, betas, weight_decay: of the critic's Adam (betas of Gulrajani et al. 2017).
+        steps: critic steps per step of the student.
+        tap, grid: see :class:`LogitTerm`.
+    """
+
+    def __init__(
+        self,
+        kind: Adversary = "wgan-gp",
+        *,
+        penalty: float | None = None,
+        condition_on_image: bool = False,
+        critic: Mapping[str, Any] | None = None,
+        lr: float = 4e-4,
+        betas: Sequence[float] = (0.0, 0.9),
+        weight_decay: float = 0.0,
+        steps: int = 1,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        if kind not in ADVERSARIES:
+            raise DistillError(f"AdversarialMask: kind must be one of {', '.join(ADVERSARIES)}, got {kind!r}")
+        if penalty is None:
+            penalty = 10.0 if kind == "wgan-gp" else 0.0
+        for name, value, low in (("penalty", penalty, 0.0), ("weight_decay", weight_decay, 0.0), ("lr", lr, 0.0)):
+            check_number("AdversarialMask", name, value, low, above=name == "lr")
+        check_number("AdversarialMask", "steps", steps, 1, whole=True)
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+            raise DistillError(f"AdversarialMask: betas must be two numbers in [0, 1), got {betas!r}")
+        if not isinstance(critic, (Mapping, type(None))):
+            raise DistillError(f"AdversarialMask: critic must be a dict of its settings, got {critic!r}")
+        self.kind, self.condition_on_image = kind, condition_on_image
+        self._critic = dict(critic or {})
+        self._optimization: dict[str, Any] = dict(
+            penalty=penalty, lr=lr, betas=betas, weight_decay=weight_decay, steps=steps
+        )
+        self.opponent: Opponent | None = None
+
+    def wire(self, wiring: Wiring) -> None:
+        super().wire(wiring)
+        if len(self.rows) != 1:
+            raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
+        ((s, _, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
+        settings = {"in_channels": s.shape[1] + 3 * self.condition_on_image, **self._critic}
+        critic = call(Critic, settings, f"{self.name}: critic").to(s.device)
+        self.opponent = Opponent(critic, self.kind, **self._optimization)
+        size = sum(p.numel() for p in critic.parameters())
+        self.rows[0] = self.rows[0]._replace(adapter=f"critic {self.kind}, {size / 1e6:.2g} M")
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        assert self.opponent is not None
+        ((s, t, valid),) = self.aligned(student, teacher, batch)
+        present = valid.flatten(1).any(1)
+        fake, real = self._masks(s, valid, batch), self._masks(t, valid, batch)
+        self.monitor = self.opponent.learn(real, fake, present)
+        return weighted_ratio(adversarial(self.opponent.judge(fake), self.kind, reduction="none"), present)
+
+    def _masks(self, scores: Tensor, valid: Tensor, batch: Batch) -> Tensor:
+        """Class probabilities with the image's channels where asked for, 0 where a position does not count."""
+        scores = scores.float()
+        masks = scores.softmax(1) if scores.shape[1] > 1 else scores.sigmoid()
+        if self.condition_on_image:
+            images = batch.extra["images"].float()
+            masks = torch.cat([masks, resize_to(images, masks.shape[-2:])], 1)
+        return masks.masked_fill(~valid[:, None], 0)
+
+    def hidden_state(self) -> dict[str, Any]:
+        return {} if self.opponent is None else self.opponent.state()
+
+    def load_hidden_state(self, state: Mapping[str, Any]) -> None:
+        assert self.opponent is not None
+        self.opponent.load(state)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdversarialMask:
+        super()._apply(fn, recurse)
+        if self.opponent is not None:
+            self.opponent.apply(fn)
+        return self

@@ -1,0 +1,205 @@
+"""The critic of adversarial distillation: the network that scores masks, and its training beside the student's.
+
+Liu et al., "Structured Knowledge Distillation for Semantic Segmentation", CVPR 2019, arXiv 1903.04197, section 3.3 and the
+authors' code; the layers are SAGAN's (Zhang et al. 2018, arXiv 1805.08318).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm as normalised
+
+from kdgraft.distributed import SharedRandom, copy_from_first_rank, rank, sum_over_ranks, world_size
+from kdgraft.errors import DistillError
+from kdgraft.losses.adversarial import Adversary, critic_loss, gradient_penalty
+
+
+class SelfAttention(nn.Module):
+    """Self-attention over positions, added with a factor γ that starts at 0 (SAGAN): ``(B, C, H, W)`` to the same shape.
+
+    It holds (H·W)² numbers an image.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        inner = max(channels // 8, 1)
+        self.query, self.key = nn.Conv2d(channels, inner, 1), nn.Conv2d(channels, inner, 1)
+        self.value = nn.Conv2d(channels, channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, maps: Tensor) -> Tensor:
+        query, key, value = (layer(maps).flatten(2) for layer in (self.query, self.key, self.value))
+        attention = (query.transpose(1, 2) @ key).softmax(2)
+        return maps + self.gamma * (value @ attention.transpose(1, 2)).view_as(maps)
+
+
+class Critic(nn.Module):
+    """Scores masks: ``(B, C, H, W)`` to ``(B,)``, each sample alone (nothing is normalised over the batch).
+
+    4×4 convolutions of stride 2 with LeakyReLU 0.1, self-attention after the last two, a 3×3 convolution to one channel and
+    the mean over its positions. (The authors' last convolution is 4×4 without padding and presumes masks of 65×65; their
+    batch normalisation of the input would tie the samples together, which the gradient penalty forbids.) Masks of less than
+    2 ** len(channels) positions a side are padded with 0.
+
+    Args:
+        in_channels: classes, and 3 more when the critic sees the image.
+        channels: of each convolution.
+        attention: after how many of the last convolutions there is self-attention.
+        spectral_norm: of the strided convolutions, as in the authors' code.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        attention: int = 2,
+        spectral_norm: bool = True,
+    ) -> None:
+        super().__init__()
+        if not channels or not all(isinstance(width, int) and width > 0 for width in channels):
+            raise DistillError(f"the critic's channels must be whole numbers > 0, got {channels!r}")
+        if not 0 <= attention <= len(channels):
+            raise DistillError(f"the critic's attention must be between 0 and {len(channels)}, got {attention!r}")
+        layers: list[nn.Module] = []
+        for number, width in enumerate(channels):
+            strided = nn.Conv2d(in_channels, width, 4, 2, 1)
+            layers += [normalised(strided) if spectral_norm else strided, nn.LeakyReLU(0.1)]
+            if number >= len(channels) - attention:
+                layers.append(SelfAttention(width))
+            in_channels = width
+        self.trunk = nn.Sequential(*layers)
+        self.score = nn.Conv2d(in_channels, 1, 3, padding=1)
+        self.smallest = 2 ** len(channels)
+
+    def forward(self, masks: Tensor) -> Tensor:
+        height, width = masks.shape[-2:]
+        if min(height, width) < self.smallest:
+            masks = F.pad(masks, (0, max(self.smallest - width, 0), 0, max(self.smallest - height, 0)))
+        return self.score(self.trunk(masks)).mean((1, 2, 3))
+
+
+class Opponent:
+    """A critic with its optimizer, out of sight of everything that walks the student's modules.
+
+    It is no ``nn.Module``: DDP, the student's optimizer, EMA and ``state_dict`` never meet it. It averages its gradients over
+    the processes itself, computes in float32 whatever the autocast, and skips a step whose loss or gradient is not finite on
+    any process. A deep copy (an EMA model) shares it.
+
+    Args:
+        critic: the network.
+        kind: ``"wgan-gp"``, ``"lsgan"`` or ``"hinge"``.
+        penalty: factor on the gradient penalty.
+        lr, betas, weight_decay: of its Adam.
+        steps: critic steps per step of the student.
+    """
+
+    def __init__(
+        self,
+        critic: nn.Module,
+        kind: Adversary = "wgan-gp",
+        penalty: float = 10.0,
+        lr: float = 4e-4,
+        betas: Sequence[float] = (0.0, 0.9),
+        weight_decay: float = 0.0,
+        steps: int = 1,
+    ) -> None:
+        self.critic, self.kind, self.penalty, self.steps = critic, kind, penalty, steps
+        self.optimizer = torch.optim.Adam(critic.parameters(), lr, (betas[0], betas[1]), weight_decay=weight_decay)
+        self.skipped = 0
+        self._random = SharedRandom()
+        self._shared = False
+
+    def learn(self, real: Tensor, fake: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
+        """Some steps of the critic on one batch; every process must call it. Returns what to log, averages over all samples.
+
+        Args:
+            real, fake: the teacher's and the student's masks ``(B, C, H, W)``; B is the same on all processes.
+            present: ``(B,)``, which samples take part; all by default.
+        """
+        if present is None:
+            present = torch.ones(len(real), dtype=torch.bool, device=real.device)
+        if not self._shared:
+            copy_from_first_rank(self.critic)
+            self._shared = True
+        real, fake = real[present].detach().float(), fake[present].detach().float()
+        self.critic.train().requires_grad_(True)
+        shown: dict[str, Tensor] = {}
+        with torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
+            for _ in range(self.steps):
+                shown = self._step(real, fake, present)
+        return {**shown, **({"skipped": torch.tensor(float(self.skipped))} if self.skipped else {})}
+
+    def _step(self, real: Tensor, fake: Tensor, present: Tensor) -> dict[str, Tensor]:
+        scores = self.critic(torch.cat([real, fake]))
+        on_real, on_fake = scores.split([len(real), len(fake)])
+        loss = critic_loss(on_real, on_fake, self.kind, reduction="sum")
+        penalty = torch.zeros_like(loss)
+        if self.penalty:
+            penalty = gradient_penalty(self.critic, real, fake, self._mixing(present), reduction="sum")
+        parameters = list(self.critic.parameters())
+        gradients = torch.autograd.grad(loss + self.penalty * penalty, parameters, materialize_grads=True)
+        counts = torch.stack([loss, penalty, (on_real - on_fake).sum(), loss.new_tensor(float(len(real)))]).detach()
+        total = sum_over_ranks(torch.cat([*(g.flatten() for g in gradients), counts]))
+        count = total[-1]
+        if not bool(torch.isfinite(total).all()) or not bool(count > 0):
+            self.skipped += int(bool(count != 0))
+            return {}
+        pieces = (total[:-4] / count).split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss, penalty, gap = (total[-4:-1] / count).unbind()
+        return {"critic": loss, "gap": gap, **({"penalty": penalty} if self.penalty else {})}
+
+    def _mixing(self, present: Tensor) -> Tensor:
+        """A share in [0, 1) for each sample that takes part: on several processes, slices of one draw for all samples."""
+        count = len(present)
+        everyone = torch.rand(count * world_size(), generator=self._random.of_all_ranks())
+        return everyone[count * rank() : count * (rank() + 1)].to(present.device)[present]
+
+    def judge(self, fake: Tensor) -> Tensor:
+        """Scores of the student's masks ``(B,)``, with a gradient to the masks alone."""
+        self.critic.eval().requires_grad_(False)
+        with torch.autocast(fake.device.type, enabled=False):
+            return self.critic(fake.float())
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Moves the critic, as ``nn.Module._apply`` does, and the optimizer's state with it."""
+        self.critic._apply(function)
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:
+                    state[key] = function(value)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint: network, optimizer, random state, count of skipped steps."""
+        return {
+            "critic": self.critic.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self._random.state(),
+            "skipped": self.skipped,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Restores :meth:`state`.
+
+        Raises:
+            DistillError: the state is that of another critic.
+        """
+        own, given = self.critic.state_dict(), state["critic"]
+        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in given.items()}:
+            raise DistillError("the checkpoint to resume holds another critic; resume with the one it was made with")
+        self.critic.load_state_dict(given)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self._random.load(state["random"])
+        self.skipped = int(state["skipped"])
+        self._shared = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Opponent:
+        return self

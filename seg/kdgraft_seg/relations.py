@@ -1,0 +1,251 @@
+"""Terms on how pixels relate: to each other, to their class, to pixels of other images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdgraft.distributed import SharedRandom, gather_over_ranks, gather_rows
+from kdgraft.errors import DistillError, check_number
+from kdgraft.losses import (
+    Ratio,
+    class_prototypes,
+    memory_relations,
+    pairwise_affinity,
+    pixel_relations,
+    weighted_ratio,
+)
+from kdgraft.losses.affinity import Pool, check_patch, pool_nodes
+from kdgraft.losses.soft_targets import check_temperature
+from kdgraft.regions import Batch
+from kdgraft.taps import Recording
+from kdgraft.terms import Wiring, mean_of
+
+from .dense import FeatureTerm, labels_on
+from .registry import TERMS
+
+
+@TERMS.register
+class PairwiseAffinity(FeatureTerm):
+    """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, section 3.2), weight 10 in the paper.
+
+    An image holds min(N², C²) numbers, N nodes and C channels; see :func:`kdgraft.losses.pairwise_affinity`.
+
+    Args:
+        patch: side of a node in positions (2 in the paper), or a fraction of the map (0.5 in the authors' code).
+        pool: ``"average"``, or ``"max"`` as in the authors' code.
+        tap: see :class:`FeatureTerm`.
+    """
+
+    def __init__(self, patch: int | float = 2, pool: Pool = "average", **settings: Any) -> None:
+        super().__init__(**settings)
+        check_patch(patch, pool)
+        self.patch, self.pool = patch, pool
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = []
+        for s, t, valid in self.aligned(student, teacher, batch):
+            items = pairwise_affinity(s, t, patch=self.patch, pool=self.pool, valid=valid, reduction="none")
+            ratios.append(weighted_ratio(items, valid.flatten(1).any(1)))
+        return mean_of(ratios)
+
+
+@TERMS.register
+class ClassPrototypes(FeatureTerm):
+    """Class prototypes: each pixel's cosine to its class's mean feature (IFVD; Wang et al., ECCV 2020), weight 200 there.
+
+    Args:
+        tap: see :class:`FeatureTerm`.
+    """
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = []
+        for s, t, valid in self.aligned(student, teacher, batch):
+            items = class_prototypes(s, t, labels_on(batch, t.shape[-2:]), ignore_index=-1, reduction="none")
+            ratios.append(weighted_ratio(items, valid))
+        return mean_of(ratios)
+
+
+@TERMS.register
+class CrossImageRelations(FeatureTerm):
+    """Cross-image relations: pixels to pixels of the batch, and to remembered pixels and regions (CIRKD; Yang et al. 2022).
+
+    Three parts, each a KL of a pixel's softmax over cosines: to the pixels of every image of the batch (both models' own
+    features, no adapter), to a memory of the teacher's pixels and to one of its regions (class means of an image), the
+    student's pixels projected by a small learned head. The memories hold each class's latest embeddings, taken from pixels of
+    that class alone (the authors' code permutes among a class's number of pixels but indexes the whole image).
+
+    The batch's part pools the map to at most ``nodes`` positions and holds B² · nodes² numbers; a comparison with a memory holds
+    ``anchors`` · ``contrast``. The memories hold classes · (``pixels_per_class`` + ``regions_per_class``) · C numbers, C the
+    teacher's channels (27 MB for 19 classes and 512 channels, 215 MB for 150), on the device and in every checkpoint; the
+    authors' code keeps more. None of it grows with the resolution; what does is the two maps themselves.
+
+    On several processes the memories take in the images of all of them, as the authors' code does; the batch's part compares the
+    images of one process unless ``across_ranks``, as the authors' code does too (its gathering is commented out).
+
+    Args:
+        pixel, memory_pixel, memory_region: weights of the parts (1, 0.1 and 0.1 in the paper).
+        temperature: τ of all three.
+        nodes: positions an image has at most in the batch's part.
+        anchors: pixels of a process's batch that are compared with the memories, drawn anew each step.
+        contrast: remembered embeddings that they are compared with, drawn anew each step.
+        pixels_per_class, regions_per_class: size of the memories.
+        new_pixels: pixels of each class and image that enter the memory.
+        across_ranks: compare with the images of all processes in the batch's part.
+        tap: see :class:`FeatureTerm`; one map.
+    """
+
+    pixels: Tensor
+    regions: Tensor
+    seen: Tensor
+
+    def __init__(
+        self,
+        pixel: float = 1.0,
+        memory_pixel: float = 0.1,
+        memory_region: float = 0.1,
+        *,
+        temperature: float = 0.1,
+        nodes: int = 256,
+        anchors: int = 2048,
+        contrast: int = 4096,
+        pixels_per_class: int = 500,
+        regions_per_class: int = 200,
+        new_pixels: int = 16,
+        across_ranks: bool = False,
+        **settings: Any,
+    ) -> None:
+        super().__init__(**settings)
+        check_temperature(temperature)
+        sizes = dict(nodes=nodes, anchors=anchors, contrast=contrast, pixels_per_class=pixels_per_class)
+        sizes.update(regions_per_class=regions_per_class, new_pixels=new_pixels)
+        for name, size in sizes.items():
+            check_number("CrossImageRelations", name, size, 1, whole=True)
+        self.weights = (pixel, memory_pixel, memory_region)
+        for name, part in zip(("pixel", "memory_pixel", "memory_region"), self.weights, strict=True):
+            check_number("CrossImageRelations", name, part)
+        self.temperature, self.nodes, self.anchors, self.contrast = temperature, nodes, anchors, contrast
+        self.pixels_per_class, self.regions_per_class, self.new_pixels = pixels_per_class, regions_per_class, new_pixels
+        self.across_ranks = across_ranks
+        self._random = SharedRandom()
+
+    def wire(self, wiring: Wiring) -> None:
+        super().wire(wiring)
+        if len(self.rows) != 1:
+            raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
+        ((s, t, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
+        if not any(self.weights[1:]):
+            return  # what is not used must not be in the model: DDP would miss its gradients
+        classes = int(wiring.student.num_classes)  # type: ignore[arg-type]  # the labels are the student's
+        self.allocate(s.shape[1], t.shape[1], classes, s.device)
+        self.rows[0] = self.rows[0]._replace(
+            adapter=f"{s.shape[1]}→{t.shape[1]}→{t.shape[1]}, memory {classes} classes"
+        )
+
+    def allocate(self, student: int, teacher: int, classes: int, device: torch.device) -> None:
+        """The projection between these numbers of channels, and empty memories."""
+        self.project = nn.Sequential(nn.Linear(student, teacher), nn.ReLU(), nn.Linear(teacher, teacher)).to(device)
+        self.register_buffer("pixels", torch.zeros(classes, self.pixels_per_class, teacher, device=device))
+        self.register_buffer("regions", torch.zeros(classes, self.regions_per_class, teacher, device=device))
+        self.register_buffer("seen", torch.zeros(2, classes, dtype=torch.long, device=device))
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ((s, t, _),) = self.aligned(student, teacher, batch)
+        return self.relate(s, t, labels_on(batch, t.shape[-2:]))
+
+    def relate(self, s: Tensor, t: Tensor, labels: Tensor) -> Ratio:
+        """The three parts on maps ``(B, C, H, W)`` of one grid, with labels ``(B, H, W)`` that are -1 where nothing counts."""
+        valid = labels >= 0
+        parts = [self._batch(s, t, valid)]
+        if any(self.weights[1:]):
+            self._remember(t.detach(), labels)
+            parts += self._memory(s, t, valid)
+        weighted = [weight * part.numerator for weight, part in zip(self.weights, parts, strict=False)]
+        return Ratio(torch.stack(weighted), torch.stack([part.denominator for part in parts]))
+
+    def _batch(self, s: Tensor, t: Tensor, valid: Tensor) -> Ratio:
+        patch = 1
+        while -(-s.shape[2] // patch) * -(-s.shape[3] // patch) > self.nodes:
+            patch += 1
+        (own, present), (target, _) = (pool_nodes(maps.float(), patch, "average", valid) for maps in (s, t))
+        others = (own, target, present)
+        if self.across_ranks:
+            others = (gather_over_ranks(own), gather_over_ranks(target), gather_over_ranks(present))
+        items = pixel_relations(own, target, self.temperature, valid=present, others=others, reduction="none")
+        compared = (present > 0)[:, None, :] & (others[2] > 0).any(1)[None, :, None]
+        return weighted_ratio(items, compared)
+
+    def _memory(self, s: Tensor, t: Tensor, valid: Tensor) -> list[Ratio]:
+        chosen = valid.flatten().nonzero()[:, 0]
+        own = self._random.of_this_rank()  # on every process, whether it draws or not
+        if len(chosen) > self.anchors:
+            chosen = chosen[torch.randperm(len(chosen), generator=own)[: self.anchors].to(chosen.device)]
+        s, t = (_at(maps, chosen) for maps in (s, t))
+        s = self.project(s.to(next(self.project.parameters()).dtype))
+        ratios = []
+        for memory, seen in ((self.pixels, self.seen[0]), (self.regions, self.seen[1])):
+            place = torch.arange(memory.shape[1], device=seen.device)
+            held = (place[None] < seen[:, None]).flatten().nonzero()[:, 0]
+            if len(held) > self.contrast:
+                drawn = torch.randperm(len(held), generator=self._random.of_all_ranks())[: self.contrast]
+                held = held[drawn.to(held.device)]
+            items = memory_relations(
+                s, t, memory.flatten(0, 1)[held], contrast_temperature=self.temperature, reduction="none"
+            )
+            # No anchor, or nothing to compare with: a sum of nothing.
+            ratios.append(Ratio(items.sum(), items.new_full((), float(len(items) if len(held) else 0))))
+        return ratios
+
+    @torch.no_grad()
+    def _remember(self, t: Tensor, labels: Tensor) -> None:
+        """Takes this step's pixels and regions in: each process picks its own, all take in those of all, in one order."""
+        classes = len(self.pixels)
+        # An infinity of a teacher in half precision would stay in the memory for long.
+        kept = (labels >= 0) & (labels < classes) & t.isfinite().all(1)
+        position = kept.flatten().nonzero()[:, 0]
+        image = torch.arange(len(labels), device=labels.device).view(-1, 1, 1)
+        group = (labels + image * classes).flatten()[position]  # a number for each (image, class)
+        drawn = torch.rand(kept.numel(), generator=self._random.of_this_rank()).to(t.device)[position].argsort()
+        order = drawn[group[drawn].argsort(stable=True)]
+        order = order[_number_in_group(group[order]) < self.new_pixels]
+        pixels = F.normalize(_at(t, position[order]).float(), dim=1)
+        self._enqueue(self.pixels, self.seen[0], gather_rows(pixels), gather_rows(group[order] % classes))
+        unit = F.normalize(t.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
+        sums = unit.new_zeros(len(labels) * classes, t.shape[1]).index_add(0, group, unit[position])
+        present = group.unique()
+        regions = F.normalize(sums[present], dim=1)
+        self._enqueue(self.regions, self.seen[1], gather_rows(regions), gather_rows(present % classes))
+
+    @staticmethod
+    def _enqueue(memory: Tensor, seen: Tensor, features: Tensor, classes: Tensor) -> None:
+        """Writes each class's newcomers after its latest ones, round and round."""
+        order = classes.argsort(stable=True)
+        order = order[_number_in_group(classes[order]) < memory.shape[1]]
+        features, classes = features[order], classes[order]
+        memory[classes, (seen[classes] + _number_in_group(classes)) % memory.shape[1]] = features
+        seen += torch.bincount(classes, minlength=len(memory))
+
+    def hidden_state(self) -> dict[str, Any]:
+        return {"random": self._random.state()}
+
+    def load_hidden_state(self, state: Mapping[str, Any]) -> None:
+        self._random.load(state["random"])
+
+
+def _number_in_group(group: Tensor) -> Tensor:
+    """0, 1, 2 … within each run of equal numbers of a sorted ``(N,)``."""
+    if len(group) == 0:
+        return group
+    _, counts = group.unique_consecutive(return_counts=True)
+    starts = counts.cumsum(0) - counts
+    return torch.arange(len(group), device=group.device) - starts.repeat_interleave(counts)
+
+
+def _at(maps: Tensor, positions: Tensor) -> Tensor:
+    """The vectors of a map ``(B, C, H, W)`` at flat positions of ``(B, H, W)``: ``(N, C)``."""
+    size = maps.shape[-2] * maps.shape[-1]
+    return maps.flatten(2)[positions // size, :, positions % size]

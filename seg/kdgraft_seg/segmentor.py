@@ -1,0 +1,54 @@
+"""``DistilledSegmentor``: what a config names to distil a segmentor of MMSegmentation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from mmseg.registry import MODELS
+from torch import Tensor
+
+from kdgraft.regions import Batch, valid_positions
+from kdgraft.taps import Tap
+from kdgraft_mm.graft import Graft
+
+from .dense import main_head, reads_scores
+from .registry import RECIPES, TERMS
+
+
+@MODELS.register_module()
+class DistilledSegmentor(Graft):
+    """A segmentor that learns from a teacher; an instance of the student's own class.
+
+    In a config, eight lines::
+
+        custom_imports = dict(imports=['kdgraft_seg'])
+        model = dict(
+            type='DistilledSegmentor', student=_base_.model.type,
+            teacher=dict(config='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py', checkpoint='teacher.pth'),
+            recipe='structured')
+
+    The arguments are those of :meth:`kdgraft_mm.graft.Graft.build`.
+    """
+
+    _models = MODELS
+    _terms = TERMS
+    _recipes = RECIPES
+    _fields = frozenset({"labels", "valid", "image_sizes"})
+
+    @staticmethod
+    def _reads_classes(model: Any, tap: Tap) -> bool:
+        layer = tap.side == "output" and tap.path.startswith("decode_head.") and tap.path.endswith(".conv_seg")
+        return layer or reads_scores(tap)
+
+    def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
+        batch = super()._batch(inputs, data_samples)
+        batch.labels = torch.cat([sample.gt_sem_seg.data for sample in data_samples])
+        batch.valid = batch.labels != main_head(self).ignore_index
+        inside = None
+        if batch.image_sizes is not None and batch.padded_size is not None:
+            inside = valid_positions(batch.image_sizes, batch.padded_size, batch.labels[:, None])
+        if inside is not None:
+            batch.valid &= inside > 0
+        batch.extra["images"] = inputs
+        return batch
