@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from kdgraft.errors import WiringError
-from kdgraft.taps import Listener, Recorder, Recording, Tap, _Source
+from kdgraft.taps import Listener, Recorder, Recording, Tap, Site
 
 METHOD = "attention"
 """The tap ``<module>.attention()`` reads what an attention module hands to its kernel."""
@@ -163,9 +163,9 @@ class AttentionRecorder(Recorder):
 
     _differentiable = frozenset({"forward", METHOD, STUDENT_FORWARD})
 
-    def _resolve(self, model: nn.Module, tap: Tap) -> list[_Source]:
+    def _resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
         if tap.path == "" and tap.method == "forward" and hasattr(model, STUDENT_FORWARD):
-            return [_Source(model, "", STUDENT_FORWARD)]
+            return [Site(model, "", STUDENT_FORWARD)]
         if tap.method != METHOD:
             return super()._resolve(model, tap)
         try:
@@ -178,9 +178,9 @@ class AttentionRecorder(Recorder):
                 f"{type(module).__name__} at '{tap.path}' of the {self.owner} is no attention module that can be listened to"
                 + (f"; these are: {', '.join(known[:6])}" if known else "")
             )
-        return [_Source(module, tap.path, METHOD)]
+        return [Site(module, tap.path, METHOD)]
 
-    def _attach(self, source: _Source, hear: Listener) -> Callable[[], None]:
+    def _attach(self, source: Site, hear: Listener) -> Callable[[], None]:
         if source.method != METHOD:
             return super()._attach(source, hear)
         if _uses_interface(source.module):

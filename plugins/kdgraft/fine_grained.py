@@ -58,14 +58,14 @@ class FineGrained(Region):
         self.threshold, self.scale, self.ratios = threshold, scale, tuple(ratios)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor:
         if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
             raise WiringError("region 'fine_grained' needs a map (B, C, H, W) and a batch with boxes")
         boxes = torch.cat([found.to(device=feature.device, dtype=torch.float32) for found in batch.boxes])
         image = torch.arange(len(batch.boxes)).repeat_interleave(torch.tensor([len(found) for found in batch.boxes]))
         image = image.to(feature.device)
         # The anchors are the student's, also where a larger teacher's map has finer positions.
-        size = tuple(round(side / batch.teacher_scale) for side in feature.shape[-2:])
+        size = tuple(round(side / scale) for side in feature.shape[-2:])
         own, levels = self._levels(batch, feature, (size[0], size[1]))
         threshold = self.threshold * self._best(batch, boxes, image, levels)
         near = best_overlaps(boxes, own) > threshold[:, None, None]
@@ -104,8 +104,8 @@ class FineGrained(Region):
 
     def _best(self, batch: Batch, boxes: Tensor, image: Tensor, levels: Sequence[_Level]) -> Tensor:
         """The best IoU of each box of the batch with any anchor of a valid position, ``(n,)``; found once for all maps of a step."""
-        key = f"fine_grained best {self.scale} {self.ratios} {[level.stride for level in levels]}"
-        if key not in batch.extra:
+
+        def find() -> Tensor:
             best = boxes.new_zeros(len(boxes))
             for level in levels:
                 overlaps = best_overlaps(boxes, level)
@@ -113,9 +113,9 @@ class FineGrained(Region):
                 if valid is not None:
                     overlaps = overlaps * valid[image]
                 best = torch.maximum(best, overlaps.flatten(1).amax(1))
-            batch.extra[key] = best
-        found: Tensor = batch.extra[key]
-        return found
+            return best
+
+        return batch.once(("fine_grained", self.scale, self.ratios, *(level.stride for level in levels)), find)
 
 
 def best_overlaps(boxes: Tensor, level: _Level) -> Tensor:

@@ -6,15 +6,17 @@ height and width, so that is what boxes are scaled by. (Scaling by the unpadded 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import WiringError
 from .registry import REGIONS
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -27,8 +29,6 @@ class Batch:
         boxes: per image ``(n, 4)`` as x1, y1, x2, y2; ``None`` when the host has none.
         labels: whatever the host calls labels: per image ``(n,)``, or one tensor; ``(B, H, W)`` classes of pixels.
         valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding; ``None`` when the host has no such thing.
-        class_order: indices that put the teacher's classes in the student's order; ``None`` when the order is the same.
-        teacher_scale: the teacher's input size over the student's; sizes and boxes here are the student's.
         extra: anything that only one host's terms look at.
     """
 
@@ -37,9 +37,14 @@ class Batch:
     boxes: Sequence[Tensor] | None = None
     labels: Any = None
     valid: Tensor | None = None
-    class_order: Tensor | None = None
-    teacher_scale: float = 1.0
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once a batch for a key; what it reads of a recording puts ``recording.model`` in the key."""
+        if key not in self.extra:
+            self.extra[key] = make()
+        found: T = self.extra[key]
+        return found
 
 
 class Region:
@@ -50,8 +55,8 @@ class Region:
 
     needs: frozenset[str] = frozenset()
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor | None:
-        """The weights on the grid of ``feature``."""
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor | None:
+        """The weights on the grid of ``feature``, whose model sees the images at ``scale`` times the student's size."""
         raise NotImplementedError
 
 
@@ -59,7 +64,7 @@ class Region:
 class All(Region):
     """Every position whose centre lies in the image (padding weighs 0), all alike."""
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor | None:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor | None:
         if feature.ndim != 4 or batch.image_sizes is None or batch.padded_size is None:
             return None
         return valid_positions(batch.image_sizes, batch.padded_size, feature)
@@ -74,7 +79,7 @@ class Foreground(Region):
 
     needs = frozenset({"boxes"})
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor:
         if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
             raise WiringError("region 'foreground' needs a map (B, C, H, W) and a batch with boxes")
         return foreground_weights(batch.boxes, batch.padded_size, feature)
@@ -86,7 +91,7 @@ class Valid(Region):
 
     needs = frozenset({"valid"})
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor:
         if feature.ndim != 4 or batch.valid is None:
             raise WiringError("region 'valid' needs a map (B, C, H, W) and a batch with valid pixels")
         return on_grid(batch.valid, feature.shape[-2:]).to(torch.float32)

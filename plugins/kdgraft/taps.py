@@ -23,6 +23,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -87,7 +88,7 @@ Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Runs a call on behalf of its caller: ``(original, args, kwargs) -> output``."""
 
 
-class _Source(NamedTuple):
+class Site(NamedTuple):
     """One callable to listen to."""
 
     module: nn.Module
@@ -98,8 +99,8 @@ class _Source(NamedTuple):
 class _Seen:
     """The calls of one source during one pass; only the sides that a tap reads are kept."""
 
-    def __init__(self, copy: bool, sides: set[str]) -> None:
-        self.copy = copy
+    def __init__(self, copied: bool, sides: set[str]) -> None:
+        self.copied = copied
         self.calls = 0
         self.values: dict[str, list[Any]] = {side: [] for side in sides}
         self._versions: list[tuple[Tensor, int]] = []
@@ -108,11 +109,19 @@ class _Seen:
         if side not in self.values:
             return
         value = read()
-        if self.copy:
+        if self.copied:
             value = _map(value, torch.clone)
         else:
             self._versions += [(tensor, tensor._version) for tensor in _tensors(value)]
         self.values[side].append(value)
+
+    def detached(self) -> _Seen:
+        """The same calls without gradient."""
+        other = copy(self)
+        other.values = {
+            side: [_map(value, torch.Tensor.detach) for value in found] for side, found in self.values.items()
+        }
+        return other
 
     @property
     def overwritten(self) -> bool:
@@ -120,10 +129,22 @@ class _Seen:
 
 
 class Recording:
-    """What the taps of one model saw in one pass; index it with a tap."""
+    """What the taps of one model saw in one pass; index it with a tap.
 
-    def __init__(self, owner: str, sources: Mapping[Tap, Sequence[_Source]], copied: set[tuple[str, str]]) -> None:
-        self.owner = owner
+    Attributes:
+        owner: the model's part in the comparison, ``"student"`` or ``"teacher"``; for messages, and for terms that know both.
+        model: the name of the model that was recorded: ``"student"``, or the source's. Part of every memo's key.
+        class_order: indices that put this model's classes in the student's order; ``None`` when the order is the same.
+        scale: this model's input size over the student's.
+    """
+
+    class_order: Tensor | None = None
+    scale: float = 1.0
+
+    def __init__(
+        self, owner: str, sources: Mapping[Tap, Sequence[Site]], copied: set[tuple[str, str]], model: str = ""
+    ) -> None:
+        self.owner, self.model = owner, model or owner
         self._sources = sources
         sides: dict[tuple[str, str], set[str]] = {}
         for tap, found in sources.items():
@@ -144,10 +165,23 @@ class Recording:
 
     def joined(self, other: Recording) -> Recording:
         """This and another recording of the same model, each of its own taps, as one."""
-        both = Recording(self.owner, {}, set())
+        both = copy(self)
         both._sources = {**self._sources, **other._sources}
         both._seen = {**self._seen, **other._seen}
         return both
+
+    def heard_as(self, owner: str, *, detached: bool = False) -> Recording:
+        """The same recording in another part of the comparison.
+
+        Args:
+            owner: ``"student"`` or ``"teacher"``.
+            detached: without gradient to the model that was recorded.
+        """
+        other = copy(self)
+        other.owner = owner
+        if detached:
+            other._seen = {key: seen.detached() for key, seen in self._seen.items()}
+        return other
 
     def calls(self, tap: Tap) -> int:
         """How often the tap's module (or method) ran."""
@@ -210,7 +244,8 @@ class Recorder:
     Args:
         model: the model; modules are looked up anew for each pass, so replaced children (SyncBN conversion) are no trouble.
         taps: what to record.
-        owner: ``"student"`` or ``"teacher"``, for messages.
+        owner: ``"student"`` or ``"teacher"``; see :class:`Recording`.
+        name: of the model, ``owner`` by default; see :class:`Recording`.
 
     Raises:
         WiringError: a path that the model does not have; the message names the nearest ones.
@@ -219,15 +254,15 @@ class Recorder:
     _differentiable: frozenset[str] = frozenset({"forward"})
     """Methods that have to run with gradient where the model does."""
 
-    def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model") -> None:
-        self.owner = owner
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model", name: str = "") -> None:
+        self.owner, self.name = owner, name or owner
         self.taps = tuple(dict.fromkeys(taps))
         self._copied: set[tuple[str, str]] = set()
         self.expected: dict[tuple[str, str], int] = {}
         for tap in self.taps:
             self._resolve(model, tap)
 
-    def _resolve(self, model: nn.Module, tap: Tap) -> list[_Source]:
+    def _resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
@@ -242,13 +277,13 @@ class Recorder:
                 )
             keys = range(len(module)) if tap.index[0] == "*" else [tap.index[0]]
             try:
-                found = [_Source(module[int(k)], f"{tap.path}.{int(k) % len(module)}", tap.method) for k in keys]
+                found = [Site(module[int(k)], f"{tap.path}.{int(k) % len(module)}", tap.method) for k in keys]
             except (IndexError, ValueError):
                 raise WiringError(
                     f"tap '{tap}' of the {self.owner}: '{tap.path}' has entries 0 to {len(module) - 1}"
                 ) from None
         else:
-            found = [_Source(module, tap.path, tap.method)]
+            found = [Site(module, tap.path, tap.method)]
         for source in found:
             if not callable(getattr(source.module, tap.method, None)):
                 methods = sorted(set(dir(type(source.module))) - set(dir(nn.Module)))
@@ -300,10 +335,10 @@ class Recorder:
     @contextmanager
     def _listening(self, model: nn.Module, remaining: dict[tuple[str, str], int] | None) -> Iterator[Recording]:
         sources = {tap: self._resolve(model, tap) for tap in self.taps}
-        recording = Recording(self.owner, sources, self._copied)
+        recording = Recording(self.owner, sources, self._copied, self.name)
         wants_gradient = torch.is_grad_enabled()
 
-        def listener(source: _Source) -> Listener:
+        def listener(source: Site) -> Listener:
             seen = recording._seen[source.path, source.method]
             key = (source.path, source.method)
 
@@ -335,7 +370,7 @@ class Recorder:
             for restore in reversed(undo):
                 restore()
 
-    def _attach(self, source: _Source, hear: Listener) -> Callable[[], None]:
+    def _attach(self, source: Site, hear: Listener) -> Callable[[], None]:
         """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
         original = getattr(source.module, source.method)
         return shadow(source.module, source.method, lambda *args, **kwargs: hear(original, args, kwargs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import re
@@ -20,15 +21,18 @@ from .losses.soft_targets import check_temperature
 from .regions import All, Batch, Region
 from .registry import LOSSES, REGIONS, TERMS, Registry
 from .schedules import Step, build_schedule
+from .sources import STUDENT, EnsembleRecording, Source, combined
 from .taps import Recording, Tap
-from .teacher import Teacher
 
 Taps = str | Sequence[str]
 
 
 @dataclass
 class Wiring:
-    """What a term is wired to: both models, what the dry run recorded, and which :class:`Batch` fields the host fills."""
+    """What a term is wired to: both models, what the dry run recorded, and which :class:`Batch` fields the host fills.
+
+    The student is whoever listens, the teacher whoever is listened to.
+    """
 
     student: nn.Module
     teacher: nn.Module
@@ -37,8 +41,8 @@ class Wiring:
     fields: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the host knows before training that its own terms ask for."""
-    holder: Teacher | None = None
-    """The frozen teacher as the distiller holds it, for terms that run parts of it: deep copies share it."""
+    holder: Source | None = None
+    """The source of the teacher's recording, for terms that run parts of its model: deep copies share a frozen one."""
     outside: tuple[str, ...] = ()
     """Modules whose maps are no pictures of the image (heads on regions of interest)."""
 
@@ -67,17 +71,25 @@ class Term(nn.Module):
         weight: factor on the loss, >= 0.
         schedule: of the weight over training; see :func:`kdgraft.schedules.build_schedule`.
         name: how it is logged and how its parameters are called; the class name in snake case by default.
+        source: the name of the source that it listens to.
     """
 
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
     compares_classes = False
     """Whether the term compares class outputs, so that both models must have the same class names."""
+    hears_ensembles = False
+    """Whether the term reads predictions through :func:`~kdgraft.sources.combined`, so that an Ensemble can be its source."""
     host_losses: Sequence[str] = ()
-    """The host's own losses that the term takes a share of: while it is active, they count :attr:`host_share`."""
+    """Which of the host's own losses the term takes a share of; empty: all of them."""
     host_share: float = 1.0
+    """What those losses count while the term is active."""
+    listener = STUDENT
+    """The name of the model that learns: the student, or in the twin of a term on a peer that peer."""
 
-    def __init__(self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None) -> None:
+    def __init__(
+        self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None, source: str = "teacher"
+    ) -> None:
         super().__init__()
         kind = type(self).__name__
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
@@ -95,9 +107,20 @@ class Term(nn.Module):
             raise DistillError(
                 f"{kind}: a name must not contain 'loss' (hosts add up whatever is called so), got {self.name!r}"
             )
+        if not isinstance(source, str):
+            raise DistillError(f"{kind}: source must be the name of a source, got {source!r}")
+        self.source = source
         self.rows: list[WiringRow] = []
         self.monitor: dict[str, Tensor] = {}
         """Figures of the last step that are logged as ``distill.<term>.<key>`` and are no losses; no key contains "loss"."""
+
+    def mirrored(self) -> Term:
+        """The twin in which the source listens to the student; made before either is wired."""
+        twin = copy.deepcopy(self)
+        twin.listener, twin.source = self.source, STUDENT
+        twin.student_taps, twin.teacher_taps = self.teacher_taps, self.student_taps
+        twin.name = f"{self.name}_of_{self.source}"
+        return twin
 
     def hidden_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond parameters and buffers: an optimizer, a random state, a counter."""
@@ -158,11 +181,9 @@ class TapTerm(Term):
         *,
         student_tap: Taps | None = None,
         teacher_tap: Taps | None = None,
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, schedule=schedule, name=name)
+        super().__init__(**settings)
         for side, own in (("student_tap", student_tap), ("teacher_tap", teacher_tap)):
             if tap is None and own is None:
                 raise DistillError(
@@ -186,6 +207,20 @@ class TapTerm(Term):
                 f"{[tuple(t.shape) for t, _ in right]}; pick as many of each with [0], [1] …"
             )
         return [(s, t, s_tap, t_tap) for (s, s_tap), (t, t_tap) in zip(left, right, strict=True)]
+
+    def scores(self, student: Recording, teacher: Recording) -> list[tuple[Tensor, Tensor]]:
+        """Class scores side by side, the teacher's in the student's order of classes; of an Ensemble their mean."""
+        members = teacher.members if isinstance(teacher, EnsembleRecording) else [teacher]
+        pairs = {member.model: self.pairs(student, member) for member in members}
+        found = []
+        for place, (s, t, _, _) in enumerate(pairs[members[0].model]):
+            dim = class_dim(t)
+
+            def read(member: Recording, place: int = place, dim: int = dim) -> Tensor:
+                return in_order(pairs[member.model][place][1], member.class_order, dim)
+
+            found.append((s, combined(teacher, read, "sigmoid" if t.shape[dim] == 1 else "softmax", dim)))
+        return found
 
     def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
         return recording.tensors(tap)
@@ -234,7 +269,7 @@ class FeatureImitation(TapTerm):
             )
 
     def _check_loss(self, student: Tensor, teacher: Tensor) -> None:
-        dim = _class_dim(teacher)
+        dim = class_dim(teacher)
         places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
         if found != places:
             raise WiringError(
@@ -254,14 +289,14 @@ class FeatureImitation(TapTerm):
         """Tensor by tensor the adapted student's, the teacher's, and the region's weights of the positions."""
         pairs = self.pairs(student, teacher)
         for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
-            weight = self.region(batch, t) if in_image else None
+            weight = self.region(batch, t, teacher.scale) if in_image else None
             if weight is not None and t.ndim == 4:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
                 t = t.masked_fill((weight == 0)[:, None], 0)
             yield adapter(s, t), t, weight
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
-        items = self.loss(student, teacher, dim=_class_dim(teacher), reduction="none")
+        items = self.loss(student, teacher, dim=class_dim(teacher), reduction="none")
         return weighted_ratio(items, weight)
 
 
@@ -295,7 +330,7 @@ class PearsonImitation(FeatureImitation):
         return sum_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
-        dim = _class_dim(teacher)
+        dim = class_dim(teacher)
         share = 1 / world_size()  # every process computes the same
         value = pearson(student, teacher, dim=dim, weight=weight, total=total_over_ranks)
         return Ratio(value * share, value.new_full((), share))
@@ -349,8 +384,8 @@ class ChannelWise(TapTerm):
         pairs = self.pairs(student, teacher)
         for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
             if self.compares_classes:
-                t = in_order(t, batch.class_order)
-            valid = self.region(batch, t) if in_image else None
+                t = in_order(t, teacher.class_order)
+            valid = self.region(batch, t, teacher.scale) if in_image else None
             items = channel_wise(adapter(s, t), t, self.temperature, valid=valid, reduction="none")
             present = None if valid is None else (valid.flatten(1) > 0).any(1, keepdim=True)
             ratios.append(weighted_ratio(items, present))
@@ -368,6 +403,8 @@ class SoftTargets(TapTerm):
         temperature: T > 0.
         hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels.
     """
+
+    hears_ensembles = True
 
     def __init__(
         self,
@@ -389,10 +426,10 @@ class SoftTargets(TapTerm):
         _wire_logits(self, wiring)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        return mean_of([self._compare(s, t, batch) for s, t, _, _ in self.pairs(student, teacher)])
+        return mean_of([self._compare(s, t, batch) for s, t in self.scores(student, teacher)])
 
     def _compare(self, student: Tensor, teacher: Tensor, batch: Batch) -> Ratio:
-        dim = _class_dim(student)
+        dim = class_dim(student)
         if not self.hard_weight:
             return weighted_ratio(soft_targets(student, teacher, self.temperature, dim=dim, reduction="none"))
         if batch.labels is None:
@@ -420,6 +457,8 @@ class LogitMatching(TapTerm):
         center: ignore a difference of the mean logit, as softmax does.
     """
 
+    hears_ensembles = True
+
     def __init__(
         self,
         *,
@@ -436,8 +475,8 @@ class LogitMatching(TapTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         return mean_of(
             [
-                weighted_ratio(logit_matching(s, t, center=self.center, dim=_class_dim(s), reduction="none"))
-                for s, t, _, _ in self.pairs(student, teacher)
+                weighted_ratio(logit_matching(s, t, center=self.center, dim=class_dim(s), reduction="none"))
+                for s, t in self.scores(student, teacher)
             ]
         )
 
@@ -488,7 +527,7 @@ def _wire_logits(term: TapTerm, wiring: Wiring) -> None:
         term.rows.append(term.row(s, t, taps=(s_tap, t_tap)))
 
 
-def _class_dim(tensor: Tensor) -> int:
+def class_dim(tensor: Tensor) -> int:
     """Where classes or channels are: of maps ``(B, C, H, W)`` second, else last."""
     return 1 if tensor.ndim == 4 else -1
 
@@ -505,14 +544,14 @@ def sum_of(ratios: Sequence[Ratio]) -> Ratio:
     return Ratio(torch.stack(numerators), torch.stack(denominators))
 
 
-def in_order(scores: Tensor, order: Tensor | None) -> Tensor:
-    """The teacher's class scores ``(B, C, …)`` in the student's order of classes.
+def in_order(scores: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
+    """The teacher's class scores, classes along ``dim``, in the student's order of classes.
 
     One channel scores the second of two classes; in the other order that is its negative.
     """
     if order is None:
         return scores
-    return -scores if scores.shape[1] == 1 else scores[:, order]
+    return -scores if scores.shape[dim] == 1 else scores.index_select(dim, order)
 
 
 def check_choice(term: Term, name: str, value: Any, choices: Sequence[str]) -> None:
@@ -566,7 +605,7 @@ def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, t
 
 def adapter_where_channels_differ(kind: AdapterKind, student: Tensor, teacher: Tensor) -> AdapterKind:
     """What ``"auto"`` is for terms that leave channels alone where they agree."""
-    dim = _class_dim(teacher)
+    dim = class_dim(teacher)
     return "none" if kind == "auto" and student.shape[dim] == teacher.shape[dim] else kind
 
 

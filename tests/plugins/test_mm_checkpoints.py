@@ -8,7 +8,7 @@ import torch
 from mmengine.logging import HistoryBuffer, MessageHub
 
 from kdgraft.errors import UnsafeCheckpoint
-from kdgraft.teacher import read_checkpoint
+from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES
 
 

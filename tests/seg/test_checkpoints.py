@@ -14,7 +14,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmseg.apis import inference_model, init_model
 
 from kdgraft.errors import DistillError
-from kdgraft.teacher import read_checkpoint
+from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
 from kdgraft_mm.state import KEY
 from seg_support import (

@@ -10,14 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import DistillError, UnsafeCheckpoint
+from ..errors import DistillError, UnsafeCheckpoint
+from ..regions import Batch
+from ..taps import Recorder, Recording
+from .base import Source
 
 Precision = Literal["inherit", "fp32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Teacher:
-    """Holds a frozen model. Not an ``nn.Module``: no ``state_dict``, no EMA, no optimizer and no DDP ever sees it.
+class Teacher(Source):
+    """A frozen model in eval mode.
 
     A deep copy shares it. It moves when the module that owns it does.
 
@@ -40,6 +43,7 @@ class Teacher:
         trusted: bool = False,
         safe_types: Sequence[Any] = (),
     ) -> None:
+        super().__init__()
         if precision not in ("inherit", "fp32", *_DTYPES):
             raise DistillError(f"teacher precision must be 'inherit', 'fp32', 'bf16' or 'fp16', got {precision!r}")
         self.model = model.requires_grad_(False).eval()
@@ -67,7 +71,12 @@ class Teacher:
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Moves or converts the model, as ``nn.Module._apply`` does."""
+        super().apply(function)
         self.model._apply(function)
+
+    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device_type: str) -> Recording:
+        self.ensure_eval()
+        return super().record(recorder, run, batch, device_type)
 
     def context(self, device_type: str) -> AbstractContextManager[Any]:
         """The autocast that the teacher's forward runs in."""
