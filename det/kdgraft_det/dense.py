@@ -25,6 +25,7 @@ from torch import Tensor
 
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
+from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring
 
@@ -129,8 +130,8 @@ class DenseHead:
 
     def assignment(self, recording: Recording, batch: Batch) -> Assignment:
         """The assignment of this step, made once for all terms."""
-        key = f"assignment {self.path}"
-        if key not in batch.extra:
+
+        def make() -> Assignment:
             assert batch.image_sizes is not None
             outputs = recording.tensors(self.classes)
             anchors, strides, counts = self.priors(outputs)
@@ -138,10 +139,9 @@ class DenseHead:
             given = assigned if self.flags is None else self.given(recording, anchors, batch)
             sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
             inside = ((anchors[:, :2] + anchors[:, 2:]) / 2 < sizes).all(-1)
-            batch.extra[key] = Assignment(
-                labels, given, assigned, inside, anchors, strides, counts, self.num_classes, targets
-            )
-        return batch.extra[key]
+            return Assignment(labels, given, assigned, inside, anchors, strides, counts, self.num_classes, targets)
+
+        return batch.once(("assignment", recording.model, self.path), make)
 
 
 class _Anchors(DenseHead):
@@ -184,10 +184,10 @@ class _Points(_Distances):
     def __init__(self, head: Any, path: str, owner: str) -> None:
         super().__init__(head, path, owner)
         self.by_stride = head.norm_on_bbox
+        self.trains = owner == "student" or head.training  # a peer's head predicts as it trains
 
     def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
-        trains = self.owner == "student"
-        distances = picked if self.by_stride and trains else picked / strides[:, None]
+        distances = picked if self.by_stride and self.trains else picked / strides[:, None]
         return _edges(centres / strides[:, None], distances)
 
     def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
@@ -299,8 +299,13 @@ class DenseHeads(Heads):
         assignment = self.student.assignment(student, batch)
         weights = assignment.weights(region, batch)
         chosen = weights > 0
-        logits, targets = self.student.logits(student, chosen), self.teacher.logits(teacher, chosen)
-        targets = targets if self.proposes else in_students_order(targets, batch.class_order)
+        logits = self.student.logits(student, chosen)
+
+        def read(member: Recording) -> Tensor:
+            scores = self.teacher.logits(member, chosen)
+            return scores if self.proposes else in_students_order(scores, member.class_order)
+
+        targets = combined(teacher, read, "sigmoid")
         if region == "all":
             objects = None if self.student.samples else targets.float().sigmoid().amax(1).sum()
             return [Rows(logits, targets, count=objects)]
@@ -309,15 +314,14 @@ class DenseHeads(Heads):
     def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
         assignment = self.student.assignment(student, batch)
         chosen = assignment.positive
-        boxes = [
-            head.regression(recording, chosen) for head, recording in ((self.student, student), (self.teacher, teacher))
-        ]
+        boxes = self.student.regression(student, chosen)
+        theirs = combined(teacher, lambda member: self.teacher.regression(member, chosen), "value")
         places = in_order_of_pick(chosen, assignment.num_per_level)
         image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
         target = self.student.true_edges(
             assignment.targets[image, places].float(), assignment.anchors[places], assignment.strides[places]
         )
-        return [Rows(boxes[0], boxes[1], target=target)]
+        return [Rows(boxes, theirs, target=target)]
 
     def check_classes(self, term: Term) -> None:
         for head in (self.student, self.teacher):

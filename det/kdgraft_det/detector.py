@@ -9,12 +9,12 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from kdgraft.distiller import HostDistiller
+from kdgraft.engine import Engine
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
-from kdgraft_mm.graft import Graft, image_sizes
+from kdgraft_mm.graft import Graft
 from kdgraft_mm.resolution import Resolution
-from kdgraft_mm.views import TeacherView
+from kdgraft_mm.views import image_sizes
 
 from .dense import anchor_levels
 from .heads import reads_classes
@@ -53,25 +53,24 @@ class DistilledDetector(Graft):
         return [DetDataSample(metainfo=meta)]
 
     @classmethod
-    def _distiller(
-        cls, student: Any, teacher: Any, specs: list[Any], size: int | None
-    ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
+    def _check_student(cls, student: Any) -> None:
         if isinstance(student, SemiBaseDetector):
             raise WiringError(
                 f"a {type(student).__name__} trains on several views at once and cannot be the student; distil its detector alone"
             )
-        made = super()._distiller(student, teacher, specs, size)
-        if made[0].replays:
-            check_samplers(student.roi_head)
-            check_masks(student.roi_head, made[0])
-        return made
 
-    def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
-        batch = super()._batch(inputs, data_samples)
+    @classmethod
+    def _check_wired(cls, student: Any, engine: Engine) -> None:
+        if engine.replays:
+            check_samplers(student.roi_head)
+            check_masks(student.roi_head, engine)
+
+    def _batch(self, model: Any, inputs: Tensor, data_samples: Any) -> Batch:
+        batch = super()._batch(model, inputs, data_samples)
         boxes = [sample.gt_instances.bboxes for sample in data_samples]
         batch.boxes = [getattr(box, "tensor", box) for box in boxes]
         batch.labels = [sample.gt_instances.labels for sample in data_samples]
-        batch.extra["base_anchors"] = anchor_levels(self)
+        batch.extra["base_anchors"] = anchor_levels(model)
         return batch
 
     def _reduced(self, inputs: Tensor, data_samples: Any, resolution: Resolution) -> tuple[Tensor, Any]:

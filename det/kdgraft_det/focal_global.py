@@ -51,6 +51,7 @@ class FocalGlobal(PerImageImitation):
         weight: float = 1.0,
         schedule: Any = None,
         name: str | None = None,
+        source: str = "teacher",
     ) -> None:
         super().__init__(
             tap,
@@ -60,6 +61,7 @@ class FocalGlobal(PerImageImitation):
             weight=weight,
             schedule=schedule,
             name=name,
+            source=source,
         )
         check_temperature(temperature)
         for key, value in dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_).items():

@@ -55,6 +55,8 @@ class Heads(ABC):
     """Softmax over classes and background (the last), rather than a sigmoid each."""
     regions: tuple[str, ...] = ("all", "main")
     """What regions mean something on this head, its default first."""
+    averages: bool = True
+    """Whether several teachers predict at the same places, so that their mean means something."""
     proposes: bool = False
     """A network of proposals, which knows objects alone."""
     boxes_by_class: bool = False

@@ -18,7 +18,7 @@ from kdgraft_mm.resolution import Resolution, Size, nearest_positions
 
 def same_resolution(wiring: Wiring, term: Term) -> None:
     """Raises a :class:`WiringError` where student and teacher see images of different sizes."""
-    scale = wiring.facts.get("teacher_scale", 1)
+    scale = wiring.teacher_recording.scale
     if scale != 1:
         raise WiringError(
             f"{term.name}: compares predictions position by position, and with the teacher's scale={scale:g} the two grids "

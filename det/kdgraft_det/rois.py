@@ -11,9 +11,10 @@ from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from torch import Tensor, nn
 
-from kdgraft.distiller import HostDistiller, Replay
+from kdgraft.engine import Engine, Replay
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
+from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring
 
@@ -31,7 +32,7 @@ def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch)
     Raises:
         WiringError: the two RoI heads are not called alike.
     """
-    scale = batch.teacher_scale
+    scale = recorded.scale
     head, pyramid = teacher.roi_head, recorded[_FEATURES]
     runs = [(_BOXES_DRAWN, head._bbox_forward)]
     if head.with_mask and not getattr(
@@ -69,9 +70,9 @@ REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
 """What of a two-stage teacher runs on the student's proposals: its whole RoI head, boxes and masks."""
 
 
-def check_masks(roi_head: Any, distiller: HostDistiller) -> None:
+def check_masks(roi_head: Any, distiller: Engine) -> None:
     """Raises a :class:`WiringError` where a teacher's mask head would have to run on what the student does not draw for it."""
-    taps = [tap for term in distiller._all_terms() for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
+    taps = [tap for term in distiller.all_terms for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
     if taps and getattr(roi_head, "share_roi_extractor", False):
         raise WiringError(
             f"the student's mask head has no RoI extractor of its own, so that the teacher's cannot run on its regions for "
@@ -115,10 +116,14 @@ class RoIHeads(Heads):
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
         found = []
         for stage in range(len(self.outputs)):
-            logits, scores = (_seen(recording, self.outputs, stage)[0] for recording in (student, teacher))
+            logits = _seen(student, self.outputs, stage)[0]
+
+            def read(member: Recording, stage: int = stage) -> Tensor:
+                return in_students_order(_seen(member, self.outputs, stage)[0], member.class_order)
+
             labels = _seen(student, self.targets, stage)[0]
             chosen = None if region == "all" else (labels < self.classes).float()
-            found.append(Rows(logits, in_students_order(scores, batch.class_order), weight=chosen))
+            found.append(Rows(logits, combined(teacher, read, "softmax"), weight=chosen))
         return found
 
     def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
@@ -126,11 +131,14 @@ class RoIHeads(Heads):
         for stage in range(len(self.outputs)):
             labels, _, targets, _ = _seen(student, self.targets, stage)
             rows = (labels < self.classes).nonzero()[:, 0]
-            boxes = []
-            for side, recording, order in zip(self.heads, (student, teacher), (None, batch.class_order), strict=True):
+
+            def read(
+                recording: Recording, side: int = 1, stage: int = stage, rows: Tensor = rows, labels: Tensor = labels
+            ) -> Tensor:
                 predicted = _seen(recording, self.outputs, stage)[1]
-                boxes.append(side[stage].boxes(predicted, rows, labels[rows], order))
-            found.append(Rows(boxes[0], boxes[1], target=targets[rows]))
+                return self.heads[side][stage].boxes(predicted, rows, labels[rows], recording.class_order)
+
+            found.append(Rows(read(student, 0), combined(teacher, read, "value"), target=targets[rows]))
         return found
 
     def check_classes(self, term: Term) -> None:

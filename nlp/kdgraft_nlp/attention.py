@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from kdgraft.errors import WiringError
-from kdgraft.taps import Listener, Recorder, Recording, Tap, Site
+from kdgraft.taps import Listener, Recorder, Recording, Site, Tap
 
 METHOD = "attention"
 """The tap ``<module>.attention()`` reads what an attention module hands to its kernel."""

@@ -166,7 +166,7 @@ class Engine(nn.Module):
             outside = () if replay is None else (replay.path,)
             with torch.enable_grad():
                 for term in self.all_terms:
-                    ours, theirs = recordings[term.listener], [recordings[name] for name in self._members(term.source)]
+                    ours, theirs = recordings[term.listener], [recordings[name] for name in self.members(term.source)]
                     _same_shapes(term, theirs)
                     term.wire(
                         Wiring(
@@ -185,7 +185,7 @@ class Engine(nn.Module):
         """Lets a term look at its models; all members of an ensemble have to be tapped alike."""
         source = self.sources.get(term.source)
         taps = []
-        for name in self._members(term.source):
+        for name in self.members(term.source):
             term.prepare(models[term.listener], models[name])
             taps.append(list(term.teacher_taps))
         if isinstance(source, Ensemble):
@@ -202,16 +202,16 @@ class Engine(nn.Module):
         """The sources with a model of their own."""
         return [name for name, source in self.sources.items() if source.members == (name,)]
 
-    def _members(self, source: str) -> tuple[str, ...]:
+    def members(self, source: str) -> tuple[str, ...]:
         """The names of the models that a source is made of."""
         return (STUDENT,) if source == STUDENT else self.sources[source].members
 
-    def _taps(self, model: str) -> list[Tap]:
+    def taps(self, model: str) -> list[Tap]:
         """What the terms read of one model."""
         found: list[Tap] = []
         for term in self.all_terms:
             found += term.student_taps if term.listener == model else ()
-            found += term.teacher_taps if model in self._members(term.source) else ()
+            found += term.teacher_taps if model in self.members(term.source) else ()
         return found
 
     def _replayed(self, replay: Replay | None) -> list[str]:
@@ -220,7 +220,7 @@ class Engine(nn.Module):
             return []
         found = []
         for term in self.all_terms:
-            for name in self._members(term.source):
+            for name in self.members(term.source):
                 if name == STUDENT or not any(tap.below(replay.path) for tap in term.teacher_taps):
                     continue
                 if self.sources[name].trains:
@@ -238,7 +238,7 @@ class Engine(nn.Module):
         replay, replayed = self._replay, self._replayed(self._replay)
         found: dict[str, Recording] = {}
         for name, model in models.items():
-            taps = self._taps(name)
+            taps = self.taps(name)
             if replay is not None and name == STUDENT:
                 taps += replay.student_taps
             if replay is not None and name in replayed:
@@ -255,7 +255,7 @@ class Engine(nn.Module):
                 self.sources[name].marked(found[name])
         for name in replayed:
             assert replay is not None
-            inside = [tap for tap in self._taps(name) if tap.below(replay.path)]
+            inside = [tap for tap in self.taps(name) if tap.below(replay.path)]
             self._replayers[name] = self._recorder(models[name], name, inside)
             part = self._replayers[name].rehearse(
                 models[name],
@@ -268,7 +268,7 @@ class Engine(nn.Module):
         owner = name if name in (STUDENT, "teacher") else f"source {name!r}"
         for term in self.all_terms:
             own = [*term.student_taps] if term.listener == name else []
-            own += term.teacher_taps if name in self._members(term.source) else ()
+            own += term.teacher_taps if name in self.members(term.source) else ()
             try:
                 self.recorder(model, own, owner, name)
             except WiringError as error:
@@ -359,13 +359,11 @@ class Engine(nn.Module):
         kind = current.device.type
         for source in self.sources.values():
             source.begin(student, at)
-        heard = {name for term in active for name in (term.listener, *self._members(term.source))}
+        heard = {name for term in active for name in (term.listener, *self.members(term.source))}
         for name in self._leaves:
             source = self.sources[name]
             if name in heard and not source.trains:
-                run = lambda source=source: run_source(source)  # noqa: E731
-                found = source.record(self._recorders[name], run, current.batch_of(student), kind)
-                current.recordings[name] = source.marked(found)
+                current.recordings[name] = self.record(name, run_source, current.batch, kind)
         if STUDENT in heard:
             with self._recorders[STUDENT].record(student) as recording:
                 current.recordings[STUDENT] = recording
@@ -383,6 +381,12 @@ class Engine(nn.Module):
                 current.outputs[name] = run_source(source)
         for name in heard & self._replayers.keys():
             self._run_replay(current, name)
+
+    def record(self, name: str, run_source: RunSource, batch: Batch, device_type: str = "cpu") -> Recording:
+        """Records one source that does not train."""
+        source = self.sources[name]
+        found = source.record(self._recorders[name], lambda: run_source(source), batch, device_type)
+        return source.marked(found)
 
     def _run_replay(self, current: StepInProgress, name: str) -> None:
         """Runs what of a teacher works on the student's proposals."""
@@ -553,9 +557,14 @@ class StepInProgress:
                 if n
             }
         )
-        for name in host if host is not None else ():
-            _scale(host, name, self.host_share(name))
+        if host is not None:
+            self.share_out(host)
         return result
+
+    def share_out(self, host: MutableMapping[str, Any], listener: str = STUDENT) -> None:
+        """Multiplies the host's own losses of the student, or of a peer, by the shares that active terms leave to them."""
+        for name in host:
+            _scale(host, name, self.host_share(name, listener))
 
     def _run(self, term: Term) -> Ratio:
         listener = self.recordings[term.listener].heard_as("student")

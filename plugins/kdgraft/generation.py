@@ -93,6 +93,7 @@ class MaskedGeneration(PerImageImitation):
         weight: float = 2e-5,
         schedule: Any = None,
         name: str | None = None,
+        source: str = "teacher",
     ) -> None:
         super().__init__(
             tap,
@@ -103,6 +104,7 @@ class MaskedGeneration(PerImageImitation):
             weight=weight,
             schedule=schedule,
             name=name,
+            source=source,
         )
         check_share("MaskedGeneration", "mask_ratio", mask_ratio)
         self.mask_ratio = mask_ratio

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterKind, build_adapter
+from .auxiliary import Auxiliary
 from .distributed import total_over_ranks, world_size
 from .errors import DistillError, WiringError
 from .losses import Ratio, channel_wise, hint, logit_matching, mixed_targets, pearson, soft_targets, weighted_ratio
@@ -110,6 +111,8 @@ class Term(nn.Module):
         if not isinstance(source, str):
             raise DistillError(f"{kind}: source must be the name of a source, got {source!r}")
         self.source = source
+        self.auxiliaries: dict[str, Auxiliary] = {}
+        """Networks that the term trains itself, beside the student."""
         self.rows: list[WiringRow] = []
         self.monitor: dict[str, Tensor] = {}
         """Figures of the last step that are logged as ``distill.<term>.<key>`` and are no losses; no key contains "loss"."""
@@ -124,10 +127,18 @@ class Term(nn.Module):
 
     def hidden_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond parameters and buffers: an optimizer, a random state, a counter."""
-        return {}
+        return {name: auxiliary.state() for name, auxiliary in self.auxiliaries.items()}
 
     def load_hidden_state(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`hidden_state`."""
+        for name, auxiliary in self.auxiliaries.items():
+            auxiliary.load(state[name])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Term:
+        super()._apply(fn, recurse)
+        for auxiliary in self.auxiliaries.values():
+            auxiliary.apply(fn)
+        return self
 
     def weight_at(self, step: Step) -> float:
         """The weight at this step."""

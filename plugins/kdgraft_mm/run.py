@@ -232,7 +232,7 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
         model.start_distilling(classes)
         model.train()
         if model.distiller is not None:
-            for term in model.distiller._all_terms():
+            for term in model.distiller.all_terms:
                 term.schedule = Constant()  # a warm-up starts at weight 0, where a term is not computed at all
         for counter in ("iter", "epoch"):  # what a train loop writes and some heads read
             runner.message_hub.update_info(counter, 0)

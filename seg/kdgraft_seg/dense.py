@@ -13,7 +13,7 @@ from kdgraft.adapters import resize_to
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.regions import Batch, on_grid
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Taps, TapTerm, Wiring, in_order
+from kdgraft.terms import Taps, TapTerm, Wiring
 
 LOGITS = "decode_head"
 FEATURES = "decode_head.cls_seg():input"
@@ -94,6 +94,7 @@ class LogitTerm(ClassScores):
     """
 
     compares_classes = True
+    hears_ensembles = True
 
     def __init__(self, *, tap: Taps = LOGITS, grid: Grid = "teacher", **settings: Any) -> None:
         super().__init__(tap, **settings)
@@ -115,8 +116,7 @@ class LogitTerm(ClassScores):
     def aligned(self, student: Recording, teacher: Recording, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Student's and teacher's scores ``(B, C, H, W)`` on one grid and in one order of classes, with what counts ``(B, H, W)``."""
         found = []
-        for s, t, _, _ in self.pairs(student, teacher):
-            t = in_order(t, batch.class_order)
+        for s, t in self.scores(student, teacher):
             size = t.shape[-2:] if self.grid == "teacher" else batch.labels.shape[-2:]
             s = resize_to(s, size, align_corners=self._corners["student"])
             t = resize_to(t, size, align_corners=self._corners["teacher"])
