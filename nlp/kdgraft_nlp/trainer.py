@@ -245,7 +245,7 @@ class Distilling(_Host):
         self._anew = frozenset()
         if resume_from_checkpoint:
             folder, found = to_resume(
-                resume_from_checkpoint, self.args.output_dir, self._states(), partial, self.is_world_process_zero()
+                resume_from_checkpoint, str(self.args.output_dir), self._states(), partial, self.is_world_process_zero()
             )
             self._anew, resume_from_checkpoint = frozenset(found), folder
         return super().train(resume_from_checkpoint, *args, **settings)
