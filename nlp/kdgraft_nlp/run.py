@@ -39,11 +39,11 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from kdgraft.errors import DistillError, nearest
 from kdgraft.registry import call
 
+from .checkpoints import newest_first
 from .collator import DistillCollator
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
@@ -99,8 +99,19 @@ def train(
     resume: str | None = None,
     amp: bool = False,
     seed: int | None = None,
+    partial: bool = False,
 ) -> DistillTrainer:
-    """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``."""
+    """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``.
+
+    Args:
+        path: the recipe file.
+        options: overrides of its entries, ``a.b=value``.
+        work_dir: the folder to use in place of ``output``.
+        resume: a checkpoint's folder to go on from; ``"auto"``: the newest complete one in ``output``.
+        amp: bfloat16.
+        seed: in place of ``training.seed``.
+        partial: resume also where states of the checkpoint are missing or damaged, and begin these anew.
+    """
     config = load(path, options)
     config.setdefault("output", work_dir or f"work_dirs/{Path(path).stem}")
     if work_dir is not None:
@@ -108,14 +119,13 @@ def train(
     training = dict(config.get("training") or {})
     training.update({"bf16": True} if amp else {}, **({} if seed is None else {"seed": seed}))
     config["training"] = training
+    if resume is not None:
+        first = newest_first(config["output"]) if resume == "auto" else [Path(resume)]
+        if not any(folder.is_dir() for folder in first):
+            said = f"{resume} is no checkpoint's folder" if first else f"there is no checkpoint in {config['output']}"
+            raise DistillError(f"nothing to resume: {said}")
     trainer = build(config)
-    if resume == "auto":
-        resume = get_last_checkpoint(config["output"]) if Path(config["output"]).is_dir() else None
-        if resume is None:
-            raise DistillError(f"nothing to resume: there is no checkpoint in {config['output']}")
-    elif resume and not Path(resume).is_dir():
-        raise DistillError(f"nothing to resume: {resume} is no checkpoint's folder")
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, partial=partial)
     trainer.save_model()
     if trainer.eval_dataset is not None:
         found = trainer.evaluate()

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from kdgraft.checksum import seal, unseal
 from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
@@ -22,16 +24,13 @@ from kdgraft.registry import expand_recipe
 from kdgraft.schedules import Step
 from kdgraft.teacher import read_checkpoint
 
+from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
 from .registry import RECIPES
 from .student import Grafted, TextDistiller, accepted, graft
 from .tokens import read_batch
 
 logger = logging.getLogger("kdgraft")
-
-STATE_FILE = "distiller.pt"
-"""In each checkpoint, beside the plain student: the terms' parameters and counters."""
-
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -45,6 +44,8 @@ class Distilling(_Host):
     model: Any
     _signature_columns: Any
     _settings: dict[str, Any]
+    _anew: frozenset[str] = frozenset()
+    """Files of the checkpoint to resume whose states begin anew."""
 
     def start_distilling(
         self,
@@ -227,22 +228,80 @@ class Distilling(_Host):
             columns += self.data_collator.columns
         self._signature_columns = list(dict.fromkeys(columns))
 
+    def train(  # type: ignore[override]
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, partial: bool = False, **settings: Any
+    ) -> Any:
+        """Trains as the host does.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder; ``True``: the newest complete one in ``output_dir``.
+            args, settings: as for the host's ``train``.
+            partial: resume also where states are missing or damaged (of optimizer, scheduler, random numbers, terms), and begin
+                these anew.
+
+        Raises:
+            DistillError: the checkpoint is not complete, or damaged.
+        """
+        self._anew = frozenset()
+        if resume_from_checkpoint:
+            folder, found = to_resume(
+                resume_from_checkpoint, str(self.args.output_dir), self._states(), partial, self.is_world_process_zero()
+            )
+            self._anew, resume_from_checkpoint = frozenset(found), folder
+        return super().train(resume_from_checkpoint, *args, **settings)
+
+    def _states(self) -> list[str]:
+        """The files that a resumed run needs in a checkpoint, beside weights and the Trainer's own state."""
+        processes = self.args.world_size
+        found = ["optimizer.pt", "scheduler.pt"]
+        found += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+        if getattr(self.accelerator, "scaler", None) is not None:
+            found.append("scaler.pt")
+        if self.distiller is not None:
+            state = self.distiller.live_state()
+            found += [STATE_FILE] if state["terms"] or state["hidden"] else []
+        return found
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.distiller is not None and self.args.should_save:
-            torch.save(self.distiller.live_state(), os.path.join(output_dir, STATE_FILE))
+            torch.save(seal(self.distiller.live_state()), os.path.join(output_dir, STATE_FILE))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with _one_line(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.distiller is not None:
+        if checkpoint is not None and self.distiller is not None and STATE_FILE not in self._anew:
             file = Path(checkpoint) / STATE_FILE
             if file.is_file():
-                self.distiller.load_live_state(read_checkpoint(file))
-            elif any(p.requires_grad for p in self.distiller.parameters()):
-                raise DistillError(
-                    f"cannot resume from {checkpoint}: it was made without distillation, or with save_only_model ({STATE_FILE} is "
-                    "missing); start from its student with from_pretrained instead"
-                )
-        super()._load_optimizer_and_scheduler(checkpoint)
+                self.distiller.load_live_state(unseal(read_checkpoint(file), str(file)))
+        if checkpoint is not None and not {"optimizer.pt", "scheduler.pt"} & self._anew:
+            with _one_line(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if "scaler.pt" not in self._anew:
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if not any(name.startswith("rng_state") for name in self._anew):
+            super()._load_rng_state(checkpoint)
+
+
+@contextmanager
+def _one_line(checkpoint: str) -> Iterator[None]:
+    """Turns what torch says of states that do not fit into one line."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError) as error:
+        said = " ".join(str(error).split())
+        raise DistillError(f"cannot resume from {checkpoint}: {said[:300]}") from error
 
 
 class DistillTrainer(Distilling, Trainer):

@@ -54,13 +54,16 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a distilled student from a config or a recipe file")
     train.add_argument("config")
     train.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/CONFIG'S NAME)")
-    train.add_argument("--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the latest one")
+    train.add_argument(
+        "--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the newest complete one"
+    )
+    train.add_argument(
+        "--partial", action="store_true", help="with --resume: begin anew what of the checkpoint is missing or damaged"
+    )
     train.add_argument("--amp", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, help="random seed")
     _add_options(train)
-    train.set_defaults(
-        run=lambda a: _runs(a.config).train(a.config, a.cfg_options, a.work_dir, a.resume, a.amp, a.seed)
-    )
+    train.set_defaults(run=_train)
 
     check = commands.add_parser("check", help="build everything, run one step, print the wiring")
     check.add_argument("config")
@@ -111,6 +114,18 @@ def _runs(config: str) -> ModuleType:
         return plugin("nlp", "run")
     require("mmengine", "a config of MMDetection or MMSegmentation")
     return import_module("kdgraft_mm.run")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if arguments.partial and not arguments.resume:
+        raise DistillError("--partial belongs to --resume: it says that a checkpoint need not be complete")
+    seed = arguments.seed
+    if seed is not None and not 0 <= seed < 2**32:
+        raise DistillError(f"--seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+    told: dict[str, Any] = {"partial": True} if arguments.partial else {}
+    _runs(arguments.config).train(
+        arguments.config, arguments.cfg_options, arguments.work_dir, arguments.resume, arguments.amp, seed, **told
+    )
 
 
 def _export(arguments: argparse.Namespace) -> None:
