@@ -31,14 +31,25 @@ class Side:
         decoder: the same for a decoder's own tokens; ``None`` without a decoder.
         labelled: ``(B, L)`` boolean: positions whose logits have a label (for a causal model the one *before* the labelled
             token); ``None`` without labels.
+        unknown: a decoder's tokens have come, and nothing says which of them are padding.
     """
 
     real: Tensor | None
     decoder: Tensor | None = None
     labelled: Tensor | None = None
+    unknown: bool = False
 
     def of(self, stack: str) -> Tensor | None:
-        """The real tokens that a stack's hidden states stand for."""
+        """The real tokens that a stack's hidden states stand for.
+
+        Raises:
+            DistillError: they cannot be told from padding.
+        """
+        if self.unknown and stack in ("decoder", "cross"):
+            raise DistillError(
+                "which tokens of the decoder are padding cannot be told: let the collator give labels (−100 for padding) or "
+                "decoder_attention_mask"
+            )
         return self.decoder if stack in ("decoder", "cross") else self.real
 
 
@@ -137,7 +148,8 @@ def _side(inputs: Mapping[str, Any], task: str, frames: Frames) -> Side:
             labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], 1)
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()
-    return Side(real, decoder, labelled)
+    unknown = decoder is None and (task == "seq2seq" or "decoder_input_ids" in inputs)
+    return Side(real, decoder, labelled, unknown)
 
 
 def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:

@@ -10,6 +10,7 @@ import transformers
 import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft_nlp.student import graft
+from kdgraft_nlp.tasks import decoder_inputs, task_of
 
 
 def built(kind, seed, **settings):
@@ -274,3 +275,260 @@ def test_other_predictions_of_a_model_of_unknown_kind_are_refused(term):
 def test_tokens_of_a_model_without_are_refused():
     with pytest.raises(WiringError, match="tokens='valid' is for models that predict per labelled token"):
         graft(*berts(), [dict(type="SoftTargets", tokens="valid")])
+
+
+# Models that see and hear, and write.
+
+IMAGE = 3
+
+
+def llavas():
+    text = dict(
+        model_type="llama",
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        vocab_size=40,
+    )
+    vision = dict(
+        model_type="clip_vision_model",
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+        projection_dim=8,
+    )
+    return [
+        built(
+            "LlavaForConditionalGeneration",
+            seed,
+            text_config={**text, "hidden_size": 8 * seed},
+            vision_config=vision,
+            image_token_index=IMAGE,
+        )
+        for seed in (1, 2)
+    ]
+
+
+def asked(rows=2):
+    """An image of four tokens, a question and an answer, whose three tokens have labels."""
+    ids = torch.tensor([[1, IMAGE, IMAGE, IMAGE, IMAGE, 5, 6, 7, 8, 9], [1, IMAGE, IMAGE, IMAGE, IMAGE, 9, 8, 7, 6, 5]])
+    labels = ids.clone()
+    labels[:, :7] = -100
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images, labels=labels)
+    return {name: value[:rows] for name, value in batch.items()}
+
+
+@pytest.mark.parametrize("tokens", ["auto", "labelled"])
+def test_a_vision_language_model_is_compared_where_it_predicts_the_answer(tokens):
+    batch = asked()
+    plain = [outputs(model, batch).logits[:, 6:9] for model in llavas()]
+    student = graft(*llavas(), [dict(type="ForwardKL", tokens=tokens)])
+    loss, _ = distilled(student, batch)
+    torch.testing.assert_close(loss, kl(*plain).mean(), rtol=1e-4, atol=1e-6)
+    assert student.distiller.counts(student._distill.read(batch))["forward_kl"] == 6
+
+
+def test_a_vision_language_model_learns_from_a_text_model_only_with_its_inputs():
+    text = built(
+        "LlamaForCausalLM",
+        3,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        intermediate_size=16,
+        vocab_size=40,
+    )
+    batch = asked()
+    plain = [
+        outputs(llavas()[0], batch).logits[:, 6:9],
+        outputs(text, {"input_ids": batch["input_ids"]}).logits[:, 6:9],
+    ]
+    loss, _ = distilled(graft(llavas()[0], text, ["ForwardKL"]), batch)
+    torch.testing.assert_close(loss, kl(*plain).mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task"),
+    [
+        ("LlavaForConditionalGeneration", "causal"),
+        ("Qwen2_5_VLForConditionalGeneration", "causal"),
+        ("Qwen2AudioForConditionalGeneration", "causal"),
+        ("FuyuForCausalLM", "causal"),
+        ("WhisperForConditionalGeneration", "seq2seq"),
+        ("VisionEncoderDecoderModel", "seq2seq"),
+        ("Pix2StructForConditionalGeneration", "seq2seq"),
+        ("BartForConditionalGeneration", "seq2seq"),
+        ("Wav2Vec2ForCTC", "ctc"),
+        ("Wav2Vec2ForSequenceClassification", "audio"),
+        ("BertForMultipleChoice", "choice"),
+        ("RTDetrForObjectDetection", "other"),
+        ("SegformerForSemanticSegmentation", "segmentation"),
+        ("DiffusionGemmaForBlockDiffusion", "other"),
+    ],
+)
+def test_tasks_are_told_by_class_and_decoder(kind, task):
+    found = getattr(transformers, kind)
+
+    class Stub(found):
+        """The class without its weights."""
+
+        def __init__(self):
+            torch.nn.Module.__init__(self)
+            self.config = found.config_class.__new__(found.config_class)
+            self.config.__dict__["is_encoder_decoder"] = getattr(found.config_class, "is_encoder_decoder", False)
+
+    assert task_of(Stub()) == task
+
+
+def whispers(**settings):
+    sizes = dict(
+        vocab_size=40,
+        num_mel_bins=4,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        max_source_positions=8,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=3,
+        dropout=0.0,
+    )
+    return [
+        built("WhisperForConditionalGeneration", seed, **{**sizes, "d_model": 8 * seed, **settings}) for seed in (1, 2)
+    ]
+
+
+def spoken(padding=0):
+    labels = torch.tensor([[5, 6, 7, 2], [8, 9, 2, -100]])
+    labels = torch.cat([labels, torch.full((2, padding), -100)], 1)
+    return {"input_features": torch.rand(2, 4, 16, generator=torch.Generator().manual_seed(0)), "labels": labels}
+
+
+SHIFTED = torch.tensor([[3, 5, 6, 7], [3, 8, 9, 2]])
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("tokens", ["auto", "valid"])
+def test_whisper_is_compared_at_its_targets(given, tokens):
+    inputs = {"input_features": spoken()["input_features"], "decoder_input_ids": SHIFTED}
+    plain = [outputs(model, inputs).logits for model in whispers()]
+    counted = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]], dtype=torch.bool)
+    expected = kl(*plain)[counted].mean()
+    losses = []
+    for padding in (0, 5):
+        batch = spoken(padding)
+        if given:
+            batch["decoder_input_ids"] = torch.cat([SHIFTED, torch.zeros(2, padding, dtype=torch.long)], 1)
+        losses.append(distilled(graft(*whispers(), [dict(type="ForwardKL", tokens=tokens)]), batch))
+    torch.testing.assert_close(losses[0][0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(losses[1][0], expected, rtol=1e-4, atol=1e-6)
+    for name, value in losses[0][1].items():
+        if "k_proj.bias" not in name:
+            torch.testing.assert_close(losses[1][1].get(name, torch.zeros(())), value, rtol=1e-3, atol=1e-5)
+
+
+def test_targets_are_moved_on_by_what_the_config_names():
+    class Plain(torch.nn.Module):
+        def __init__(self, **settings):
+            super().__init__()
+            self.config = transformers.PreTrainedConfig(**settings)
+            self.config.decoder_start_token_id = settings.get("decoder_start_token_id")
+
+    labels = torch.tensor([[5, 6, 2], [7, 2, -100]])
+    moved = decoder_inputs(Plain(decoder_start_token_id=3, pad_token_id=0), labels)
+    assert moved.tolist() == [[3, 5, 6], [3, 7, 2]]
+    assert labels.tolist() == [[5, 6, 2], [7, 2, -100]]
+    for settings in (dict(pad_token_id=0), dict(decoder_start_token_id=3)):
+        missing = ({"pad_token_id", "decoder_start_token_id"} - set(settings)).pop()
+        with pytest.raises(DistillError, match=f"its config names no {missing}; set it, or let the collator give"):
+            decoder_inputs(Plain(**settings), labels)
+
+
+def test_targets_without_labels_or_mask_are_refused():
+    batch = spoken()
+    del batch["labels"]
+    batch["decoder_input_ids"] = SHIFTED
+    with pytest.raises(DistillError, match="decoder_attention_mask"):
+        distilled(graft(*whispers(), ["ForwardKL"]), batch)
+    batch["decoder_attention_mask"] = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
+    plain = [outputs(model, batch).logits for model in whispers()]
+    loss, _ = distilled(graft(*whispers(), ["ForwardKL"]), batch)
+    torch.testing.assert_close(loss, kl(*plain)[batch["decoder_attention_mask"].bool()].mean(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("term", ["HiddenStates", dict(type="HiddenStates", stack="decoder"), "AttentionMaps"])
+def test_terms_on_layers_of_whisper(term):
+    batch = spoken()
+    loss, _ = distilled(graft(*whispers(), [term]), batch)
+    assert loss > 0
+    if isinstance(term, dict):
+        torch.testing.assert_close(distilled(graft(*whispers(), [term]), spoken(3))[0], loss)
+
+
+# Detectors, sound in frames, multiple choice.
+
+
+def detectors():
+    backbone = transformers.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 8, 8, 8],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    return [
+        built(
+            "RTDetrForObjectDetection",
+            seed,
+            backbone_config=backbone,
+            use_timm_backbone=False,
+            encoder_in_channels=[8, 8, 8],
+            encoder_hidden_dim=8 * seed,
+            encoder_attention_heads=2,
+            encoder_ffn_dim=8,
+            encoder_layers=1,
+            decoder_layers=1,
+            d_model=8 * seed,
+            decoder_in_channels=[8 * seed] * 3,
+            decoder_attention_heads=2,
+            decoder_ffn_dim=8,
+            num_queries=5,
+            num_denoising=0,
+            num_labels=3,
+        )
+        for seed in (1, 2)
+    ]
+
+
+def test_a_detector_that_calls_itself_an_encoder_decoder_learns_features():
+    student, teacher = detectors()
+    tap = "model.encoder.fpn_blocks[0]"
+    batch = {"pixel_values": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
+    seen = []
+    handle = teacher.model.encoder.fpn_blocks[0].register_forward_hook(lambda *call: seen.append(call[2]))
+    outputs(teacher, batch)
+    handle.remove()
+    term = dict(type="FeatureImitation", tap=tap)
+    grafted = graft(student, teacher, [term], dry_run=batch)
+    labels = [{"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.2]])}] * 2
+    own = []
+    handle = student.model.encoder.fpn_blocks[0].register_forward_hook(lambda *call: own.append(call[2]))
+    loss, gradient = distilled(grafted, {**batch, "labels": labels})
+    handle.remove()
+    with torch.no_grad():
+        adapted = grafted.distiller.terms["feature_imitation"].adapters[0](own[0], seen[0])
+    torch.testing.assert_close(loss, (adapted - seen[0]).square().mean(), rtol=1e-4, atol=1e-6)
+    assert any("encoder" in name and value.abs().sum() > 0 for name, value in gradient.items())
+    with pytest.raises(WiringError, match="RTDetrForObjectDetection is a model of a kind that is not known here"):
+        graft(*detectors(), ["SoftTargets"])
