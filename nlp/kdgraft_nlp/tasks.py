@@ -136,7 +136,7 @@ def frame_mask(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def example(model: Any) -> dict[str, Tensor]:
-    """A small input of two samples, made from the config alone: token ids, sound, or an image of the configured size.
+    """A small input of two samples (one, of multiple choice), made from the config alone: token ids, sound, or an image of the configured size.
 
     Raises:
         DistillError: the model takes none of these.
@@ -150,7 +150,7 @@ def example(model: Any) -> dict[str, Tensor]:
         rows = 1 if task == "sequence" and getattr(config, "pad_token_id", None) is None else 2
         ids = _tokens(model, rows).to(device)
         if task == "choice":
-            ids = torch.stack([ids, ids.flip(0)], 1)
+            ids = ids[None]  # one sample of two choices, which the layers see as two texts
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif "input_features" in takes and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
         # Whisper takes spectrograms of one length.

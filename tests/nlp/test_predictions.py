@@ -9,6 +9,7 @@ import transformers
 
 import nlp_support as support
 from kdgraft import DistillError, WiringError
+from kdgraft_nlp import TeacherCache
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
 
@@ -532,3 +533,126 @@ def test_a_detector_that_calls_itself_an_encoder_decoder_learns_features():
     assert any("encoder" in name and value.abs().sum() > 0 for name, value in gradient.items())
     with pytest.raises(WiringError, match="RTDetrForObjectDetection is a model of a kind that is not known here"):
         graft(*detectors(), ["SoftTargets"])
+
+
+def listeners(kind="Wav2Vec2ForCTC", **settings):
+    sizes = dict(
+        vocab_size=12,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=[8, 8],
+        conv_kernel=[10, 4],
+        conv_stride=[5, 3],
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+        feat_extract_norm="layer",
+        do_stable_layer_norm=True,
+        layerdrop=0.0,
+        mask_time_prob=0.0,
+        apply_spec_augment=False,
+        pad_token_id=0,
+        hidden_dropout=0.0,
+        activation_dropout=0.0,
+        attention_dropout=0.0,
+        feat_proj_dropout=0.0,
+        final_dropout=0.0,
+    )
+    return [built(kind, seed, **{**sizes, "hidden_size": 8 * seed, **settings}) for seed in (1, 2)]
+
+
+def heard(padding=0):
+    """Two sounds of 400 and 250 samples."""
+    sound = torch.randn(2, 400 + padding, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(2, 400 + padding, dtype=torch.long)
+    mask[0, :400], mask[1, :250] = 1, 1
+    sound = torch.randn(2, 400, generator=torch.Generator().manual_seed(0))
+    sound = torch.cat([sound, torch.zeros(2, padding)], 1) * mask
+    return {"input_values": sound, "attention_mask": mask, "labels": torch.tensor([[3, 4, 5], [6, 7, -100]])}
+
+
+# Convolutions of 10 by 5 and of 4 by 3: 400 samples -> 79 -> 26 frames, 250 -> 49 -> 16.
+FRAMES = torch.arange(26) < torch.tensor([[26], [16]])
+
+
+@pytest.mark.parametrize("term", ["SoftTargets", "HiddenStates", dict(type="HiddenStates", loss="cosine")])
+def test_a_mask_of_samples_counts_frames(term):
+    batch = heard()
+    student = graft(*listeners(), [term])
+    loss, _ = distilled(student, batch)
+    counts = student.distiller.counts(student._distill.read(batch))
+    assert list(counts.values()) == [42]
+    if term == "SoftTargets":
+        plain = [outputs(model, batch).logits for model in listeners()]
+        torch.testing.assert_close(loss, 4 * kl(*plain, 2.0)[FRAMES].mean(), rtol=1e-4, atol=1e-6)
+    padded, _ = distilled(graft(*listeners(), [term]), heard(150))
+    torch.testing.assert_close(padded, loss, rtol=1e-4, atol=1e-6)
+
+
+def test_a_classifier_of_sounds():
+    kind = "Wav2Vec2ForSequenceClassification"
+    batch = {**heard(), "labels": torch.tensor([0, 2])}
+    plain = [outputs(model, batch).logits for model in listeners(kind, num_labels=3)]
+    student = graft(*listeners(kind, num_labels=3), ["SoftTargets", "HiddenStates"])
+    distilled(student, batch)
+    losses = student._distill.losses
+    torch.testing.assert_close(losses["distill.soft_targets.loss"], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
+    assert losses["distill.hidden_states.loss"] > 0
+
+
+def test_labels_that_are_no_frames_cannot_say_which_count():
+    with pytest.raises(WiringError, match="tokens='labelled' is for models that predict per labelled token"):
+        graft(*listeners(), [dict(type="SoftTargets", tokens="labelled")])
+
+
+def quizzed(extra=0):
+    """Three questions with four choices of their own lengths."""
+    lengths = torch.tensor([[3, 5, 4, 2], [5, 5, 3, 4], [2, 3, 4, 5]])
+    ids = torch.randint(5, 40, (3, 4, 5), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(5) < lengths[..., None]).long()
+    ids, mask = (torch.cat([x, torch.zeros(3, 4, extra, dtype=torch.long)], -1) for x in (ids * mask, mask))
+    return {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 3, 1])}
+
+
+def choosers():
+    return [support.quiet(support.model("bert", 16 * seed, seed=seed, kind="BertForMultipleChoice")) for seed in (1, 2)]
+
+
+def test_soft_targets_of_multiple_choice_are_over_the_choices():
+    batch = quizzed()
+    plain = [outputs(model, batch).logits for model in choosers()]
+    assert plain[0].shape == (3, 4)
+    student = graft(*choosers(), ["SoftTargets"])
+    torch.testing.assert_close(distilled(student, batch)[0], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
+    assert student.distiller.counts(student._distill.read(batch))["soft_targets"] == 3
+
+
+@pytest.mark.parametrize(
+    ("term", "count"),
+    [
+        ("HiddenStates", 45),
+        ("Embeddings", 45),
+        ("AttentionMaps", None),
+        (dict(type="Relations", of=("query", "value")), 12),
+        (dict(type="PatientStates", layers="last"), 12),
+    ],
+)
+def test_layers_see_each_choice_as_a_text(term, count):
+    student = graft(*choosers(), [term])
+    loss, _ = distilled(student, quizzed())
+    torch.testing.assert_close(distilled(student, quizzed(3))[0], loss, rtol=1e-4, atol=1e-6)
+    counts = student.distiller.counts(student._distill.read(quizzed()))
+    if count is not None:
+        assert list(counts.values()) == [count]
+    # The same choices as plain texts of the encoder beneath.
+    flat = {name: value.flatten(0, 1) for name, value in quizzed().items() if name != "labels"}
+    texts = graft(*(model.bert for model in choosers()), [term]).train()
+    texts.distiller.terms.load_state_dict(student.distiller.terms.state_dict())
+    torch.testing.assert_close(support.loss_of(texts, flat), loss, rtol=1e-4, atol=1e-6)
+
+
+def test_states_of_several_texts_a_sample_are_not_cached():
+    cache = TeacherCache()
+    student = graft(*choosers(), ["SoftTargets", "HiddenStates"], cache=cache).train()
+    with pytest.raises(WiringError, match="12 rows for 3 samples.*leave the cache or the term out"):
+        student(**quizzed(), sample_ids=["a", "b", "c"])
