@@ -93,6 +93,10 @@ class TeacherCache:
         for tap in taps:
             value = recording[tap]
             value = value[0] if isinstance(value, (tuple, list)) else value
+            if len(value) != len(ids):
+                raise WiringError(
+                    f"'{tap}' has {len(value)} rows for {len(ids)} samples, which cannot be cached; leave the cache or the term out"
+                )
             per_token = mask is not None and (value.ndim == 3 or tap.text in ("[start_logits]", "[end_logits]"))
             if per_token:
                 self._per_token.add(str(tap))

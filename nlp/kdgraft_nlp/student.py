@@ -34,8 +34,8 @@ from .cache import TeacherCache
 from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
 from .registry import TERMS
-from .tasks import AUTO_CLASSES, accepted, example, task_of
-from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
+from .tasks import accepted, auto_class, decoder_inputs, example, frame_mask, has_decoder, task_of
+from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, Frames, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
 
@@ -68,6 +68,7 @@ class Link:
         self.task = task
         self.takes = takes
         self.teacher_takes = accepted(teacher) if teacher is not None else set()
+        self.frames: tuple[Frames, Frames] = (None, None)
         self.order: Tensor | None = None
         self.batch: Batch | None = None
         self.step: Step | None = None
@@ -79,6 +80,10 @@ class Link:
         self.cache: TeacherCache | None = None
         self.host_factor = 1.0
         """What the Trainer multiplies the model's own loss by, relative to the terms'."""
+
+    def read(self, inputs: Mapping[str, Any]) -> Batch:
+        """What terms know of a batch."""
+        return read_batch(inputs, self.task, self.frames)
 
     def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Without what only the teacher takes."""
@@ -92,7 +97,7 @@ class Link:
         other = own.get("input_ids") is not None
         if other:  # another tokenizer: nothing of the student's tokens
             found = {**{k: v for k, v in inputs.items() if not _per_token(k)}, **own}
-        if getattr(teacher.config, "is_encoder_decoder", False) and found.get("decoder_input_ids") is None:
+        if has_decoder(teacher) and found.get("decoder_input_ids") is None:
             labels = own.get("labels") if other else found.get("labels")
             if other and labels is None:
                 raise DistillError(
@@ -100,7 +105,7 @@ class Link:
                     "teacher_decoder_input_ids or teacher_labels"
                 )
             if labels is not None:
-                found["decoder_input_ids"] = teacher.prepare_decoder_input_ids_from_labels(labels=labels)
+                found["decoder_input_ids"] = decoder_inputs(teacher, labels)
         keep = self.teacher_takes - LABELS
         found = {name: value for name, value in found.items() if name in keep}
         if "use_cache" in keep:
@@ -129,7 +134,7 @@ class Grafted:
         own = link.of_student(inputs)
         if distiller is None or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(*args, **own)
-        batch = link.batch if link.batch is not None else read_batch(inputs, link.task)
+        batch = link.batch if link.batch is not None else link.read(inputs)
         step = link.step if link.step is not None else Step(link.steps, 0)
         link.steps += 1
         device = next(self.parameters()).device  # type: ignore[attr-defined]
@@ -261,6 +266,8 @@ def graft(
     with isolated_rng():
         held = build_teacher(teacher, student, task) if terms else None
     link = Link(task, None if held is None else held.model, takes)
+    if held is not None:
+        link.frames = frame_mask(student), frame_mask(held.model)
     kind: Any = student.__class__
     student.__class__ = _graft_class(kind)
     model._distill = link
@@ -360,12 +367,13 @@ def _load_teacher(folder: Path, student: nn.Module, task: str) -> nn.Module:
         raise DistillError(
             f"no teacher at {folder}: there is no config.json; give the folder that save_pretrained wrote"
         )
-    if task not in AUTO_CLASSES:
+    loads = auto_class(student)
+    if loads is None:
         raise DistillError(
             f"cannot tell which kind of model {type(student).__name__} is; load the teacher and pass the model"
         )
     try:
-        model, found = AUTO_CLASSES[task].from_pretrained(folder, output_loading_info=True)
+        model, found = loads.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise DistillError(f"cannot load the teacher {folder}: {' '.join(str(error).split())[:300]}") from None
     problems = [

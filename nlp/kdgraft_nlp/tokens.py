@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,25 @@ class Side:
         decoder: the same for a decoder's own tokens; ``None`` without a decoder.
         labelled: ``(B, L)`` boolean: positions whose logits have a label (for a causal model the one *before* the labelled
             token); ``None`` without labels.
+        unknown: a decoder's tokens have come, and nothing says which of them are padding.
     """
 
     real: Tensor | None
     decoder: Tensor | None = None
     labelled: Tensor | None = None
+    unknown: bool = False
 
     def of(self, stack: str) -> Tensor | None:
-        """The real tokens that a stack's hidden states stand for."""
+        """The real tokens that a stack's hidden states stand for.
+
+        Raises:
+            DistillError: they cannot be told from padding.
+        """
+        if self.unknown and stack in ("decoder", "cross"):
+            raise DistillError(
+                "which tokens of the decoder are padding cannot be told: let the collator give labels (−100 for padding) or "
+                "decoder_attention_mask"
+            )
         return self.decoder if stack in ("decoder", "cross") else self.real
 
 
@@ -47,11 +58,12 @@ class Tokens:
     """The tokens of both models in one batch.
 
     Attributes:
-        size: number of samples.
+        size: number of samples; of multiple choice, of their choices.
         student, teacher: each model's side.
         pairs: ``(B, P, 2)`` positions that belong together where the two are tokenised differently; ``None`` where position i is
             the same token for both.
         packed: several texts may stand in one row, told apart by ``position_ids`` alone.
+        samples: number of samples, each of which has one answer.
     """
 
     size: int
@@ -59,6 +71,7 @@ class Tokens:
     teacher: Side
     pairs: Tensor | None = None
     packed: bool = False
+    samples: int = 0
 
 
 def tokens_of(batch: Batch) -> Tokens:
@@ -66,22 +79,34 @@ def tokens_of(batch: Batch) -> Tokens:
     return batch.extra["tokens"]
 
 
-def read_batch(inputs: Mapping[str, Any], task: str) -> Batch:
-    """A :class:`~kdgraft.regions.Batch` from what a collator made."""
+Frames = Callable[[Tensor], Tensor] | None
+
+
+def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[Frames, Frames] = (None, None)) -> Batch:
+    """A :class:`~kdgraft.regions.Batch` from what a collator made.
+
+    Args:
+        inputs: the batch.
+        task: the student's, see :func:`~kdgraft_nlp.tasks.task_of`.
+        frames: of student and teacher, what makes masks of frames from masks of samples of sound.
+    """
     own = {name: value for name, value in inputs.items() if name not in (TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS)}
     tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors:
         raise DistillError("the batch holds no tensors; the collator has to return a dict of them")
     given, pairs = inputs.get(TEACHER_INPUTS, {}), inputs.get(TOKEN_PAIRS)
-    student = _side(own, task)
+    student = _side(own, task, frames[0])
     if given.get("input_ids") is not None:  # other tokens: nothing that the student's say holds of them
-        teacher = _side(given, task)
+        teacher = _side(given, task, frames[1])
         if teacher.labelled is None and pairs is not None and teacher.real is not None:
             teacher.labelled = carried_over(student.labelled, pairs, teacher.real)
     else:
-        teacher = _side({**own, **given}, task)
+        teacher = _side({**own, **given}, task, frames[1])
     packed = "position_ids" in own and "attention_mask" not in own
-    return Batch(labels=own.get("labels"), extra={"tokens": Tokens(len(tensors[0]), student, teacher, pairs, packed)})
+    samples = len(tensors[0])
+    size = samples if task != "choice" or student.real is None else len(student.real)
+    tokens = Tokens(size, student, teacher, pairs, packed, samples)
+    return Batch(labels=own.get("labels"), extra={"tokens": tokens})
 
 
 def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor | None:
@@ -104,14 +129,18 @@ def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor
     return found & (last > 0) & real
 
 
-def _side(inputs: Mapping[str, Any], task: str) -> Side:
+def _side(inputs: Mapping[str, Any], task: str, frames: Frames) -> Side:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool) if ids is not None else None
+    if task == "choice" and real is not None and real.ndim == 3:
+        real = real.flatten(0, 1)  # the layers see each choice as a text of its own
     if real is not None and real.ndim != 2:
         raise DistillError(f"attention_mask must be (B, L), got {tuple(real.shape)}")
+    if real is not None and frames is not None:
+        real = frames(real)
     labels = inputs.get("labels")
     labelled = decoder = None
-    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
+    if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point() and task != "ctc":
         labelled = labels != IGNORED
         if task == "seq2seq":
             decoder = labelled
@@ -119,7 +148,8 @@ def _side(inputs: Mapping[str, Any], task: str) -> Side:
             labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], 1)
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()
-    return Side(real, decoder, labelled)
+    unknown = decoder is None and (task == "seq2seq" or "decoder_input_ids" in inputs)
+    return Side(real, decoder, labelled, unknown)
 
 
 def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:

@@ -28,7 +28,6 @@ from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
 from .registry import RECIPES
 from .student import Grafted, TextDistiller, accepted, graft
-from .tokens import read_batch
 
 logger = logging.getLogger("kdgraft")
 
@@ -119,8 +118,8 @@ class Distilling(_Host):
     def _count(self, batches: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         """Each term's items over the whole accumulated batch and all processes."""
         assert self.distiller is not None
-        task = self.model._distill.task
-        parts = [self.distiller.counts(read_batch(batch, task)) for batch in batches]
+        link = self.model._distill
+        parts = [self.distiller.counts(link.read(batch)) for batch in batches]
         names = sorted(set.intersection(*(set(part) for part in parts)))
         if not names:
             return {}
@@ -136,7 +135,7 @@ class Distilling(_Host):
         self._check_host(model, inputs, num_items_in_batch)
         state = self.state
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
-        link.batch, link.losses = read_batch(inputs, link.task), None
+        link.batch, link.losses = link.read(inputs), None
         link.step, link.totals, link.parts = Step(state.global_step, int(state.epoch or 0)), self._totals, parts
         link.host_factor = self._host_factor(num_items_in_batch) / (
             1 if self._host_scales(num_items_in_batch) else parts

@@ -334,7 +334,7 @@ def test_outputs_that_are_no_classes_are_refused():
         graft(*models, ["SoftTargets"])
     models = [support.model("bert", seed=s, problem_type="multi_label_classification") for s in (1, 2)]
     with pytest.raises(WiringError, match="multi_label_classification"):
-        graft(*models, ["SoftTargets"])
+        graft(*models, ["ForwardKL"])
 
 
 @pytest.mark.parametrize(
