@@ -20,6 +20,7 @@ from kdgraft.losses import (
     weighted_ratio,
 )
 from kdgraft.losses.affinity import Pool, check_patch, pool_nodes
+from kdgraft.losses.scale import unit
 from kdgraft.losses.soft_targets import check_temperature
 from kdgraft.regions import Batch
 from kdgraft.taps import Recording
@@ -212,10 +213,10 @@ class CrossImageRelations(FeatureTerm):
         drawn = torch.rand(kept.numel(), generator=self._random.of_this_rank()).to(t.device)[position].argsort()
         order = drawn[group[drawn].argsort(stable=True)]
         order = order[_number_in_group(group[order]) < self.new_pixels]
-        pixels = F.normalize(_at(t, position[order]).float(), dim=1)
+        pixels = unit(_at(t, position[order]).float(), 1)
         self._enqueue(self.pixels, self.seen[0], gather_rows(pixels), gather_rows(group[order] % classes))
-        unit = F.normalize(t.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-        sums = unit.new_zeros(len(labels) * classes, t.shape[1]).index_add(0, group, unit[position])
+        directions = unit(t.float(), 1).permute(0, 2, 3, 1).flatten(0, 2)
+        sums = directions.new_zeros(len(labels) * classes, t.shape[1]).index_add(0, group, directions[position])
         present = group.unique()
         regions = F.normalize(sums[present], dim=1)
         self._enqueue(self.regions, self.seen[1], gather_rows(regions), gather_rows(present % classes))
