@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdgraft.distributed import SharedRandom, gather_over_ranks, gather_rows
-from kdgraft.errors import DistillError, check_number
+from kdgraft.errors import DistillError, check_flag, check_number
 from kdgraft.losses import (
     Ratio,
     class_prototypes,
@@ -131,6 +131,7 @@ class CrossImageRelations(FeatureTerm):
             check_number("CrossImageRelations", name, part)
         self.temperature, self.nodes, self.anchors, self.contrast = temperature, nodes, anchors, contrast
         self.pixels_per_class, self.regions_per_class, self.new_pixels = pixels_per_class, regions_per_class, new_pixels
+        check_flag("CrossImageRelations", "across_ranks", across_ranks)
         self.across_ranks = across_ranks
         self._random = SharedRandom()
 
