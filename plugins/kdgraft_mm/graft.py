@@ -23,7 +23,7 @@ from torch import Tensor
 
 from kdgraft.classes import class_order
 from kdgraft.distiller import HostDistiller, Replay
-from kdgraft.errors import DistillError, WiringError, check_number, nearest
+from kdgraft.errors import DistillError, WiringError, check_flag, check_number, nearest
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Batch
@@ -441,6 +441,8 @@ def build_teacher(spec: Any, models: MMRegistry) -> Teacher:
     for key in ("config", "checkpoint"):
         if not spec.get(key):
             raise DistillError(f"teacher needs {key}=…; write teacher=dict(config='…', checkpoint='teacher.pth')")
+    trusted = spec.get("trusted", False)
+    check_flag("teacher", "trusted", trusted)
     config = load_config(spec["config"])
     imports = config.get("custom_imports")
     if imports and not config.filename:
@@ -452,7 +454,7 @@ def build_teacher(spec: Any, models: MMRegistry) -> Teacher:
         model,
         spec["checkpoint"],
         precision=spec.get("precision", "inherit"),
-        trusted=bool(spec.get("trusted", False)),
+        trusted=trusted,
         safe_types=SAFE_TYPES,
     )
 
