@@ -59,6 +59,10 @@ class LocalizationDistillation(Term):
         for given in (variant, vlr_variant):
             if given not in ("code", "paper"):
                 raise DistillError(f"LocalizationDistillation: variant must be 'code' or 'paper', got {given!r}")
+        if region == "main" and vlr_variant != "paper":
+            raise DistillError(
+                "LocalizationDistillation: vlr_variant says which anchors region='vlr' has; leave it out"
+            )
         self.temperature, self.region, self.variant, self.vlr_variant = temperature, region, variant, vlr_variant
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:

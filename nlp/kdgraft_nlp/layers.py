@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdgraft.adapters import AdapterKind, build_adapter
-from kdgraft.errors import WiringError
+from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, attention_distributions, attention_scores, cosine, hint, patient, token_relations
 from kdgraft.regions import Batch
 from kdgraft.taps import Recording, Tap
@@ -249,6 +249,10 @@ class Relations(AttentionTerm):
             check_choice(self, "of", kind, ("query", "key", "value", "attention"))
         if not of or self.stack == "cross":
             raise WiringError(f"{self.name}: of names what is related, and relations of stack 'cross' have no meaning")
+        if heads is not None and set(of) == {"attention"}:
+            raise DistillError(
+                "Relations: heads are those of query, key and value; leave it out of of='attention' alone"
+            )
         self.of, self.heads = of, heads
 
     def wire(self, wiring: Wiring) -> None:
@@ -435,6 +439,10 @@ class PatientStates(HiddenStates):
         adapter: AdapterKind | None = None,
         **settings: Any,
     ) -> None:
+        if "loss" in settings:
+            raise DistillError(
+                "PatientStates takes no argument 'loss': it compares normalised states; use HiddenStates"
+            )
         super().__init__(layers, adapter=adapter or "none", **settings)
         check_choice(self, "variant", variant, ("paper", "code"))
         self.adapter_given = adapter is not None

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from kdgraft.errors import DistillError, WiringError
+from kdgraft.errors import DistillError, WiringError, check_flag
 from kdgraft.losses import (
     Ratio,
     binary_soft_targets,
@@ -115,6 +115,10 @@ class LogitTerm(Term):
                     for states, model in ((student, wiring.student), (teacher, wiring.teacher))
                 )
             self._check(student, teacher, wiring)
+            if self.tokens != "auto" and (self.task == "question" or student.ndim == 2):
+                raise WiringError(
+                    f"{self.name}: tokens={self.tokens!r} is for models that predict per token, and this one does not; leave it out"
+                )
             adapter = "in chunks" if self.chunked else "–"
             region = self._region(student)
             self.rows.append(self.row(student, teacher, taps=(s_tap, t_tap), adapter=adapter, region=region))
@@ -367,6 +371,7 @@ class SkewedKL(Divergence):
     def __init__(self, alpha: float = 0.1, *, reverse: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
         check_share("alpha", alpha)
+        check_flag("SkewedKL", "reverse", reverse)
         self.alpha, self.reverse = alpha, reverse
 
     def compare(self, student: Tensor, teacher: Tensor) -> Tensor:

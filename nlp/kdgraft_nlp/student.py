@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from kdgraft.teacher import Teacher
 from torch import Tensor, nn
 
 from kdgraft.classes import class_order
@@ -27,7 +28,6 @@ from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Batch
 from kdgraft.schedules import Step
 from kdgraft.taps import Recorder, Recording
-from kdgraft.teacher import Teacher
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache

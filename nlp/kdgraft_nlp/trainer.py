@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from kdgraft.teacher import read_checkpoint
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -22,7 +23,6 @@ from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
 from kdgraft.registry import expand_recipe
 from kdgraft.schedules import Step
-from kdgraft.teacher import read_checkpoint
 
 from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator

@@ -16,10 +16,10 @@ from .losses.masked_generation import FeatureGenerator
 from .regions import Batch
 from .registry import TERMS
 from .taps import Recording
-from .terms import FeatureImitation, Taps, Wiring, adapter_where_channels_differ, check_maps, sum_of
+from .terms import AdaptedTerm, Taps, Wiring, adapter_where_channels_differ, check_maps, sum_of
 
 
-class PerImageImitation(FeatureImitation):
+class PerImageImitation(AdaptedTerm):
     """Base: a loss per image, divided by the number of images; several maps (the levels of a pyramid) add up.
 
     An image without a position that counts is not counted.

@@ -76,6 +76,11 @@ class Tap:
         method = "forward"
         if what and what.startswith("()"):
             path, _, method = path.rpartition(".")
+            if method != "forward" and hasattr(nn.Module, method):
+                raise WiringError(
+                    f"tap {text!r}: '{method}' is no step of a model's pass, but what every module has; tap the module's output, "
+                    "or a method of its own class"
+                )
         parts = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in index)
         side = what.rpartition(":")[2] if what else ""
         return cls(text, path, method, side == "input", parts, side == "inputs")
@@ -211,7 +216,7 @@ class Recording:
                 container: Any = value
                 try:
                     value = getattr(container, str(key)) if by_name else container[key]
-                except (IndexError, KeyError, TypeError, AttributeError):
+                except (IndexError, KeyError, TypeError, AttributeError, RuntimeError):
                     has = f"{len(value)} entries" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
                     raise WiringError(f"tap '{tap}' of the {self.owner}: no [{key}] in {has}") from None
         return value

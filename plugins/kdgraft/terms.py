@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from .adapters import AdapterKind, build_adapter
 from .auxiliary import Auxiliary
 from .distributed import total_over_ranks, world_size
-from .errors import DistillError, WiringError
+from .errors import DistillError, WiringError, check_flag, check_number, check_share
 from .losses import Ratio, channel_wise, hint, logit_matching, mixed_targets, pearson, soft_targets, weighted_ratio
 from .losses.soft_targets import check_temperature
 from .regions import All, Batch, Region
@@ -93,10 +92,10 @@ class Term(nn.Module):
     ) -> None:
         super().__init__()
         kind = type(self).__name__
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
-            raise DistillError(f"{kind}: weight must be a number >= 0, got {weight!r}")
+        check_number(kind, "weight", weight)
         self.weight = float(weight)
         self.schedule = build_schedule(schedule)
+        check_number(kind, "weight times the schedule's largest factor", self.weight * self.schedule.largest)
         self.name = (
             name if name is not None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.removesuffix("Loss")).lower()
         )
@@ -237,34 +236,21 @@ class TapTerm(Term):
         return recording.tensors(tap)
 
 
-@TERMS.register
-class FeatureImitation(TapTerm):
-    """The student's features imitate the teacher's through an adapter, on a region, by any loss per position.
-
-    With the defaults this is FitNets' hint (arXiv 1412.6550) with Chen et al.'s (NeurIPS 2017) adapter, on every position.
-    Several tensors (the levels of a pyramid) weigh alike: the mean of their losses.
+class AdaptedTerm(TapTerm):
+    """Base of terms on features: the student's pass through an adapter to the teacher's, and a region says what counts.
 
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
         adapter: ``"auto"``, ``"conv1x1"``, ``"linear"`` or ``"none"``; sized by the dry run, one per tensor.
         region: ``"all"`` (padding excluded), ``"foreground"`` where the host has boxes, or a third party's.
-        loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
-            per position; ``dict(type="hint", norm="l1")`` sets its arguments.
     """
 
     def __init__(
-        self,
-        tap: Taps | None = None,
-        *,
-        adapter: AdapterKind = "auto",
-        region: Any = "all",
-        loss: Any = "hint",
-        **settings: Any,
+        self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
     ) -> None:
         super().__init__(tap, **settings)
         self.adapter_kind: AdapterKind = adapter
         self.region, self.region_name = build_region(region, self)
-        self.loss = _loss_function(loss)
         self.adapters = nn.ModuleList()
         self.placed: list[bool] = []
 
@@ -273,26 +259,17 @@ class FeatureImitation(TapTerm):
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
             adapter = build_adapter(self._adapter_kind(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
-            self._check_loss(adapter(s.detach(), t), t)
+            self._check_adapted(adapter(s.detach(), t), t)
             self.adapters.append(adapter)
             self.rows.append(
                 self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region=self.region_name)
             )
 
-    def _check_loss(self, student: Tensor, teacher: Tensor) -> None:
-        dim = class_dim(teacher)
-        places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
-        if found != places:
-            raise WiringError(
-                f"{self.name}: a loss on features gives one value a position, {tuple(places)} here, and this one gives "
-                f"{tuple(found)}; take another, or a term of its own (PearsonImitation, ChannelWise)"
-            )
-
     def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
         return self.adapter_kind
 
-    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+    def _check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        """Raises a :class:`WiringError` where the term cannot compare the adapted tensor with the teacher's."""
 
     def aligned(
         self, student: Recording, teacher: Recording, batch: Batch
@@ -306,6 +283,36 @@ class FeatureImitation(TapTerm):
                 t = t.masked_fill((weight == 0)[:, None], 0)
             yield adapter(s, t), t, weight
 
+
+@TERMS.register
+class FeatureImitation(AdaptedTerm):
+    """The student's features imitate the teacher's through an adapter, on a region, by any loss per position.
+
+    With the defaults this is FitNets' hint (arXiv 1412.6550) with Chen et al.'s (NeurIPS 2017) adapter, on every position.
+    Several tensors (the levels of a pyramid) weigh alike: the mean of their losses.
+
+    Args:
+        tap, student_tap, teacher_tap, adapter, region: see :class:`AdaptedTerm`.
+        loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
+            per position; ``dict(type="hint", norm="l1")`` sets its arguments.
+    """
+
+    def __init__(self, tap: Taps | None = None, *, loss: Any = "hint", **settings: Any) -> None:
+        super().__init__(tap, **settings)
+        self.loss = _loss_function(loss)
+
+    def _check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        dim = class_dim(teacher)
+        places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
+        if found != places:
+            raise WiringError(
+                f"{self.name}: a loss on features gives one value a position, {tuple(places)} here, and this one gives "
+                f"{tuple(found)}; take another, or a term of its own (PearsonImitation, ChannelWise)"
+            )
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
         items = self.loss(student, teacher, dim=class_dim(teacher), reduction="none")
         return weighted_ratio(items, weight)
@@ -317,7 +324,7 @@ class Hint(FeatureImitation):
 
 
 @TERMS.register
-class PearsonImitation(FeatureImitation):
+class PearsonImitation(AdaptedTerm):
     """Features that correlate with the teacher's, channel by channel, whatever their scale (PKD; Cao et al. 2022, arXiv 2207.02039).
 
     The correlation is over all positions of the batch, on several processes over those of all of them. The losses of several
@@ -328,11 +335,6 @@ class PearsonImitation(FeatureImitation):
         adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
         region: ``"all"`` (padding excluded) or another; positions at weight 0 take no part.
     """
-
-    def __init__(
-        self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
-    ) -> None:
-        super().__init__(tap, adapter=adapter, region=region, **settings)
 
     def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
         return adapter_where_channels_differ(self.adapter_kind, student, teacher)
@@ -427,8 +429,7 @@ class SoftTargets(TapTerm):
     ) -> None:
         super().__init__(tap, **settings)
         check_temperature(temperature)
-        if not 0 <= hard_weight <= 1:
-            raise DistillError(f"SoftTargets: hard_weight must be in [0, 1], got {hard_weight}")
+        check_share("SoftTargets", "hard_weight", hard_weight)
         self.temperature, self.hard_weight = temperature, hard_weight
 
     def wire(self, wiring: Wiring) -> None:
@@ -478,6 +479,7 @@ class LogitMatching(TapTerm):
         **settings: Any,
     ) -> None:
         super().__init__(tap, **settings)
+        check_flag("LogitMatching", "center", center)
         self.center = center
 
     def wire(self, wiring: Wiring) -> None:
@@ -520,7 +522,7 @@ def _loss_function(spec: Any) -> Callable[..., Tensor]:
     if not callable(function):
         raise DistillError(f"loss must be a name, a dict with a type, or a function; got {spec!r}")
     takes = inspect.signature(function).parameters
-    unknown = [key for key in settings if key not in takes]
+    unknown = [key for key in settings if key not in takes or key in ("dim", "weight", "reduction")]
     if unknown or not {"dim", "reduction"} <= set(takes):
         name = getattr(function, "__name__", repr(function))
         problem = f"takes no {unknown[0]!r}" if unknown else "must take dim and reduction to be used on features"
@@ -627,6 +629,8 @@ def adapter_label(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:
 
 
 def _parse(taps: Any) -> list[Tap]:
+    if isinstance(taps, (list, tuple)) and not taps:
+        raise DistillError("a term needs at least one tap, got an empty list")
     return [Tap.parse(tap) for tap in (taps if isinstance(taps, (list, tuple)) else [taps])]
 
 

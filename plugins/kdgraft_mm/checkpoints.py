@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from kdgraft.teacher import read_checkpoint, weights_of
 from mmengine.config import Config
 
 from kdgraft.errors import DistillError
-from kdgraft.teacher import read_checkpoint, weights_of
 
 from .configs import plain_config
 

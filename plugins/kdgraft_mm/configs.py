@@ -27,8 +27,12 @@ class MissingConfig(DistillError):
     """A config file that is not there: an error when training starts, none of a model built for inference."""
 
 
-def load_config(source: Any) -> Config:
+def load_config(source: Any, *, imports: bool = True) -> Config:
     """A config from a path, ``"mmdet::gfl/gfl_r50_fpn_1x_coco.py"``, a dict or a :class:`Config`.
+
+    Args:
+        source: see above.
+        imports: whether a file's ``custom_imports`` are imported.
 
     Raises:
         MissingConfig: no such file.
@@ -37,10 +41,19 @@ def load_config(source: Any) -> Config:
         return source
     if isinstance(source, Mapping):
         return Config({"model": dict(source)} if "type" in source else dict(source))
-    path = Path(_packaged(str(source)) if "::" in str(source) else str(source)).expanduser()
+    return Config.fromfile(config_file(str(source)), import_custom_modules=imports)
+
+
+def config_file(source: str) -> Path:
+    """The file of a config named by its path or as ``"mmdet::…"``.
+
+    Raises:
+        MissingConfig: no such file.
+    """
+    path = Path(_packaged(source) if "::" in source else source).expanduser()
     if not path.is_file():
         raise MissingConfig(f"config not found: {source}")
-    return Config.fromfile(path)
+    return path
 
 
 def _packaged(name: str) -> str:
@@ -57,8 +70,8 @@ def model_of(config: Config) -> ConfigDict:
     Raises:
         DistillError: the config has none.
     """
-    if "model" not in config:
-        raise DistillError(f"config {config.filename or ''} has no 'model'")
+    if not isinstance(config.get("model"), Mapping):
+        raise DistillError(f"config {config.filename or ''} has no 'model' with a type and its settings")
     model = ConfigDict(config.model)
     if config.get("data_preprocessor") is not None:
         model.setdefault("data_preprocessor", config.data_preprocessor)

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from mmengine.runner import Runner
-
 from kdgraft.teacher import load_strictly, read_checkpoint, weights_of
+from mmengine.runner import Runner
 
 from .checkpoints import SAFE_TYPES
 

@@ -18,6 +18,7 @@ from mmengine.device import utils as device_utils
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
+from mmengine.utils import import_modules_from_strings
 
 from kdgraft.errors import DistillError
 from kdgraft.isolation import isolated_rng
@@ -27,11 +28,12 @@ from kdgraft.terms import WiringRow
 
 from .configs import load_config
 from .graft import Graft
+from .outline import check_outline, check_terms, missing_data
 from .state import KEY
 
 PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
 """What registers the models that configs name."""
-MISTAKES = (SyntaxError, KeyError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError)
+MISTAKES = (SyntaxError, LookupError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError)
 """What hosts raise over a config that is wrong."""
 
 
@@ -73,23 +75,38 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
         DistillError: no such file, or an override that is no ``KEY=VALUE``.
     """
     with config_mistakes(path):
-        config = load_config(path)
-    overrides: dict[str, Any] = {}
-    for option in options:
-        key, equals, value = option.partition("=")
-        if not equals:
-            raise DistillError(f"--cfg-options takes KEY=VALUE, got {option!r}")
-        overrides[key] = DictAction._parse_iterable(value)
-    with config_mistakes(path):
-        config.merge_from_dict(overrides)
-    if "model" not in config:
+        config = load_config(path, imports=False)
+        config.merge_from_dict(dict(map(_parsed, options)))
+    if not isinstance(config.get("model"), dict):
         raise DistillError(f"{path} has no 'model'; it is not the config of a training")
     kind = str(getattr(config.model.get("type"), "__name__", config.model.get("type")))
     plugin = PLUGINS.get(kind)
+    with config_mistakes(path):
+        if plugin is not None:
+            check_outline(config, plugin)
+        if config.get("custom_imports"):
+            import_modules_from_strings(**config.custom_imports)
     if plugin is not None and plugin not in sys.modules:
         raise DistillError(f"config {path}: {kind} is not imported; add custom_imports = dict(imports=['{plugin}'])")
+    if plugin is not None:
+        with config_mistakes(path):
+            check_terms(config.model, sys.modules[plugin].TERMS, sys.modules[plugin].RECIPES)
     config.setdefault("default_scope", "mmseg" if kind == "DistilledSegmentor" else "mmdet")
     return config
+
+
+def _parsed(option: str) -> tuple[str, Any]:
+    """Key and value of ``KEY=VALUE``."""
+    key, equals, value = option.partition("=")
+    if not equals or not key:
+        raise DistillError(f"--cfg-options takes KEY=VALUE, got {option!r}")
+    text = value.strip("'\"")
+    if text[:1] in ("[", "(") and any(text.count(left) != text.count(right) for left, right in ("[]", "()")):
+        raise DistillError(f"--cfg-options {option!r}: a bracket is not closed")
+    try:
+        return key, DictAction._parse_iterable(value)
+    except (AssertionError, RecursionError):
+        raise DistillError(f"--cfg-options {option!r}: the brackets do not match") from None
 
 
 @contextmanager
@@ -200,9 +217,10 @@ def _without_sync_batchnorm(entry: Any) -> Any:
 
 
 def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
-    """Builds everything, runs one training step on one batch of the training set without updating, and prints the wiring.
+    """Builds everything, prints the wiring, and runs one training step on one batch of the training set without updating.
 
-    The step runs every term at its full weight, whatever its schedule begins with.
+    The step runs every term at its full weight, whatever its schedule begins with. The wiring needs no data set: where that is
+    not on this machine, it is printed all the same.
 
     Returns:
         The rows of the table.
@@ -221,9 +239,12 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
             raise DistillError(
                 f"{path} trains a plain {type(model).__name__}; set model.type='DistilledDetector' or 'DistilledSegmentor'"
             )
+        rows = model.distiller.rows if model.distiller is not None else []
+        print_rows([row._asdict() for row in rows], title=f"{type(model).__name__}: wiring")
         with config_mistakes(path):
-            loader = runner.train_loop.dataloader
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
+        with config_mistakes(path), _data_on_this_machine(config):
+            loader = runner.train_loop.dataloader
             if runner.param_schedulers is not None:
                 runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
             _ = runner.val_loop  # builds the validation set and its evaluator, where there is one
@@ -237,14 +258,28 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
         for counter in ("iter", "epoch"):  # what a train loop writes and some heads read
             runner.message_hub.update_info(counter, 0)
         with isolated_rng():
-            data = model.data_preprocessor(next(iter(loader)), True)
+            with _data_on_this_machine(config):
+                drawn = next(iter(loader))
+            data = model.data_preprocessor(drawn, True)
             losses = model(**data, mode="loss")
             total, values = model.parse_losses(losses)
             total.backward()
-        rows = model.distiller.rows if model.distiller is not None else []
-        print_rows([row._asdict() for row in rows], title=f"{type(model).__name__}: wiring")
         print_rows([{"loss": k, "first step": f"{v.item():.4g}"} for k, v in values.items()], title="one step")
         for handler in [h for h in runner.logger.handlers if isinstance(h, logging.FileHandler)]:
             runner.logger.removeHandler(handler)  # or a model built later in this process writes to a closed file
             handler.close()
     return rows
+
+
+@contextmanager
+def _data_on_this_machine(config: Config) -> Iterator[None]:
+    """Says which files of the data sets are missing, where reading them fails for that."""
+    try:
+        yield
+    except (OSError, AssertionError) as error:
+        missing = missing_data(config)
+        if not missing:
+            raise
+        raise DistillError(
+            f"the wiring above holds; the first step was not run, as its data is not on this machine: {', '.join(missing)}"
+        ) from error

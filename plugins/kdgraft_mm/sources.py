@@ -11,7 +11,7 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
-from kdgraft.errors import DistillError, WiringError, nearest
+from kdgraft.errors import DistillError, WiringError, check_flag, nearest
 from kdgraft.sources import Itself, Peer, Source, Teacher, gather_sources
 
 from .checkpoints import SAFE_TYPES
@@ -142,11 +142,13 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
     """
     known = ("config", "checkpoint", "precision", "trusted", "scale")
     spec = _checked(name, spec, known, ("config", "checkpoint"))
+    trusted = spec.get("trusted", False)
+    check_flag(name, "trusted", trusted)
     made = Teacher(
         _model(spec, models),
         spec["checkpoint"],
         precision=spec.get("precision", "inherit"),
-        trusted=bool(spec.get("trusted", False)),
+        trusted=trusted,
         safe_types=SAFE_TYPES,
     )
     made.scale = float(teacher_scale(spec))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -84,7 +83,9 @@ class MMTrainer:
             raise DistillError(f"{job.config} trained without saving a checkpoint; give it a CheckpointHook")
         weights, described = export_student(checkpoint, job.folder / STUDENT)
         scalars = runner.message_hub.log_scalars
-        metrics = {key[4:]: float(scalars[key].current()) for key in scalars if key.startswith("val/") and "time" not in key}
+        metrics = {
+            key[4:]: float(scalars[key].current()) for key in scalars if key.startswith("val/") and "time" not in key
+        }
         return TrainedModel(str(described), str(weights), metrics)
 
     def _config(self, config: str, options: Mapping[str, Any]) -> Config:
@@ -102,7 +103,9 @@ class MMTrainer:
             raise DistillError(f"{job.config} is distilled already; give the plan the plain student's config")
         student = config.model
         teachers = {
-            name: dict(config=given.config, checkpoint=given.weights) if isinstance(given, TrainedModel) else dict(given)
+            name: dict(config=given.config, checkpoint=given.weights)
+            if isinstance(given, TrainedModel)
+            else dict(given)
             for name, given in job.teachers.items()
         }
         given: dict[str, Any] = {"teachers": teachers, "terms": list(job.terms)}

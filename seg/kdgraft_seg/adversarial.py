@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kdgraft.adapters import resize_to
-from kdgraft.errors import DistillError, check_number
+from kdgraft.errors import DistillError, check_flag, check_number
 from kdgraft.losses import Ratio, adversarial, weighted_ratio
 from kdgraft.losses.adversarial import ADVERSARIES, Adversary
 from kdgraft.regions import Batch
@@ -73,6 +73,7 @@ class AdversarialMask(LogitTerm):
             raise DistillError(f"AdversarialMask: betas must be two numbers in [0, 1), got {betas!r}")
         if not isinstance(critic, (Mapping, type(None))):
             raise DistillError(f"AdversarialMask: critic must be a dict of its settings, got {critic!r}")
+        check_flag("AdversarialMask", "condition_on_image", condition_on_image)
         self.kind, self.condition_on_image = kind, condition_on_image
         self._critic = dict(critic or {})
         self._optimization: dict[str, Any] = dict(

@@ -98,7 +98,7 @@ def test_the_teachers_own_pass_ends_before_it_draws():
 
 
 def test_without_a_tap_in_it_nothing_is_replayed():
-    student, teacher, distiller = wired(FeatureImitation("backbone", adapter="none"))
+    student, _, distiller = wired(FeatureImitation("backbone", adapter="none"))
     with distiller.step(student, Batch(), Step(0, 0), lambda source: source.model(X)) as current:
         student(X)
         recorded = current.recordings["teacher"]
