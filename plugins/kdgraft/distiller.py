@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .distributed import sum_over_ranks, world_size
 from .errors import DistillError, WiringError
-from .isolation import eval_mode, isolated_rng
+from .isolation import eval_mode, isolated_rng, own_random_stream
 from .losses.reduction import Ratio, divide
 from .regions import Batch
 from .registry import TERMS, Registry
@@ -175,9 +175,12 @@ class HostDistiller(nn.Module):
         return [term for term in self._all_terms() if term.weight_at(step) != 0]
 
     def record_teacher(self, run: Callable[[], Any], device_type: str = "cpu") -> Recording:
-        """Runs the teacher without gradient, no further than the last tap, and returns what was tapped."""
+        """Runs the teacher without gradient, no further than the last tap, and returns what was tapped.
+
+        What it draws at random comes from a stream of its own: the student draws what it would without a teacher.
+        """
         self.teacher.ensure_eval()
-        with self.teacher.context(device_type):
+        with own_random_stream(), self.teacher.context(device_type):
             return self._teacher_recorder.record_prefix(self.teacher.model, run)
 
     def replay_teacher(
@@ -188,7 +191,7 @@ class HostDistiller(nn.Module):
             return teacher
         replay, recorder = self._replay
         model = self.teacher.model
-        with self.teacher.context(device_type):
+        with own_random_stream(), self.teacher.context(device_type):
             return teacher.joined(recorder.record_prefix(model, lambda: replay.run(model, student, teacher, batch)))
 
     @property
