@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .distributed import sum_over_ranks, world_size
 from .errors import DistillError, WiringError, nearest
-from .isolation import eval_mode, isolated_rng
+from .isolation import eval_mode, isolated_rng, own_random_stream
 from .losses.reduction import Ratio, divide
 from .regions import Batch
 from .registry import TERMS, Registry
@@ -370,29 +370,29 @@ class Engine(nn.Module):
                 yield current
         else:
             yield current
-        for name, source in self.sources.items():
-            if not source.trains:
-                continue
-            if name in heard:
-                with self._recorders[name].record(source.model) as recording:
-                    current.outputs[name] = run_source(source)
-                current.recordings[name] = source.marked(recording)
-            else:
+        for name in self.peers:
+            source = self.sources[name]
+            with own_random_stream(), self._recorders[name].record(source.model) as recording:
                 current.outputs[name] = run_source(source)
+            current.recordings[name] = source.marked(recording)
         for name in heard & self._replayers.keys():
             self._run_replay(current, name)
 
     def record(self, name: str, run_source: RunSource, batch: Batch, device_type: str = "cpu") -> Recording:
-        """Records one source that does not train."""
+        """Records one source that does not train.
+
+        What it draws at random comes from a stream of its own: the student draws what it would without a teacher.
+        """
         source = self.sources[name]
-        found = source.record(self._recorders[name], lambda: run_source(source), batch, device_type)
+        with own_random_stream():
+            found = source.record(self._recorders[name], lambda: run_source(source), batch, device_type)
         return source.marked(found)
 
     def _run_replay(self, current: StepInProgress, name: str) -> None:
         """Runs what of a teacher works on the student's proposals."""
         assert self._replay is not None
         replay, model, first = self._replay, self.sources[name].model, current.recordings[name]
-        with self.sources[name].context(current.device.type):
+        with own_random_stream(), self.sources[name].context(current.device.type):
             part = self._replayers[name].record_prefix(
                 model, lambda: replay.run(model, current.recordings[STUDENT], first, current.batch)
             )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import DistillError, WiringError, check_number, check_share
-from .regions import Batch, Region, on_grid, valid_positions
+from .regions import BOXES_AT_ONCE, Batch, Region, on_grid, valid_positions
 from .registry import REGIONS
 
 
@@ -68,10 +68,11 @@ class FineGrained(Region):
         size = tuple(round(side / scale) for side in feature.shape[-2:])
         own, levels = self._levels(batch, feature, (size[0], size[1]))
         threshold = self.threshold * self._best(batch, boxes, image, levels)
-        near = best_overlaps(boxes, own) > threshold[:, None, None]
         marks = feature.new_zeros(len(batch.boxes), *own.size, dtype=torch.float32)
-        mask = (marks.index_add_(0, image, near.to(torch.float32)) > 0).to(torch.float32)
-        mask = on_grid(mask, feature.shape[-2:])
+        for part in _parts(boxes):
+            near = best_overlaps(boxes[part], own) > threshold[part, None, None]
+            marks.index_add_(0, image[part], near.to(torch.float32))
+        mask = on_grid((marks > 0).to(torch.float32), feature.shape[-2:])
         if batch.image_sizes is None:
             return mask
         valid = valid_positions(batch.image_sizes, batch.padded_size, feature)
@@ -108,14 +109,21 @@ class FineGrained(Region):
         def find() -> Tensor:
             best = boxes.new_zeros(len(boxes))
             for level in levels:
-                overlaps = best_overlaps(boxes, level)
                 valid = _valid(batch, level, boxes)
-                if valid is not None:
-                    overlaps = overlaps * valid[image]
-                best = torch.maximum(best, overlaps.flatten(1).amax(1))
+                for part in _parts(boxes):
+                    overlaps = best_overlaps(boxes[part], level)
+                    if valid is not None:
+                        overlaps = overlaps * valid[image[part]]
+                    best[part] = torch.maximum(best[part], overlaps.flatten(1).amax(1))
             return best
 
         return batch.once(("fine_grained", self.scale, self.ratios, *(level.stride for level in levels)), find)
+
+
+def _parts(boxes: Tensor) -> list[slice]:
+    """All boxes of the batch, so many at a time that memory does not grow with their number."""
+    at_once = 4 * BOXES_AT_ONCE
+    return [slice(first, first + at_once) for first in range(0, len(boxes), at_once)]
 
 
 def best_overlaps(boxes: Tensor, level: _Level) -> Tensor:

@@ -122,6 +122,10 @@ def valid_positions(
     return inside.to(torch.float32)
 
 
+BOXES_AT_ONCE = 16
+"""How many boxes of an image are compared with all positions at a time, so that memory does not grow with the number of boxes."""
+
+
 @torch.no_grad()
 def foreground_weights(boxes: Sequence[Tensor], padded_size: tuple[int, int], feature: Tensor) -> Tensor:
     """Area-normalised foreground weights.
@@ -152,9 +156,16 @@ def foreground_weights(boxes: Sequence[Tensor], padded_size: tuple[int, int], fe
     area = ((x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)).masked_fill(~real, torch.inf)
     cover_y = _touched(y1, y2, padded_size[0] / height, height)
     cover_x = _touched(x1, x2, padded_size[1] / width, width)
-    cover = cover_y[:, :, :, None] & cover_x[:, :, None, :] & real[:, :, None, None]
-    owner = area[:, :, None, None].expand_as(cover).masked_fill(~cover, torch.inf).argmin(1)
-    covered = cover.any(1).to(torch.float32)
+    cover_y, cover_x = cover_y & real[..., None], cover_x & real[..., None]
+    smallest = torch.full_like(weights, torch.inf)
+    owner = torch.zeros_like(weights, dtype=torch.long)
+    for first in range(0, most, BOXES_AT_ONCE):
+        part = slice(first, first + BOXES_AT_ONCE)
+        cover = cover_y[:, part, :, None] & cover_x[:, part, None, :]
+        size, place = area[:, part, None, None].expand_as(cover).masked_fill(~cover, torch.inf).min(1)
+        owner = torch.where(size < smallest, place + first, owner)
+        smallest = torch.minimum(smallest, size)
+    covered = smallest.isfinite().to(torch.float32)
     counts = torch.zeros(len(boxes), most, device=device).scatter_add_(1, owner.flatten(1), covered.flatten(1))
     return covered / counts.gather(1, owner.flatten(1)).view_as(covered).clamp(min=1)
 

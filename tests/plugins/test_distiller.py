@@ -552,3 +552,31 @@ def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
     exec(compile(example, "README.md", "exec"), {})
     saved = torch.load("student.pth")
     assert set(saved) == {"0.weight", "0.bias", "4.weight", "4.bias"}
+
+
+class Sampling(Net):
+    """A teacher that draws random numbers at inference: of torch, numpy and ``random``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = torch.rand(5) + float(np.random.rand()) + random.random()
+        self.drawn = [*getattr(self, "drawn", []), noise]
+        return super().forward(x) + noise
+
+
+def test_a_teacher_that_draws_leaves_the_students_draws_as_they_are():
+    def drawn(distil: bool) -> list[Tensor]:
+        model = student()
+        frozen = Sampling(6)
+        step = Distiller(model, frozen, terms=[SoftTargets(4)] if distil else [], example=X)
+        frozen.drawn = []
+        torch.manual_seed(3)
+        np.random.seed(3)
+        random.seed(3)
+        found = [step(X).student for _ in range(2)]
+        assert len(frozen.drawn) == 2 * distil
+        if distil:
+            assert not torch.equal(*frozen.drawn)
+        return [*found, torch.rand(1), torch.tensor([np.random.rand(), random.random()])]
+
+    for with_teacher, without in zip(drawn(True), drawn(False), strict=True):
+        assert torch.equal(with_teacher, without)
