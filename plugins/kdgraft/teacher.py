@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import DistillError, UnsafeCheckpoint
+from .files import check_intact
 
 Precision = Literal["inherit", "fp32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -85,20 +86,23 @@ class Teacher:
         return self
 
 
-def read_checkpoint(path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = ()) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = (), map_location: Any = "cpu"
+) -> dict[str, Any]:
     """Reads a checkpoint with ``weights_only=True``.
 
     Raises:
-        DistillError: the file is missing or is no checkpoint.
+        DistillError: the file is missing, damaged or no checkpoint.
         UnsafeCheckpoint: it holds other types than tensors, plain containers and ``safe_types``.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         remote = "; download it first and give the file's path" if "://" in str(path) else ""
         raise DistillError(f"checkpoint not found: {path}{remote}")
+    check_intact(file)
     try:
         with torch.serialization.safe_globals(list(safe_types)):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=not trusted)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=not trusted)
     except Exception as error:
         text = str(error)
         if "Unsupported operand" in text:
@@ -107,7 +111,7 @@ def read_checkpoint(path: str | Path, *, trusted: bool = False, safe_types: Sequ
             reason = next((line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
             raise UnsafeCheckpoint(
                 f"checkpoint {path} holds objects that loading would execute ({reason[:160]}); if you made it yourself, "
-                "say trusted=True beside it"
+                "say --trusted, of a teacher trusted=True beside it"
             ) from None
         raise DistillError(
             f"cannot read checkpoint {path}: {text.splitlines()[0] if text else type(error).__name__}"
