@@ -69,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
-    export.add_argument("out")
-    export.add_argument("--trusted", action="store_true", help="allow a checkpoint with arbitrary pickled objects")
+    export.add_argument("out", help="the file of weights, student.pth; its config is written beside it, as student.py")
+    export.add_argument("--force", action="store_true", help="overwrite the two files where they are there already")
+    _add_trusted(export)
     export.set_defaults(run=_export)
 
     listing = commands.add_parser("list", help="terms, losses, regions, schedules, recipes; or one recipe's terms")
@@ -105,6 +106,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
 
 
+def _add_trusted(parser: argparse.ArgumentParser) -> None:
+    told = "run what a checkpoint holds beside tensors and literals; only for files that you made"
+    parser.add_argument("--trusted", action="store_true", help=told)
+
+
 def _runs(config: str) -> ModuleType:
     """Who trains a config: Python is mmengine's, YAML and TOML are recipes for Hugging Face."""
     if Path(config).suffix in (".yaml", ".yml", ".toml"):
@@ -116,7 +122,7 @@ def _runs(config: str) -> ModuleType:
 def _export(arguments: argparse.Namespace) -> None:
     require("mmengine", "a checkpoint of MMDetection or MMSegmentation")
     written = import_module("kdgraft_mm.checkpoints").export_student(
-        arguments.checkpoint, arguments.out, trusted=arguments.trusted
+        arguments.checkpoint, arguments.out, trusted=arguments.trusted, force=arguments.force
     )
     print(f"wrote {written[0]} and {written[1]}")
 

@@ -25,12 +25,10 @@ from kdgraft.report import print_rows
 from kdgraft.schedules import Constant
 from kdgraft.terms import WiringRow
 
-from .configs import load_config
+from .configs import PLUGINS, load_config, type_name
 from .graft import Graft
 from .state import KEY
 
-PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
-"""What registers the models that configs name."""
 MISTAKES = (SyntaxError, KeyError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError)
 """What hosts raise over a config that is wrong."""
 
@@ -84,9 +82,10 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
         config.merge_from_dict(overrides)
     if "model" not in config:
         raise DistillError(f"{path} has no 'model'; it is not the config of a training")
-    kind = str(getattr(config.model.get("type"), "__name__", config.model.get("type")))
+    kind = type_name(config.model)
     plugin = PLUGINS.get(kind)
-    if plugin is not None and plugin not in sys.modules:
+    imported = plugin in sys.modules or str(config.model.get("type")).startswith(f"{plugin}.")  # a path imports itself
+    if plugin is not None and not imported:
         raise DistillError(f"config {path}: {kind} is not imported; add custom_imports = dict(imports=['{plugin}'])")
     config.setdefault("default_scope", "mmseg" if kind == "DistilledSegmentor" else "mmdet")
     return config

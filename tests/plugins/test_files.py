@@ -31,12 +31,14 @@ def test_a_file_is_there_when_it_is_whole(tmp_path):
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with (
-        pytest.raises(DistillError, match=r"cannot write .*a\.txt: No space left on device; nothing was changed"),
-        written_whole(path) as part,
-    ):
+
+    def fill(part: Path) -> None:
         part.write_text("ne")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    said = r"cannot write .*a\.txt: No space left on device; nothing was changed"
+    with pytest.raises(DistillError, match=said), written_whole(path) as part:
+        fill(part)
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
 
 
