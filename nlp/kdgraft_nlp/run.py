@@ -42,6 +42,8 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 from kdgraft.errors import DistillError, nearest
+from kdgraft.files import held
+from kdgraft.launching import TIMEOUT, waiting
 from kdgraft.registry import call
 
 from .collator import DistillCollator
@@ -99,15 +101,34 @@ def train(
     resume: str | None = None,
     amp: bool = False,
     seed: int | None = None,
+    *,
+    timeout: float | None = None,
 ) -> DistillTrainer:
-    """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``."""
+    """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``, which one run holds at a time.
+
+    Args:
+        path: the recipe file.
+        options: ``a.b=value`` overrides.
+        work_dir: the ``output``.
+        resume: a checkpoint's folder, or ``"auto"`` for the latest one in ``output``.
+        amp: bf16.
+        seed: random seed.
+        timeout: seconds that a process waits for the others; ``training.ddp_timeout``, or half an hour, by default.
+    """
     config = load(path, options)
     config.setdefault("output", work_dir or f"work_dirs/{Path(path).stem}")
     if work_dir is not None:
         config["output"] = work_dir
     training = dict(config.get("training") or {})
     training.update({"bf16": True} if amp else {}, **({} if seed is None else {"seed": seed}))
+    if timeout is not None:
+        training["ddp_timeout"] = round(timeout)
     config["training"] = training
+    with held(config["output"]), waiting(training.get("ddp_timeout", TIMEOUT)):
+        return _trained(config, resume)
+
+
+def _trained(config: Mapping[str, Any], resume: str | None) -> DistillTrainer:
     trainer = build(config)
     if resume == "auto":
         resume = get_last_checkpoint(config["output"]) if Path(config["output"]).is_dir() else None

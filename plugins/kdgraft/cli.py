@@ -15,14 +15,17 @@ from types import ModuleType
 from typing import Any
 
 from . import __version__
-from .errors import DistillError, nearest
+from .errors import DistillError, check_number, nearest
 from .hosts import MissingHost, require
+from .launching import TIMEOUT, check_launch
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
 
 HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
 """Tasks that have a plugin, with the host framework that each needs."""
 DEMOS = ("det", "seg", "nlp")
 """Tasks with a demo."""
+RECIPE_FILES = (".yaml", ".yml", ".toml")
+"""How the names of recipe files for Hugging Face end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,15 +60,19 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the latest one")
     train.add_argument("--amp", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, help="random seed")
+    wait = f"seconds that a process waits for the others before all stop (default: the config's, or {TIMEOUT})"
+    train.add_argument("--timeout", type=float, metavar="SECONDS", help=wait)
     _add_options(train)
-    train.set_defaults(
-        run=lambda a: _runs(a.config).train(a.config, a.cfg_options, a.work_dir, a.resume, a.amp, a.seed)
-    )
+    _add_trusted(train)
+    lost = "resume from a checkpoint that lacks a part of the run's state (optimizer, schedulers, terms), which starts anew"
+    train.add_argument("--incomplete", action="store_true", help=lost)
+    train.set_defaults(run=_train)
 
     check = commands.add_parser("check", help="build everything, run one step, print the wiring")
     check.add_argument("config")
     _add_options(check)
-    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options))
+    _add_trusted(check)
+    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options, **_of_mm(a, "trusted")))
 
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
@@ -113,10 +120,36 @@ def _add_trusted(parser: argparse.ArgumentParser) -> None:
 
 def _runs(config: str) -> ModuleType:
     """Who trains a config: Python is mmengine's, YAML and TOML are recipes for Hugging Face."""
-    if Path(config).suffix in (".yaml", ".yml", ".toml"):
+    if Path(config).suffix in RECIPE_FILES:
         return plugin("nlp", "run")
     require("mmengine", "a config of MMDetection or MMSegmentation")
     return import_module("kdgraft_mm.run")
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    check_launch()
+    if arguments.timeout is not None:
+        check_number("train", "--timeout", arguments.timeout, 1)
+    _runs(arguments.config).train(
+        arguments.config,
+        arguments.cfg_options,
+        arguments.work_dir,
+        arguments.resume,
+        arguments.amp,
+        arguments.seed,
+        timeout=arguments.timeout,
+        **_of_mm(arguments, "trusted", "incomplete"),
+    )
+
+
+def _of_mm(arguments: argparse.Namespace, *flags: str) -> dict[str, bool]:
+    """Those of the flags that are given; a :class:`DistillError` where the host has none of them."""
+    told = {flag: True for flag in flags if getattr(arguments, flag)}
+    if told and Path(arguments.config).suffix in RECIPE_FILES:
+        raise DistillError(
+            f"--{next(iter(told))} is for configs of MMDetection and MMSegmentation, not for recipe files"
+        )
+    return told
 
 
 def _export(arguments: argparse.Namespace) -> None:

@@ -108,17 +108,22 @@ def read_checkpoint(
         if "Unsupported operand" in text:
             raise DistillError(f"cannot read checkpoint {path}: it is no file that torch.save writes") from None
         if "weights_only" in text or "Unsupported" in text or "Weights only" in text:
-            reason = next((line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
-            raise UnsafeCheckpoint(
-                f"checkpoint {path} holds objects that loading would execute ({reason[:160]}); if you made it yourself, "
-                "say --trusted, of a teacher trusted=True beside it"
-            ) from None
+            raise unsafe(f"checkpoint {path}", text) from None
         raise DistillError(
             f"cannot read checkpoint {path}: {text.splitlines()[0] if text else type(error).__name__}"
         ) from None
     if not isinstance(checkpoint, dict):
         raise DistillError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def unsafe(checkpoint: str, said: str) -> UnsafeCheckpoint:
+    """What to raise where torch refuses to read a checkpoint with ``weights_only=True`` and says why at length."""
+    reason = next((line.strip() for line in said.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+    return UnsafeCheckpoint(
+        f"{checkpoint} holds objects that loading would execute ({reason[:160]}); if you made it yourself, say --trusted, of "
+        "a teacher trusted=True beside it"
+    )
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.logging import HistoryBuffer
 
 from kdgraft.errors import DistillError
 from kdgraft.files import written_whole
@@ -24,11 +25,14 @@ def _numpy_types() -> list[Any]:
     return [np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes]
 
 
-class _Ignored:
-    """Stands for a log history while a checkpoint is read: nothing here needs one, and nothing of it runs."""
+class _History(HistoryBuffer):
+    """Becomes a log history that a file holds, without the methods that the file has for it."""
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        state.pop("statistics_methods", None)
+        self.__dict__.update(state)
+        self._set_default_statistics()
+        self.__class__ = HistoryBuffer  # what saves it again writes mmengine's own class
 
 
 def _no_attribute(*_: Any) -> None:
@@ -37,7 +41,7 @@ def _no_attribute(*_: Any) -> None:
 
 # What mmengine's own checkpoints contain beside tensors: log histories, which are numpy arrays with a little around them.
 SAFE_TYPES: tuple[Any, ...] = (
-    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_History, "mmengine.logging.history_buffer.HistoryBuffer"),
     (_no_attribute, "builtins.getattr"),
     *_numpy_types(),
 )

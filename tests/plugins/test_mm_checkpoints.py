@@ -72,9 +72,10 @@ def test_anything_else_is_refused_without_the_flag(tmp_path):
 
 
 DISTILLED = "model = dict(student='A', teacher=dict(), type='{kind}', width=4)\ncustom_imports = dict(imports=['kdgraft_det'])\n"
+PLAIN_NAME = DISTILLED.format(kind="DistilledDetector")
 
 
-def trained(tmp_path, text=DISTILLED.format(kind="DistilledDetector")):
+def trained(tmp_path, text=PLAIN_NAME):
     return saved(tmp_path, meta=dict(cfg=text, epoch=1))
 
 
