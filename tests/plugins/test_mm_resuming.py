@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
+import subprocess
+import sys
 from itertools import count
 from pathlib import Path
 from typing import ClassVar
@@ -306,3 +309,64 @@ def test_a_second_run_in_one_folder_is_refused(config, tmp_path, capsys):
         fails(capsys, ["train", config(1)], "another run is at work in", "--work-dir")
         assert main(["train", config(1), "--work-dir", str(tmp_path / "other")]) == 0
     assert main(["train", config(1)]) == 0
+
+
+STOPS = """
+import os, time, torch
+from mmengine.model import BaseModel
+from mmengine.registry import DATASETS, MODELS
+
+@MODELS.register_module()
+class StoppingModel(BaseModel):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 1)
+        self.passes = 0
+
+    def forward(self, inputs, mode="loss"):
+        self.passes += 1
+        if self.passes == 2 and os.environ["RANK"] == "1":
+            time.sleep(300)
+        return {"loss": self.layer(torch.stack(list(inputs))).square().mean()}
+
+@DATASETS.register_module()
+class Four(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return dict(inputs=torch.tensor([1.0, float(index)]))
+"""
+
+
+def test_a_process_that_stops_ends_the_run_of_the_other(config, tmp_path):
+    (tmp_path / "stopping.py").write_text(STOPS)
+    written = Config.fromfile(config())
+    written.update(custom_imports=dict(imports=["stopping"]), model=dict(type="StoppingModel"))
+    written.train_dataloader.dataset.type = "Four"
+    written.dump(tmp_path / "stops.py")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    shared = dict(PYTHONPATH=paths, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "kdgraft", "train", "stops.py", "--timeout", "20"],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        _, said = ranks[0].communicate(timeout=200)
+        assert ranks[0].returncode
+        assert "kdgraft: error: another process did not answer within 20 s (--timeout)" in said
+        assert "Traceback" not in said
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait(10)
