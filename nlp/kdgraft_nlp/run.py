@@ -41,6 +41,8 @@ from transformers import (
 )
 
 from kdgraft.errors import DistillError, nearest
+from kdgraft.files import held
+from kdgraft.launching import TIMEOUT, waiting
 from kdgraft.registry import call
 
 from .checkpoints import newest_first
@@ -99,9 +101,11 @@ def train(
     resume: str | None = None,
     amp: bool = False,
     seed: int | None = None,
-    partial: bool = False,
+    *,
+    timeout: float | None = None,
+    incomplete: bool = False,
 ) -> DistillTrainer:
-    """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``.
+    """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``, which one run holds at a time.
 
     Args:
         path: the recipe file.
@@ -110,7 +114,8 @@ def train(
         resume: a checkpoint's folder to go on from; ``"auto"``: the newest complete one in ``output``.
         amp: bfloat16.
         seed: in place of ``training.seed``.
-        partial: resume also where states of the checkpoint are missing or damaged, and begin these anew.
+        timeout: seconds that a process waits for the others; ``training.ddp_timeout``, or half an hour, by default.
+        incomplete: resume also where states of the checkpoint are missing or damaged, and begin these anew.
     """
     config = load(path, options)
     config.setdefault("output", work_dir or f"work_dirs/{Path(path).stem}")
@@ -118,14 +123,21 @@ def train(
         config["output"] = work_dir
     training = dict(config.get("training") or {})
     training.update({"bf16": True} if amp else {}, **({} if seed is None else {"seed": seed}))
+    if timeout is not None:
+        training["ddp_timeout"] = round(timeout)
     config["training"] = training
     if resume is not None:
         first = newest_first(config["output"]) if resume == "auto" else [Path(resume)]
         if not any(folder.is_dir() for folder in first):
             said = f"{resume} is no checkpoint's folder" if first else f"there is no checkpoint in {config['output']}"
             raise DistillError(f"nothing to resume: {said}")
+    with held(config["output"]), waiting(training.get("ddp_timeout", TIMEOUT)):
+        return _trained(config, resume, incomplete)
+
+
+def _trained(config: Mapping[str, Any], resume: str | None, incomplete: bool) -> DistillTrainer:
     trainer = build(config)
-    trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, partial=partial)
+    trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, incomplete=incomplete)
     trainer.save_model()
     if trainer.eval_dataset is not None:
         found = trainer.evaluate()

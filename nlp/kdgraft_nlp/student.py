@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from kdgraft.teacher import Teacher
 from torch import Tensor, nn
 
 from kdgraft.classes import class_order
@@ -27,6 +26,7 @@ from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Batch
 from kdgraft.schedules import Step
+from kdgraft.sources.teacher import Teacher
 from kdgraft.taps import Recorder, Recording
 
 from .attention import AttentionRecorder

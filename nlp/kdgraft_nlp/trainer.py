@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from kdgraft.teacher import read_checkpoint
 from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -23,6 +22,7 @@ from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
 from kdgraft.registry import expand_recipe
 from kdgraft.schedules import Step
+from kdgraft.sources.teacher import read_checkpoint
 
 from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
@@ -228,14 +228,14 @@ class Distilling(_Host):
         self._signature_columns = list(dict.fromkeys(columns))
 
     def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, partial: bool = False, **settings: Any
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, incomplete: bool = False, **settings: Any
     ) -> Any:
         """Trains as the host does.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; ``True``: the newest complete one in ``output_dir``.
             args, settings: as for the host's ``train``.
-            partial: resume also where states are missing or damaged (of optimizer, scheduler, random numbers, terms), and begin
+            incomplete: resume also where states are missing or damaged (of optimizer, scheduler, random numbers, terms), and begin
                 these anew.
 
         Raises:
@@ -244,7 +244,11 @@ class Distilling(_Host):
         self._anew = frozenset()
         if resume_from_checkpoint:
             folder, found = to_resume(
-                resume_from_checkpoint, str(self.args.output_dir), self._states(), partial, self.is_world_process_zero()
+                resume_from_checkpoint,
+                str(self.args.output_dir),
+                self._states(),
+                incomplete,
+                self.is_world_process_zero(),
             )
             self._anew, resume_from_checkpoint = frozenset(found), folder
         return super().train(resume_from_checkpoint, *args, **settings)

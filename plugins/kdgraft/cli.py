@@ -15,14 +15,17 @@ from types import ModuleType
 from typing import Any
 
 from . import __version__
-from .errors import DistillError, nearest
+from .errors import DistillError, check_number, nearest
 from .hosts import MissingHost, require
+from .launching import TIMEOUT, check_launch
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
 
 HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
 """Tasks that have a plugin, with the host framework that each needs."""
 DEMOS = ("det", "seg", "nlp")
 """Tasks with a demo."""
+RECIPE_FILES = (".yaml", ".yml", ".toml")
+"""How the names of recipe files for Hugging Face end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,23 +60,27 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the newest complete one"
     )
-    train.add_argument(
-        "--partial", action="store_true", help="with --resume: begin anew what of the checkpoint is missing or damaged"
-    )
     train.add_argument("--amp", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, help="random seed")
+    wait = f"seconds that a process waits for the others before all stop (default: the config's, or {TIMEOUT})"
+    train.add_argument("--timeout", type=float, metavar="SECONDS", help=wait)
     _add_options(train)
+    lost = "with --resume: begin anew what of the checkpoint is missing or damaged (optimizer, schedulers, terms)"
+    train.add_argument("--incomplete", action="store_true", help=lost)
+    _add_trusted(train)
     train.set_defaults(run=_train)
 
     check = commands.add_parser("check", help="build everything, run one step, print the wiring")
     check.add_argument("config")
     _add_options(check)
-    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options))
+    _add_trusted(check)
+    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options, **_of_mm(a, "trusted")))
 
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
-    export.add_argument("out")
-    export.add_argument("--trusted", action="store_true", help="allow a checkpoint with arbitrary pickled objects")
+    export.add_argument("out", help="the file of weights, student.pth; its config is written beside it, as student.py")
+    export.add_argument("--force", action="store_true", help="overwrite the two files where they are there already")
+    _add_trusted(export)
     export.set_defaults(run=_export)
 
     listing = commands.add_parser("list", help="terms, losses, regions, schedules, recipes; or one recipe's terms")
@@ -108,30 +115,55 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
 
 
+def _add_trusted(parser: argparse.ArgumentParser) -> None:
+    told = "run what a checkpoint holds beside tensors and literals; only for files that you made"
+    parser.add_argument("--trusted", action="store_true", help=told)
+
+
 def _runs(config: str) -> ModuleType:
     """Who trains a config: Python is mmengine's, YAML and TOML are recipes for Hugging Face."""
-    if Path(config).suffix in (".yaml", ".yml", ".toml"):
+    if Path(config).suffix in RECIPE_FILES:
         return plugin("nlp", "run")
     require("mmengine", "a config of MMDetection or MMSegmentation")
     return import_module("kdgraft_mm.run")
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    if arguments.partial and not arguments.resume:
-        raise DistillError("--partial belongs to --resume: it says that a checkpoint need not be complete")
+    if arguments.incomplete and not arguments.resume:
+        raise DistillError("--incomplete belongs to --resume: it says that a checkpoint need not be complete")
     seed = arguments.seed
     if seed is not None and not 0 <= seed < 2**32:
         raise DistillError(f"--seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
-    told: dict[str, Any] = {"partial": True} if arguments.partial else {}
+    check_launch()
+    if arguments.timeout is not None:
+        check_number("train", "--timeout", arguments.timeout, 1)
     _runs(arguments.config).train(
-        arguments.config, arguments.cfg_options, arguments.work_dir, arguments.resume, arguments.amp, seed, **told
+        arguments.config,
+        arguments.cfg_options,
+        arguments.work_dir,
+        arguments.resume,
+        arguments.amp,
+        seed,
+        timeout=arguments.timeout,
+        incomplete=arguments.incomplete,
+        **_of_mm(arguments, "trusted"),
     )
+
+
+def _of_mm(arguments: argparse.Namespace, *flags: str) -> dict[str, bool]:
+    """Those of the flags that are given; a :class:`DistillError` where the host has none of them."""
+    told = {flag: True for flag in flags if getattr(arguments, flag)}
+    if told and Path(arguments.config).suffix in RECIPE_FILES:
+        raise DistillError(
+            f"--{next(iter(told))} is for configs of MMDetection and MMSegmentation, not for recipe files"
+        )
+    return told
 
 
 def _export(arguments: argparse.Namespace) -> None:
     require("mmengine", "a checkpoint of MMDetection or MMSegmentation")
     written = import_module("kdgraft_mm.checkpoints").export_student(
-        arguments.checkpoint, arguments.out, trusted=arguments.trusted
+        arguments.checkpoint, arguments.out, trusted=arguments.trusted, force=arguments.force
     )
     print(f"wrote {written[0]} and {written[1]}")
 

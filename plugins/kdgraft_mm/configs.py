@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,9 +12,10 @@ from mmengine.config import Config, ConfigDict
 from mmengine.config import utils as config_utils
 from mmengine.utils import is_installed
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, UnsafeCheckpoint
 
-PLUGINS = ("kdgraft_det", "kdgraft_seg")
+PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
+"""What registers the models that configs name."""
 _OURS = ("student", "teacher", "terms", "recipe", "inherit", "dry_run_size")
 
 
@@ -78,9 +80,15 @@ def model_of(config: Config) -> ConfigDict:
     return plain_model(model)
 
 
+def type_name(model: Mapping[str, Any]) -> str:
+    """The bare name of a ``model`` entry's type: of ``"GFL"``, ``"mmdet.GFL"``, a dotted path, or the class itself."""
+    kind = model.get("type")
+    return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
+
+
 def is_distilled(model: Mapping[str, Any]) -> bool:
-    """Whether a ``model`` entry is one of this suite's."""
-    return str(getattr(model.get("type"), "__name__", model.get("type"))).startswith("Distilled") and "student" in model
+    """Whether a ``model`` entry is one of this suite's, or of a plugin built like it."""
+    return type_name(model).startswith("Distilled") and "student" in model
 
 
 def plain_model(model: ConfigDict) -> ConfigDict:
@@ -118,9 +126,73 @@ def plain_config(config: Config) -> Config:
     imports = plain.get("custom_imports")
     if imports:
         names = imports.get("imports", [])
-        kept = [name for name in ([names] if isinstance(names, str) else names) if name not in PLUGINS]
+        names = [names] if isinstance(names, str) else names
+        kept = [name for name in names if name.partition(".")[0] not in PLUGINS.values()]
         if kept:
             plain.custom_imports = {**imports, "imports": kept}
         else:
             plain.pop("custom_imports")
     return plain
+
+
+class _Literals(ast.NodeTransformer):
+    """Turns the two spellings of mmengine's config texts that are no literals into ones."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        """``dict(a=1)`` and ``dict({'a': 1})``."""
+        self.generic_visit(node)
+        entries, named = [arg for arg in node.args if isinstance(arg, ast.Dict)], [k.arg for k in node.keywords]
+        if not isinstance(node.func, ast.Name) or node.func.id != "dict" or entries != node.args or None in named:
+            return node
+        keys = [*(key for entry in entries for key in entry.keys), *map(ast.Constant, named)]
+        return ast.Dict(keys, [*(v for entry in entries for v in entry.values), *(k.value for k in node.keywords)])
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        """A class by its path, as mmengine writes ``type=`` of a config that held the class: its path as text."""
+        path = ast.unparse(node)
+        return ast.Constant(path) if all(part.isidentifier() for part in path.split(".")) else node
+
+
+def literal_config(text: str, source: str) -> Config:
+    """The config that a checkpoint carries as text, read without running or importing anything.
+
+    Args:
+        text: assignments, as :attr:`mmengine.Config.pretty_text` writes them.
+        source: what it comes from, for the message.
+
+    Raises:
+        UnsafeCheckpoint: anything in it but assignments of literals.
+        DistillError: it is no config.
+    """
+    entries: dict[str, Any] = {}
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise DistillError(f"the config in {source} cannot be read: {error}") from None
+    for statement in tree.body:
+        try:
+            assert isinstance(statement, ast.Assign)
+            (target,) = statement.targets
+            assert isinstance(target, ast.Name)
+            entries[target.id] = ast.literal_eval(_Literals().visit(statement.value))
+        except (AssertionError, ValueError, TypeError, RecursionError):
+            raise UnsafeCheckpoint(
+                f"the config in {source} holds more than literals, which reading it would execute "
+                f"(line {statement.lineno}: {' '.join(ast.unparse(statement).split())[:80]}); if you made it yourself, say --trusted"
+            ) from None
+    try:
+        return Config(entries)
+    except KeyError as error:
+        raise DistillError(f"the config in {source} cannot be read: {error.args[0]}") from None
+
+
+def executed_config(text: str, source: str) -> Config:
+    """The config in ``text``, run as the code that it is: only for what the user trusts.
+
+    Raises:
+        DistillError: it does not run.
+    """
+    try:
+        return Config.fromstring(text, file_format=".py")
+    except Exception as error:  # whatever code can raise
+        raise DistillError(f"the config in {source} cannot be read: {type(error).__name__}: {error}") from error

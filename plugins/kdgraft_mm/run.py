@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +22,64 @@ from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
 from kdgraft.errors import DistillError
+from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
+from kdgraft.launching import TIMEOUT, waiting
 from kdgraft.report import print_rows
+from kdgraft.resuming import lost_terms
 from kdgraft.schedules import Constant
 from kdgraft.terms import WiringRow
 
-from .configs import load_config
+from .configs import PLUGINS, load_config, type_name
 from .graft import Graft
 from .outline import check_outline, check_terms, missing_data
+from .resuming import is_resumable, lacking, newest_checkpoint, safe_loading
 from .state import KEY
 
-PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
-"""What registers the models that configs name."""
 MISTAKES = (SyntaxError, LookupError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError)
 """What hosts raise over a config that is wrong."""
 
 
 class Outset(Hook):
-    """Compares what is to be resumed with what is to be trained, before the host does, and sees whether training has begun."""
+    """Compares what is to be resumed with what is to be trained, before the host does, and sees whether training has begun.
+
+    Args:
+        trusted: let the host run the config that an old checkpoint carries.
+        incomplete: go on from a checkpoint that lacks a part of the run's state.
+    """
 
     begun = False
 
-    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Raises a :class:`DistillError` where a resumed checkpoint was made with other terms.
+    def __init__(self, trusted: bool = False, incomplete: bool = False) -> None:
+        self._trusted, self._incomplete = trusted, incomplete
 
-        torch would otherwise find that its optimizer's parameters are others, and not say why.
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
+        """Raises a :class:`DistillError` where a resumed checkpoint was made with other terms, or lacks what it needs.
+
+        torch would otherwise find that its optimizer's parameters are others, and not say why; what is missing, the host
+        starts anew in silence.
         """
+        if not runner._resume:
+            return
+        if not self._trusted and isinstance(checkpoint.get("meta"), dict):
+            checkpoint["meta"].pop("config", None)  # mmengine would execute it, to compare numbers of GPUs
+        lost, possible = lacking(checkpoint, runner.cfg), is_resumable(checkpoint)
+        if lost and not (self._incomplete and possible):
+            raise DistillError(
+                f"the checkpoint to resume lacks {' and '.join(lost)}; to start from its weights give it as load_from, without "
+                "resuming" + ("; to go on without, say --incomplete" if possible else "")
+            )
         distiller = getattr(unwrapped(runner.model), "distiller", None)
-        if distiller is None or not runner._resume:
+        if distiller is None:
             return
         state = checkpoint.get("message_hub", {}).get("runtime_info", {}).get(KEY)
         if state is not None:
             distiller.check_live_state(state)
-        elif next(distiller.terms.parameters(), None) is not None:
+        terms = [] if self._incomplete else lost_terms(distiller, state)
+        if terms:
             raise DistillError(
-                "the checkpoint to resume was made without these distillation terms; to start from its weights give it as "
-                "load_from, without resuming"
+                f"the checkpoint to resume was made without these distillation terms ({', '.join(terms)}); to start from its "
+                "weights give it as load_from, without resuming; to go on with these terms anew, say --incomplete"
             )
 
     def before_train(self, runner: Any) -> None:
@@ -79,14 +102,15 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
         config.merge_from_dict(dict(map(_parsed, options)))
     if not isinstance(config.get("model"), dict):
         raise DistillError(f"{path} has no 'model'; it is not the config of a training")
-    kind = str(getattr(config.model.get("type"), "__name__", config.model.get("type")))
+    kind = type_name(config.model)
     plugin = PLUGINS.get(kind)
     with config_mistakes(path):
         if plugin is not None:
             check_outline(config, plugin)
         if config.get("custom_imports"):
             import_modules_from_strings(**config.custom_imports)
-    if plugin is not None and plugin not in sys.modules:
+    imported = plugin in sys.modules or str(config.model.get("type")).startswith(f"{plugin}.")  # a path imports itself
+    if plugin is not None and not imported:
         raise DistillError(f"config {path}: {kind} is not imported; add custom_imports = dict(imports=['{plugin}'])")
     if plugin is not None:
         with config_mistakes(path):
@@ -149,16 +173,26 @@ def train(
     resume: str | None = None,
     amp: bool = False,
     seed: int | None = None,
+    *,
+    timeout: float | None = None,
+    trusted: bool = False,
+    incomplete: bool = False,
 ) -> Runner:
     """Trains a config as the host's own ``tools/train.py`` does; under ``accelerate launch`` on all its processes.
 
     Args:
         path: the config file.
         options: ``KEY=VALUE`` overrides.
-        work_dir: where checkpoints and logs go.
-        resume: a checkpoint, or ``"auto"`` for the latest in ``work_dir``.
+        work_dir: where checkpoints and logs go; one run at a time.
+        resume: a checkpoint, or ``"auto"`` for the newest whole one in ``work_dir``.
         amp: mixed precision, on a GPU.
         seed: random seed; the config's own by default.
+        timeout: seconds that a process waits for the others; ``env_cfg.dist_cfg.timeout``, or half an hour, by default.
+        trusted: read checkpoints that hold arbitrary pickled objects.
+        incomplete: resume from a checkpoint that lacks a part of the run's state.
+
+    Raises:
+        DistillError: a mistake in the config, a checkpoint that will not do, or another run in ``work_dir``.
     """
     config = read_config(path, options)
     config.work_dir = work_dir or config.get("work_dir") or str(Path("work_dirs") / Path(path).stem)
@@ -167,22 +201,33 @@ def train(
         config.load_from = None if resume == "auto" else resume
     if seed is not None:
         config.randomness = {**config.get("randomness", {}), "seed": seed}
+    if timeout is not None:
+        config.merge_from_dict({"env_cfg.dist_cfg.timeout": timeout})
     if amp:
         if not torch.cuda.is_available():
             raise DistillError("--amp needs a GPU: mmengine's AmpOptimWrapper does not run on a CPU")
         config.optim_wrapper.type = "AmpOptimWrapper"
-    with config_mistakes(path):
-        runner = make_runner(config)
-    outset = Outset()
-    runner.register_hook(outset)
-    try:
-        runner.train()
-    except MISTAKES as error:
-        if outset.begun:
-            raise
-        with config_mistakes(path):  # the Runner builds loops, optimizer and schedulers late
-            raise error
+    with held(config.work_dir), safe_loading(trusted), waiting(_timeout(config)):
+        if config.get("resume") and not config.get("load_from"):
+            config.load_from = newest_checkpoint(config, trusted=trusted, incomplete=incomplete)
+            if config.load_from is None and resume is not None:
+                raise DistillError(f"nothing to resume: there is no checkpoint in {config.work_dir}")
+        with config_mistakes(path):
+            runner = make_runner(config)
+        outset = Outset(trusted, incomplete)
+        runner.register_hook(outset)
+        try:
+            runner.train()
+        except MISTAKES as error:
+            if outset.begun:
+                raise
+            with config_mistakes(path):  # the Runner builds loops, optimizer and schedulers late
+                raise error
     return runner
+
+
+def _timeout(config: Config) -> float:
+    return (config.get("env_cfg") or {}).get("dist_cfg", {}).get("timeout", TIMEOUT)
 
 
 def make_runner(config: Config) -> Runner:
@@ -192,7 +237,7 @@ def make_runner(config: Config) -> Runner:
         if not torch.cuda.is_available():
             # mmengine would set a CUDA device and give DDP a device id; neither exists on a CPU.
             if not dist.is_initialized():
-                dist.init_process_group("gloo")
+                dist.init_process_group("gloo", timeout=timedelta(seconds=_timeout(config)))
             wrapper = dict(
                 type="MMDistributedDataParallel",
                 device_ids=None,
@@ -216,11 +261,16 @@ def _without_sync_batchnorm(entry: Any) -> Any:
     return entry
 
 
-def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
+def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:
     """Builds everything, prints the wiring, and runs one training step on one batch of the training set without updating.
 
     The step runs every term at its full weight, whatever its schedule begins with. The wiring needs no data set: where that is
     not on this machine, it is printed all the same.
+
+    Args:
+        path: the config file.
+        options: ``KEY=VALUE`` overrides.
+        trusted: read checkpoints that hold arbitrary pickled objects.
 
     Returns:
         The rows of the table.
@@ -229,7 +279,7 @@ def check(path: str, options: Sequence[str] = ()) -> list[WiringRow]:
         DistillError: whatever would stop training before its first step.
     """
     config = read_config(path, options)
-    with tempfile.TemporaryDirectory() as scratch:
+    with safe_loading(trusted), tempfile.TemporaryDirectory() as scratch:
         config.work_dir = scratch
         config.log_level = "WARNING"
         with config_mistakes(path):

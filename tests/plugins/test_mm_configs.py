@@ -7,10 +7,12 @@ import inspect
 import pytest
 from mmengine.config import Config, ConfigDict
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, UnsafeCheckpoint
 from kdgraft_mm.configs import (
     MissingConfig,
+    executed_config,
     is_distilled,
+    literal_config,
     load_config,
     model_of,
     plain_config,
@@ -98,3 +100,99 @@ def test_the_plain_config_imports_nothing_of_ours(imports, left):
     assert plain.get("custom_imports", {}).get("imports") == left
     assert config.to_dict() == before
     assert "kdgraft" not in plain.pretty_text
+
+
+# --- one rule for what is distilled
+
+
+class DistilledDetector:
+    """Stands for the class that a pure-Python config names."""
+
+
+NAMES = ["DistilledDetector", "mmdet.DistilledDetector", "kdgraft_det.detector.DistilledDetector", DistilledDetector]
+
+
+@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("model", [BESIDE, WHOLE])
+def test_a_distilled_model_is_known_however_its_type_is_named(kind, model):
+    named = {**model, "type": kind}
+    assert is_distilled(named) and plain_model(ConfigDict(named)) == STUDENT
+    assert model_of(Config(dict(model=named))) == STUDENT  # as the next teacher
+    assert plain_config(Config(dict(model=named))).model == STUDENT
+
+
+@pytest.mark.parametrize("kind", ["mmdet.GFL", "mmdet.models.detectors.gfl.GFL", "Undistilled", Config])
+def test_other_models_are_plain(kind):
+    assert not is_distilled(dict(type=kind, student="x"))
+    assert not is_distilled(dict(type="DistilledDetector"))
+
+
+def test_a_module_of_a_plugin_is_no_import_of_the_plain_config():
+    imports = dict(imports=["kdgraft_det.detector", "kdgraft_detectors_of_mine"])
+    plain = plain_config(Config(dict(model=BESIDE, custom_imports=imports)))
+    assert plain.custom_imports.imports == ["kdgraft_detectors_of_mine"]
+
+
+# --- configs that travel as text
+
+
+def test_a_text_of_mmengines_is_read_as_it_was_written():
+    entries = dict(
+        model={
+            **BESIDE,
+            "type": Config,
+            "ratio": -0.5,
+            "size": (1, -2),
+            "nothing": None,
+            "flag": True,
+            "many": [(1,), []],
+        },
+        paramwise_cfg=dict(custom_keys={"backbone.layer": dict(lr_mult=0.1), "plain": dict()}),
+        listed=[{"a.b": 1}, dict(x='it\'s "so"\nand so')],
+        lr=1e-4,
+        numbers={0: "a", 1: "b"},
+    )
+    config = Config(entries)
+    found = literal_config(config.pretty_text, "here")
+    entries["model"]["type"] = "mmengine.config.config.Config"  # a class is written as its path
+    assert found.to_dict() == Config(entries).to_dict()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').mkdir({trace!r})\nmodel = dict(type='A')",
+        "model = dict(type='A', x=__import__('os').mkdir({trace!r}))",
+        "model = dict(type=__import__('os').mkdir({trace!r}).A)",
+        "x = [__import__('os').mkdir({trace!r}) for _ in range(1)]\nmodel = dict(type='A')",
+        "x = dict(**dict(a=__import__('os').mkdir({trace!r})))",
+        "import os\nos.mkdir({trace!r})",
+        "if True:\n    __import__('os').mkdir({trace!r})",
+        "model = dict(type=f'''{{__import__(\"os\").mkdir({trace!r})}}''')",
+        "dict = __import__('os').mkdir\nx = dict({trace!r})",
+        "a, b = 1, 2",
+        "a.b = 1",
+    ],
+)
+def test_a_text_with_more_than_literals_is_refused_and_runs_nothing(tmp_path, text):
+    trace = tmp_path / "trace"
+    with pytest.raises(UnsafeCheckpoint, match=r"config in a\.pth holds more than literals.*line 1: .*--trusted"):
+        literal_config(text.format(trace=str(trace)), "a.pth")
+    assert not trace.exists()
+
+
+def test_a_text_imports_nothing():
+    found = literal_config(
+        "custom_imports = dict(imports=['a_module_that_is_not_there'])\nmodel = dict(type='A')", "here"
+    )
+    assert found.custom_imports.imports == ["a_module_that_is_not_there"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"), [("model = dict(", "never closed"), ("filename = 'a'", "filename"), ("\0", "null")]
+)
+def test_a_text_that_is_no_config_is_one_line(text, said):
+    with pytest.raises(DistillError, match=f"the config in here cannot be read: .*{said}"):
+        literal_config(text, "here")
+    with pytest.raises(DistillError, match="the config in here cannot be read"):
+        executed_config(text, "here")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError, UnsafeCheckpoint
+from ..files import check_intact
 from ..regions import Batch
 from ..taps import Recorder, Recording
 from .base import Source
@@ -94,36 +95,44 @@ class Teacher(Source):
         return self
 
 
-def read_checkpoint(path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = ()) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = (), map_location: Any = "cpu"
+) -> dict[str, Any]:
     """Reads a checkpoint with ``weights_only=True``.
 
     Raises:
-        DistillError: the file is missing or is no checkpoint.
+        DistillError: the file is missing, damaged or no checkpoint.
         UnsafeCheckpoint: it holds other types than tensors, plain containers and ``safe_types``.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         remote = "; download it first and give the file's path" if "://" in str(path) else ""
         raise DistillError(f"checkpoint not found: {path}{remote}")
+    check_intact(file)
     try:
         with torch.serialization.safe_globals(list(safe_types)):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=not trusted)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=not trusted)
     except Exception as error:
         text = str(error)
         if "Unsupported operand" in text:
             raise DistillError(f"cannot read checkpoint {path}: it is no file that torch.save writes") from None
         if "weights_only" in text or "Unsupported" in text or "Weights only" in text:
-            reason = next((line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
-            raise UnsafeCheckpoint(
-                f"checkpoint {path} holds objects that loading would execute ({reason[:160]}); if you made it yourself, "
-                "say trusted=True beside it"
-            ) from None
+            raise unsafe(f"checkpoint {path}", text) from None
         raise DistillError(
             f"cannot read checkpoint {path}: {text.splitlines()[0] if text else type(error).__name__}"
         ) from None
     if not isinstance(checkpoint, dict):
         raise DistillError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def unsafe(checkpoint: str, said: str) -> UnsafeCheckpoint:
+    """What to raise where torch refuses to read a checkpoint with ``weights_only=True`` and says why at length."""
+    reason = next((line.strip() for line in said.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+    return UnsafeCheckpoint(
+        f"{checkpoint} holds objects that loading would execute ({reason[:160]}); if you made it yourself, say --trusted, of "
+        "a teacher trusted=True beside it"
+    )
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
