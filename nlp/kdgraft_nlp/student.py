@@ -33,6 +33,7 @@ from .attention import AttentionRecorder
 from .cache import TeacherCache
 from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
+from .packing import marks_taken_by
 from .registry import TERMS
 from .tasks import AUTO_CLASSES, accepted, example, task_of
 from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
@@ -101,7 +102,7 @@ class Link:
                 )
             if labels is not None:
                 found["decoder_input_ids"] = teacher.prepare_decoder_input_ids_from_labels(labels=labels)
-        keep = self.teacher_takes - LABELS
+        keep = (self.teacher_takes | marks_taken_by(teacher)) - LABELS
         found = {name: value for name, value in found.items() if name in keep}
         if "use_cache" in keep:
             found["use_cache"] = False

@@ -12,6 +12,8 @@ from torch import Tensor
 from kdgraft.errors import DistillError
 from kdgraft.regions import Batch
 
+from .packing import texts_of
+
 IGNORED = -100
 TEACHER_INPUTS = "teacher_inputs"
 """Key of a batch under which :class:`~kdgraft_nlp.DistillCollator` puts what only the teacher is given."""
@@ -31,15 +33,22 @@ class Side:
         decoder: the same for a decoder's own tokens; ``None`` without a decoder.
         labelled: ``(B, L)`` boolean: positions whose logits have a label (for a causal model the one *before* the labelled
             token); ``None`` without labels.
+        texts: ``(B, L)``: of packed rows, which text each token belongs to, numbered through the batch; ``None`` where each row
+            is one text.
     """
 
     real: Tensor | None
     decoder: Tensor | None = None
     labelled: Tensor | None = None
+    texts: Tensor | None = None
 
     def of(self, stack: str) -> Tensor | None:
         """The real tokens that a stack's hidden states stand for."""
         return self.decoder if stack in ("decoder", "cross") else self.real
+
+    def texts_of(self, stack: str) -> Tensor | None:
+        """The texts that a stack's hidden states belong to; see :attr:`texts`."""
+        return None if stack in ("decoder", "cross") else self.texts
 
 
 @dataclass
@@ -51,14 +60,12 @@ class Tokens:
         student, teacher: each model's side.
         pairs: ``(B, P, 2)`` positions that belong together where the two are tokenised differently; ``None`` where position i is
             the same token for both.
-        packed: several texts may stand in one row, told apart by ``position_ids`` alone.
     """
 
     size: int
     student: Side
     teacher: Side
     pairs: Tensor | None = None
-    packed: bool = False
 
 
 def tokens_of(batch: Batch) -> Tokens:
@@ -80,8 +87,9 @@ def read_batch(inputs: Mapping[str, Any], task: str) -> Batch:
             teacher.labelled = carried_over(student.labelled, pairs, teacher.real)
     else:
         teacher = _side({**own, **given}, task)
-    packed = "position_ids" in own and "attention_mask" not in own
-    return Batch(labels=own.get("labels"), extra={"tokens": Tokens(len(tensors[0]), student, teacher, pairs, packed)})
+    if pairs is not None and student.texts is not None:
+        raise DistillError("packed rows cannot be aligned across two tokenizers; leave packing out of the collator")
+    return Batch(labels=own.get("labels"), extra={"tokens": Tokens(len(tensors[0]), student, teacher, pairs)})
 
 
 def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor | None:
@@ -109,7 +117,7 @@ def _side(inputs: Mapping[str, Any], task: str) -> Side:
     real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool) if ids is not None else None
     if real is not None and real.ndim != 2:
         raise DistillError(f"attention_mask must be (B, L), got {tuple(real.shape)}")
-    labels = inputs.get("labels")
+    labels, texts = inputs.get("labels"), texts_of(inputs)
     labelled = decoder = None
     if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point():
         labelled = labels != IGNORED
@@ -117,9 +125,11 @@ def _side(inputs: Mapping[str, Any], task: str) -> Side:
             decoder = labelled
         elif task == "causal":
             labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], 1)
+            if texts is not None:  # the last token of a text does not predict the next text
+                labelled[:, :-1] &= texts[:, 1:] == texts[:, :-1]
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()
-    return Side(real, decoder, labelled)
+    return Side(real, decoder, labelled, texts)
 
 
 def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
