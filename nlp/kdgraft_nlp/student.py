@@ -35,7 +35,7 @@ from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
 from .packing import marks_taken_by
 from .registry import TERMS
-from .tasks import AUTO_CLASSES, accepted, example, task_of
+from .tasks import AUTO_CLASSES, accepted, example, reads_text_alone, task_of
 from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
@@ -329,7 +329,7 @@ def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts:
         student,
         lambda: student.plain_forward(**{k: v for k, v in ours.items() if k not in LABELS}),
         lambda: model(**theirs),
-        frozenset({"labels"}),
+        frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
         facts,
     )
 

@@ -49,6 +49,11 @@ def accepted(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
+def reads_text_alone(model: nn.Module) -> bool:
+    """Whether the model reads tokens and no images, so that no tensor in it is a map of an image."""
+    return "input_ids" in accepted(model) and "pixel_values" not in accepted(model)
+
+
 def example(model: Any) -> dict[str, Tensor]:
     """A small input of two samples, made from the config alone: token ids, or an image of the configured size.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, WiringError
 from kdgraft.regions import Batch
+from kdgraft.taps import Tap
 
 from .packing import texts_of
 
@@ -60,12 +61,49 @@ class Tokens:
         student, teacher: each model's side.
         pairs: ``(B, P, 2)`` positions that belong together where the two are tokenised differently; ``None`` where position i is
             the same token for both.
+        two_stacks: the models read one sequence with an encoder and another with a decoder.
     """
 
     size: int
     student: Side
     teacher: Side
     pairs: Tensor | None = None
+    two_stacks: bool = False
+
+
+VISION = frozenset({"vision_tower", "vision_model", "vision_encoder", "visual"})
+"""What models of text and images call the part that reads images."""
+
+
+class TextBatch(Batch):
+    """A batch that tells regions of the core which positions of what a model of Hugging Face computes are padding."""
+
+    def at(self, tap: Tap, feature: Tensor) -> Batch:
+        """Return the batch with the tokens of the stack that was tapped.
+
+        Raises:
+            WiringError: padding cannot be told from tokens there, or position i is not the same token for both models.
+        """
+        tokens, parts = tokens_of(self), tap.path.split(".")
+        in_encoder = "encoder" in parts or any(str(key).startswith("encoder") for key in tap.index)
+        counted = tokens.student.of("decoder" if tokens.two_stacks and not in_encoder else "layers")
+        if feature.ndim == 3 and "decoder" not in parts and self._padded_images():
+            raise WiringError(
+                f"tap '{tap}': {tuple(feature.shape)} holds padding of images that cannot be told from the rest; tap a map (B, C, H, W)"
+            )
+        if counted is None or feature.ndim > 3 or VISION.intersection(parts):
+            return self
+        if tokens.pairs is not None and feature.ndim == 3:
+            raise WiringError(
+                f"tap '{tap}': student and teacher are tokenised apart, so that position i is not the same token for both; use "
+                "HiddenStates, which pairs tokens"
+            )
+        if feature.ndim == 3 and feature.shape[:2] != counted.shape and bool(counted.all()):
+            return self  # frames or summaries of tokens, and none is padding
+        return replace(self, tokens=counted)
+
+    def _padded_images(self) -> bool:
+        return any(size != self.padded_size for size in self.image_sizes or ())
 
 
 def tokens_of(batch: Batch) -> Tokens:
@@ -89,7 +127,16 @@ def read_batch(inputs: Mapping[str, Any], task: str) -> Batch:
         teacher = _side({**own, **given}, task)
     if pairs is not None and student.texts is not None:
         raise DistillError("packed rows cannot be aligned across two tokenizers; leave packing out of the collator")
-    return Batch(labels=own.get("labels"), extra={"tokens": Tokens(len(tensors[0]), student, teacher, pairs)})
+    tokens = Tokens(len(tensors[0]), student, teacher, pairs, task == "seq2seq")
+    return TextBatch(labels=own.get("labels"), extra={"tokens": tokens}, **_image_sizes(own.get("pixel_mask")))
+
+
+def _image_sizes(mask: Any) -> dict[str, Any]:
+    """Sizes of images from the mask ``(B, H, W)`` that a processor pads with, at the right and at the bottom."""
+    if not isinstance(mask, Tensor) or mask.ndim != 3:
+        return {}
+    heights, widths = (mask.bool().any(dim).sum(1).tolist() for dim in (2, 1))
+    return {"padded_size": tuple(mask.shape[-2:]), "image_sizes": list(zip(heights, widths, strict=True))}
 
 
 def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor | None:

@@ -201,7 +201,7 @@ class FeatureImitation(TapTerm):
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
         adapter: ``"auto"``, ``"conv1x1"``, ``"linear"`` or ``"none"``; sized by the dry run, one per tensor.
-        region: ``"all"`` (padding excluded), ``"foreground"`` where the host has boxes, or a third party's.
+        region: ``"all"`` (padding excluded, of images and of texts), ``"foreground"`` where the host has boxes, or a third party's.
         loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
             per position; ``dict(type="hint", norm="l1")`` sets its arguments.
     """
@@ -253,11 +253,11 @@ class FeatureImitation(TapTerm):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Tensor by tensor the adapted student's, the teacher's, and the region's weights of the positions."""
         pairs = self.pairs(student, teacher)
-        for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
-            weight = self.region(batch, t) if in_image else None
-            if weight is not None and t.ndim == 4:
+        for adapter, (s, t, _, t_tap), in_image in zip(self.adapters, pairs, self.placed, strict=True):
+            weight = self.region(batch.at(t_tap, t), t) if in_image else None
+            if weight is not None:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
-                t = t.masked_fill((weight == 0)[:, None], 0)
+                t = t.masked_fill((weight == 0).unsqueeze(_class_dim(t)), 0)
             yield adapter(s, t), t, weight
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
@@ -546,6 +546,11 @@ def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wir
     """
     if isinstance(region, All) and not wiring.in_image(tap):
         return False
+    if "tokens" in wiring.fields and teacher.ndim > 3:
+        raise WiringError(
+            f"{term.name}: region {name!r} cannot leave the padding out of {tap} {tuple(teacher.shape)}; tap states (B, L, C) of "
+            "tokens"
+        )
     needed = not isinstance(region, All) or "image_sizes" in wiring.fields
     if needed and (teacher.ndim != 4 or not wiring.in_image(tap)):
         raise WiringError(
