@@ -17,9 +17,10 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring, adapter_label, check_choice, mean_of
 
 from .attention import METHOD, AttentionCall, Layer, Stack, attention_call, layer_pairs, stacks
+from .packing import first_of_each, per_text
 from .registry import TERMS
 from .tasks import accepted
-from .tokens import Tokens, take, tokens_of
+from .tokens import Side, Tokens, take, tokens_of
 
 Layers = str | Sequence[Sequence[int]]
 STACKS = ("auto", "layers", "encoder", "decoder", "cross")
@@ -72,6 +73,10 @@ class LayerTerm(Term):
             return (tokens.pairs >= 0).all(-1)
         return tokens.student.of(self._stack_name)
 
+    def _lengths(self, tokens: Tokens, real: Tensor) -> Tensor:
+        """How many tokens of each text count: a value a row, or as many as packed rows hold texts."""
+        return per_text(real.long(), tokens.student.texts_of(self._stack_name))
+
 
 class AttentionTerm(LayerTerm):
     """Base of terms on what attention modules hand to their kernels."""
@@ -94,6 +99,10 @@ class AttentionTerm(LayerTerm):
             if queries is not None and keys is not None:
                 real = queries[:, None, :, None] & keys[:, None, None, :]
                 own = real if own is None else own & real
+            texts = side.texts_of(self._stack_name)
+            if texts is not None:  # kernels that are told where texts end get no mask
+                together = texts[:, None, :, None] == texts[:, None, None, :]
+                own = together if own is None else own & together
             if own is None:
                 continue
             if own.ndim == 4 and own.shape[1] > 1:
@@ -179,7 +188,7 @@ class AttentionMaps(AttentionTerm):
             self._stack_name == "cross" and self.of == "scores" and tokens.student.real is None
         ):
             return None
-        lengths = real.sum(1).double()
+        lengths = self._lengths(tokens, real).double()
         if self.of == "distributions":
             return lengths.sum().float()
         if self._stack_name == "cross":
@@ -190,7 +199,7 @@ class AttentionMaps(AttentionTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
         parts = [self._compare(s, t, tokens) for s, t in self.calls(student, teacher)]
-        if not self.counts_ahead or tokens.packed:
+        if not self.counts_ahead:
             return mean_of(parts)  # layers may see windows of their own
         return Ratio(torch.stack([part.numerator for part in parts]).mean(), parts[0].denominator)
 
@@ -290,7 +299,7 @@ class Relations(AttentionTerm):
     def count(self, batch: Batch) -> Tensor | None:
         tokens = tokens_of(batch)
         real = self._real(tokens)
-        return torch.tensor(float(tokens.size)) if real is None else real.any(1).sum().float()
+        return torch.tensor(float(tokens.size)) if real is None else (self._lengths(tokens, real) > 0).sum().float()
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
@@ -318,8 +327,9 @@ class Relations(AttentionTerm):
         rows = items.mean(1)  # (B, L): over heads
         if real is None:
             return Ratio(rows.mean(1).sum(), rows.new_tensor(float(len(rows))))
-        per_sequence = rows.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
-        return Ratio(per_sequence.sum(), real.any(1).sum().to(rows.dtype))
+        lengths = self._lengths(tokens, real)
+        sums = per_text(rows.masked_fill(~real, 0), tokens.student.texts_of(self._stack_name))
+        return Ratio((sums / lengths.clamp(min=1)).sum(), (lengths > 0).sum().to(rows.dtype))
 
 
 @TERMS.register
@@ -423,7 +433,7 @@ class Embeddings(HiddenStates):
 
 @TERMS.register
 class PatientStates(HiddenStates):
-    """The first token's state of layers, L2-normalised (patient knowledge distillation, arXiv 1908.09355, equation 7).
+    """The state of each text's first token, L2-normalised (patient knowledge distillation, arXiv 1908.09355, equation 7).
 
     Args:
         layers: ``"skip"`` (PKD-Skip), ``"last"``, ``"uniform"``, ``"final"`` or pairs.
@@ -463,23 +473,24 @@ class PatientStates(HiddenStates):
         self.rows = [row._replace(region="first token") for row in self.rows]
 
     def count(self, batch: Batch) -> Tensor | None:
-        return torch.tensor(float(tokens_of(batch).size))
+        tokens = tokens_of(batch)
+        if tokens.student.texts_of(self._stack_name) is None:
+            return torch.tensor(float(tokens.size))
+        real = self._real(tokens)
+        assert real is not None
+        return (self._lengths(tokens, real) > 0).sum().float()
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
         sums = []
         for adapter, s_tap, t_tap in zip(self.adapters, self.student_taps, self.teacher_taps, strict=True):
-            s = _first_real(self._state(student, s_tap), tokens.student.of(self._stack_name))
-            t = _first_real(self._state(teacher, t_tap), tokens.teacher.of(self._stack_name))
+            s = self._first(self._state(student, s_tap), tokens.student)
+            t = self._first(self._state(teacher, t_tap), tokens.teacher)
             sums.append(patient(adapter(s, t), t, variant=self.variant, reduction="sum"))
-        return Ratio(torch.stack(sums).mean(), sums[0].new_tensor(float(tokens.size)))
+        return Ratio(torch.stack(sums).mean(), sums[0].new_tensor(float(len(t))))
 
-
-def _first_real(states: Tensor, real: Tensor | None) -> Tensor:
-    """``(B, C)``: each sequence's first token that is not padding (which may stand on the left)."""
-    if real is None:
-        return states[:, 0]
-    return states[torch.arange(len(states), device=states.device), real.to(torch.int8).argmax(1)]
+    def _first(self, states: Tensor, side: Side) -> Tensor:
+        return first_of_each(states, side.of(self._stack_name), side.texts_of(self._stack_name))
 
 
 def _has_windows(model: nn.Module) -> bool:

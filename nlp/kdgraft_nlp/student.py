@@ -33,8 +33,9 @@ from .attention import AttentionRecorder
 from .cache import TeacherCache
 from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
+from .packing import marks_taken_by
 from .registry import TERMS
-from .tasks import accepted, auto_class, decoder_inputs, example, frame_mask, has_decoder, task_of
+from .tasks import accepted, auto_class, decoder_inputs, example, frame_mask, has_decoder, reads_text_alone, task_of
 from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, Frames, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
@@ -106,7 +107,7 @@ class Link:
                 )
             if labels is not None:
                 found["decoder_input_ids"] = decoder_inputs(teacher, labels)
-        keep = self.teacher_takes - LABELS
+        keep = (self.teacher_takes | marks_taken_by(teacher)) - LABELS
         found = {name: value for name, value in found.items() if name in keep}
         if "use_cache" in keep:
             found["use_cache"] = False
@@ -335,7 +336,7 @@ def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts:
         student,
         lambda: student.plain_forward(**{k: v for k, v in ours.items() if k not in LABELS}),
         lambda: model(**theirs),
-        frozenset({"labels"}),
+        frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
         facts,
     )
 

@@ -81,6 +81,11 @@ def accepted(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
+def reads_text_alone(model: nn.Module) -> bool:
+    """Whether the model reads tokens and no images, so that no tensor in it is a map of an image."""
+    return "input_ids" in accepted(model) and "pixel_values" not in accepted(model)
+
+
 def has_decoder(model: Any) -> bool:
     """Whether the model generates tokens from a decoder of its own (RT-DETR calls itself an encoder-decoder and has no tokens)."""
     return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in accepted(model)

@@ -2,6 +2,7 @@
 
 A region sees the batch in the frame of the network's *padded* input: a feature map of ``(H, W)`` positions covers the padded
 height and width, so that is what boxes are scaled by. (Scaling by the unpadded size shifts every box; a known defect elsewhere.)
+Of sequences it sees which tokens count.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from .errors import WiringError
 from .registry import REGIONS
+from .taps import Tap
 
 T = TypeVar("T")
 
@@ -29,6 +31,7 @@ class Batch:
         boxes: per image ``(n, 4)`` as x1, y1, x2, y2; ``None`` when the host has none.
         labels: whatever the host calls labels: per image ``(n,)``, or one tensor; ``(B, H, W)`` classes of pixels.
         valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding; ``None`` when the host has no such thing.
+        tokens: ``(B, L)``, true for the tokens of sequences that are not padding; ``None`` when the host has no such thing.
         extra: anything that only one host's terms look at.
     """
 
@@ -37,6 +40,7 @@ class Batch:
     boxes: Sequence[Tensor] | None = None
     labels: Any = None
     valid: Tensor | None = None
+    tokens: Tensor | None = None
     extra: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
@@ -45,6 +49,14 @@ class Batch:
             self.extra[key] = make()
         found: T = self.extra[key]
         return found
+
+    def at(self, tap: Tap, feature: Tensor) -> Batch:
+        """Return the batch as it looks where ``feature`` was tapped; for hosts whose models hold several sequences.
+
+        Raises:
+            WiringError: the host cannot tell which positions of ``feature`` are padding.
+        """
+        return self
 
 
 class Region:
@@ -62,9 +74,11 @@ class Region:
 
 @REGIONS.register("all")
 class All(Region):
-    """Every position whose centre lies in the image (padding weighs 0), all alike."""
+    """Every position that is not padding, all alike: of maps those whose centre lies in the image, of sequences all tokens."""
 
     def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor | None:
+        if batch.tokens is not None:
+            return token_weights(batch.tokens, feature)
         if feature.ndim != 4 or batch.image_sizes is None or batch.padded_size is None:
             return None
         return valid_positions(batch.image_sizes, batch.padded_size, feature)
@@ -95,6 +109,26 @@ class Valid(Region):
         if feature.ndim != 4 or batch.valid is None:
             raise WiringError("region 'valid' needs a map (B, C, H, W) and a batch with valid pixels")
         return on_grid(batch.valid, feature.shape[-2:]).to(torch.float32)
+
+
+def token_weights(tokens: Tensor, feature: Tensor) -> Tensor | None:
+    """1 for tokens that count, else 0, in the layout of what was tapped; ``None`` for one vector ``(B, C)`` a sequence.
+
+    Args:
+        tokens: ``(B, L)``, true for tokens that count.
+        feature: states ``(B, L, C)``, those of all sequences in one list ``(B·L, C)``, or ``(B, C)``.
+
+    Raises:
+        WiringError: ``feature`` has another layout, so that nobody knows where its padding is.
+    """
+    if feature.ndim == 2 and len(feature) == len(tokens):
+        return None
+    if feature.ndim > 3 or feature.shape[:-1] not in (tokens.shape, (tokens.numel(),)):
+        raise WiringError(
+            f"a tensor {tuple(feature.shape)} does not lie on the {tuple(tokens.shape)} tokens of the batch, so that its padding "
+            "cannot be left out; tap states (B, L, C) of tokens"
+        )
+    return tokens.reshape(feature.shape[:-1]).to(torch.float32)
 
 
 def on_grid(pixels: Tensor, size: Sequence[int]) -> Tensor:

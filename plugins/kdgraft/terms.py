@@ -242,7 +242,7 @@ class AdaptedTerm(TapTerm):
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
         adapter: ``"auto"``, ``"conv1x1"``, ``"linear"`` or ``"none"``; sized by the dry run, one per tensor.
-        region: ``"all"`` (padding excluded), ``"foreground"`` where the host has boxes, or a third party's.
+        region: ``"all"`` (padding excluded, of images and of texts), ``"foreground"`` where the host has boxes, or a third party's.
     """
 
     def __init__(
@@ -276,11 +276,11 @@ class AdaptedTerm(TapTerm):
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
         """Tensor by tensor the adapted student's, the teacher's, and the region's weights of the positions."""
         pairs = self.pairs(student, teacher)
-        for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
-            weight = self.region(batch, t, teacher.scale) if in_image else None
-            if weight is not None and t.ndim == 4:
+        for adapter, (s, t, _, t_tap), in_image in zip(self.adapters, pairs, self.placed, strict=True):
+            weight = self.region(batch.at(t_tap, t), t, teacher.scale) if in_image else None
+            if weight is not None:
                 # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
-                t = t.masked_fill((weight == 0)[:, None], 0)
+                t = t.masked_fill((weight == 0).unsqueeze(class_dim(t)), 0)
             yield adapter(s, t), t, weight
 
 
@@ -598,6 +598,11 @@ def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wir
     """
     if isinstance(region, All) and not wiring.in_image(tap):
         return False
+    if "tokens" in wiring.fields and teacher.ndim > 3:
+        raise WiringError(
+            f"{term.name}: region {name!r} cannot leave the padding out of {tap} {tuple(teacher.shape)}; tap states (B, L, C) of "
+            "tokens"
+        )
     needed = not isinstance(region, All) or "image_sizes" in wiring.fields
     if needed and (teacher.ndim != 4 or not wiring.in_image(tap)):
         raise WiringError(
