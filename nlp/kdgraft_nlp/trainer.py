@@ -57,6 +57,11 @@ class Distilling(_Host):
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
+        if terms is None and recipe is None and (teacher is not None or dry_run is not None):
+            raise DistillError(
+                f"{'dry_run' if teacher is None else 'teacher'} is given, and nothing says what to learn; name terms or a recipe, "
+                "terms=[SoftTargets()] for one, or train plainly with terms=[]"
+            )
         _refuse_hosts(self)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         self._settings = dict(teacher=teacher, terms=specs, dry_run=dry_run, facts=_vocabularies(self, teacher))

@@ -377,6 +377,25 @@ def test_one_clear_line(more, message, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_teacher_without_terms_or_a_recipe_is_refused(tmp_path):
+    def plain():
+        return Trainer(model=support.model("bert", seed=1), args=support.arguments(tmp_path))
+
+    teacher, example = support.model("bert", 32, 4, seed=2), support.collate(support.samples(2))
+    for given, name in (
+        (dict(teacher=teacher), "teacher"),
+        (dict(teacher=str(tmp_path)), "teacher"),
+        (dict(dry_run=example), "dry_run"),
+    ):
+        trainer = plain()
+        with pytest.raises(DistillError, match=rf"{name} is given, and nothing says what to learn; .* terms=\[\]"):
+            distill(trainer, **given)
+        assert type(trainer) is Trainer and type(trainer.model) is BertForSequenceClassification
+        with pytest.raises(DistillError, match=f"{name} is given"):
+            DistillTrainer(model=support.model("bert"), args=support.arguments(tmp_path), **given)
+    assert distill(plain(), teacher=teacher, terms=[]).distiller is None
+
+
 def test_distilling_twice_is_refused(tmp_path):
     trainer = trained(tmp_path, ["SoftTargets"])
     with pytest.raises(DistillError, match="distils already"):
