@@ -71,6 +71,10 @@ class Link:
         self.order: Tensor | None = None
         self.batch: Batch | None = None
         self.step: Step | None = None
+        self.hosted = False
+        """A trainer distils: passes that it does not ask for, another trainer's for instance, are plain ones."""
+        self.told = False
+        """The trainer asks for the pass to come."""
         self.totals: dict[str, Tensor] = {}
         self.parts = 1
         self.losses: dict[str, Tensor] | None = None
@@ -119,6 +123,14 @@ class Grafted:
     distiller: TextDistiller | None
     _distill: Link
 
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Copies and pickles are plain students: a teacher belongs in no file, and a copy is taken to be kept as it is."""
+        plain = object.__new__(_student_class(self))
+        plain.__dict__.update(vars(self))
+        plain._modules = dict(plain._modules)
+        _take_off(plain, type(self))
+        return plain.__reduce_ex__(1)  # later protocols insist on this object's own class
+
     def plain_forward(self, *args: Any, **inputs: Any) -> Any:
         """The student's own forward."""
         return super().forward(*args, **inputs)  # type: ignore[misc]
@@ -127,7 +139,8 @@ class Grafted:
         """The student's output; in training also the teacher's pass and ``distill``, the terms' losses, in the output."""
         link, distiller = self._distill, self.distiller
         own = link.of_student(inputs)
-        if distiller is None or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
+        asked = link.told or not link.hosted
+        if distiller is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(*args, **own)
         batch = link.batch if link.batch is not None else read_batch(inputs, link.task)
         step = link.step if link.step is not None else Step(link.steps, 0)
@@ -287,7 +300,7 @@ def graft(
                         link.order = class_order(*names, ("student's config", "teacher's config"))
         except BaseException:
             student.__class__ = kind
-            del student._modules["distiller"], student._distill
+            _take_off(model, _graft_class(kind))
             raise
         hide_from_state_dict(distiller)
         distiller.to(device)
@@ -295,15 +308,60 @@ def graft(
     return student
 
 
+def undistill(model: Any) -> Any:
+    """Takes the distiller off a student, in place: a plain model again, for another trainer or for ``torch.save``.
+
+    Args:
+        model: the model of a trainer that distils. The trainer still evaluates and saves it, and trains it plainly.
+
+    Returns:
+        The model.
+
+    Raises:
+        DistillError: nothing is grafted on it.
+
+    Example::
+
+        trainer.train()
+        student = undistill(trainer.model)
+    """
+    if not isinstance(model, Grafted):
+        raise DistillError(f"this {type(model).__name__} is not being distilled")
+    graft: Any = type(model)
+    student: Any = model
+    student.__class__ = _student_class(model)
+    _take_off(student, graft)
+    return model
+
+
+def _student_class(model: Grafted) -> Any:
+    """The class that a student had before the graft."""
+    return type(model).__bases__[1]
+
+
+def _take_off(student: Any, graft: Any) -> None:
+    """Removes what the graft put on an instance whose class is plain again, and what accelerate made of the graft's forward."""
+    del student._modules["distiller"], student._distill
+    _unwrap_forward(student, graft)
+
+
+def _unwrap_forward(student: Any, kind: Any) -> None:
+    """Takes off the mixed precision that accelerate left around a class's own forward; the next trainer puts it on anew."""
+    before = vars(student).get("_original_forward")
+    if getattr(before, "__func__", None) is kind.forward:
+        del student.forward, student._original_forward
+        vars(student).pop("_is_accelerate_prepared", None)
+
+
 def _check_student(student: Any) -> None:
     """Refuses what cannot be grafted on; takes off what accelerate left."""
     if isinstance(student, Grafted):
-        raise DistillError("this student is being distilled already; build a new one for another distiller")
+        raise DistillError(
+            "this student is being distilled already; build a new one, or undistill(model) for another distiller"
+        )
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
-    before = vars(student).get("_original_forward")  # accelerate's, left by an evaluation in mixed precision
-    if getattr(before, "__func__", None) is type(student).forward:
-        del student.forward, student._original_forward
+    _unwrap_forward(student, type(student))
     if "forward" in vars(student):
         raise DistillError(
             f"something has replaced the forward of this {type(student).__name__}; distil first, wrap or patch it afterwards"

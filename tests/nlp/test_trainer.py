@@ -21,7 +21,7 @@ from transformers import (
 
 import nlp_support as support
 from kdgraft import DistillError, WiringError
-from kdgraft_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill
+from kdgraft_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill, undistill
 from kdgraft_nlp.student import graft
 
 ALL = [
@@ -551,6 +551,71 @@ def test_a_copy_of_a_student_in_training(tmp_path):
     batch = support.collate(support.samples(2))
     twin.eval(), trainer.model.eval()
     assert torch.equal(twin(**batch).logits, trainer.model(**batch).logits)
+
+
+def passes_of(teacher):
+    """A list that grows with each pass of the teacher."""
+    passes = []
+    teacher.register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def trains_plainly(student, folder, **settings):
+    """Continues with a plain Trainer and checks against one that has never seen a distiller; both plain SGD."""
+    fresh = support.model("bert", seed=7)
+    fresh.load_state_dict(student.state_dict())
+    ours, plain = (
+        trained(folder, kind=Trainer, student=model, optim="sgd", learning_rate=0.1, **settings)
+        for model in (student, fresh)
+    )
+    same(plain, ours)
+    assert history(plain) == history(ours) and history(plain, "grad_norm") == history(ours, "grad_norm")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_pickled_student_is_a_plain_student(bf16, tmp_path):
+    trainer = trainer_of(tmp_path, bf16=bf16)
+    trainer.train()
+    state = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    torch.save(trainer.model, tmp_path / "student.pt")
+    loaded = torch.load(tmp_path / "student.pt", weights_only=False)
+    batch = support.collate(support.samples(3))
+    expected = support.model("bert", seed=3).eval()
+    expected.load_state_dict(state)
+    for twin in (loaded, copy.deepcopy(trainer.model), copy.copy(trainer.model)):
+        assert type(twin) is BertForSequenceClassification
+        assert [name for name, _ in twin.named_modules()] == [name for name, _ in expected.named_modules()]
+        assert vars(twin).keys() - {"_is_accelerate_prepared"} == vars(expected).keys()
+        with torch.no_grad():
+            assert torch.equal(twin.eval()(**batch).logits, expected(**batch).logits)
+    # The one in training goes on.
+    assert trainer.distiller is not None
+    trainer.train()
+    assert history(trainer, "distill.soft_targets.loss")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_plain_trainer_takes_the_model_afterwards(bf16, tmp_path):
+    trainer = trainer_of(tmp_path, bf16=bf16)
+    teacher = trainer.distiller.teacher.model
+    trainer.train()
+    passes = passes_of(teacher)
+    trains_plainly(trainer.model, tmp_path, bf16=bf16)
+    assert not passes
+    student = undistill(trainer.model)
+    assert student is trainer.model and type(student) is BertForSequenceClassification
+    assert vars(student).keys() - {"_is_accelerate_prepared"} == vars(support.model("bert")).keys()
+    trains_plainly(student, tmp_path, bf16=bf16)
+    assert not passes
+    # The trainer that it comes from evaluates, saves and trains it, plainly; another one distils it anew.
+    assert trainer.distiller is None and "eval_loss" in trainer.evaluate()
+    trainer.save_model(tmp_path / "student")
+    trainer.train()
+    assert not passes
+    trainer = trained(tmp_path, ["SoftTargets"], student=student)
+    assert history(trainer, "distill.soft_targets.loss")[0] > 0
+    with pytest.raises(DistillError, match="BertForSequenceClassification is not being distilled"):
+        undistill(support.model("bert"))
 
 
 def test_generation_in_the_evaluation(tmp_path):
