@@ -33,6 +33,7 @@ from .attention import AttentionRecorder
 from .cache import TeacherCache
 from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
+from .placing import gathered, inputs_for
 from .registry import TERMS
 from .tasks import AUTO_CLASSES, accepted, example, task_of
 from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
@@ -46,17 +47,27 @@ class TextDistiller(HostDistiller):
     recorder: type[Recorder] = AttentionRecorder
 
     def record_through(
-        self, cache: TeacherCache | None, ids: Any, inputs: Mapping[str, Any], run: Callable[[], Any], device: str
+        self,
+        cache: TeacherCache | None,
+        ids: Any,
+        inputs: Mapping[str, Any],
+        run: Callable[[], Any],
+        device: torch.device,
     ) -> Recording:
         """The teacher's recording, from the cache where there is one that knows these samples."""
+
+        def record() -> Recording:
+            recording = self.record_teacher(run, device.type)
+            return gathered(recording, device) if self.teacher.placed else recording
+
         if cache is None or ids is None:
-            return self.record_teacher(run, device)
+            return record()
         taps = self._teacher_recorder.taps
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         found = cache.look_up(ids, given, taps)
         if found is not None:
             return found
-        recording = self.record_teacher(run, device)
+        recording = record()
         cache.store(ids, given, recording, taps)
         return recording
 
@@ -154,7 +165,7 @@ class Grafted:
             model = distiller.teacher.model
             given = link.of_teacher(inputs if "labels" in inputs else {**inputs, "labels": batch.labels}, model)
             teacher = distiller.record_through(
-                link.cache, inputs.get(SAMPLE_IDS), given, lambda: model(**given), device.type
+                link.cache, inputs.get(SAMPLE_IDS), given, lambda: model(**inputs_for(model, given)), device
             )
         if link.chunk is not None:
             return self._in_chunks(own, batch, step, teacher)
@@ -283,9 +294,11 @@ def graft(
             with isolated_rng():
                 distiller = TextDistiller(held, terms, TERMS)
                 distiller.teacher.load()
-                held.model.to(device)
+                if not held.placed:
+                    held.model.to(device)
                 ours = dict(dry_run) if dry_run is not None else example(student)
-                theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model)
+                theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model, device)
+                theirs = inputs_for(held.model, theirs)
                 if chunk is not None:
                     _chunk(student, distiller, task, ours, theirs)
                     link.chunk = chunk
@@ -371,6 +384,12 @@ def _check_student(student: Any) -> None:
 def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> None:
     if task != "causal":
         raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
+    heads = [head_of(model).weight.device for model in (student, distiller.teacher.model)]
+    if heads[0] != heads[1]:
+        raise WiringError(
+            f"chunked=True needs the teacher's output layer where the student's is ({heads[0]}), and its weights are on "
+            f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave chunked out"
+        )
     check_heads(student, ours)
     check_heads(distiller.teacher.model, theirs)
     for term in distiller._all_terms():

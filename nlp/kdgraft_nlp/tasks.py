@@ -49,14 +49,17 @@ def accepted(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def example(model: Any) -> dict[str, Tensor]:
+def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]:
     """A small input of two samples, made from the config alone: token ids, or an image of the configured size.
+
+    Args:
+        device: where it lies; with the model's parameters by default.
 
     Raises:
         DistillError: the model takes neither.
     """
     config, takes = model.config, accepted(model)
-    device = next(model.parameters()).device
+    device = device if device is not None else next(model.parameters()).device
     if "input_ids" in takes:
         size, end = _vocabulary(model), getattr(config, "eos_token_id", None)
         end = end if isinstance(end, int) and end < size else None
