@@ -35,7 +35,7 @@ from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
 from .placing import gathered, inputs_for
 from .registry import TERMS
-from .tasks import AUTO_CLASSES, accepted, example, task_of
+from .tasks import AUTO_CLASSES, accepted, by_name, example, task_of
 from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
@@ -146,13 +146,13 @@ class Grafted:
         """The student's own forward."""
         return super().forward(*args, **inputs)  # type: ignore[misc]
 
-    def distilling_forward(self, *args: Any, **inputs: Any) -> Any:
+    def distilling_forward(self, **inputs: Any) -> Any:
         """The student's output; in training also the teacher's pass and ``distill``, the terms' losses, in the output."""
         link, distiller = self._distill, self.distiller
         own = link.of_student(inputs)
         asked = link.told or not link.hosted
         if distiller is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
-            return self.plain_forward(*args, **own)
+            return self.plain_forward(**own)
         batch = link.batch if link.batch is not None else read_batch(inputs, link.task)
         step = link.step if link.step is not None else Step(link.steps, 0)
         link.steps += 1
@@ -170,7 +170,7 @@ class Grafted:
         if link.chunk is not None:
             return self._in_chunks(own, batch, step, teacher)
         with distiller.record_student(self) if active else nullcontext() as student:  # type: ignore[arg-type]
-            output = self.plain_forward(*args, **own)
+            output = self.plain_forward(**own)
         link.losses = distiller.losses(student, teacher, batch, step, device, link.totals, link.parts)
         return _with_losses(output, link.losses)
 
@@ -243,7 +243,10 @@ def _output_class(plain: Any) -> Any:
 
 @cache
 def _graft_class(student: Any) -> Any:
-    forward = wraps(student.forward)(lambda self, *args, **inputs: self.distilling_forward(*args, **inputs))
+    @wraps(student.forward)
+    def forward(self: Grafted, *args: Any, **inputs: Any) -> Any:
+        return self.distilling_forward(**by_name(student.forward, args, inputs))
+
     names = {"forward": forward, "__module__": student.__module__, "__qualname__": student.__qualname__}
     return type(student.__name__, (Grafted, student), names)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +48,26 @@ def task_of(model: nn.Module) -> str:
 def accepted(model: nn.Module) -> set[str]:
     """Names of the arguments that the model's forward takes."""
     return set(inspect.signature(model.forward).parameters)
+
+
+def by_name(forward: Callable[..., Any], args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names.
+
+    Args:
+        forward: a method; ``args`` are what comes after ``self``.
+        args, inputs: the arguments by position and by name; names that ``forward`` does not know stay.
+
+    Raises:
+        TypeError: as Python says it, of arguments too many or given twice.
+    """
+    if not args:
+        return dict(inputs)
+    (_, *found), values = inspect.signature(forward).bind_partial(None, *args).arguments.items(), dict(inputs)
+    for name, value in found:
+        if name in values:
+            raise TypeError(f"{forward.__qualname__}() got multiple values for argument {name!r}")
+        values[name] = value
+    return values
 
 
 def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]:

@@ -306,6 +306,57 @@ def test_distill_keeps_a_users_own_trainer(tmp_path):
     assert history(trainer, "distill.soft_targets.loss")[0] > 0
 
 
+class ByPosition(Trainer):
+    """Calls the model by position, in training and in evaluation."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        given = {**inputs, "token_type_ids": None}
+        labels = given.pop("labels")
+        output = model(given["input_ids"], given["attention_mask"], labels=labels)
+        return (output.loss, output) if return_outputs else output.loss
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_loss_that_calls_the_model_by_position(family, tmp_path):
+    trainers = []
+    for kind in (Trainer, ByPosition):
+        task = support.TASKS[family][1]
+        trainer = kind(
+            model=support.model(family, seed=1),
+            args=support.arguments(tmp_path),
+            train_dataset=support.samples(12, task),
+            eval_dataset=support.samples(4, task),
+            data_collator=support.collate,
+        )
+        trainer.model_accepts_loss_kwargs = False  # ByPosition does not pass num_items_in_batch on
+        terms = ["AttentionMaps" if family == "t5" else "SoftTargets"]
+        distill(trainer, teacher=support.model(family, 32, 4, seed=2), terms=terms)
+        trainer.train()
+        trainer.evaluate()
+        trainers.append(trainer)
+    same(*trainers)
+    for key in ("loss", "eval_loss"):
+        assert history(trainers[0], key) == history(trainers[1], key)
+
+
+def test_positions_are_bound_as_python_binds_them(tmp_path):
+    batch = support.collate(support.samples(3))
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    student, teacher = support.quiet(support.model("bert", seed=1)), support.model("bert", 32, 4, seed=2).eval()
+    with torch.no_grad():
+        ours, theirs = ((model(ids, mask).logits / 2).log_softmax(-1) for model in (student, teacher))
+    by_hand = 4 * nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    student = graft(student, teacher, ["SoftTargets"]).train()
+    for call in (lambda: student(ids, mask), lambda: student(ids, mask, None, labels=labels)):
+        call()
+        found = student._distill.losses["distill.soft_targets.loss"]
+        torch.testing.assert_close(found.detach(), by_hand)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        student(ids, mask, input_ids=ids)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        student(*[None] * 30)
+
+
 def test_an_optimizer_of_the_users_own(tmp_path):
     def make(scheduler):
         student = support.model("bert", seed=1)
