@@ -35,7 +35,7 @@ from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
 from .placing import gathered, inputs_for
 from .registry import TERMS
-from .tasks import AUTO_CLASSES, accepted, by_name, example, task_of
+from .tasks import AUTO_CLASSES, accepted, base_of, by_name, example, task_of
 from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
@@ -264,7 +264,7 @@ def graft(
     """Grafts the distiller on a student, in place.
 
     Args:
-        student: a model of Hugging Face.
+        student: a model of Hugging Face; under a wrapper of PEFT the distiller goes on the base model.
         teacher: a model, a :class:`~kdgraft.Teacher`, or the folder that ``save_pretrained`` wrote; may be left out without
             terms.
         terms: names, dicts or instances.
@@ -274,9 +274,13 @@ def graft(
         chunk: tokens at a time for losses on a causal model's logits; ``None``: all at once.
         cache: of the teacher's outputs, for batches with sample ids.
 
+    Returns:
+        The student that was given.
+
     Raises:
         DistillError: a wrong teacher; :class:`~kdgraft.WiringError`: a term that cannot work on the two.
     """
+    given, student = student, base_of(student)
     _check_student(student)
     if chunk is not None and not terms:
         raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
@@ -296,7 +300,6 @@ def graft(
         try:
             with isolated_rng():
                 distiller = TextDistiller(held, terms, TERMS)
-                distiller.teacher.load()
                 if not held.placed:
                     held.model.to(device)
                 ours = dict(dry_run) if dry_run is not None else example(student)
@@ -321,7 +324,7 @@ def graft(
         hide_from_state_dict(distiller)
         distiller.to(device)
     student.add_module("distiller", distiller)
-    return student
+    return given
 
 
 def undistill(model: Any) -> Any:
@@ -341,11 +344,11 @@ def undistill(model: Any) -> Any:
         trainer.train()
         student = undistill(trainer.model)
     """
-    if not isinstance(model, Grafted):
+    student = base_of(model)
+    if not isinstance(student, Grafted):
         raise DistillError(f"this {type(model).__name__} is not being distilled")
-    graft: Any = type(model)
-    student: Any = model
-    student.__class__ = _student_class(model)
+    graft: Any = type(student)
+    student.__class__ = _student_class(student)
     _take_off(student, graft)
     return model
 
@@ -424,6 +427,7 @@ def build_teacher(teacher: Any, student: nn.Module, task: str) -> Teacher:
     if isinstance(teacher, (str, Path)):
         teacher = _load_teacher(Path(teacher), student, task)
     if isinstance(teacher, nn.Module):
+        teacher = base_of(teacher)
         trained = {id(p) for p in student.parameters() if p.requires_grad}
         if any(id(p) in trained for p in teacher.parameters()):
             raise WiringError("student and teacher share parameters, which the teacher would freeze; copy.deepcopy one")
@@ -432,6 +436,8 @@ def build_teacher(teacher: Any, student: nn.Module, task: str) -> Teacher:
         teacher = Teacher(teacher)
     if not isinstance(teacher, Teacher):
         raise DistillError(f"teacher must be a model or a folder, got {teacher!r}")
+    teacher.load()
+    teacher.model = base_of(teacher.model)
     return teacher
 
 

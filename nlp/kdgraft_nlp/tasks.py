@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import is_peft_available
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, WiringError
 
 _MAPPINGS: dict[str, Any] = {
     "sequence": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -43,6 +44,28 @@ def task_of(model: nn.Module) -> str:
         if names & known:
             return task
     return "other"
+
+
+def base_of(model: Any) -> Any:
+    """The model under a wrapper of PEFT, its adapters in their places; any other model itself.
+
+    Raises:
+        WiringError: adapters that do something in the wrapper's own pass, which the base model's does not have.
+    """
+    if not is_peft_available():
+        return model
+    from peft import PeftMixedModel, PeftModel
+
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        return model
+    for config in model.peft_config.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning or kind in ("XLORA", "POLY") or getattr(config, "alora_invocation_tokens", None):
+            raise WiringError(
+                f"{type(model).__name__}: adapters of kind {kind} put more into a pass than layers (prompts, routes), which terms do "
+                "not know of; take adapters that sit in layers (LoRA and the like), or distil the base model"
+            )
+    return model.base_model.model
 
 
 def accepted(model: nn.Module) -> set[str]:

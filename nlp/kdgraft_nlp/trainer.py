@@ -24,7 +24,7 @@ from kdgraft.teacher import read_checkpoint
 
 from .collator import PREFIX, DistillCollator
 from .registry import RECIPES
-from .student import Grafted, TextDistiller, accepted, graft
+from .student import TextDistiller, accepted, graft
 from .tokens import read_batch
 
 logger = logging.getLogger("kdgraft")
@@ -219,7 +219,7 @@ class Distilling(_Host):
         super().log(logs, *args, **settings)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
-        if isinstance(self.model, Grafted):
+        if hasattr(self.model, "_distill"):
             inputs = self.model._distill.of_student(inputs)  # generation hands every input on to the model
         return super().prediction_step(model, inputs, *args, **settings)
 
@@ -328,7 +328,7 @@ def student_chunks(model: Any) -> bool:
 
 
 def _refuse_hosts(trainer: Any) -> None:
-    if isinstance(trainer.model, Grafted):
+    if hasattr(trainer.model, "_distill"):
         raise DistillError(
             "this trainer's model is being distilled already; build a new one, or undistill(model) first"
         )
