@@ -34,8 +34,20 @@ from .cache import TeacherCache
 from .chunked import Part, check_heads, chunked_losses, head_of
 from .logits import LogitTerm
 from .packing import marks_taken_by
+from .placing import gathered, inputs_for
 from .registry import TERMS
-from .tasks import accepted, auto_class, decoder_inputs, example, frame_mask, has_decoder, reads_text_alone, task_of
+from .tasks import (
+    accepted,
+    auto_class,
+    base_of,
+    by_name,
+    decoder_inputs,
+    example,
+    frame_mask,
+    has_decoder,
+    reads_text_alone,
+    task_of,
+)
 from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, Frames, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
@@ -47,17 +59,27 @@ class TextDistiller(HostDistiller):
     recorder: type[Recorder] = AttentionRecorder
 
     def record_through(
-        self, cache: TeacherCache | None, ids: Any, inputs: Mapping[str, Any], run: Callable[[], Any], device: str
+        self,
+        cache: TeacherCache | None,
+        ids: Any,
+        inputs: Mapping[str, Any],
+        run: Callable[[], Any],
+        device: torch.device,
     ) -> Recording:
         """The teacher's recording, from the cache where there is one that knows these samples."""
+
+        def record() -> Recording:
+            recording = self.record_teacher(run, device.type)
+            return gathered(recording, device) if self.teacher.placed else recording
+
         if cache is None or ids is None:
-            return self.record_teacher(run, device)
+            return record()
         taps = self._teacher_recorder.taps
         given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         found = cache.look_up(ids, given, taps)
         if found is not None:
             return found
-        recording = self.record_teacher(run, device)
+        recording = record()
         cache.store(ids, given, recording, taps)
         return recording
 
@@ -73,6 +95,10 @@ class Link:
         self.order: Tensor | None = None
         self.batch: Batch | None = None
         self.step: Step | None = None
+        self.hosted = False
+        """A trainer distils: passes that it does not ask for, another trainer's for instance, are plain ones."""
+        self.told = False
+        """The trainer asks for the pass to come."""
         self.totals: dict[str, Tensor] = {}
         self.parts = 1
         self.losses: dict[str, Tensor] | None = None
@@ -125,16 +151,25 @@ class Grafted:
     distiller: TextDistiller | None
     _distill: Link
 
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Copies and pickles are plain students: a teacher belongs in no file, and a copy is taken to be kept as it is."""
+        plain = object.__new__(_student_class(self))
+        plain.__dict__.update(vars(self))
+        plain._modules = dict(plain._modules)
+        _take_off(plain, type(self))
+        return plain.__reduce_ex__(1)  # later protocols insist on this object's own class
+
     def plain_forward(self, *args: Any, **inputs: Any) -> Any:
         """The student's own forward."""
         return super().forward(*args, **inputs)  # type: ignore[misc]
 
-    def distilling_forward(self, *args: Any, **inputs: Any) -> Any:
+    def distilling_forward(self, **inputs: Any) -> Any:
         """The student's output; in training also the teacher's pass and ``distill``, the terms' losses, in the output."""
         link, distiller = self._distill, self.distiller
         own = link.of_student(inputs)
-        if distiller is None or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
-            return self.plain_forward(*args, **own)
+        asked = link.told or not link.hosted
+        if distiller is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return self.plain_forward(**own)
         batch = link.batch if link.batch is not None else link.read(inputs)
         step = link.step if link.step is not None else Step(link.steps, 0)
         link.steps += 1
@@ -147,12 +182,12 @@ class Grafted:
             model = distiller.teacher.model
             given = link.of_teacher(inputs if "labels" in inputs else {**inputs, "labels": batch.labels}, model)
             teacher = distiller.record_through(
-                link.cache, inputs.get(SAMPLE_IDS), given, lambda: model(**given), device.type
+                link.cache, inputs.get(SAMPLE_IDS), given, lambda: model(**inputs_for(model, given)), device
             )
         if link.chunk is not None:
             return self._in_chunks(own, batch, step, teacher)
         with distiller.record_student(self) if active else nullcontext() as student:  # type: ignore[arg-type]
-            output = self.plain_forward(*args, **own)
+            output = self.plain_forward(**own)
         link.losses = distiller.losses(student, teacher, batch, step, device, link.totals, link.parts)
         return _with_losses(output, link.losses)
 
@@ -225,7 +260,10 @@ def _output_class(plain: Any) -> Any:
 
 @cache
 def _graft_class(student: Any) -> Any:
-    forward = wraps(student.forward)(lambda self, *args, **inputs: self.distilling_forward(*args, **inputs))
+    @wraps(student.forward)
+    def forward(self: Grafted, *args: Any, **inputs: Any) -> Any:
+        return self.distilling_forward(**by_name(student.forward, args, inputs))
+
     names = {"forward": forward, "__module__": student.__module__, "__qualname__": student.__qualname__}
     return type(student.__name__, (Grafted, student), names)
 
@@ -243,7 +281,7 @@ def graft(
     """Grafts the distiller on a student, in place.
 
     Args:
-        student: a model of Hugging Face.
+        student: a model of Hugging Face; under a wrapper of PEFT the distiller goes on the base model.
         teacher: a model, a :class:`~kdgraft.Teacher`, or the folder that ``save_pretrained`` wrote; may be left out without
             terms.
         terms: names, dicts or instances.
@@ -253,9 +291,13 @@ def graft(
         chunk: tokens at a time for losses on a causal model's logits; ``None``: all at once.
         cache: of the teacher's outputs, for batches with sample ids.
 
+    Returns:
+        The student that was given.
+
     Raises:
         DistillError: a wrong teacher; :class:`~kdgraft.WiringError`: a term that cannot work on the two.
     """
+    given, student = student, base_of(student)
     _check_student(student)
     if chunk is not None and not terms:
         raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
@@ -277,10 +319,11 @@ def graft(
         try:
             with isolated_rng():
                 distiller = TextDistiller(held, terms, TERMS)
-                distiller.teacher.load()
-                held.model.to(device)
+                if not held.placed:
+                    held.model.to(device)
                 ours = dict(dry_run) if dry_run is not None else example(student)
-                theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model)
+                theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model, device)
+                theirs = inputs_for(held.model, theirs)
                 if chunk is not None:
                     _chunk(student, distiller, task, ours, theirs)
                     link.chunk = chunk
@@ -295,23 +338,68 @@ def graft(
                         link.order = class_order(*names, ("student's config", "teacher's config"))
         except BaseException:
             student.__class__ = kind
-            del student._modules["distiller"], student._distill
+            _take_off(model, _graft_class(kind))
             raise
         hide_from_state_dict(distiller)
         distiller.to(device)
     student.add_module("distiller", distiller)
-    return student
+    return given
+
+
+def undistill(model: Any) -> Any:
+    """Takes the distiller off a student, in place: a plain model again, for another trainer or for ``torch.save``.
+
+    Args:
+        model: the model of a trainer that distils. The trainer still evaluates and saves it, and trains it plainly.
+
+    Returns:
+        The model.
+
+    Raises:
+        DistillError: nothing is grafted on it.
+
+    Example::
+
+        trainer.train()
+        student = undistill(trainer.model)
+    """
+    student = base_of(model)
+    if not isinstance(student, Grafted):
+        raise DistillError(f"this {type(model).__name__} is not being distilled")
+    graft: Any = type(student)
+    student.__class__ = _student_class(student)
+    _take_off(student, graft)
+    return model
+
+
+def _student_class(model: Grafted) -> Any:
+    """The class that a student had before the graft."""
+    return type(model).__bases__[1]
+
+
+def _take_off(student: Any, graft: Any) -> None:
+    """Removes what the graft put on an instance whose class is plain again, and what accelerate made of the graft's forward."""
+    del student._modules["distiller"], student._distill
+    _unwrap_forward(student, graft)
+
+
+def _unwrap_forward(student: Any, kind: Any) -> None:
+    """Takes off the mixed precision that accelerate left around a class's own forward; the next trainer puts it on anew."""
+    before = vars(student).get("_original_forward")
+    if getattr(before, "__func__", None) is kind.forward:
+        del student.forward, student._original_forward
+        vars(student).pop("_is_accelerate_prepared", None)
 
 
 def _check_student(student: Any) -> None:
     """Refuses what cannot be grafted on; takes off what accelerate left."""
     if isinstance(student, Grafted):
-        raise DistillError("this student is being distilled already; build a new one for another distiller")
+        raise DistillError(
+            "this student is being distilled already; build a new one, or undistill(model) for another distiller"
+        )
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
-    before = vars(student).get("_original_forward")  # accelerate's, left by an evaluation in mixed precision
-    if getattr(before, "__func__", None) is type(student).forward:
-        del student.forward, student._original_forward
+    _unwrap_forward(student, type(student))
     if "forward" in vars(student):
         raise DistillError(
             f"something has replaced the forward of this {type(student).__name__}; distil first, wrap or patch it afterwards"
@@ -321,6 +409,12 @@ def _check_student(student: Any) -> None:
 def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> None:
     if task != "causal":
         raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
+    heads = [head_of(model).weight.device for model in (student, distiller.teacher.model)]
+    if heads[0] != heads[1]:
+        raise WiringError(
+            f"chunked=True needs the teacher's output layer where the student's is ({heads[0]}), and its weights are on "
+            f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave chunked out"
+        )
     check_heads(student, ours)
     check_heads(distiller.teacher.model, theirs)
     for term in distiller._all_terms():
@@ -352,6 +446,7 @@ def build_teacher(teacher: Any, student: nn.Module, task: str) -> Teacher:
     if isinstance(teacher, (str, Path)):
         teacher = _load_teacher(Path(teacher), student, task)
     if isinstance(teacher, nn.Module):
+        teacher = base_of(teacher)
         trained = {id(p) for p in student.parameters() if p.requires_grad}
         if any(id(p) in trained for p in teacher.parameters()):
             raise WiringError("student and teacher share parameters, which the teacher would freeze; copy.deepcopy one")
@@ -360,6 +455,8 @@ def build_teacher(teacher: Any, student: nn.Module, task: str) -> Teacher:
         teacher = Teacher(teacher)
     if not isinstance(teacher, Teacher):
         raise DistillError(f"teacher must be a model or a folder, got {teacher!r}")
+    teacher.load()
+    teacher.model = base_of(teacher.model)
     return teacher
 
 

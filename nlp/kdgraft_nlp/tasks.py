@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import is_peft_available
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, WiringError
 
 _KINDS: list[tuple[str, Any, Any]] = [
     ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForSequenceClassification),
@@ -76,6 +77,28 @@ def _kind_of(model: nn.Module) -> tuple[str, Any, Any] | None:
     return None
 
 
+def base_of(model: Any) -> Any:
+    """The model under a wrapper of PEFT, its adapters in their places; any other model itself.
+
+    Raises:
+        WiringError: adapters that do something in the wrapper's own pass, which the base model's does not have.
+    """
+    if not is_peft_available():
+        return model
+    from peft import PeftMixedModel, PeftModel
+
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        return model
+    for config in model.peft_config.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning or kind in ("XLORA", "POLY") or getattr(config, "alora_invocation_tokens", None):
+            raise WiringError(
+                f"{type(model).__name__}: adapters of kind {kind} put more into a pass than layers (prompts, routes), which terms do "
+                "not know of; take adapters that sit in layers (LoRA and the like), or distil the base model"
+            )
+    return model.base_model.model
+
+
 def accepted(model: nn.Module) -> set[str]:
     """Names of the arguments that the model's forward takes."""
     return set(inspect.signature(model.forward).parameters)
@@ -84,6 +107,26 @@ def accepted(model: nn.Module) -> set[str]:
 def reads_text_alone(model: nn.Module) -> bool:
     """Whether the model reads tokens and no images, so that no tensor in it is a map of an image."""
     return "input_ids" in accepted(model) and "pixel_values" not in accepted(model)
+
+
+def by_name(forward: Callable[..., Any], args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names.
+
+    Args:
+        forward: a method; ``args`` are what comes after ``self``.
+        args, inputs: the arguments by position and by name; names that ``forward`` does not know stay.
+
+    Raises:
+        TypeError: as Python says it, of arguments too many or given twice.
+    """
+    if not args:
+        return dict(inputs)
+    (_, *found), values = inspect.signature(forward).bind_partial(None, *args).arguments.items(), dict(inputs)
+    for name, value in found:
+        if name in values:
+            raise TypeError(f"{forward.__qualname__}() got multiple values for argument {name!r}")
+        values[name] = value
+    return values
 
 
 def has_decoder(model: Any) -> bool:
@@ -140,14 +183,17 @@ def frame_mask(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     return frames
 
 
-def example(model: Any) -> dict[str, Tensor]:
+def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]:
     """A small input of two samples (one, of multiple choice), made from the config alone: token ids, sound, or an image of the configured size.
+
+    Args:
+        device: where it lies; with the model's parameters by default.
 
     Raises:
         DistillError: the model takes none of these.
     """
     config, takes = model.config, accepted(model)
-    device = next(model.parameters()).device
+    device = device if device is not None else next(model.parameters()).device
     task = task_of(model)
     inputs: dict[str, Tensor] = {}
     if "input_ids" in takes:

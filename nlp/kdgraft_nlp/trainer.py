@@ -27,7 +27,7 @@ from kdgraft.sources.teacher import read_checkpoint
 from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
 from .registry import RECIPES
-from .student import Grafted, TextDistiller, accepted, graft
+from .student import TextDistiller, accepted, graft
 
 logger = logging.getLogger("kdgraft")
 
@@ -57,6 +57,11 @@ class Distilling(_Host):
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
+        if terms is None and recipe is None and (teacher is not None or dry_run is not None):
+            raise DistillError(
+                f"{'dry_run' if teacher is None else 'teacher'} is given, and nothing says what to learn; name terms or a recipe, "
+                "terms=[SoftTargets()] for one, or train plainly with terms=[]"
+            )
         _refuse_hosts(self)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         self._settings = dict(teacher=teacher, terms=specs, dry_run=dry_run, facts=_vocabularies(self, teacher))
@@ -74,11 +79,12 @@ class Distilling(_Host):
         settings = dict(self._settings)
         # Terms are sized for one student; a copy for each leaves the given ones as they are.
         graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
+        model._distill.hosted = True
 
     @property
     def distiller(self) -> TextDistiller | None:
-        """The distiller; ``None`` without terms."""
-        return self.model.distiller
+        """The distiller; ``None`` without terms, and once the model is undistilled."""
+        return getattr(self.model, "distiller", None)
 
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
@@ -129,21 +135,22 @@ class Distilling(_Host):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        link = self.model._distill
         if self.distiller is None or not model.training or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_host(model, inputs, num_items_in_batch)
-        state = self.state
+        link, state = self.model._distill, self.state
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
         link.batch, link.losses = link.read(inputs), None
         link.step, link.totals, link.parts = Step(state.global_step, int(state.epoch or 0)), self._totals, parts
         link.host_factor = self._host_factor(num_items_in_batch) / (
             1 if self._host_scales(num_items_in_batch) else parts
         )
+        link.told = True
         try:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
             link.batch = link.step = None
+            link.told = False
         losses = link.losses
         if losses is None:
             raise DistillError(
@@ -212,8 +219,9 @@ class Distilling(_Host):
         super().log(logs, *args, **settings)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
-        # Generation hands every input on to the model.
-        return super().prediction_step(model, self.model._distill.of_student(inputs), *args, **settings)
+        if hasattr(self.model, "_distill"):
+            inputs = self.model._distill.of_student(inputs)  # generation hands every input on to the model
+        return super().prediction_step(model, inputs, *args, **settings)
 
     # Columns, checkpoints.
 
@@ -382,8 +390,10 @@ def student_chunks(model: Any) -> bool:
 
 
 def _refuse_hosts(trainer: Any) -> None:
-    if isinstance(trainer.model, Grafted):
-        raise DistillError("this trainer's model is being distilled already; build a new one")
+    if hasattr(trainer.model, "_distill"):
+        raise DistillError(
+            "this trainer's model is being distilled already; build a new one, or undistill(model) first"
+        )
     if trainer.args.n_gpu > 1:
         raise DistillError(
             "one process cannot distil on several GPUs; start it with 'accelerate launch', one process a GPU"

@@ -23,7 +23,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Teacher(Source):
     """A frozen model in eval mode.
 
-    A deep copy shares it. It moves when the module that owns it does.
+    A deep copy shares it. It moves when the module that owns it does, unless it is ``placed``.
 
     Args:
         model: the teacher; it is put in eval mode and its parameters stop requiring gradients.
@@ -70,10 +70,16 @@ class Teacher(Source):
         self.meta = dict(meta) if isinstance(meta, dict) else {}
         self.loaded = True
 
+    @property
+    def placed(self) -> bool:
+        """Whether the weights have places of their own: a ``device_map`` put them there, or they are on no device at all."""
+        return bool(getattr(self.model, "hf_device_map", None)) or any(p.is_meta for p in self.model.parameters())
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts the model, as ``nn.Module._apply`` does."""
+        """Moves or converts the model, as ``nn.Module._apply`` does; one that is placed is left as it is."""
         super().apply(function)
-        self.model._apply(function)
+        if not self.placed:
+            self.model._apply(function)
 
     def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device_type: str) -> Recording:
         self.ensure_eval()
