@@ -65,12 +65,12 @@ class DistilledDetector(Graft):
             check_samplers(student.roi_head)
             check_masks(student.roi_head, engine)
 
-    def _batch(self, model: Any, inputs: Tensor, data_samples: Any) -> Batch:
-        batch = super()._batch(model, inputs, data_samples)
+    def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
+        batch = super()._batch(inputs, data_samples, model)
         boxes = [sample.gt_instances.bboxes for sample in data_samples]
         batch.boxes = [getattr(box, "tensor", box) for box in boxes]
         batch.labels = [sample.gt_instances.labels for sample in data_samples]
-        batch.extra["base_anchors"] = anchor_levels(model)
+        batch.extra["base_anchors"] = anchor_levels(self if model is None else model)
         return batch
 
     def _reduced(self, inputs: Tensor, data_samples: Any, resolution: Resolution) -> tuple[Tensor, Any]:

@@ -1,4 +1,4 @@
-"""The command line: ``kdgraft train | check | export | list | demo | bench``.
+"""The command line: ``kdgraft train | check | export | list | plan | demo | bench``.
 
 A user's mistake ends with one line on stderr and exit code 2.
 """
@@ -8,24 +8,17 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pprint import pformat
-from types import ModuleType
 from typing import Any
 
 from . import __version__
 from .errors import DistillError, check_number, nearest
-from .hosts import MissingHost, require
+from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
+from .plans import carry_out, read_plan
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
-
-HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
-"""Tasks that have a plugin, with the host framework that each needs."""
-DEMOS = ("det", "seg", "nlp")
-"""Tasks with a demo."""
-RECIPE_FILES = (".yaml", ".yml", ".toml")
-"""How the names of recipe files for Hugging Face end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,12 +34,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     print("kdgraft: error: " + " ".join(message.split()), file=sys.stderr)
     return 2
-
-
-def plugin(task: str, module: str | None = None) -> ModuleType:
-    """A task's plugin, or a module of it; :class:`MissingHost` says what to install."""
-    require(HOSTS[task], f"kdgraft_{task}")
-    return import_module(f"kdgraft_{task}" + (f".{module}" if module else ""))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("config")
     _add_options(check)
     _add_trusted(check)
-    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options, **_of_mm(a, "trusted")))
+    check.set_defaults(run=_check)
 
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
@@ -87,8 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("recipe", nargs="?")
     listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
 
+    plan = commands.add_parser(
+        "plan", help="make the runs of a plan: teacher, assistant, student; what is finished stays"
+    )
+    plan.add_argument("plan", metavar="PLAN.toml")
+    plan.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    plan.set_defaults(run=_plan)
+
     demo = commands.add_parser("demo", help="teacher, plain and distilled students on embedded data")
-    demo.add_argument("task", nargs="?", default="all", choices=["all", *DEMOS])
+    demo.add_argument(
+        "task", nargs="?", default="all", choices=["all", *(name for name, host in hosts().items() if host.demo)]
+    )
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
     demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
@@ -103,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="what distilling costs: step times and memory")
-    bench.add_argument("task", choices=list(HOSTS))
+    bench.add_argument("task", choices=[name for name, host in hosts().items() if host.bench])
     bench.add_argument("--pairs", type=int, default=30, help="interleaved rounds (default: 30)")
     bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
@@ -120,14 +116,6 @@ def _add_trusted(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trusted", action="store_true", help=told)
 
 
-def _runs(config: str) -> ModuleType:
-    """Who trains a config: Python is mmengine's, YAML and TOML are recipes for Hugging Face."""
-    if Path(config).suffix in RECIPE_FILES:
-        return plugin("nlp", "run")
-    require("mmengine", "a config of MMDetection or MMSegmentation")
-    return import_module("kdgraft_mm.run")
-
-
 def _train(arguments: argparse.Namespace) -> None:
     if arguments.incomplete and not arguments.resume:
         raise DistillError("--incomplete belongs to --resume: it says that a checkpoint need not be complete")
@@ -137,7 +125,7 @@ def _train(arguments: argparse.Namespace) -> None:
     check_launch()
     if arguments.timeout is not None:
         check_number("train", "--timeout", arguments.timeout, 1)
-    _runs(arguments.config).train(
+    host_of(arguments.config).make_trainer().train(
         arguments.config,
         arguments.cfg_options,
         arguments.work_dir,
@@ -145,38 +133,37 @@ def _train(arguments: argparse.Namespace) -> None:
         arguments.amp,
         seed,
         timeout=arguments.timeout,
+        trusted=arguments.trusted,
         incomplete=arguments.incomplete,
-        **_of_mm(arguments, "trusted"),
     )
 
 
-def _of_mm(arguments: argparse.Namespace, *flags: str) -> dict[str, bool]:
-    """Those of the flags that are given; a :class:`DistillError` where the host has none of them."""
-    told = {flag: True for flag in flags if getattr(arguments, flag)}
-    if told and Path(arguments.config).suffix in RECIPE_FILES:
-        raise DistillError(
-            f"--{next(iter(told))} is for configs of MMDetection and MMSegmentation, not for recipe files"
-        )
-    return told
+def _check(arguments: argparse.Namespace) -> None:
+    host_of(arguments.config).make_trainer().check(arguments.config, arguments.cfg_options, trusted=arguments.trusted)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    carry_out(read_plan(arguments.plan), dry_run=arguments.dry_run)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    require("mmengine", "a checkpoint of MMDetection or MMSegmentation")
-    written = import_module("kdgraft_mm.checkpoints").export_student(
-        arguments.checkpoint, arguments.out, trusted=arguments.trusted, force=arguments.force
+    written = (
+        host_of_checkpoint(arguments.checkpoint)
+        .make_trainer()
+        .export(arguments.checkpoint, arguments.out, trusted=arguments.trusted, force=arguments.force)
     )
     print(f"wrote {written[0]} and {written[1]}")
 
 
 def _list() -> None:
     groups: list[tuple[str, Registry]] = [("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES)]
-    for task in HOSTS:
+    for name, host in hosts().items():
         try:
-            found = plugin(task)
+            found = host.plugin()
         except MissingHost as error:
-            print(f"{task}: {error}\n")
+            print(f"{name}: {error}\n")
             continue
-        groups += [(f"{task} terms", found.TERMS), (f"{task} recipes", found.RECIPES)]
+        groups += [(f"{name} terms", found.TERMS), (f"{name} recipes", found.RECIPES)]
     width = max(len(name) for _, registry in groups for name in registry)
     for title, registry in groups:
         print(title)
@@ -188,16 +175,16 @@ def _list() -> None:
 def _show_recipe(name: str) -> None:
     registries: dict[str, Registry] = {}
     missing: list[MissingHost] = []
-    for task in HOSTS:
+    for task, host in hosts().items():
         try:
-            registries[task] = plugin(task).RECIPES
+            registries[task] = host.plugin().RECIPES
         except MissingHost as error:
             missing.append(error)
-    if not registries:
-        raise missing[0]
     found = [(task, registry) for task, registry in registries.items() if name in registry]
     if not found:
         known = dict.fromkeys(recipe for registry in registries.values() for recipe in registry)
+        if missing and not known:
+            raise missing[0]
         raise DistillError(f"no recipe is called {name!r}{nearest(name, known)}")
     for task, registry in found:
         print(
@@ -208,7 +195,9 @@ def _show_recipe(name: str) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.pairs < 1:
         raise DistillError(f"--pairs must be at least 1, got {arguments.pairs}")
-    plugin(arguments.task, "bench").main(arguments.pairs, arguments.device, f"{arguments.out}/{arguments.task}")
+    host_named(arguments.task).measurement().main(
+        arguments.pairs, arguments.device, f"{arguments.out}/{arguments.task}"
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -216,12 +205,14 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
     if arguments.iterations is not None and arguments.iterations < 2:
         raise DistillError(f"--iterations must be at least 2, got {arguments.iterations}")
-    tasks = list(DEMOS) if arguments.task == "all" else [arguments.task]
+    tasks = [name for name, host in hosts().items() if host.demo] if arguments.task == "all" else [arguments.task]
     if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
         raise DistillError(f"recipes belong to one task: kdgraft demo TASK --recipes {arguments.recipes}")
     if arguments.data is not None and arguments.task == "all":
         raise DistillError("--data belongs to one task: kdgraft demo det --data DIR")
-    if arguments.fraction is not None and (arguments.task != "nlp" or arguments.data is None):
+    mains = {task: host_named(task).demonstration().main for task in tasks}
+    shares = all("fraction" in signature(main).parameters for main in mains.values())
+    if arguments.fraction is not None and (not shares or arguments.data is None):
         raise DistillError("--fraction belongs to real text: kdgraft demo nlp --data DIR --fraction 0.1")
     extra: dict[str, Any] = {} if arguments.iterations is None else {"iterations": arguments.iterations}
     name = ""
@@ -230,8 +221,8 @@ def _demo(arguments: argparse.Namespace) -> None:
         if arguments.fraction is not None:
             extra["fraction"] = arguments.fraction
         name = f"_{Path(arguments.data).resolve().name}"  # beside the embedded set's results, not over them
-    for task in tasks:
-        plugin(task, "demo").main(
+    for task, main in mains.items():
+        main(
             seeds=arguments.seeds,
             recipes=arguments.recipes,
             out=f"{arguments.out}/{task}{name}",

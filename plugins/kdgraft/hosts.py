@@ -6,7 +6,8 @@ name.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
@@ -17,6 +18,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from .errors import DistillError, nearest
+
+logger = logging.getLogger("kdgraft")
 
 GROUP = "kdgraft.hosts"
 
@@ -101,11 +104,20 @@ class HostTrainer(Protocol):
         resume: str | None = None,
         amp: bool = False,
         seed: int | None = None,
+        *,
+        timeout: float | None = None,
+        trusted: bool = False,
+        incomplete: bool = False,
     ) -> Any:
         """Trains a config: ``kdgraft train``."""
 
-    def check(self, config: str, options: Sequence[str] = ()) -> Any:
+    def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> Any:
         """Builds everything and runs one step: ``kdgraft check``."""
+
+    def export(
+        self, checkpoint: str | Path, out: str | Path, *, trusted: bool = False, force: bool = False
+    ) -> Sequence[Path]:
+        """Writes the plain student of a checkpoint: ``kdgraft export``."""
 
     def reads(self, config: str) -> bool:
         """Whether the host trains a config like this."""
@@ -126,7 +138,8 @@ class Host:
         package: the plugin's package, which has ``TERMS`` and ``RECIPES``.
         framework: the package that it needs.
         trainer: where its :class:`HostTrainer` is, ``module:name``.
-        suffixes: of the files that ``kdgraft train`` hands to it.
+        suffixes: of the configs that it trains.
+        checkpoints: suffixes of the checkpoints that ``kdgraft export`` hands to it.
         demo, bench: the modules behind ``kdgraft demo`` and ``kdgraft bench``, where there are some.
     """
 
@@ -135,28 +148,49 @@ class Host:
     framework: str
     trainer: str
     suffixes: tuple[str, ...] = ()
+    checkpoints: tuple[str, ...] = ()
     demo: str | None = None
     bench: str | None = None
 
-    def module(self, name: str | None = None) -> ModuleType:
-        """The plugin's package, or one of the modules above; :class:`MissingHost` says what to install."""
-        require(self.framework, self.package)
-        return import_module(name or self.package)
+    def plugin(self) -> ModuleType:
+        """The plugin's package; :class:`MissingHost` says what to install."""
+        return self._module(self.package)
 
     def make_trainer(self) -> HostTrainer:
         """How it trains; imports the framework."""
         module, _, name = self.trainer.partition(":")
-        found: HostTrainer = getattr(self.module(module), name)
+        found: HostTrainer = getattr(self._module(module), name)
         return found
+
+    def demonstration(self) -> ModuleType:
+        """The module behind ``kdgraft demo``; its ``main`` runs it."""
+        assert self.demo is not None
+        return self._module(self.demo)
+
+    def measurement(self) -> ModuleType:
+        """The module behind ``kdgraft bench``; its ``main`` runs it."""
+        assert self.bench is not None
+        return self._module(self.bench)
+
+    def _module(self, name: str) -> ModuleType:
+        require(self.framework, self.package)
+        return import_module(name)
 
 
 @cache
 def hosts() -> Mapping[str, Host]:
     """The hosts of all installed plugins by name."""
-    found = {point.name: point.load() for point in sorted(entry_points(group=GROUP), key=lambda point: point.name)}
-    for name, host in found.items():
-        if not isinstance(host, Host):
-            raise DistillError(f"entry point {name!r} of {GROUP} is a {type(host).__name__}, not a Host")
+    found: dict[str, Host] = {}
+    for point in entry_points(group=GROUP):
+        try:
+            host = point.load()
+        except Exception as error:  # whatever a third party's module raises, the others stay usable
+            logger.warning("host %s cannot be used: %s: %s", point.name, type(error).__name__, error)
+            continue
+        if isinstance(host, Host):
+            found[point.name] = host
+        else:
+            logger.warning("host %s cannot be used: %s is no kdgraft.hosts.Host", point.name, point.value)
     return found
 
 
@@ -174,16 +208,24 @@ def host_of(config: str) -> Host:
         DistillError: none does.
         MissingHost: the one that would is not installed.
     """
-    suffix = Path(config.split(":")[0] if "::" not in config else config).suffix
-    missing: list[str] = []
-    for host in hosts().values():
-        if suffix not in host.suffixes:
-            continue
-        if not installed(host.framework):
-            missing.append(host.name)
-        elif host.make_trainer().reads(config):
+    suffix = Path(config if "::" in config else config.split(":")[0]).suffix
+    return _first(suffix, "trains", config, "suffixes", lambda host: host.make_trainer().reads(config))
+
+
+def host_of_checkpoint(checkpoint: str) -> Host:
+    """The host that exports a checkpoint; raises as :func:`host_of` does."""
+    return _first(Path(checkpoint).suffix, "exports", checkpoint, "checkpoints", lambda host: True)
+
+
+def _first(suffix: str, verb: str, what: str, suffixes: str, takes: Callable[[Host], bool]) -> Host:
+    candidates = [host for host in hosts().values() if suffix in getattr(host, suffixes)]
+    here = [host for host in candidates if installed(host.framework)]
+    for host in here:
+        if takes(host):
             return host
-    if missing:
-        hosts()[missing[0]].module()
-    known = ", ".join(f"{'/'.join(host.suffixes)} ({host.name})" for host in hosts().values() if host.suffixes)
-    raise DistillError(f"no host trains {config}; configs are {known}")
+    if len(here) < len(candidates):
+        next(host for host in candidates if host not in here).plugin()  # says what to install
+    known = ", ".join(
+        f"{'/'.join(getattr(host, suffixes))} ({host.name})" for host in hosts().values() if getattr(host, suffixes)
+    )
+    raise DistillError(f"no host {verb} {what}; there are {known}")

@@ -94,15 +94,20 @@ class PlainTrainer:
         resume: str | None = None,
         amp: bool = False,
         seed: int | None = None,
+        **told: Any,
     ) -> None:
         """Refused: a script of one's own trains in plain PyTorch; only plans run tasks."""
         raise DistillError(
             f"{config} is a task of a plan; put it in one ([runs.student] config = {config!r}) and run kdgraft plan"
         )
 
-    def check(self, config: str, options: Sequence[str] = ()) -> None:
+    def check(self, config: str, options: Sequence[str] = (), **told: Any) -> None:
         """Refused, as :meth:`train` is."""
         self.train(config)
+
+    def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
+        """Refused: what :func:`~kdgraft.fit.fit` trains is the plain student."""
+        raise DistillError(f"{checkpoint}: a plan's student is plain already, see student.pth in the run's folder")
 
 
 TRAINER = PlainTrainer()

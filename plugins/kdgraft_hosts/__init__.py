@@ -2,15 +2,33 @@
 
 from kdgraft.hosts import Host
 
-DET = Host("det", "kdgraft_det", "mmdet", "kdgraft_mm.trainer:DET", (".py",), "kdgraft_det.demo", "kdgraft_det.bench")
-SEG = Host("seg", "kdgraft_seg", "mmseg", "kdgraft_mm.trainer:SEG", (".py",), "kdgraft_seg.demo", "kdgraft_seg.bench")
+DET = Host(
+    "det",
+    package="kdgraft_det",
+    framework="mmdet",
+    trainer="kdgraft_mm.trainer:DET",
+    suffixes=(".py",),
+    checkpoints=(".pth",),
+    demo="kdgraft_det.demo",
+    bench="kdgraft_det.bench",
+)
+SEG = Host(
+    "seg",
+    package="kdgraft_seg",
+    framework="mmseg",
+    trainer="kdgraft_mm.trainer:SEG",
+    suffixes=(".py",),
+    checkpoints=(".pth",),
+    demo="kdgraft_seg.demo",
+    bench="kdgraft_seg.bench",
+)
 NLP = Host(
     "nlp",
-    "kdgraft_nlp",
-    "transformers",
-    "kdgraft_nlp.recipe_trainer:TRAINER",
-    (".yaml", ".yml", ".toml"),
-    "kdgraft_nlp.demo",
-    "kdgraft_nlp.bench",
+    package="kdgraft_nlp",
+    framework="transformers",
+    trainer="kdgraft_nlp.recipe_trainer:TRAINER",
+    suffixes=(".yaml", ".yml", ".toml"),
+    demo="kdgraft_nlp.demo",
+    bench="kdgraft_nlp.bench",
 )
-TORCH = Host("torch", "kdgraft", "torch", "kdgraft.plain:TRAINER", (".py",))
+TORCH = Host("torch", package="kdgraft", framework="torch", trainer="kdgraft.plain:TRAINER", suffixes=(".py",))

@@ -231,7 +231,7 @@ class Graft(_Host, metaclass=Grafting):
             return source.model.loss(view, samples) if source.trains else source.model(view, samples, mode="tensor")
 
         def batch(model: Any) -> Batch:
-            return self._batch(model, *reduced)
+            return self._batch(*reduced, model)
 
         with engine.step(self, batch, link.hub.step(), run, inputs.device) as step:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
@@ -324,8 +324,8 @@ class Graft(_Host, metaclass=Grafting):
         finally:
             self._modules["distiller"] = distiller  # type: ignore[attr-defined]
 
-    def _batch(self, model: Any, inputs: Tensor, data_samples: Any) -> Batch:
-        """What terms may know of a model's batch, the student's or a peer's; each task adds its own."""
+    def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
+        """What terms may know of the batch of a model, the student by default; each task adds its own."""
         height, width = inputs.shape[-2:]
         return Batch(padded_size=(height, width), image_sizes=image_sizes(data_samples))
 

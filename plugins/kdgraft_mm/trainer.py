@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
@@ -15,7 +16,7 @@ from kdgraft.terms import WiringRow
 
 from . import run
 from .checkpoints import export_student
-from .configs import is_distilled, load_config
+from .configs import is_distilled, load_config, type_name
 
 STUDENT = "student.pth"
 """The plain student of a finished run, with its config beside it."""
@@ -43,20 +44,34 @@ class MMTrainer:
         resume: str | None = None,
         amp: bool = False,
         seed: int | None = None,
+        *,
+        timeout: float | None = None,
+        trusted: bool = False,
+        incomplete: bool = False,
     ) -> Runner:
         """Trains a config; see :func:`kdgraft_mm.run.train`."""
-        return run.train(config, options, work_dir, resume, amp, seed)
+        return run.train(
+            config, options, work_dir, resume, amp, seed, timeout=timeout, trusted=trusted, incomplete=incomplete
+        )
 
-    def check(self, config: str, options: Sequence[str] = ()) -> list[WiringRow]:
+    def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:
         """Builds everything and runs one step; see :func:`kdgraft_mm.run.check`."""
-        return run.check(config, options)
+        return run.check(config, options, trusted=trusted)
+
+    def export(
+        self, checkpoint: str | Path, out: str | Path, *, trusted: bool = False, force: bool = False
+    ) -> Sequence[Path]:
+        """Writes the plain student; see :func:`kdgraft_mm.checkpoints.export_student`."""
+        return export_student(checkpoint, out, trusted=trusted, force=force)
 
     def reads(self, config: str) -> bool:
-        """Whether it is a config of this host: by its default scope, MMDetection's where it has none."""
+        """Whether it is a config of this host: by its default scope, else by the model's type, else MMDetection's."""
         if "::" not in config and ":" in config:
             return False
         with run.config_mistakes(config):
-            return str(load_config(config).get("default_scope") or "mmdet") == self.scope
+            found = load_config(config, imports=False)
+            kind = type_name(found.get("model") or {})
+        return (found.get("default_scope") or ("mmseg" if kind == "DistilledSegmentor" else "mmdet")) == self.scope
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
         """The whole config with its bases, overrides in it."""

@@ -41,10 +41,10 @@ class DistilledSegmentor(Graft):
         layer = tap.side == "output" and tap.path.startswith("decode_head.") and tap.path.endswith(".conv_seg")
         return layer or reads_scores(tap)
 
-    def _batch(self, model: Any, inputs: Tensor, data_samples: Any) -> Batch:
-        batch = super()._batch(model, inputs, data_samples)
+    def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
+        batch = super()._batch(inputs, data_samples, model)
         batch.labels = torch.cat([sample.gt_sem_seg.data for sample in data_samples])
-        batch.valid = batch.labels != main_head(model).ignore_index
+        batch.valid = batch.labels != main_head(self if model is None else model).ignore_index
         inside = None
         if batch.image_sizes is not None and batch.padded_size is not None:
             inside = valid_positions(batch.image_sizes, batch.padded_size, batch.labels[:, None])

@@ -9,7 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdgraft import Distiller, DistillError, Ensemble, Hint, Itself, LogitMatching, Peer, SoftTargets, Teacher, WiringError
+from kdgraft import (
+    Distiller,
+    DistillError,
+    Ensemble,
+    Hint,
+    Itself,
+    LogitMatching,
+    Peer,
+    SoftTargets,
+    Teacher,
+    WiringError,
+)
 from kdgraft.sources import SOURCES, combined, gather_sources
 from kdgraft.sources.ensemble import EnsembleRecording
 from kdgraft.taps import Recording

@@ -1,0 +1,81 @@
+"""Hugging Face as a host: how the command line and plans train from recipe files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdgraft.errors import DistillError
+from kdgraft.hosts import Job, TrainedModel
+
+from . import run
+from .checkpoints import newest_first
+from .trainer import DistillTrainer
+
+
+class RecipeTrainer:
+    """How Hugging Face's Trainer trains what a recipe file says; a :class:`kdgraft.hosts.HostTrainer`."""
+
+    def train(
+        self,
+        config: str,
+        options: Sequence[str] = (),
+        work_dir: str | None = None,
+        resume: str | None = None,
+        amp: bool = False,
+        seed: int | None = None,
+        *,
+        timeout: float | None = None,
+        trusted: bool = False,
+        incomplete: bool = False,
+    ) -> DistillTrainer:
+        """Trains a recipe; see :func:`kdgraft_nlp.run.train`."""
+        _refuse_trust(trusted)
+        return run.train(config, options, work_dir, resume, amp, seed, timeout=timeout, incomplete=incomplete)
+
+    def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> None:
+        """Builds everything and runs one step; see :func:`kdgraft_nlp.run.check`."""
+        _refuse_trust(trusted)
+        run.check(config, options)
+
+    def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
+        """Refused: a saved student is a plain student already."""
+        raise DistillError(
+            f"{checkpoint}: a student that the Trainer saved is plain already; load it with from_pretrained"
+        )
+
+    def reads(self, config: str) -> bool:
+        """Every file of the suffixes of recipes is one."""
+        return True
+
+    def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
+        """The recipe with its overrides in it, wherever its output goes."""
+        found = run.load(config, [f"{key}={value}" for key, value in options.items()])
+        return {key: value for key, value in found.items() if key != "output"}
+
+    def carry_out(self, job: Job) -> TrainedModel:
+        """Trains into the run's folder; the student is in its ``student``."""
+        recipe = run.load(job.config, [f"{key}={value}" for key, value in job.options.items()])
+        recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None, "teacher": None}
+        recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}
+        if job.teachers:
+            teachers = {
+                name: given.weights if isinstance(given, TrainedModel) else dict(given)
+                for name, given in job.teachers.items()
+            }
+            recipe |= {"teacher": teachers["teacher"]} if list(teachers) == ["teacher"] else {"teachers": teachers}
+        if job.start is not None:
+            recipe["student"] = job.start.weights
+        resume = "auto" if job.resume and any(folder.is_dir() for folder in newest_first(str(job.folder))) else None
+        found = run.train_recipe(recipe, resume)
+        shown = {key.removeprefix("eval_"): value for key, value in found.metrics.items() if run.shown(key)}
+        return TrainedModel(job.config, str(job.folder), shown)
+
+
+def _refuse_trust(trusted: bool) -> None:
+    if trusted:
+        raise DistillError("--trusted is for configs of MMDetection and MMSegmentation, not for recipe files")
+
+
+TRAINER = RecipeTrainer()
