@@ -29,7 +29,8 @@ from kdgraft.comparison import Outcome, Progress, check_split, choose, compare
 from kdgraft.errors import DistillError
 from kdgraft.report import Result
 
-from .run import build, encode, read_data
+from .data import encode, read_data
+from .run import build
 from .tasks import AUTO_CLASSES, task_of
 from .text import write_sentences
 from .trainer import DistillTrainer
