@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+import kdgraft_det
 from det_support import (
     CLASSES,
     EVERY_TERM,
@@ -25,6 +26,7 @@ from det_support import (
 )
 from det_zoo import zoo
 from kdgraft.cli import main
+from kdgraft_mm.outline import written
 
 ROOT = Path(__file__).parents[2]
 
@@ -239,6 +241,67 @@ def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(conf
     assert done.returncode == 2
     assert done.stderr == "kdgraft: error: teacher takes no argument 'chekpoint'; did you mean 'checkpoint'?\n"
     assert "Traceback" not in done.stdout
+
+
+def test_names_and_files_are_told_at_once_and_before_the_host_is_imported(config, tmp_path):
+    def change(model):
+        model["recipe"] = "xyz"
+        model["terms"] = ["SoftTarget", dict(type="FeatureImitation", tap="neck[")]
+        model["teacher"]["checkpoint"] = "absent.pth"
+
+    path = config(change)
+    program = (
+        "import sys\nfrom kdgraft.cli import main\ncode = main(['check', sys.argv[1]])\n"
+        "sys.exit(100 if {'mmcv', 'mmdet', 'kdgraft_det'} & set(sys.modules) else code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("plugins", "det"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, path],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("kdgraft: error: 4 mistakes: (1) no term is called 'SoftTarget'; did you mean 'SoftTargets'")
+    assert "(2) cannot read tap 'neck['" in line
+    assert "(3) no recipe is called 'xyz'" in line
+    assert line.endswith("(4) checkpoint not found: absent.pth")
+
+
+def test_arguments_of_terms_are_told_at_once(config, capsys):
+    def change(model):
+        model["terms"] = [dict(type="SoftTargets", wieght=1), dict(type="FocalGlobal", loss="hint")]
+
+    fails(
+        capsys,
+        ["check", config(change)],
+        "2 mistakes: (1) term SoftTargets takes no argument 'wieght'",
+        "(2) term FocalGlobal takes no argument 'loss'",
+    )
+
+
+def test_names_are_read_from_the_source_as_the_plugin_registers_them():
+    for kind, registry in (("TERMS", kdgraft_det.TERMS), ("RECIPES", kdgraft_det.RECIPES)):
+        own = {n for n, made in registry._own.items() if made.__module__.startswith("kdgraft_det")}
+        assert set(written("kdgraft_det", kind)) == own
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_the_wiring_is_printed_without_the_data_set(config, capsys, which):
+    absent = f"{which}_dataloader.dataset.ann_file=absent.json"
+    capsys.readouterr()
+    assert main(["check", config(), "--cfg-options", absent]) == 2
+    said = capsys.readouterr()
+    assert "DistilledGFL: wiring" in said.out
+    for name in TERM_NAMES:
+        assert name in said.out
+    assert "one step" not in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith("kdgraft: error: the wiring above holds; the first step was not run")
+    assert f"{which}_dataloader: " in line and line.endswith("absent.json")
 
 
 def test_check_runs_terms_that_warm_up_from_nothing(config, capsys):
