@@ -345,3 +345,36 @@ def test_a_schedule_by_epoch_in_a_run_without_epochs_is_refused(config, capsys):
 def test_export_does_not_overwrite_what_it_reads(tmp_path, capsys):
     for out in ("student.py", "."):
         fails(capsys, ["export", str(tmp_path / "a.pth"), str(tmp_path / out)], "name a new file")
+
+
+@needs_resume
+def test_terms_that_a_checkpoint_knows_nothing_of_start_anew_for_those_who_say_so_alone(config, capsys, tmp_path):
+    path, first = config(), tmp_path / "work" / "iter_2.pth"
+    assert main(["train", path]) == 0
+    saved = torch.load(first, weights_only=False)
+    del saved["message_hub"]["runtime_info"]["kdgraft"], saved["message_hub"]["resumed_keys"]["kdgraft"]
+    torch.save(saved, first)
+    arguments = ["train", path, "--resume", str(first), "--cfg-options", "train_cfg.max_iters=3"]
+    fails(capsys, arguments, "made without these distillation terms", "layer3", "--incomplete")
+    assert not (tmp_path / "work" / "iter_3.pth").exists()
+    assert main([*arguments, "--incomplete"]) == 0
+    assert (tmp_path / "work" / "iter_3.pth").exists()
+
+
+@pytest.mark.parametrize("kind", ["mmdet.DistilledDetector", "kdgraft_det.detector.DistilledDetector", "the class"])
+def test_a_model_named_by_scope_path_or_class_is_checked_trained_and_exported_as_one_named_short(
+    config, tmp_path, kind
+):
+    path = config(lambda model: model.update(type=kind))
+    if kind == "the class":  # a pure-Python config
+        written = Config.fromfile(path)
+        written.pop("custom_imports")
+        text = written.pretty_text.replace("type='the class'", "type=DistilledDetector")
+        Path(path).write_text(f"from kdgraft_det import DistilledDetector\n{text}")
+    assert main(["check", path]) == 0
+    assert main(["train", path]) == 0
+    out = tmp_path / "out" / "student.pth"
+    assert main(["export", str(tmp_path / "work" / "iter_2.pth"), str(out)]) == 0
+    plain = Config.fromfile(out.with_suffix(".py"))
+    assert plain.model.type == "GFL" and "kdgraft" not in out.with_suffix(".py").read_text()
+    build(plain.model.to_dict()).load_state_dict(torch.load(out, weights_only=True)["state_dict"])

@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft import DistillError
 from kdgraft.cli import main
+from kdgraft.files import held
 from kdgraft_nlp.data import read, train_tokenizer
 from kdgraft_nlp.run import build, train
 from kdgraft_nlp.scores import spans, tag_scores
@@ -280,3 +281,16 @@ def test_nothing_to_resume(tmp_path):
         train(recipe, work_dir=str(tmp_path / "out"), resume="auto")
     with pytest.raises(DistillError, match="is no checkpoint's folder"):
         train(recipe, work_dir=str(tmp_path / "out"), resume="nowhere")
+
+
+def test_one_run_at_a_time_has_an_output(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    alone = ["teacher=null", "recipe=null", "terms=null", "training.max_steps=1"]
+    given = ["train", str(RECIPES / "classification.yaml"), "--work-dir", str(output)]
+    options = ["--cfg-options", *data, *SMALL, *alone]
+    with held(output):
+        fails(capsys, [*given, *options], "another run is at work in", "out", "--work-dir")
+        assert not (output / "model.safetensors").exists()
+    assert main([*given, "--timeout", "77", *options]) == 0
+    assert torch.load(output / "training_args.bin", weights_only=False).ddp_timeout == 77
+    fails(capsys, [*given, "--trusted", *options], "--trusted is for configs of MMDetection and MMSegmentation")
