@@ -31,7 +31,8 @@ from kdgraft.teacher import Teacher
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
-from .chunked import Part, check_heads, chunked_losses, head_of
+from .chunked import PLAIN, Part, Tail, chunked_losses, head_of
+from .heads import check_heads, router_loss
 from .logits import LogitTerm
 from .registry import TERMS
 from .tasks import accepted, auto_class, decoder_inputs, example, frame_mask, has_decoder, task_of
@@ -77,6 +78,8 @@ class Link:
         self.losses: dict[str, Tensor] | None = None
         self.steps = 0
         self.chunk: int | None = None
+        self.tails = (PLAIN, PLAIN)
+        """What student and teacher make of their output layers' logits."""
         self.cache: TeacherCache | None = None
         self.host_factor = 1.0
         """What the Trainer multiplies the model's own loss by, relative to the terms'."""
@@ -190,8 +193,10 @@ class Grafted:
             if terms:
                 assert teacher is not None
                 states = teacher[terms[0].teacher_taps[0]].flatten(0, 1)
-                head = head_of(distiller.teacher.model)
-            return chunked_losses(hidden, head_of(self), targets, hard, states, head, parts, link.chunk or 1)
+                head = head_of(distiller.teacher.model, link.tails[1])
+            return chunked_losses(
+                hidden, head_of(self, link.tails[0]), targets, hard, states, head, parts, link.chunk or 1
+            )
 
         whole, sums = total(terms)
         for term, value in zip(terms, sums[1:], strict=True):
@@ -203,6 +208,9 @@ class Grafted:
             whole, sums = total(finite)
         # The terms' values are counted by their names; their gradient comes with the host's loss.
         output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
+        router = router_loss(self, output)
+        if router is not None:
+            output["loss"] = output["loss"] + router.to(whole)
         return _with_losses(output, link.losses)
 
 
@@ -281,7 +289,7 @@ def graft(
                 ours = dict(dry_run) if dry_run is not None else example(student)
                 theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model)
                 if chunk is not None:
-                    _chunk(student, distiller, task, ours, theirs)
+                    link.tails = _chunk(student, distiller, task, ours, theirs)
                     link.chunk = chunk
                 _wire(student, distiller, ours, theirs, facts or {})
                 if cache is not None:
@@ -317,16 +325,16 @@ def _check_student(student: Any) -> None:
         )
 
 
-def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> None:
+def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> tuple[Tail, Tail]:
     if task != "causal":
         raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
-    check_heads(student, ours)
-    check_heads(distiller.teacher.model, theirs)
+    tails = check_heads(student, ours), check_heads(distiller.teacher.model, theirs)
     for term in distiller._all_terms():
         if isinstance(term, LogitTerm):
             if not term.same_vocabulary:
                 raise WiringError(f"{term.name} sorts whole vocabularies and cannot be chunked; leave chunked out")
             term.chunked = True
+    return tails
 
 
 def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts: Mapping[str, Any]) -> None:

@@ -654,5 +654,5 @@ def test_layers_see_each_choice_as_a_text(term, count):
 def test_states_of_several_texts_a_sample_are_not_cached():
     cache = TeacherCache()
     student = graft(*choosers(), ["SoftTargets", "HiddenStates"], cache=cache).train()
-    with pytest.raises(WiringError, match="12 rows for 3 samples.*leave the cache or the term out"):
+    with pytest.raises(WiringError, match=r"12 rows for 3 samples.*leave the cache or the term out"):
         student(**quizzed(), sample_ids=["a", "b", "c"])
