@@ -44,8 +44,8 @@ class Head(NamedTuple):
     tail: Tail = PLAIN
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        weight, bias = (None if x is None else x.to(hidden.dtype) for x in (self.weight, self.bias))
-        return F.linear(hidden, weight, bias)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
 
 def head_of(model: Any, tail: Tail = PLAIN) -> Head:
