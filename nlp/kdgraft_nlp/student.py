@@ -31,7 +31,8 @@ from kdgraft.taps import Recorder, Recording
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
-from .chunked import Part, check_heads, chunked_losses, head_of
+from .chunked import PLAIN, Part, Tail, chunked_losses, head_of
+from .heads import check_heads, router_loss
 from .logits import LogitTerm
 from .packing import marks_taken_by
 from .placing import gathered, inputs_for
@@ -104,6 +105,8 @@ class Link:
         self.losses: dict[str, Tensor] | None = None
         self.steps = 0
         self.chunk: int | None = None
+        self.tails = (PLAIN, PLAIN)
+        """What student and teacher make of their output layers' logits."""
         self.cache: TeacherCache | None = None
         self.host_factor = 1.0
         """What the Trainer multiplies the model's own loss by, relative to the terms'."""
@@ -226,8 +229,10 @@ class Grafted:
             if terms:
                 assert teacher is not None
                 states = teacher[terms[0].teacher_taps[0]].flatten(0, 1)
-                head = head_of(distiller.teacher.model)
-            return chunked_losses(hidden, head_of(self), targets, hard, states, head, parts, link.chunk or 1)
+                head = head_of(distiller.teacher.model, link.tails[1])
+            return chunked_losses(
+                hidden, head_of(self, link.tails[0]), targets, hard, states, head, parts, link.chunk or 1
+            )
 
         whole, sums = total(terms)
         for term, value in zip(terms, sums[1:], strict=True):
@@ -239,6 +244,9 @@ class Grafted:
             whole, sums = total(finite)
         # The terms' values are counted by their names; their gradient comes with the host's loss.
         output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
+        router = router_loss(self, output)
+        if router is not None:
+            output["loss"] = output["loss"] + router.to(whole)
         return _with_losses(output, link.losses)
 
 
@@ -325,7 +333,7 @@ def graft(
                 theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model, device)
                 theirs = inputs_for(held.model, theirs)
                 if chunk is not None:
-                    _chunk(student, distiller, task, ours, theirs)
+                    link.tails = _chunk(student, distiller, task, ours, theirs)
                     link.chunk = chunk
                 _wire(student, distiller, ours, theirs, facts or {})
                 if cache is not None:
@@ -406,7 +414,7 @@ def _check_student(student: Any) -> None:
         )
 
 
-def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> None:
+def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> tuple[Tail, Tail]:
     if task != "causal":
         raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
     heads = [head_of(model).weight.device for model in (student, distiller.teacher.model)]
@@ -415,13 +423,13 @@ def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs:
             f"chunked=True needs the teacher's output layer where the student's is ({heads[0]}), and its weights are on "
             f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave chunked out"
         )
-    check_heads(student, ours)
-    check_heads(distiller.teacher.model, theirs)
+    tails = check_heads(student, ours), check_heads(distiller.teacher.model, theirs)
     for term in distiller._all_terms():
         if isinstance(term, LogitTerm):
             if not term.same_vocabulary:
                 raise WiringError(f"{term.name} sorts whole vocabularies and cannot be chunked; leave chunked out")
             term.chunked = True
+    return tails
 
 
 def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts: Mapping[str, Any]) -> None:

@@ -35,7 +35,25 @@ AUTO_CLASSES: dict[str, Any] = {
     **{task: loads for task, _, loads in reversed(_KINDS) if task != "text"},
     "seq2seq": auto.AutoModelForSeq2SeqLM,
 }
-LANGUAGE_MODELS = ("masked", "causal", "seq2seq")
+LANGUAGE_MODELS = ("masked", "causal", "aligned", "seq2seq")
+_ALIGNED = frozenset(
+    [
+        "BartForCausalLM",
+        "BigBirdPegasusForCausalLM",
+        "BlenderbotForCausalLM",
+        "BlenderbotSmallForCausalLM",
+        "CpmAntForCausalLM",
+        "MBartForCausalLM",
+        "MarianForCausalLM",
+        "PLBartForCausalLM",
+        "PegasusForCausalLM",
+        "ProphetNetForCausalLM",
+        "TrOCRForCausalLM",
+        "WhisperForCausalLM",
+        "XLNetLMHeadModel",
+    ]
+)
+"""Causal models whose own loss does not move the labels on: they stand at the positions that predict them."""
 PER_SAMPLE = ("sequence", "image", "audio", "choice")
 PER_TOKEN = ("tokens", "ctc", *LANGUAGE_MODELS)
 
@@ -45,11 +63,14 @@ def task_of(model: nn.Module) -> str:
 
     Returns:
         ``sequence``, ``tokens``, ``question``, ``choice`` (multiple choice), ``masked``, ``causal`` (vision-language and audio
-        models without a decoder of their own too), ``seq2seq``, ``image``, ``audio``, ``ctc``, ``segmentation``, or ``other``.
+        models without a decoder of their own too), ``aligned`` (causal, with labels at the positions that predict them), ``seq2seq``, ``image``, ``audio``, ``ctc``,
+        ``segmentation``, or ``other``.
     """
     kind = _kind_of(model)
     if kind is None:
         return "other"
+    if kind[0] == "causal" and _ALIGNED & {base.__name__ for base in type(model).__mro__}:
+        return "aligned"
     if kind[0] != "text":
         return kind[0]
     takes = accepted(model)

@@ -354,9 +354,33 @@ def test_a_vision_language_model_learns_from_a_text_model_only_with_its_inputs()
     torch.testing.assert_close(loss, kl(*plain).mean(), rtol=1e-4, atol=1e-6)
 
 
+def test_a_decoder_whose_labels_stand_where_they_are_predicted():
+    settings = dict(
+        d_model=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        vocab_size=40,
+        max_position_embeddings=16,
+        pad_token_id=0,
+        dropout=0.0,
+    )
+    batch = support.collate(support.samples(2, "causal"))
+    batch["labels"][:] = -100
+    batch["labels"][0, 2] = 7
+    models = [[built("BartForCausalLM", seed, **settings) for seed in (1, 2)] for _ in range(2)]
+    plain = [outputs(model, batch).logits[0, 2] for model in models[0]]
+    # The model's own loss is the cross-entropy at position 2, not 1.
+    with torch.no_grad():
+        assert torch.allclose(models[0][0](**batch).loss, -plain[0].log_softmax(-1)[7])
+    loss, _ = distilled(graft(*models[1], ["ForwardKL"]), batch)
+    torch.testing.assert_close(loss, kl(*plain), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("kind", "task"),
     [
+        ("XLNetLMHeadModel", "aligned"),
         ("LlavaForConditionalGeneration", "causal"),
         ("Qwen2_5_VLForConditionalGeneration", "causal"),
         ("Qwen2AudioForConditionalGeneration", "causal"),
