@@ -142,6 +142,20 @@ def _one_of(model: nn.Module, name: str, groups: dict[str, list[Layer]]) -> list
     return groups[text[0]]
 
 
+def drops_layers(model: nn.Module, taps: Sequence[Tap]) -> bool:
+    """Whether training leaves out a tapped layer now and then (LayerDrop; Fan et al. 2019, arXiv 1909.11556)."""
+    for tap in taps:
+        parts = [*tap.path.split("."), *map(str, tap.index[:1])]
+        for place in (n for n, part in enumerate(parts) if n and part.isdigit()):
+            if not isinstance(model.get_submodule(".".join(parts[:place])), nn.ModuleList):
+                continue
+            owner = model.get_submodule(".".join(parts[: place - 1]))
+            known = vars(owner) if "layerdrop" in vars(owner) else vars(getattr(owner, "config", owner))
+            if any(name.endswith("layerdrop") and share for name, share in known.items()):
+                return True
+    return False
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether this module attends in a way that can be listened to."""
     return _uses_interface(module) or _is_disentangled(module)

@@ -33,6 +33,7 @@ from .attention import AttentionRecorder
 from .cache import TeacherCache
 from .chunked import PLAIN, Part, Tail, chunked_losses, head_of
 from .heads import check_heads, router_loss
+from .layers import refuse_dropped_layers
 from .logits import LogitTerm
 from .packing import marks_taken_by
 from .placing import gathered, inputs_for
@@ -434,13 +435,15 @@ def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs:
 
 def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts: Mapping[str, Any]) -> None:
     model = distiller.teacher.model
+    samples = next(len(value) for value in ours.values() if isinstance(value, Tensor) and value.ndim)
     distiller.wire(
         student,
         lambda: student.plain_forward(**{k: v for k, v in ours.items() if k not in LABELS}),
         lambda: model(**theirs),
         frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
-        facts,
+        {**facts, "samples": samples},
     )
+    refuse_dropped_layers(student, distiller._all_terms())
 
 
 def build_teacher(teacher: Any, student: nn.Module, task: str) -> Teacher:

@@ -366,7 +366,7 @@ class Recorder:
 
             return hear
 
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], None]] = [_fast_path_off()]
         try:
             for source in {(s.path, s.method): s for found in sources.values() for s in found}.values():
                 undo.append(self._attach(source, listener(source)))
@@ -379,6 +379,17 @@ class Recorder:
         """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
         original = getattr(source.module, source.method)
         return shadow(source.module, source.method, lambda *args, **kwargs: hear(original, args, kwargs))
+
+
+def _fast_path_off() -> Callable[[], None]:
+    """Let ``nn.TransformerEncoder`` run its modules; returns what lets it skip them again.
+
+    In eval mode without gradient it computes a layer in one kernel, on nested tensors where there is padding: no module inside
+    it runs, and what the layers return has no shape.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return lambda: torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Complete(BaseException):
