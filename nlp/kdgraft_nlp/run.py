@@ -10,6 +10,7 @@
 ``teacher``      a folder; left out, the model trains alone (a teacher, or the plain student)
 ``recipe``       a recipe's name, or ``{type: name, …}``
 ``terms``        a list of terms beside it
+``host_weight``  the share of the host's own loss under a teacher, 1 by default
 ``chunked``      for causal models under a teacher; see :class:`~kdgraft_nlp.DistillTrainer`
 ``training``     arguments of :class:`transformers.TrainingArguments`
 ``output``       where checkpoints and the student go
@@ -48,7 +49,19 @@ from .collator import DistillCollator
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
 
-KEYS = ("task", "data", "tokenizer", "student", "teacher", "recipe", "terms", "chunked", "training", "output")
+KEYS = (
+    "task",
+    "data",
+    "tokenizer",
+    "student",
+    "teacher",
+    "recipe",
+    "terms",
+    "host_weight",
+    "chunked",
+    "training",
+    "output",
+)
 DATA_KEYS = ("train", "eval", "text", "words", "label", "tags", "fraction", "length")
 TASKS = {"classification": "sequence", "tokens": "tokens", "causal": "causal", "masked": "masked"}
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -187,6 +200,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
         processing_class=tokenizer,
         compute_metrics=_metrics(task, names),
         chunked=(config.get("chunked") or False) if settings["teacher"] else False,
+        host_weight=config.get("host_weight", 1) if settings["teacher"] else 1,
         **settings,
     )
 
