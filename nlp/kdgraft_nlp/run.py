@@ -11,6 +11,7 @@
 ``teacher``      a folder; left out, the model trains alone (a teacher, or the plain student)
 ``recipe``       a recipe's name, or ``{type: name, …}``
 ``terms``        a list of terms beside it
+``host_weight``  the share of the host's own loss under a teacher, 1 by default
 ``chunked``      for causal models under a teacher; see :class:`~kdgraft_nlp.DistillTrainer`
 ``training``     arguments of :class:`transformers.TrainingArguments`
 ``output``       where checkpoints and the student go
@@ -154,6 +155,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             processing_class=tokenizer,
             compute_metrics=_metrics(task, names),
             chunked=(config.get("chunked") or False) if settings["teacher"] else False,
+            host_weight=config.get("host_weight", 1) if settings["teacher"] else 1,
             **settings,
         )
     _check_sizes("student", student, tokenizer, encoded)

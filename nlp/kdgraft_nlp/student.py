@@ -111,6 +111,9 @@ class Link:
         self.cache: TeacherCache | None = None
         self.host_factor = 1.0
         """What the Trainer multiplies the model's own loss by, relative to the terms'."""
+        self.host_weight = 1.0
+        self.without_loss = False
+        """The model returned no loss in the last pass: the batch has no labels."""
 
     def read(self, inputs: Mapping[str, Any]) -> Batch:
         """What terms know of a batch."""
@@ -193,6 +196,7 @@ class Grafted:
         with distiller.record_student(self) if active else nullcontext() as student:  # type: ignore[arg-type]
             output = self.plain_forward(**own)
         link.losses = distiller.losses(student, teacher, batch, step, device, link.totals, link.parts)
+        link.without_loss = isinstance(output, Mapping) and "loss" not in output
         return _with_losses(output, link.losses)
 
     def _in_chunks(self, inputs: dict[str, Any], batch: Batch, step: Step, teacher: Recording | None) -> Any:
@@ -214,7 +218,7 @@ class Grafted:
         hidden = states_seen[0].flatten(0, 1)
         targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
         items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
-        hard = 1 / items.to(hidden.device).float()
+        hard = link.host_weight / items.to(hidden.device).float()
         terms = [term for term in distiller.active(step) if isinstance(term, LogitTerm)]
 
         def total(terms: list[LogitTerm]) -> tuple[Tensor, Tensor]:
@@ -252,19 +256,28 @@ class Grafted:
 
 
 def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
-    """The output with the terms' losses in it, so that DDP sees every parameter of the terms in what the pass returns."""
+    """The output with the terms' losses in it, so that DDP sees every parameter of the terms in what the pass returns.
+
+    A model that was given no labels returns no loss, and the Trainer asks for one: it gets 0.
+    """
     if is_dataclass(output):
         found = {key: value for key, value in losses.items() if key.endswith(".loss")}
-        output = _output_class(type(output))(**output, distill=found)  # type: ignore[arg-type]
+        own: Any = output if "loss" in output else {**output, "loss": _no_loss(output)}  # type: ignore[operator, dict-item]
+        output = _output_class(type(output))(**own, distill=found)
     return output
+
+
+def _no_loss(output: Any) -> Tensor:
+    """0 that leaves no parameter out of the graph that made the output, for DDP."""
+    parts = [value.flatten()[:0].sum() for value in output.values() if isinstance(value, Tensor)]
+    return torch.stack([part.float() for part in parts]).sum()
 
 
 @cache
 def _output_class(plain: Any) -> Any:
-    """The model's own class of outputs with one field more."""
-    return make_dataclass(
-        plain.__name__, [("distill", Any, None)], bases=(plain,), namespace={"__module__": plain.__module__}
-    )
+    """The model's own class of outputs with a field for the terms' losses, and one for its own where it has none."""
+    more = [(name, Any, None) for name in ("distill", "loss") if name not in plain.__dataclass_fields__]
+    return make_dataclass(plain.__name__, more, bases=(plain,), namespace={"__module__": plain.__module__})
 
 
 @cache

@@ -53,6 +53,7 @@ class Distilling(_Host):
         recipe: Any = None,
         dry_run: Mapping[str, Any] | None = None,
         chunked: bool | int = False,
+        host_weight: float = 1.0,
     ) -> None:
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
@@ -63,7 +64,10 @@ class Distilling(_Host):
                 "terms=[SoftTargets()] for one, or train plainly with terms=[]"
             )
         _refuse_hosts(self)
+        check_number("host_weight", "the host's share", host_weight, 0)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
+        if host_weight != 1 and not specs:
+            raise DistillError("host_weight belongs to a distillation; give it terms or a recipe")
         self._settings = dict(teacher=teacher, terms=specs, dry_run=dry_run, facts=_vocabularies(self, teacher))
         self._settings["chunk"] = _chunk_size(self, chunked)
         self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
@@ -71,7 +75,8 @@ class Distilling(_Host):
         self._logged: dict[str, Tensor] = {}
         self._logged_steps = 0
         self._last_step = 0
-        self._host_checked = False
+        self._host_checked = self._told_of_labels = False
+        self._host_weight = float(host_weight)
         self._graft(self.model)
         self._new_parameters()
 
@@ -80,6 +85,7 @@ class Distilling(_Host):
         # Terms are sized for one student; a copy for each leaves the given ones as they are.
         graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
         model._distill.hosted = True
+        model._distill.host_weight = self._host_weight
 
     @property
     def distiller(self) -> TextDistiller | None:
@@ -156,13 +162,26 @@ class Distilling(_Host):
             raise DistillError(
                 f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
             )
-        loss = result[0] if return_outputs else result
+        loss = self._weighted(result[0] if return_outputs else result)
         extra = torch.stack([value for key, value in losses.items() if key.endswith(".loss")]).sum()
         self._keep(losses, loss, 1 if self._host_scales(num_items_in_batch) else parts)
         link.losses = {key: value.detach() for key, value in losses.items()}
         # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
         whole = loss + extra * (1 if self._host_scales(num_items_in_batch) else parts)
         return (whole, result[1]) if return_outputs else whole
+
+    def _weighted(self, loss: Tensor) -> Tensor:
+        """The host's loss times its share; in chunks the model has weighted it already."""
+        if self.model._distill.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
+            self._told_of_labels = True
+            logger.warning(
+                "the batches have no labels, so that the host's own loss is 0 and the student learns from the terms alone; "
+                "host_weight=0 says that this is meant"
+            )
+        if student_chunks(self.model):
+            return loss
+        # An infinite loss times 0 would not be 0.
+        return loss * self._host_weight if self._host_weight else loss.flatten()[:0].sum()
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
@@ -327,6 +346,7 @@ class DistillTrainer(Distilling, Trainer):
         chunked: for causal models with a large vocabulary: the host's cross-entropy and the divergences are computed together,
             256 (or that many) tokens at a time, and no model's logits are ever held as a whole. Training steps then return no
             logits. Not with label smoothing or a loss of your own.
+        host_weight: what the host's own loss is multiplied by. It is 0 for batches without labels.
 
     Example::
 
@@ -344,10 +364,11 @@ class DistillTrainer(Distilling, Trainer):
         recipe: Any = None,
         dry_run: Mapping[str, Any] | None = None,
         chunked: bool | int = False,
+        host_weight: float = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self.start_distilling(teacher, terms, recipe, dry_run, chunked)
+        self.start_distilling(teacher, terms, recipe, dry_run, chunked, host_weight)
 
 
 @cache
@@ -363,12 +384,13 @@ def distill(
     recipe: Any = None,
     dry_run: Mapping[str, Any] | None = None,
     chunked: bool | int = False,
+    host_weight: float = 1.0,
 ) -> Any:
     """Lets a trainer that you already have distil: any Trainer or subclass of it, before ``train()``.
 
     Args:
         trainer: it is changed and handed back; its own ``compute_loss``, callbacks and so on stay in force.
-        teacher, terms, recipe, dry_run, chunked: as for :class:`DistillTrainer`.
+        teacher, terms, recipe, dry_run, chunked, host_weight: as for :class:`DistillTrainer`.
     """
     if not isinstance(trainer, Trainer):
         raise DistillError(f"distill takes a transformers.Trainer, got {type(trainer).__name__}")
@@ -377,7 +399,7 @@ def distill(
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
-        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run, chunked)  # type: ignore[arg-type]
+        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run, chunked, host_weight)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = before
         raise
