@@ -22,6 +22,7 @@ from kdgraft.losses import (
 from kdgraft.losses.divergences import check_share
 from kdgraft.losses.soft_targets import check_temperature
 from kdgraft.regions import Batch
+from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring, check_choice, mean_of
 
@@ -58,6 +59,7 @@ class LogitTerm(Term):
     """
 
     compares_classes = True
+    hears_ensembles = True
     same_vocabulary = True
 
     def __init__(self, *, tokens: Where = "auto", **settings: Any) -> None:
@@ -69,8 +71,7 @@ class LogitTerm(Term):
         self.ignored_index = 255
         self.common: int | None = None
         self.chunked = False
-        """Whether the host computes this term from hidden states and leaves it the sum in ``ready``."""
-        self.ready: Tensor | None = None
+        """Whether the host computes this term from hidden states."""
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.task = task_of(student)
@@ -200,24 +201,24 @@ class LogitTerm(Term):
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
-        if self.chunked:
-            assert self.ready is not None
-            count = self.count(batch)
-            assert count is not None
-            return Ratio(self.ready, count.to(self.ready))
         ratios = []
         for tap in self.student_taps:
-            s, t = student[tap], teacher[tap]
+            s = student[tap]
             if self.task == "question":
-                ratios.append(self._answers(s, t, tokens))
+                ratios.append(self._answers(s, teacher[tap], tokens))
                 continue
             compare = self._compared(s, batch)
-            if self.task == "segmentation":
-                s, t = by_pixel(s, t, batch.labels)
-            if batch.class_order is not None:
-                t = t[..., batch.class_order]
-            if self.common is not None:
-                s, t = s[..., : self.common], t[..., : self.common]
+
+            def read(source: Recording, tap: Tap = tap, s: Tensor = s) -> Tensor:
+                t = source[tap]
+                if self.task == "segmentation":
+                    t = by_pixel(s, t, batch.labels)[1]
+                t = t if source.class_order is None else t[..., source.class_order]
+                return t if self.common is None else t[..., : self.common]
+
+            t = combined(teacher, read, "softmax" if compare == self.compare else "sigmoid")
+            s = by_pixel(s, s, batch.labels)[0] if self.task == "segmentation" else s
+            s = s if self.common is None else s[..., : self.common]
             if s.ndim == 2:
                 ratios.append(weighted_ratio(compare(s, t)))
             elif s.ndim == 4:
@@ -229,6 +230,12 @@ class LogitTerm(Term):
             return ratios[0]
         whole = mean_of(ratios)
         return Ratio(whole.numerator.sum(), whole.denominator[0])  # start and end of the same questions
+
+    def items(self, batch: Batch) -> Tensor:
+        """:meth:`count`, of a term that knows it."""
+        count = self.count(batch)
+        assert count is not None
+        return count
 
     def on_chunk(self, student: Tensor, teacher: Tensor) -> Tensor:
         """:meth:`compare` on logits ``(n, V)`` of some tokens."""

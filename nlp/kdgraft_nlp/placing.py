@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from accelerate.utils import send_to_device
-
-from kdgraft.taps import Recording
 
 
 def inputs_for(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -16,10 +13,3 @@ def inputs_for(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     if not getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook"):
         return inputs
     return send_to_device(inputs, next(model.parameters()).device)
-
-
-def gathered(recording: Recording, device: torch.device) -> Recording:
-    """The recording of a model whose layers lie on several devices, all of it on one."""
-    for seen in recording._seen.values():
-        seen.values = {side: send_to_device(values, device) for side, values in seen.values.items()}
-    return recording

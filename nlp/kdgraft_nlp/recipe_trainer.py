@@ -9,7 +9,7 @@ from typing import Any
 from kdgraft.errors import DistillError
 from kdgraft.hosts import Job, TrainedModel
 
-from . import run
+from . import run, settings
 from .checkpoints import newest_first
 from .trainer import DistillTrainer
 
@@ -51,12 +51,12 @@ class RecipeTrainer:
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
         """The recipe with its overrides in it, wherever its output goes."""
-        found = run.load(config, [f"{key}={value}" for key, value in options.items()])
+        found = settings.load(config, [f"{key}={value}" for key, value in options.items()])
         return {key: value for key, value in found.items() if key != "output"}
 
     def carry_out(self, job: Job) -> TrainedModel:
         """Trains into the run's folder; the student is in its ``student``."""
-        recipe = run.load(job.config, [f"{key}={value}" for key, value in job.options.items()])
+        recipe = settings.load(job.config, [f"{key}={value}" for key, value in job.options.items()])
         recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None, "teacher": None}
         recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}
         if job.teachers:
@@ -68,9 +68,8 @@ class RecipeTrainer:
         if job.start is not None:
             recipe["student"] = job.start.weights
         resume = "auto" if job.resume and any(folder.is_dir() for folder in newest_first(str(job.folder))) else None
-        found = run.train_recipe(recipe, resume)
-        shown = {key.removeprefix("eval_"): value for key, value in found.metrics.items() if run.shown(key)}
-        return TrainedModel(job.config, str(job.folder), shown)
+        _, metrics = run.train_recipe(recipe, resume)
+        return TrainedModel(job.config, str(job.folder), metrics)
 
 
 def _refuse_trust(trusted: bool) -> None:

@@ -44,6 +44,7 @@ from kdgraft.registry import call
 from .checkpoints import newest_first
 from .collator import DistillCollator
 from .data import Texts, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
+from .link import link_of
 from .scores import number_scores, scores, tag_scores
 from .settings import TASKS, check_settings, load, one_line, tokenizer_folder
 from .tasks import AUTO_CLASSES
@@ -87,20 +88,34 @@ def train(
         if not any(folder.is_dir() for folder in first):
             said = f"{resume} is no checkpoint's folder" if first else f"there is no checkpoint in {config['output']}"
             raise DistillError(f"nothing to resume: {said}")
-    with held(config["output"]), waiting(training.get("ddp_timeout", TIMEOUT)):
-        return _trained(config, resume, incomplete)
-
-
-def _trained(config: Mapping[str, Any], resume: str | None, incomplete: bool) -> DistillTrainer:
-    trainer = build(config)
-    trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, incomplete=incomplete)
-    trainer.save_model()
-    if trainer.eval_dataset is not None:
-        found = trainer.evaluate()
-        trainer.save_metrics("eval", found)
-        print("  ".join(f"{key.removeprefix('eval_')} {value:.4f}" for key, value in found.items() if _shown(key)))
+    trainer, metrics = train_recipe(config, resume, incomplete)
+    if metrics:
+        print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(f"student in {config['output']}")
     return trainer
+
+
+def train_recipe(
+    config: Mapping[str, Any], resume: str | None = None, incomplete: bool = False
+) -> tuple[DistillTrainer, dict[str, float]]:
+    """Trains a recipe, and saves the plain student and its tokenizer in its ``output``, which one run holds at a time.
+
+    Args:
+        config: the recipe's entries.
+        resume, incomplete: see :func:`train`.
+
+    Returns:
+        The trainer, and the student's metrics on the ``eval`` set where there is one.
+    """
+    with held(config["output"]), waiting((config.get("training") or {}).get("ddp_timeout", TIMEOUT)):
+        trainer = build(config)
+        trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, incomplete=incomplete)
+        trainer.save_model()
+        if trainer.eval_dataset is None:
+            return trainer, {}
+        found = trainer.evaluate()
+        trainer.save_metrics("eval", found)
+        return trainer, {key.removeprefix("eval_"): value for key, value in found.items() if _shown(key)}
 
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
@@ -118,7 +133,7 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
         print("no terms: the model trains alone")
     else:
         print_rows([row._asdict() for row in trainer.distiller.rows])
-        for key, value in (trainer.model._distill.losses or {}).items():
+        for key, value in link_of(trainer.model).last.losses.items():
             print(f"{key:<40} {float(value.detach()):.5f}")
     print(f"{'loss':<40} {float(loss.detach()):.5f}")
 
@@ -144,7 +159,8 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     length = told.get("length") or 128
     encoded = {split: encode(task, found, tokenizer, columns, names, length) for split, found in sets.items()}
     student = _model(config["student"], task, tokenizer, names)
-    settings = {key: config.get(key) for key in ("teacher", "recipe", "terms")}
+    settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms")}
+    taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
         trainer = DistillTrainer(
             model=student,
@@ -154,13 +170,14 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             data_collator=DistillCollator(_collator(task, tokenizer)),
             processing_class=tokenizer,
             compute_metrics=_metrics(task, names),
-            chunked=(config.get("chunked") or False) if settings["teacher"] else False,
-            host_weight=config.get("host_weight", 1) if settings["teacher"] else 1,
+            chunked=(config.get("chunked") or False) if taught else False,
+            host_weight=config.get("host_weight", 1) if taught else 1,
             **settings,
         )
     _check_sizes("student", student, tokenizer, encoded)
-    if trainer.distiller is not None:
-        _check_sizes("teacher", trainer.distiller.teacher.model, tokenizer, encoded)
+    for name, source in trainer.distiller.sources.items() if trainer.distiller is not None else ():
+        if source.members == (name,):
+            _check_sizes(name, source.model, tokenizer, encoded)
     return trainer
 
 

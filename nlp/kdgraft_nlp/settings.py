@@ -39,8 +39,10 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "tokenizer": ((str, Path, Mapping, PreTrainedTokenizerBase), "a folder, or {vocab_size: 4000}"),
     "student": ((str, Path, Mapping), "a folder, or a config such as {model_type: bert, hidden_size: 64}"),
     "teacher": ((str, Path), "a folder"),
+    "teachers": ((Mapping,), "folders by name, such as {a: large, b: larger}"),
     "recipe": ((str, Mapping), "a name, or {type: name, …}"),
     "terms": ((list, tuple), "a list of names, or of {type: name, …}"),
+    "host_weight": ((int, float), "a number >= 0"),
     "chunked": ((bool, int), "true, false, or a number of tokens"),
     "training": ((Mapping,), "a mapping of TrainingArguments, such as {max_steps: 100}"),
     "output": ((str, Path), "a folder"),
@@ -172,6 +174,9 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
     for entry in ("teacher", "student"):
         if isinstance(fine.get(entry), (str, Path)):
             look(check_folder, entry, fine[entry])
+    for name, given in (fine.get("teachers") or {}).items():
+        if isinstance(given, (str, Path)):
+            look(check_folder, f"teachers.{name}", given)
     if isinstance(fine.get("student"), Mapping):
         look(_check_config, fine["student"], task)
     elif config.get("student") is None:
@@ -183,7 +188,8 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
             "tokenizer is a folder, or {vocab_size: 4000} to train one on the training set; the student and the teacher bring none"
         )
     told += _terms(fine.get("recipe"), fine.get("terms"))
-    if config.get("teacher") is None and (config.get("recipe") or config.get("terms")):
+    taught = [config.get("teacher"), config.get("teachers")]
+    if all(given is None for given in taught) and (config.get("recipe") or config.get("terms")):
         told.append("a recipe or terms need teacher: the folder of a trained model")
     if fine.get("chunked"):
         look(_check_chunked, fine["chunked"])

@@ -18,6 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from kdgraft.checksum import seal, unseal
 from kdgraft.distributed import sum_over_ranks, world_size
+from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
 from kdgraft.registry import expand_recipe
@@ -26,8 +27,9 @@ from kdgraft.sources.teacher import read_checkpoint
 
 from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
+from .link import Asked, link_of
 from .registry import RECIPES
-from .student import TextDistiller, accepted, graft
+from .student import graft
 
 logger = logging.getLogger("kdgraft")
 
@@ -54,13 +56,16 @@ class Distilling(_Host):
         dry_run: Mapping[str, Any] | None = None,
         chunked: bool | int = False,
         host_weight: float = 1.0,
+        teachers: Mapping[str, Any] | None = None,
     ) -> None:
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
-        if terms is None and recipe is None and (teacher is not None or dry_run is not None):
+        given = {"teacher": teacher, "teachers": teachers, "dry_run": dry_run}
+        told = next((name for name, value in given.items() if value is not None), None)
+        if terms is None and recipe is None and told is not None:
             raise DistillError(
-                f"{'dry_run' if teacher is None else 'teacher'} is given, and nothing says what to learn; name terms or a recipe, "
+                f"{told} is given, and nothing says what to learn; name terms or a recipe, "
                 "terms=[SoftTargets()] for one, or train plainly with terms=[]"
             )
         _refuse_hosts(self)
@@ -68,7 +73,8 @@ class Distilling(_Host):
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         if host_weight != 1 and not specs:
             raise DistillError("host_weight belongs to a distillation; give it terms or a recipe")
-        self._settings = dict(teacher=teacher, terms=specs, dry_run=dry_run, facts=_vocabularies(self, teacher))
+        facts = _vocabularies(self, [teacher] if teachers is None else list(dict(teachers).values()))
+        self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
         self._settings["chunk"] = _chunk_size(self, chunked)
         self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._totals: dict[str, Tensor] = {}
@@ -84,11 +90,11 @@ class Distilling(_Host):
         settings = dict(self._settings)
         # Terms are sized for one student; a copy for each leaves the given ones as they are.
         graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
-        model._distill.hosted = True
-        model._distill.host_weight = self._host_weight
+        link = link_of(model)
+        link.hosted, link.host_weight = True, self._host_weight
 
     @property
-    def distiller(self) -> TextDistiller | None:
+    def distiller(self) -> Engine | None:
         """The distiller; ``None`` without terms, and once the model is undistilled."""
         return getattr(self.model, "distiller", None)
 
@@ -130,7 +136,7 @@ class Distilling(_Host):
     def _count(self, batches: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         """Each term's items over the whole accumulated batch and all processes."""
         assert self.distiller is not None
-        link = self.model._distill
+        link = link_of(self.model)
         parts = [self.distiller.counts(link.read(batch)) for batch in batches]
         names = sorted(set.intersection(*(set(part) for part in parts)))
         if not names:
@@ -144,35 +150,35 @@ class Distilling(_Host):
         if self.distiller is None or not model.training or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_host(model, inputs, num_items_in_batch)
-        link, state = self.model._distill, self.state
+        state, scales = self.state, self._host_scales(num_items_in_batch)
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
-        link.batch, link.losses = link.read(inputs), None
-        link.step, link.totals, link.parts = Step(state.global_step, int(state.epoch or 0)), self._totals, parts
-        link.host_factor = self._host_factor(num_items_in_batch) / (
-            1 if self._host_scales(num_items_in_batch) else parts
+        factor = self._host_factor(num_items_in_batch)
+        asked = Asked(
+            Step(state.global_step, int(state.epoch or 0)),
+            inputs,
+            self._totals,
+            parts,
+            factor / (1 if scales else parts),
         )
-        link.told = True
-        try:
+        with link_of(self.model).asking(asked):
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        finally:
-            link.batch = link.step = None
-            link.told = False
-        losses = link.losses
-        if losses is None:
+        if not asked.passes:
             raise DistillError(
                 f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
             )
-        loss = self._weighted(result[0] if return_outputs else result)
-        extra = torch.stack([value for key, value in losses.items() if key.endswith(".loss")]).sum()
-        self._keep(losses, loss, 1 if self._host_scales(num_items_in_batch) else parts)
-        link.losses = {key: value.detach() for key, value in losses.items()}
+        loss = self._weighted(result[0] if return_outputs else result, asked)
+        for name, value in asked.peers.items():  # each trains on the host's own loss, as the student does
+            asked.losses[f"peer.{name}"] = value * factor / (1 if scales else parts)
+            loss = loss + value * factor
+        extra = torch.stack([value for key, value in asked.losses.items() if key.endswith(".loss")]).sum()
+        self._keep(asked.losses, loss, 1 if scales else parts)
         # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
-        whole = loss + extra * (1 if self._host_scales(num_items_in_batch) else parts)
+        whole = loss + extra * (1 if scales else parts)
         return (whole, result[1]) if return_outputs else whole
 
-    def _weighted(self, loss: Tensor) -> Tensor:
+    def _weighted(self, loss: Tensor, asked: Asked) -> Tensor:
         """The host's loss times its share; in chunks the model has weighted it already."""
-        if self.model._distill.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
+        if asked.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
             self._told_of_labels = True
             logger.warning(
                 "the batches have no labels, so that the host's own loss is 0 and the student learns from the terms alone; "
@@ -180,8 +186,9 @@ class Distilling(_Host):
             )
         if student_chunks(self.model):
             return loss
+        share = self._host_weight * asked.host_share
         # An infinite loss times 0 would not be 0.
-        return loss * self._host_weight if self._host_weight else loss.flatten()[:0].sum()
+        return loss * share if share else loss.flatten()[:0].sum()
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
@@ -193,7 +200,7 @@ class Distilling(_Host):
         if num_items is None or not own or not self._host_scales(num_items):
             return
         student = self.model
-        given = student._distill.of_student(inputs)
+        given = link_of(student).of_student(inputs)
         with torch.no_grad(), eval_mode(student):
             losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
         if torch.equal(*losses) and self.is_world_process_zero():
@@ -239,7 +246,7 @@ class Distilling(_Host):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
         if hasattr(self.model, "_distill"):
-            inputs = self.model._distill.of_student(inputs)  # generation hands every input on to the model
+            inputs = link_of(self.model).of_student(inputs)  # generation hands every input on to the model
         return super().prediction_step(model, inputs, *args, **settings)
 
     # Columns, checkpoints.
@@ -248,7 +255,7 @@ class Distilling(_Host):
         super()._set_signature_columns_if_needed()
         columns = list(self._signature_columns)
         if self.distiller is not None:
-            taken = sorted(accepted(self.distiller.teacher.model))
+            taken = sorted(set().union(*link_of(self.model).sources.values()))
             columns += [*taken, *(PREFIX + name for name in taken)]
         if isinstance(self.data_collator, DistillCollator):
             columns += self.data_collator.columns
@@ -289,13 +296,20 @@ class Distilling(_Host):
             found.append("scaler.pt")
         if self.distiller is not None:
             state = self.distiller.live_state()
-            found += [STATE_FILE] if state["terms"] or state["hidden"] else []
+            found += [STATE_FILE] if state["terms"] or state["hidden"] or state["sources"] else []
         return found
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.distiller is not None and self.args.should_save:
             torch.save(seal(self.distiller.live_state()), os.path.join(output_dir, STATE_FILE))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        if self.distiller is not None and self.args.should_save and not _internal_call:
+            folder = Path(output_dir or str(self.args.output_dir))
+            for name, peer in self.distiller.peers.items():
+                peer.save_pretrained(folder / "peers" / name)  # type: ignore[operator]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -339,7 +353,7 @@ class DistillTrainer(Distilling, Trainer):
 
     Args:
         model, args, …: as for :class:`transformers.Trainer`.
-        teacher: a model, a :class:`~kdgraft.Teacher`, or the folder that ``save_pretrained`` wrote.
+        teacher: a model, a :class:`~kdgraft.Source`, or the folder that ``save_pretrained`` wrote.
         terms: a list of names, dicts or terms.
         recipe: a recipe's name, or ``dict(type=name, …)``; its terms come before ``terms``.
         dry_run: one small batch that both models take; made from their configs by default.
@@ -347,6 +361,8 @@ class DistillTrainer(Distilling, Trainer):
             256 (or that many) tokens at a time, and no model's logits are ever held as a whole. Training steps then return no
             logits. Not with label smoothing or a loss of your own.
         host_weight: what the host's own loss is multiplied by. It is 0 for batches without labels.
+        teachers: several sources by name, instead of ``teacher``; a term's ``source`` names the one it listens to. Peers are
+            saved beside the student, in ``peers/<name>``.
 
     Example::
 
@@ -365,10 +381,11 @@ class DistillTrainer(Distilling, Trainer):
         dry_run: Mapping[str, Any] | None = None,
         chunked: bool | int = False,
         host_weight: float = 1.0,
+        teachers: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self.start_distilling(teacher, terms, recipe, dry_run, chunked, host_weight)
+        self.start_distilling(teacher, terms, recipe, dry_run, chunked, host_weight, teachers)
 
 
 @cache
@@ -385,12 +402,13 @@ def distill(
     dry_run: Mapping[str, Any] | None = None,
     chunked: bool | int = False,
     host_weight: float = 1.0,
+    teachers: Mapping[str, Any] | None = None,
 ) -> Any:
     """Lets a trainer that you already have distil: any Trainer or subclass of it, before ``train()``.
 
     Args:
         trainer: it is changed and handed back; its own ``compute_loss``, callbacks and so on stay in force.
-        teacher, terms, recipe, dry_run, chunked, host_weight: as for :class:`DistillTrainer`.
+        teacher, terms, recipe, dry_run, chunked, host_weight, teachers: as for :class:`DistillTrainer`.
     """
     if not isinstance(trainer, Trainer):
         raise DistillError(f"distill takes a transformers.Trainer, got {type(trainer).__name__}")
@@ -399,7 +417,7 @@ def distill(
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
-        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run, chunked, host_weight)  # type: ignore[arg-type]
+        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run, chunked, host_weight, teachers)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = before
         raise
@@ -408,7 +426,7 @@ def distill(
 
 def student_chunks(model: Any) -> bool:
     """Whether this student's losses are computed in chunks."""
-    return model._distill.chunk is not None
+    return link_of(model).chunk is not None
 
 
 def _refuse_hosts(trainer: Any) -> None:
@@ -439,8 +457,8 @@ def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
     return size
 
 
-def _vocabularies(trainer: Any, teacher: Any) -> dict[str, Any]:
-    """What is known of the two vocabularies before training."""
+def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
+    """What is known of the vocabularies before training."""
     collator = trainer.data_collator
     own = trainer.processing_class
     if not isinstance(own, PreTrainedTokenizerBase):
@@ -448,10 +466,13 @@ def _vocabularies(trainer: Any, teacher: Any) -> dict[str, Any]:
     if not isinstance(own, PreTrainedTokenizerBase):
         return {}
     facts: dict[str, Any] = {"vocabulary_checked": len(own)}
-    other = collator.teacher_tokenizer if isinstance(collator, DistillCollator) else None
-    folder = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "") or ""
-    if other is None and folder and (Path(folder) / "tokenizer_config.json").is_file():
-        other = AutoTokenizer.from_pretrained(folder)
-    if other is not None:
-        facts["vocabulary"] = "same" if other.get_vocab() == own.get_vocab() else "different"
+    others = [collator.teacher_tokenizer] if isinstance(collator, DistillCollator) else []
+    others = [tokenizer for tokenizer in others if tokenizer is not None]
+    for teacher in teachers if not others else ():
+        folder = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "") or ""
+        if folder and (Path(folder) / "tokenizer_config.json").is_file():
+            others.append(AutoTokenizer.from_pretrained(folder))
+    if others:
+        same = all(other.get_vocab() == own.get_vocab() for other in others)
+        facts["vocabulary"] = "same" if same else "different"
     return facts

@@ -356,14 +356,13 @@ class Engine(nn.Module):
         """
         active = self.active(at)
         current = StepInProgress(self, active, batch, student, at, torch.device(device), dict(totals or {}), parts)
-        kind = current.device.type
         for source in self.sources.values():
             source.begin(student, at)
         heard = {name for term in active for name in (term.listener, *self.members(term.source))}
         for name in self._leaves:
             source = self.sources[name]
             if name in heard and not source.trains:
-                current.recordings[name] = self.record(name, run_source, current.batch, kind)
+                current.recordings[name] = self.record(name, run_source, current.batch, current.device)
         if STUDENT in heard:
             with self._recorders[STUDENT].record(student) as recording:
                 current.recordings[STUDENT] = recording
@@ -378,14 +377,14 @@ class Engine(nn.Module):
         for name in heard & self._replayers.keys():
             self._run_replay(current, name)
 
-    def record(self, name: str, run_source: RunSource, batch: Batch, device_type: str = "cpu") -> Recording:
+    def record(self, name: str, run_source: RunSource, batch: Batch, device: torch.device) -> Recording:
         """Records one source that does not train.
 
         What it draws at random comes from a stream of its own: the student draws what it would without a teacher.
         """
         source = self.sources[name]
         with own_random_stream():
-            found = source.record(self._recorders[name], lambda: run_source(source), batch, device_type)
+            found = source.record(self._recorders[name], lambda: run_source(source), batch, device)
         return source.marked(found)
 
     def _run_replay(self, current: StepInProgress, name: str) -> None:

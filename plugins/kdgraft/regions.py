@@ -21,6 +21,19 @@ from .taps import Tap
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a batch holds, for teachers whose outputs are kept.
+
+    Attributes:
+        ids: what tells them apart, the same in every epoch.
+        inputs: what the teacher is given of the batch, so that other inputs under one id are noticed.
+    """
+
+    ids: Sequence[Any]
+    inputs: dict[str, Tensor]
+
+
 @dataclass
 class Batch:
     """What regions and terms may know of a batch. Pixels are those of the padded network input.
@@ -32,6 +45,7 @@ class Batch:
         labels: whatever the host calls labels: per image ``(n,)``, or one tensor; ``(B, H, W)`` classes of pixels.
         valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding; ``None`` when the host has no such thing.
         tokens: ``(B, L)``, true for the tokens of sequences that are not padding; ``None`` when the host has no such thing.
+        samples: which samples the batch holds; ``None`` when the host has no such thing.
         extra: anything that only one host's terms look at.
     """
 
@@ -41,6 +55,7 @@ class Batch:
     labels: Any = None
     valid: Tensor | None = None
     tokens: Tensor | None = None
+    samples: Samples | None = None
     extra: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:

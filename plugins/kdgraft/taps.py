@@ -120,12 +120,10 @@ class _Seen:
             self._versions += [(tensor, tensor._version) for tensor in _tensors(value)]
         self.values[side].append(value)
 
-    def detached(self) -> _Seen:
-        """The same calls without gradient."""
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> _Seen:
+        """The same calls with each of their tensors replaced."""
         other = copy(self)
-        other.values = {
-            side: [_map(value, torch.Tensor.detach) for value in found] for side, found in self.values.items()
-        }
+        other.values = {side: [_map(value, function) for value in found] for side, found in self.values.items()}
         return other
 
     @property
@@ -185,7 +183,13 @@ class Recording:
         other = copy(self)
         other.owner = owner
         if detached:
-            other._seen = {key: seen.detached() for key, seen in self._seen.items()}
+            other._seen = {key: seen.mapped(torch.Tensor.detach) for key, seen in self._seen.items()}
+        return other
+
+    def to(self, device: torch.device) -> Recording:
+        """The same recording on one device, of a model whose layers lie on several."""
+        other = copy(self)
+        other._seen = {key: seen.mapped(lambda tensor: tensor.to(device)) for key, seen in self._seen.items()}
         return other
 
     def calls(self, tap: Tap) -> int:

@@ -180,7 +180,7 @@ def _tapped_bytes(model: Any, inputs: Tensor, samples: list[Any]) -> int:
     """Bytes of what the teacher's taps hold in one step."""
     distiller = model.distiller
     recording = distiller.record(
-        "teacher", lambda source: source.model(inputs, samples, mode="tensor"), Batch(), inputs.device.type
+        "teacher", lambda source: source.model(inputs, samples, mode="tensor"), Batch(), inputs.device
     )
     taps = {tap for term in distiller.terms.values() for tap in term.teacher_taps}
     held = {tensor.data_ptr(): tensor.nbytes for tap in taps for tensor in recording.tensors(tap)}

@@ -9,7 +9,9 @@ import transformers
 
 import nlp_support as support
 from kdgraft import DistillError, WiringError
+from kdgraft.schedules import Step
 from kdgraft_nlp import TeacherCache
+from kdgraft_nlp.link import Asked
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
 
@@ -95,8 +97,8 @@ def test_labels_that_are_shares_of_one_class_keep_softmax_where_the_config_says_
     plain = [outputs(model, batch).logits for model in berts()]
     student = graft(*berts(problem_type="single_label_classification"), [dict(type="SoftTargets", temperature=2.0)])
     own = {k: v for k, v in batch.items() if k != "labels"}
-    student._distill.batch = student._distill.read(batch)
-    torch.testing.assert_close(distilled(student, own)[0], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
+    with student._distill.asking(Asked(Step(), batch)):
+        torch.testing.assert_close(distilled(student, own)[0], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("term", ["ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL"])
@@ -121,9 +123,12 @@ def test_outputs_that_do_not_mean_the_same_are_refused():
 def test_numbers_to_be_predicted_are_refused_at_the_first_batch():
     batch = support.collate(support.samples(4))
     student = graft(*berts(), ["SoftTargets"]).train()
-    student._distill.batch = student._distill.read({**batch, "labels": torch.rand(4)})
+    asked = Asked(Step(), {**batch, "labels": torch.rand(4)})
     del batch["labels"]
-    with pytest.raises(DistillError, match=r"floats \(4,\) beside logits \(4, 3\) are numbers to be predicted"):
+    with (
+        student._distill.asking(asked),
+        pytest.raises(DistillError, match=r"floats \(4,\) beside logits \(4, 3\) are numbers to be predicted"),
+    ):
         student(**batch)
 
 
@@ -201,8 +206,8 @@ def test_a_segmentors_ignored_pixels_alone_are_zero_with_a_live_graph():
     batch["labels"][:] = 255
     student = graft(*segformers(), ["SoftTargets"]).train()
     own = {"pixel_values": batch["pixel_values"]}
-    student._distill.batch = student._distill.read(batch)  # the host's own cross-entropy of nothing is NaN
-    loss = support.loss_of(student, own)
+    with student._distill.asking(Asked(Step(), batch)):  # the host's own cross-entropy of nothing is NaN
+        loss = support.loss_of(student, own)
     loss.backward()
     assert loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
 
@@ -619,7 +624,7 @@ def test_a_classifier_of_sounds():
     plain = [outputs(model, batch).logits for model in listeners(kind, num_labels=3)]
     student = graft(*listeners(kind, num_labels=3), ["SoftTargets", "HiddenStates"])
     distilled(student, batch)
-    losses = student._distill.losses
+    losses = student._distill.last.losses
     torch.testing.assert_close(losses["distill.soft_targets.loss"], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
     assert losses["distill.hidden_states.loss"] > 0
 

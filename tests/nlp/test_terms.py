@@ -61,9 +61,9 @@ def step(student, batch):
     student.zero_grad()
     student(**batch)
     link = student._distill
-    loss = torch.stack([value for key, value in link.losses.items() if key.endswith(".loss")]).sum()
+    loss = torch.stack([value for key, value in link.last.losses.items() if key.endswith(".loss")]).sum()
     loss.backward()
-    assert not any(key.endswith("dropped") for key in link.losses)
+    assert not any(key.endswith("dropped") for key in link.last.losses)
     return loss.detach(), support.distillation_gradient(student)
 
 
@@ -206,7 +206,7 @@ def test_computed_in_float32_under_autocast(name):
     student.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         student(**batch)
-    for loss in student._distill.losses.values():
+    for loss in student._distill.last.losses.values():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.detach(), exact[0], rtol=0.15, atol=0.02)
         loss.backward()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError
@@ -56,9 +57,9 @@ class Source:
         """The context, such as an autocast, that its forward runs in."""
         return nullcontext()
 
-    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device_type: str) -> Recording:
+    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
         """Runs the model without gradient, no further than the last tap, and returns what was tapped."""
-        with self.context(device_type):
+        with self.context(device.type):
             return recorder.record_prefix(self.model, run)
 
     def marked(self, recording: Recording) -> Recording:

@@ -65,9 +65,9 @@ class Itself(Source):
     def context(self, device_type: str) -> AbstractContextManager[Any]:
         return super().context(device_type) if self._copy is None else self._copy.context(device_type)
 
-    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device_type: str) -> Recording:
+    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
         assert self._copy is not None
-        return self._copy.record(recorder, run, batch, device_type)
+        return self._copy.record(recorder, run, batch, device)
 
     def state(self) -> dict[str, Any]:
         return {} if self._copy is None else {"model": self._copy.model.state_dict(), "seen": self._seen}

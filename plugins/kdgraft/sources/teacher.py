@@ -81,9 +81,10 @@ class Teacher(Source):
         if not self.placed:
             self.model._apply(function)
 
-    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device_type: str) -> Recording:
+    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
         self.ensure_eval()
-        return super().record(recorder, run, batch, device_type)
+        found = super().record(recorder, run, batch, device)
+        return found.to(device) if self.placed else found
 
     def context(self, device_type: str) -> AbstractContextManager[Any]:
         """The autocast that the teacher's forward runs in."""
