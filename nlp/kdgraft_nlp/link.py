@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kdgraft.engine import StepInProgress
@@ -30,7 +29,7 @@ class Asked:
 
     Attributes:
         at: where training stands.
-        inputs: the batch as the collator made it; a pass on other inputs is read by itself.
+        inputs: the batch as the collator made it, of a trainer's step; a pass on other inputs is read by itself.
         totals, parts: of an accumulated batch; see :meth:`kdgraft.engine.Engine.step`.
         host_factor: what the Trainer multiplies the model's own loss by, relative to the terms'.
         passes: how often the student ran.
@@ -41,7 +40,7 @@ class Asked:
     """
 
     at: Step
-    inputs: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Mapping[str, Any] | None = None
     totals: Mapping[str, Tensor] = field(default_factory=dict)
     parts: int = 1
     host_factor: float = 1.0
@@ -111,6 +110,22 @@ class Link:
         self.steps += self.asked is None or self.asked.passes == 0
         return self.last
 
+    def of_pass(self, inputs: Mapping[str, Any], asked: Asked) -> tuple[Batch, Mapping[str, Tensor]]:
+        """The batch that one pass of the student runs on, and the denominators that hold for it.
+
+        A loss may run the student on each of several texts. The denominators were counted on the Trainer's batch and hold for a
+        pass on that; another pass divides by its own. The Trainer's batch has the labels, which many losses take out before.
+        """
+        if asked.inputs is None:
+            return self.read(inputs), asked.totals
+        whole = asked.inputs
+        shared = [
+            name for name, value in inputs.items() if isinstance(value, Tensor) and name in whole and name not in LABELS
+        ]
+        if shared and all(whole[name] is inputs[name] for name in shared):
+            return self.read(whole), asked.totals
+        return self.read(inputs), {}
+
     def read(self, inputs: Mapping[str, Any]) -> Batch:
         """What terms know of a batch."""
         return read_batch(inputs, self.task, self.frames)
@@ -146,13 +161,6 @@ class Link:
         if "use_cache" in keep:
             found["use_cache"] = False
         return inputs_for(model, found)
-
-    def is_that_of(self, asked: Asked, inputs: Mapping[str, Any], main: str) -> bool:
-        """Whether a pass runs on the very inputs that the trainer was given."""
-        ours, theirs = inputs.get(main), asked.inputs.get(main)
-        if not isinstance(ours, Tensor) or not isinstance(theirs, Tensor):
-            return False
-        return ours is theirs or (ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.device)))
 
 
 def _per_token(name: str) -> bool:

@@ -116,10 +116,6 @@ class LogitTerm(Term):
                     for states, model in ((student, wiring.student), (teacher, wiring.teacher))
                 )
             self._check(student, teacher, wiring)
-            if self.tokens != "auto" and (self.task == "question" or student.ndim == 2):
-                raise WiringError(
-                    f"{self.name}: tokens={self.tokens!r} is for models that predict per token, and this one does not; leave it out"
-                )
             adapter = "in chunks" if self.chunked else "–"
             region = self._region(student)
             self.rows.append(self.row(student, teacher, taps=(s_tap, t_tap), adapter=adapter, region=region))

@@ -33,7 +33,7 @@ from .logits import LogitTerm
 from .registry import TERMS
 from .sources import build_sources, compare_classes
 from .tasks import accepted, base_of, by_name, example, frame_mask, reads_text_alone, task_of
-from .tokens import SAMPLE_IDS
+from .tokens import SAMPLE_IDS, tokens_of
 
 
 class Grafted:
@@ -62,9 +62,7 @@ class Grafted:
         if engine is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(**own)
         told, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
-        known = link.is_that_of(told, inputs, self.main_input_name)  # type: ignore[attr-defined]
-        batch = link.read(told.inputs if known else inputs)
-        totals = told.totals if known or link.asked is None else {}
+        batch, totals = link.of_pass(inputs, told)
         given = inputs if "labels" in inputs else {**inputs, "labels": batch.labels}
 
         # Before any model is listened to, which hides the arguments that its forward names.
@@ -214,7 +212,7 @@ def _wired(
     link.frames = frame_mask(student), frame_mask(teachers[0] if teachers else student)
     if chunk is not None:
         link.tails, link.chunk = _chunk(student, engine, ours, theirs), chunk
-    samples = next(len(value) for value in ours.values() if isinstance(value, Tensor) and value.ndim)
+    samples = tokens_of(link.read(ours)).size
     own = {name: value for name, value in ours.items() if name not in LABELS}
 
     def run(source: Source) -> Any:

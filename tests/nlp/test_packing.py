@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
 import nlp_support as support
+from steps import watched
 from kdgraft import DistillError
 from kdgraft_nlp import DistillCollator, TeacherCache
 from kdgraft_nlp.student import graft
@@ -152,8 +153,9 @@ def test_kernels_that_are_told_where_texts_end_get_no_mask():
     batch = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(data)
     tokens = tokens_of(read_batch(batch, "causal"))
     length = batch["input_ids"].shape[1]
-    with student.distiller.record_student(student) as recording:
-        student.plain_forward(**batch)
+    with watched() as steps:
+        student.train()(**batch)
+    recording = steps[0].recordings["student"]
     call = recording[term.student_taps[0]]._replace(mask=None, causal=True)
     sizes = [len(sample["input_ids"]) for sample in data]
     expected = torch.block_diag(*(torch.ones(n, n).tril() for n in sizes)).bool()

@@ -277,7 +277,7 @@ def test_vocabularies():
             [dict(type="SoftTargets", tokens="labelled")],
             {},
             {},
-            "tokens='labelled' is for models that predict per token",
+            "tokens='labelled' is for models that predict per labelled token",
         ),
         (["UniversalLogits"], {}, {}, "compares language models token by token; use SoftTargets for sequence"),
     ],
