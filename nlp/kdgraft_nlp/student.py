@@ -71,7 +71,8 @@ class Link:
         self.takes = takes
         self.teacher_takes = accepted(teacher) if teacher is not None else set()
         self.order: Tensor | None = None
-        self.batch: Batch | None = None
+        self.inputs: Mapping[str, Any] | None = None
+        """The batch of the Trainer's step; ``None`` where the student runs without one."""
         self.step: Step | None = None
         self.totals: dict[str, Tensor] = {}
         self.parts = 1
@@ -81,6 +82,28 @@ class Link:
         self.cache: TeacherCache | None = None
         self.host_factor = 1.0
         """What the Trainer multiplies the model's own loss by, relative to the terms'."""
+
+    def of_pass(self, inputs: Mapping[str, Any]) -> tuple[Batch, Mapping[str, Tensor]]:
+        """The batch that one pass of the student runs on, and the denominators that hold for it.
+
+        A loss may run the student on each of several texts. The denominators were counted on the Trainer's batch and hold for a
+        pass on that; another pass divides by its own. The Trainer's batch has the labels, which many losses take out before.
+        """
+        whole = self.inputs
+        if whole is None:
+            return read_batch(inputs, self.task), self.totals
+        shared = [
+            name for name, value in inputs.items() if isinstance(value, Tensor) and name in whole and name not in LABELS
+        ]
+        if shared and all(whole[name] is inputs[name] for name in shared):
+            return read_batch(whole, self.task), self.totals
+        return read_batch(inputs, self.task), {}
+
+    def keep(self, losses: dict[str, Tensor]) -> None:
+        """Keep the losses of a pass; in a step of the Trainer those of all its passes add up."""
+        before = self.losses if self.inputs is not None else None
+        added = {} if before is None else {key: before[key] + losses[key] for key in losses if key.endswith(".loss")}
+        self.losses = {**losses, **added}
 
     def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Without what only the teacher takes."""
@@ -131,7 +154,7 @@ class Grafted:
         own = link.of_student(inputs)
         if distiller is None or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(*args, **own)
-        batch = link.batch if link.batch is not None else read_batch(inputs, link.task)
+        batch, totals = link.of_pass(inputs)
         step = link.step if link.step is not None else Step(link.steps, 0)
         link.steps += 1
         device = next(self.parameters()).device  # type: ignore[attr-defined]
@@ -149,8 +172,9 @@ class Grafted:
             return self._in_chunks(own, batch, step, teacher)
         with distiller.record_student(self) if active else nullcontext() as student:  # type: ignore[arg-type]
             output = self.plain_forward(*args, **own)
-        link.losses = distiller.losses(student, teacher, batch, step, device, link.totals, link.parts)
-        return _with_losses(output, link.losses)
+        losses = distiller.losses(student, teacher, batch, step, device, totals, link.parts)
+        link.keep(losses)
+        return _with_losses(output, losses)
 
     def _in_chunks(self, inputs: dict[str, Any], batch: Batch, step: Step, teacher: Recording | None) -> Any:
         """As the plain pass, but the losses on logits come from hidden states; the output has no logits."""

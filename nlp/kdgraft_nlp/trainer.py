@@ -119,12 +119,25 @@ class Distilling(_Host):
         """Each term's items over the whole accumulated batch and all processes."""
         assert self.distiller is not None
         task = self.model._distill.task
-        parts = [self.distiller.counts(read_batch(batch, task)) for batch in batches]
+        try:
+            parts = [self.distiller.counts(read_batch(batch, task)) for batch in batches]
+        except DistillError:
+            return {}  # batches that a loss makes the model's inputs of; where it does not, the pass says what is wrong
         names = sorted(set.intersection(*(set(part) for part in parts)))
         if not names:
             return {}
         sums = torch.stack([torch.stack([part[name].double().cpu() for part in parts]).sum() for name in names])
         return dict(zip(names, sum_over_ranks(sums.to(device)).unbind(), strict=True))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
+        self._distilled = False
+        loss = super().training_step(model, inputs, *args, **settings)
+        if self.distiller is not None and not self._distilled:
+            raise DistillError(
+                f"{type(self).__name__}.compute_loss does not call the one that distils; call super().compute_loss(…), or make it a "
+                "Trainer's and hand that to distill(…)"
+            )
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -135,7 +148,7 @@ class Distilling(_Host):
         self._check_host(model, inputs, num_items_in_batch)
         state = self.state
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
-        link.batch, link.losses = read_batch(inputs, link.task), None
+        link.inputs, link.losses = dict(inputs), None  # a copy: losses take the labels out
         link.step, link.totals, link.parts = Step(state.global_step, int(state.epoch or 0)), self._totals, parts
         link.host_factor = self._host_factor(num_items_in_batch) / (
             1 if self._host_scales(num_items_in_batch) else parts
@@ -143,12 +156,13 @@ class Distilling(_Host):
         try:
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         finally:
-            link.batch = link.step = None
+            link.inputs = link.step = None
         losses = link.losses
         if losses is None:
             raise DistillError(
                 f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
             )
+        self._distilled = True
         loss = result[0] if return_outputs else result
         extra = torch.stack([value for key, value in losses.items() if key.endswith(".loss")]).sum()
         self._keep(losses, loss, 1 if self._host_scales(num_items_in_batch) else parts)
@@ -163,8 +177,7 @@ class Distilling(_Host):
         if self._host_checked or parts == 1 or student_chunks(self.model):
             return
         self._host_checked = True
-        own = self.compute_loss_func is None and self.label_smoother is None
-        if num_items is None or not own or not self._host_scales(num_items):
+        if num_items is None or _has_own_loss(self) or not self._host_scales(num_items):
             return
         student = self.model
         given = student._distill.of_student(inputs)
@@ -336,13 +349,17 @@ def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
         return None
     size = 256 if chunked is True else chunked
     check_number("chunked", "the number of tokens", size, 1, whole=True)
-    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
-    own = trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
-    if own:
+    if _has_own_loss(trainer):
         raise DistillError(
             "chunked=True computes the cross-entropy itself: leave out label smoothing and losses of your own"
         )
     return size
+
+
+def _has_own_loss(trainer: Any) -> bool:
+    """Whether the host's loss is another than the one that the model computes by itself."""
+    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
+    return trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
 
 
 def _vocabularies(trainer: Any, teacher: Any) -> dict[str, Any]:
