@@ -137,12 +137,25 @@ class Distilling(_Host):
         """Each term's items over the whole accumulated batch and all processes."""
         assert self.distiller is not None
         link = link_of(self.model)
-        parts = [self.distiller.counts(link.read(batch)) for batch in batches]
+        try:
+            parts = [self.distiller.counts(link.read(batch)) for batch in batches]
+        except DistillError:
+            return {}  # batches that a loss makes the model's inputs of; where it does not, the pass says what is wrong
         names = sorted(set.intersection(*(set(part) for part in parts)))
         if not names:
             return {}
         sums = torch.stack([torch.stack([part[name].double().cpu() for part in parts]).sum() for name in names])
         return dict(zip(names, sum_over_ranks(sums.to(device)).unbind(), strict=True))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
+        self._distilled = False
+        loss = super().training_step(model, inputs, *args, **settings)
+        if self.distiller is not None and not self._distilled:
+            raise DistillError(
+                f"{type(self).__name__}.compute_loss does not call the one that distils; call super().compute_loss(…), or make it a "
+                "Trainer's and hand that to distill(…)"
+            )
+        return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
@@ -155,7 +168,7 @@ class Distilling(_Host):
         factor = self._host_factor(num_items_in_batch)
         asked = Asked(
             Step(state.global_step, int(state.epoch or 0)),
-            inputs,
+            dict(inputs),  # a copy: losses take the labels out
             self._totals,
             parts,
             factor / (1 if scales else parts),
@@ -166,12 +179,14 @@ class Distilling(_Host):
             raise DistillError(
                 f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
             )
+        self._distilled = True
         loss = self._weighted(result[0] if return_outputs else result, asked)
         for name, value in asked.peers.items():  # each trains on the host's own loss, as the student does
             asked.losses[f"peer.{name}"] = value * factor / (1 if scales else parts)
             loss = loss + value * factor
         extra = torch.stack([value for key, value in asked.losses.items() if key.endswith(".loss")]).sum()
         self._keep(asked.losses, loss, 1 if scales else parts)
+        asked.losses = {key: value.detach() for key, value in asked.losses.items()}
         # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
         whole = loss + extra * (1 if scales else parts)
         return (whole, result[1]) if return_outputs else whole
@@ -196,8 +211,7 @@ class Distilling(_Host):
         if self._host_checked or parts == 1 or student_chunks(self.model):
             return
         self._host_checked = True
-        own = self.compute_loss_func is None and self.label_smoother is None
-        if num_items is None or not own or not self._host_scales(num_items):
+        if num_items is None or _has_own_loss(self) or not self._host_scales(num_items):
             return
         student = self.model
         given = link_of(student).of_student(inputs)
@@ -448,13 +462,17 @@ def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
         return None
     size = 256 if chunked is True else chunked
     check_number("chunked", "the number of tokens", size, 1, whole=True)
-    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
-    own = trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
-    if own:
+    if _has_own_loss(trainer):
         raise DistillError(
             "chunked=True computes the cross-entropy itself: leave out label smoothing and losses of your own"
         )
     return size
+
+
+def _has_own_loss(trainer: Any) -> bool:
+    """Whether the host's loss is another than the one that the model computes by itself."""
+    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
+    return trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
 
 
 def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
