@@ -7,10 +7,10 @@ autocast).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import is_dataclass, make_dataclass
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Batch
 from kdgraft.schedules import Step
-from kdgraft.taps import Recorder, Recording
+from kdgraft.taps import Recorder, Recording, Tap
 from kdgraft.teacher import Teacher
 
 from .attention import AttentionRecorder
@@ -45,6 +45,14 @@ class TextDistiller(HostDistiller):
     """The distiller of Hugging Face models: it hears attention, too."""
 
     recorder: type[Recorder] = AttentionRecorder
+    remembered: Callable[[Sequence[Tap]], Recording] | None = None
+    """Stands for the dry run of a teacher that is not there, of which a cache knows what it said."""
+
+    def _recorder(self, model: nn.Module, owner: str, taps: Sequence[Tap]) -> Recorder:
+        recorder = super()._recorder(model, owner, taps)
+        if owner == "teacher" and (remembered := self.remembered) is not None:
+            recorder.rehearse = lambda *_: remembered(recorder.taps)  # type: ignore[method-assign]
+        return recorder
 
     def record_through(
         self,
@@ -57,6 +65,11 @@ class TextDistiller(HostDistiller):
         """The teacher's recording, from the cache where there is one that knows these samples."""
 
         def record() -> Recording:
+            if self.remembered is not None:
+                sample = None if cache is None or ids is None else cache.lacks(ids, self._teacher_recorder.taps)
+                raise DistillError(
+                    f"the cache has nothing of sample {sample}, and there is no teacher to ask; give teacher=…, so that it can be added"
+                )
             recording = self.record_teacher(run, device.type)
             return gathered(recording, device) if self.teacher.placed else recording
 
@@ -279,7 +292,7 @@ def graft(
     Args:
         student: a model of Hugging Face; under a wrapper of PEFT the distiller goes on the base model.
         teacher: a model, a :class:`~kdgraft.Teacher`, or the folder that ``save_pretrained`` wrote; may be left out without
-            terms.
+            terms, and where the cache has what it says of every sample.
         terms: names, dicts or instances.
         dry_run: one small batch for both models; made from their configs by default.
         facts: what is known of the vocabularies: ``vocabulary`` (``"same"``, ``"different"``), ``vocabulary_checked`` (entries of
@@ -302,7 +315,10 @@ def graft(
     takes = accepted(student)
     distiller = None
     device = next(student.parameters()).device
+    absent = bool(terms) and teacher is None and cache is not None and cache.teacher is not None
     with isolated_rng():
+        if absent and cache is not None:
+            teacher = cache.stand_in()
         held = build_teacher(teacher, student, task) if terms else None
     link = Link(task, None if held is None else held.model, takes)
     kind: Any = student.__class__
@@ -318,6 +334,8 @@ def graft(
                 ours = dict(dry_run) if dry_run is not None else example(student)
                 theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model, device)
                 theirs = inputs_for(held.model, theirs)
+                if absent and cache is not None:
+                    distiller.remembered = partial(cache.example, theirs)
                 if chunk is not None:
                     _chunk(student, distiller, task, ours, theirs)
                     link.chunk = chunk
@@ -325,6 +343,8 @@ def graft(
                 if cache is not None:
                     for term in distiller._all_terms():
                         cache.check(term.teacher_taps, term.name)
+                    if not absent:
+                        cache.belongs_to(held.model)
                     link.cache = cache
                 if any(term.compares_classes for term in distiller._all_terms()):
                     names = _class_names(student), _class_names(held.model)

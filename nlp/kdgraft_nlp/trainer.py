@@ -244,6 +244,21 @@ class Distilling(_Host):
 
     # Columns, checkpoints.
 
+    def train(self, *args: Any, **settings: Any) -> Any:
+        try:
+            return super().train(*args, **settings)
+        finally:
+            self._save_cache()
+
+    def _save_checkpoint(self, *args: Any, **settings: Any) -> None:
+        super()._save_checkpoint(*args, **settings)
+        self._save_cache()
+
+    def _save_cache(self) -> None:
+        cache = self._settings["cache"]
+        if cache is not None and cache.folder is not None:
+            cache.save()
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = list(self._signature_columns)
