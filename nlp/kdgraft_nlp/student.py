@@ -250,7 +250,7 @@ def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
     if is_dataclass(output):
         found = {key: value for key, value in losses.items() if key.endswith(".loss")}
         own: Any = output if "loss" in output else {**output, "loss": _no_loss(output)}  # type: ignore[operator, dict-item]
-        output = _output_class(type(output))(**own, distill=found)
+        output = _output_class(type(output))(**own, distill=found)  # type: ignore[arg-type]
     return output
 
 
@@ -332,8 +332,10 @@ def graft(
                 if not held.placed:
                     held.model.to(device)
                 ours = dict(dry_run) if dry_run is not None else example(student)
-                theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model, device)
-                theirs = inputs_for(held.model, theirs)
+                theirs = inputs_for(
+                    held.model,
+                    example(held.model, device) if dry_run is None else link.of_teacher(ours, held.model),
+                )
                 if absent and cache is not None:
                     distiller.remembered = partial(cache.example, theirs)
                 if chunk is not None:
@@ -413,6 +415,11 @@ def _check_student(student: Any) -> None:
         )
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
+    if isinstance(student, nn.Sequential):
+        raise DistillError(
+            f"a {type(student).__name__} runs and saves whatever is in it one by one, and the distiller would be; distil the "
+            "transformer in it by itself"
+        )
     _unwrap_forward(student, type(student))
     if "forward" in vars(student):
         raise DistillError(
