@@ -29,6 +29,9 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
     Raises:
         DistillError: no teacher, a folder that is none, or weights that do not fit; the message lists the keys.
     """
+    absent = teacher is None and teachers is None and cache is not None and cache.teacher is not None
+    if absent and cache is not None:
+        return {"teacher": Cached(Teacher(cache.stand_in()), cache, absent=True)}
     if teacher is None and teachers is None:
         raise DistillError("terms need teacher=…: a model, or the folder that save_pretrained wrote")
     found = gather_sources(teacher, teachers, lambda name, given: _teacher(name, given, student))
@@ -41,6 +44,7 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
     if cache is not None:
         if len(found) > 1 or not isinstance(found["teacher"], Teacher):
             raise DistillError("a cache holds the outputs of one teacher; leave it out with several, and with peers")
+        cache.belongs_to(found["teacher"].model)
         found["teacher"] = Cached(found["teacher"], cache)
     return found
 

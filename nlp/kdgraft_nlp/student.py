@@ -98,7 +98,7 @@ def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
     if is_dataclass(output):
         found = {key: value for key, value in losses.items() if key.endswith(".loss")}
         own: Any = output if "loss" in output else {**output, "loss": _no_loss(output)}  # type: ignore[operator, dict-item]
-        output = _output_class(type(output))(**own, distill=found)
+        output = _output_class(type(output))(**own, distill=found)  # type: ignore[arg-type]
     return output
 
 
@@ -141,7 +141,7 @@ def graft(
     Args:
         student: a model of Hugging Face; under a wrapper of PEFT the engine goes on the base model.
         teacher: a model, a :class:`~kdgraft.Source`, or the folder that ``save_pretrained`` wrote; may be left out without
-            terms.
+            terms, and where the cache has what it says of every sample.
         terms: names, dicts or instances.
         teachers: several sources by name, instead of ``teacher``.
         dry_run: one small batch for all models; made from their configs by default.
@@ -208,6 +208,8 @@ def _wired(
             source.model.to(device)
         made = ours if dry_run is not None else example(source.model, device)
         theirs[name] = link.of_source(made, name, source.model)
+        if isinstance(source, Cached):
+            source.example = theirs[name]
     teachers = [source.model for source in engine.sources.values() if isinstance(source, Teacher)]
     link.frames = frame_mask(student), frame_mask(teachers[0] if teachers else student)
     if chunk is not None:
@@ -285,6 +287,11 @@ def _check_student(student: Any) -> None:
         )
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
+    if isinstance(student, nn.Sequential):
+        raise DistillError(
+            f"a {type(student).__name__} runs and saves whatever is in it one by one, and the distiller would be; distil the "
+            "transformer in it by itself"
+        )
     _unwrap_forward(student, type(student))
     if "forward" in vars(student):
         raise DistillError(

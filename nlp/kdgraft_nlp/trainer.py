@@ -265,6 +265,11 @@ class Distilling(_Host):
 
     # Columns, checkpoints.
 
+    def _save_cache(self) -> None:
+        cache = self._settings["cache"]
+        if cache is not None and cache.folder is not None:
+            cache.save()
+
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns = list(self._signature_columns)
@@ -299,7 +304,10 @@ class Distilling(_Host):
                 self.is_world_process_zero(),
             )
             self._anew, resume_from_checkpoint = frozenset(found), folder
-        return super().train(resume_from_checkpoint, *args, **settings)
+        try:
+            return super().train(resume_from_checkpoint, *args, **settings)
+        finally:
+            self._save_cache()
 
     def _states(self) -> list[str]:
         """The files that a resumed run needs in a checkpoint, beside weights and the Trainer's own state."""
@@ -329,6 +337,7 @@ class Distilling(_Host):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        self._save_cache()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with _one_line(resume_from_checkpoint):

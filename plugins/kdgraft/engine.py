@@ -249,8 +249,7 @@ class Engine(nn.Module):
             if name == STUDENT or self.sources[name].trains:
                 found[name] = _rehearsed(recorder, model, run)
             else:
-                model.eval()
-                found[name] = recorder.rehearse(model, run)
+                found[name] = self.sources[name].rehearse(recorder, run)
             if name != STUDENT:
                 self.sources[name].marked(found[name])
         for name in replayed:

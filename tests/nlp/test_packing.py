@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
 import nlp_support as support
-from steps import watched
 from kdgraft import DistillError
 from kdgraft_nlp import DistillCollator, TeacherCache
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch, tokens_of
+from steps import watched
 
 TERMS = {
     "scores": dict(type="AttentionMaps"),

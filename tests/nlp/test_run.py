@@ -168,6 +168,8 @@ output = "{tmp_path}/out"
         (["tokenizer=null"], ("tokenizer is a folder, or {vocab_size: 4000}",)),
         (["teacher=nowhere"], ("no teacher at nowhere",)),
         (["teacher=null"], ("need teacher",)),
+        (["recipe=null"], ("teacher is given, and nothing says what to learn",)),
+        (["host_weight=-1"], ("host_weight: the host's share must be a number >= 0, got -1",)),
         (["data.fraction=2"], ("data.fraction must be in (0, 1], got 2",)),
         (["recipe=tinyber"], ("no recipe is called 'tinyber'; did you mean 'tinybert'",)),
         (["nonsense"], ("write options like training.learning_rate=0.001",)),

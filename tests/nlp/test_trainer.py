@@ -582,6 +582,13 @@ def test_a_patched_forward_is_said(tmp_path):
         graft(student, support.model("bert", seed=2), ["SoftTargets"])
 
 
+def test_a_student_that_runs_its_children_in_turn_is_refused():
+    student = nn.Sequential(support.model("bert"))  # as a SentenceTransformer is
+    student.config = student[0].config
+    with pytest.raises(DistillError, match="a Sequential runs and saves whatever is in it one by one"):
+        graft(student, support.model("bert", seed=2), ["SoftTargets"])
+
+
 def test_figures_of_a_second_run_and_after_resuming(tmp_path):
     trainer = trainer_of(tmp_path, logging_steps=2, save_strategy="steps", save_steps=1, learning_rate=0.0)
     trainer.train()

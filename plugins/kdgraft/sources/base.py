@@ -57,6 +57,11 @@ class Source:
         """The context, such as an autocast, that its forward runs in."""
         return nullcontext()
 
+    def rehearse(self, recorder: Recorder, run: Callable[[], Any]) -> Recording:
+        """Records the dry run."""
+        self.model.eval()
+        return recorder.rehearse(self.model, run)
+
     def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
         """Runs the model without gradient, no further than the last tap, and returns what was tapped."""
         with self.context(device.type):

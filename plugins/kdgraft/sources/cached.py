@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..errors import DistillError
 from ..regions import Batch
 from ..taps import Recorder, Recording, Tap
 from .teacher import Teacher
@@ -18,6 +19,12 @@ class Store(Protocol):
 
     def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Recording | None:
         """What is kept of these samples; ``None`` unless that is everything."""
+
+    def lacks(self, ids: Sequence[Any], taps: Sequence[Tap]) -> str | None:
+        """The first of these samples of which something is not there; ``None`` where all is."""
+
+    def example(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Recording:
+        """What a dry run of the teacher would record, as far as shapes go."""
 
     def store(
         self, ids: Sequence[Any], inputs: Mapping[str, Tensor], recording: Recording, taps: Sequence[Tap]
@@ -33,18 +40,29 @@ class Cached(Teacher):
     Args:
         teacher: the teacher; shared.
         store: what keeps its outputs.
+        absent: there is no teacher, ``teacher`` stands in for it without weights: what the store lacks is an error.
     """
 
-    def __init__(self, teacher: Teacher, store: Store) -> None:
+    def __init__(self, teacher: Teacher, store: Store, *, absent: bool = False) -> None:
         vars(self).update(vars(teacher))
-        self.store = store
+        self.store, self.absent = store, absent
+        self.example: Mapping[str, Tensor] = {}
+        """The inputs of the dry run, where there is no teacher to run on them."""
+
+    def rehearse(self, recorder: Recorder, run: Callable[[], Any]) -> Recording:
+        return self.store.example(self.example, recorder.taps) if self.absent else super().rehearse(recorder, run)
 
     def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
         samples = batch.samples
-        if samples is None:
-            return super().record(recorder, run, batch, device)
-        found = self.store.look_up(samples.ids, samples.inputs, recorder.taps)
-        if found is None:
-            found = super().record(recorder, run, batch, device)
+        found = None if samples is None else self.store.look_up(samples.ids, samples.inputs, recorder.taps)
+        if found is not None:
+            return found
+        if self.absent:
+            sample = None if samples is None else self.store.lacks(samples.ids, recorder.taps)
+            raise DistillError(
+                f"the cache has nothing of sample {sample}, and there is no teacher to ask; give teacher=…, so that it can be added"
+            )
+        found = super().record(recorder, run, batch, device)
+        if samples is not None:
             self.store.store(samples.ids, samples.inputs, found, recorder.taps)
         return found
