@@ -293,6 +293,11 @@ def graft(
                     link.chunk = chunk
                 _wire(student, distiller, ours, theirs, facts or {})
                 if cache is not None:
+                    if task in ("seq2seq", "ctc"):
+                        raise WiringError(
+                            f"the cache keeps outputs of the tokens that {type(student).__name__} is given, not of a decoder's or "
+                            "of frames; leave the cache out"
+                        )
                     for term in distiller._all_terms():
                         cache.check(term.teacher_taps, term.name)
                     link.cache = cache

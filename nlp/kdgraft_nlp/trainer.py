@@ -347,7 +347,7 @@ def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
 def _vocabularies(trainer: Any, teacher: Any) -> dict[str, Any]:
     """What is known of the two vocabularies before training."""
     collator = trainer.data_collator
-    own = trainer.processing_class
+    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor's own
     if not isinstance(own, PreTrainedTokenizerBase):
         own = getattr(collator, "tokenizer", None)
     if not isinstance(own, PreTrainedTokenizerBase):
