@@ -160,6 +160,11 @@ def graft(
     _check_student(student)
     if chunk is not None and not terms:
         raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
+    if cache is not None and terms and task_of(student) in ("seq2seq", "ctc"):
+        raise WiringError(
+            f"the cache keeps outputs of the tokens that {type(student).__name__} is given, not of a decoder's or of frames; leave "
+            "the cache out"
+        )
     with isolated_rng():
         sources = build_sources(teacher, teachers, student, cache) if terms else {}
     link = Link(task_of(student), accepted(student))

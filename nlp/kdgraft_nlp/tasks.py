@@ -197,9 +197,9 @@ def frame_mask(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
     settings = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
 
     def frames(mask: Tensor) -> Tensor:
-        whole = torch.tensor([mask.shape[1]], device=mask.device)
-        found = [torch.as_tensor(lengths(n, **settings)).long() for n in (whole, mask.sum(1))]
-        return torch.arange(int(found[0]), device=mask.device) < found[1][:, None]
+        samples = [mask.shape[1], *mask.sum(1).tolist()]  # some models' rule takes one number at a time
+        whole, *own = (int(lengths(torch.tensor(count), **settings)) for count in samples)
+        return torch.arange(whole, device=mask.device) < torch.tensor(own, device=mask.device)[:, None]
 
     return frames
 
@@ -224,17 +224,8 @@ def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]
         if task == "choice":
             ids = ids[None]  # one sample of two choices, which the layers see as two texts
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    elif "input_features" in takes and hasattr(config, "max_source_positions") and hasattr(config, "num_mel_bins"):
-        # Whisper takes spectrograms of one length.
-        inputs["input_features"] = torch.zeros(2, config.num_mel_bins, 2 * config.max_source_positions, device=device)
-    elif "input_values" in takes and hasattr(config, "conv_stride"):
-        inputs["input_values"] = torch.zeros(2, 4000, device=device)
-    elif "pixel_values" in takes:
-        images = next((c for c in (config, getattr(config, "encoder", None)) if getattr(c, "image_size", None)), config)
-        side = getattr(images, "image_size", None) or 224
-        height, width = (side,) * 2 if isinstance(side, int) else side
-        channels = getattr(images, "num_channels", 3)
-        inputs["pixel_values"] = torch.zeros(2, channels, height, width, device=device)
+    elif found := _media(config, takes):
+        inputs = {name: torch.zeros(2, *shape, device=device) for name, shape in found.items()}
     else:
         raise DistillError(
             f"{type(model).__name__} takes neither input_ids nor pixel_values; give dry_run=dict(…), one small batch"
@@ -242,6 +233,28 @@ def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]
     if has_decoder(model):
         inputs["decoder_input_ids"] = inputs.get("input_ids", _tokens(model, 2).to(device))
     return {name: value for name, value in inputs.items() if name in takes}
+
+
+def _media(config: Any, takes: set[str]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of a sound, a video or an image that a model takes; nothing where its config does not tell."""
+    bins = getattr(config, "num_mel_bins", None)
+    if "input_features" in takes:
+        if bins and hasattr(config, "max_source_positions"):
+            return {
+                "input_features": (bins, 2 * config.max_source_positions)
+            }  # Whisper takes spectrograms of one length
+        names = ("input_feat_per_channel", "feature_projection_input_dim")
+        width = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+        return {"input_features": (40, width)} if width else {}
+    if "input_values" in takes:
+        return {"input_values": (config.max_length, bins) if bins and hasattr(config, "max_length") else (4000,)}
+    if "pixel_values" in takes:
+        images = next((c for c in (config, getattr(config, "encoder", None)) if getattr(c, "image_size", None)), config)
+        side = getattr(images, "image_size", None) or 224
+        height, width = (side,) * 2 if isinstance(side, int) else side
+        frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
+        return {"pixel_values": (*frames, getattr(images, "num_channels", 3), height, width)}
+    return {}
 
 
 def _tokens(model: Any, rows: int) -> Tensor:

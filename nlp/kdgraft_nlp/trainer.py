@@ -487,7 +487,7 @@ def _has_own_loss(trainer: Any) -> bool:
 def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
     """What is known of the vocabularies before training."""
     collator = trainer.data_collator
-    own = trainer.processing_class
+    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor's own
     if not isinstance(own, PreTrainedTokenizerBase):
         own = getattr(collator, "tokenizer", None)
     if not isinstance(own, PreTrainedTokenizerBase):

@@ -10,7 +10,7 @@ import transformers
 import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft.schedules import Step
-from kdgraft_nlp import TeacherCache
+from kdgraft_nlp import DistillTrainer, TeacherCache
 from kdgraft_nlp.link import Asked
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
@@ -685,3 +685,59 @@ def test_states_of_several_texts_a_sample_are_not_cached():
     student = graft(*choosers(), ["SoftTargets", "HiddenStates"], cache=cache).train()
     with pytest.raises(WiringError, match=r"12 rows for 3 samples.*leave the cache or the term out"):
         student(**quizzed(), sample_ids=["a", "b", "c"])
+
+
+def test_outputs_of_decoders_and_frames_are_not_cached():
+    for models in (whispers(), listeners()):
+        with pytest.raises(WiringError, match=r"not of a decoder's or of frames; leave the cache out"):
+            graft(*models, ["SoftTargets"], cache=TeacherCache())
+
+
+EVERY = {
+    "segmentation": (segformers, pictures, dict(type="SoftTargets")),
+    "vision-language": (llavas, asked, dict(type="ForwardKL")),
+    "whisper": (whispers, spoken, dict(type="ForwardKL")),
+    "frames": (listeners, heard, dict(type="SoftTargets")),
+    "choice": (choosers, quizzed, dict(type="SoftTargets")),
+    "multi-label": (berts, multi_label, dict(type="SoftTargets")),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_accumulated_batches_train_as_one(kind, tmp_path):
+    make, inputs, term = EVERY[kind]
+    rows = [dict(zip(inputs(), values, strict=True)) for values in zip(*inputs().values(), strict=True)][:2]
+    found = []
+    for size in (1, 2):
+        student, teacher = make()
+        for module in student.modules():  # a batch's own statistics are not those of two
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.momentum, module.track_running_stats = 0.0, True
+                module.forward = lambda x, m=module: F.batch_norm(x, m.running_mean, m.running_var, m.weight, m.bias)
+        trainer = DistillTrainer(
+            model=student,
+            teacher=teacher,
+            terms=[term],
+            args=support.arguments(
+                tmp_path, max_steps=1, per_device_train_batch_size=size, gradient_accumulation_steps=2 // size
+            ),
+            train_dataset=rows,
+            data_collator=lambda features: {k: torch.stack([f[k] for f in features]) for k in features[0]},
+        )
+        trainer.train()
+        found.append(next(v for k, v in trainer.state.log_history[0].items() if k.startswith("distill.")))
+    assert found[0] == pytest.approx(found[1], rel=1e-3) and found[0] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("ASTForAudioClassification", dict(max_length=64, num_mel_bins=16)),
+        ("VideoMAEForVideoClassification", dict(image_size=8, patch_size=4, num_frames=2, tubelet_size=2)),
+        ("Wav2Vec2BertForCTC", dict(vocab_size=12)),
+    ],
+)
+def test_the_dry_run_is_made_of_sound_and_video(kind, settings):
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    student = graft(*(built(kind, seed, **sizes, **settings) for seed in (1, 2)), ["SoftTargets"])
+    assert len(student.distiller.rows) == 1
