@@ -33,12 +33,13 @@ from transformers import (
     DataCollatorForTokenClassification,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
+    TrainerCallback,
     set_seed,
 )
 
 from kdgraft.errors import DistillError
 from kdgraft.files import held
-from kdgraft.launching import TIMEOUT, waiting
+from kdgraft.launching import waiting
 from kdgraft.registry import call
 
 from .checkpoints import newest_first
@@ -49,6 +50,15 @@ from .scores import number_scores, scores, tag_scores
 from .settings import TASKS, check_settings, load, one_line, tokenizer_folder
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
+
+
+class _Begun(TrainerCallback):
+    """Sees whether a step was done."""
+
+    done = False
+
+    def on_step_end(self, *args: Any, **settings: Any) -> None:
+        self.done = True
 
 
 def train(
@@ -78,11 +88,11 @@ def train(
     config.setdefault("output", work_dir or f"work_dirs/{Path(path).stem}")
     if work_dir is not None:
         config["output"] = work_dir
-    training = dict(config.get("training") or {})
-    training.update({"bf16": True} if amp else {}, **({} if seed is None else {"seed": seed}))
+    told = {**({"bf16": True} if amp else {}), **({} if seed is None else {"seed": seed})}
     if timeout is not None:
-        training["ddp_timeout"] = round(timeout)
-    config["training"] = training
+        told["ddp_timeout"] = round(timeout)
+    if isinstance(config.get("training") or {}, Mapping):
+        config["training"] = {**(config.get("training") or {}), **told}
     if resume is not None:
         first = newest_first(config["output"]) if resume == "auto" else [Path(resume)]
         if not any(folder.is_dir() for folder in first):
@@ -107,9 +117,13 @@ def train_recipe(
     Returns:
         The trainer, and the student's metrics on the ``eval`` set where there is one.
     """
-    with held(config["output"]), waiting((config.get("training") or {}).get("ddp_timeout", TIMEOUT)):
-        trainer = build(config)
-        trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, incomplete=incomplete)
+    trainer = build(config)
+    begun = _Begun()
+    trainer.add_callback(begun)
+    with held(config["output"]), waiting(trainer.args.ddp_timeout):
+        # What fails before the first step is done lies in the recipe; what fails later is no mistake of its author's.
+        with one_line("training", lambda: not begun.done):
+            trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, incomplete=incomplete)
         trainer.save_model()
         if trainer.eval_dataset is None:
             return trainer, {}
@@ -127,8 +141,9 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
     trainer = build(config)
     trainer.state.epoch = 0.0
     trainer.current_gradient_accumulation_steps = 1
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+    with one_line("training"):
+        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
     if trainer.distiller is None:
         print("no terms: the model trains alone")
     else:
@@ -235,6 +250,8 @@ def _model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | None) ->
     labels: dict[str, Any] = {}
     if names is not None:
         labels = dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    if task == "classification":
+        labels["problem_type"] = "single_label_classification"
     if task == "regression":
         labels = dict(num_labels=1, problem_type="regression")
     kind = AUTO_CLASSES[TASKS[task]]
@@ -247,12 +264,17 @@ def _model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | None) ->
 
 def _metrics(task: str, names: Sequence[str] | None) -> Callable[[Any], dict[str, float]] | None:
     if task == "classification":
-        return lambda predicted: scores(predicted.predictions.argmax(-1), predicted.label_ids)
+        return lambda found: scores(_outputs(found).argmax(-1), found.label_ids)
     if task == "regression":
-        return lambda predicted: number_scores(predicted.predictions, predicted.label_ids)
+        return lambda found: number_scores(_outputs(found), found.label_ids)
     if task == "tokens":
-        return lambda predicted: tag_scores(predicted.predictions.argmax(-1), predicted.label_ids, names or [])
+        return lambda found: tag_scores(_outputs(found).argmax(-1), found.label_ids, names or [])
     return None
+
+
+def _outputs(found: Any) -> Any:
+    """The logits; hidden states come after them where the student's config asks for these."""
+    return found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
 
 
 def _shown(key: str) -> bool:

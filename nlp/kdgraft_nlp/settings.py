@@ -71,9 +71,19 @@ _LOWEST = {
     "seed": 0,
     "data_seed": 0,
     "save_total_limit": 1,
+    "eval_accumulation_steps": 1,
+    "torch_empty_cache_steps": 1,
 }
 """The least that arguments of a training can be, where TrainingArguments takes any number."""
 _ELSEWHERE = {"output_dir": "write output: FOLDER, beside training", "resume_from_checkpoint": "use --resume"}
+METRICS = {
+    "classification": ("accuracy", "macro_f1"),
+    "regression": ("mse", "pearson"),
+    "tokens": ("accuracy", "span_f1"),
+}
+"""What an evaluation gives beside the loss."""
+_FROM_DATA = ("num_labels", "id2label", "label2id", "problem_type")
+"""What the task and the data say of a student."""
 _BY_KEYWORD = ("attn_implementation", "dtype", "torch_dtype", "rope_theta", "rope_scaling")
 """What configs take by keyword and keep under another name."""
 
@@ -156,14 +166,14 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
     # What is of the wrong kind has been told, and is not looked into.
     fine = {key: value for key, value in config.items() if key in KINDS and _fits(value, KINDS[key][0])}
     name = str(config.get("task"))
-    if name not in TASKS:
+    if name not in TASKS and _fits(config.get("task"), KINDS["task"][0]):
         told.append(f"task is one of {', '.join(TASKS)}; got {config.get('task')!r}")
     task = TASKS.get(name)
     data = fine.get("data") or {}
-    if "data" in fine or files:
-        told += _entries("data", "data.", data, DATA_KINDS)
-        for check in (_check_text, _check_amounts):
-            look(check, name, data)
+    told += _entries("data", "data.", data, DATA_KINDS)
+    for check in (_check_text, _check_amounts):
+        look(check, name, data)
+    files = files and _fits(config.get("data"), KINDS["data"][0])
     for split in ("train", "eval") if files else ():
         look(check_file, split, data.get(split))
     wrong = _training(fine.get("training") or {})
@@ -171,6 +181,9 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
     arguments = None if wrong else look(_arguments, fine)
     if arguments is not None and arguments.eval_strategy.value != "no" and files and not data.get("eval"):
         told.append("training.eval_strategy evaluates, and there is no data.eval")
+    best = getattr(arguments, "metric_for_best_model", None)
+    if best is not None and task and best.removeprefix("eval_") not in (known := ("loss", *METRICS.get(name, ()))):
+        told.append(f"training.metric_for_best_model is one of {', '.join(known)}; got {best!r}")
     for entry in ("teacher", "student"):
         if isinstance(fine.get(entry), (str, Path)):
             look(check_folder, entry, fine[entry])
@@ -200,13 +213,20 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
 
 
 @contextmanager
-def one_line(entry: str) -> Iterator[None]:
-    """Turns what a host raises over a value of a recipe, whatever it is, into one line with the entry's name."""
+def one_line(entry: str, mistaken: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Turns what a host raises over a value of a recipe, whatever it is, into one line with the entry's name.
+
+    Args:
+        entry: the name.
+        mistaken: asked after an error, whether it is the recipe's; others pass as they are.
+    """
     try:
         yield
     except DistillError:
         raise
     except Exception as error:
+        if not mistaken():
+            raise
         raise DistillError(f"{entry}: {type(error).__name__}: {_flat(error)}") from error
 
 
@@ -344,6 +364,12 @@ def _check_config(spec: Mapping[str, Any], task: str | None) -> None:
         raise DistillError(
             "student is a folder, or a config such as {model_type: bert, hidden_size: 64, num_hidden_layers: 2}"
         )
+    for name in _FROM_DATA:
+        if name in spec:
+            raise DistillError(f"student.{name} comes from the task and the data; leave it out")
+    for name, value in spec.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DistillError(f"student.{name} must be finite, got {value!r}")
     with one_line("student"):
         kind = type(AutoConfig.for_model(spec["model_type"]))
     _check_names("student", kind, spec)

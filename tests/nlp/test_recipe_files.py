@@ -12,6 +12,7 @@ import torch
 import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft import DistillError
 from kdgraft.cli import main
+from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.run import build
 from kdgraft_nlp.scores import number_scores
 from kdgraft_nlp.settings import check_settings, load
@@ -196,7 +197,7 @@ def test_a_students_config_is_looked_into(student, said, tmp_path):
 
 @pytest.mark.parametrize(
     "student",
-    [dict(BERT, attn_implementation="eager"), dict(BERT, num_labels=2), dict(model_type="llama", rope_theta=500.0)],
+    [dict(BERT, attn_implementation="eager"), dict(model_type="llama", rope_theta=500.0)],
 )
 def test_what_configs_take_besides_is_no_mistake(student, tmp_path):
     check_settings(recipe(tmp_path, labelled("a", "b"), student=student))
@@ -249,6 +250,9 @@ def test_all_mistakes_are_told_at_once_before_models_and_data(tmp_path, monkeypa
         (["training.optim=nope"], "training: "),
         (["training.output_dir=x"], "write output: FOLDER"),
         (["training.eval_strategy=epoch"], "there is no data.eval"),
+        (["training.metric_for_best_model=f1"], "metric_for_best_model is one of loss, accuracy, macro_f1; got 'f1'"),
+        (["student.num_labels=5"], "student.num_labels comes from the task and the data"),
+        (["student.hidden_dropout_prob=.nan"], "student.hidden_dropout_prob must be finite"),
         (["5=x"], "a recipe has no entry"),
         (["task=[a]"], "task is a name; got ['a']"),
     ],
@@ -281,3 +285,34 @@ def test_numbers_with_an_exponent_are_numbers(tmp_path):
         "run_name": "e3",
         "adam_epsilon": 1e-6,
     }
+
+
+@pytest.mark.parametrize("option", ["training.adam_beta1=2.0", "training.lr_scheduler_kwargs=x", "training.optim=lomo"])
+def test_what_the_host_finds_before_the_first_step_is_one_line_too(option, tmp_path, capsys):
+    path = tmp_path / "r.json.yaml"
+    path.write_text(json.dumps(recipe(tmp_path, labelled("a", "b"))))
+    assert main(["train", str(path), "--cfg-options", option]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdgraft: error: ")]
+    assert "training: " in line
+
+
+def test_an_error_in_the_middle_of_a_training_is_no_mistake_of_the_recipe(tmp_path, monkeypatch):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(recipe(tmp_path, labelled("a", "b"))))
+    plain = DistillTrainer.compute_loss
+
+    def fails(self, *args, **settings):
+        if self.state.global_step == 1:
+            raise ZeroDivisionError("a bug")
+        return plain(self, *args, **settings)
+
+    monkeypatch.setattr(DistillTrainer, "compute_loss", fails)
+    with pytest.raises(ZeroDivisionError):
+        main(["train", str(path)])
+
+
+def test_hidden_states_in_the_output_are_no_predictions(tmp_path):
+    rows = labelled("a", "b", "a", "b")
+    student = dict(BERT, output_hidden_states=True)
+    trainer = build(recipe(tmp_path, rows, student=student, data=dict(eval=written(tmp_path, rows))))
+    assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
