@@ -273,7 +273,12 @@ def test_vocabularies():
         (["SoftTargets"], {}, dict(num_labels=4), "tell 3 and 4 classes apart"),
         (["SoftTargets"], {}, dict(kind="BertForTokenClassification"), "of another kind (sequence, BertForSequence"),
         (["AttentionMaps"], {}, dict(is_decoder=True), "attends backwards only"),
-        ([dict(type="SoftTargets", tokens="labelled")], {}, {}, "tokens='labelled' is for models that predict per token"),
+        (
+            [dict(type="SoftTargets", tokens="labelled")],
+            {},
+            {},
+            "tokens='labelled' is for models that predict per token",
+        ),
         (["UniversalLogits"], {}, {}, "compares language models token by token; use SoftTargets for sequence"),
     ],
 )
