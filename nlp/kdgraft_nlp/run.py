@@ -117,12 +117,12 @@ def train_recipe(
     Returns:
         The trainer, and the student's metrics on the ``eval`` set where there is one.
     """
-    trainer = build(config)
-    begun = _Begun()
-    trainer.add_callback(begun)
-    with held(config["output"]), waiting(trainer.args.ddp_timeout):
+    with held(config["output"]):
+        trainer = build(config)
+        begun = _Begun()
+        trainer.add_callback(begun)
         # What fails before the first step is done lies in the recipe; what fails later is no mistake of its author's.
-        with one_line("training", lambda: not begun.done):
+        with waiting(trainer.args.ddp_timeout), one_line("training", lambda: not begun.done):
             trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, incomplete=incomplete)
         trainer.save_model()
         if trainer.eval_dataset is None:
