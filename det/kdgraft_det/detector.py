@@ -9,10 +9,9 @@ from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from torch import Tensor
 
-from kdgraft.distiller import HostDistiller
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
-from kdgraft_mm.graft import Graft, image_sizes
+from kdgraft_mm.graft import Graft, GraftDistiller, image_sizes
 from kdgraft_mm.resolution import Resolution
 from kdgraft_mm.views import TeacherView
 
@@ -55,7 +54,7 @@ class DistilledDetector(Graft):
     @classmethod
     def _distiller(
         cls, student: Any, teacher: Any, specs: list[Any], size: int | None
-    ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
+    ) -> tuple[GraftDistiller, TeacherView, Resolution | None]:
         if isinstance(student, SemiBaseDetector):
             raise WiringError(
                 f"a {type(student).__name__} trains on several views at once and cannot be the student; distil its detector alone"

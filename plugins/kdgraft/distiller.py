@@ -80,7 +80,7 @@ class HostDistiller(nn.Module):
         fields: frozenset[str] = frozenset(),
         facts: Mapping[str, Any] | None = None,
         replay: Replay | None = None,
-    ) -> None:
+    ) -> Wiring:
         """Sizes every adapter by one dry run of both models in eval mode, and checks every term.
 
         The student's modes, buffers and the random state are afterwards as they were.
@@ -90,6 +90,9 @@ class HostDistiller(nn.Module):
             fields: which fields of :class:`Batch` the host fills.
             facts: what else the host's own terms ask for (see :class:`~kdgraft.terms.Wiring`).
             replay: the part of the teacher that runs on what the student drew, where some term taps it.
+
+        Returns:
+            What the terms were wired to, with both recordings of the dry run.
 
         Raises:
             WiringError: the first term that cannot be wired, with taps, shapes and what to do.
@@ -110,6 +113,7 @@ class HostDistiller(nn.Module):
             with torch.enable_grad():
                 for term in self._all_terms():
                     term.wire(wiring)
+        return wiring
 
     def _rehearse(
         self, student: nn.Module, run_student: Callable[[], Any], run_teacher: Callable[[], Any], replay: Replay | None

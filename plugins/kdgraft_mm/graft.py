@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import traceback
 from abc import ABCMeta
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import cache
@@ -30,9 +30,9 @@ from kdgraft.regions import Batch
 from kdgraft.registry import Registry, expand_recipe
 from kdgraft.taps import Tap
 from kdgraft.teacher import Teacher
-from kdgraft.terms import TapTerm, Term
 
 from .checkpoints import SAFE_TYPES
+from .class_outputs import pairing_terms
 from .configs import MissingConfig, load_config, model_of, student_config
 from .log import tell_the_run
 from .resolution import Resolution, Size, samples_padded_to, teacher_scale
@@ -46,6 +46,13 @@ DRY_RUN_SIZES = (128, 256, 512)
 
 class DryRunFailed(WiringError):
     """A model cannot run on the example of the dry run."""
+
+
+class GraftDistiller(HostDistiller):
+    """The distiller of a grafted model."""
+
+    pairing: Sequence[str] = ()
+    """Terms on features that are tapped at class outputs, whose order of classes they do not know."""
 
 
 class Grafting(ABCMeta):
@@ -77,7 +84,7 @@ class Graft(_Host, metaclass=Grafting):
     _replay: ClassVar[Replay | None] = None
     _scales: ClassVar[bool] = False  # whether the teacher may have its own resolution
 
-    distiller: HostDistiller | None
+    distiller: GraftDistiller | None
 
     @classmethod
     def build(
@@ -160,7 +167,7 @@ class Graft(_Host, metaclass=Grafting):
     @classmethod
     def _distiller(
         cls, student: Any, teacher: Any, specs: list[Any], size: int | None
-    ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
+    ) -> tuple[GraftDistiller, TeacherView, Resolution | None]:
         built = build_teacher(teacher, cls._models)
         theirs = built.model.get_submodule("data_preprocessor")
         view = TeacherView(student.data_preprocessor, theirs)
@@ -175,9 +182,9 @@ class Graft(_Host, metaclass=Grafting):
     @classmethod
     def _wired(
         cls, student: Any, teacher: Teacher, specs: list[Any], channels: int, size: int, scale: Fraction
-    ) -> HostDistiller:
+    ) -> GraftDistiller:
         """A distiller wired by a dry run on ``size`` × ``size`` pixels; of the teacher on ``scale`` times as many a side."""
-        distiller = HostDistiller(teacher, specs, cls._terms)
+        distiller = GraftDistiller(teacher, specs, cls._terms)
         example = torch.randn(1, channels, size, size)
         large = round(size * scale)
         larger = torch.randn(1, channels, large, large) if scale != 1 else example
@@ -199,7 +206,7 @@ class Graft(_Host, metaclass=Grafting):
                     "size that it can run on"
                 ) from error
 
-        distiller.wire(
+        wiring = distiller.wire(
             student,
             lambda: run(student, "student", example),
             lambda: run(teacher.model, "teacher", larger),
@@ -207,6 +214,7 @@ class Graft(_Host, metaclass=Grafting):
             {"teacher_scale": float(scale)},
             cls._replay,
         )
+        distiller.pairing = pairing_terms(distiller._all_terms(), wiring, cls._reads_classes)
         return distiller
 
     @classmethod
@@ -287,10 +295,9 @@ class Graft(_Host, metaclass=Grafting):
         self._compare_classes(self.distiller, classes)
         link.ready = True
 
-    def _compare_classes(self, distiller: HostDistiller, classes: Any) -> None:
+    def _compare_classes(self, distiller: GraftDistiller, classes: Any) -> None:
         """Finds out how the teacher's classes come into the student's order; refuses what takes them as they are."""
-        link, terms = self._distill, distiller._all_terms()
-        paired = [term.name for term in terms if self._pairs_classes(term, distiller.teacher.model)]
+        link, terms, paired = self._distill, distiller._all_terms(), distiller.pairing
         if not (link.inherit or paired or any(term.compares_classes for term in terms)):
             return
         meta = link.hub.info("dataset_meta") or {}
@@ -307,15 +314,8 @@ class Graft(_Host, metaclass=Grafting):
                 "PixelSoftTargets), or bring the data set's classes into the teacher's order"
             )
 
-    def _pairs_classes(self, term: Term, teacher: Any) -> bool:
-        """Whether a term on features is tapped at class outputs, whose order it does not know."""
-        if term.compares_classes or not isinstance(term, TapTerm):
-            return False
-        sides = (self, term.student_taps), (teacher, term.teacher_taps)
-        return any(self._reads_classes(model, tap) for model, taps in sides for tap in taps)
-
     @staticmethod
-    def _reads_classes(model: Any, tap: Tap) -> bool:
+    def _reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
         """Whether the channels of what a tap reads stand for classes."""
         return False
 

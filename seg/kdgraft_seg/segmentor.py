@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdgraft.regions import Batch, valid_positions
 from kdgraft.taps import Tap
+from kdgraft_mm.class_outputs import scores_classes
 from kdgraft_mm.graft import Graft
 
 from .dense import main_head, reads_scores
@@ -37,9 +38,8 @@ class DistilledSegmentor(Graft):
     _fields = frozenset({"labels", "valid", "image_sizes"})
 
     @staticmethod
-    def _reads_classes(model: Any, tap: Tap) -> bool:
-        layer = tap.side == "output" and tap.path.startswith("decode_head.") and tap.path.endswith(".conv_seg")
-        return layer or reads_scores(tap)
+    def _reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
+        return reads_scores(tap) or scores_classes(model, tap, tensor)
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
         batch = super()._batch(inputs, data_samples)
