@@ -17,6 +17,7 @@ from kdgraft_mm.views import TeacherView
 
 from .dense import anchor_levels
 from .heads import reads_classes
+from .regions import enclosing_boxes
 from .registry import RECIPES, TERMS
 from .resolution import reduced_sample
 from .rois import REPLAY, check_masks, check_samplers
@@ -67,8 +68,7 @@ class DistilledDetector(Graft):
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
         batch = super()._batch(inputs, data_samples)
-        boxes = [sample.gt_instances.bboxes for sample in data_samples]
-        batch.boxes = [getattr(box, "tensor", box) for box in boxes]
+        batch.boxes = [enclosing_boxes(sample.gt_instances.bboxes) for sample in data_samples]
         batch.labels = [sample.gt_instances.labels for sample in data_samples]
         batch.extra["base_anchors"] = anchor_levels(self)
         return batch

@@ -110,6 +110,16 @@ def same_box_coder(student: Any, teacher: Any, term: Term) -> None:
         )
 
 
+def check_upright(head: Any, owner: str, term: Term) -> None:
+    """Raises a :class:`WiringError` where a head predicts other boxes than upright ones: its anchors are others as well."""
+    size = getattr(getattr(head, "bbox_coder", None), "encode_size", 4)
+    if size != 4:
+        raise WiringError(
+            f"{term.name}: the {owner}'s {type(head).__name__} predicts boxes of {size} numbers (rotated ones), and terms on "
+            "predictions compare upright ones; use FeatureImitation or FocalGlobal, which take the upright boxes around objects"
+        )
+
+
 def known_head(
     head: Any, kinds: Sequence[type], owner: str, *, trained: Sequence[str], predicted: Sequence[str]
 ) -> type | None:
