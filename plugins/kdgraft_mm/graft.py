@@ -210,12 +210,17 @@ class Graft(_Host, metaclass=Grafting):
             student,
             lambda: run(student, "student", example),
             lambda: run(teacher.model, "teacher", larger),
-            cls._fields,
+            cls._given(student),
             {"teacher_scale": float(scale)},
             cls._replay,
         )
         distiller.pairing = pairing_terms(distiller._all_terms(), wiring, cls._reads_classes)
         return distiller
+
+    @classmethod
+    def _given(cls, student: Any) -> frozenset[str]:
+        """The fields of :class:`Batch` that a batch of this student fills."""
+        return cls._fields
 
     @classmethod
     def _example_samples(cls, size: int) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import DepthEstimator
 from torch import Tensor, nn
 
 from kdgraft.adapters import resize_to
@@ -28,6 +29,11 @@ def main_head(model: Any) -> Any:
     """The decode head, of a cascade the last one."""
     head = model.decode_head
     return head[-1] if isinstance(head, nn.ModuleList) else head
+
+
+def scores_pixels(model: Any) -> bool:
+    """Whether a segmentor predicts the classes of pixels; an estimator of depths predicts none, and knows no label to ignore."""
+    return not isinstance(model, DepthEstimator) and hasattr(main_head(model), "ignore_index")
 
 
 class HeadTerm(TapTerm):
@@ -61,6 +67,15 @@ def reads_scores(tap: Tap) -> bool:
 
 class ClassScores(HeadTerm):
     """Knows which of a head's outputs are the class scores, and how the host resizes them."""
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        for side, model in (("student", student), ("teacher", teacher)):
+            if self.compares_classes and not scores_pixels(model):
+                raise WiringError(
+                    f"{self.name}: the {side}, a {type(model).__name__}, scores no classes of pixels; distil features "
+                    "(FeatureImitation with tap='backbone[*]')"
+                )
 
     def check_classes(self, s: Tensor, t: Tensor, s_tap: Tap, t_tap: Tap) -> None:
         """Raises a :class:`WiringError` unless both score the same number of classes."""
@@ -134,10 +149,18 @@ class FeatureTerm(HeadTerm):
         tap: maps ``(B, C, H, W)``; what the classifier is given by default. The student's are resized to the teacher's grid.
     """
 
+    needs_labels = False
+    """Whether the term groups pixels by their class."""
+
     def __init__(self, *, tap: Taps = FEATURES, **settings: Any) -> None:
         super().__init__(tap, **settings)
 
     def wire(self, wiring: Wiring) -> None:
+        if self.needs_labels and "labels" not in wiring.fields:
+            raise WiringError(
+                f"{self.name}: needs classes of pixels, and the student, a {type(wiring.student).__name__}, is trained without; "
+                "use FeatureImitation or PairwiseAffinity"
+            )
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             if s.ndim != 4 or t.ndim != 4:
                 raise WiringError(

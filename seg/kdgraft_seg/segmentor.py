@@ -13,7 +13,7 @@ from kdgraft.taps import Tap
 from kdgraft_mm.class_outputs import scores_classes
 from kdgraft_mm.graft import Graft
 
-from .dense import main_head, reads_scores
+from .dense import main_head, reads_scores, scores_pixels
 from .registry import RECIPES, TERMS
 
 
@@ -37,17 +37,24 @@ class DistilledSegmentor(Graft):
     _recipes = RECIPES
     _fields = frozenset({"labels", "valid", "image_sizes"})
 
+    @classmethod
+    def _given(cls, student: Any) -> frozenset[str]:
+        return cls._fields if scores_pixels(student) else cls._fields - {"labels"}
+
     @staticmethod
     def _reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
-        return reads_scores(tap) or scores_classes(model, tap, tensor)
+        return scores_pixels(model) and (reads_scores(tap) or scores_classes(model, tap, tensor))
 
     def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
         batch = super()._batch(inputs, data_samples)
-        batch.labels = torch.cat([sample.gt_sem_seg.data for sample in data_samples])
-        batch.valid = batch.labels != main_head(self).ignore_index
+        if scores_pixels(self):
+            batch.labels = torch.cat([sample.gt_sem_seg.data for sample in data_samples])
+            batch.valid = batch.labels != main_head(self).ignore_index
+        else:
+            batch.valid = torch.ones_like(inputs[:, 0], dtype=torch.bool)
         inside = None
         if batch.image_sizes is not None and batch.padded_size is not None:
-            inside = valid_positions(batch.image_sizes, batch.padded_size, batch.labels[:, None])
+            inside = valid_positions(batch.image_sizes, batch.padded_size, batch.valid[:, None])
         if inside is not None:
             batch.valid &= inside > 0
         batch.extra["images"] = inputs
