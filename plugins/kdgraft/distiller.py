@@ -7,8 +7,8 @@ recorded; each term: tap → adapter → region → loss × weight(step).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from .losses.reduction import Ratio, divide
 from .regions import Batch
 from .registry import TERMS, Registry
 from .schedules import Step
-from .taps import Recorder, Recording, Tap
+from .taps import NeverFired, Recorder, Recording, Tap
 from .teacher import Teacher
 from .terms import Term, Wiring, WiringRow, build_terms
 
@@ -105,7 +105,7 @@ class HostDistiller(nn.Module):
                 )
         for term in self._all_terms():
             term.prepare(student, teacher)
-        with isolated_rng(), torch.no_grad():
+        with isolated_rng(), torch.no_grad(), self._naming_terms():
             recordings = self._rehearse(student, run_student, run_teacher, replay)
             self._tell_of_frozen(recordings[0])
             outside = () if replay is None else (replay.path,)
@@ -135,6 +135,15 @@ class HostDistiller(nn.Module):
             return drawn, seen
         self._replay = replay, self._recorder(teacher, "teacher", replayed)
         return drawn, seen.joined(self._replay[1].rehearse(teacher, lambda: replay.run(teacher, drawn, seen, Batch())))
+
+    @contextmanager
+    def _naming_terms(self) -> Iterator[None]:
+        """Says whose tap never fired: recipes and defaults write taps that the user never saw."""
+        try:
+            yield
+        except NeverFired as error:
+            names = [term.name for term in self._all_terms() if error.tap in getattr(term, f"{error.owner}_taps")]
+            raise WiringError(f"{', '.join(names)}: {error}") from None
 
     def _tell_of_frozen(self, student: Recording) -> None:
         """Warns of terms on what does not train: only their adapters would learn."""

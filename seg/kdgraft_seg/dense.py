@@ -50,8 +50,19 @@ class HeadTerm(TapTerm):
                 )
         self._heads = {side: type(main_head(model)).__name__ for side, model in models.items()}
         self._corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
+        self._indices = {side: getattr(main_head(model), "in_index", -1) for side, model in models.items()}
         self.student_taps = [_of_last_head(tap, student) for tap in self.student_taps]
         self.teacher_taps = [_of_last_head(tap, teacher) for tap in self.teacher_taps]
+
+    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        if tap.method == "cls_seg" and not recording.calls(tap):
+            owner, index = recording.owner, self._indices[recording.owner]
+            last = index[-1] if isinstance(index, (list, tuple)) else index
+            raise WiringError(
+                f"{self.name}: the {owner}'s {self._heads[owner]} does not call cls_seg(), where '{tap}' reads; set {owner}_tap="
+                f"'{tap.path}:input[{last}]' (a recipe's terms are printed by 'kdgraft list', to be edited)"
+            )
+        return super()._tensors(recording, tap)
 
 
 def _of_last_head(tap: Tap, model: Any) -> Tap:
@@ -86,9 +97,11 @@ class ClassScores(HeadTerm):
             )
 
     def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        if not reads_scores(tap):
+            return super()._tensors(recording, tap)
         value = recording[tap]
         head = self._heads[recording.owner]
-        if isinstance(value, (tuple, list)) and reads_scores(tap) and not tap.index and head in _MAIN_OUTPUT:
+        if isinstance(value, (tuple, list)) and not tap.index and head in _MAIN_OUTPUT:
             return [value[_MAIN_OUTPUT[head]]]
         if not isinstance(value, (Tensor, tuple, list)):
             raise WiringError(
