@@ -195,11 +195,16 @@ class Graft(_Host, metaclass=Grafting):
             try:
                 if all(tap.below("backbone") or tap.below("neck") for tap in taps):
                     return model.extract_feat(example)  # untrained heads find a thousand objects to look at
-                return model(example, cls._example_samples(side), mode="tensor")
+                return cls._raw_outputs(model, example, cls._example_samples(side))
             except (DistillError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 said = str(error).partition("\n")[0] or _where(error)
+                if cls._trains(model, example):
+                    raise WiringError(
+                        f"the {owner}, a {type(model).__name__}, cannot run without ground truth ({type(error).__name__}: {said}), "
+                        "and so neither in a dry run nor as a teacher; tap its backbone or neck"
+                    ) from error
                 raise DryRunFailed(
                     f"the dry run of the {owner}, a {type(model).__name__}, on {side}×{side} pixels failed "
                     f"({type(error).__name__}: {said}); see that its parts fit together (in_channels), or set dry_run_size to a "
@@ -224,7 +229,22 @@ class Graft(_Host, metaclass=Grafting):
 
     @classmethod
     def _example_samples(cls, size: int) -> Any:
+        """Data samples of the dry run's one image, with ground truth in it."""
         return None
+
+    @classmethod
+    def _raw_outputs(cls, model: Any, inputs: Tensor, samples: Any) -> Any:
+        """Runs a model as far as its heads' outputs, without losses and without post-processing."""
+        return model(inputs, samples, mode="tensor")
+
+    @classmethod
+    def _trains(cls, model: Any, example: Tensor) -> bool:
+        """Whether a model that cannot be run otherwise computes its losses."""
+        try:
+            model.loss(example, cls._example_samples(example.shape[-1]))
+        except Exception:
+            return False
+        return True
 
     # What the host calls.
 
@@ -254,7 +274,7 @@ class Graft(_Host, metaclass=Grafting):
         if distiller.active(step):
             view, samples = link.view(*delivered, (inputs.shape[-2], inputs.shape[-1]))
             model = distiller.teacher.model
-            teacher = distiller.record_teacher(lambda: model(view, samples, mode="tensor"), inputs.device.type)
+            teacher = distiller.record_teacher(lambda: self._raw_outputs(model, view, samples), inputs.device.type)
         with distiller.record_student(self) as student:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
         if teacher is not None:

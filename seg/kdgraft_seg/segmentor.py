@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mmengine.structures import PixelData
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from kdgraft.regions import Batch, valid_positions
@@ -36,6 +38,12 @@ class DistilledSegmentor(Graft):
     _terms = TERMS
     _recipes = RECIPES
     _fields = frozenset({"labels", "valid", "image_sizes"})
+
+    @classmethod
+    def _example_samples(cls, size: int) -> list[SegDataSample]:
+        sample = SegDataSample(metainfo=dict(img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size)))
+        sample.gt_sem_seg = PixelData(data=torch.zeros(1, size, size, dtype=torch.long))
+        return [sample]
 
     @classmethod
     def _given(cls, student: Any) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""Heads that are not made like the others: without a classifier of pixels."""
+"""Heads that are not made like the others: without a classifier of pixels, or trained on ground truth that inference has not."""
 
 from __future__ import annotations
 
@@ -49,6 +49,31 @@ def segmenter(width: int = 16) -> dict[str, Any]:
     )
 
 
+def point_rend(width: int = 4) -> dict[str, Any]:
+    """A small PointRend: its last head scores points, which it draws from the coarse head's map and the ground truth."""
+    plain = segmentor(width=width)
+    point = dict(
+        type="PointHead",
+        in_channels=[width],
+        in_index=[0],
+        channels=8,
+        num_fcs=1,
+        coarse_pred_each_layer=True,
+        dropout_ratio=-1,
+        num_classes=11,
+        align_corners=False,
+        loss_decode=dict(type="CrossEntropyLoss", loss_weight=1.0),
+    )
+    plain.pop("auxiliary_head")
+    return plain | dict(
+        type="CascadeEncoderDecoder",
+        num_stages=2,
+        decode_head=[plain["decode_head"], point],
+        train_cfg=dict(num_points=16, oversample_ratio=3, importance_sample_ratio=0.75),
+        test_cfg=dict(mode="whole", subdivision_steps=1, subdivision_num_points=16, scale_factor=2),
+    )
+
+
 @pytest.mark.parametrize("recipe", ["structured", "prototypes", "cross_image"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_recipe_that_taps_a_classifier_says_what_to_tap_where_there_is_none(tmp_path, recipe, side):
@@ -86,6 +111,23 @@ def test_another_tap_that_never_fires_names_its_term(tmp_path):
     term = dict(type="FeatureImitation", tap="decode_head.loss_decode", name="mine")
     with pytest.raises(WiringError, match=r"^mine: tap 'decode_head\.loss_decode' of the student never fired"):
         build(distilled(segmentor(), teacher, terms=[term]))
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_head_that_needs_ground_truth_is_told_of(tmp_path, side):
+    plain = segmentor(width=4)
+    student, other = (point_rend(), plain) if side == "student" else (plain, point_rend())
+    teacher = save_teacher(tmp_path / "teacher.pth", other)
+    tap = dict(student_tap="decode_head.0.conv_seg:input", teacher_tap="decode_head.conv_seg:input")
+    if side == "teacher":
+        tap = dict(student_tap=tap["teacher_tap"], teacher_tap=tap["student_tap"])
+    with pytest.raises(WiringError) as caught:
+        build(distilled(student, teacher, terms=[dict(type="FeatureImitation", **tap)]))
+    message = str(caught.value)
+    assert message.startswith(f"the {side}, a CascadeEncoderDecoder, cannot run without ground truth (")
+    assert message.endswith("tap its backbone or neck") and "\n" not in message
+    model = build(distilled(student, teacher, terms=[dict(type="FeatureImitation", tap="backbone[2]")]))
+    assert losses_of(model, *batch())["distill.feature_imitation.loss"] > 0
 
 
 @pytest.mark.parametrize(
