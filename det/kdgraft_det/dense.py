@@ -30,7 +30,16 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring
 
 from .assignment import Assignment
-from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
+from .heads import (
+    HeadRegion,
+    Heads,
+    Rows,
+    check_upright,
+    in_students_order,
+    known_head,
+    same_box_coder,
+    same_number_of_classes,
+)
 from .resolution import same_resolution
 
 
@@ -269,6 +278,7 @@ def dense_head(head: Any, path: str, owner: str, term: Term) -> DenseHead:
     Raises:
         WiringError: it is of no kind that this suite knows; says what works without.
     """
+    check_upright(head, owner, term)
     kind = known_head(head, list(KINDS), owner, trained=_TRAINED, predicted=_PREDICTED)
     if kind is None:
         names = ", ".join(kind.__name__ for kind in KINDS if kind is not AnchorHead)

@@ -18,7 +18,16 @@ from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring
 
-from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
+from .heads import (
+    HeadRegion,
+    Heads,
+    Rows,
+    check_upright,
+    in_students_order,
+    known_head,
+    same_box_coder,
+    same_number_of_classes,
+)
 
 ROI_HEAD = "roi_head"
 _FEATURES = Tap.parse("extract_feat()")
@@ -201,6 +210,7 @@ def _box_heads(roi_head: Any, owner: str, term: Term) -> Sequence[Any]:
     boxes: Any = getattr(roi_head, "bbox_head", None)
     heads: list[Any] = list(boxes) if isinstance(boxes, nn.ModuleList) else [boxes]
     for head in heads:
+        check_upright(head, owner, term)
         reads = isinstance(head, BBoxHead) and type(head).get_targets is BBoxHead.get_targets
         if known is None or not reads or head.custom_cls_channels or head.loss_cls.use_sigmoid:
             raise WiringError(

@@ -24,7 +24,7 @@ from .registry import TERMS, Registry
 from .schedules import Step
 from .sources import STUDENT, Ensemble, Itself, Source
 from .sources.base import check_names
-from .taps import Recorder, Recording, Tap
+from .taps import NeverFired, Recorder, Recording, Tap
 from .terms import Term, Wiring, WiringRow, build_terms
 
 logger = logging.getLogger("kdgraft")
@@ -132,7 +132,7 @@ class Engine(nn.Module):
         fields: frozenset[str] = frozenset(),
         facts: Mapping[str, Any] | None = None,
         replay: Replay | None = None,
-    ) -> None:
+    ) -> dict[str, Wiring]:
         """Sizes every adapter by one dry run of all models in eval mode, and checks every term.
 
         The student's modes, buffers and the random state are afterwards as they were.
@@ -143,6 +143,9 @@ class Engine(nn.Module):
             fields: which fields of :class:`Batch` the host fills.
             facts: what else the host's own terms ask for (see :class:`~kdgraft.terms.Wiring`).
             replay: the part of a teacher that runs on what the student drew, where some term taps it.
+
+        Returns:
+            What each term was wired to, by its name, with both recordings of the dry run.
 
         Raises:
             WiringError: the first term that cannot be wired, with taps, shapes and what to do.
@@ -160,7 +163,8 @@ class Engine(nn.Module):
         for term in self.all_terms:
             self._prepare(term, models)
         self._replay = replay if self._replayed(replay) else None
-        with isolated_rng(), torch.no_grad():
+        found: dict[str, Wiring] = {}
+        with isolated_rng(), torch.no_grad(), self._naming_terms():
             recordings = self._rehearse(models, run_student, run_source)
             self._tell_of_frozen(recordings)
             outside = () if replay is None else (replay.path,)
@@ -168,18 +172,27 @@ class Engine(nn.Module):
                 for term in self.all_terms:
                     ours, theirs = recordings[term.listener], [recordings[name] for name in self.members(term.source)]
                     _same_shapes(term, theirs)
-                    term.wire(
-                        Wiring(
-                            models[term.listener],
-                            models[theirs[0].model],
-                            ours.heard_as("student"),
-                            theirs[0].heard_as("teacher"),
-                            fields,
-                            facts or {},
-                            self.sources.get(theirs[0].model),
-                            outside,
-                        )
+                    found[term.name] = Wiring(
+                        models[term.listener],
+                        models[theirs[0].model],
+                        ours.heard_as("student"),
+                        theirs[0].heard_as("teacher"),
+                        fields,
+                        facts or {},
+                        self.sources.get(theirs[0].model),
+                        outside,
                     )
+                    term.wire(found[term.name])
+        return found
+
+    @contextmanager
+    def _naming_terms(self) -> Iterator[None]:
+        """Says whose tap never fired: recipes and defaults write taps that the user never saw."""
+        try:
+            yield
+        except NeverFired as error:
+            names = [term.name for term in self.all_terms if error.tap in (*term.student_taps, *term.teacher_taps)]
+            raise WiringError(f"{', '.join(names)}: {error}") from None
 
     def _prepare(self, term: Term, models: Mapping[str, nn.Module]) -> None:
         """Lets a term look at its models; all members of an ensemble have to be tapped alike."""

@@ -89,6 +89,17 @@ class Tap:
         return self.text or "(output)"
 
 
+class NeverFired(WiringError):
+    """A pass did not run what a tap of ``owner`` reads."""
+
+    def __init__(self, tap: Tap, owner: str) -> None:
+        called = "" if tap.method == "forward" else f".{tap.method}()"
+        super().__init__(
+            f"tap '{tap}' of the {owner} never fired: this step does not run {tap.path or 'the model'}{called}"
+        )
+        self.tap, self.owner = tap, owner
+
+
 Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Runs a call on behalf of its caller: ``(original, args, kwargs) -> output``."""
 
@@ -202,10 +213,7 @@ class Recording:
         for source in self._sources[tap]:
             values += self._seen[source.path, source.method].values[tap.side]
         if not values:
-            raise WiringError(
-                f"tap '{tap}' of the {self.owner} never fired: this step does not run {tap.path or 'the model'}"
-                f"{'' if tap.method == 'forward' else '.' + tap.method + '()'}"
-            )
+            raise NeverFired(tap, self.owner)
         value = values[0] if len(values) == 1 else values
         index = tap.index[self._consumed(tap) :]
         for place, key in enumerate(index):

@@ -27,8 +27,8 @@ from kdgraft.regions import Batch
 from kdgraft.registry import Registry, expand_recipe
 from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Tap
-from kdgraft.terms import TapTerm, Term
 
+from .class_outputs import pairs_classes
 from .configs import MissingConfig, student_config
 from .log import tell_the_run
 from .resolution import Resolution
@@ -122,20 +122,21 @@ class Graft(_Host, metaclass=Grafting):
                 "inherit takes weights from the teacher of a distillation; give it terms or a recipe as well"
             )
         engine, views, problem = None, {}, None
+        pairing: set[str] = set()
         with isolated_rng():
             if specs:
                 try:
                     sources = build_sources(teacher, teachers, cls._models)
                     views = {name: SourceView(grafted, source) for name, source in sources.items()}
                     cls._check_student(grafted)
-                    engine = cls._engine(grafted, sources, specs, dry_run_size)
+                    engine, pairing = cls._engine(grafted, sources, specs, dry_run_size)
                     cls._check_wired(grafted, engine)
                     check_inheritance(grafted, sources, paths)
                 except MissingConfig as error:
                     problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
         # A plain attribute for what is no module; mmengine's modules take it as any object.
-        grafted._distill = _Link(HubLink(), views, problem, paths)
+        grafted._distill = _Link(HubLink(), views, problem, paths, pairing)
         if engine is not None:
             hide_from_state_dict(engine)
         grafted.add_module("distiller", engine)
@@ -147,8 +148,10 @@ class Graft(_Host, metaclass=Grafting):
         return expand_recipe(recipe, cls._recipes)
 
     @classmethod
-    def _engine(cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int | None) -> Engine:
-        """An engine wired by a dry run on the smallest of some sizes that the models can run on."""
+    def _engine(
+        cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int | None
+    ) -> tuple[Engine, set[str]]:
+        """An engine wired by a dry run on the smallest of some sizes that the models can run on; see :meth:`_wired`."""
         *smaller, largest = DRY_RUN_SIZES if size is None else (size,)
         for side in smaller:
             with suppress(DryRunFailed):
@@ -156,8 +159,12 @@ class Graft(_Host, metaclass=Grafting):
         return cls._wired(student, sources, specs, largest)
 
     @classmethod
-    def _wired(cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int) -> Engine:
-        """An engine wired by a dry run on ``size`` × ``size`` pixels; of a source on ``scale`` times as many a side."""
+    def _wired(cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int) -> tuple[Engine, set[str]]:
+        """An engine wired by a dry run on ``size`` × ``size`` pixels; of a source on ``scale`` times as many a side.
+
+        Returns:
+            The engine, and the names of the terms on features that are tapped at class outputs, whose order they do not know.
+        """
         engine = Engine(sources, specs, cls._terms)
         channels = channels_of(student.data_preprocessor)
         example = torch.randn(1, channels, size, size)
@@ -170,27 +177,35 @@ class Graft(_Host, metaclass=Grafting):
             try:
                 if all(tap.below("backbone") or tap.below("neck") for tap in taps):
                     return model.extract_feat(example)  # untrained heads find a thousand objects to look at
-                return model(example, cls._example_samples(side), mode="tensor")
+                return cls._raw_outputs(model, example, cls._example_samples(side))
             except (DistillError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 said = str(error).partition("\n")[0] or _where(error)
+                if cls._trains(model, example):
+                    raise WiringError(
+                        f"the {owner}, a {type(model).__name__}, cannot run without ground truth ({type(error).__name__}: {said}), "
+                        "and so neither in a dry run nor as a teacher; tap its backbone or neck"
+                    ) from error
                 raise DryRunFailed(
                     f"the dry run of the {owner}, a {type(model).__name__}, on {side}×{side} pixels failed "
                     f"({type(error).__name__}: {said}); see that its parts fit together (in_channels), or set dry_run_size to a "
                     "size that it can run on"
                 ) from error
 
-        engine.wire(
+        def run_source(source: Source) -> Any:
+            owner = "teacher" if source.name == "teacher" else f"source {source.name!r}"
+            return run(source.model, owner, engine.taps(source.name), larger if source.scale != 1 else example)
+
+        wirings = engine.wire(
             student,
             lambda: run(student, "student", engine.taps("student"), example),
-            lambda source: run(
-                source.model, source.name, engine.taps(source.name), larger if source.scale != 1 else example
-            ),
-            cls._fields,
+            run_source,
+            cls._given(student),
             replay=cls._replay,
         )
-        return engine
+        terms = [term for term in engine.all_terms if pairs_classes(term, wirings[term.name], cls._reads_classes)]
+        return engine, {term.name for term in terms}
 
     @classmethod
     def _check_student(cls, student: Any) -> None:
@@ -201,8 +216,28 @@ class Graft(_Host, metaclass=Grafting):
         """Raises a :class:`WiringError` for terms that the student's own settings rule out."""
 
     @classmethod
+    def _given(cls, student: Any) -> frozenset[str]:
+        """The fields of :class:`Batch` that a batch of this student fills."""
+        return cls._fields
+
+    @classmethod
     def _example_samples(cls, size: int) -> Any:
+        """Data samples of the dry run's one image, with ground truth in it."""
         return None
+
+    @classmethod
+    def _raw_outputs(cls, model: Any, inputs: Tensor, samples: Any) -> Any:
+        """Runs a model as far as its heads' outputs, without losses and without post-processing."""
+        return model(inputs, samples, mode="tensor")
+
+    @classmethod
+    def _trains(cls, model: Any, example: Tensor) -> bool:
+        """Whether a model that cannot be run otherwise computes its losses."""
+        try:
+            model.loss(example, cls._example_samples(example.shape[-1]))
+        except Exception:
+            return False
+        return True
 
     # What the host calls.
 
@@ -228,7 +263,7 @@ class Graft(_Host, metaclass=Grafting):
 
         def run(source: Source) -> Any:
             view, samples = link.views[source.name](delivered, reduced)
-            return source.model.loss(view, samples) if source.trains else source.model(view, samples, mode="tensor")
+            return source.model.loss(view, samples) if source.trains else self._raw_outputs(source.model, view, samples)
 
         def batch(model: Any) -> Batch:
             return self._batch(*reduced, model)
@@ -287,7 +322,7 @@ class Graft(_Host, metaclass=Grafting):
         link, engine = self._distill, self.distiller
         assert engine is not None
         terms = [term for term in engine.all_terms if teacher.name in engine.members(term.source)]
-        paired = [term.name for term in terms if self._pairs_classes(term, teacher.model)]
+        paired = [term.name for term in terms if term.name in link.pairing]
         if not (link.inherit or paired or any(term.compares_classes for term in terms)):
             return
         meta = link.hub.info("dataset_meta") or {}
@@ -304,15 +339,8 @@ class Graft(_Host, metaclass=Grafting):
                 "PixelSoftTargets), or bring the data set's classes into the teacher's order"
             )
 
-    def _pairs_classes(self, term: Term, teacher: Any) -> bool:
-        """Whether a term on features is tapped at class outputs, whose order it does not know."""
-        if term.compares_classes or not isinstance(term, TapTerm):
-            return False
-        sides = (self, term.student_taps), (teacher, term.teacher_taps)
-        return any(self._reads_classes(model, tap) for model, taps in sides for tap in taps)
-
     @staticmethod
-    def _reads_classes(model: Any, tap: Tap) -> bool:
+    def _reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
         """Whether the channels of what a tap reads stand for classes."""
         return False
 
@@ -343,8 +371,9 @@ class _Link:
         views: dict[str, SourceView],
         problem: DistillError | None,
         inherit: tuple[str, ...],
+        pairing: set[str],
     ) -> None:
-        self.hub, self.views, self._problem, self.inherit = hub, views, problem, inherit
+        self.hub, self.views, self._problem, self.inherit, self.pairing = hub, views, problem, inherit, pairing
         self.ready = False
 
     def raise_problem(self) -> None:

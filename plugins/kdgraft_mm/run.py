@@ -17,7 +17,7 @@ import torch.distributed as dist
 from mmengine.config import Config, DictAction
 from mmengine.device import utils as device_utils
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
+from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
 from mmengine.utils import import_modules_from_strings
 
@@ -245,20 +245,20 @@ def make_runner(config: Config) -> Runner:
                 find_unused_parameters=config.get("find_unused_parameters", False),
             )
             config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
-            # SyncBN asks for GPUs. (On one process mmengine itself makes BN of it.)
-            config.model = _without_sync_batchnorm(config.model)
+            config.pop("sync_bn", None)  # would make SyncBN of BN once more
+            return _OnCPUs.from_cfg(config)
     return Runner.from_cfg(config)
 
 
-def _without_sync_batchnorm(entry: Any) -> Any:
-    """A config whose SyncBN is BN: each process normalises over its own images."""
-    if isinstance(entry, dict):
-        return type(entry)(
-            {k: "BN" if k == "type" and v == "SyncBN" else _without_sync_batchnorm(v) for k, v in entry.items()}
-        )
-    if isinstance(entry, (list, tuple)):
-        return type(entry)(_without_sync_batchnorm(item) for item in entry)
-    return entry
+class _OnCPUs(Runner):
+    """The Runner of one of several processes on CPUs: SyncBN, which asks for GPUs, is BN over each process's own images.
+
+    Models make SyncBN of their norms by themselves too (RTMDet), so it is the model that is looked at and not its config. (On one
+    process mmengine itself makes BN of it.)
+    """
+
+    def build_model(self, model: Any) -> torch.nn.Module:
+        return revert_sync_batchnorm(super().build_model(model))
 
 
 def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import DepthEstimator
 from torch import Tensor, nn
 
 from kdgraft.adapters import resize_to
@@ -30,6 +31,11 @@ def main_head(model: Any) -> Any:
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
+def scores_pixels(model: Any) -> bool:
+    """Whether a segmentor predicts the classes of pixels; an estimator of depths predicts none, and knows no label to ignore."""
+    return not isinstance(model, DepthEstimator) and hasattr(main_head(model), "ignore_index")
+
+
 class HeadTerm(TapTerm):
     """Knows the decode heads of both models; its default taps lead to the last head of a cascade."""
 
@@ -44,8 +50,19 @@ class HeadTerm(TapTerm):
                 )
         self._heads = {side: type(main_head(model)).__name__ for side, model in models.items()}
         self._corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
+        self._indices = {side: getattr(main_head(model), "in_index", -1) for side, model in models.items()}
         self.student_taps = [_of_last_head(tap, student) for tap in self.student_taps]
         self.teacher_taps = [_of_last_head(tap, teacher) for tap in self.teacher_taps]
+
+    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        if tap.method == "cls_seg" and not recording.calls(tap):
+            owner, index = recording.owner, self._indices[recording.owner]
+            last = index[-1] if isinstance(index, (list, tuple)) else index
+            raise WiringError(
+                f"{self.name}: the {owner}'s {self._heads[owner]} does not call cls_seg(), where '{tap}' reads; set {owner}_tap="
+                f"'{tap.path}:input[{last}]' (a recipe's terms are printed by 'kdgraft list', to be edited)"
+            )
+        return super()._tensors(recording, tap)
 
 
 def _of_last_head(tap: Tap, model: Any) -> Tap:
@@ -62,6 +79,15 @@ def reads_scores(tap: Tap) -> bool:
 class ClassScores(HeadTerm):
     """Knows which of a head's outputs are the class scores, and how the host resizes them."""
 
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        for side, model in (("student", student), ("teacher", teacher)):
+            if self.compares_classes and not scores_pixels(model):
+                raise WiringError(
+                    f"{self.name}: the {side}, a {type(model).__name__}, scores no classes of pixels; distil features "
+                    "(FeatureImitation with tap='backbone[*]')"
+                )
+
     def check_classes(self, s: Tensor, t: Tensor, s_tap: Tap, t_tap: Tap) -> None:
         """Raises a :class:`WiringError` unless both score the same number of classes."""
         if s.shape[1] != t.shape[1]:
@@ -71,9 +97,11 @@ class ClassScores(HeadTerm):
             )
 
     def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        if not reads_scores(tap):
+            return super()._tensors(recording, tap)
         value = recording[tap]
         head = self._heads[recording.owner]
-        if isinstance(value, (tuple, list)) and reads_scores(tap) and not tap.index and head in _MAIN_OUTPUT:
+        if isinstance(value, (tuple, list)) and not tap.index and head in _MAIN_OUTPUT:
             return [value[_MAIN_OUTPUT[head]]]
         if not isinstance(value, (Tensor, tuple, list)):
             raise WiringError(
@@ -134,10 +162,18 @@ class FeatureTerm(HeadTerm):
         tap: maps ``(B, C, H, W)``; what the classifier is given by default. The student's are resized to the teacher's grid.
     """
 
+    needs_labels = False
+    """Whether the term groups pixels by their class."""
+
     def __init__(self, *, tap: Taps = FEATURES, **settings: Any) -> None:
         super().__init__(tap, **settings)
 
     def wire(self, wiring: Wiring) -> None:
+        if self.needs_labels and "labels" not in wiring.fields:
+            raise WiringError(
+                f"{self.name}: needs classes of pixels, and the student, a {type(wiring.student).__name__}, is trained without; "
+                "use FeatureImitation or PairwiseAffinity"
+            )
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             if s.ndim != 4 or t.ndim != 4:
                 raise WiringError(

@@ -63,6 +63,8 @@ class ClassPrototypes(FeatureTerm):
         tap: see :class:`FeatureTerm`.
     """
 
+    needs_labels = True
+
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
         for s, t, valid in self.aligned(student, teacher, batch):
@@ -100,6 +102,7 @@ class CrossImageRelations(FeatureTerm):
         tap: see :class:`FeatureTerm`; one map.
     """
 
+    needs_labels = True
     pixels: Tensor
     regions: Tensor
     seen: Tensor
