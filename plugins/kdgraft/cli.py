@@ -64,8 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--timeout", type=float, metavar="SECONDS", help=wait)
     _add_options(train)
     _add_trusted(train)
-    lost = "resume from a checkpoint that lacks a part of the run's state (optimizer, schedulers, terms), which starts anew"
-    train.add_argument("--incomplete", action="store_true", help=lost)
+    lost = "with --resume: begin anew what the checkpoint lacks of the run's state (optimizer, schedulers, terms)"
+    train.add_argument("--partial", action="store_true", help=lost)
     train.set_defaults(run=_train)
 
     check = commands.add_parser("check", help="build everything, run one step, print the wiring")
@@ -128,6 +128,8 @@ def _runs(config: str) -> ModuleType:
 
 def _train(arguments: argparse.Namespace) -> None:
     check_launch()
+    if arguments.partial and not arguments.resume:
+        raise DistillError("--partial belongs to --resume: it says that a checkpoint need not be complete")
     if arguments.timeout is not None:
         check_number("train", "--timeout", arguments.timeout, 1)
     _runs(arguments.config).train(
@@ -138,7 +140,7 @@ def _train(arguments: argparse.Namespace) -> None:
         arguments.amp,
         arguments.seed,
         timeout=arguments.timeout,
-        **_of_mm(arguments, "trusted", "incomplete"),
+        **_of_mm(arguments, "trusted", "partial"),
     )
 
 
