@@ -68,7 +68,7 @@ def faults(folder: str | Path, states: Sequence[str]) -> dict[str, str]:
 
 
 def to_resume(
-    told: str | Path | bool, output: str, states: Sequence[str], incomplete: bool, speaks: bool = True
+    told: str | Path | bool, output: str, states: Sequence[str], partial: bool, speaks: bool = True
 ) -> tuple[str, dict[str, str]]:
     """The checkpoint to go on from, and what :func:`faults` finds in it.
 
@@ -76,7 +76,7 @@ def to_resume(
         told: a checkpoint's folder; ``True``: the newest complete one in ``output``.
         output: where the run's checkpoints are.
         states: as for :func:`faults`.
-        incomplete: take a checkpoint all the same of which states are missing or damaged; they then begin anew.
+        partial: take a checkpoint all the same of which states are missing or damaged; they then begin anew.
         speaks: log what is left out.
 
     Raises:
@@ -91,14 +91,14 @@ def to_resume(
             raise DistillError(f"nothing to resume: {folder} is no checkpoint's folder")
         found = faults(folder, states)
         wrong = " and ".join(f"{name} {what}" for name, what in found.items())
-        if not found or (incomplete and all(name in states for name in found)):
+        if not found or (partial and all(name in states for name in found)):
             if speaks and (left_out or found):
                 before = f", as {'; '.join(left_out)}" if left_out else ""
                 begins = f"; {wrong}, so that it begins anew" if found else ""
                 logger.warning("going on from %s%s%s", folder, before, begins)
             return str(folder), found
         left_out.append(f"{wrong} in {folder}")
-    raise DistillError(f"cannot resume: {'; '.join(left_out)}{_advice(candidates[0], states, told, incomplete)}")
+    raise DistillError(f"cannot resume: {'; '.join(left_out)}{_advice(candidates[0], states, told, partial)}")
 
 
 def newest_first(output: str | Path) -> list[Path]:
@@ -110,7 +110,7 @@ def newest_first(output: str | Path) -> list[Path]:
     return [Path(output) / f"checkpoint-{step}" for step in steps]
 
 
-def _advice(folder: Path, states: Sequence[str], told: str | Path | bool, incomplete: bool) -> str:
+def _advice(folder: Path, states: Sequence[str], told: str | Path | bool, partial: bool) -> str:
     if told is not True:
         for other in newest_first(folder.parent):
             if other != folder and not faults(other, states):
@@ -121,8 +121,8 @@ def _advice(folder: Path, states: Sequence[str], told: str | Path | bool, incomp
             f"; it was made without distillation, or with save_only_model ({STATE_FILE} is missing); start from its student with "
             "from_pretrained instead"
         )
-    if not incomplete and all(name in states for name in wrong):
-        return "; to begin these anew, say so: incomplete=True, or --incomplete on the command line"
+    if not partial and all(name in states for name in wrong):
+        return "; to begin these anew, say so: partial=True, or --partial on the command line"
     return ""
 
 

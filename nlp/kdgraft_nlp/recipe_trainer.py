@@ -28,11 +28,11 @@ class RecipeTrainer:
         *,
         timeout: float | None = None,
         trusted: bool = False,
-        incomplete: bool = False,
+        partial: bool = False,
     ) -> DistillTrainer:
         """Trains a recipe; see :func:`kdgraft_nlp.run.train`."""
         _refuse_trust(trusted)
-        return run.train(config, options, work_dir, resume, amp, seed, timeout=timeout, incomplete=incomplete)
+        return run.train(config, options, work_dir, resume, amp, seed, timeout=timeout, partial=partial)
 
     def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> None:
         """Builds everything and runs one step; see :func:`kdgraft_nlp.run.check`."""

@@ -70,7 +70,7 @@ def train(
     seed: int | None = None,
     *,
     timeout: float | None = None,
-    incomplete: bool = False,
+    partial: bool = False,
 ) -> DistillTrainer:
     """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``, which one run holds at a time.
 
@@ -82,7 +82,7 @@ def train(
         amp: bfloat16.
         seed: in place of ``training.seed``.
         timeout: seconds that a process waits for the others; ``training.ddp_timeout``, or half an hour, by default.
-        incomplete: resume also where states of the checkpoint are missing or damaged, and begin these anew.
+        partial: resume also where states of the checkpoint are missing or damaged, and begin these anew.
     """
     config = load(path, options)
     config.setdefault("output", work_dir or f"work_dirs/{Path(path).stem}")
@@ -98,7 +98,7 @@ def train(
         if not any(folder.is_dir() for folder in first):
             said = f"{resume} is no checkpoint's folder" if first else f"there is no checkpoint in {config['output']}"
             raise DistillError(f"nothing to resume: {said}")
-    trainer, metrics = train_recipe(config, resume, incomplete)
+    trainer, metrics = train_recipe(config, resume, partial)
     if metrics:
         print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(f"student in {config['output']}")
@@ -106,13 +106,13 @@ def train(
 
 
 def train_recipe(
-    config: Mapping[str, Any], resume: str | None = None, incomplete: bool = False
+    config: Mapping[str, Any], resume: str | None = None, partial: bool = False
 ) -> tuple[DistillTrainer, dict[str, float]]:
     """Trains a recipe, and saves the plain student and its tokenizer in its ``output``, which one run holds at a time.
 
     Args:
         config: the recipe's entries.
-        resume, incomplete: see :func:`train`.
+        resume, partial: see :func:`train`.
 
     Returns:
         The trainer, and the student's metrics on the ``eval`` set where there is one.
@@ -123,7 +123,7 @@ def train_recipe(
         trainer.add_callback(begun)
         # What fails before the first step is done lies in the recipe; what fails later is no mistake of its author's.
         with waiting(trainer.args.ddp_timeout), one_line("training", lambda: not begun.done):
-            trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, incomplete=incomplete)
+            trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, partial=partial)
         trainer.save_model()
         if trainer.eval_dataset is None:
             return trainer, {}

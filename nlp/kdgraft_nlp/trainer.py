@@ -281,14 +281,14 @@ class Distilling(_Host):
         self._signature_columns = list(dict.fromkeys(columns))
 
     def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, incomplete: bool = False, **settings: Any
+        self, resume_from_checkpoint: str | bool | None = None, *args: Any, partial: bool = False, **settings: Any
     ) -> Any:
         """Trains as the host does.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder; ``True``: the newest complete one in ``output_dir``.
             args, settings: as for the host's ``train``.
-            incomplete: resume also where states are missing or damaged (of optimizer, scheduler, random numbers, terms), and begin
+            partial: resume also where states are missing or damaged (of optimizer, scheduler, random numbers, terms), and begin
                 these anew.
 
         Raises:
@@ -300,7 +300,7 @@ class Distilling(_Host):
                 resume_from_checkpoint,
                 str(self.args.output_dir),
                 self._states(),
-                incomplete,
+                partial,
                 self.is_world_process_zero(),
             )
             self._anew, resume_from_checkpoint = frozenset(found), folder

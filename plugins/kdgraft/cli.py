@@ -52,9 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     wait = f"seconds that a process waits for the others before all stop (default: the config's, or {TIMEOUT})"
     train.add_argument("--timeout", type=float, metavar="SECONDS", help=wait)
     _add_options(train)
-    lost = "with --resume: begin anew what of the checkpoint is missing or damaged (optimizer, schedulers, terms)"
-    train.add_argument("--incomplete", action="store_true", help=lost)
     _add_trusted(train)
+    lost = "with --resume: begin anew what of the checkpoint is missing or damaged (optimizer, schedulers, terms)"
+    train.add_argument("--partial", action="store_true", help=lost)
     train.set_defaults(run=_train)
 
     check = commands.add_parser("check", help="build everything, run one step, print the wiring")
@@ -117,12 +117,12 @@ def _add_trusted(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> None:
-    if arguments.incomplete and not arguments.resume:
-        raise DistillError("--incomplete belongs to --resume: it says that a checkpoint need not be complete")
     seed = arguments.seed
     if seed is not None and not 0 <= seed < 2**32:
         raise DistillError(f"--seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     check_launch()
+    if arguments.partial and not arguments.resume:
+        raise DistillError("--partial belongs to --resume: it says that a checkpoint need not be complete")
     if arguments.timeout is not None:
         check_number("train", "--timeout", arguments.timeout, 1)
     host_of(arguments.config).make_trainer().train(
@@ -134,7 +134,7 @@ def _train(arguments: argparse.Namespace) -> None:
         seed,
         timeout=arguments.timeout,
         trusted=arguments.trusted,
-        incomplete=arguments.incomplete,
+        partial=arguments.partial,
     )
 
 

@@ -107,7 +107,7 @@ class HostTrainer(Protocol):
         *,
         timeout: float | None = None,
         trusted: bool = False,
-        incomplete: bool = False,
+        partial: bool = False,
     ) -> Any:
         """Trains a config: ``kdgraft train``."""
 

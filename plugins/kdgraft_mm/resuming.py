@@ -80,14 +80,14 @@ def is_resumable(checkpoint: Mapping[str, Any]) -> bool:
     )
 
 
-def newest_checkpoint(config: Config, *, trusted: bool = False, incomplete: bool = False) -> str | None:
+def newest_checkpoint(config: Config, *, trusted: bool = False, partial: bool = False) -> str | None:
     """The checkpoint to go on from in ``config.work_dir``: the one that ``last_checkpoint`` names, else the newest on disk.
 
     Files that are damaged or lack something are passed over, with a line in the log.
 
     Args:
         trusted: read files that hold arbitrary pickled objects.
-        incomplete: take one that lacks a part where none is whole.
+        partial: take one that lacks a part where none is whole.
 
     Returns:
         ``None`` where there is no file at all.
@@ -108,7 +108,7 @@ def newest_checkpoint(config: Config, *, trusted: bool = False, incomplete: bool
     files = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
     if named and Path(named).is_file():
         files = [Path(named), *(path for path in files if path.resolve() != Path(named).resolve())]
-    passed, partial = [], None
+    passed, lame = [], None
     for path in files:
         try:
             checkpoint = read_checkpoint(path, trusted=trusted, safe_types=SAFE_TYPES)
@@ -121,14 +121,14 @@ def newest_checkpoint(config: Config, *, trusted: bool = False, incomplete: bool
         if not lost:
             return _told(path, passed, str(path) == named)
         passed.append(f"{path} lacks {' and '.join(lost)}")
-        if partial is None and is_resumable(checkpoint):
-            partial = path
-    if incomplete and partial is not None:
-        return _told(partial, passed, str(partial) == named)
+        if lame is None and is_resumable(checkpoint):
+            lame = path
+    if partial and lame is not None:
+        return _told(lame, passed, str(lame) == named)
     if passed:
         raise DistillError(
             f"nothing to resume: no checkpoint in {work_dir} is whole ({'; '.join(passed[:3])}); start anew in another folder"
-            + ("" if partial is None else f", or say --incomplete to go on from {partial}")
+            + ("" if lame is None else f", or say --partial to go on from {lame}")
         )
     return None
 
@@ -136,5 +136,5 @@ def newest_checkpoint(config: Config, *, trusted: bool = False, incomplete: bool
 def _told(path: Path, passed: list[str], named: bool) -> str:
     if passed or not named:
         why = "; ".join(passed) or "last_checkpoint does not name it"
-        logger.warning("going on from %s, the newest whole checkpoint (%s)", path, why)
+        logger.warning("going on from %s (%s)", path, why)
     return str(path)

@@ -45,13 +45,13 @@ class Outset(Hook):
 
     Args:
         trusted: let the host run the config that an old checkpoint carries.
-        incomplete: go on from a checkpoint that lacks a part of the run's state.
+        partial: go on from a checkpoint that lacks a part of the run's state.
     """
 
     begun = False
 
-    def __init__(self, trusted: bool = False, incomplete: bool = False) -> None:
-        self._trusted, self._incomplete = trusted, incomplete
+    def __init__(self, trusted: bool = False, partial: bool = False) -> None:
+        self._trusted, self._partial = trusted, partial
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
         """Raises a :class:`DistillError` where a resumed checkpoint was made with other terms, or lacks what it needs.
@@ -64,10 +64,10 @@ class Outset(Hook):
         if not self._trusted and isinstance(checkpoint.get("meta"), dict):
             checkpoint["meta"].pop("config", None)  # mmengine would execute it, to compare numbers of GPUs
         lost, possible = lacking(checkpoint, runner.cfg), is_resumable(checkpoint)
-        if lost and not (self._incomplete and possible):
+        if lost and not (self._partial and possible):
             raise DistillError(
                 f"the checkpoint to resume lacks {' and '.join(lost)}; to start from its weights give it as load_from, without "
-                "resuming" + ("; to go on without, say --incomplete" if possible else "")
+                "resuming" + ("; to go on without, say --partial" if possible else "")
             )
         distiller = getattr(unwrapped(runner.model), "distiller", None)
         if distiller is None:
@@ -75,11 +75,11 @@ class Outset(Hook):
         state = checkpoint.get("message_hub", {}).get("runtime_info", {}).get(KEY)
         if state is not None:
             distiller.check_live_state(state)
-        terms = [] if self._incomplete else lost_terms(distiller, state)
+        terms = [] if self._partial else lost_terms(distiller, state)
         if terms:
             raise DistillError(
                 f"the checkpoint to resume was made without these distillation terms ({', '.join(terms)}); to start from its "
-                "weights give it as load_from, without resuming; to go on with these terms anew, say --incomplete"
+                "weights give it as load_from, without resuming; to go on with these terms anew, say --partial"
             )
 
     def before_train(self, runner: Any) -> None:
@@ -176,7 +176,7 @@ def train(
     *,
     timeout: float | None = None,
     trusted: bool = False,
-    incomplete: bool = False,
+    partial: bool = False,
 ) -> Runner:
     """Trains a config as the host's own ``tools/train.py`` does; under ``accelerate launch`` on all its processes.
 
@@ -189,7 +189,7 @@ def train(
         seed: random seed; the config's own by default.
         timeout: seconds that a process waits for the others; ``env_cfg.dist_cfg.timeout``, or half an hour, by default.
         trusted: read checkpoints that hold arbitrary pickled objects.
-        incomplete: resume from a checkpoint that lacks a part of the run's state.
+        partial: resume from a checkpoint that lacks a part of the run's state.
 
     Raises:
         DistillError: a mistake in the config, a checkpoint that will not do, or another run in ``work_dir``.
@@ -209,12 +209,12 @@ def train(
         config.optim_wrapper.type = "AmpOptimWrapper"
     with held(config.work_dir), safe_loading(trusted), waiting(_timeout(config)):
         if config.get("resume") and not config.get("load_from"):
-            config.load_from = newest_checkpoint(config, trusted=trusted, incomplete=incomplete)
+            config.load_from = newest_checkpoint(config, trusted=trusted, partial=partial)
             if config.load_from is None and resume is not None:
                 raise DistillError(f"nothing to resume: there is no checkpoint in {config.work_dir}")
         with config_mistakes(path):
             runner = make_runner(config)
-        outset = Outset(trusted, incomplete)
+        outset = Outset(trusted, partial)
         runner.register_hook(outset)
         try:
             runner.train()

@@ -47,11 +47,11 @@ class MMTrainer:
         *,
         timeout: float | None = None,
         trusted: bool = False,
-        incomplete: bool = False,
+        partial: bool = False,
     ) -> Runner:
         """Trains a config; see :func:`kdgraft_mm.run.train`."""
         return run.train(
-            config, options, work_dir, resume, amp, seed, timeout=timeout, trusted=trusted, incomplete=incomplete
+            config, options, work_dir, resume, amp, seed, timeout=timeout, trusted=trusted, partial=partial
         )
 
     def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:

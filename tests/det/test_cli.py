@@ -355,9 +355,9 @@ def test_terms_that_a_checkpoint_knows_nothing_of_start_anew_for_those_who_say_s
     del saved["message_hub"]["runtime_info"]["kdgraft"], saved["message_hub"]["resumed_keys"]["kdgraft"]
     torch.save(saved, first)
     arguments = ["train", path, "--resume", str(first), "--cfg-options", "train_cfg.max_iters=3"]
-    fails(capsys, arguments, "made without these distillation terms", "layer3", "--incomplete")
+    fails(capsys, arguments, "made without these distillation terms", "layer3", "--partial")
     assert not (tmp_path / "work" / "iter_3.pth").exists()
-    assert main([*arguments, "--incomplete"]) == 0
+    assert main([*arguments, "--partial"]) == 0
     assert (tmp_path / "work" / "iter_3.pth").exists()
 
 

@@ -115,7 +115,7 @@ def test_nothing_complete_is_said_with_the_reasons(stopped):
     (stopped / "checkpoint-2" / "optimizer.pt").unlink()
     (stopped / "checkpoint-4" / "scheduler.pt").unlink()
     with pytest.raises(
-        DistillError, match=r"scheduler.pt is missing in .*-4; optimizer.pt is missing in .*-2; .*--incomplete"
+        DistillError, match=r"scheduler.pt is missing in .*-4; optimizer.pt is missing in .*-2; .*--partial"
     ):
         trainer(stopped).train(resume_from_checkpoint=True)
     with pytest.raises(DistillError, match="there is no checkpoint in"):
@@ -132,7 +132,7 @@ def test_told_to_it_goes_on_and_says_what_begins_anew(name, stopped, whole, capl
     ends = []
     for folder in (stopped, missing):
         again = trainer(folder)
-        again.train(resume_from_checkpoint=True, incomplete=True)
+        again.train(resume_from_checkpoint=True, partial=True)
         ends.append(again)
         assert again.state.global_step == 6
     said = [record.getMessage() for record in caplog.records if record.name == "kdgraft"]
@@ -146,7 +146,7 @@ def test_weights_are_never_begun_anew(stopped):
     shutil.rmtree(stopped / "checkpoint-2")
     (stopped / "checkpoint-4" / "model.safetensors").unlink()
     with pytest.raises(DistillError, match=r"cannot resume: model.safetensors is missing"):
-        trainer(stopped).train(resume_from_checkpoint=True, incomplete=True)
+        trainer(stopped).train(resume_from_checkpoint=True, partial=True)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -208,11 +208,11 @@ def test_the_command_resumes_from_the_newest_complete_checkpoint(recipe, capsys)
     assert main(["train", str(recipe), "--resume", str(last)]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdgraft: error")]
     assert "optimizer.pt is missing" in line and "checkpoint-1 is complete" in line
-    assert main(["train", str(recipe), "--resume", str(last), "--incomplete"]) == 0
+    assert main(["train", str(recipe), "--resume", str(last), "--partial"]) == 0
     assert main(["train", str(recipe), "--resume"]) == 0
     assert (last / "optimizer.pt").is_file()
 
 
 def test_partial_belongs_to_resume(recipe, capsys):
-    assert main(["train", str(recipe), "--incomplete"]) == 2
-    assert "--incomplete belongs to --resume" in capsys.readouterr().err
+    assert main(["train", str(recipe), "--partial"]) == 2
+    assert "--partial belongs to --resume" in capsys.readouterr().err

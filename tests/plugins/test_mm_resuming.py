@@ -257,8 +257,8 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_unless_told_otherwise(config,
     assert main(["train", config(2)]) == 0
     lame = changed(tmp_path / "work" / "iter_2.pth", tmp_path / "lame.pth", **{part: None})
     explicit = ["train", config(3), "--work-dir", str(tmp_path / "other"), "--resume", str(lame)]
-    fails(capsys, explicit, f"the checkpoint to resume lacks {said}", "load_from", "--incomplete")
-    assert main([*explicit, "--incomplete"]) == 0
+    fails(capsys, explicit, f"the checkpoint to resume lacks {said}", "load_from", "--partial")
+    assert main([*explicit, "--partial"]) == 0
     # Of several the older one that is whole; of lame ones alone none.
     shutil.copy(lame, tmp_path / "work" / "iter_2.pth")
     assert main(["train", config(3), "--resume"]) == 0
@@ -266,8 +266,8 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_unless_told_otherwise(config,
     (tmp_path / "other").mkdir()
     shutil.copy(lame, tmp_path / "other" / "iter_2.pth")
     alone = ["train", config(3), "--work-dir", str(tmp_path / "other"), "--resume"]
-    fails(capsys, alone, f"iter_2.pth lacks {said}", "--incomplete")
-    assert main([*alone, "--incomplete"]) == 0
+    fails(capsys, alone, f"iter_2.pth lacks {said}", "--partial")
+    assert main([*alone, "--partial"]) == 0
     assert (tmp_path / "other" / "iter_3.pth").exists()
 
 
@@ -285,7 +285,7 @@ def test_a_checkpoint_without_the_loops_state_is_refused_in_any_case(config, tmp
     bare = changed(tmp_path / "work" / "iter_1.pth", tmp_path / "bare.pth", message_hub=None)
     arguments = ["train", config(2), "--resume", str(bare)]
     fails(capsys, arguments, "lacks the state of the training loop")
-    fails(capsys, [*arguments, "--incomplete"], "lacks the state of the training loop")
+    fails(capsys, [*arguments, "--partial"], "lacks the state of the training loop")
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -370,3 +370,7 @@ def test_a_process_that_stops_ends_the_run_of_the_other(config, tmp_path):
         for process in ranks:
             process.kill()
             process.wait(10)
+
+
+def test_partial_belongs_to_resume(config, capsys):
+    fails(capsys, ["train", config(1), "--partial"], "--partial belongs to --resume")
