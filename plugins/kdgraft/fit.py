@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .distiller import Distiller
 from .errors import DistillError, check_number
+from .files import written_whole
 from .sources.teacher import load_strictly, read_checkpoint
 
 STATE = "fit.pt"
@@ -126,9 +126,8 @@ def _save(file: Path, model: nn.Module, optimizer: Any, fitted: Fitted, accelera
             "history": fitted.history,
         }
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(".part")
-        torch.save(state, part)
-        os.replace(part, file)
+        with written_whole(file) as part:
+            torch.save(state, part)
     accelerator.wait_for_everyone()
 
 

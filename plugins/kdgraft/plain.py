@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import module_from_spec, spec_from_file_location
@@ -15,8 +14,10 @@ from torch import nn
 
 from .distiller import Distiller
 from .errors import DistillError, nearest
+from .files import held, written_whole
 from .fit import TaskLoss, fit
 from .hosts import Job, TrainedModel
+from .isolation import isolated_rng
 from .registry import RECIPES, expand_recipe
 from .sources import Teacher
 from .sources.teacher import load_strictly, read_checkpoint
@@ -58,16 +59,21 @@ class PlainTrainer:
         return [Path(file).read_text(encoding="utf-8") if Path(file).is_file() else file, name, dict(options)]
 
     def carry_out(self, job: Job) -> TrainedModel:
-        """Makes one run with :func:`~kdgraft.fit.fit`."""
+        """Makes one run with :func:`~kdgraft.fit.fit`; one process at a time works in its folder."""
+        with held(job.folder):
+            return self._fit(job)
+
+    def _fit(self, job: Job) -> TrainedModel:
         torch.manual_seed(job.seed)
         task = _task(job.config, job.options)
         model: nn.Module = task.model
         if job.start is not None:
             load_strictly(model, read_checkpoint(job.start.weights), job.start.weights)
         if job.teachers:
-            inputs, _ = next(iter(task.loader))
             terms = [*expand_recipe(job.recipe, RECIPES), *job.terms]
-            teachers = {name: _teacher(given) for name, given in job.teachers.items()}
+            with isolated_rng():  # the same batches in the same order as without teachers
+                inputs, _ = next(iter(task.loader))
+                teachers = {name: _teacher(given) for name, given in job.teachers.items()}
             model = Distiller(model, terms=terms, example=inputs[:1], teachers=teachers)
         optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
         fitted = fit(
@@ -81,9 +87,8 @@ class PlainTrainer:
             resume=job.resume,
         )
         weights = job.folder / WEIGHTS
-        part = weights.with_suffix(".part")
-        torch.save(fitted.model.state_dict(), part)
-        os.replace(part, weights)
+        with written_whole(weights) as part:
+            torch.save(fitted.model.state_dict(), part)
         return TrainedModel(job.config, str(weights), fitted.history[-1])
 
     def train(

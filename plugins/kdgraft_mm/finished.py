@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -55,11 +54,6 @@ class Finished:
         """Writes ``finished.json``, all of it or nothing."""
         with written_whole(folder / RECORD) as part:
             part.write_text(json.dumps(asdict(self), indent=1))
-
-
-def digest(settings: Any) -> str:
-    """A hash of settings of any plain types, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def describe(folder: Path) -> dict[str, str]:

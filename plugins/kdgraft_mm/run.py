@@ -207,10 +207,24 @@ def train(
         if not torch.cuda.is_available():
             raise DistillError("--amp needs a GPU: mmengine's AmpOptimWrapper does not run on a CPU")
         config.optim_wrapper.type = "AmpOptimWrapper"
+    return train_config(config, path, resume is not None, trusted=trusted, partial=partial)
+
+
+def train_config(
+    config: Config, path: str, resumes: bool = False, *, trusted: bool = False, partial: bool = False
+) -> Runner:
+    """Trains a config that was read, in its ``work_dir``, which one run holds at a time.
+
+    Args:
+        config: what to train.
+        path: what messages call it.
+        resumes: a checkpoint to resume has to be there.
+        trusted, partial: see :func:`train`.
+    """
     with held(config.work_dir), safe_loading(trusted), waiting(_timeout(config)):
         if config.get("resume") and not config.get("load_from"):
             config.load_from = newest_checkpoint(config, trusted=trusted, partial=partial)
-            if config.load_from is None and resume is not None:
+            if config.load_from is None and resumes:
                 raise DistillError(f"nothing to resume: there is no checkpoint in {config.work_dir}")
         with config_mistakes(path):
             runner = make_runner(config)

@@ -17,6 +17,7 @@ from kdgraft.terms import WiringRow
 from . import run
 from .checkpoints import export_student
 from .configs import is_distilled, load_config, type_name
+from .resuming import newest_checkpoint
 
 STUDENT = "student.pth"
 """The plain student of a finished run, with its config beside it."""
@@ -88,15 +89,15 @@ class MMTrainer:
         config.randomness = {**config.get("randomness", {}), "seed": job.seed}
         if job.teachers:
             self._distil(config, job)
-        if job.resume and find_latest_checkpoint(str(job.folder)):
-            config.resume = True
-        elif job.start is not None:
+        config.load_from = newest_checkpoint(config) if job.resume else None
+        config.resume = config.load_from is not None
+        if config.load_from is None and job.start is not None:
             config.load_from = job.start.weights
         runner = run.train_config(config, job.config)
         checkpoint = find_latest_checkpoint(str(job.folder))
         if checkpoint is None:
             raise DistillError(f"{job.config} trained without saving a checkpoint; give it a CheckpointHook")
-        weights, described = export_student(checkpoint, job.folder / STUDENT)
+        weights, described = export_student(checkpoint, job.folder / STUDENT, force=True)
         scalars = runner.message_hub.log_scalars
         metrics = {
             key[4:]: float(scalars[key].current()) for key in scalars if key.startswith("val/") and "time" not in key

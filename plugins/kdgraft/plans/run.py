@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
+from ..files import digest, written_whole
 from ..hosts import Host, Job, TrainedModel, host_named, host_of
 from .plan import Plan, PlannedRun
 
 RECORD = "finished.json"
 """Beside a run's files: what it was made of and what came of it."""
 BEGUN = "begun.json"
-
-
-def digest(settings: Any) -> str:
-    """A hash of settings of any plain types, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def carry_out(
@@ -128,10 +122,8 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    """Writes a record, all of it or nothing."""
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(part, file)
+    with written_whole(file) as part:
+        part.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def _told(model: TrainedModel) -> str:
