@@ -33,7 +33,10 @@ from .state import KEY
 
 PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
 """What registers the models that configs name."""
-MISTAKES = (SyntaxError, LookupError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError)
+MISTAKES = (
+    *(SyntaxError, LookupError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError),
+    *(RuntimeError, ArithmeticError),
+)
 """What hosts raise over a config that is wrong."""
 
 
