@@ -36,7 +36,10 @@ from .outline import check_outline, check_terms, missing_data
 from .resuming import is_resumable, lacking, newest_checkpoint, safe_loading
 from .state import KEY
 
-MISTAKES = (SyntaxError, LookupError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError)
+MISTAKES = (
+    *(SyntaxError, LookupError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError),
+    *(RuntimeError, ArithmeticError),
+)
 """What hosts raise over a config that is wrong."""
 
 

@@ -303,7 +303,6 @@ def test_refused_when_built(terms, student, teacher, message):
         (dict(type="Relations", of="attention", heads=4), "heads are those of query, key and value; leave it out"),
         (dict(type="SkewedKL", reverse="no"), "SkewedKL: reverse must be true or false, got 'no'"),
         (dict(type="UniversalLogits", temperature=2), "term UniversalLogits takes no argument 'temperature'"),
-        (dict(type="PearsonImitation", tap="a", loss="cosine"), "term PearsonImitation takes no argument 'loss'"),
         (dict(type="PatientStates", variant="mean"), "variant must be one of paper, code"),
         (dict(type="HiddenStates", loss="l1"), "loss must be one of mse, cosine, normalized"),
         (dict(type="ChannelWise"), r"cannot be used here; it compares maps \(B, C, H, W\); use HiddenStates"),

@@ -6,6 +6,7 @@ import inspect
 
 import pytest
 from mmengine.config import Config, ConfigDict
+from mmengine.registry import MODELS
 
 from kdgraft.errors import DistillError, UnsafeCheckpoint
 from kdgraft_mm.configs import (
@@ -19,7 +20,7 @@ from kdgraft_mm.configs import (
     plain_model,
     student_config,
 )
-from kdgraft_mm.graft import Graft
+from kdgraft_mm.graft import Graft, build_teacher
 
 STUDENT = dict(type="Student", width=4, data_preprocessor=dict(type="Prepare"))
 BESIDE = dict(
@@ -73,6 +74,20 @@ def test_a_distilled_model_is_its_plain_student(model):
     assert plain_model(ConfigDict(model)) == STUDENT
     plain = ConfigDict(STUDENT)
     assert plain_model(plain) is plain
+
+
+def test_a_model_that_is_no_model_is_refused():
+    for model in (5, "GFL", ["GFL"], None):
+        with pytest.raises(DistillError, match="has no 'model' with a type and its settings"):
+            model_of(load_config({"model": model}))
+        teacher = dict(config={"model": model}, checkpoint="teacher.pth")
+        with pytest.raises(DistillError, match="has no 'model' with a type and its settings"):
+            build_teacher(teacher, MODELS)
+
+
+def test_whether_a_teacher_is_trusted_is_true_or_false():
+    with pytest.raises(DistillError, match="teacher: trusted must be true or false, got 'false'"):
+        build_teacher(dict(config=dict(type="A"), checkpoint="teacher.pth", trusted="false"), MODELS)
 
 
 def test_a_whole_student_takes_a_preprocessor_from_beside_and_nothing_else():
