@@ -288,6 +288,7 @@ def graft(
                 held.model.to(device)
                 ours = dict(dry_run) if dry_run is not None else example(student)
                 theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model)
+                ours = _without_labels(student, link.of_student(ours))
                 if chunk is not None:
                     link.tails = _chunk(student, distiller, task, ours, theirs)
                     link.chunk = chunk
@@ -342,11 +343,19 @@ def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs:
     return tails
 
 
+def _without_labels(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as the dry run takes it: no labels, of which a decoder's inputs are made."""
+    found = {name: value for name, value in inputs.items() if name not in LABELS}
+    if has_decoder(student) and "decoder_input_ids" not in found and "labels" in inputs:
+        found["decoder_input_ids"] = decoder_inputs(student, inputs["labels"])
+    return found
+
+
 def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts: Mapping[str, Any]) -> None:
     model = distiller.teacher.model
     distiller.wire(
         student,
-        lambda: student.plain_forward(**{k: v for k, v in ours.items() if k not in LABELS}),
+        lambda: student.plain_forward(**ours),
         lambda: model(**theirs),
         frozenset({"labels"}),
         facts,
