@@ -51,7 +51,8 @@ def check_heads(model: Any, inputs: Mapping[str, Any]) -> Tail:
         kept = run(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=logits.device))
     if not tried.goes_straight():
         raise WiringError(
-            f"chunked=True: {name} changes its states before the output layer or does not call it; leave chunked out"
+            f"chunked=True: {name} changes its states before the output layer, or does not run its base model and output layer as "
+            "modules; leave chunked out"
         )
     tail = _tail(model, tried.given[0], logits)
     if tail is None:

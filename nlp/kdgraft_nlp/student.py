@@ -32,7 +32,17 @@ from .link import LABELS, Link, link_of
 from .logits import LogitTerm
 from .registry import TERMS
 from .sources import build_sources, compare_classes
-from .tasks import accepted, base_of, by_name, example, frame_mask, reads_text_alone, task_of
+from .tasks import (
+    accepted,
+    base_of,
+    by_name,
+    decoder_inputs,
+    example,
+    frame_mask,
+    has_decoder,
+    reads_text_alone,
+    task_of,
+)
 from .tokens import SAMPLE_IDS, tokens_of
 
 
@@ -217,10 +227,10 @@ def _wired(
             source.example = theirs[name]
     teachers = [source.model for source in engine.sources.values() if isinstance(source, Teacher)]
     link.frames = frame_mask(student), frame_mask(teachers[0] if teachers else student)
+    own = _without_labels(student, link.of_student(ours))
     if chunk is not None:
-        link.tails, link.chunk = _chunk(student, engine, ours, theirs), chunk
+        link.tails, link.chunk = _chunk(student, engine, own, theirs), chunk
     samples = tokens_of(link.read(ours)).size
-    own = {name: value for name, value in ours.items() if name not in LABELS}
 
     def run(source: Source) -> Any:
         if source.name not in theirs:  # the average of the student
@@ -326,3 +336,11 @@ def _chunk(
                 raise WiringError(f"{term.name} sorts whole vocabularies and cannot be chunked; leave chunked out")
             term.chunked = True
     return tails
+
+
+def _without_labels(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as the dry run takes it: no labels, of which a decoder's inputs are made."""
+    found = {name: value for name, value in inputs.items() if name not in LABELS}
+    if has_decoder(student) and "decoder_input_ids" not in found and "labels" in inputs:
+        found["decoder_input_ids"] = decoder_inputs(student, inputs["labels"])
+    return found

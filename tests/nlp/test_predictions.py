@@ -741,3 +741,30 @@ def test_the_dry_run_is_made_of_sound_and_video(kind, settings):
     sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     student = graft(*(built(kind, seed, **sizes, **settings) for seed in (1, 2)), ["SoftTargets"])
     assert len(student.distiller.rows) == 1
+
+
+def test_a_vision_language_model_in_chunks():
+    batch = asked()
+    plain = llavas()
+    scores = [outputs(model, batch).logits[:, 6:9] for model in plain]
+    host = plain[0].train()(**batch).loss
+    student = graft(*llavas(), ["ForwardKL"], chunk=2).train()
+    output = student(**batch)
+    torch.testing.assert_close(output.loss, host, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        student._distill.losses["distill.forward_kl.loss"], kl(*scores).mean(), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_batch_of_training_serves_as_the_dry_run(kind):
+    make, inputs, term = EVERY[kind]
+    batch = inputs()
+    given = graft(*make(), [term], dry_run=batch)
+    made = graft(*make(), [term])
+    torch.testing.assert_close(distilled(given, batch)[0], distilled(made, batch)[0])
+
+
+def test_a_batch_of_training_serves_as_the_dry_run_of_chunks():
+    student = graft(*llavas(), ["ForwardKL"], chunk=2, dry_run={**asked(), "sample_ids": ["a", "b"]})
+    assert student.distiller.rows[0].adapter == "in chunks"
