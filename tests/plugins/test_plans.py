@@ -224,12 +224,12 @@ def test_other_settings_in_a_folder_are_refused(folder: Path):
     said(path)
     changed = plan(folder, PLAN.replace("temperature = 2", "temperature = 3"))
     with pytest.raises(
-        DistillError, match="assistant/seed0 holds a run of other settings.*remove it, or give the plan another out"
+        DistillError, match=r"assistant/seed0 holds a run of other settings.*remove it, or give the plan another out"
     ):
         said(changed)
     record = json.loads((folder / "out/teacher/seed0/finished.json").read_text())
     Path(record["model"]["weights"]).unlink()
-    with pytest.raises(DistillError, match="weights .* are gone"):
+    with pytest.raises(DistillError, match=r"weights .* are gone"):
         said(path)
 
 
