@@ -16,7 +16,7 @@ from kdgraft.errors import DistillError, UnsafeCheckpoint
 
 PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
 """What registers the models that configs name."""
-_OURS = ("student", "teacher", "terms", "recipe", "inherit", "dry_run_size")
+_OURS = ("student", "teacher", "teachers", "terms", "recipe", "inherit", "dry_run_size")
 
 
 # mmengine takes 'mmseg::…' to the distribution mmsegmentation; installed under the fork's name it would not be found, and the
