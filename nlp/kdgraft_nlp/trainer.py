@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
-from kdgraft.registry import expand_recipe
+from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
 from kdgraft.teacher import read_checkpoint
 
@@ -58,11 +58,7 @@ class Distilling(_Host):
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
-        if terms is None and recipe is None and (teacher is not None or dry_run is not None):
-            raise DistillError(
-                f"{'dry_run' if teacher is None else 'teacher'} is given, and nothing says what to learn; name terms or a recipe, "
-                "terms=[SoftTargets()] for one, or train plainly with terms=[]"
-            )
+        check_told(terms, recipe, teacher=teacher, dry_run=dry_run)
         _refuse_hosts(self)
         check_number("host_weight", "the host's share", host_weight, 0)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
