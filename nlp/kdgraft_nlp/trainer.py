@@ -21,7 +21,7 @@ from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
-from kdgraft.registry import expand_recipe
+from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
 from kdgraft.sources.teacher import read_checkpoint
 
@@ -61,13 +61,7 @@ class Distilling(_Host):
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
-        given = {"teacher": teacher, "teachers": teachers, "dry_run": dry_run}
-        told = next((name for name, value in given.items() if value is not None), None)
-        if terms is None and recipe is None and told is not None:
-            raise DistillError(
-                f"{told} is given, and nothing says what to learn; name terms or a recipe, "
-                "terms=[SoftTargets()] for one, or train plainly with terms=[]"
-            )
+        check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run)
         _refuse_hosts(self)
         check_number("host_weight", "the host's share", host_weight, 0)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
