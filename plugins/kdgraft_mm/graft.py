@@ -113,7 +113,7 @@ class Graft(_Host, metaclass=Grafting):
             raise DistillError(f"terms must be a list, got {terms!r}")
         if not isinstance(inherit, (str, list, tuple)):
             raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")
-        check_told(terms, recipe, teacher=teacher)
+        check_told(terms, recipe, teacher=teacher, teachers=teachers)
         paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
         grafted = cls._models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
