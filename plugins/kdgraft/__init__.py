@@ -1,7 +1,7 @@
 """kdgraft: task-specific distillation for detection, segmentation and language models.
 
-The core: losses, taps, adapters, regions, terms, schedules, teacher, distiller. It imports torch alone; the host plugins
-``kdgraft_det``, ``kdgraft_seg`` and ``kdgraft_nlp`` build on it.
+The core: losses, taps, adapters, regions, terms, schedules, sources, the engine, plans. It imports torch and accelerate; the host
+plugins ``kdgraft_det``, ``kdgraft_seg`` and ``kdgraft_nlp`` build on it.
 """
 
 from .distiller import Distiller, DistillOutput

@@ -432,7 +432,8 @@ class SoftTargets(TapTerm):
         check_temperature(temperature)
         check_share("SoftTargets", "hard_weight", hard_weight)
         self.temperature, self.hard_weight = temperature, hard_weight
-        self.host_share = 0.0 if hard_weight else 1.0
+        if hard_weight:
+            self.host_share = 0.0
 
     def wire(self, wiring: Wiring) -> None:
         if self.hard_weight and "labels" not in wiring.fields:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -288,3 +289,24 @@ def test_a_task_is_for_plans_alone(folder: Path, capsys):
     assert main(["train", f"{folder}/tasks.py:small"]) == 2
     assert "kdgraft plan" in capsys.readouterr().err
     assert TRAINER.reads("a.py:b") and not TRAINER.reads("a.py") and not TRAINER.reads("mmdet::a.py")
+
+
+def test_the_readmes_plan_runs_as_printed(tmp_path: Path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    (tasks,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import Task" in code]
+    assert len(text.splitlines()) <= 15
+    (tmp_path / "tasks.py").write_text(tasks)
+    (tmp_path / "chain.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = read_plan("chain.toml")
+    assert [run.name for run in found.runs] == ["teacher", "assistant", "student"]
+    assert [run.needs for run in found.runs] == [[], ["teacher"], ["assistant"]]
+    assert (found.out, found.seeds) == (Path("runs/chain"), (0, 1))
+    assert main(["plan", "chain.toml", "--dry-run"]) == 0
+    assert not (tmp_path / "runs").exists() and capsys.readouterr().out.count("trains") == 6
+    assert main(["plan", "chain.toml"]) == 0
+    assert (tmp_path / "runs/chain/student/seed1/student.pth").is_file()
+    capsys.readouterr()
+    assert main(["plan", "chain.toml"]) == 0
+    assert capsys.readouterr().out.count("finished") == 6
