@@ -389,8 +389,11 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 class Given:
     """A recording that answers with what it was given."""
 
-    def __init__(self, values: dict[Any, Any]) -> None:
-        self.values = values
+    class_order = None
+    scale = 1.0
+
+    def __init__(self, values: dict[Any, Any], model: str = "") -> None:
+        self.values, self.model = values, model or f"model {id(self)}"
 
     def __getitem__(self, tap: Any) -> Any:
         return self.values[tap]

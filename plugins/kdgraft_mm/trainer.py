@@ -66,13 +66,14 @@ class MMTrainer:
         return export_student(checkpoint, out, trusted=trusted, force=force)
 
     def reads(self, config: str) -> bool:
-        """Whether it is a config of this host: by its default scope, else by the model's type, else MMDetection's."""
+        """Whether it is a config of this host: by its default scope, else by the model's type; any other is MMDetection's."""
         if "::" not in config and ":" in config:
             return False
         with run.config_mistakes(config):
             found = load_config(config, imports=False)
             kind = type_name(found.get("model") or {})
-        return (found.get("default_scope") or ("mmseg" if kind == "DistilledSegmentor" else "mmdet")) == self.scope
+        scope = found.get("default_scope") or ("mmseg" if kind == SEG.kind else "mmdet")
+        return (scope == SEG.scope) == (self is SEG)
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
         """The whole config with its bases, overrides in it."""
