@@ -391,9 +391,10 @@ class Given:
 
     class_order = None
     scale = 1.0
+    training = False
 
-    def __init__(self, values: dict[Any, Any], model: str = "") -> None:
-        self.values, self.model = values, model or f"model {id(self)}"
+    def __init__(self, values: dict[Any, Any], model: str = "student") -> None:
+        self.values, self.model = values, model
 
     def __getitem__(self, tap: Any) -> Any:
         return self.values[tap]

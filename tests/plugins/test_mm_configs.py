@@ -32,6 +32,7 @@ BESIDE = dict(
     teacher=dict(config="teacher.py", checkpoint="teacher.pth"),
     terms=[dict(type="SoftTargets")],
     recipe="localization",
+    teachers=None,
     inherit=["bbox_head"],
     dry_run_size=64,
 )
