@@ -19,6 +19,7 @@ from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
 from .plans import carry_out, read_plan
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
+from .sources import SOURCES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_trusted(export)
     export.set_defaults(run=_export)
 
-    listing = commands.add_parser("list", help="terms, losses, regions, schedules, recipes; or one recipe's terms")
+    listing = commands.add_parser("list", help="terms, losses, regions, sources, recipes …; or one recipe's terms")
     listing.add_argument("recipe", nargs="?")
     listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
 
@@ -156,7 +157,12 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _list() -> None:
-    groups: list[tuple[str, Registry]] = [("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES)]
+    groups: list[tuple[str, Registry]] = [
+        ("losses", LOSSES),
+        ("regions", REGIONS),
+        ("schedules", SCHEDULES),
+        ("sources", SOURCES),
+    ]
     for name, host in hosts().items():
         try:
             found = host.plugin()
