@@ -60,10 +60,16 @@ class MMTrainer:
         return run.check(config, options, trusted=trusted)
 
     def export(
-        self, checkpoint: str | Path, out: str | Path, *, trusted: bool = False, force: bool = False
+        self,
+        checkpoint: str | Path,
+        out: str | Path,
+        *,
+        peer: str | None = None,
+        trusted: bool = False,
+        force: bool = False,
     ) -> Sequence[Path]:
-        """Writes the plain student; see :func:`kdgraft_mm.checkpoints.export_student`."""
-        return export_student(checkpoint, out, trusted=trusted, force=force)
+        """Writes the plain student, or a peer; see :func:`kdgraft_mm.checkpoints.export_student`."""
+        return export_student(checkpoint, out, peer=peer, trusted=trusted, force=force)
 
     def reads(self, config: str) -> bool:
         """Whether it is a config of this host: by its default scope, else by the model's type, else MMDetection's."""
