@@ -100,6 +100,11 @@ class MMTrainer:
         if config.load_from is None and job.start is not None:
             config.load_from = job.start.weights
         runner = run.train_config(config, job.config)
+        trained = any(hook.trained for hook in runner.hooks if isinstance(hook, run.Outset))
+        if not trained and config.get("val_cfg"):
+            # It was killed after its last checkpoint, which the host saves before it validates. Not Runner.val(), by which
+            # hooks begin anew: an average of weights from those of the last step.
+            runner.val_loop.run()
         checkpoint = find_latest_checkpoint(str(job.folder))
         if checkpoint is None:
             raise DistillError(f"{job.config} trained without saving a checkpoint; give it a CheckpointHook")

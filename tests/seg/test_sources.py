@@ -107,7 +107,7 @@ def test_an_ensemble_teaches_the_mean_of_every_pixel(pair, mean):
 
 def test_features_have_no_mean(pair):
     both = dict(pair, teacher=dict(type="Ensemble", members=["a", "b"]))
-    with pytest.raises(WiringError, match="feature_imitation: an Ensemble gives predictions.*source='a'"):
+    with pytest.raises(WiringError, match=r"feature_imitation: an Ensemble gives predictions.*source='a'"):
         build(entry(both, dict(type="FeatureImitation", tap="backbone[3]")))
 
 
