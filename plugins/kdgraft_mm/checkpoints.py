@@ -53,7 +53,7 @@ def export_student(
 ) -> tuple[Path, Path]:
     """Writes the plain student, or a peer: weights, with the plain config in ``meta``, and that config beside them as ``.py``.
 
-    From a checkpoint of an EMA run these are the averaged weights, as mmengine stores them.
+    From a checkpoint of an EMA run these are the student's averaged weights, as mmengine stores them; a peer is not averaged.
 
     Args:
         checkpoint: one of a distilled run.

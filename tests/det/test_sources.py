@@ -424,6 +424,50 @@ def test_a_peer_that_is_not_there_is_one_line(peer_run, tmp_path, capsys, name, 
     assert message in line and not out.exists()
 
 
+def test_a_peers_config_that_is_a_file_is_read_from_trusted_checkpoints_alone(peer_run, tmp_path, capsys):
+    saved = torch.load(peer_run[1] / "iter_4.pth", weights_only=False)
+    told, traces = tmp_path / "peer_config.py", tmp_path / "executed"
+    told.write_text(f"open({str(traces)!r}, 'w').close()\n" + Config(dict(model=PEER)).pretty_text)
+    config = Config.fromstring(saved["meta"]["cfg"], ".py")
+    config.model.teachers.peer.config = str(told)
+    saved["meta"]["cfg"] = config.pretty_text
+    checkpoint, out = tmp_path / "checkpoint.pth", tmp_path / "peer.pth"
+    torch.save(saved, checkpoint)
+    assert main(["export", str(checkpoint), str(out), "--peer", "peer"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(told) in line and "--trusted" in line and not out.exists() and not traces.exists()
+    assert main(["export", str(checkpoint), str(out), "--peer", "peer", "--trusted"]) == 0
+    model = build(Config.fromfile(out.with_suffix(".py")).model.to_dict())
+    model.load_state_dict(torch.load(out, weights_only=True)["state_dict"], strict=True)
+    assert_same(dict(model.state_dict()), peers(peer_run[0]))
+
+
+def test_the_one_source_may_be_a_peer(scenes, tmp_path):
+    model = entry({}, dict(type="SoftTargets"), student=detector())
+    del model["teachers"]
+    model["teacher"] = dict(type="Peer", config=PEER)
+    settings = dict(custom_hooks=[dict(type="EMAHook", momentum=0.5)])
+    runner = run(runner_config(model, scenes, tmp_path, iters=2, **settings))
+    saved = read_checkpoint(tmp_path / "iter_2.pth", safe_types=SAFE_TYPES)
+    plain = build(detector()).state_dict()
+    assert list(saved["state_dict"]) == list(plain)
+    assert {key.removeprefix("module.") for key in saved["ema_state_dict"]} == {*plain, "steps"}
+    out = tmp_path / "peer.pth"
+    assert main(["export", str(tmp_path / "iter_2.pth"), str(out), "--peer", "teacher"]) == 0
+    own = runner.model.distiller.peers["teacher"].state_dict()
+    assert_same(dict(torch.load(out, weights_only=True)["state_dict"]), dict(own))
+    assert len(history(runner, "peer.teacher.loss_bbox")) == 2
+
+
+def test_check_shows_both_directions_of_a_peer(scenes, tmp_path, capsys):
+    config = tmp_path / "peer.py"
+    runner_config(with_peer(*MUTUAL, student=detector()), scenes, tmp_path / "work").dump(config)
+    assert main(["check", str(config)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}{twin}" in said for name in ("soft_targets", "feature_imitation") for twin in ("", "_of_peer"))
+    assert not (tmp_path / "work").exists()
+
+
 def test_a_run_without_peers_has_none_to_export(plain_run, tmp_path, capsys):
     out = tmp_path / "peer.pth"
     assert main(["export", str(plain_run.checkpoint(4)), str(out), "--peer", "peer"]) == 2

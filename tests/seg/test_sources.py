@@ -236,6 +236,43 @@ def test_a_student_that_is_exported_leaves_its_teachers_behind(peer_run, tmp_pat
     build(plain.model.to_dict()).load_state_dict(torch.load(out, weights_only=True)["state_dict"])
 
 
+# --- plans
+
+
+@needs_resume
+def test_a_plan_of_teacher_and_student(scenes, tmp_path, capsys):
+    for name, width in (("large", 6), ("small", 4)):
+        config(segmentor(width=width), scenes, tmp_path / "unused", 2).dump(tmp_path / f"{name}.py")
+    out, path = tmp_path / "out", tmp_path / "plan.toml"
+    path.write_text(
+        f"""out = "{out}"
+seeds = [3]
+[runs.student]
+config = "small.py"
+teachers = {{ a = "teacher", peer = {{ type = "Peer", config = "{tmp_path}/small.py" }} }}
+terms = [{{ type = "PixelSoftTargets", source = "a" }}, {{ type = "DIST", source = "peer" }}]
+[runs.teacher]
+config = "large.py"
+"""
+    )
+    assert main(["plan", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if " (seed 3, seg): " in line]
+    assert [line.split(" ")[0] for line in said] == ["teacher", "teacher", "student", "student"]
+    assert all("mIoU" in line for line in said[1::2])
+    for name in ("teacher", "student"):
+        folder = out / name / "seed3"
+        plain = Config.fromfile(folder / "student.py")
+        assert plain.model.type == "EncoderDecoder" and "teachers" not in plain.model
+        saved = torch.load(folder / "student.pth", weights_only=True)["state_dict"]
+        build(plain.model.to_dict()).load_state_dict(saved, strict=True)
+    live = read_checkpoint(out / "student/seed3/iter_2.pth", safe_types=SAFE_TYPES)["message_hub"]["runtime_info"]
+    assert set(live[KEY]["sources"]) == {"peer"} and len(live[KEY]["sources"]["peer"]["model"]) == len(saved)
+    assert main(["plan", str(path)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if " (seed 3, seg): " in line]
+    assert len(said) == 2 and all("finished, in" in line for line in said)
+
+
 # --- shares of the host's loss
 
 
