@@ -92,6 +92,12 @@ class DenseHead:
         """Boxes ``(K, 4)`` in this head's unit from what it predicts, ``trains`` or not, at K priors with these centres and strides."""
         return picked
 
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        """What :meth:`regression` depends on: how edges are predicted, and from which centres."""
+        first = self.generator.grid_priors([(1, 1)] * len(self.strides), device="cpu")
+        return type(self).edges, self.bins, [level.tolist() for level in first] if self.unit == "strides" else None
+
     def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
         """The host's targets ``(K, 4)`` in this head's unit."""
         if self.unit == "strides":
@@ -194,6 +200,10 @@ class _Points(_Distances):
     def __init__(self, head: Any, path: str, owner: str) -> None:
         super().__init__(head, path, owner)
         self.by_stride = head.norm_on_bbox
+
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        return (*super().reading, self.by_stride)
 
     def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         distances = picked if self.by_stride and trains else picked / strides[:, None]
@@ -303,6 +313,7 @@ class DenseHeads(Heads):
         ours = *self.student.class_taps, *self.student.assignment_taps
         self.class_taps = ours, self.teacher.class_taps
         self.box_taps = (*ours, self.student.boxes), (self.teacher.boxes,)
+        self.class_reading, self.box_reading = type(self.teacher).logits, self.teacher.reading
         self.regions = ("all", "main") if self.student.flags is None else ("all", "main", "vlr")
 
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:

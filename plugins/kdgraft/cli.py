@@ -67,6 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
     export.add_argument("out", help="the file of weights, student.pth; its config is written beside it, as student.py")
+    export.add_argument(
+        "--peer", metavar="NAME", help="write this peer, which trained beside the student, instead of it"
+    )
     export.add_argument("--force", action="store_true", help="overwrite the two files where they are there already")
     _add_trusted(export)
     export.set_defaults(run=_export)
@@ -151,7 +154,13 @@ def _export(arguments: argparse.Namespace) -> None:
     written = (
         host_of_checkpoint(arguments.checkpoint)
         .make_trainer()
-        .export(arguments.checkpoint, arguments.out, trusted=arguments.trusted, force=arguments.force)
+        .export(
+            arguments.checkpoint,
+            arguments.out,
+            peer=arguments.peer,
+            trusted=arguments.trusted,
+            force=arguments.force,
+        )
     )
     print(f"wrote {written[0]} and {written[1]}")
 

@@ -80,6 +80,8 @@ class Term(nn.Module):
     """Whether the term compares class outputs, so that both models must have the same class names."""
     hears_ensembles = False
     """Whether the term reads predictions through :func:`~kdgraft.sources.combined`, so that an Ensemble can be its source."""
+    reading: Any = None
+    """Beside its taps, how the term reads its source; the members of an Ensemble must be read alike. Set by :meth:`prepare`."""
     host_losses: Sequence[str] = ()
     """Which of the host's own losses the term takes a share of; empty: all of them."""
     host_share: float = 1.0
