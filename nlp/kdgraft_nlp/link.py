@@ -168,6 +168,21 @@ def _per_token(name: str) -> bool:
     return name in names or name.startswith("decoder_")
 
 
+def tie(model: Any, link: Link) -> None:
+    """Gives a student its link: an attribute that no ``state_dict`` has."""
+    model._distill = link
+
+
+def untie(model: Any) -> None:
+    """Takes a student's link away."""
+    del model._distill
+
+
+def is_tied(model: Any) -> bool:
+    """Whether a model has a link: is a grafted student."""
+    return hasattr(model, "_distill")
+
+
 def link_of(model: Any) -> Link:
     """The link of a grafted student."""
     found: Link = model._distill
