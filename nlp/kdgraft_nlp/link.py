@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdgraft.engine import StepInProgress
 from kdgraft.errors import DistillError
 from kdgraft.regions import Batch
 from kdgraft.schedules import Step
+from kdgraft.step import StepInProgress
 
 from .chunked import PLAIN
 from .packing import marks_taken_by
