@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdgraft.distributed import sum_over_ranks, world_size
-from kdgraft.engine import StepInProgress
 from kdgraft.errors import DistillError
 from kdgraft.losses import Ratio
+from kdgraft.step import StepInProgress
 
 from .chunked import Part, chunked_losses, head_of
 from .heads import router_loss

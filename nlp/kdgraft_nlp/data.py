@@ -110,7 +110,7 @@ def _declared(found: Dataset, column: str) -> list[str] | None:
 def _classes(task: str, found: Dataset, column: str) -> list[Any]:
     """The name of each sample's class, or the names of its tags."""
     declared = _declared(found, column)
-    values = []
+    values: list[Any] = []
     for i, value in enumerate(found[column]):
         where = f"sample {i} of column {column!r}"
         if task == "tokens":

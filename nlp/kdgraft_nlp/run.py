@@ -142,7 +142,7 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
     trainer.state.epoch = 0.0
     trainer.current_gradient_accumulation_steps = 1
     with one_line("training"):
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        batch = next(iter(trainer.get_train_dataloader()))  # on the device, as accelerate prepares it
         loss = trainer.compute_loss(trainer.model.train(), dict(batch))
     if trainer.distiller is None:
         print("no terms: the model trains alone")

@@ -28,7 +28,7 @@ from .chunked import Tail, head_of
 from .chunked_pass import run_in_chunks
 from .heads import check_heads
 from .layers import refuse_dropped_layers
-from .link import LABELS, Link, link_of
+from .link import LABELS, Link, link_of, tie, untie
 from .logits import LogitTerm
 from .registry import TERMS
 from .sources import build_sources, compare_classes
@@ -50,7 +50,6 @@ class Grafted:
     """Mixed in before the student's own class."""
 
     distiller: Engine | None
-    _distill: Link
 
     def __reduce_ex__(self, _: Any) -> Any:
         """Copies and pickles are plain students: a teacher belongs in no file, and a copy is taken to be kept as it is."""
@@ -66,7 +65,7 @@ class Grafted:
 
     def distilling_forward(self, **inputs: Any) -> Any:
         """The student's output; in training also the sources' passes and ``distill``, the terms' losses, in the output."""
-        link, engine = self._distill, self.distiller
+        link, engine = link_of(self), self.distiller
         own = link.of_student(inputs)
         asked = link.asked is not None or not link.hosted
         if engine is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
@@ -91,7 +90,7 @@ class Grafted:
         with engine.step(self, batch, told.at, run, device, totals=totals, parts=told.parts) as step:  # type: ignore[arg-type]
             output = self.plain_forward(**own) if link.chunk is None else run_in_chunks(self, own, step)
         if link.chunk is None:
-            losses = step.losses()
+            losses: Mapping[str, Tensor] = step.losses()
             told.without_loss = isinstance(output, Mapping) and "loss" not in output
         else:
             output, losses = output.finish(step)
@@ -180,7 +179,7 @@ def graft(
     link = Link(task_of(student), accepted(student))
     kind: Any = student.__class__
     student.__class__ = _graft_class(kind)
-    student._distill = link
+    tie(student, link)
     student.add_module("distiller", None)
     engine = None
     if sources:
@@ -282,7 +281,8 @@ def _student_class(model: Grafted) -> Any:
 
 def _take_off(student: Any, graft: Any) -> None:
     """Removes what the graft put on an instance whose class is plain again, and what accelerate made of the graft's forward."""
-    del student._modules["distiller"], student._distill
+    del student._modules["distiller"]
+    untie(student)
     _unwrap_forward(student, graft)
 
 

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kdgraft.checksum import seal, unseal
 from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
@@ -27,7 +26,7 @@ from kdgraft.sources.teacher import read_checkpoint
 
 from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
-from .link import Asked, link_of
+from .link import Asked, is_tied, link_of
 from .registry import RECIPES
 from .student import graft
 
@@ -253,7 +252,7 @@ class Distilling(_Host):
         super().log(logs, *args, **settings)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
-        if hasattr(self.model, "_distill"):
+        if is_tied(self.model):
             inputs = link_of(self.model).of_student(inputs)  # generation hands every input on to the model
         return super().prediction_step(model, inputs, *args, **settings)
 
@@ -318,7 +317,7 @@ class Distilling(_Host):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.distiller is not None and self.args.should_save:
-            torch.save(seal(self.distiller.live_state()), os.path.join(output_dir, STATE_FILE))
+            torch.save(self.distiller.live_state(), os.path.join(output_dir, STATE_FILE))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -341,7 +340,7 @@ class Distilling(_Host):
         if checkpoint is not None and self.distiller is not None and STATE_FILE not in self._anew:
             file = Path(checkpoint) / STATE_FILE
             if file.is_file():
-                self.distiller.load_live_state(unseal(read_checkpoint(file), str(file)))
+                self.distiller.load_live_state(read_checkpoint(file))
         if checkpoint is not None and not {"optimizer.pt", "scheduler.pt"} & self._anew:
             with _one_line(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
@@ -447,7 +446,7 @@ def student_chunks(model: Any) -> bool:
 
 
 def _refuse_hosts(trainer: Any) -> None:
-    if hasattr(trainer.model, "_distill"):
+    if is_tied(trainer.model):
         raise DistillError(
             "this trainer's model is being distilled already; build a new one, or undistill(model) first"
         )

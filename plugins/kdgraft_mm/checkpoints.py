@@ -18,12 +18,14 @@ from .state import KEY
 
 
 def _numpy_types() -> list[Any]:
-    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
+    makers = [
+        value.__reduce__()[0] for value in (np.zeros(0), np.float64(0))
+    ]  # what pickle calls for an array, a scalar
     dtypes = {
         type(np.dtype(kind))
         for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "S", "U")
     }
-    return [np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes]
+    return [np.ndarray, np.dtype, *makers, *dtypes]
 
 
 class _History(HistoryBuffer):
@@ -31,8 +33,8 @@ class _History(HistoryBuffer):
 
     def __setstate__(self, state: Any) -> None:
         state.pop("statistics_methods", None)
+        super().__init__()
         self.__dict__.update(state)
-        self._set_default_statistics()
         self.__class__ = HistoryBuffer  # what saves it again writes mmengine's own class
 
 
