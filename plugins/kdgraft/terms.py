@@ -418,7 +418,8 @@ class SoftTargets(TapTerm):
     Args:
         tap: class logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
         temperature: T > 0.
-        hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels.
+        hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels, and the
+            host's own loss does not count: the term has it.
     """
 
     hears_ensembles = True
@@ -435,6 +436,7 @@ class SoftTargets(TapTerm):
         check_temperature(temperature)
         check_share("SoftTargets", "hard_weight", hard_weight)
         self.temperature, self.hard_weight = temperature, hard_weight
+        self.host_share = 0.0 if hard_weight else 1.0
 
     def wire(self, wiring: Wiring) -> None:
         if self.hard_weight and "labels" not in wiring.fields:
