@@ -69,10 +69,10 @@ class FocalGlobal(PerImageImitation):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma, self.lambda_ = alpha, beta, gamma, lambda_
 
-    def _module(self, channels: int) -> nn.Module:
+    def build_module(self, channels: int) -> nn.Module:
         return GlobalRelation(channels)
 
-    def _per_image(
+    def per_image(
         self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
     ) -> Tensor:
         if batch.boxes is None or batch.padded_size is None:

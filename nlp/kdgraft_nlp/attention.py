@@ -175,17 +175,17 @@ def _is_disentangled(module: nn.Module) -> bool:
 class AttentionRecorder(Recorder):
     """Records ordinary taps, and what attention modules hand to their kernels."""
 
-    _differentiable = frozenset({"forward", METHOD, STUDENT_FORWARD})
+    differentiable = frozenset({"forward", METHOD, STUDENT_FORWARD})
 
-    def _resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
+    def resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
         if tap.path == "" and tap.method == "forward" and hasattr(model, STUDENT_FORWARD):
             return [Site(model, "", STUDENT_FORWARD)]
         if tap.method != METHOD:
-            return super()._resolve(model, tap)
+            return super().resolve(model, tap)
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
-            return super()._resolve(model, tap)  # which says what is near
+            return super().resolve(model, tap)  # which says what is near
         if not is_attention(module):
             known = [layer.attention for layers in stacks(model).values() for layer in layers]
             raise WiringError(
@@ -194,9 +194,9 @@ class AttentionRecorder(Recorder):
             )
         return [Site(module, tap.path, METHOD)]
 
-    def _attach(self, source: Site, hear: Listener) -> Callable[[], None]:
+    def attach(self, source: Site, hear: Listener) -> Callable[[], None]:
         if source.method != METHOD:
-            return super()._attach(source, hear)
+            return super().attach(source, hear)
         if _uses_interface(source.module):
             return _listen(source.module, hear)
         return _attach_disentangled(source.module, hear)

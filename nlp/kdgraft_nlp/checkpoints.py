@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from kdgraft.errors import DistillError
+from kdgraft.files import check_intact, written_whole
 
 logger = logging.getLogger("kdgraft")
 
@@ -39,9 +39,8 @@ def write_checksums(folder: str | Path) -> None:
     """Writes :data:`CHECKSUMS` of a checkpoint, the last of its files."""
     folder = Path(folder)
     found = {name: _sha256(folder / name) for name in _matching(folder, _READ)}
-    aside = folder / f"{CHECKSUMS}.tmp"
-    aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    os.replace(aside, folder / CHECKSUMS)
+    with written_whole(folder / CHECKSUMS) as part:
+        part.write_text(json.dumps(found, indent=1), encoding="utf-8")
 
 
 def faults(folder: str | Path, states: Sequence[str]) -> dict[str, str]:
@@ -152,12 +151,9 @@ def _intact(file: Path, told: str | None) -> bool:
         if file.suffix == ".safetensors":
             with safe_open(file, "pt"):
                 return True
-        with zipfile.ZipFile(file) as archive:
-            for entry in archive.infolist():
-                if entry.CRC:  # torch.serialization.set_crc32_options(False) writes 0
-                    archive.read(entry)
-        return True
-    except Exception:  # a damaged archive raises nearly anything
+        check_intact(file)
+        return zipfile.is_zipfile(file)  # the Trainer writes no other format, so that this one was cut off
+    except Exception:  # a damaged file raises nearly anything
         return False
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kdgraft.engine import StepInProgress
 from kdgraft.errors import DistillError
 from kdgraft.regions import Batch
 from kdgraft.schedules import Step
+from kdgraft.step import StepInProgress
 
 from .chunked import PLAIN
 from .packing import marks_taken_by
@@ -138,7 +138,7 @@ class Link:
     def of_peer(self, inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
         """What a peer takes of the batch, labels too."""
         known = self.sources[name] | (LABELS if "kwargs" in self.sources[name] else set())
-        return {key: value for key, value in self.of_student(inputs).items() if key in known}
+        return {key: value for key, value in inputs.items() if key in known}
 
     def of_source(self, inputs: Mapping[str, Any], name: str, model: Any) -> Mapping[str, Any]:
         """What a source that does not train takes of the batch; no labels, so that it computes no loss."""
@@ -166,6 +166,21 @@ class Link:
 def _per_token(name: str) -> bool:
     names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
     return name in names or name.startswith("decoder_")
+
+
+def tie(model: Any, link: Link) -> None:
+    """Gives a student its link: an attribute that no ``state_dict`` has."""
+    model._distill = link
+
+
+def untie(model: Any) -> None:
+    """Takes a student's link away."""
+    del model._distill
+
+
+def is_tied(model: Any) -> bool:
+    """Whether a model has a link: is a grafted student."""
+    return hasattr(model, "_distill")
 
 
 def link_of(model: Any) -> Link:

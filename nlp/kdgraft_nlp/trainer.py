@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from kdgraft.checksum import seal, unseal
 from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
@@ -27,9 +26,9 @@ from kdgraft.sources.teacher import read_checkpoint
 
 from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
-from .link import Asked, link_of
+from .link import Asked, is_tied, link_of
 from .registry import RECIPES
-from .student import graft
+from .student import graft, undistill
 
 logger = logging.getLogger("kdgraft")
 
@@ -67,7 +66,8 @@ class Distilling(_Host):
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         if host_weight != 1 and not specs:
             raise DistillError("host_weight belongs to a distillation; give it terms or a recipe")
-        facts = _vocabularies(self, [teacher] if teachers is None else list(dict(teachers).values()))
+        others = list(teachers.values()) if isinstance(teachers, Mapping) else []
+        facts = _vocabularies(self, [teacher] if teachers is None else others)
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
         self._settings["chunk"] = _chunk_size(self, chunked)
         self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
@@ -78,6 +78,13 @@ class Distilling(_Host):
         self._host_checked = self._told_of_labels = False
         self._host_weight = float(host_weight)
         self._graft(self.model)
+        peers = [source for source in self.distiller.sources.values() if source.trains] if self.distiller else []
+        if peers and _has_own_loss(self):
+            undistill(self.model)
+            raise DistillError(
+                "a peer trains on the loss that its model computes itself; leave out label smoothing and losses of your own"
+            )
+        self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
         self._new_parameters()
 
     def _graft(self, model: Any) -> None:
@@ -95,6 +102,8 @@ class Distilling(_Host):
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
         if hasattr(self, "_settings"):
+            for peer, first in self._peers:
+                peer.load_state(first)
             self._graft(model)
         return model
 
@@ -174,15 +183,14 @@ class Distilling(_Host):
                 f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
             )
         self._distilled = True
-        loss = self._weighted(result[0] if return_outputs else result, asked)
-        for name, value in asked.peers.items():  # each trains on the host's own loss, as the student does
-            asked.losses[f"peer.{name}"] = value * factor / (1 if scales else parts)
-            loss = loss + value * factor
+        loss, split = self._weighted(result[0] if return_outputs else result, asked), 1 if scales else parts
+        # Peers train on the host's own loss, as the student does.
+        peers = {f"peer.{name}.loss": _times(value * factor, self._host_weight) for name, value in asked.peers.items()}
         extra = torch.stack([value for key, value in asked.losses.items() if key.endswith(".loss")]).sum()
-        self._keep(asked.losses, loss, 1 if scales else parts)
+        self._keep({**asked.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
         asked.losses = {key: value.detach() for key, value in asked.losses.items()}
         # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
-        whole = loss + extra * (1 if scales else parts)
+        whole = sum(peers.values(), loss) + extra * split
         return (whole, result[1]) if return_outputs else whole
 
     def _weighted(self, loss: Tensor, asked: Asked) -> Tensor:
@@ -195,9 +203,7 @@ class Distilling(_Host):
             )
         if student_chunks(self.model):
             return loss
-        share = self._host_weight * asked.host_share
-        # An infinite loss times 0 would not be 0.
-        return loss * share if share else loss.flatten()[:0].sum()
+        return _times(loss, self._host_weight * asked.host_share)
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
@@ -253,7 +259,7 @@ class Distilling(_Host):
         super().log(logs, *args, **settings)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
-        if hasattr(self.model, "_distill"):
+        if is_tied(self.model):
             inputs = link_of(self.model).of_student(inputs)  # generation hands every input on to the model
         return super().prediction_step(model, inputs, *args, **settings)
 
@@ -318,7 +324,7 @@ class Distilling(_Host):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self.distiller is not None and self.args.should_save:
-            torch.save(seal(self.distiller.live_state()), os.path.join(output_dir, STATE_FILE))
+            torch.save(self.distiller.live_state(), os.path.join(output_dir, STATE_FILE))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -341,7 +347,7 @@ class Distilling(_Host):
         if checkpoint is not None and self.distiller is not None and STATE_FILE not in self._anew:
             file = Path(checkpoint) / STATE_FILE
             if file.is_file():
-                self.distiller.load_live_state(unseal(read_checkpoint(file), str(file)))
+                self.distiller.load_live_state(read_checkpoint(file))
         if checkpoint is not None and not {"optimizer.pt", "scheduler.pt"} & self._anew:
             with _one_line(checkpoint):
                 super()._load_optimizer_and_scheduler(checkpoint)
@@ -441,13 +447,18 @@ def distill(
     return trainer
 
 
+def _times(loss: Tensor, share: float) -> Tensor:
+    """A host's loss times its share; an infinite one times 0 would not be 0."""
+    return loss * share if share else loss.flatten()[:0].sum()
+
+
 def student_chunks(model: Any) -> bool:
     """Whether this student's losses are computed in chunks."""
     return link_of(model).chunk is not None
 
 
 def _refuse_hosts(trainer: Any) -> None:
-    if hasattr(trainer.model, "_distill"):
+    if is_tied(trainer.model):
         raise DistillError(
             "this trainer's model is being distilled already; build a new one, or undistill(model) first"
         )

@@ -24,7 +24,7 @@ class PerImageImitation(AdaptedTerm):
 
     An image without a position that counts is not counted.
 
-    A subclass builds its module for a map in :meth:`_module` and computes in :meth:`_per_image`.
+    A subclass builds its module for a map in :meth:`build_module` and computes in :meth:`per_image`.
     """
 
     def __init__(self, tap: Taps | None = None, **settings: Any) -> None:
@@ -42,23 +42,23 @@ class PerImageImitation(AdaptedTerm):
                 )
         super().wire(wiring)
         for s, t, _, _ in pairs:
-            self.parts.append(self._module(t.shape[1]).to(s.device))
+            self.parts.append(self.build_module(t.shape[1]).to(s.device))
 
-    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+    def adapter_for(self, student: Tensor, teacher: Tensor) -> AdapterKind:
         return adapter_where_channels_differ(self.adapter_kind, student, teacher)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
         for module, (s, t, valid) in zip(self.parts, self.aligned(student, teacher, batch), strict=True):
             present = None if valid is None else (valid.flatten(1) > 0).any(1)
-            ratios.append(weighted_ratio(self._per_image(module, s, t, valid, batch), present))
+            ratios.append(weighted_ratio(self.per_image(module, s, t, valid, batch), present))
         return sum_of(ratios)
 
-    def _module(self, channels: int) -> nn.Module:
+    def build_module(self, channels: int) -> nn.Module:
         """The trainable part for a map of so many teacher's channels."""
         raise NotImplementedError
 
-    def _per_image(
+    def per_image(
         self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
     ) -> Tensor:
         """``(B,)`` from the adapted student's map and the teacher's, both ``(B, C, H, W)``; ``valid`` ``(B, H, W)`` or ``None``."""
@@ -110,10 +110,10 @@ class MaskedGeneration(PerImageImitation):
         self.mask_ratio = mask_ratio
         self._random = SharedRandom()
 
-    def _module(self, channels: int) -> nn.Module:
+    def build_module(self, channels: int) -> nn.Module:
         return FeatureGenerator(channels)
 
-    def _per_image(
+    def per_image(
         self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
     ) -> Tensor:
         if valid is not None:

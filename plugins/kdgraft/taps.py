@@ -150,10 +150,12 @@ class Recording:
         model: the name of the model that was recorded: ``"student"``, or the source's. Part of every memo's key.
         class_order: indices that put this model's classes in the student's order; ``None`` when the order is the same.
         scale: this model's input size over the student's.
+        training: whether it ran in training mode, in which some heads give other outputs.
     """
 
     class_order: Tensor | None = None
     scale: float = 1.0
+    training: bool = False
 
     def __init__(
         self, owner: str, sources: Mapping[Tap, Sequence[Site]], copied: set[tuple[str, str]], model: str = ""
@@ -268,7 +270,7 @@ class Recorder:
         WiringError: a path that the model does not have; the message names the nearest ones.
     """
 
-    _differentiable: frozenset[str] = frozenset({"forward"})
+    differentiable: frozenset[str] = frozenset({"forward"})
     """Methods that have to run with gradient where the model does."""
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model", name: str = "") -> None:
@@ -277,9 +279,10 @@ class Recorder:
         self._copied: set[tuple[str, str]] = set()
         self.expected: dict[tuple[str, str], int] = {}
         for tap in self.taps:
-            self._resolve(model, tap)
+            self.resolve(model, tap)
 
-    def _resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
+    def resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
+        """Where a tap listens in a model; raises a :class:`WiringError` where there is no such place."""
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
@@ -351,8 +354,9 @@ class Recorder:
 
     @contextmanager
     def _listening(self, model: nn.Module, remaining: dict[tuple[str, str], int] | None) -> Iterator[Recording]:
-        sources = {tap: self._resolve(model, tap) for tap in self.taps}
+        sources = {tap: self.resolve(model, tap) for tap in self.taps}
         recording = Recording(self.owner, sources, self._copied, self.name)
+        recording.training = model.training
         wants_gradient = torch.is_grad_enabled()
 
         def listener(source: Site) -> Listener:
@@ -363,7 +367,7 @@ class Recorder:
                 seen.add("input", lambda: args[0] if args else next(iter(kwargs.values()), None))
                 seen.add("inputs", lambda: _by_name(original, args, kwargs))
                 output = original(*args, **kwargs)
-                if wants_gradient and source.method in self._differentiable and not torch.is_grad_enabled():
+                if wants_gradient and source.method in self.differentiable and not torch.is_grad_enabled():
                     raise WiringError(
                         f"tap '{source.path}' of the {self.owner} lies inside a reentrant checkpoint, where no gradient "
                         "reaches it; tap the checkpointed block itself or checkpoint with use_reentrant=False"
@@ -381,13 +385,13 @@ class Recorder:
         undo: list[Callable[[], None]] = [_fast_path_off()]
         try:
             for source in {(s.path, s.method): s for found in sources.values() for s in found}.values():
-                undo.append(self._attach(source, listener(source)))
+                undo.append(self.attach(source, listener(source)))
             yield recording
         finally:
             for restore in reversed(undo):
                 restore()
 
-    def _attach(self, source: Site, hear: Listener) -> Callable[[], None]:
+    def attach(self, source: Site, hear: Listener) -> Callable[[], None]:
         """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
         original = getattr(source.module, source.method)
         return shadow(source.module, source.method, lambda *args, **kwargs: hear(original, args, kwargs))

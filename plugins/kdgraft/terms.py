@@ -80,6 +80,8 @@ class Term(nn.Module):
     """Whether the term compares class outputs, so that both models must have the same class names."""
     hears_ensembles = False
     """Whether the term reads predictions through :func:`~kdgraft.sources.combined`, so that an Ensemble can be its source."""
+    reading: Any = None
+    """Beside its taps, how the term reads its source; the members of an Ensemble must be read alike. Set by :meth:`prepare`."""
     host_losses: Sequence[str] = ()
     """Which of the host's own losses the term takes a share of; empty: all of them."""
     host_share: float = 1.0
@@ -208,8 +210,8 @@ class TapTerm(Term):
         Raises:
             WiringError: the taps yield different numbers of tensors.
         """
-        left = [(tensor, tap) for tap in self.student_taps for tensor in self._tensors(student, tap)]
-        right = [(tensor, tap) for tap in self.teacher_taps for tensor in self._tensors(teacher, tap)]
+        left = [(tensor, tap) for tap in self.student_taps for tensor in self.tensors_of(student, tap)]
+        right = [(tensor, tap) for tap in self.teacher_taps for tensor in self.tensors_of(teacher, tap)]
         if len(left) != len(right):
             raise WiringError(
                 f"{self.name}: the student's {_names(self.student_taps)} yields {len(left)} tensors "
@@ -232,7 +234,8 @@ class TapTerm(Term):
             found.append((s, combined(teacher, read, "sigmoid" if t.shape[dim] == 1 else "softmax", dim)))
         return found
 
-    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+    def tensors_of(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        """What the term compares of a tap; a host's term may bring it into another form first."""
         return recording.tensors(tap)
 
 
@@ -258,14 +261,15 @@ class AdaptedTerm(TapTerm):
         check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
-            adapter = build_adapter(self._adapter_kind(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
+            adapter = build_adapter(self.adapter_for(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
             self._check_adapted(adapter(s.detach(), t), t)
             self.adapters.append(adapter)
             self.rows.append(
                 self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region=self.region_name)
             )
 
-    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+    def adapter_for(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+        """The kind of adapter between two tensors."""
         return self.adapter_kind
 
     def _check_adapted(self, student: Tensor, teacher: Tensor) -> None:
@@ -336,7 +340,7 @@ class PearsonImitation(AdaptedTerm):
         region: ``"all"`` (padding excluded) or another; positions at weight 0 take no part.
     """
 
-    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+    def adapter_for(self, student: Tensor, teacher: Tensor) -> AdapterKind:
         return adapter_where_channels_differ(self.adapter_kind, student, teacher)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:

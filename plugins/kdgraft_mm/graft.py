@@ -264,7 +264,8 @@ class Graft(_Host, metaclass=Grafting):
 
         def run(source: Source) -> Any:
             view, samples = link.views[source.name](delivered, reduced)
-            return source.model.loss(view, samples) if source.trains else self._raw_outputs(source.model, view, samples)
+            model: Any = source.model
+            return model.loss(view, samples) if source.trains else self._raw_outputs(model, view, samples)
 
         def batch(model: Any) -> Batch:
             return self._batch(*reduced, model)
@@ -347,11 +348,11 @@ class Graft(_Host, metaclass=Grafting):
 
     @contextmanager
     def _without_distiller(self) -> Iterator[None]:
-        distiller = self._modules.pop("distiller", None)  # type: ignore[attr-defined]
+        distiller, self.distiller = self.distiller, None
         try:
             yield
         finally:
-            self._modules["distiller"] = distiller  # type: ignore[attr-defined]
+            self.distiller = distiller
 
     def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
         """What terms may know of the batch of a model, the student by default; each task adds its own."""

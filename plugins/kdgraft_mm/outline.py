@@ -43,7 +43,8 @@ def check_outline(config: Config, plugin: str) -> None:
     Raises:
         DistillError: all mistakes at once.
     """
-    model, mistakes = config.model, []
+    model = config.model
+    mistakes: list[str] = []
     terms = model.get("terms")
     known = _known(config, plugin, "TERMS")
     for spec in terms if isinstance(terms, (list, tuple)) else ():

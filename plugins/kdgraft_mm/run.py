@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import tempfile
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -52,6 +53,8 @@ class Outset(Hook):
     """
 
     begun = False
+    trained = False
+    """Whether an iteration was made: of a run that is resumed at its end none is."""
 
     def __init__(self, trusted: bool = False, partial: bool = False) -> None:
         self._trusted, self._partial = trusted, partial
@@ -62,7 +65,7 @@ class Outset(Hook):
         torch would otherwise find that its optimizer's parameters are others, and not say why; what is missing, the host
         starts anew in silence.
         """
-        if not runner._resume:
+        if not runner.cfg.get("resume"):
             return
         if not self._trusted and isinstance(checkpoint.get("meta"), dict):
             checkpoint["meta"].pop("config", None)  # mmengine would execute it, to compare numbers of GPUs
@@ -87,6 +90,9 @@ class Outset(Hook):
 
     def before_train(self, runner: Any) -> None:
         self.begun = True
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.trained = True
 
 
 def unwrapped(model: Any) -> Any:
@@ -131,7 +137,9 @@ def _parsed(option: str) -> tuple[str, Any]:
     if text[:1] in ("[", "(") and any(text.count(left) != text.count(right) for left, right in ("[]", "()")):
         raise DistillError(f"--cfg-options {option!r}: a bracket is not closed")
     try:
-        return key, DictAction._parse_iterable(value)
+        found = Namespace()
+        DictAction(["--cfg-options"], dest="options")(ArgumentParser(), found, [option])
+        return key, found.options[key]
     except (AssertionError, RecursionError):
         raise DistillError(f"--cfg-options {option!r}: the brackets do not match") from None
 

@@ -49,12 +49,13 @@ class HeadTerm(TapTerm):
                     "segmentor whose head scores every pixel"
                 )
         self._heads = {side: type(main_head(model)).__name__ for side, model in models.items()}
-        self._corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
+        self.corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
         self._indices = {side: getattr(main_head(model), "in_index", -1) for side, model in models.items()}
+        self.reading = _MAIN_OUTPUT.get(self._heads["teacher"]), self._corners["teacher"]
         self.student_taps = [_of_last_head(tap, student) for tap in self.student_taps]
         self.teacher_taps = [_of_last_head(tap, teacher) for tap in self.teacher_taps]
 
-    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+    def tensors_of(self, recording: Recording, tap: Tap) -> list[Tensor]:
         if tap.method == "cls_seg" and not recording.calls(tap):
             owner, index = recording.owner, self._indices[recording.owner]
             last = index[-1] if isinstance(index, (list, tuple)) else index
@@ -62,7 +63,7 @@ class HeadTerm(TapTerm):
                 f"{self.name}: the {owner}'s {self._heads[owner]} does not call cls_seg(), where '{tap}' reads; set {owner}_tap="
                 f"'{tap.path}:input[{last}]' (a recipe's terms are printed by 'kdgraft list', to be edited)"
             )
-        return super()._tensors(recording, tap)
+        return super().tensors_of(recording, tap)
 
 
 def _of_last_head(tap: Tap, model: Any) -> Tap:
@@ -96,9 +97,9 @@ class ClassScores(HeadTerm):
                 "class scores are compared class by class: use a teacher of the same classes, or a term on features"
             )
 
-    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+    def tensors_of(self, recording: Recording, tap: Tap) -> list[Tensor]:
         if not reads_scores(tap):
-            return super()._tensors(recording, tap)
+            return super().tensors_of(recording, tap)
         value = recording[tap]
         head = self._heads[recording.owner]
         if isinstance(value, (tuple, list)) and not tap.index and head in _MAIN_OUTPUT:
@@ -108,7 +109,7 @@ class ClassScores(HeadTerm):
                 f"{self.name}: '{tap}' of the {recording.owner} ({head}) yields a {type(value).__name__}, no map of class "
                 "scores; this term needs a head that scores every pixel"
             )
-        return super()._tensors(recording, tap)
+        return super().tensors_of(recording, tap)
 
 
 class LogitTerm(ClassScores):
@@ -146,8 +147,8 @@ class LogitTerm(ClassScores):
         found = []
         for s, t in self.scores(student, teacher):
             size = t.shape[-2:] if self.grid == "teacher" else batch.labels.shape[-2:]
-            s = resize_to(s, size, align_corners=self._corners["student"])
-            t = resize_to(t, size, align_corners=self._corners["teacher"])
+            s = resize_to(s, size, align_corners=self.corners["student"])
+            t = resize_to(t, size, align_corners=self.corners["teacher"])
             valid = counted(batch, size)
             # Nothing at a pixel that does not count may reach the gradient, not even an infinity (0 · inf is NaN).
             outside = ~valid[:, None]
