@@ -206,3 +206,18 @@ def yolov3(*, classes: int = 10, **settings: Any) -> dict[str, Any]:
     )
     assigner = dict(type="GridAssigner", pos_iou_thr=0.5, neg_iou_thr=0.5, min_pos_iou=0)
     return single_stage(head, dict(assigner=assigner), **settings)
+
+
+def cornernet(**settings: Any) -> dict[str, Any]:
+    """A small CornerNet of 10 classes, with heat maps of top left and of bottom right corners."""
+    base = detector(**settings)
+    channels = base["neck"]["out_channels"]
+    return dict(
+        type="CornerNet",
+        data_preprocessor=base["data_preprocessor"],
+        backbone=base["backbone"],
+        neck=dict(type="FPN", in_channels=base["neck"]["in_channels"], out_channels=channels, end_level=1, num_outs=2),
+        bbox_head=dict(
+            type="CornerHead", num_classes=10, in_channels=channels, num_feat_levels=2, corner_emb_channels=1
+        ),
+    )

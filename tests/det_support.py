@@ -389,8 +389,12 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 class Given:
     """A recording that answers with what it was given."""
 
-    def __init__(self, values: dict[Any, Any]) -> None:
-        self.values = values
+    class_order = None
+    scale = 1.0
+    training = False
+
+    def __init__(self, values: dict[Any, Any], model: str = "student") -> None:
+        self.values, self.model = values, model
 
     def __getitem__(self, tap: Any) -> Any:
         return self.values[tap]

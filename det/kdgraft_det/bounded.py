@@ -53,6 +53,7 @@ class BoundedRegression(Term):
         self.heads.check_boxes(self)
         self.hears_ensembles = self.heads.averages
         self.compares_classes = self.heads.boxes_by_class
+        self.reading = self.heads.box_reading
         self.student_taps, self.teacher_taps = self.heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:

@@ -88,9 +88,15 @@ class DenseHead:
         """Class logits ``(K, C)`` at chosen priors."""
         return pick(recording.tensors(self.classes), chosen, self.num_priors)
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
-        """Boxes ``(K, 4)`` in this head's unit from what it predicts at K priors with these centres and strides."""
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        """Boxes ``(K, 4)`` in this head's unit from what it predicts, ``trains`` or not, at K priors with these centres and strides."""
         return picked
+
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        """What :meth:`regression` depends on: how edges are predicted, and from which centres."""
+        first = self.generator.grid_priors([(1, 1)] * len(self.strides), device="cpu")
+        return type(self).edges, self.bins, [level.tolist() for level in first] if self.unit == "strides" else None
 
     def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
         """The host's targets ``(K, 4)`` in this head's unit."""
@@ -104,7 +110,8 @@ class DenseHead:
         anchors, strides, counts = self.priors(levels)
         places = in_order_of_pick(chosen, counts)
         centres = (anchors[places, :2] + anchors[places, 2:]) / 2
-        return self.edges(pick(levels, chosen, self.num_priors).float(), centres, strides[places])
+        picked = pick(levels, chosen, self.num_priors).float()
+        return self.edges(picked, centres, strides[places], recording.training)
 
     def decoded(self, levels: Sequence[Tensor]) -> Tensor:
         """All boxes ``(B, N, 4)``, x1, y1, x2, y2 in pixels of the padded input, from the second output; not clipped."""
@@ -112,7 +119,7 @@ class DenseHead:
         rows = torch.cat([in_rows(level, n) for level, n in zip(levels, counts, strict=True)], 1)
         places = torch.cat([anchors, strides[:, None]], 1).repeat(len(rows), 1)
         anchors, strides = places[:, :4], places[:, 4]
-        found = self.edges(rows.flatten(0, 1), (anchors[:, :2] + anchors[:, 2:]) / 2, strides)
+        found = self.edges(rows.flatten(0, 1), (anchors[:, :2] + anchors[:, 2:]) / 2, strides, self.owner == "student")
         pixels = self.bbox_coder.decode(anchors, found) if self.unit == "deltas" else found * strides[:, None]  # type: ignore[union-attr]
         return pixels.view(*rows.shape[:2], 4)
 
@@ -171,7 +178,7 @@ class _Distributions(DenseHead):
     unit = "strides"
     distributions = True
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         bins = torch.arange(self.bins, device=picked.device, dtype=picked.dtype)
         # Not a matrix product, which autocast computes in bfloat16: off by up to 0.03 strides.
         distances = (F.softmax(picked.unflatten(1, (4, self.bins)), -1) * bins).sum(-1)
@@ -183,7 +190,7 @@ class _Distances(DenseHead):
 
     unit = "strides"
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         return _edges(centres / strides[:, None], picked / strides[:, None])
 
 
@@ -193,10 +200,13 @@ class _Points(_Distances):
     def __init__(self, head: Any, path: str, owner: str) -> None:
         super().__init__(head, path, owner)
         self.by_stride = head.norm_on_bbox
-        self.trains = owner == "student" or head.training  # a peer's head predicts as it trains
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
-        distances = picked if self.by_stride and self.trains else picked / strides[:, None]
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        return (*super().reading, self.by_stride)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        distances = picked if self.by_stride and trains else picked / strides[:, None]
         return _edges(centres / strides[:, None], distances)
 
     def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
@@ -216,7 +226,7 @@ class _Aligned(DenseHead):
     def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
         return super().logits(recording, chosen).float().logit(eps=1e-6)
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         return picked
 
 
@@ -239,7 +249,7 @@ class _Objects(DenseHead):
         objectness = pick(recording.tensors(self.objectness), chosen, 1).float()
         return joint_logits(super().logits(recording, chosen).float(), objectness)
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         middle, half = picked[:, :2] + centres / strides[:, None], picked[:, 2:].exp() / 2
         return torch.cat([middle - half, middle + half], 1)
 
@@ -303,6 +313,7 @@ class DenseHeads(Heads):
         ours = *self.student.class_taps, *self.student.assignment_taps
         self.class_taps = ours, self.teacher.class_taps
         self.box_taps = (*ours, self.student.boxes), (self.teacher.boxes,)
+        self.class_reading, self.box_reading = type(self.teacher).logits, self.teacher.reading
         self.regions = ("all", "main") if self.student.flags is None else ("all", "main", "vlr")
 
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:

@@ -63,6 +63,9 @@ class Heads(ABC):
     """A network of proposals, which knows objects alone."""
     boxes_by_class: bool = False
     """Whether which of the teacher's boxes is taken depends on its classes, so that both have to have the same."""
+    class_reading: Any = None
+    box_reading: Any = None
+    """How the teacher's classes and boxes are read, beside the taps."""
 
     classes: int
     class_taps: tuple[Sequence[Tap], Sequence[Tap]]

@@ -115,6 +115,7 @@ class RoIHeads(Heads):
         self.heads = [[_Plain(head) for head in found] for found in heads]
         self.classes = self.heads[0][0].num_classes
         self.boxes_by_class = not all(head.agnostic for head in self.heads[1])
+        self.box_reading = [head.agnostic for head in self.heads[1]]
         cascade = isinstance(student.roi_head, CascadeRoIHead)
         stages = [f"[{i}]" for i in range(len(heads[0]))] if cascade else [""]
         self.outputs = [Tap.parse(f"{ROI_HEAD}.bbox_head{stage}") for stage in stages]

@@ -102,6 +102,7 @@ class SoftTargets(Term):
         self.hears_ensembles = self.heads.averages
         self.compares_classes = not self.heads.proposes
         self.student_taps, self.teacher_taps = self.heads.class_taps
+        self.reading = self.heads.class_reading
         self.host_losses = self.heads.host_losses
         settle_region(self, self.heads)
         kinds = ("softmax",) if self.heads.softmax else ("sigmoid", "softmax")

@@ -66,13 +66,15 @@ class ChunkedPass:
             for term, value in zip(terms, sums[1:], strict=True)
         }
         losses = step.losses(computed=ready)
-        if step.dropped or step.host_share() != 1:
+        if step.dropped:
             whole, hard, sums = self._total(step, [term for term in terms if term.name not in step.dropped])
         # The terms' values are counted by their names; their gradient comes with the host's loss.
         self.output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
         router = router_loss(self.student, self.output)
         if router is not None:
-            self.output["loss"] = self.output["loss"] + router.to(whole)
+            share = link_of(self.student).host_weight * step.host_share()
+            own = router * share if share else router.flatten()[:0].sum()
+            self.output["loss"] = self.output["loss"] + own.to(whole)
         return self.output, losses
 
     def _total(self, step: StepInProgress, terms: list[LogitTerm]) -> tuple[Tensor, Tensor, Tensor]:
@@ -87,8 +89,9 @@ class ChunkedPass:
             factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / link.last.host_factor
             parts.append(Part(term.on_chunk, term.counted(step.batch).flatten().to(device), factor.float()))
         if terms:
-            states = step.recordings["teacher"][terms[0].teacher_taps[0]].flatten(0, 1)
-            head = head_of(self.student.distiller.teacher.model, link.tails[1])
+            teacher = self.student.distiller.teacher
+            states = step.recordings[teacher.name][terms[0].teacher_taps[0]].flatten(0, 1)
+            head = head_of(teacher.model, link.tails[1])
         whole, sums = chunked_losses(
             self.hidden, head_of(self.student, link.tails[0]), self.targets, hard, states, head, parts, link.chunk or 1
         )

@@ -89,6 +89,14 @@ def texts_of(found: Dataset, column: Texts, *, words: bool = False) -> list[list
     return read
 
 
+def check_tags(found: Dataset, text: Texts, label: str) -> None:
+    """Raises a :class:`DistillError` unless every word has a tag."""
+    (words,), tags = texts_of(found, text, words=True), _classes("tokens", found, label)
+    for i, (some, own) in enumerate(zip(words, tags, strict=True)):
+        if len(some) != len(own):
+            raise DistillError(f"sample {i} has {len(some)} {text} and {len(own)} {label}; every word needs one")
+
+
 def class_names(task: str, found: Dataset, column: str) -> list[str]:
     """The classes of a column of labels or tags: those that the set declares, or those that occur, sorted."""
     declared = _declared(found, column)
@@ -178,10 +186,8 @@ def encode(
         return Dataset.from_dict({**encoded, "labels": labels})
     if task == "tokens":
         assert label is not None
+        check_tags(found, text, label)
         tagged = _classes(task, found, label)
-        for i, (words, tags) in enumerate(zip(texts[0], tagged, strict=True)):
-            if len(words) != len(tags):
-                raise DistillError(f"sample {i} has {len(words)} {text} and {len(tags)} {label}; every word needs one")
         encoded = tokenizer(texts[0], truncation=True, max_length=length, is_split_into_words=True)
         rows = []
         for i, tags in enumerate(tagged):

@@ -13,6 +13,7 @@ from kdgraft.adapters import AdapterKind, build_adapter
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, attention_distributions, attention_scores, cosine, hint, patient, token_relations
 from kdgraft.regions import Batch
+from kdgraft.sources import STUDENT
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring, adapter_label, check_choice, mean_of
 
@@ -45,7 +46,10 @@ class LayerTerm(Term):
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         ours, theirs = self._stack(student, "student"), self._stack(teacher, "teacher")
-        self.pairs = layer_pairs(self.layers, len(ours), len(theirs), self.name)
+        if self.listener == STUDENT:
+            self.pairs = layer_pairs(self.layers, len(ours), len(theirs), self.name)
+        else:  # what the user said is of the student and the peer: the same pairs, the other way round
+            self.pairs = [(j, i) for i, j in layer_pairs(self.layers, len(theirs), len(ours), self.name)]
         self.student_taps = [self._tap(ours[i]) for i, _ in self.pairs]
         self.teacher_taps = [self._tap(theirs[j]) for _, j in self.pairs]
         self.drops_layers = drops_layers(student, self.student_taps)

@@ -138,7 +138,7 @@ class Link:
     def of_peer(self, inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
         """What a peer takes of the batch, labels too."""
         known = self.sources[name] | (LABELS if "kwargs" in self.sources[name] else set())
-        return {key: value for key, value in self.of_student(inputs).items() if key in known}
+        return {key: value for key, value in inputs.items() if key in known}
 
     def of_source(self, inputs: Mapping[str, Any], name: str, model: Any) -> Mapping[str, Any]:
         """What a source that does not train takes of the batch; no labels, so that it computes no loss."""

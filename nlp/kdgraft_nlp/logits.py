@@ -81,6 +81,8 @@ class LogitTerm(Term):
                 f"{self.name} compares predictions, and the student's are of another kind ({self.task}, "
                 f"{type(student).__name__}) than the teacher's ({other}, {type(teacher).__name__})"
             )
+        # Answers have padding to be masked in each member's own positions before any mean.
+        self.hears_ensembles = self.task != "question"
         fields = ["start_logits", "end_logits"] if self.task == "question" else ["logits"]
         self.student_taps = self.teacher_taps = [Tap.parse(f"[{field}]") for field in fields]
         if self.chunked:

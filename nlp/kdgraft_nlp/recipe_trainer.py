@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, nearest
 from kdgraft.hosts import Job, TrainedModel
 
 from . import run, settings
@@ -55,21 +55,33 @@ class RecipeTrainer:
         return {key: value for key, value in found.items() if key != "output"}
 
     def carry_out(self, job: Job) -> TrainedModel:
-        """Trains into the run's folder; the student is in its ``student``."""
+        """Trains into the run's folder, where the student is in the end too."""
         recipe = settings.load(job.config, [f"{key}={value}" for key, value in job.options.items()])
-        recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None, "teacher": None}
+        recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None}
+        recipe |= {"teacher": None, "teachers": None}  # the plan says who teaches
         recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}
         if job.teachers:
-            teachers = {
-                name: given.weights if isinstance(given, TrainedModel) else dict(given)
-                for name, given in job.teachers.items()
-            }
+            teachers = {name: _teacher(given) for name, given in job.teachers.items()}
             recipe |= {"teacher": teachers["teacher"]} if list(teachers) == ["teacher"] else {"teachers": teachers}
         if job.start is not None:
             recipe["student"] = job.start.weights
         resume = "auto" if job.resume and any(folder.is_dir() for folder in newest_first(str(job.folder))) else None
         _, metrics = run.train_recipe(recipe, resume)
         return TrainedModel(job.config, str(job.folder), metrics)
+
+
+def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
+    """What a recipe takes as a teacher: of a finished run its folder, ``{checkpoint: folder}``, or ``{type: …}`` as it is."""
+    if isinstance(given, TrainedModel):
+        return given.weights
+    if "type" in given:
+        return dict(given)
+    for key in given:
+        if key != "checkpoint":
+            raise DistillError(f"a teacher takes no argument {key!r}{nearest(key, ('checkpoint', 'type'))}")
+    if not isinstance(given.get("checkpoint"), str):
+        raise DistillError("a teacher needs checkpoint: the folder that save_pretrained wrote")
+    return given["checkpoint"]
 
 
 def _refuse_trust(trusted: bool) -> None:

@@ -8,7 +8,10 @@
 ``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train a WordPiece one on the training set, where neither the
                  student's nor the teacher's folder brings one
 ``student``      a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
-``teacher``      a folder; left out, the model trains alone (a teacher, or the plain student)
+``teacher``      a folder, or a source such as ``{type: Itself, momentum: 0.99}``; left out, the model trains alone (a teacher,
+                 or the plain student)
+``teachers``     several by name instead, which the terms' ``source`` says; ``{a: large, b: larger}``, and a source of others:
+                 ``{teacher: {type: Ensemble, members: [a, b]}, …}``
 ``recipe``       a recipe's name, or ``{type: name, …}``
 ``terms``        a list of terms beside it
 ``host_weight``  the share of the host's own loss under a teacher, 1 by default
@@ -44,7 +47,7 @@ from kdgraft.registry import call
 
 from .checkpoints import newest_first
 from .collator import DistillCollator
-from .data import Texts, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
+from .data import Texts, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
 from .scores import number_scores, scores, tag_scores
 from .settings import TASKS, check_settings, load, one_line, tokenizer_folder
@@ -169,6 +172,8 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     sets = dict(data) if data is not None else read_data(told)
     columns = columns_of(task, told, sets)
     tokenizer = _tokenizer(config.get("tokenizer"), sets["train"], columns[0], task, config)
+    if task == "tokens" and columns[1]:
+        check_tags(sets["train"], columns[0], columns[1])
     names = class_names(task, sets["train"], columns[1]) if columns[1] and task != "regression" else None
     sets["train"] = drawn(sets["train"], told.get("fraction") or 1, arguments.seed)
     length = told.get("length") or 128

@@ -38,7 +38,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "data": ((Mapping,), "a mapping, such as {train: train.jsonl}"),
     "tokenizer": ((str, Path, Mapping, PreTrainedTokenizerBase), "a folder, or {vocab_size: 4000}"),
     "student": ((str, Path, Mapping), "a folder, or a config such as {model_type: bert, hidden_size: 64}"),
-    "teacher": ((str, Path), "a folder"),
+    "teacher": ((str, Path, Mapping), "a folder, or a source such as {type: Itself, momentum: 0.99}"),
     "teachers": ((Mapping,), "folders by name, such as {a: large, b: larger}"),
     "recipe": ((str, Mapping), "a name, or {type: name, …}"),
     "terms": ((list, tuple), "a list of names, or of {type: name, …}"),
@@ -297,12 +297,13 @@ def check_folder(entry: str, source: str | Path, file: str = "config.json") -> N
 
 
 def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
-    """The folder of the student, or else the teacher, that brings a tokenizer."""
-    for entry in ("student", "teacher"):
-        source = config.get(entry)
+    """The folder of the student, or else of a teacher, that brings a tokenizer."""
+    teachers = config.get("teachers")
+    several = teachers.values() if isinstance(teachers, Mapping) else ()
+    for source in (config.get("student"), config.get("teacher"), *several):
         if isinstance(source, (str, Path)):
             try:
-                check_folder(entry, source, "tokenizer_config.json")
+                check_folder("tokenizer", source, "tokenizer_config.json")
             except DistillError:
                 continue
             return source
@@ -409,7 +410,8 @@ def _terms(recipe: Any, terms: Any) -> list[str]:
             with one_line(f"term {spec.get('type') if isinstance(spec, Mapping) else spec}"), isolated_rng():
                 build_terms([spec], TERMS)
         except DistillError as error:
-            told.append(str(error))
+            kind = str(spec.get("type") if isinstance(spec, Mapping) else spec)
+            told.append(str(error) if kind in str(error) else f"term {kind}: {error}")
     return told
 
 

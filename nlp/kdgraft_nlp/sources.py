@@ -42,10 +42,11 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         if isinstance(source, Peer) and share_parameters(student, source.model):
             raise WiringError("student and peer share parameters; copy.deepcopy one")
     if cache is not None:
-        if len(found) > 1 or not isinstance(found["teacher"], Teacher):
+        (name, first), *others = found.items()
+        if others or not isinstance(first, Teacher):
             raise DistillError("a cache holds the outputs of one teacher; leave it out with several, and with peers")
-        cache.belongs_to(found["teacher"].model)
-        found["teacher"] = Cached(found["teacher"], cache)
+        cache.belongs_to(first.model)
+        found[name] = Cached(first, cache)
     return found
 
 
@@ -89,12 +90,22 @@ def _load(folder: Path, student: nn.Module) -> nn.Module:
 
 
 def compare_classes(student: nn.Module, sources: Mapping[str, Source]) -> None:
-    """Finds out how each teacher's classes come into the student's order, by the names in their configs."""
-    for source in sources.values():
-        if isinstance(source, Teacher):
-            names = _class_names(student), _class_names(source.model)
-            if any(names):
-                source.class_order = class_order(*names, ("student's config", "teacher's config"))
+    """Finds out how each teacher's classes come into the student's order, by the names in their configs.
+
+    Raises:
+        WiringError: the names differ; or the order does, of a peer, which trains on the student's labels as they are.
+    """
+    for name, source in sources.items():
+        if not isinstance(source, (Teacher, Peer)):
+            continue
+        names = _class_names(student), _class_names(source.model)
+        if any(names):
+            source.class_order = class_order(*names, ("student's config", "teacher's config"))
+        if source.trains and source.class_order is not None:
+            raise WiringError(
+                f"the peer {name!r} has the student's classes in another order, and both train on the same labels; "
+                "give both configs one id2label"
+            )
 
 
 def _class_names(model: Any) -> list[str] | None:

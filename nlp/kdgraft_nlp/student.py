@@ -20,7 +20,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Samples
-from kdgraft.sources import Cached, Source, Teacher
+from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Teacher
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
@@ -43,7 +43,7 @@ from .tasks import (
     reads_text_alone,
     task_of,
 )
-from .tokens import SAMPLE_IDS, tokens_of
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, tokens_of
 
 
 class Grafted:
@@ -70,6 +70,12 @@ class Grafted:
         asked = link.asked is not None or not link.hosted
         if engine is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(**own)
+        others = [name for name, source in engine.sources.items() if not isinstance(source, (Teacher, Ensemble))]
+        if others and inputs.get(TEACHER_INPUTS) is not None:
+            raise DistillError(
+                f"the batch has tokens or columns of the teacher's own, and {others[0]!r} reads the student's; take the second "
+                "tokenizer and the columns teacher_… out, or that source"
+            )
         told, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
         batch, totals = link.of_pass(inputs, told)
         given = inputs if "labels" in inputs else {**inputs, "labels": batch.labels}
@@ -94,7 +100,10 @@ class Grafted:
             told.without_loss = isinstance(output, Mapping) and "loss" not in output
         else:
             output, losses = output.finish(step)
-        peers = {name: found["loss"] * step.host_share(listener=name) for name, found in step.outputs.items()}
+        peers = {
+            name: (found["loss"] if "loss" in found else _no_loss(found)) * step.host_share(listener=name)
+            for name, found in step.outputs.items()
+        }
         told.keep(step, losses, peers)
         return _with_losses(output, {**losses, **{f"peer.{name}.loss": value for name, value in peers.items()}})
 
@@ -189,8 +198,7 @@ def graft(
                 if cache is not None:
                     for term in engine.all_terms:
                         cache.check(term.teacher_taps, term.name)
-                if any(term.compares_classes for term in engine.all_terms):
-                    compare_classes(student, engine.sources)
+                compare_classes(student, _of_classes(engine))
         except BaseException:
             student.__class__ = kind
             _take_off(student, _graft_class(kind))
@@ -199,6 +207,12 @@ def graft(
         engine.to(next(student.parameters()).device)
     student.add_module("distiller", engine)
     return given
+
+
+def _of_classes(engine: Engine) -> dict[str, Source]:
+    """The sources whose classes some term compares with the student's."""
+    heard = {name for term in engine.all_terms if term.compares_classes for name in engine.members(term.source)}
+    return {name: source for name, source in engine.sources.items() if name in heard}
 
 
 def _wired(
@@ -215,6 +229,11 @@ def _wired(
     ours = dict(dry_run) if dry_run is not None else example(student)
     theirs: dict[str, Mapping[str, Any]] = {}
     for name, source in engine.sources.items():
+        if isinstance(source, Itself):
+            if source.momentum is not None:  # the average takes what the student does
+                link.sources[name] = link.takes
+                theirs[name] = link.of_source(ours, name, student)
+            continue
         if not isinstance(getattr(source, "model", None), nn.Module):
             continue
         link.know(name, source.model)
@@ -232,9 +251,6 @@ def _wired(
     samples = tokens_of(link.read(ours)).size
 
     def run(source: Source) -> Any:
-        if source.name not in theirs:  # the average of the student
-            link.know(source.name, source.model)
-            theirs[source.name] = link.of_source(own, source.name, source.model)
         return source.model(**theirs[source.name])
 
     engine.wire(
@@ -244,7 +260,9 @@ def _wired(
         frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
         {**facts, "samples": samples},
     )
-    refuse_dropped_layers(student, engine.all_terms)
+    models = {STUDENT: student, **dict(engine.peers.items())}
+    for term in engine.all_terms:
+        refuse_dropped_layers(models[term.listener], [term])
     return engine
 
 

@@ -20,7 +20,7 @@ from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
-from kdgraft.registry import expand_recipe
+from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
 from kdgraft.sources.teacher import read_checkpoint
 
@@ -28,7 +28,7 @@ from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
 from .link import Asked, is_tied, link_of
 from .registry import RECIPES
-from .student import graft
+from .student import graft, undistill
 
 logger = logging.getLogger("kdgraft")
 
@@ -60,19 +60,14 @@ class Distilling(_Host):
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
-        given = {"teacher": teacher, "teachers": teachers, "dry_run": dry_run}
-        told = next((name for name, value in given.items() if value is not None), None)
-        if terms is None and recipe is None and told is not None:
-            raise DistillError(
-                f"{told} is given, and nothing says what to learn; name terms or a recipe, "
-                "terms=[SoftTargets()] for one, or train plainly with terms=[]"
-            )
+        check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run)
         _refuse_hosts(self)
         check_number("host_weight", "the host's share", host_weight, 0)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         if host_weight != 1 and not specs:
             raise DistillError("host_weight belongs to a distillation; give it terms or a recipe")
-        facts = _vocabularies(self, [teacher] if teachers is None else list(dict(teachers).values()))
+        others = list(teachers.values()) if isinstance(teachers, Mapping) else []
+        facts = _vocabularies(self, [teacher] if teachers is None else others)
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
         self._settings["chunk"] = _chunk_size(self, chunked)
         self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
@@ -83,6 +78,13 @@ class Distilling(_Host):
         self._host_checked = self._told_of_labels = False
         self._host_weight = float(host_weight)
         self._graft(self.model)
+        peers = [source for source in self.distiller.sources.values() if source.trains] if self.distiller else []
+        if peers and _has_own_loss(self):
+            undistill(self.model)
+            raise DistillError(
+                "a peer trains on the loss that its model computes itself; leave out label smoothing and losses of your own"
+            )
+        self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
         self._new_parameters()
 
     def _graft(self, model: Any) -> None:
@@ -100,6 +102,8 @@ class Distilling(_Host):
     def call_model_init(self, trial: Any = None) -> Any:
         model = super().call_model_init(trial)
         if hasattr(self, "_settings"):
+            for peer, first in self._peers:
+                peer.load_state(first)
             self._graft(model)
         return model
 
@@ -179,15 +183,14 @@ class Distilling(_Host):
                 f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
             )
         self._distilled = True
-        loss = self._weighted(result[0] if return_outputs else result, asked)
-        for name, value in asked.peers.items():  # each trains on the host's own loss, as the student does
-            asked.losses[f"peer.{name}"] = value * factor / (1 if scales else parts)
-            loss = loss + value * factor
+        loss, split = self._weighted(result[0] if return_outputs else result, asked), 1 if scales else parts
+        # Peers train on the host's own loss, as the student does.
+        peers = {f"peer.{name}.loss": _times(value * factor, self._host_weight) for name, value in asked.peers.items()}
         extra = torch.stack([value for key, value in asked.losses.items() if key.endswith(".loss")]).sum()
-        self._keep(asked.losses, loss, 1 if scales else parts)
+        self._keep({**asked.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
         asked.losses = {key: value.detach() for key, value in asked.losses.items()}
         # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
-        whole = loss + extra * (1 if scales else parts)
+        whole = sum(peers.values(), loss) + extra * split
         return (whole, result[1]) if return_outputs else whole
 
     def _weighted(self, loss: Tensor, asked: Asked) -> Tensor:
@@ -200,9 +203,7 @@ class Distilling(_Host):
             )
         if student_chunks(self.model):
             return loss
-        share = self._host_weight * asked.host_share
-        # An infinite loss times 0 would not be 0.
-        return loss * share if share else loss.flatten()[:0].sum()
+        return _times(loss, self._host_weight * asked.host_share)
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
@@ -444,6 +445,11 @@ def distill(
         trainer.__class__ = before
         raise
     return trainer
+
+
+def _times(loss: Tensor, share: float) -> Tensor:
+    """A host's loss times its share; an infinite one times 0 would not be 0."""
+    return loss * share if share else loss.flatten()[:0].sum()
 
 
 def student_chunks(model: Any) -> bool:

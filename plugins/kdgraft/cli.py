@@ -19,6 +19,7 @@ from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
 from .plans import carry_out, read_plan
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
+from .sources import SOURCES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,11 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
     export.add_argument("out", help="the file of weights, student.pth; its config is written beside it, as student.py")
+    export.add_argument(
+        "--peer", metavar="NAME", help="write this peer, which trained beside the student, instead of it"
+    )
     export.add_argument("--force", action="store_true", help="overwrite the two files where they are there already")
     _add_trusted(export)
     export.set_defaults(run=_export)
 
-    listing = commands.add_parser("list", help="terms, losses, regions, schedules, recipes; or one recipe's terms")
+    listing = commands.add_parser("list", help="terms, losses, regions, sources, recipes …; or one recipe's terms")
     listing.add_argument("recipe", nargs="?")
     listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
 
@@ -151,13 +155,24 @@ def _export(arguments: argparse.Namespace) -> None:
     written = (
         host_of_checkpoint(arguments.checkpoint)
         .make_trainer()
-        .export(arguments.checkpoint, arguments.out, trusted=arguments.trusted, force=arguments.force)
+        .export(
+            arguments.checkpoint,
+            arguments.out,
+            peer=arguments.peer,
+            trusted=arguments.trusted,
+            force=arguments.force,
+        )
     )
     print(f"wrote {written[0]} and {written[1]}")
 
 
 def _list() -> None:
-    groups: list[tuple[str, Registry]] = [("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES)]
+    groups: list[tuple[str, Registry]] = [
+        ("losses", LOSSES),
+        ("regions", REGIONS),
+        ("schedules", SCHEDULES),
+        ("sources", SOURCES),
+    ]
     for name, host in hosts().items():
         try:
             found = host.plugin()

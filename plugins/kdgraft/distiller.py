@@ -25,13 +25,15 @@ class DistillOutput:
         student: what the student returned.
         losses: the weighted distillation losses by name.
         peers: what each peer returned, by its name; train them on the task's loss as well.
-        host_share: what terms with a ``hard_weight`` leave to the task's own loss.
+        host_share: what active terms leave to the task's own loss: 1, or 0 beside a ``SoftTargets`` with a ``hard_weight``.
+        peer_shares: the same of the task's own loss of each peer.
     """
 
     student: Any
     losses: dict[str, Tensor]
     peers: dict[str, Any] = field(default_factory=dict)
     host_share: float = 1.0
+    peer_shares: dict[str, float] = field(default_factory=dict)
 
     @property
     def loss(self) -> Tensor:
@@ -115,7 +117,8 @@ class Distiller(Engine):
             output = self.student(*args, **kwargs)
         self.iteration += 1
         losses = step.losses()
-        return DistillOutput(output, losses, step.outputs, step.host_share())
+        shares = {name: step.host_share(listener=name) for name in step.outputs}
+        return DistillOutput(output, losses, step.outputs, step.host_share(), shares)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The iterations done, for schedules, and what terms and sources hide; a part of ``state_dict``."""

@@ -194,19 +194,19 @@ class Engine(nn.Module):
             raise WiringError(f"{', '.join(names)}: {error}") from None
 
     def _prepare(self, term: Term, models: Mapping[str, nn.Module]) -> None:
-        """Lets a term look at its models; all members of an ensemble have to be tapped alike."""
+        """Lets a term look at its models; all members of an ensemble have to be read alike."""
         source = self.sources.get(term.source)
-        taps = []
+        readings = []
         for name in self.members(term.source):
             term.prepare(models[term.listener], models[name])
-            taps.append(list(term.teacher_taps))
+            readings.append((list(term.teacher_taps), term.reading))
         if isinstance(source, Ensemble):
             if not term.hears_ensembles:
                 raise WiringError(
                     f"{term.name}: an Ensemble gives predictions, which this term does not compare; "
                     f"take one of its members, source={source.members[0]!r}"
                 )
-            if any(found != taps[0] for found in taps):
+            if any(found != readings[0] for found in readings):
                 raise WiringError(f"{term.name}: the members of the Ensemble {source.name!r} are not of one kind")
 
     @property
@@ -486,10 +486,14 @@ def _same_shapes(term: Term, members: Sequence[Recording]) -> None:
     if len(members) < 2:
         return
     for tap in term.teacher_taps:
-        shapes = [[tuple(t.shape) for t in member.tensors(tap)] for member in members if member.calls(tap)]
-        for found, member in zip(shapes, members, strict=False):
-            if found != shapes[0]:
+        shapes = {m.model: [tuple(t.shape) for t in m.tensors(tap)] for m in members if m.calls(tap)}
+        first, *others = shapes or [""]
+        for other in others:
+            if shapes[other] != shapes[first]:
+                counts = tuple(f"{len(shapes[name])} tensors" for name in (other, first))
+                pairs = zip(shapes[other], shapes[first], strict=False)
+                theirs, ours = next(((x, y) for x, y in pairs if x != y), counts)
                 raise WiringError(
-                    f"{term.name}: '{tap}' gives {found[0]} in {member.model!r} and {shapes[0][0]} in {members[0].model!r}; "
-                    "the members of an Ensemble must predict alike"
+                    f"{term.name}: '{tap}' gives {theirs} in {other!r} and {ours} in {first!r}; the members of an Ensemble "
+                    "must predict alike"
                 )

@@ -110,7 +110,7 @@ def _loss(model: nn.Module, inputs: Any, targets: Any, loss: TaskLoss) -> Tensor
     if not isinstance(plain, Distiller):
         return loss(model(inputs), targets)
     out = model(inputs, targets=targets)
-    peers = [loss(output, targets) for output in out.peers.values()]
+    peers = [out.peer_shares[name] * loss(output, targets) for name, output in out.peers.items()]
     return out.total(loss(out.student, targets)) + sum(peers)
 
 

@@ -115,9 +115,15 @@ class HostTrainer(Protocol):
         """Builds everything and runs one step: ``kdgraft check``."""
 
     def export(
-        self, checkpoint: str | Path, out: str | Path, *, trusted: bool = False, force: bool = False
+        self,
+        checkpoint: str | Path,
+        out: str | Path,
+        *,
+        peer: str | None = None,
+        trusted: bool = False,
+        force: bool = False,
     ) -> Sequence[Path]:
-        """Writes the plain student of a checkpoint: ``kdgraft export``."""
+        """Writes the plain student of a checkpoint, or a peer that trained beside it: ``kdgraft export``."""
 
     def reads(self, config: str) -> bool:
         """Whether the host trains a config like this."""

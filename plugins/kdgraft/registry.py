@@ -182,6 +182,20 @@ def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
     return list(call(recipes.get(name), spec, f"recipe {name}"))
 
 
+def check_told(terms: Any, recipe: Any, **given: Any) -> None:
+    """Refuses arguments of a distillation, a teacher above all, without anything that says what to learn.
+
+    Args:
+        terms, recipe: what the user gave; an empty list of terms is an answer, ``None`` is none.
+        given: the arguments by their names.
+    """
+    name = next((name for name, value in given.items() if value is not None), None)
+    if terms is None and recipe is None and name is not None:
+        raise DistillError(
+            f"{name} is given, and nothing says what to learn; name terms or a recipe, or train plainly with terms=[]"
+        )
+
+
 def _names(target: type) -> list[str]:
     """The arguments that a class and its bases name."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

@@ -150,10 +150,12 @@ class Recording:
         model: the name of the model that was recorded: ``"student"``, or the source's. Part of every memo's key.
         class_order: indices that put this model's classes in the student's order; ``None`` when the order is the same.
         scale: this model's input size over the student's.
+        training: whether it ran in training mode, in which some heads give other outputs.
     """
 
     class_order: Tensor | None = None
     scale: float = 1.0
+    training: bool = False
 
     def __init__(
         self, owner: str, sources: Mapping[Tap, Sequence[Site]], copied: set[tuple[str, str]], model: str = ""
@@ -354,6 +356,7 @@ class Recorder:
     def _listening(self, model: nn.Module, remaining: dict[tuple[str, str], int] | None) -> Iterator[Recording]:
         sources = {tap: self.resolve(model, tap) for tap in self.taps}
         recording = Recording(self.owner, sources, self._copied, self.name)
+        recording.training = model.training
         wants_gradient = torch.is_grad_enabled()
 
         def listener(source: Site) -> Listener:

@@ -80,6 +80,8 @@ class Term(nn.Module):
     """Whether the term compares class outputs, so that both models must have the same class names."""
     hears_ensembles = False
     """Whether the term reads predictions through :func:`~kdgraft.sources.combined`, so that an Ensemble can be its source."""
+    reading: Any = None
+    """Beside its taps, how the term reads its source; the members of an Ensemble must be read alike. Set by :meth:`prepare`."""
     host_losses: Sequence[str] = ()
     """Which of the host's own losses the term takes a share of; empty: all of them."""
     host_share: float = 1.0
@@ -416,7 +418,8 @@ class SoftTargets(TapTerm):
     Args:
         tap: class logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
         temperature: T > 0.
-        hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels.
+        hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels, and the
+            host's own loss does not count: the term has it.
     """
 
     hears_ensembles = True
@@ -433,6 +436,7 @@ class SoftTargets(TapTerm):
         check_temperature(temperature)
         check_share("SoftTargets", "hard_weight", hard_weight)
         self.temperature, self.hard_weight = temperature, hard_weight
+        self.host_share = 0.0 if hard_weight else 1.0
 
     def wire(self, wiring: Wiring) -> None:
         if self.hard_weight and "labels" not in wiring.fields:

@@ -13,7 +13,8 @@ from kdgraft.errors import DistillError
 from kdgraft.files import written_whole
 from kdgraft.sources.teacher import read_checkpoint, weights_of
 
-from .configs import executed_config, literal_config, plain_config
+from .configs import executed_config, literal_config, peer_config, plain_config
+from .state import KEY
 
 
 def _numpy_types() -> list[Any]:
@@ -50,23 +51,25 @@ SAFE_TYPES: tuple[Any, ...] = (
 
 
 def export_student(
-    checkpoint: str | Path, out: str | Path, *, trusted: bool = False, force: bool = False
+    checkpoint: str | Path, out: str | Path, *, peer: str | None = None, trusted: bool = False, force: bool = False
 ) -> tuple[Path, Path]:
-    """Writes the plain student: its weights, with the plain config in ``meta``, and that config beside it as ``.py``.
+    """Writes the plain student, or a peer: weights, with the plain config in ``meta``, and that config beside them as ``.py``.
 
-    From a checkpoint of an EMA run these are the averaged weights, as mmengine stores them.
+    From a checkpoint of an EMA run these are the student's averaged weights, as mmengine stores them; a peer is not averaged.
 
     Args:
         checkpoint: one of a distilled run.
         out: where to write, ``student.pth``.
-        trusted: read a checkpoint that holds arbitrary pickled objects, or a config that is more than literals.
+        peer: the name of the peer to write instead of the student.
+        trusted: read a checkpoint that holds arbitrary pickled objects, or a config that is more than literals or that
+            is a file.
         force: overwrite files that are there.
 
     Returns:
         The two files written: both, or in case of an error none.
 
     Raises:
-        DistillError: the checkpoint cannot be read or holds no config, or a file is there already.
+        DistillError: the checkpoint cannot be read or holds no config or no such peer, or a file is there already.
     """
     out = Path(out)
     if out.suffix == ".py" or out.is_dir() or out.resolve() == Path(checkpoint).expanduser().resolve():
@@ -84,11 +87,25 @@ def export_student(
     if not isinstance(text, str):
         raise DistillError(f"checkpoint {checkpoint} holds no config in meta['cfg']; it was not saved by a Runner")
     name = f"checkpoint {checkpoint}"
-    config = plain_config(executed_config(text, name) if trusted else literal_config(text, name))
+    config = executed_config(text, name) if trusted else literal_config(text, name)
+    if peer is None:
+        config, weights = plain_config(config), weights_of(source)
+    else:
+        config, weights = peer_config(config, peer, name, files=trusted), _peer_weights(source, peer, name)
     meta["cfg"] = config.pretty_text
     out.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(described) as beside, written_whole(out) as part:
         beside.write_text(meta["cfg"], encoding="utf-8")
         with part.open("wb") as file:
-            torch.save({"meta": meta, "state_dict": weights_of(source)}, file)
+            torch.save({"meta": meta, "state_dict": weights}, file)
     return out, described
+
+
+def _peer_weights(source: dict[str, Any], peer: str, name: str) -> dict[str, Any]:
+    """A peer's weights in a checkpoint's live state."""
+    found: Any = source
+    for key in ("message_hub", "runtime_info", KEY, "sources", peer, "model"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise DistillError(f"{name} has no weights of the peer {peer!r}; take one that a training saved")
+    return found

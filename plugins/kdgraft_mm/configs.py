@@ -12,11 +12,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.config import utils as config_utils
 from mmengine.utils import is_installed
 
-from kdgraft.errors import DistillError, UnsafeCheckpoint
+from kdgraft.errors import DistillError, UnsafeCheckpoint, nearest
 
 PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
 """What registers the models that configs name."""
-_OURS = ("student", "teacher", "terms", "recipe", "inherit", "dry_run_size")
+_OURS = ("student", "teacher", "teachers", "terms", "recipe", "inherit", "dry_run_size")
 
 
 # mmengine takes 'mmseg::…' to the distribution mmsegmentation; installed under the fork's name it would not be found, and the
@@ -132,6 +132,34 @@ def plain_config(config: Config) -> Config:
             plain.custom_imports = {**imports, "imports": kept}
         else:
             plain.pop("custom_imports")
+    return plain
+
+
+def peer_config(config: Config, peer: str, source: str, *, files: bool = False) -> Config:
+    """The plain config of a distilled run in which a peer stands in the student's place.
+
+    Args:
+        config: of the run.
+        peer: the peer's name among the run's teachers.
+        source: what the config comes from, for messages.
+        files: also read a peer's config that is a file, which executes it.
+
+    Raises:
+        DistillError: the run has no such peer.
+        UnsafeCheckpoint: its config is a file, and ``files`` is false.
+    """
+    model = config.get("model") or {}
+    given = dict(model.get("teachers") or {"teacher": model.get("teacher")}) if is_distilled(model) else {}
+    peers = {name: spec for name, spec in given.items() if isinstance(spec, Mapping) and spec.get("type") == "Peer"}
+    if peer not in peers:
+        raise DistillError(f"{source} has no peer {peer!r}{nearest(peer, peers)}")
+    told = peers[peer].get("config")
+    if not isinstance(told, Mapping) and not files:
+        raise UnsafeCheckpoint(
+            f"the config of the peer in {source} is the file {told}, which reading it would execute; if it is yours, say --trusted"
+        )
+    plain = plain_config(config)
+    plain.model = model_of(load_config(told, imports=False))
     return plain
 
 

@@ -24,7 +24,7 @@ from kdgraft.errors import DistillError, WiringError, check_number
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Batch
-from kdgraft.registry import Registry, expand_recipe
+from kdgraft.registry import Registry, check_told, expand_recipe
 from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Tap
 
@@ -113,6 +113,7 @@ class Graft(_Host, metaclass=Grafting):
             raise DistillError(f"terms must be a list, got {terms!r}")
         if not isinstance(inherit, (str, list, tuple)):
             raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")
+        check_told(terms, recipe, teacher=teacher, teachers=teachers)
         paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
         grafted = cls._models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]

@@ -130,8 +130,10 @@ def _of_term(spec: Any, known: list[str] | None) -> Iterator[str]:
 
 
 def _of_files(config: Config) -> Iterator[str]:
-    teacher = config.model.get("teacher")
-    if isinstance(teacher, Mapping):
+    several = config.model.get("teachers")
+    for teacher in (config.model.get("teacher"), *(several.values() if isinstance(several, Mapping) else ())):
+        if not isinstance(teacher, Mapping):
+            continue
         source = teacher.get("config")
         if isinstance(source, str):
             try:

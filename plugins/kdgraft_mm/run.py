@@ -53,6 +53,8 @@ class Outset(Hook):
     """
 
     begun = False
+    trained = False
+    """Whether an iteration was made: of a run that is resumed at its end none is."""
 
     def __init__(self, trusted: bool = False, partial: bool = False) -> None:
         self._trusted, self._partial = trusted, partial
@@ -88,6 +90,9 @@ class Outset(Hook):
 
     def before_train(self, runner: Any) -> None:
         self.begun = True
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.trained = True
 
 
 def unwrapped(model: Any) -> Any:

@@ -60,10 +60,16 @@ class MMTrainer:
         return run.check(config, options, trusted=trusted)
 
     def export(
-        self, checkpoint: str | Path, out: str | Path, *, trusted: bool = False, force: bool = False
+        self,
+        checkpoint: str | Path,
+        out: str | Path,
+        *,
+        peer: str | None = None,
+        trusted: bool = False,
+        force: bool = False,
     ) -> Sequence[Path]:
-        """Writes the plain student; see :func:`kdgraft_mm.checkpoints.export_student`."""
-        return export_student(checkpoint, out, trusted=trusted, force=force)
+        """Writes the plain student, or a peer; see :func:`kdgraft_mm.checkpoints.export_student`."""
+        return export_student(checkpoint, out, peer=peer, trusted=trusted, force=force)
 
     def reads(self, config: str) -> bool:
         """Whether it is a config of this host: by its default scope, else (of a project on top) by the model's type, else MMDetection's."""
@@ -97,6 +103,11 @@ class MMTrainer:
         if config.load_from is None and job.start is not None:
             config.load_from = job.start.weights
         runner = run.train_config(config, job.config)
+        trained = any(hook.trained for hook in runner.hooks if isinstance(hook, run.Outset))
+        if not trained and config.get("val_cfg"):
+            # It was killed after its last checkpoint, which the host saves before it validates. Not Runner.val(), by which
+            # hooks begin anew: an average of weights from those of the last step.
+            runner.val_loop.run()
         checkpoint = find_latest_checkpoint(str(job.folder))
         if checkpoint is None:
             raise DistillError(f"{job.config} trained without saving a checkpoint; give it a CheckpointHook")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from det_families import panoptic, solov2, ssd, yolof, yolov3
+from det_families import cornernet, panoptic, solov2, ssd, yolof, yolov3
 from det_stages import staged, with_masks
 from det_support import CLASSES, build, distilled, losses, raw_batch, save_plain
 from det_zoo import zoo
@@ -20,6 +20,7 @@ AT_CLASSES = {
     "SSD's layer of one level": (ssd, "bbox_head.cls_convs[0]"),
     "SSD's layer of a level with more anchors": (ssd, "bbox_head.cls_convs[1]"),
     "YOLOv3's layer": (yolov3, "bbox_head.convs_pred[*]"),
+    "CornerNet's second heat map": (cornernet, "bbox_head[1][*]"),
     "boxes of each class": (lambda **s: staged("Faster R-CNN", **s), "roi_head.bbox_head.fc_reg"),
 }
 NOT_AT_CLASSES = {
@@ -30,6 +31,7 @@ NOT_AT_CLASSES = {
     "YOLOF's boxes": (yolof, "bbox_head.bbox_pred"),
     "SSD's boxes": (ssd, "bbox_head.reg_convs[1]"),
     "YOLOv3's features": (yolov3, "bbox_head.convs_bridge[*]"),
+    "CornerNet's offsets": (cornernet, "bbox_head[4][*]"),
     "a proposal network": (lambda **s: staged("Faster R-CNN", **s), "rpn_head.rpn_cls"),
     # As many channels as four classes have scores, and yet boxes: the second output of such a head always is.
     "boxes of four classes": (lambda **s: zoo("ATSS", classes=4, **s), "bbox_head[1][*]"),

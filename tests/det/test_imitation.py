@@ -47,7 +47,7 @@ def test_repeating_a_step_lowers_the_loss(teacher_model, teacher_checkpoint, kin
     state = model.distiller.live_state()["hidden"]
     found = []
     for _ in range(4):
-        model.distiller._load_hidden(state)  # the same positions are left out
+        model.distiller.load_beyond_modules({"hidden": state})  # the same positions are left out
         value = distillation(losses(model, raw_batch()))
         optimizer.zero_grad()
         value.backward()

@@ -98,6 +98,29 @@ def test_a_step_written_by_hand():
         torch.testing.assert_close(ours, other)
 
 
+@pytest.mark.parametrize("peers", [False, True])
+def test_a_term_that_has_the_hard_loss_takes_it_from_the_host(peers: bool):
+    student, other = (net(width, seed) for width, seed in ((4, 0), (8, 1)))
+    plain, guide = net(4, 0), net(8, 1).train(peers)
+    for model_ in (student, other, plain, guide):
+        model_[2].p = 0.0
+    source = Peer(other) if peers else other
+    distiller = Distiller(student, source, terms=[SoftTargets(2, hard_weight=0.3)], example=X[:1])
+    optimizer = torch.optim.SGD([*plain.parameters(), *(guide.parameters() if peers else ())], 0.1)
+    ours, theirs = plain(X[:8]), guide(X[:8])
+    pairs = [(ours, theirs), (theirs, ours)] if peers else [(ours, theirs)]
+    for learns, teaches in pairs:
+        soft = F.kl_div((learns / 2).log_softmax(1), (teaches.detach() / 2).softmax(1), reduction="batchmean") * 4
+        (0.3 * F.cross_entropy(learns, Y[:8]) + 0.7 * soft).backward(retain_graph=True)
+    optimizer.step()
+    batches = [(X[:8], Y[:8])]
+    fit(distiller, batches, F.cross_entropy, epochs=1, optimizer=torch.optim.SGD(distiller.parameters(), 0.1))
+    trained = [(student, plain), (other, guide)] if peers else [(student, plain)]
+    for mine, by_hand in trained:
+        for found, expected in zip(mine.parameters(), by_hand.parameters(), strict=True):
+            torch.testing.assert_close(found, expected)
+
+
 def test_the_task_is_evaluated_in_eval_mode_after_each_epoch():
     modes: list[bool] = []
     found = fit(

@@ -20,7 +20,8 @@ from kdgraft_mm.configs import (
     plain_model,
     student_config,
 )
-from kdgraft_mm.graft import Graft, build_teacher
+from kdgraft_mm.graft import Graft
+from kdgraft_mm.sources import build_teacher
 
 STUDENT = dict(type="Student", width=4, data_preprocessor=dict(type="Prepare"))
 BESIDE = dict(
@@ -31,6 +32,7 @@ BESIDE = dict(
     teacher=dict(config="teacher.py", checkpoint="teacher.pth"),
     terms=[dict(type="SoftTargets")],
     recipe="localization",
+    teachers=None,
     inherit=["bbox_head"],
     dry_run_size=64,
 )

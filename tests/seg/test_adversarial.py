@@ -286,7 +286,7 @@ def test_judging_gives_the_critic_no_gradient_and_changes_nothing_of_it():
     critic.judge(fake).sum().backward()
     assert fake.grad.abs().sum() > 0
     assert all(p.grad is None for p in critic.critic.parameters())
-    assert_same(dict(before["critic"]), dict(critic.state()["critic"]))
+    assert_same(dict(before["network"]), dict(critic.state()["network"]))
 
 
 def test_learning_gives_the_masks_no_gradient():

@@ -312,6 +312,9 @@ class _Given:
     def tensors(self, tap) -> list[torch.Tensor]:
         return [self._maps]
 
+    def calls(self, tap) -> int:
+        return 1
+
 
 # --- wiring
 

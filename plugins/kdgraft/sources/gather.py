@@ -33,7 +33,8 @@ def gather_sources(
     if teacher is not None and teachers is not None:
         raise DistillError("give teacher=…, or several as teachers=dict(a=…, b=…), not both")
     if teachers is not None and (not isinstance(teachers, Mapping) or not teachers):
-        raise DistillError(f"teachers must be a dict of sources by name, got {teachers!r}")
+        said = "an empty one" if isinstance(teachers, Mapping) else f"a {type(teachers).__name__}"
+        raise DistillError(f"teachers must be a dict of sources by name, got {said}")
     found: dict[str, Source] = {}
     for name, given in ({"teacher": teacher} if teachers is None else teachers).items():
         named = isinstance(given, Mapping) and given.get("type") in list(SOURCES)

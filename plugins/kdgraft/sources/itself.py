@@ -48,6 +48,7 @@ class Itself(Source):
         if self.momentum is not None:
             self._copy = Teacher(copy.deepcopy(student))
             self.model = self._copy.model
+            self._seen = None  # of a new student it starts anew
 
     @torch.no_grad()
     def begin(self, student: nn.Module, at: Step) -> None:
