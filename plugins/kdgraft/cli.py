@@ -94,10 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
     demo.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune on, with other seeds")
+    layouts = "; ".join(f"{name}: {host.data}" for name, host in hosts().items() if host.data)
+    demo.add_argument("--data", help=f"a real dataset's folder instead ({layouts})")
     demo.add_argument(
-        "--data", help="a real dataset's folder instead (det: COCO's json; seg: mmseg's layout; nlp: jsonl)"
+        "--fraction", type=float, help="the share of --data's training set to use, where the demo can (default: 1)"
     )
-    demo.add_argument("--fraction", type=float, help="the share of --data's training set to use (nlp; default: 1)")
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     demo.set_defaults(run=_demo)
@@ -224,11 +225,13 @@ def _demo(arguments: argparse.Namespace) -> None:
     if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
         raise DistillError(f"recipes belong to one task: kdgraft demo TASK --recipes {arguments.recipes}")
     if arguments.data is not None and arguments.task == "all":
-        raise DistillError("--data belongs to one task: kdgraft demo det --data DIR")
+        raise DistillError("--data belongs to one task: kdgraft demo TASK --data DIR")
     mains = {task: host_named(task).demonstration().main for task in tasks}
     shares = all("fraction" in signature(main).parameters for main in mains.values())
-    if arguments.fraction is not None and (not shares or arguments.data is None):
-        raise DistillError("--fraction belongs to real text: kdgraft demo nlp --data DIR --fraction 0.1")
+    if arguments.fraction is not None and not shares:
+        raise DistillError(f"kdgraft demo {arguments.task} takes no --fraction of a training set")
+    if arguments.fraction is not None and arguments.data is None:
+        raise DistillError(f"--fraction belongs to real data: kdgraft demo {arguments.task} --data DIR --fraction 0.1")
     extra: dict[str, Any] = {} if arguments.iterations is None else {"iterations": arguments.iterations}
     name = ""
     if arguments.data is not None:

@@ -147,6 +147,7 @@ class Host:
         suffixes: of the configs that it trains.
         checkpoints: suffixes of the checkpoints that ``kdgraft export`` hands to it.
         demo, bench: the modules behind ``kdgraft demo`` and ``kdgraft bench``, where there are some.
+        data: the layout of a real dataset that the demo takes, where it takes one.
     """
 
     name: str
@@ -157,6 +158,7 @@ class Host:
     checkpoints: tuple[str, ...] = ()
     demo: str | None = None
     bench: str | None = None
+    data: str | None = None
 
     def plugin(self) -> ModuleType:
         """The plugin's package; :class:`MissingHost` says what to install."""

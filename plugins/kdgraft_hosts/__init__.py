@@ -11,6 +11,7 @@ DET = Host(
     checkpoints=(".pth",),
     demo="kdgraft_det.demo",
     bench="kdgraft_det.bench",
+    data="COCO's json",
 )
 SEG = Host(
     "seg",
@@ -21,6 +22,7 @@ SEG = Host(
     checkpoints=(".pth",),
     demo="kdgraft_seg.demo",
     bench="kdgraft_seg.bench",
+    data="mmseg's layout",
 )
 NLP = Host(
     "nlp",
@@ -30,5 +32,6 @@ NLP = Host(
     suffixes=(".yaml", ".yml", ".toml"),
     demo="kdgraft_nlp.demo",
     bench="kdgraft_nlp.bench",
+    data="jsonl",
 )
 TORCH = Host("torch", package="kdgraft", framework="torch", trainer="kdgraft.plain:TRAINER", suffixes=(".py",))

@@ -72,14 +72,16 @@ class MMTrainer:
         return export_student(checkpoint, out, peer=peer, trusted=trusted, force=force)
 
     def reads(self, config: str) -> bool:
-        """Whether it is a config of this host: by its default scope, else by the model's type; any other is MMDetection's."""
+        """Whether it is a config of this host: by its default scope, else (of a project on top) by the model's type, else MMDetection's."""
         if "::" not in config and ":" in config:
             return False
         with run.config_mistakes(config):
             found = load_config(config, imports=False)
             kind = type_name(found.get("model") or {})
-        scope = found.get("default_scope") or ("mmseg" if kind == SEG.kind else "mmdet")
-        return (scope == SEG.scope) == (self is SEG)
+        scope = found.get("default_scope")
+        if scope not in ("mmdet", "mmseg"):
+            scope = "mmseg" if kind == "DistilledSegmentor" else "mmdet"
+        return scope == self.scope
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
         """The whole config with its bases, overrides in it."""

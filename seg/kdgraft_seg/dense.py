@@ -51,7 +51,7 @@ class HeadTerm(TapTerm):
         self._heads = {side: type(main_head(model)).__name__ for side, model in models.items()}
         self.corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
         self._indices = {side: getattr(main_head(model), "in_index", -1) for side, model in models.items()}
-        self.reading = _MAIN_OUTPUT.get(self._heads["teacher"]), self._corners["teacher"]
+        self.reading = _MAIN_OUTPUT.get(self._heads["teacher"]), self.corners["teacher"]
         self.student_taps = [_of_last_head(tap, student) for tap in self.student_taps]
         self.teacher_taps = [_of_last_head(tap, teacher) for tap in self.teacher_taps]
 
