@@ -170,9 +170,9 @@ def graft(
     if chunk is not None and not terms:
         raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
     if cache is not None and terms and task_of(student) in ("seq2seq", "ctc"):
-        kind = "a model with a decoder" if task_of(student) == "seq2seq" else "a model of frames"
+        sort = "a model with a decoder" if task_of(student) == "seq2seq" else "a model of frames"
         raise WiringError(
-            f"the cache keeps no outputs of {kind} ({type(student).__name__}): it keeps those of the tokens that a model is given, not "
+            f"the cache keeps no outputs of {sort} ({type(student).__name__}): it keeps those of the tokens that a model is given, not "
             "of a decoder's or of frames; leave the cache out"
         )
     with isolated_rng():
