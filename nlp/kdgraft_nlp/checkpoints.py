@@ -66,6 +66,10 @@ def faults(folder: str | Path, states: Sequence[str]) -> dict[str, str]:
     return found
 
 
+class NothingComplete(DistillError):
+    """No checkpoint has all that a resumed run needs."""
+
+
 def to_resume(
     told: str | Path | bool, output: str, states: Sequence[str], partial: bool, speaks: bool = True
 ) -> tuple[str, dict[str, str]]:
@@ -79,7 +83,8 @@ def to_resume(
         speaks: log what is left out.
 
     Raises:
-        DistillError: there is none, or it lacks something that it needs.
+        DistillError: there is none.
+        NothingComplete: each lacks something that it needs.
     """
     candidates = newest_first(output) if told is True else [Path(str(told))]
     if not candidates:
@@ -97,7 +102,7 @@ def to_resume(
                 logger.warning("going on from %s%s%s", folder, before, begins)
             return str(folder), found
         left_out.append(f"{wrong} in {folder}")
-    raise DistillError(f"cannot resume: {'; '.join(left_out)}{_advice(candidates[0], states, told, partial)}")
+    raise NothingComplete(f"cannot resume: {'; '.join(left_out)}{_advice(candidates[0], states, told, partial)}")
 
 
 def newest_first(output: str | Path) -> list[Path]:

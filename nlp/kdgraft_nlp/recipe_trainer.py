@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from kdgraft.errors import DistillError, nearest
 from kdgraft.hosts import Job, TrainedModel
 
 from . import run, settings
-from .checkpoints import newest_first
+from .checkpoints import NothingComplete, newest_first
 from .trainer import DistillTrainer
+
+logger = logging.getLogger("kdgraft")
 
 
 class RecipeTrainer:
@@ -65,8 +68,11 @@ class RecipeTrainer:
             recipe |= {"teacher": teachers["teacher"]} if list(teachers) == ["teacher"] else {"teachers": teachers}
         if job.start is not None:
             recipe["student"] = job.start.weights
-        resume = "auto" if job.resume and any(folder.is_dir() for folder in newest_first(str(job.folder))) else None
-        _, metrics = run.train_recipe(recipe, resume)
+        try:
+            _, metrics = run.train_recipe(recipe, "auto" if job.resume and newest_first(job.folder) else None)
+        except NothingComplete as error:  # killed while it wrote its first checkpoint
+            logger.warning("%s; the run begins anew", error)
+            _, metrics = run.train_recipe(recipe)
         return TrainedModel(job.config, str(job.folder), metrics)
 
 

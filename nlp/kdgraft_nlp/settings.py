@@ -204,6 +204,10 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
     taught = [config.get("teacher"), config.get("teachers")]
     if all(given is None for given in taught) and (config.get("recipe") or config.get("terms")):
         told.append("a recipe or terms need teacher: the folder of a trained model")
+    if any(given is not None for given in taught) and config.get("recipe") is None and config.get("terms") is None:
+        told.append("a teacher is given, and nothing says what to learn; name terms or a recipe, or leave it out")
+    if fine.get("host_weight") is not None:
+        look(check_number, "host_weight", "the host's share", fine["host_weight"], 0)
     if fine.get("chunked"):
         look(_check_chunked, fine["chunked"])
     if told or arguments is None:

@@ -179,9 +179,10 @@ def graft(
     if chunk is not None and not terms:
         raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
     if cache is not None and terms and task_of(student) in ("seq2seq", "ctc"):
+        sort = "a model with a decoder" if task_of(student) == "seq2seq" else "a model of frames"
         raise WiringError(
-            f"the cache keeps outputs of the tokens that {type(student).__name__} is given, not of a decoder's or of frames; leave "
-            "the cache out"
+            f"the cache keeps no outputs of {sort} ({type(student).__name__}): it keeps those of the tokens that a model is given, not "
+            "of a decoder's or of frames; leave the cache out"
         )
     with isolated_rng():
         sources = build_sources(teacher, teachers, student, cache) if terms else {}

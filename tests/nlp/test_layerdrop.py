@@ -199,7 +199,7 @@ def test_processes_that_leave_out_other_layers_are_one(name, left_out, monkeypat
         student(**batch)
     whole = sums[0] + sums[1]
     monkeypatch.setattr("kdgraft.engine.sum_over_ranks", lambda values: whole)
-    monkeypatch.setattr("kdgraft.distiller.world_size", lambda: 2)
+    monkeypatch.setattr("kdgraft.engine.world_size", lambda: 2)
     parts = []
     for batch, out in zip(batches, gone, strict=True):
         left_out(3, out)
