@@ -67,7 +67,7 @@ def two_ranks(tmp_path_factory, teacher_checkpoint):
 
 
 @pytest.mark.parametrize("batch", list(det_ranks.BATCHES))
-@pytest.mark.parametrize("term", [*det_ranks.TERMS, *det_ranks.ON_PROPOSALS])
+@pytest.mark.parametrize("term", [*det_ranks.TERMS, *det_ranks.ON_PROPOSALS, *det_ranks.WITH_A_PEER])
 def test_two_ranks_are_one_batch(two_ranks, teacher_checkpoint, term, batch):
     whole = det_ranks.gradients_of(teacher_checkpoint, term, det_ranks.BATCHES[batch])
     first, second = (ranks[batch, term] for ranks in two_ranks)
