@@ -306,6 +306,8 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
     config = read_config(path, options)
     with safe_loading(trusted), tempfile.TemporaryDirectory() as scratch:
         config.work_dir = scratch
+        # mmengine names a Runner's log and pictures after the second it is made in: a training of the same second would write here.
+        config.experiment_name = f"check {scratch}"
         config.log_level = "WARNING"
         with config_mistakes(path):
             runner = make_runner(config)

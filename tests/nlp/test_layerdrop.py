@@ -193,13 +193,13 @@ def test_processes_that_leave_out_other_layers_are_one(name, left_out, monkeypat
         sums.append(values.clone())
         return values
 
-    monkeypatch.setattr("kdgraft.engine.sum_over_ranks", keep)
+    monkeypatch.setattr("kdgraft.step.sum_over_ranks", keep)
     for batch, out in zip(batches, gone, strict=True):
         left_out(3, out)
         student(**batch)
     whole = sums[0] + sums[1]
-    monkeypatch.setattr("kdgraft.engine.sum_over_ranks", lambda values: whole)
-    monkeypatch.setattr("kdgraft.engine.world_size", lambda: 2)
+    monkeypatch.setattr("kdgraft.step.sum_over_ranks", lambda values: whole)
+    monkeypatch.setattr("kdgraft.step.world_size", lambda: 2)
     parts = []
     for batch, out in zip(batches, gone, strict=True):
         left_out(3, out)

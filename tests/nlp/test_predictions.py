@@ -752,7 +752,7 @@ def test_a_vision_language_model_in_chunks():
     output = student(**batch)
     torch.testing.assert_close(output.loss, host, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        student._distill.losses["distill.forward_kl.loss"], kl(*scores).mean(), rtol=1e-4, atol=1e-6
+        student._distill.last.losses["distill.forward_kl.loss"], kl(*scores).mean(), rtol=1e-4, atol=1e-6
     )
 
 
