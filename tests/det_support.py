@@ -387,7 +387,9 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 class Given:
-    """A recording that answers with what it was given."""
+    """A recording of the student that answers with what it was given."""
+
+    model = "student"
 
     class_order = None
     scale = 1.0

@@ -313,7 +313,7 @@ class DenseHeads(Heads):
         ours = *self.student.class_taps, *self.student.assignment_taps
         self.class_taps = ours, self.teacher.class_taps
         self.box_taps = (*ours, self.student.boxes), (self.teacher.boxes,)
-        self.class_reading, self.box_reading = type(self.teacher).logits, self.teacher.reading
+        self.class_reading = type(self.teacher).logits
         self.regions = ("all", "main") if self.student.flags is None else ("all", "main", "vlr")
 
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
@@ -348,6 +348,10 @@ class DenseHeads(Heads):
         for head in (self.student, self.teacher):
             check_sigmoid(head, term)
         same_number_of_classes(self.student.channels, self.teacher.channels, term)
+
+    @property
+    def box_reading(self) -> Any:  # type: ignore[override]
+        return self.teacher.reading
 
     def check_boxes(self, term: Term) -> None:
         if self.student.unit != self.teacher.unit:

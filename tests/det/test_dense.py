@@ -195,7 +195,9 @@ def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(
     # With norm_on_bbox the host's head gives strides while it trains and pixels otherwise.
     entry = zoo("FCOS", frozen_bn=True, head=dict(norm_on_bbox=norm_on_bbox))
     model = build(entry)
-    heads = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", SoftTargets())
+    # A teacher is in eval mode from the start; a head that trains is a student's or a peer's.
+    teacher = build(entry).eval()
+    heads = DenseHeads(model.bbox_head, teacher.bbox_head, "bbox_head", SoftTargets())
     picture = raw_batch()
     found = []
     for training, head in ((True, heads.student), (False, heads.teacher)):

@@ -30,6 +30,7 @@ BESIDE = dict(
     width=4,
     data_preprocessor=dict(type="Prepare"),
     teacher=dict(config="teacher.py", checkpoint="teacher.pth"),
+    teachers=dict(a=dict(config="a.py", checkpoint="a.pth"), peer=dict(type="Peer", config="b.py")),
     terms=[dict(type="SoftTargets")],
     recipe="localization",
     teachers=None,
