@@ -19,17 +19,18 @@ from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
-from kdgraft.regions import Samples
+from kdgraft.regions import Batch, Samples
+from kdgraft.schedules import Step
 from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Teacher
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
 from .chunked import Tail, head_of
-from .chunked_pass import run_in_chunks
 from .heads import check_heads
 from .layers import refuse_dropped_layers
 from .link import LABELS, Link, link_of, tie, untie
 from .logits import LogitTerm
+from .passes import no_loss, run_student
 from .registry import TERMS
 from .sources import build_sources, compare_classes
 from .tasks import (
@@ -70,42 +71,50 @@ class Grafted:
         asked = link.asked is not None or not link.hosted
         if engine is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(**own)
-        others = [name for name, source in engine.sources.items() if not isinstance(source, (Teacher, Ensemble))]
-        if others and inputs.get(TEACHER_INPUTS) is not None:
-            raise DistillError(
-                f"the batch has tokens or columns of the teacher's own, and {others[0]!r} reads the student's; take the second "
-                "tokenizer and the columns teacher_… out, or that source"
-            )
         told, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
         batch, totals = link.of_pass(inputs, told)
-        given = inputs if "labels" in inputs else {**inputs, "labels": batch.labels}
-
         # Before any model is listened to, which hides the arguments that its forward names.
-        theirs = {
-            name: link.of_peer(inputs, name) if source.trains else link.of_source(given, name, source.model)
-            for name, source in engine.sources.items()
-            if name in link.sources and (source.trains or engine.active(told.at))
-        }
+        theirs = _inputs_of_sources(link, engine, inputs, batch, told.at)
 
         def run(source: Source) -> Any:
             return source.model(**theirs[source.name])
 
-        ids, teacher = inputs.get(SAMPLE_IDS), engine.teacher
-        if ids is not None and isinstance(teacher, Cached) and teacher.name in theirs:
-            batch.samples = Samples(ids, {k: v for k, v in theirs[teacher.name].items() if isinstance(v, Tensor)})
         with engine.step(self, batch, told.at, run, device, totals=totals, parts=told.parts) as step:  # type: ignore[arg-type]
-            output = self.plain_forward(**own) if link.chunk is None else run_in_chunks(self, own, step)
-        if link.chunk is None:
-            losses: Mapping[str, Tensor] = step.losses()
-            told.without_loss = isinstance(output, Mapping) and "loss" not in output
-        else:
-            output, losses = output.finish(step)
+            ran = run_student(self, own)
+        losses = ran.finish(step)
         peers = {
-            name: (found["loss"] if "loss" in found else _no_loss(found)) * step.host_share(listener=name)
+            name: (found["loss"] if "loss" in found else no_loss(found)) * step.host_share(listener=name)
             for name, found in step.outputs.items()
         }
         told.keep(step, losses, peers)
-        return _with_losses(output, {**losses, **{f"peer.{name}.loss": value for name, value in peers.items()}})
+        told.without_loss = isinstance(ran.output, Mapping) and "loss" not in ran.output
+        return _with_losses(ran.output, {**losses, **{f"peer.{name}.loss": value for name, value in peers.items()}})
+
+
+def _inputs_of_sources(
+    link: Link, engine: Engine, inputs: Mapping[str, Any], batch: Batch, at: Step
+) -> dict[str, Mapping[str, Any]]:
+    """What each source's model is given in a step, by its name; a teacher with a store learns which samples these are.
+
+    Raises:
+        DistillError: the batch has tokens of the teacher's own, and a source reads the student's.
+    """
+    others = [name for name, source in engine.sources.items() if not isinstance(source, (Teacher, Ensemble))]
+    if others and inputs.get(TEACHER_INPUTS) is not None:
+        raise DistillError(
+            f"the batch has tokens or columns of the teacher's own, and {others[0]!r} reads the student's; take the second "
+            "tokenizer and the columns teacher_… out, or that source"
+        )
+    given = inputs if "labels" in inputs else {**inputs, "labels": batch.labels}
+    found = {
+        name: link.of_peer(inputs, name) if source.trains else link.of_source(given, name, source.model)
+        for name, source in engine.sources.items()
+        if name in link.sources and (source.trains or engine.active(at))
+    }
+    ids, teacher = inputs.get(SAMPLE_IDS), engine.teacher
+    if ids is not None and isinstance(teacher, Cached) and teacher.name in found:
+        batch.samples = Samples(ids, {k: v for k, v in found[teacher.name].items() if isinstance(v, Tensor)})
+    return found
 
 
 def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
@@ -115,15 +124,9 @@ def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
     """
     if is_dataclass(output):
         found = {key: value for key, value in losses.items() if key.endswith(".loss")}
-        own: Any = output if "loss" in output else {**output, "loss": _no_loss(output)}  # type: ignore[operator, dict-item]
+        own: Any = output if "loss" in output else {**output, "loss": no_loss(output)}  # type: ignore[operator, dict-item]
         output = _output_class(type(output))(**own, distill=found)  # type: ignore[arg-type]
     return output
-
-
-def _no_loss(output: Any) -> Tensor:
-    """0 that leaves no parameter out of the graph that made the output, for DDP."""
-    parts = [value.flatten()[:0].sum() for value in output.values() if isinstance(value, Tensor)]
-    return torch.stack([part.float() for part in parts]).sum()
 
 
 @cache

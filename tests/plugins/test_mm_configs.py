@@ -33,7 +33,6 @@ BESIDE = dict(
     teachers=dict(a=dict(config="a.py", checkpoint="a.pth"), peer=dict(type="Peer", config="b.py")),
     terms=[dict(type="SoftTargets")],
     recipe="localization",
-    teachers=None,
     inherit=["bbox_head"],
     dry_run_size=64,
 )

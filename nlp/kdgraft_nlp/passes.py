@@ -1,8 +1,7 @@
-"""A pass of a student whose losses on logits are computed in chunks."""
+"""One pass of a student on the host's own loss: the plain one, and one whose losses on logits are computed in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,37 @@ from .logits import LogitTerm
 from .tokens import IGNORED
 
 
-def run_in_chunks(student: Any, inputs: dict[str, Any], step: StepInProgress) -> ChunkedPass:
+@dataclass
+class Pass:
+    """A student that ran.
+
+    Attributes:
+        student: the grafted model.
+        output: what it returned.
+    """
+
+    student: Any
+    output: Any
+
+    def finish(self, step: StepInProgress) -> dict[str, Tensor]:
+        """The terms' losses."""
+        return step.losses()
+
+
+def run_student(student: Any, inputs: dict[str, Any]) -> Pass:
+    """Runs a student on the host's own loss, in chunks where its link says so."""
+    if link_of(student).chunk is None:
+        return Pass(student, student.plain_forward(**inputs))
+    return _run_in_chunks(student, inputs)
+
+
+def no_loss(output: Any) -> Tensor:
+    """0 that leaves no parameter out of the graph that made the output, for DDP."""
+    parts = [value.flatten()[:0].sum() for value in output.values() if isinstance(value, Tensor)]
+    return torch.stack([part.float() for part in parts]).sum()
+
+
+def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
     """Runs the student without logits; its output gets the host's loss in :meth:`ChunkedPass.finish`."""
     labels = inputs.pop("labels", None)
     if labels is None:
@@ -41,24 +70,21 @@ def run_in_chunks(student: Any, inputs: dict[str, Any], step: StepInProgress) ->
 
 
 @dataclass
-class ChunkedPass:
+class ChunkedPass(Pass):
     """A student that ran without logits.
 
     Attributes:
-        output: what it returned.
         hidden: ``(N, H)``: its states under the output layer.
         targets: ``(N,)``: the token that each state predicts; −100 for none.
         items: what the host divides the sum of the cross-entropies by.
     """
 
-    student: Any
-    output: Any
     hidden: Tensor
     targets: Tensor
     items: Tensor
 
-    def finish(self, step: StepInProgress) -> tuple[Any, Mapping[str, Tensor]]:
-        """The output with the host's loss in it, and the terms' losses, both from chunks of logits."""
+    def finish(self, step: StepInProgress) -> dict[str, Tensor]:
+        """The terms' losses, from chunks of logits; the output has the host's loss then."""
         terms = [term for term in step.active if isinstance(term, LogitTerm)]
         whole, hard, sums = self._total(step, terms)
         ready = {
@@ -75,7 +101,7 @@ class ChunkedPass:
             share = link_of(self.student).host_weight * step.host_share()
             own = router * share if share else router.flatten()[:0].sum()
             self.output["loss"] = self.output["loss"] + own.to(whole)
-        return self.output, losses
+        return losses
 
     def _total(self, step: StepInProgress, terms: list[LogitTerm]) -> tuple[Tensor, Tensor, Tensor]:
         """All losses in one, the factor of the cross-entropy, and the sums over tokens."""
