@@ -126,6 +126,10 @@ class Distilling(_Host):
     # The step.
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        if self.state.global_step >= self.state.max_steps > 0:
+            # Resumed from the last step; where that is within an epoch, the host would make one more.
+            self.control.should_training_stop = True
+            return [], None
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.state.global_step < self._last_step:  # another run of the same trainer
             self._logged, self._logged_steps = {}, 0

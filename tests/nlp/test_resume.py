@@ -101,6 +101,17 @@ def test_the_newest_checkpoint_is_taken_without_a_word_where_it_is_complete(stop
     assert not [record for record in caplog.records if record.name == "kdgraft"]
 
 
+@pytest.mark.parametrize("steps", [3, 5])
+def test_a_run_that_is_over_makes_no_step_more(steps, tmp_path):
+    # The host alone makes one, where the last step is within an epoch (here of three steps).
+    done = trainer(tmp_path, steps, lr_scheduler_type="constant")
+    done.train()
+    again = trainer(tmp_path, steps, lr_scheduler_type="constant")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps
+    assert ends_like(again, (tmp_path, done.model.state_dict()))
+
+
 @pytest.mark.parametrize("name", [*STATES, *ESSENTIAL[:2]])
 @pytest.mark.parametrize(("harm", "word"), [("unlink", "is missing"), (truncate, "is damaged"), (flip, "is damaged")])
 def test_a_checkpoint_without_a_part_of_it_is_refused(name, harm, word, stopped):
