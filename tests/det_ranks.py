@@ -44,6 +44,11 @@ ON_PROPOSALS: dict[str, Any] = {
     "query_boxes": dict(type="BoundedRegression", margin=1e6),
 }
 """Terms of detectors without a dense head; with more samples than proposals nothing is drawn at random."""
+WITH_A_PEER: dict[str, Any] = {
+    "peer_boxes": dict(type="BoundedRegression", margin=1e6, source="peer"),
+    "peer_features": dict(type="FeatureImitation", tap="neck[*]", region="foreground", source="peer"),
+}
+"""Terms between two detectors that both train."""
 BATCHES = {
     "unequal": BOXES,  # 1 and 2 objects on the first process, 3 and 1 on the second
     "one sided": (*BOXES[1:3], [], []),  # no object at all on the second process
@@ -62,13 +67,16 @@ def without_dense_head(kind: str, **settings: Any) -> dict[str, Any]:
 
 def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)) -> dict[str, Any]:
     """The loss on a share of the batch, and the distillation gradient; under several processes the mean that DDP takes."""
-    spec = {**TERMS, **ON_PROPOSALS}[term]
+    spec = {**TERMS, **ON_PROPOSALS, **WITH_A_PEER}[term]
     student, other = detector(frozen_bn=True), detector(width=6, channels=12)
     if term in ON_PROPOSALS:
         kind = kind_of(term)
         student, other = without_dense_head(kind, frozen_bn=True), without_dense_head(kind, width=6)
         teacher = f"{teacher}.{kind}"
     entry = distilled(student, other, teacher, terms=[{**spec, "name": "term"}])
+    if term in WITH_A_PEER:
+        del entry["teacher"]
+        entry["teachers"] = dict(peer=dict(type="Peer", config=detector(width=6, channels=12, frozen_bn=True)))
     model = build(entry)
     wrapped = model
     if dist.is_initialized():
@@ -96,7 +104,7 @@ def main(rank: int, world: int, store: str, teacher: str, out: str) -> None:
     share = slice(2 * rank, 2 * rank + 2)
     results: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, boxes in BATCHES.items():
-        for term in (*TERMS, *ON_PROPOSALS):
+        for term in (*TERMS, *ON_PROPOSALS, *WITH_A_PEER):
             results[name, term] = gradients_of(teacher, term, boxes, share)
     torch.save(results, out)
     dist.destroy_process_group()

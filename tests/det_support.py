@@ -387,10 +387,16 @@ def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 
 class Given:
-    """A recording that answers with what it was given."""
+    """A recording of the student that answers with what it was given."""
 
-    def __init__(self, values: dict[Any, Any]) -> None:
-        self.values = values
+    model = "student"
+
+    class_order = None
+    scale = 1.0
+    training = False
+
+    def __init__(self, values: dict[Any, Any], model: str = "student") -> None:
+        self.values, self.model = values, model
 
     def __getitem__(self, tap: Any) -> Any:
         return self.values[tap]

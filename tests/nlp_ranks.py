@@ -33,6 +33,8 @@ TERMS: dict[str, list[Any]] = {
         dict(type="HiddenStates", loss="cosine"),
     ],
 }
+WITHOUT_LABELS: dict[str, list[Any]] = {"bert/BertModel": TERMS["bert"][1:5]}
+"""A family and a class of it that has no loss of its own."""
 
 
 class Recording(DistillTrainer):
@@ -50,9 +52,10 @@ class Recording(DistillTrainer):
 
 
 def gradients(family: str, folder: Path, terms: list[Any], batch: int, accumulation: int, **settings: Any) -> Recording:
-    """A trainer that has done one step on the eight samples; ``found`` holds its gradient."""
-    student = support.quiet(support.model(family, 16, 2, 4, seed=1))
-    teacher = support.model(family, 32, 4, 4, seed=2)
+    """A trainer that has done one step on the eight samples; ``found`` holds the gradient of the first."""
+    family, _, kind = family.partition("/")
+    student = support.quiet(support.model(family, 16, 2, 4, seed=1, kind=kind))
+    teacher = support.model(family, 32, 4, 4, seed=2, kind=kind)
     torch.manual_seed(0)
     trainer = Recording(
         model=student,
@@ -60,13 +63,12 @@ def gradients(family: str, folder: Path, terms: list[Any], batch: int, accumulat
         terms=terms,
         args=support.arguments(
             folder,
-            max_steps=1,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             max_grad_norm=1e9,
-            **settings,
+            **{"max_steps": 1, **settings},
         ),
-        train_dataset=support.samples(8, support.TASKS[family][1]),
+        train_dataset=support.samples(8, "none" if kind else support.TASKS[family][1]),
         data_collator=support.collate,
     )
     trainer.train()
@@ -78,7 +80,8 @@ if __name__ == "__main__":
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
     )
-    done = gradients(family, out / f"rank{rank}", TERMS[family], 4, 1, ddp_backend="gloo")
+    terms, steps = ({**TERMS, **WITHOUT_LABELS}[family], 2 if family in WITHOUT_LABELS else 1)
+    done = gradients(family, out / f"rank{rank}", terms, 4, 1, ddp_backend="gloo", max_steps=steps)
     if rank == 0:
         logged = [entry for entry in done.state.log_history if "distill.hidden_states.loss" in entry]
         torch.save({"gradient": done.found, "logged": logged[0]}, out / "found.pt")

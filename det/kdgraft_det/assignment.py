@@ -61,13 +61,14 @@ class Assignment:
             return self.valid.float()
         if region == "main":
             return self.positive.float()
-        key = f"vlr {variant} {id(self)}"
-        if key not in batch.extra:
+
+        def find() -> Tensor:
             assert batch.boxes is not None
             images = zip(self.given, batch.boxes, strict=True)
             found = torch.stack([self._valuable(given, b.to(self.anchors), variant) for given, b in images])
-            batch.extra[key] = found * self.inside
-        return batch.extra[key]
+            return found * self.inside
+
+        return batch.once(("vlr", variant, id(self)), find)
 
     def _valuable(self, given: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
         # The thresholds are an assigner's, so they are taken from the anchors that it gets, padding and all.

@@ -41,10 +41,9 @@ class BoundedRegression(Term):
         *,
         head: HeadName = "auto",
         weight: float = 0.5,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, schedule=schedule, name=name)
+        super().__init__(weight=weight, **settings)
         check_number("BoundedRegression", "margin", margin)
         check_head_name(self, head)
         self.margin, self.head = margin, head
@@ -52,7 +51,9 @@ class BoundedRegression(Term):
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.heads = find_heads(student, teacher, self.head, self)
         self.heads.check_boxes(self)
+        self.hears_ensembles = self.heads.averages
         self.compares_classes = self.heads.boxes_by_class
+        self.reading = self.heads.box_reading
         self.student_taps, self.teacher_taps = self.heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:

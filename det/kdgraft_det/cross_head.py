@@ -62,10 +62,9 @@ class CrossHead(Term):
         boxes: float | None = None,
         adapter: AdapterKind = "auto",
         weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, schedule=schedule, name=name)
+        super().__init__(weight=weight, **settings)
         check_number("CrossHead", "reused", reused, whole=True)
         check_number("CrossHead", "classes", classes)
         if boxes is not None:

@@ -25,11 +25,21 @@ from torch import Tensor
 
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
+from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring
 
 from .assignment import Assignment
-from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
+from .heads import (
+    HeadRegion,
+    Heads,
+    Rows,
+    check_upright,
+    in_students_order,
+    known_head,
+    same_box_coder,
+    same_number_of_classes,
+)
 from .resolution import same_resolution
 
 
@@ -78,9 +88,15 @@ class DenseHead:
         """Class logits ``(K, C)`` at chosen priors."""
         return pick(recording.tensors(self.classes), chosen, self.num_priors)
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
-        """Boxes ``(K, 4)`` in this head's unit from what it predicts at K priors with these centres and strides."""
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        """Boxes ``(K, 4)`` in this head's unit from what it predicts, ``trains`` or not, at K priors with these centres and strides."""
         return picked
+
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        """What :meth:`regression` depends on: how edges are predicted, and from which centres."""
+        first = self.generator.grid_priors([(1, 1)] * len(self.strides), device="cpu")
+        return type(self).edges, self.bins, [level.tolist() for level in first] if self.unit == "strides" else None
 
     def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
         """The host's targets ``(K, 4)`` in this head's unit."""
@@ -94,7 +110,8 @@ class DenseHead:
         anchors, strides, counts = self.priors(levels)
         places = in_order_of_pick(chosen, counts)
         centres = (anchors[places, :2] + anchors[places, 2:]) / 2
-        return self.edges(pick(levels, chosen, self.num_priors).float(), centres, strides[places])
+        picked = pick(levels, chosen, self.num_priors).float()
+        return self.edges(picked, centres, strides[places], recording.training)
 
     def decoded(self, levels: Sequence[Tensor]) -> Tensor:
         """All boxes ``(B, N, 4)``, x1, y1, x2, y2 in pixels of the padded input, from the second output; not clipped."""
@@ -102,7 +119,7 @@ class DenseHead:
         rows = torch.cat([in_rows(level, n) for level, n in zip(levels, counts, strict=True)], 1)
         places = torch.cat([anchors, strides[:, None]], 1).repeat(len(rows), 1)
         anchors, strides = places[:, :4], places[:, 4]
-        found = self.edges(rows.flatten(0, 1), (anchors[:, :2] + anchors[:, 2:]) / 2, strides)
+        found = self.edges(rows.flatten(0, 1), (anchors[:, :2] + anchors[:, 2:]) / 2, strides, self.owner == "student")
         pixels = self.bbox_coder.decode(anchors, found) if self.unit == "deltas" else found * strides[:, None]  # type: ignore[union-attr]
         return pixels.view(*rows.shape[:2], 4)
 
@@ -129,8 +146,8 @@ class DenseHead:
 
     def assignment(self, recording: Recording, batch: Batch) -> Assignment:
         """The assignment of this step, made once for all terms."""
-        key = f"assignment {self.path}"
-        if key not in batch.extra:
+
+        def make() -> Assignment:
             assert batch.image_sizes is not None
             outputs = recording.tensors(self.classes)
             anchors, strides, counts = self.priors(outputs)
@@ -138,10 +155,9 @@ class DenseHead:
             given = assigned if self.flags is None else self.given(recording, anchors, batch)
             sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
             inside = ((anchors[:, :2] + anchors[:, 2:]) / 2 < sizes).all(-1)
-            batch.extra[key] = Assignment(
-                labels, given, assigned, inside, anchors, strides, counts, self.num_classes, targets
-            )
-        return batch.extra[key]
+            return Assignment(labels, given, assigned, inside, anchors, strides, counts, self.num_classes, targets)
+
+        return batch.once(("assignment", recording.model, self.path), make)
 
 
 class _Anchors(DenseHead):
@@ -162,7 +178,7 @@ class _Distributions(DenseHead):
     unit = "strides"
     distributions = True
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         bins = torch.arange(self.bins, device=picked.device, dtype=picked.dtype)
         # Not a matrix product, which autocast computes in bfloat16: off by up to 0.03 strides.
         distances = (F.softmax(picked.unflatten(1, (4, self.bins)), -1) * bins).sum(-1)
@@ -174,7 +190,7 @@ class _Distances(DenseHead):
 
     unit = "strides"
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         return _edges(centres / strides[:, None], picked / strides[:, None])
 
 
@@ -185,8 +201,11 @@ class _Points(_Distances):
         super().__init__(head, path, owner)
         self.by_stride = head.norm_on_bbox
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
-        trains = self.owner == "student"
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        return (*super().reading, self.by_stride)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         distances = picked if self.by_stride and trains else picked / strides[:, None]
         return _edges(centres / strides[:, None], distances)
 
@@ -207,7 +226,7 @@ class _Aligned(DenseHead):
     def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
         return super().logits(recording, chosen).float().logit(eps=1e-6)
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         return picked
 
 
@@ -230,7 +249,7 @@ class _Objects(DenseHead):
         objectness = pick(recording.tensors(self.objectness), chosen, 1).float()
         return joint_logits(super().logits(recording, chosen).float(), objectness)
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor) -> Tensor:
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         middle, half = picked[:, :2] + centres / strides[:, None], picked[:, 2:].exp() / 2
         return torch.cat([middle - half, middle + half], 1)
 
@@ -269,6 +288,7 @@ def dense_head(head: Any, path: str, owner: str, term: Term) -> DenseHead:
     Raises:
         WiringError: it is of no kind that this suite knows; says what works without.
     """
+    check_upright(head, owner, term)
     kind = known_head(head, list(KINDS), owner, trained=_TRAINED, predicted=_PREDICTED)
     if kind is None:
         names = ", ".join(kind.__name__ for kind in KINDS if kind is not AnchorHead)
@@ -293,14 +313,20 @@ class DenseHeads(Heads):
         ours = *self.student.class_taps, *self.student.assignment_taps
         self.class_taps = ours, self.teacher.class_taps
         self.box_taps = (*ours, self.student.boxes), (self.teacher.boxes,)
+        self.class_reading = type(self.teacher).logits
         self.regions = ("all", "main") if self.student.flags is None else ("all", "main", "vlr")
 
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
         assignment = self.student.assignment(student, batch)
         weights = assignment.weights(region, batch)
         chosen = weights > 0
-        logits, targets = self.student.logits(student, chosen), self.teacher.logits(teacher, chosen)
-        targets = targets if self.proposes else in_students_order(targets, batch.class_order)
+        logits = self.student.logits(student, chosen)
+
+        def read(member: Recording) -> Tensor:
+            scores = self.teacher.logits(member, chosen)
+            return scores if self.proposes else in_students_order(scores, member.class_order)
+
+        targets = combined(teacher, read, "sigmoid")
         if region == "all":
             objects = None if self.student.samples else targets.float().sigmoid().amax(1).sum()
             return [Rows(logits, targets, count=objects)]
@@ -309,20 +335,23 @@ class DenseHeads(Heads):
     def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
         assignment = self.student.assignment(student, batch)
         chosen = assignment.positive
-        boxes = [
-            head.regression(recording, chosen) for head, recording in ((self.student, student), (self.teacher, teacher))
-        ]
+        boxes = self.student.regression(student, chosen)
+        theirs = combined(teacher, lambda member: self.teacher.regression(member, chosen), "value")
         places = in_order_of_pick(chosen, assignment.num_per_level)
         image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
         target = self.student.true_edges(
             assignment.targets[image, places].float(), assignment.anchors[places], assignment.strides[places]
         )
-        return [Rows(boxes[0], boxes[1], target=target)]
+        return [Rows(boxes, theirs, target=target)]
 
     def check_classes(self, term: Term) -> None:
         for head in (self.student, self.teacher):
             check_sigmoid(head, term)
         same_number_of_classes(self.student.channels, self.teacher.channels, term)
+
+    @property
+    def box_reading(self) -> Any:  # type: ignore[override]
+        return self.teacher.reading
 
     def check_boxes(self, term: Term) -> None:
         if self.student.unit != self.teacher.unit:

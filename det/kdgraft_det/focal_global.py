@@ -51,6 +51,7 @@ class FocalGlobal(PerImageImitation):
         weight: float = 1.0,
         schedule: Any = None,
         name: str | None = None,
+        source: str = "teacher",
     ) -> None:
         super().__init__(
             tap,
@@ -60,6 +61,7 @@ class FocalGlobal(PerImageImitation):
             weight=weight,
             schedule=schedule,
             name=name,
+            source=source,
         )
         check_temperature(temperature)
         for key, value in dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_).items():
@@ -67,10 +69,10 @@ class FocalGlobal(PerImageImitation):
         self.temperature = temperature
         self.alpha, self.beta, self.gamma, self.lambda_ = alpha, beta, gamma, lambda_
 
-    def _module(self, channels: int) -> nn.Module:
+    def build_module(self, channels: int) -> nn.Module:
         return GlobalRelation(channels)
 
-    def _per_image(
+    def per_image(
         self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
     ) -> Tensor:
         if batch.boxes is None or batch.padded_size is None:

@@ -6,20 +6,22 @@ taps it needs and gives rows: class logits side by side, boxes side by side with
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from mmdet.models.dense_heads import RPNHead
+from mmdet.models.dense_heads import AnchorFreeHead, DETRHead, RPNHead, SABLRetinaHead, YOLOXHead
+from mmdet.models.dense_heads.anchor_head import AnchorHead
+from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from torch import Tensor, nn
 
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring
+from kdgraft_mm.class_outputs import scores_classes
 
 HeadRegion = Literal["all", "main", "vlr"]
 
@@ -55,10 +57,15 @@ class Heads(ABC):
     """Softmax over classes and background (the last), rather than a sigmoid each."""
     regions: tuple[str, ...] = ("all", "main")
     """What regions mean something on this head, its default first."""
+    averages: bool = True
+    """Whether several teachers predict at the same places, so that their mean means something."""
     proposes: bool = False
     """A network of proposals, which knows objects alone."""
     boxes_by_class: bool = False
     """Whether which of the teacher's boxes is taken depends on its classes, so that both have to have the same."""
+    class_reading: Any = None
+    box_reading: Any = None
+    """How the teacher's classes and boxes are read, beside the taps."""
 
     classes: int
     class_taps: tuple[Sequence[Tap], Sequence[Tap]]
@@ -108,6 +115,16 @@ def same_box_coder(student: Any, teacher: Any, term: Term) -> None:
         )
 
 
+def check_upright(head: Any, owner: str, term: Term) -> None:
+    """Raises a :class:`WiringError` where a head predicts other boxes than upright ones: its anchors are others as well."""
+    size = getattr(getattr(head, "bbox_coder", None), "encode_size", 4)
+    if size != 4:
+        raise WiringError(
+            f"{term.name}: the {owner}'s {type(head).__name__} predicts boxes of {size} numbers (rotated ones), and terms on "
+            "predictions compare upright ones; use FeatureImitation or FocalGlobal, which take the upright boxes around objects"
+        )
+
+
 def known_head(
     head: Any, kinds: Sequence[type], owner: str, *, trained: Sequence[str], predicted: Sequence[str]
 ) -> type | None:
@@ -125,29 +142,27 @@ def known_head(
     return None
 
 
-_HEAD = re.compile(r"(bbox_head|roi_head\.(bbox|mask)_head)(\.\d+)?")
-_LAYER = re.compile(rf"{_HEAD.pattern}\.(\w+_cls|cls_branches|conv_logits)(\.\d+)?")
+_SCORES_FIRST = (AnchorHead, AnchorFreeHead, DETRHead, SABLRetinaHead, YOLOXHead, BBoxHead)
+"""Heads whose first output scores classes; the second predicts boxes, and what follows knows objects alone."""
 
 
-def reads_classes(model: Any, tap: Tap) -> bool:
+def reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
     """Whether the channels of what a tap reads stand for classes: what a head says of them, and the layer that says it.
 
     A network of proposals knows objects alone, and so does a mask head with one mask for all classes.
     """
-    if tap.side != "output" or tap.method != "forward":
+    if tap.below("rpn_head"):
         return False
-    if _HEAD.fullmatch(tap.path) is None:
-        return _LAYER.fullmatch(tap.path) is not None
     head: Any = model.get_submodule(tap.path)
     index = tap.index
     if isinstance(head, nn.ModuleList):
         head, index = head[0], index[1:]
-    if hasattr(head, "class_agnostic"):
-        return not head.class_agnostic
     if isinstance(head, RPNHead):
         return False
-    boxes_by_class = not getattr(head, "reg_class_agnostic", True)
-    return index[:1] in ((), ("*",), (0,)) or (boxes_by_class and index[:1] == (1,))
+    if isinstance(head, _SCORES_FIRST) and tap.side == "output" and tap.method == "forward":
+        boxes_by_class = not getattr(head, "reg_class_agnostic", True)
+        return index[:1] in ((), ("*",), (0,)) or (boxes_by_class and index[:1] == (1,))
+    return scores_classes(model, tap, tensor)
 
 
 def in_students_order(logits: Tensor, order: Tensor | None) -> Tensor:

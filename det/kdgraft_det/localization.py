@@ -10,6 +10,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, localization, weighted_ratio
 from kdgraft.losses.soft_targets import check_temperature
 from kdgraft.regions import Batch
+from kdgraft.sources import combined
 from kdgraft.taps import Recording
 from kdgraft.terms import Term, Wiring
 
@@ -38,6 +39,7 @@ class LocalizationDistillation(Term):
         vlr_variant: see :func:`kdgraft_det.regions.valuable_region`.
     """
 
+    hears_ensembles = True
     heads: DenseHeads
 
     def __init__(
@@ -48,16 +50,19 @@ class LocalizationDistillation(Term):
         variant: Literal["code", "paper"] = "paper",
         vlr_variant: Literal["paper", "code"] = "paper",
         weight: float = 1.2,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, schedule=schedule, name=name)
+        super().__init__(weight=weight, **settings)
         check_temperature(temperature)
         if region not in ("main", "vlr"):
             raise DistillError(f"LocalizationDistillation: region must be 'main' or 'vlr', got {region!r}")
         for given in (variant, vlr_variant):
             if given not in ("code", "paper"):
                 raise DistillError(f"LocalizationDistillation: variant must be 'code' or 'paper', got {given!r}")
+        if region == "main" and vlr_variant != "paper":
+            raise DistillError(
+                "LocalizationDistillation: vlr_variant says which anchors region='vlr' has; leave it out"
+            )
         self.temperature, self.region, self.variant, self.vlr_variant = temperature, region, variant, vlr_variant
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -86,7 +91,9 @@ class LocalizationDistillation(Term):
         weights = assignment.weights(self.region, batch, self.vlr_variant)
         chosen = weights > 0
         edges = self._edges(pick(student.tensors(ours.boxes), chosen, 1))
-        targets = self._edges(pick(teacher.tensors(theirs.boxes), chosen, 1))
+        targets = combined(
+            teacher, lambda member: self._edges(pick(member.tensors(theirs.boxes), chosen, 1)), "softmax"
+        )
         items = localization(edges, targets, self.temperature, variant=self.variant, reduction="none").mean(-1)
         if self.region == "main":
             scores = ours.logits(student, chosen).detach().float().sigmoid()

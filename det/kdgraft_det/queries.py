@@ -50,6 +50,7 @@ class QueryHeads(Heads):
                     "Deformable DETR and DINO, both models alike); FeatureImitation works with any detector"
                 )
         self.assigner = student.bbox_head.assigner
+        self.averages = False  # each teacher may match an object of its own
         self.classes, self.teacher_classes = student.bbox_head.num_classes, teacher.bbox_head.num_classes
         self.queries = student.num_queries, teacher.num_queries
         self.class_taps = self.box_taps = (_CLASSES, _BOXES), (_CLASSES, _BOXES)
@@ -77,7 +78,8 @@ class QueryHeads(Heads):
         self, student: Recording, teacher: Recording, batch: Batch
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
         """(class logits, boxes) of the student and of the teacher at each object's queries, and the true boxes."""
-        if "queries" not in batch.extra:
+
+        def match() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
             assert batch.boxes is not None and batch.image_sizes is not None
             outputs = [
                 (
@@ -87,7 +89,7 @@ class QueryHeads(Heads):
                 for recording, count in zip((student, teacher), self.queries, strict=True)
             ]
             theirs = outputs[1][0].flatten(0, 1)
-            outputs[1] = in_students_order(theirs, batch.class_order).view_as(outputs[1][0]), outputs[1][1]
+            outputs[1] = in_students_order(theirs, teacher.class_order).view_as(outputs[1][0]), outputs[1][1]
             sides: list[list[tuple[Tensor, Tensor]]] = [[], []]
             truths = []
             for image, (boxes, labels, size) in enumerate(
@@ -101,9 +103,13 @@ class QueryHeads(Heads):
                 for side, (classes, places), queries in zip(sides, outputs, found, strict=True):
                     side.append((classes[image][queries[both]], places[image][queries[both]]))
                 truths.append(bbox_xyxy_to_cxcywh(boxes[both] / pixels))
-            joined = [tuple(torch.cat(parts) for parts in zip(*side, strict=True)) for side in sides]
-            batch.extra["queries"] = *joined, torch.cat(truths)
-        return batch.extra["queries"]
+            joined = []
+            for side in sides:
+                classes, places = zip(*side, strict=True)
+                joined.append((torch.cat(classes), torch.cat(places)))
+            return joined[0], joined[1], torch.cat(truths)
+
+        return batch.once(("queries", student.model, teacher.model), match)
 
     @torch.no_grad()
     def _queries(self, classes: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:

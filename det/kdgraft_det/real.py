@@ -11,7 +11,8 @@ from typing import Any
 import cv2
 
 from kdgraft.errors import DistillError
-from kdgraft_mm.finished import describe, digest
+from kdgraft.files import digest
+from kdgraft_mm.finished import describe
 
 SPLITS = ("train", "val")
 

@@ -1,4 +1,4 @@
-"""Regions of anchors: the positives, and the valuable localization region around them."""
+"""Where objects are: upright boxes around them, and the valuable localization region around their anchors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,39 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from mmdet.structures.bbox import BaseBoxes
 from torch import Tensor
+
+from kdgraft.errors import DistillError
+
+
+def enclosing_boxes(boxes: Tensor | BaseBoxes) -> Tensor:
+    """The upright boxes ``(n, 4)`` around ground truth of any kind, as x1, y1, x2, y2.
+
+    Args:
+        boxes: boxes of a type that mmdet can convert to ``"hbox"``; or a tensor ``(n, 4)`` of upright boxes, ``(n, 5)`` of
+            rotated ones (centre, width, height and angle in radians, as all of mm has them) or ``(n, 8)`` of four corners.
+
+    Raises:
+        DistillError: they are nothing of this.
+    """
+    if isinstance(boxes, BaseBoxes):
+        return boxes.convert_to("hbox").tensor
+    size = boxes.shape[-1]
+    if size == 5:
+        centre, sides, angle = boxes.split((2, 2, 1), -1)
+        cos, sin = angle.cos().abs(), angle.sin().abs()
+        half = (sides * cos + sides.flip(-1) * sin) / 2
+        return torch.cat([centre - half, centre + half], -1)
+    if size == 8:
+        corners = boxes.unflatten(-1, (4, 2))
+        return torch.cat([corners.amin(-2), corners.amax(-2)], -1)
+    if size != 4:
+        raise DistillError(
+            f"ground truth boxes of {size} numbers cannot be read; give them as mmdet's box types (boxtype2tensor=False in the "
+            "data_preprocessor), with a converter to 'hbox'"
+        )
+    return boxes
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from mmdet.structures import DetDataSample
 from mmdet.structures.bbox import BaseBoxes
@@ -18,7 +19,7 @@ from kdgraft_mm.resolution import Resolution, Size, nearest_positions
 
 def same_resolution(wiring: Wiring, term: Term) -> None:
     """Raises a :class:`WiringError` where student and teacher see images of different sizes."""
-    scale = wiring.facts.get("teacher_scale", 1)
+    scale = wiring.teacher_recording.scale
     if scale != 1:
         raise WiringError(
             f"{term.name}: compares predictions position by position, and with the teacher's scale={scale:g} the two grids "
@@ -76,7 +77,8 @@ def _instances(found: InstanceData, resolution: Resolution, image: Size, padding
             small.bboxes = boxes.clone()
             small.bboxes.rescale_((1 / scale, 1 / scale))
         else:
-            small.bboxes = boxes / scale
+            angle = 4 if boxes.shape[-1] == 5 else boxes.shape[-1]  # of rotated boxes, the same at every size
+            small.bboxes = torch.cat([boxes[:, :angle] / scale, boxes[:, angle:]], 1)
     if "masks" in found:
         small.masks = reduced_masks(found.masks, resolution, image, padding)
     return small

@@ -11,13 +11,23 @@ from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from torch import Tensor, nn
 
-from kdgraft.distiller import HostDistiller, Replay
+from kdgraft.engine import Engine, Replay
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
+from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring
 
-from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_box_coder, same_number_of_classes
+from .heads import (
+    HeadRegion,
+    Heads,
+    Rows,
+    check_upright,
+    in_students_order,
+    known_head,
+    same_box_coder,
+    same_number_of_classes,
+)
 
 ROI_HEAD = "roi_head"
 _FEATURES = Tap.parse("extract_feat()")
@@ -31,7 +41,7 @@ def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch)
     Raises:
         WiringError: the two RoI heads are not called alike.
     """
-    scale = batch.teacher_scale
+    scale = recorded.scale
     head, pyramid = teacher.roi_head, recorded[_FEATURES]
     runs = [(_BOXES_DRAWN, head._bbox_forward)]
     if head.with_mask and not getattr(
@@ -69,9 +79,9 @@ REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
 """What of a two-stage teacher runs on the student's proposals: its whole RoI head, boxes and masks."""
 
 
-def check_masks(roi_head: Any, distiller: HostDistiller) -> None:
+def check_masks(roi_head: Any, distiller: Engine) -> None:
     """Raises a :class:`WiringError` where a teacher's mask head would have to run on what the student does not draw for it."""
-    taps = [tap for term in distiller._all_terms() for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
+    taps = [tap for term in distiller.all_terms for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
     if taps and getattr(roi_head, "share_roi_extractor", False):
         raise WiringError(
             f"the student's mask head has no RoI extractor of its own, so that the teacher's cannot run on its regions for "
@@ -105,6 +115,7 @@ class RoIHeads(Heads):
         self.heads = [[_Plain(head) for head in found] for found in heads]
         self.classes = self.heads[0][0].num_classes
         self.boxes_by_class = not all(head.agnostic for head in self.heads[1])
+        self.box_reading = [head.agnostic for head in self.heads[1]]
         cascade = isinstance(student.roi_head, CascadeRoIHead)
         stages = [f"[{i}]" for i in range(len(heads[0]))] if cascade else [""]
         self.outputs = [Tap.parse(f"{ROI_HEAD}.bbox_head{stage}") for stage in stages]
@@ -115,10 +126,14 @@ class RoIHeads(Heads):
     def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
         found = []
         for stage in range(len(self.outputs)):
-            logits, scores = (_seen(recording, self.outputs, stage)[0] for recording in (student, teacher))
+            logits = _seen(student, self.outputs, stage)[0]
+
+            def read(member: Recording, stage: int = stage) -> Tensor:
+                return in_students_order(_seen(member, self.outputs, stage)[0], member.class_order)
+
             labels = _seen(student, self.targets, stage)[0]
             chosen = None if region == "all" else (labels < self.classes).float()
-            found.append(Rows(logits, in_students_order(scores, batch.class_order), weight=chosen))
+            found.append(Rows(logits, combined(teacher, read, "softmax"), weight=chosen))
         return found
 
     def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
@@ -126,11 +141,14 @@ class RoIHeads(Heads):
         for stage in range(len(self.outputs)):
             labels, _, targets, _ = _seen(student, self.targets, stage)
             rows = (labels < self.classes).nonzero()[:, 0]
-            boxes = []
-            for side, recording, order in zip(self.heads, (student, teacher), (None, batch.class_order), strict=True):
+
+            def read(
+                recording: Recording, side: int = 1, stage: int = stage, rows: Tensor = rows, labels: Tensor = labels
+            ) -> Tensor:
                 predicted = _seen(recording, self.outputs, stage)[1]
-                boxes.append(side[stage].boxes(predicted, rows, labels[rows], order))
-            found.append(Rows(boxes[0], boxes[1], target=targets[rows]))
+                return self.heads[side][stage].boxes(predicted, rows, labels[rows], recording.class_order)
+
+            found.append(Rows(read(student, 0), combined(teacher, read, "value"), target=targets[rows]))
         return found
 
     def check_classes(self, term: Term) -> None:
@@ -193,6 +211,7 @@ def _box_heads(roi_head: Any, owner: str, term: Term) -> Sequence[Any]:
     boxes: Any = getattr(roi_head, "bbox_head", None)
     heads: list[Any] = list(boxes) if isinstance(boxes, nn.ModuleList) else [boxes]
     for head in heads:
+        check_upright(head, owner, term)
         reads = isinstance(head, BBoxHead) and type(head).get_targets is BBoxHead.get_targets
         if known is None or not reads or head.custom_cls_channels or head.loss_cls.use_sigmoid:
             raise WiringError(

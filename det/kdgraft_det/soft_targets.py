@@ -74,10 +74,9 @@ class SoftTargets(Term):
         background_weight: float | None = None,
         hard_weight: float | None = None,
         weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, schedule=schedule, name=name)
+        super().__init__(weight=weight, **settings)
         check_temperature(temperature)
         check_head_name(self, head)
         check_choice(self, "activation", activation, ("auto", "sigmoid", "softmax"))
@@ -100,8 +99,10 @@ class SoftTargets(Term):
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.heads = find_heads(student, teacher, self.head, self)
         self.heads.check_classes(self)
+        self.hears_ensembles = self.heads.averages
         self.compares_classes = not self.heads.proposes
         self.student_taps, self.teacher_taps = self.heads.class_taps
+        self.reading = self.heads.class_reading
         self.host_losses = self.heads.host_losses
         settle_region(self, self.heads)
         kinds = ("softmax",) if self.heads.softmax else ("sigmoid", "softmax")

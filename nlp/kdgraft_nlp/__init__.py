@@ -10,6 +10,7 @@ from .layers import AttentionMaps, Embeddings, HiddenStates, PatientStates, Rela
 from .logits import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL, SoftTargets, UniversalLogits  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
+from .student import undistill  # noqa: E402
 from .trainer import DistillTrainer, distill  # noqa: E402
 
 __all__ = [
@@ -37,4 +38,5 @@ __all__ = [
     "mobilebert",
     "pkd",
     "tinybert",
+    "undistill",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from kdgraft.errors import WiringError
-from kdgraft.taps import Listener, Recorder, Recording, Tap, _Source
+from kdgraft.taps import Listener, Recorder, Recording, Site, Tap
 
 METHOD = "attention"
 """The tap ``<module>.attention()`` reads what an attention module hands to its kernel."""
@@ -142,6 +142,20 @@ def _one_of(model: nn.Module, name: str, groups: dict[str, list[Layer]]) -> list
     return groups[text[0]]
 
 
+def drops_layers(model: nn.Module, taps: Sequence[Tap]) -> bool:
+    """Whether training leaves out a tapped layer now and then (LayerDrop; Fan et al. 2019, arXiv 1909.11556)."""
+    for tap in taps:
+        parts = [*tap.path.split("."), *map(str, tap.index[:1])]
+        for place in (n for n, part in enumerate(parts) if n and part.isdigit()):
+            if not isinstance(model.get_submodule(".".join(parts[:place])), nn.ModuleList):
+                continue
+            owner = model.get_submodule(".".join(parts[: place - 1]))
+            known = vars(owner) if "layerdrop" in vars(owner) else vars(getattr(owner, "config", owner))
+            if any(name.endswith("layerdrop") and share for name, share in known.items()):
+                return True
+    return False
+
+
 def is_attention(module: nn.Module) -> bool:
     """Whether this module attends in a way that can be listened to."""
     return _uses_interface(module) or _is_disentangled(module)
@@ -161,28 +175,28 @@ def _is_disentangled(module: nn.Module) -> bool:
 class AttentionRecorder(Recorder):
     """Records ordinary taps, and what attention modules hand to their kernels."""
 
-    _differentiable = frozenset({"forward", METHOD, STUDENT_FORWARD})
+    differentiable = frozenset({"forward", METHOD, STUDENT_FORWARD})
 
-    def _resolve(self, model: nn.Module, tap: Tap) -> list[_Source]:
+    def resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
         if tap.path == "" and tap.method == "forward" and hasattr(model, STUDENT_FORWARD):
-            return [_Source(model, "", STUDENT_FORWARD)]
+            return [Site(model, "", STUDENT_FORWARD)]
         if tap.method != METHOD:
-            return super()._resolve(model, tap)
+            return super().resolve(model, tap)
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
-            return super()._resolve(model, tap)  # which says what is near
+            return super().resolve(model, tap)  # which says what is near
         if not is_attention(module):
             known = [layer.attention for layers in stacks(model).values() for layer in layers]
             raise WiringError(
                 f"{type(module).__name__} at '{tap.path}' of the {self.owner} is no attention module that can be listened to"
                 + (f"; these are: {', '.join(known[:6])}" if known else "")
             )
-        return [_Source(module, tap.path, METHOD)]
+        return [Site(module, tap.path, METHOD)]
 
-    def _attach(self, source: _Source, hear: Listener) -> Callable[[], None]:
+    def attach(self, source: Site, hear: Listener) -> Callable[[], None]:
         if source.method != METHOD:
-            return super()._attach(source, hear)
+            return super().attach(source, hear)
         if _uses_interface(source.module):
             return _listen(source.module, hear)
         return _attach_disentangled(source.module, hear)

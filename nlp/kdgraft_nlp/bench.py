@@ -26,6 +26,7 @@ from kdgraft.bench import compared, interleave, median_interval, peak_memory, ra
 from kdgraft.errors import DistillError
 from kdgraft.report import markdown, print_rows
 
+from .link import link_of
 from .recipes import distilbert, minilmv2, pkd, tinybert
 from .student import graft
 from .tokens import read_batch
@@ -184,7 +185,7 @@ def language_model(vocabulary: int, pairs: int, device: str, width: int = 256) -
         model.load_state_dict(state)
         if chunk != 0:
             model = graft(model, teacher, [dict(type="GeneralizedJSD")], chunk=chunk)
-            model._distill.totals = {
+            link_of(model).totals = {
                 name: n.to(device) for name, n in model.distiller.counts(read_batch(inputs, "causal")).items()
             }
         found[name] = step(model, inputs, device)

@@ -7,7 +7,7 @@ gradient of the hidden states and of the output layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,67 +16,46 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kdgraft.errors import WiringError
-from kdgraft.isolation import eval_mode
 
-from .attention import STUDENT_FORWARD
-from .tasks import accepted
 from .tokens import IGNORED
 
 Compare = Callable[[Tensor, Tensor], Tensor]
 
 
+class Tail(NamedTuple):
+    """What a model makes of its output layer's logits: ``cap · tanh(scale · logits / cap)``, ``scale · logits`` without a cap."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        scaled = logits if self.scale == 1 else logits * self.scale
+        return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
+
+
+PLAIN = Tail()
+
+
 class Head(NamedTuple):
-    """An output layer: weight ``(V, H)`` and bias ``(V,)`` or ``None``."""
+    """An output layer: weight ``(V, H)``, bias ``(V,)`` or ``None``, and what becomes of its logits."""
 
     weight: Tensor
     bias: Tensor | None
+    tail: Tail = PLAIN
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.to(hidden.dtype)
+        return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
 
-def head_of(model: Any) -> Head:
+def head_of(model: Any, tail: Tail = PLAIN) -> Head:
     """The output layer of a language model."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise WiringError(
             f"chunked=True needs a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
         )
-    return Head(layer.weight, layer.bias)
-
-
-def check_heads(model: Any, inputs: Mapping[str, Any]) -> None:
-    """Refuses a model whose logits are not what its output layer makes of its states.
-
-    Raises:
-        WiringError: it cannot give states without logits, or changes the logits afterwards.
-    """
-    name = type(model).__name__
-    if "logits_to_keep" not in accepted(model):
-        raise WiringError(f"chunked=True needs a causal model that takes logits_to_keep, which {name} does not")
-    found: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _, args, output: found.append(output[0]))
-    try:
-        with torch.no_grad(), eval_mode(model):
-            run = getattr(model, STUDENT_FORWARD, model)
-            logits = run(**inputs)["logits"]
-    finally:
-        hook.remove()
-    if not torch.allclose(head_of(model)(found[0]), logits, rtol=1e-3, atol=1e-4):
-        raise WiringError(
-            f"chunked=True: {name} changes its logits after the output layer (a scale or a cap); leave chunked out"
-        )
-    if not hasattr(model, STUDENT_FORWARD):
-        return
-    labels = inputs["input_ids"]
-    with torch.no_grad(), eval_mode(model):
-        own = model.plain_forward(**inputs, labels=labels)["loss"]
-    hard = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-    if not torch.allclose(own, hard, rtol=1e-3, atol=1e-4):
-        raise WiringError(
-            f"chunked=True computes the cross-entropy of the next token, and {name} adds something of its own to it (a router's "
-            "loss, for instance); leave chunked out"
-        )
+    return Head(layer.weight, layer.bias, tail)
 
 
 class Part(NamedTuple):
@@ -119,7 +98,7 @@ def chunked_losses(
         The total, a scalar with gradient to ``hidden`` and ``head``; and, without gradient, the sums over tokens: of the
         cross-entropy first, then of each part.
     """
-    tensors = (hidden, head.weight, head.bias)
+    tensors = (hidden, head.weight, head.bias, head.tail)
     total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
     return total, sums
 
@@ -133,6 +112,7 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        tail: Tail,
         targets: Tensor,
         hard_factor: Tensor,
         teacher_hidden: Tensor | None,
@@ -150,25 +130,22 @@ class _Chunked(torch.autograd.Function):
         for part in parts:
             counted = counted | part.counted
         wanted = counted.nonzero().flatten()
+        head = Head(weight, bias)
         for index in wanted.split(chunk):
             states = hidden[index]
-            logits = F.linear(states, weight.to(states.dtype), None if bias is None else bias.to(states.dtype))
+            logits = head(states)
             given = None
             if teacher_hidden is not None and teacher_head is not None:
-                theirs = teacher_hidden[index]
-                given = F.linear(
-                    theirs,
-                    teacher_head.weight.to(theirs.dtype),
-                    None if teacher_head.bias is None else teacher_head.bias.to(theirs.dtype),
-                )
+                given = teacher_head.tail(teacher_head(teacher_hidden[index]).float())
             with torch.enable_grad():
                 # In float32 whatever the model computes in: a loss scaler's factor comes too late for what underflows here.
                 leaf = logits.detach().float().requires_grad_()
-                values = [F.cross_entropy(leaf, targets[index], ignore_index=IGNORED, reduction="sum")]
+                final = tail(leaf)
+                values = [F.cross_entropy(final, targets[index], ignore_index=IGNORED, reduction="sum")]
                 for part in parts:
                     mine = part.counted[index]
                     assert given is not None
-                    items = part.compare(leaf, given) if bool(mine.all()) else part.compare(leaf[mine], given[mine])
+                    items = part.compare(final, given) if bool(mine.all()) else part.compare(final[mine], given[mine])
                     values.append(items.sum())
                 stacked = torch.stack([value.to(torch.float32) for value in values])
                 if needs:
@@ -192,4 +169,4 @@ class _Chunked(torch.autograd.Function):
             None if grad is None else (grad * grad_total.float()).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, None, None, None, None, None, None, None)

@@ -86,6 +86,8 @@ class DistillCollator:
             for feature in features
         ]
         batch = dict(self.collator(plain))
+        if "input_ids" in batch and len(batch["input_ids"]) != len(features):
+            self._refuse_packed(features[0])
         teacher = {
             name.removeprefix(PREFIX): _stacked(features, name) for name in features[0] if name.startswith(PREFIX)
         }
@@ -103,6 +105,16 @@ class DistillCollator:
                 )
             batch[SAMPLE_IDS] = [str(feature[self.cache.id]) for feature in features]
         return batch
+
+    def _refuse_packed(self, feature: Mapping[str, Any]) -> None:
+        own = [name for name in feature if name.startswith(PREFIX)]
+        for reason, found in (
+            ("a second tokenizer", self.teacher_tokenizer is not None),
+            ("a cache", self.cache is not None),
+            (f"column {', '.join(own)!r}", bool(own)),
+        ):
+            if found:
+                raise DistillError(f"{reason} needs one row a sample; use a collator that pads, not one that packs")
 
     def _second_view(self, features: list[Any], batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         columns = [self.words] if self.words else self.text

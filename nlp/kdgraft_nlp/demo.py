@@ -29,7 +29,8 @@ from kdgraft.comparison import Outcome, Progress, check_split, choose, compare
 from kdgraft.errors import DistillError
 from kdgraft.report import Result
 
-from .run import build, encode, read_data
+from .data import encode, read_data
+from .run import build
 from .tasks import AUTO_CLASSES, task_of
 from .text import write_sentences
 from .trainer import DistillTrainer
@@ -267,7 +268,7 @@ def _curves(history: Sequence[Mapping[str, float]], part: Part) -> dict[str, lis
 def time_steps(runs: Sequence[Trained], rounds: int = 20) -> dict[str, float]:
     """Milliseconds of a training step (forward, loss, backward) of each method, timed in turn on one batch: medians."""
     first = runs[0].trainer
-    batch = first._prepare_inputs(next(iter(first.get_train_dataloader())))
+    batch = next(iter(first.get_train_dataloader()))  # on the device, as accelerate prepares it
 
     def step(trainer: Any) -> Callable[[], None]:
         def run() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -10,16 +10,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdgraft.adapters import AdapterKind, build_adapter
-from kdgraft.errors import WiringError
+from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, attention_distributions, attention_scores, cosine, hint, patient, token_relations
 from kdgraft.regions import Batch
+from kdgraft.sources import STUDENT
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, Wiring, adapter_label, check_choice, mean_of
 
-from .attention import METHOD, AttentionCall, Layer, Stack, attention_call, layer_pairs, stacks
+from .attention import METHOD, AttentionCall, Layer, Stack, attention_call, drops_layers, layer_pairs, stacks
+from .packing import first_of_each, per_text
 from .registry import TERMS
 from .tasks import accepted
-from .tokens import Tokens, take, tokens_of
+from .tokens import Side, Tokens, take, tokens_of
 
 Layers = str | Sequence[Sequence[int]]
 STACKS = ("auto", "layers", "encoder", "decoder", "cross")
@@ -40,12 +42,17 @@ class LayerTerm(Term):
         check_choice(self, "stack", stack, STACKS)
         self.layers, self.stack = layers, stack
         self.pairs: list[tuple[int, int]] = []
+        self.drops_layers = False
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         ours, theirs = self._stack(student, "student"), self._stack(teacher, "teacher")
-        self.pairs = layer_pairs(self.layers, len(ours), len(theirs), self.name)
+        if self.listener == STUDENT:
+            self.pairs = layer_pairs(self.layers, len(ours), len(theirs), self.name)
+        else:  # what the user said is of the student and the peer: the same pairs, the other way round
+            self.pairs = [(j, i) for i, j in layer_pairs(self.layers, len(theirs), len(ours), self.name)]
         self.student_taps = [self._tap(ours[i]) for i, _ in self.pairs]
         self.teacher_taps = [self._tap(theirs[j]) for _, j in self.pairs]
+        self.drops_layers = drops_layers(student, self.student_taps)
 
     def _stack(self, model: nn.Module, owner: str) -> list[Layer]:
         found = stacks(model)
@@ -72,6 +79,30 @@ class LayerTerm(Term):
             return (tokens.pairs >= 0).all(-1)
         return tokens.student.of(self._stack_name)
 
+    def count(self, batch: Batch) -> Tensor | None:
+        return None if self.drops_layers else self._count(batch)
+
+    def _count(self, batch: Batch) -> Tensor | None:
+        """The denominator of a step in which every layer runs, from the batch alone; ``None`` where only the pass can tell."""
+        raise NotImplementedError
+
+    def _ran(self, student: Recording) -> list[int]:
+        """The pairs whose layers ran in this step: all of them, unless the student drops layers."""
+        return [k for k, tap in enumerate(self.student_taps) if not self.drops_layers or student.calls(tap)]
+
+    def _over_pairs(self, parts: Sequence[Ratio], teacher: Tensor) -> Ratio:
+        """The mean over the pairs; where layers are dropped, over the items of the pairs that ran, here and on other processes."""
+        if not self.drops_layers:
+            return Ratio(torch.stack([part.numerator for part in parts]).mean(), parts[0].denominator)
+        alive = [p.flatten()[:0].sum() for p in self.parameters()]  # also of adapters whose layer did not run
+        zero = torch.stack(alive).sum() if alive else torch.zeros((), device=teacher.device)
+        count = torch.zeros((), device=teacher.device)
+        return Ratio(sum((p.numerator for p in parts), zero), sum((p.denominator for p in parts), count))
+
+    def _lengths(self, tokens: Tokens, real: Tensor) -> Tensor:
+        """How many tokens of each text count: a value a row, or as many as packed rows hold texts."""
+        return per_text(real.long(), tokens.student.texts_of(self._stack_name))
+
 
 class AttentionTerm(LayerTerm):
     """Base of terms on what attention modules hand to their kernels."""
@@ -80,8 +111,8 @@ class AttentionTerm(LayerTerm):
         return Tap.parse(f"{layer.attention}.{METHOD}()")
 
     def calls(self, student: Recording, teacher: Recording) -> list[tuple[AttentionCall, AttentionCall]]:
-        """The calls of both models, a pair for each pair of layers."""
-        taps = zip(self.student_taps, self.teacher_taps, strict=True)
+        """The calls of both models, a pair for each pair of layers that ran."""
+        taps = [(self.student_taps[k], self.teacher_taps[k]) for k in self._ran(student)]
         return [(attention_call(student, s), attention_call(teacher, t)) for s, t in taps]
 
     def _valid(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> Tensor | None:
@@ -94,6 +125,10 @@ class AttentionTerm(LayerTerm):
             if queries is not None and keys is not None:
                 real = queries[:, None, :, None] & keys[:, None, None, :]
                 own = real if own is None else own & real
+            texts = side.texts_of(self._stack_name)
+            if texts is not None:  # kernels that are told where texts end get no mask
+                together = texts[:, None, :, None] == texts[:, None, None, :]
+                own = together if own is None else own & together
             if own is None:
                 continue
             if own.ndim == 4 and own.shape[1] > 1:
@@ -109,8 +144,8 @@ class AttentionTerm(LayerTerm):
             found = both if found is None else found & both
         return found
 
-    def _check_samples(self, call: AttentionCall, tap: Tap, owner: str, example: int = 2) -> None:
-        if call.query.shape[0] not in (1, example):
+    def _check_samples(self, call: AttentionCall, tap: Tap, owner: str, wiring: Wiring) -> None:
+        if call.query.shape[0] not in (1, wiring.facts["samples"]):
             raise WiringError(
                 f"{self.name}: the attention at '{tap}' of the {owner} runs on windows, not on whole samples; use HiddenStates or "
                 "FeatureImitation"
@@ -162,15 +197,15 @@ class AttentionMaps(AttentionTerm):
                 raise WiringError(
                     f"{self.name}: one of student and teacher attends backwards only; maps cannot be compared"
                 )
-            self._check_samples(s, s_tap, "student")
-            self._check_samples(t, t_tap, "teacher")
+            self._check_samples(s, s_tap, "student", wiring)
+            self._check_samples(t, t_tap, "teacher", wiring)
             self.causal = s.causal
             for model in (wiring.student, wiring.teacher):
                 if _has_windows(model):
                     self.counts_ahead = False  # how many keys a token sees is known in the pass alone
             self.rows.append(self.row(_shape(s), _shape(t), taps=(s_tap, t_tap), region="valid tokens"))
 
-    def count(self, batch: Batch) -> Tensor | None:
+    def _count(self, batch: Batch) -> Tensor | None:
         tokens = tokens_of(batch)
         real = self._real(tokens)
         if real is None:
@@ -179,7 +214,7 @@ class AttentionMaps(AttentionTerm):
             self._stack_name == "cross" and self.of == "scores" and tokens.student.real is None
         ):
             return None
-        lengths = real.sum(1).double()
+        lengths = self._lengths(tokens, real).double()
         if self.of == "distributions":
             return lengths.sum().float()
         if self._stack_name == "cross":
@@ -190,9 +225,9 @@ class AttentionMaps(AttentionTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
         parts = [self._compare(s, t, tokens) for s, t in self.calls(student, teacher)]
-        if not self.counts_ahead or tokens.packed:
+        if not self.counts_ahead and not self.drops_layers:
             return mean_of(parts)  # layers may see windows of their own
-        return Ratio(torch.stack([part.numerator for part in parts]).mean(), parts[0].denominator)
+        return self._over_pairs(parts, attention_call(teacher, self.teacher_taps[0]).query)
 
     def _compare(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> Ratio:
         scores, targets = s.scores(), t.scores()
@@ -249,6 +284,10 @@ class Relations(AttentionTerm):
             check_choice(self, "of", kind, ("query", "key", "value", "attention"))
         if not of or self.stack == "cross":
             raise WiringError(f"{self.name}: of names what is related, and relations of stack 'cross' have no meaning")
+        if heads is not None and set(of) == {"attention"}:
+            raise DistillError(
+                "Relations: heads are those of query, key and value; leave it out of of='attention' alone"
+            )
         self.of, self.heads = of, heads
 
     def wire(self, wiring: Wiring) -> None:
@@ -258,8 +297,8 @@ class Relations(AttentionTerm):
             self.teacher_taps,
             strict=True,
         ):
-            self._check_samples(s, s_tap, "student")
-            self._check_samples(t, t_tap, "teacher")
+            self._check_samples(s, s_tap, "student", wiring)
+            self._check_samples(t, t_tap, "teacher", wiring)
             if self.heads is None:
                 self.heads = t.heads
             for kind in self.of:
@@ -283,16 +322,18 @@ class Relations(AttentionTerm):
                     )
             self.rows.append(self.row(_shape(s), _shape(t), taps=(s_tap, t_tap), region="valid tokens"))
 
-    def count(self, batch: Batch) -> Tensor | None:
+    def _count(self, batch: Batch) -> Tensor | None:
         tokens = tokens_of(batch)
         real = self._real(tokens)
-        return torch.tensor(float(tokens.size)) if real is None else real.any(1).sum().float()
+        return torch.tensor(float(tokens.size)) if real is None else (self._lengths(tokens, real) > 0).sum().float()
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
-        parts = [self._compare(s, t, kind, tokens) for s, t in self.calls(student, teacher) for kind in self.of]
-        layers = len(self.pairs)
-        return Ratio(torch.stack([part.numerator for part in parts]).sum() / layers, parts[0].denominator)
+        parts = []
+        for s, t in self.calls(student, teacher):
+            kinds = [self._compare(s, t, kind, tokens) for kind in self.of]
+            parts.append(Ratio(torch.stack([kind.numerator for kind in kinds]).sum(), kinds[0].denominator))
+        return self._over_pairs(parts, attention_call(teacher, self.teacher_taps[0]).query)
 
     def _compare(self, s: AttentionCall, t: AttentionCall, kind: str, tokens: Tokens) -> Ratio:
         valid = self._valid(s, t, tokens)
@@ -314,8 +355,9 @@ class Relations(AttentionTerm):
         rows = items.mean(1)  # (B, L): over heads
         if real is None:
             return Ratio(rows.mean(1).sum(), rows.new_tensor(float(len(rows))))
-        per_sequence = rows.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
-        return Ratio(per_sequence.sum(), real.any(1).sum().to(rows.dtype))
+        lengths = self._lengths(tokens, real)
+        sums = per_text(rows.masked_fill(~real, 0), tokens.student.texts_of(self._stack_name))
+        return Ratio((sums / lengths.clamp(min=1)).sum(), (lengths > 0).sum().to(rows.dtype))
 
 
 @TERMS.register
@@ -368,7 +410,16 @@ class HiddenStates(LayerTerm):
         value = recording[tap]
         return value[0] if isinstance(value, (tuple, list)) else value
 
-    def count(self, batch: Batch) -> Tensor | None:
+    def _states(self, student: Recording, teacher: Recording) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
+        """The states of both models, of each pair of layers that ran, with the pair's adapter."""
+        for k in self._ran(student):
+            yield (
+                self.adapters[k],
+                self._state(student, self.student_taps[k]),
+                self._state(teacher, self.teacher_taps[k]),
+            )
+
+    def _count(self, batch: Batch) -> Tensor | None:
         tokens = tokens_of(batch)
         real = self._real(tokens)
         return torch.tensor(float(tokens.size)) if real is None else real.sum().float()
@@ -376,9 +427,8 @@ class HiddenStates(LayerTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
         real = self._real(tokens)
-        sums = []
-        for adapter, s_tap, t_tap in zip(self.adapters, self.student_taps, self.teacher_taps, strict=True):
-            s, t = self._state(student, s_tap), self._state(teacher, t_tap)
+        parts = []
+        for adapter, s, t in self._states(student, teacher):
             if tokens.pairs is not None:
                 s, t = take(s, tokens.pairs[..., 0]), take(t, tokens.pairs[..., 1])
             if s.shape[1] != t.shape[1]:
@@ -389,9 +439,9 @@ class HiddenStates(LayerTerm):
             if real is not None:
                 s, t = s[real], t[real]
             items = self.loss(adapter(s, t), t, dim=-1, reduction="none")
-            sums.append(items.sum() if real is not None else items.mean(1).sum())
-        count = len(s) if real is None else int(real.sum())
-        return Ratio(torch.stack(sums).mean(), sums[0].new_tensor(float(count)))
+            total = items.sum() if real is not None else items.mean(1).sum()
+            parts.append(Ratio(total, total.new_tensor(float(len(s)))))
+        return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
 
 
 def _normalized(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
@@ -419,7 +469,7 @@ class Embeddings(HiddenStates):
 
 @TERMS.register
 class PatientStates(HiddenStates):
-    """The first token's state of layers, L2-normalised (patient knowledge distillation, arXiv 1908.09355, equation 7).
+    """The state of each text's first token, L2-normalised (patient knowledge distillation, arXiv 1908.09355, equation 7).
 
     Args:
         layers: ``"skip"`` (PKD-Skip), ``"last"``, ``"uniform"``, ``"final"`` or pairs.
@@ -435,6 +485,10 @@ class PatientStates(HiddenStates):
         adapter: AdapterKind | None = None,
         **settings: Any,
     ) -> None:
+        if "loss" in settings:
+            raise DistillError(
+                "PatientStates takes no argument 'loss': it compares normalised states; use HiddenStates"
+            )
         super().__init__(layers, adapter=adapter or "none", **settings)
         check_choice(self, "variant", variant, ("paper", "code"))
         self.adapter_given = adapter is not None
@@ -454,24 +508,40 @@ class PatientStates(HiddenStates):
         super().wire(wiring)
         self.rows = [row._replace(region="first token") for row in self.rows]
 
-    def count(self, batch: Batch) -> Tensor | None:
-        return torch.tensor(float(tokens_of(batch).size))
+    def _count(self, batch: Batch) -> Tensor | None:
+        tokens = tokens_of(batch)
+        if tokens.student.texts_of(self._stack_name) is None:
+            return torch.tensor(float(tokens.size))
+        real = self._real(tokens)
+        assert real is not None
+        return (self._lengths(tokens, real) > 0).sum().float()
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
-        sums = []
-        for adapter, s_tap, t_tap in zip(self.adapters, self.student_taps, self.teacher_taps, strict=True):
-            s = _first_real(self._state(student, s_tap), tokens.student.of(self._stack_name))
-            t = _first_real(self._state(teacher, t_tap), tokens.teacher.of(self._stack_name))
-            sums.append(patient(adapter(s, t), t, variant=self.variant, reduction="sum"))
-        return Ratio(torch.stack(sums).mean(), sums[0].new_tensor(float(tokens.size)))
+        parts = []
+        for adapter, states, targets in self._states(student, teacher):
+            s, t = self._first(states, tokens.student), self._first(targets, tokens.teacher)
+            total = patient(adapter(s, t), t, variant=self.variant, reduction="sum")
+            parts.append(Ratio(total, total.new_tensor(float(len(t)))))
+        return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
+
+    def _first(self, states: Tensor, side: Side) -> Tensor:
+        return first_of_each(states, side.of(self._stack_name), side.texts_of(self._stack_name))
 
 
-def _first_real(states: Tensor, real: Tensor | None) -> Tensor:
-    """``(B, C)``: each sequence's first token that is not padding (which may stand on the left)."""
-    if real is None:
-        return states[:, 0]
-    return states[torch.arange(len(states), device=states.device), real.to(torch.int8).argmax(1)]
+def refuse_dropped_layers(student: nn.Module, terms: Sequence[Term]) -> None:
+    """Refuse taps on layers that are left out now and then, of terms that need what they tap in every step.
+
+    Raises:
+        WiringError: names the term and the tap.
+    """
+    for term in terms:
+        for tap in () if isinstance(term, LayerTerm) else term.student_taps:
+            if drops_layers(student, [tap]):
+                raise WiringError(
+                    f"{term.name}: LayerDrop leaves the layer of tap '{tap}' out of some steps; use HiddenStates, which then skips it, "
+                    "or set layerdrop to 0 in the student's config"
+                )
 
 
 def _has_windows(model: nn.Module) -> bool:

@@ -12,7 +12,6 @@ TERMS = Registry(
     parent=CORE_TERMS,
     refused={
         "ChannelWise": "it compares maps (B, C, H, W); use HiddenStates",
-        "PearsonImitation": "it correlates over positions, and padding is among them; use HiddenStates",
         "MaskedGeneration": "it generates maps (B, C, H, W); use HiddenStates",
         "LogitMatching": "use SoftTargets with a high temperature",
     },

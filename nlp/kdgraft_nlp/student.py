@@ -1,225 +1,147 @@
-"""The graft on a Hugging Face student: a subclass of its own class, with the distiller as a child module.
+"""The graft on a Hugging Face student: a subclass of its own class, with the engine as a child module.
 
 The model stays an instance of its class under its own name, so the Trainer wraps, clips, evaluates, saves and reloads the plain
-student. In training its ``forward`` also runs the teacher and the terms, inside whatever the host wrapped around it (DDP,
+student. In training its ``forward`` also runs the sources and the terms, inside whatever the host wrapped around it (DDP,
 autocast).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping
 from dataclasses import is_dataclass, make_dataclass
 from functools import cache, wraps
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdgraft.classes import class_order
-from kdgraft.distiller import HostDistiller
-from kdgraft.distributed import sum_over_ranks, world_size
+from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
-from kdgraft.regions import Batch
+from kdgraft.regions import Batch, Samples
 from kdgraft.schedules import Step
-from kdgraft.taps import Recorder, Recording
-from kdgraft.teacher import Teacher
+from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Teacher
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
-from .chunked import Part, check_heads, chunked_losses, head_of
+from .chunked import Tail, head_of
+from .heads import check_heads
+from .layers import refuse_dropped_layers
+from .link import LABELS, Link, link_of, tie, untie
 from .logits import LogitTerm
+from .passes import no_loss, run_student
 from .registry import TERMS
-from .tasks import AUTO_CLASSES, accepted, example, task_of
-from .tokens import IGNORED, SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, read_batch
-
-LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
-
-
-class TextDistiller(HostDistiller):
-    """The distiller of Hugging Face models: it hears attention, too."""
-
-    recorder: type[Recorder] = AttentionRecorder
-
-    def record_through(
-        self, cache: TeacherCache | None, ids: Any, inputs: Mapping[str, Any], run: Callable[[], Any], device: str
-    ) -> Recording:
-        """The teacher's recording, from the cache where there is one that knows these samples."""
-        if cache is None or ids is None:
-            return self.record_teacher(run, device)
-        taps = self._teacher_recorder.taps
-        given = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        found = cache.look_up(ids, given, taps)
-        if found is not None:
-            return found
-        recording = self.record_teacher(run, device)
-        cache.store(ids, given, recording, taps)
-        return recording
-
-
-class Link:
-    """What the Trainer tells the student before a step, and what it gets back."""
-
-    def __init__(self, task: str, teacher: nn.Module | None, takes: set[str]) -> None:
-        self.task = task
-        self.takes = takes
-        self.teacher_takes = accepted(teacher) if teacher is not None else set()
-        self.order: Tensor | None = None
-        self.batch: Batch | None = None
-        self.step: Step | None = None
-        self.totals: dict[str, Tensor] = {}
-        self.parts = 1
-        self.losses: dict[str, Tensor] | None = None
-        self.steps = 0
-        self.chunk: int | None = None
-        self.cache: TeacherCache | None = None
-        self.host_factor = 1.0
-        """What the Trainer multiplies the model's own loss by, relative to the terms'."""
-
-    def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Without what only the teacher takes."""
-        foreign = {TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS} | (self.teacher_takes - self.takes)
-        return {name: value for name, value in inputs.items() if name not in foreign}
-
-    def of_teacher(self, inputs: Mapping[str, Any], teacher: Any) -> dict[str, Any]:
-        """What the teacher takes of the batch; no labels, so that it computes no loss."""
-        own = inputs.get(TEACHER_INPUTS, {})
-        found = {**inputs, **own}
-        other = own.get("input_ids") is not None
-        if other:  # another tokenizer: nothing of the student's tokens
-            found = {**{k: v for k, v in inputs.items() if not _per_token(k)}, **own}
-        if getattr(teacher.config, "is_encoder_decoder", False) and found.get("decoder_input_ids") is None:
-            labels = own.get("labels") if other else found.get("labels")
-            if other and labels is None:
-                raise DistillError(
-                    "a teacher with a decoder and a tokenizer of its own needs its own target tokens; give the data set a column "
-                    "teacher_decoder_input_ids or teacher_labels"
-                )
-            if labels is not None:
-                found["decoder_input_ids"] = teacher.prepare_decoder_input_ids_from_labels(labels=labels)
-        keep = self.teacher_takes - LABELS
-        found = {name: value for name, value in found.items() if name in keep}
-        if "use_cache" in keep:
-            found["use_cache"] = False
-        return found
-
-
-def _per_token(name: str) -> bool:
-    names = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "special_tokens_mask")
-    return name in names or name.startswith("decoder_")
+from .sources import build_sources, compare_classes
+from .tasks import (
+    accepted,
+    base_of,
+    by_name,
+    decoder_inputs,
+    example,
+    frame_mask,
+    has_decoder,
+    reads_text_alone,
+    task_of,
+)
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, tokens_of
 
 
 class Grafted:
     """Mixed in before the student's own class."""
 
-    distiller: TextDistiller | None
-    _distill: Link
+    distiller: Engine | None
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        """Copies and pickles are plain students: a teacher belongs in no file, and a copy is taken to be kept as it is."""
+        plain = object.__new__(_student_class(self))
+        plain.__dict__.update(vars(self))
+        plain._modules = dict(plain._modules)
+        _take_off(plain, type(self))
+        return plain.__reduce_ex__(1)  # later protocols insist on this object's own class
 
     def plain_forward(self, *args: Any, **inputs: Any) -> Any:
         """The student's own forward."""
         return super().forward(*args, **inputs)  # type: ignore[misc]
 
-    def distilling_forward(self, *args: Any, **inputs: Any) -> Any:
-        """The student's output; in training also the teacher's pass and ``distill``, the terms' losses, in the output."""
-        link, distiller = self._distill, self.distiller
+    def distilling_forward(self, **inputs: Any) -> Any:
+        """The student's output; in training also the sources' passes and ``distill``, the terms' losses, in the output."""
+        link, engine = link_of(self), self.distiller
         own = link.of_student(inputs)
-        if distiller is None or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
-            return self.plain_forward(*args, **own)
-        batch = link.batch if link.batch is not None else read_batch(inputs, link.task)
-        step = link.step if link.step is not None else Step(link.steps, 0)
-        link.steps += 1
-        device = next(self.parameters()).device  # type: ignore[attr-defined]
-        if link.order is not None:
-            batch.class_order = link.order = link.order.to(device)
-        active = distiller.active(step)
-        teacher = None
-        if active:
-            model = distiller.teacher.model
-            given = link.of_teacher(inputs if "labels" in inputs else {**inputs, "labels": batch.labels}, model)
-            teacher = distiller.record_through(
-                link.cache, inputs.get(SAMPLE_IDS), given, lambda: model(**given), device.type
-            )
-        if link.chunk is not None:
-            return self._in_chunks(own, batch, step, teacher)
-        with distiller.record_student(self) if active else nullcontext() as student:  # type: ignore[arg-type]
-            output = self.plain_forward(*args, **own)
-        link.losses = distiller.losses(student, teacher, batch, step, device, link.totals, link.parts)
-        return _with_losses(output, link.losses)
+        asked = link.asked is not None or not link.hosted
+        if engine is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
+            return self.plain_forward(**own)
+        told, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
+        batch, totals = link.of_pass(inputs, told)
+        # Before any model is listened to, which hides the arguments that its forward names.
+        theirs = _inputs_of_sources(link, engine, inputs, batch, told.at)
 
-    def _in_chunks(self, inputs: dict[str, Any], batch: Batch, step: Step, teacher: Recording | None) -> Any:
-        """As the plain pass, but the losses on logits come from hidden states; the output has no logits."""
-        link, distiller = self._distill, self.distiller
-        assert distiller is not None and link.chunk is not None
-        labels = inputs.pop("labels", None)
-        if labels is None:
-            raise DistillError("chunked=True computes the host's loss itself and needs labels in the batch")
-        items = inputs.pop("num_items_in_batch", None)
-        empty = torch.zeros(0, dtype=torch.long, device=labels.device)
-        states_seen: list[Tensor] = []
-        hook = self.base_model.register_forward_hook(lambda _, args, output: states_seen.append(output[0]))  # type: ignore[attr-defined]
-        try:
-            with distiller.record_student(self) as student:  # type: ignore[arg-type]
-                output = self.plain_forward(**inputs, logits_to_keep=empty)
-        finally:
-            hook.remove()
-        hidden = states_seen[0].flatten(0, 1)
-        targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
-        items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
-        hard = 1 / items.to(hidden.device).float()
-        terms = [term for term in distiller.active(step) if isinstance(term, LogitTerm)]
+        def run(source: Source) -> Any:
+            return source.model(**theirs[source.name])
 
-        def total(terms: list[LogitTerm]) -> tuple[Tensor, Tensor]:
-            parts, states, head = [], None, None
-            for term in terms:
-                count = link.totals.get(term.name)
-                if count is None:
-                    own = term.count(batch)
-                    assert own is not None
-                    count = sum_over_ranks(own.to(hidden.device)) * link.parts
-                factor = term.weight_at(step) * world_size() / count.clamp(min=1).to(hidden.device) / link.host_factor
-                parts.append(Part(term.on_chunk, term.counted(batch).flatten().to(hidden.device), factor.float()))
-            if terms:
-                assert teacher is not None
-                states = teacher[terms[0].teacher_taps[0]].flatten(0, 1)
-                head = head_of(distiller.teacher.model)
-            return chunked_losses(hidden, head_of(self), targets, hard, states, head, parts, link.chunk or 1)
+        with engine.step(self, batch, told.at, run, device, totals=totals, parts=told.parts) as step:  # type: ignore[arg-type]
+            ran = run_student(self, own)
+        losses = ran.finish(step)
+        peers = {
+            name: (found["loss"] if "loss" in found else no_loss(found)) * step.host_share(listener=name)
+            for name, found in step.outputs.items()
+        }
+        told.keep(step, losses, peers)
+        told.without_loss = isinstance(ran.output, Mapping) and "loss" not in ran.output
+        return _with_losses(ran.output, {**losses, **{f"peer.{name}.loss": value for name, value in peers.items()}})
 
-        whole, sums = total(terms)
-        for term, value in zip(terms, sums[1:], strict=True):
-            term.ready = value.float()
-        before = dict(distiller.dropped)
-        link.losses = distiller.losses(student, teacher, batch, step, hidden.device, link.totals, link.parts)
-        finite = [term for term in terms if distiller.dropped[term.name] == before[term.name]]
-        if len(finite) < len(terms):
-            whole, sums = total(finite)
-        # The terms' values are counted by their names; their gradient comes with the host's loss.
-        output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
-        return _with_losses(output, link.losses)
+
+def _inputs_of_sources(
+    link: Link, engine: Engine, inputs: Mapping[str, Any], batch: Batch, at: Step
+) -> dict[str, Mapping[str, Any]]:
+    """What each source's model is given in a step, by its name; a teacher with a store learns which samples these are.
+
+    Raises:
+        DistillError: the batch has tokens of the teacher's own, and a source reads the student's.
+    """
+    others = [name for name, source in engine.sources.items() if not isinstance(source, (Teacher, Ensemble))]
+    if others and inputs.get(TEACHER_INPUTS) is not None:
+        raise DistillError(
+            f"the batch has tokens or columns of the teacher's own, and {others[0]!r} reads the student's; take the second "
+            "tokenizer and the columns teacher_… out, or that source"
+        )
+    given = inputs if "labels" in inputs else {**inputs, "labels": batch.labels}
+    found = {
+        name: link.of_peer(inputs, name) if source.trains else link.of_source(given, name, source.model)
+        for name, source in engine.sources.items()
+        if name in link.sources and (source.trains or engine.active(at))
+    }
+    ids, teacher = inputs.get(SAMPLE_IDS), engine.teacher
+    if ids is not None and isinstance(teacher, Cached) and teacher.name in found:
+        batch.samples = Samples(ids, {k: v for k, v in found[teacher.name].items() if isinstance(v, Tensor)})
+    return found
 
 
 def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
-    """The output with the terms' losses in it, so that DDP sees every parameter of the terms in what the pass returns."""
+    """The output with the terms' losses in it, so that DDP sees every parameter of the terms in what the pass returns.
+
+    A model that was given no labels returns no loss, and the Trainer asks for one: it gets 0.
+    """
     if is_dataclass(output):
         found = {key: value for key, value in losses.items() if key.endswith(".loss")}
-        output = _output_class(type(output))(**output, distill=found)  # type: ignore[arg-type]
+        own: Any = output if "loss" in output else {**output, "loss": no_loss(output)}  # type: ignore[operator, dict-item]
+        output = _output_class(type(output))(**own, distill=found)  # type: ignore[arg-type]
     return output
 
 
 @cache
 def _output_class(plain: Any) -> Any:
-    """The model's own class of outputs with one field more."""
-    return make_dataclass(
-        plain.__name__, [("distill", Any, None)], bases=(plain,), namespace={"__module__": plain.__module__}
-    )
+    """The model's own class of outputs with a field for the terms' losses, and one for its own where it has none."""
+    more = [(name, Any, None) for name in ("distill", "loss") if name not in plain.__dataclass_fields__]
+    return make_dataclass(plain.__name__, more, bases=(plain,), namespace={"__module__": plain.__module__})
 
 
 @cache
 def _graft_class(student: Any) -> Any:
-    forward = wraps(student.forward)(lambda self, *args, **inputs: self.distilling_forward(*args, **inputs))
+    @wraps(student.forward)
+    def forward(self: Grafted, *args: Any, **inputs: Any) -> Any:
+        return self.distilling_forward(**by_name(student.forward, args, inputs))
+
     names = {"forward": forward, "__module__": student.__module__, "__qualname__": student.__qualname__}
     return type(student.__name__, (Grafted, student), names)
 
@@ -229,161 +151,218 @@ def graft(
     teacher: Any,
     terms: list[Any],
     *,
+    teachers: Mapping[str, Any] | None = None,
     dry_run: Mapping[str, Any] | None = None,
     facts: Mapping[str, Any] | None = None,
     chunk: int | None = None,
     cache: TeacherCache | None = None,
 ) -> Any:
-    """Grafts the distiller on a student, in place.
+    """Grafts the engine on a student, in place.
 
     Args:
-        student: a model of Hugging Face.
-        teacher: a model, a :class:`~kdgraft.Teacher`, or the folder that ``save_pretrained`` wrote; may be left out without
-            terms.
+        student: a model of Hugging Face; under a wrapper of PEFT the engine goes on the base model.
+        teacher: a model, a :class:`~kdgraft.Source`, or the folder that ``save_pretrained`` wrote; may be left out without
+            terms, and where the cache has what it says of every sample.
         terms: names, dicts or instances.
-        dry_run: one small batch for both models; made from their configs by default.
+        teachers: several sources by name, instead of ``teacher``.
+        dry_run: one small batch for all models; made from their configs by default.
         facts: what is known of the vocabularies: ``vocabulary`` (``"same"``, ``"different"``), ``vocabulary_checked`` (entries of
             the tokenizer).
         chunk: tokens at a time for losses on a causal model's logits; ``None``: all at once.
         cache: of the teacher's outputs, for batches with sample ids.
 
+    Returns:
+        The student that was given.
+
     Raises:
         DistillError: a wrong teacher; :class:`~kdgraft.WiringError`: a term that cannot work on the two.
     """
+    given, student = student, base_of(student)
     _check_student(student)
     if chunk is not None and not terms:
         raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
-    model: Any = student
-    task = task_of(student)
-    takes = accepted(student)
-    distiller = None
-    device = next(student.parameters()).device
+    if cache is not None and terms and task_of(student) in ("seq2seq", "ctc"):
+        sort = "a model with a decoder" if task_of(student) == "seq2seq" else "a model of frames"
+        raise WiringError(
+            f"the cache keeps no outputs of {sort} ({type(student).__name__}): it keeps those of the tokens that a model is given, not "
+            "of a decoder's or of frames; leave the cache out"
+        )
     with isolated_rng():
-        held = build_teacher(teacher, student, task) if terms else None
-    link = Link(task, None if held is None else held.model, takes)
+        sources = build_sources(teacher, teachers, student, cache) if terms else {}
+    link = Link(task_of(student), accepted(student))
     kind: Any = student.__class__
     student.__class__ = _graft_class(kind)
-    model._distill = link
+    tie(student, link)
     student.add_module("distiller", None)
-    if held is not None:
+    engine = None
+    if sources:
         try:
             with isolated_rng():
-                distiller = TextDistiller(held, terms, TERMS)
-                distiller.teacher.load()
-                held.model.to(device)
-                ours = dict(dry_run) if dry_run is not None else example(student)
-                theirs = link.of_teacher(ours, held.model) if dry_run is not None else example(held.model)
-                if chunk is not None:
-                    _chunk(student, distiller, task, ours, theirs)
-                    link.chunk = chunk
-                _wire(student, distiller, ours, theirs, facts or {})
+                engine = _wired(student, sources, terms, dry_run, facts or {}, chunk)
                 if cache is not None:
-                    for term in distiller._all_terms():
+                    for term in engine.all_terms:
                         cache.check(term.teacher_taps, term.name)
-                    link.cache = cache
-                if any(term.compares_classes for term in distiller._all_terms()):
-                    names = _class_names(student), _class_names(held.model)
-                    if any(names):
-                        link.order = class_order(*names, ("student's config", "teacher's config"))
+                compare_classes(student, _of_classes(engine))
         except BaseException:
             student.__class__ = kind
-            del student._modules["distiller"], student._distill
+            _take_off(student, _graft_class(kind))
             raise
-        hide_from_state_dict(distiller)
-        distiller.to(device)
-    student.add_module("distiller", distiller)
-    return student
+        hide_from_state_dict(engine)
+        engine.to(next(student.parameters()).device)
+    student.add_module("distiller", engine)
+    return given
+
+
+def _of_classes(engine: Engine) -> dict[str, Source]:
+    """The sources whose classes some term compares with the student's."""
+    heard = {name for term in engine.all_terms if term.compares_classes for name in engine.members(term.source)}
+    return {name: source for name, source in engine.sources.items() if name in heard}
+
+
+def _wired(
+    student: Any,
+    sources: Mapping[str, Source],
+    terms: list[Any],
+    dry_run: Mapping[str, Any] | None,
+    facts: Mapping[str, Any],
+    chunk: int | None,
+) -> Engine:
+    """An engine wired by a dry run of all models."""
+    link, device = link_of(student), next(student.parameters()).device
+    engine = Engine(sources, terms, TERMS, AttentionRecorder)
+    ours = dict(dry_run) if dry_run is not None else example(student)
+    theirs: dict[str, Mapping[str, Any]] = {}
+    for name, source in engine.sources.items():
+        if isinstance(source, Itself):
+            if source.momentum is not None:  # the average takes what the student does
+                link.sources[name] = link.takes
+                theirs[name] = link.of_source(ours, name, student)
+            continue
+        if not isinstance(getattr(source, "model", None), nn.Module):
+            continue
+        link.know(name, source.model)
+        if not isinstance(source, Teacher) or not source.placed:
+            source.model.to(device)
+        made = ours if dry_run is not None else example(source.model, device)
+        theirs[name] = link.of_source(made, name, source.model)
+        if isinstance(source, Cached):
+            source.example = theirs[name]
+    teachers = [source.model for source in engine.sources.values() if isinstance(source, Teacher)]
+    link.frames = frame_mask(student), frame_mask(teachers[0] if teachers else student)
+    own = _without_labels(student, link.of_student(ours))
+    if chunk is not None:
+        link.tails, link.chunk = _chunk(student, engine, own, theirs), chunk
+    samples = tokens_of(link.read(ours)).size
+
+    def run(source: Source) -> Any:
+        return source.model(**theirs[source.name])
+
+    engine.wire(
+        student,
+        lambda: student.plain_forward(**own),
+        run,
+        frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
+        {**facts, "samples": samples},
+    )
+    models = {STUDENT: student, **dict(engine.peers.items())}
+    for term in engine.all_terms:
+        refuse_dropped_layers(models[term.listener], [term])
+    return engine
+
+
+def undistill(model: Any) -> Any:
+    """Takes the distiller off a student, in place: a plain model again, for another trainer or for ``torch.save``.
+
+    Args:
+        model: the model of a trainer that distils. The trainer still evaluates and saves it, and trains it plainly.
+
+    Returns:
+        The model.
+
+    Raises:
+        DistillError: nothing is grafted on it.
+
+    Example::
+
+        trainer.train()
+        student = undistill(trainer.model)
+    """
+    student = base_of(model)
+    if not isinstance(student, Grafted):
+        raise DistillError(f"this {type(model).__name__} is not being distilled")
+    graft: Any = type(student)
+    student.__class__ = _student_class(student)
+    _take_off(student, graft)
+    return model
+
+
+def _student_class(model: Grafted) -> Any:
+    """The class that a student had before the graft."""
+    return type(model).__bases__[1]
+
+
+def _take_off(student: Any, graft: Any) -> None:
+    """Removes what the graft put on an instance whose class is plain again, and what accelerate made of the graft's forward."""
+    del student._modules["distiller"]
+    untie(student)
+    _unwrap_forward(student, graft)
+
+
+def _unwrap_forward(student: Any, kind: Any) -> None:
+    """Takes off the mixed precision that accelerate left around a class's own forward; the next trainer puts it on anew."""
+    before = vars(student).get("_original_forward")
+    if getattr(before, "__func__", None) is kind.forward:
+        del student.forward, student._original_forward
+        vars(student).pop("_is_accelerate_prepared", None)
 
 
 def _check_student(student: Any) -> None:
     """Refuses what cannot be grafted on; takes off what accelerate left."""
     if isinstance(student, Grafted):
-        raise DistillError("this student is being distilled already; build a new one for another distiller")
+        raise DistillError(
+            "this student is being distilled already; build a new one, or undistill(model) for another distiller"
+        )
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
-    before = vars(student).get("_original_forward")  # accelerate's, left by an evaluation in mixed precision
-    if getattr(before, "__func__", None) is type(student).forward:
-        del student.forward, student._original_forward
+    if isinstance(student, nn.Sequential):
+        raise DistillError(
+            f"a {type(student).__name__} runs and saves whatever is in it one by one, and the distiller would be; distil the "
+            "transformer in it by itself"
+        )
+    _unwrap_forward(student, type(student))
     if "forward" in vars(student):
         raise DistillError(
             f"something has replaced the forward of this {type(student).__name__}; distil first, wrap or patch it afterwards"
         )
 
 
-def _chunk(student: Any, distiller: TextDistiller, task: str, ours: Any, theirs: Any) -> None:
-    if task != "causal":
+def _chunk(
+    student: Any, engine: Engine, ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]
+) -> tuple[Tail, Tail]:
+    """Prepares terms on logits for chunks; what student and teacher make of their output layers' logits."""
+    if task_of(student) != "causal":
         raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
-    check_heads(student, ours)
-    check_heads(distiller.teacher.model, theirs)
-    for term in distiller._all_terms():
+    teacher = engine.teacher
+    if len(engine.sources) > 1 or not isinstance(teacher, Teacher):
+        raise WiringError("chunked=True computes the losses of one frozen teacher; leave it out with other sources")
+    heads = [head_of(model).weight.device for model in (student, teacher.model)]
+    if heads[0] != heads[1]:
+        raise WiringError(
+            f"chunked=True needs the teacher's output layer where the student's is ({heads[0]}), and its weights are on "
+            f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave chunked out"
+        )
+    tails = check_heads(student, ours), check_heads(teacher.model, theirs[teacher.name])
+    for term in engine.all_terms:
         if isinstance(term, LogitTerm):
             if not term.same_vocabulary:
                 raise WiringError(f"{term.name} sorts whole vocabularies and cannot be chunked; leave chunked out")
             term.chunked = True
+    return tails
 
 
-def _wire(student: Any, distiller: TextDistiller, ours: Any, theirs: Any, facts: Mapping[str, Any]) -> None:
-    model = distiller.teacher.model
-    distiller.wire(
-        student,
-        lambda: student.plain_forward(**{k: v for k, v in ours.items() if k not in LABELS}),
-        lambda: model(**theirs),
-        frozenset({"labels"}),
-        facts,
-    )
-
-
-def build_teacher(teacher: Any, student: nn.Module, task: str) -> Teacher:
-    """A :class:`~kdgraft.Teacher` from a model or from a folder of ``save_pretrained``, loaded strictly.
-
-    Raises:
-        DistillError: no teacher, a folder that is none, or weights that do not fit; the message lists the keys.
-    """
-    if teacher is None:
-        raise DistillError("terms need teacher=…: a model, or the folder that save_pretrained wrote")
-    if isinstance(teacher, (str, Path)):
-        teacher = _load_teacher(Path(teacher), student, task)
-    if isinstance(teacher, nn.Module):
-        trained = {id(p) for p in student.parameters() if p.requires_grad}
-        if any(id(p) in trained for p in teacher.parameters()):
-            raise WiringError("student and teacher share parameters, which the teacher would freeze; copy.deepcopy one")
-        if not hasattr(teacher, "config"):
-            raise DistillError(f"the teacher must be a Hugging Face model, got {type(teacher).__name__}")
-        teacher = Teacher(teacher)
-    if not isinstance(teacher, Teacher):
-        raise DistillError(f"teacher must be a model or a folder, got {teacher!r}")
-    return teacher
-
-
-def _load_teacher(folder: Path, student: nn.Module, task: str) -> nn.Module:
-    if not (folder / "config.json").is_file():
-        raise DistillError(
-            f"no teacher at {folder}: there is no config.json; give the folder that save_pretrained wrote"
-        )
-    if task not in AUTO_CLASSES:
-        raise DistillError(
-            f"cannot tell which kind of model {type(student).__name__} is; load the teacher and pass the model"
-        )
-    try:
-        model, found = AUTO_CLASSES[task].from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DistillError(f"cannot load the teacher {folder}: {' '.join(str(error).split())[:300]}") from None
-    problems = [
-        f"{len(found[kind])} {kind.removesuffix('_keys')}: {', '.join(str(key) for key in sorted(found[kind], key=str)[:4])}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if found.get(kind)
-    ]
-    if problems:
-        raise DistillError(
-            f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}"
-        )
-    return model
-
-
-def _class_names(model: Any) -> list[str] | None:
-    """The names in ``config.id2label``; ``None`` for the default ones, LABEL_0 and so on."""
-    names = getattr(model.config, "id2label", None)
-    if not names:
-        return None
-    found = [names[key] for key in sorted(names)]
-    return None if all(name == f"LABEL_{i}" for i, name in enumerate(found)) else found
+def _without_labels(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as the dry run takes it: no labels, of which a decoder's inputs are made."""
+    found = {name: value for name, value in inputs.items() if name not in LABELS}
+    if has_decoder(student) and "decoder_input_ids" not in found and "labels" in inputs:
+        found["decoder_input_ids"] = decoder_inputs(student, inputs["labels"])
+    return found

@@ -3,45 +3,121 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
+from transformers.utils import is_peft_available
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, WiringError
 
-_MAPPINGS: dict[str, Any] = {
-    "sequence": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
-    "tokens": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
-    "question": auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES,
-    "seq2seq": auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "masked": auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    "causal": auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    "image": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
-}
-AUTO_CLASSES = {
-    "sequence": auto.AutoModelForSequenceClassification,
-    "tokens": auto.AutoModelForTokenClassification,
-    "question": auto.AutoModelForQuestionAnswering,
+_KINDS: list[tuple[str, Any, Any]] = [
+    ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForSequenceClassification),
+    ("tokens", auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForTokenClassification),
+    ("question", auto.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES, auto.AutoModelForQuestionAnswering),
+    ("choice", auto.MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES, auto.AutoModelForMultipleChoice),
+    ("text", auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, auto.AutoModelForSeq2SeqLM),
+    ("text", auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES, auto.AutoModelForSpeechSeq2Seq),
+    ("masked", auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, auto.AutoModelForMaskedLM),
+    ("causal", auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, auto.AutoModelForCausalLM),
+    ("text", auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.AutoModelForImageTextToText),
+    ("image", auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForImageClassification),
+    ("image", auto.MODEL_FOR_VIDEO_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForVideoClassification),
+    ("audio", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForAudioClassification),
+    ("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES, auto.AutoModelForCTC),
+    ("segmentation", auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, auto.AutoModelForSemanticSegmentation),
+]
+"""Task, the library's names of the classes made for it, and the class that loads one; ``text`` is made out by the model itself."""
+
+AUTO_CLASSES: dict[str, Any] = {
+    **{task: loads for task, _, loads in reversed(_KINDS) if task != "text"},
     "seq2seq": auto.AutoModelForSeq2SeqLM,
-    "masked": auto.AutoModelForMaskedLM,
-    "causal": auto.AutoModelForCausalLM,
-    "image": auto.AutoModelForImageClassification,
 }
-LANGUAGE_MODELS = ("masked", "causal", "seq2seq")
+LANGUAGE_MODELS = ("masked", "causal", "aligned", "seq2seq")
+_ALIGNED = frozenset(
+    [
+        "BartForCausalLM",
+        "BigBirdPegasusForCausalLM",
+        "BlenderbotForCausalLM",
+        "BlenderbotSmallForCausalLM",
+        "CpmAntForCausalLM",
+        "MBartForCausalLM",
+        "MarianForCausalLM",
+        "PLBartForCausalLM",
+        "PegasusForCausalLM",
+        "ProphetNetForCausalLM",
+        "TrOCRForCausalLM",
+        "WhisperForCausalLM",
+        "XLNetLMHeadModel",
+    ]
+)
+"""Causal models whose own loss does not move the labels on: they stand at the positions that predict them."""
+PER_SAMPLE = ("sequence", "image", "audio", "choice")
+PER_TOKEN = ("tokens", "ctc", *LANGUAGE_MODELS)
 
 
 def task_of(model: nn.Module) -> str:
-    """``sequence``, ``tokens``, ``question``, ``masked``, ``causal``, ``seq2seq``, ``image``, or ``other``."""
+    """The task that a model's class is made for, by the library's own lists of classes.
+
+    Returns:
+        ``sequence``, ``tokens``, ``question``, ``choice`` (multiple choice), ``masked``, ``causal`` (vision-language and audio
+        models without a decoder of their own too), ``aligned`` (causal, with labels at the positions that predict them), ``seq2seq``, ``image``, ``audio``, ``ctc``,
+        ``segmentation``, or ``other``.
+    """
+    kind = _kind_of(model)
+    if kind is None:
+        return "other"
+    if kind[0] == "causal" and _ALIGNED & {base.__name__ for base in type(model).__mro__}:
+        return "aligned"
+    if kind[0] != "text":
+        return kind[0]
+    takes = accepted(model)
+    if "labels" not in takes:
+        return "other"
+    if has_decoder(model):
+        return "seq2seq"
+    return "causal" if "input_ids" in takes else "other"
+
+
+def auto_class(model: nn.Module) -> Any:
+    """The library's class that loads models of this kind; ``None`` for a kind that it does not list."""
+    kind = _kind_of(model)
+    return None if kind is None else kind[2]
+
+
+def _kind_of(model: nn.Module) -> tuple[str, Any, Any] | None:
     names = {base.__name__ for base in type(model).__mro__}
-    for task, mapping in _MAPPINGS.items():
+    for kind in _KINDS:
         known: set[str] = set()
-        for value in mapping.values():
+        for value in kind[1].values():
             known.update([value] if isinstance(value, str) else value)
         if names & known:
-            return task
-    return "other"
+            return kind
+    return None
+
+
+def base_of(model: Any) -> Any:
+    """The model under a wrapper of PEFT, its adapters in their places; any other model itself.
+
+    Raises:
+        WiringError: adapters that do something in the wrapper's own pass, which the base model's does not have.
+    """
+    if not is_peft_available():
+        return model
+    from peft import PeftMixedModel, PeftModel
+
+    if not isinstance(model, (PeftModel, PeftMixedModel)):
+        return model
+    for config in model.peft_config.values():
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        if config.is_prompt_learning or kind in ("XLORA", "POLY") or getattr(config, "alora_invocation_tokens", None):
+            raise WiringError(
+                f"{type(model).__name__}: adapters of kind {kind} put more into a pass than layers (prompts, routes), which terms do "
+                "not know of; take adapters that sit in layers (LoRA and the like), or distil the base model"
+            )
+    return model.base_model.model
 
 
 def accepted(model: nn.Module) -> set[str]:
@@ -49,38 +125,148 @@ def accepted(model: nn.Module) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
 
 
-def example(model: Any) -> dict[str, Tensor]:
-    """A small input of two samples, made from the config alone: token ids, or an image of the configured size.
+def reads_text_alone(model: nn.Module) -> bool:
+    """Whether the model reads tokens and no images, so that no tensor in it is a map of an image."""
+    return "input_ids" in accepted(model) and "pixel_values" not in accepted(model)
+
+
+def by_name(forward: Callable[..., Any], args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by their names.
+
+    Args:
+        forward: a method; ``args`` are what comes after ``self``.
+        args, inputs: the arguments by position and by name; names that ``forward`` does not know stay.
 
     Raises:
-        DistillError: the model takes neither.
+        TypeError: as Python says it, of arguments too many or given twice.
+    """
+    if not args:
+        return dict(inputs)
+    (_, *found), values = inspect.signature(forward).bind_partial(None, *args).arguments.items(), dict(inputs)
+    for name, value in found:
+        if name in values:
+            raise TypeError(f"{forward.__qualname__}() got multiple values for argument {name!r}")
+        values[name] = value
+    return values
+
+
+def has_decoder(model: Any) -> bool:
+    """Whether the model generates tokens from a decoder of its own (RT-DETR calls itself an encoder-decoder and has no tokens)."""
+    return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in accepted(model)
+
+
+def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
+    """The decoder's input tokens for target tokens ``(B, L)``: moved on by one, −100 as padding.
+
+    By the model's own method where it has one.
+
+    Raises:
+        DistillError: neither the model nor its config says how.
+    """
+    own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        return own(labels=labels)
+    text = model.config.get_text_config(decoder=True)
+    start, pad = (
+        next((getattr(c, name) for c in (model.config, text) if getattr(c, name, None) is not None), None)
+        for name in ("decoder_start_token_id", "pad_token_id")
+    )
+    if start is None or pad is None:
+        raise DistillError(
+            f"{type(model).__name__} makes its decoder's inputs from labels, and its config names no "
+            f"{'decoder_start_token_id' if start is None else 'pad_token_id'}; set it, or let the collator give decoder_input_ids"
+        )
+    moved = labels.roll(1, 1)
+    moved[:, 0] = start
+    return moved.masked_fill(moved == -100, pad)
+
+
+def frame_mask(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    """What makes an audio model's mask of frames from its mask of samples.
+
+    Returns:
+        ``(B, samples)`` boolean -> ``(B, frames)`` boolean, as the encoder's layers see them; ``None`` for other models.
+    """
+    if "input_ids" in accepted(model):
+        return None  # the mask is that of its tokens
+    names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
+    lengths = next((getattr(m, name) for m in model.modules() for name in names if hasattr(m, name)), None)
+    if lengths is None:
+        return None
+    # What an adapter behind the layers makes of the frames is not asked for.
+    settings = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
+
+    def frames(mask: Tensor) -> Tensor:
+        samples = [mask.shape[1], *mask.sum(1).tolist()]  # some models' rule takes one number at a time
+        whole, *own = (int(lengths(torch.tensor(count), **settings)) for count in samples)
+        return torch.arange(whole, device=mask.device) < torch.tensor(own, device=mask.device)[:, None]
+
+    return frames
+
+
+def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]:
+    """A small input of two samples (one, of multiple choice), made from the config alone: token ids, sound, or an image of the configured size.
+
+    Args:
+        device: where it lies; with the model's parameters by default.
+
+    Raises:
+        DistillError: the model takes none of these.
     """
     config, takes = model.config, accepted(model)
-    device = next(model.parameters()).device
+    device = device if device is not None else next(model.parameters()).device
+    task = task_of(model)
+    inputs: dict[str, Tensor] = {}
     if "input_ids" in takes:
-        size, end = _vocabulary(model), getattr(config, "eos_token_id", None)
-        end = end if isinstance(end, int) and end < size else None
-        words = [i for i in range(min(size, 9)) if i not in (end, getattr(config, "pad_token_id", None))] or [0]
         # Classifiers of causal models refuse several rows without a pad token.
-        rows = 1 if task_of(model) == "sequence" and getattr(config, "pad_token_id", None) is None else 2
-        ids = torch.tensor(
-            [[words[(5 * row + 3 * i) % len(words)] for i in range(5)] for row in range(rows)], device=device
-        )
-        if end is not None:
-            ids[:, -1] = end  # some take what stands at the end of the text
+        rows = 1 if task == "sequence" and getattr(config, "pad_token_id", None) is None else 2
+        ids = _tokens(model, rows).to(device)
+        if task == "choice":
+            ids = ids[None]  # one sample of two choices, which the layers see as two texts
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if getattr(config, "is_encoder_decoder", False):
-            inputs["decoder_input_ids"] = ids
-        return {name: value for name, value in inputs.items() if name in takes}
+    elif found := _media(config, takes):
+        inputs = {name: torch.zeros(2, *shape, device=device) for name, shape in found.items()}
+    else:
+        raise DistillError(
+            f"{type(model).__name__} takes neither input_ids nor pixel_values; give dry_run=dict(…), one small batch"
+        )
+    if has_decoder(model):
+        inputs["decoder_input_ids"] = inputs.get("input_ids", _tokens(model, 2).to(device))
+    return {name: value for name, value in inputs.items() if name in takes}
+
+
+def _media(config: Any, takes: set[str]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of a sound, a video or an image that a model takes; nothing where its config does not tell."""
+    bins = getattr(config, "num_mel_bins", None)
+    if "input_features" in takes:
+        if bins and hasattr(config, "max_source_positions"):
+            return {
+                "input_features": (bins, 2 * config.max_source_positions)
+            }  # Whisper takes spectrograms of one length
+        names = ("input_feat_per_channel", "feature_projection_input_dim")
+        width = next((getattr(config, name) for name in names if hasattr(config, name)), None)
+        return {"input_features": (40, width)} if width else {}
+    if "input_values" in takes:
+        return {"input_values": (config.max_length, bins) if bins and hasattr(config, "max_length") else (4000,)}
     if "pixel_values" in takes:
-        side = getattr(config, "image_size", None) or 224
+        images = next((c for c in (config, getattr(config, "encoder", None)) if getattr(c, "image_size", None)), config)
+        side = getattr(images, "image_size", None) or 224
         height, width = (side,) * 2 if isinstance(side, int) else side
-        return {"pixel_values": torch.zeros(2, getattr(config, "num_channels", 3), height, width, device=device)}
-    raise DistillError(
-        f"{type(model).__name__} takes neither input_ids nor pixel_values; give dry_run=dict(…), one small batch"
-    )
+        frames = (config.num_frames,) if hasattr(config, "num_frames") else ()
+        return {"pixel_values": (*frames, getattr(images, "num_channels", 3), height, width)}
+    return {}
 
 
-def _vocabulary(model: nn.Module) -> int:
+def _tokens(model: Any, rows: int) -> Tensor:
+    """``(rows, 5)``: words, none of which stands for an image, a sound or padding; the end of the text last."""
+    config = model.config
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
-    return int(embeddings.num_embeddings) if isinstance(embeddings, nn.Embedding) else 8
+    size = int(embeddings.num_embeddings) if isinstance(embeddings, nn.Embedding) else 8
+    end = getattr(config, "eos_token_id", None)
+    end = end if isinstance(end, int) and end < size else None
+    special = [value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))]
+    words = [i for i in range(min(size, 9)) if i not in special] or [0]
+    ids = torch.tensor([[words[(5 * row + 3 * i) % len(words)] for i in range(5)] for row in range(rows)])
+    if end is not None:
+        ids[:, -1] = end  # some take what stands at the end of the text
+    return ids

@@ -1,18 +1,19 @@
 """kdgraft: task-specific distillation for detection, segmentation and language models.
 
-The core: losses, taps, adapters, regions, terms, schedules, teacher, distiller. It imports torch alone; the host plugins
-``kdgraft_det``, ``kdgraft_seg`` and ``kdgraft_nlp`` build on it.
+The core: losses, taps, adapters, regions, terms, schedules, sources, the engine, plans. It imports torch and accelerate; the host
+plugins ``kdgraft_det``, ``kdgraft_seg`` and ``kdgraft_nlp`` build on it.
 """
 
-from .distiller import Distiller, DistillOutput, HostDistiller
+from .distiller import Distiller, DistillOutput
+from .engine import Engine
 from .errors import DistillError, UnsafeCheckpoint, WiringError
 from .fine_grained import FineGrained
 from .generation import MaskedGeneration
 from .regions import Batch, Region
 from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, TERMS, Registry
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
+from .sources import SOURCES, Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recorder, Recording, Tap
-from .teacher import Teacher
 from .terms import FeatureImitation, Hint, LogitMatching, SoftTargets, Term
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "RECIPES",
     "REGIONS",
     "SCHEDULES",
+    "SOURCES",
     "TERMS",
     "Batch",
     "Constant",
@@ -29,12 +31,15 @@ __all__ = [
     "DistillError",
     "DistillOutput",
     "Distiller",
+    "Engine",
+    "Ensemble",
     "FeatureImitation",
     "FineGrained",
     "Hint",
-    "HostDistiller",
+    "Itself",
     "LogitMatching",
     "MaskedGeneration",
+    "Peer",
     "Ramp",
     "Recorder",
     "Recording",
@@ -42,6 +47,7 @@ __all__ = [
     "Registry",
     "Schedule",
     "SoftTargets",
+    "Source",
     "Step",
     "Stop",
     "Tap",

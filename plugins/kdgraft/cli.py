@@ -1,4 +1,4 @@
-"""The command line: ``kdgraft train | check | export | list | demo | bench``.
+"""The command line: ``kdgraft train | check | export | list | plan | demo | bench``.
 
 A user's mistake ends with one line on stderr and exit code 2.
 """
@@ -8,21 +8,18 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from pprint import pformat
-from types import ModuleType
 from typing import Any
 
 from . import __version__
-from .errors import DistillError, nearest
-from .hosts import MissingHost, require
+from .errors import DistillError, check_number, nearest
+from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
+from .launching import TIMEOUT, check_launch
+from .plans import carry_out, read_plan
 from .registry import LOSSES, REGIONS, SCHEDULES, Registry
-
-HOSTS = {"det": "mmdet", "seg": "mmseg", "nlp": "transformers"}
-"""Tasks that have a plugin, with the host framework that each needs."""
-DEMOS = ("det", "seg", "nlp")
-"""Tasks with a demo."""
+from .sources import SOURCES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,12 +37,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
-def plugin(task: str, module: str | None = None) -> ModuleType:
-    """A task's plugin, or a module of it; :class:`MissingHost` says what to install."""
-    require(HOSTS[task], f"kdgraft_{task}")
-    return import_module(f"kdgraft_{task}" + (f".{module}" if module else ""))
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdgraft", description="Task-specific knowledge distillation.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -54,46 +45,66 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train a distilled student from a config or a recipe file")
     train.add_argument("config")
     train.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/CONFIG'S NAME)")
-    train.add_argument("--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the latest one")
+    train.add_argument(
+        "--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the newest complete one"
+    )
     train.add_argument("--amp", action="store_true", help="mixed precision")
     train.add_argument("--seed", type=int, help="random seed")
+    wait = f"seconds that a process waits for the others before all stop (default: the config's, or {TIMEOUT})"
+    train.add_argument("--timeout", type=float, metavar="SECONDS", help=wait)
     _add_options(train)
-    train.set_defaults(
-        run=lambda a: _runs(a.config).train(a.config, a.cfg_options, a.work_dir, a.resume, a.amp, a.seed)
-    )
+    _add_trusted(train)
+    lost = "with --resume: begin anew what of the checkpoint is missing or damaged (optimizer, schedulers, terms)"
+    train.add_argument("--partial", action="store_true", help=lost)
+    train.set_defaults(run=_train)
 
     check = commands.add_parser("check", help="build everything, run one step, print the wiring")
     check.add_argument("config")
     _add_options(check)
-    check.set_defaults(run=lambda a: _runs(a.config).check(a.config, a.cfg_options))
+    _add_trusted(check)
+    check.set_defaults(run=_check)
 
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
-    export.add_argument("out")
-    export.add_argument("--trusted", action="store_true", help="allow a checkpoint with arbitrary pickled objects")
+    export.add_argument("out", help="the file of weights, student.pth; its config is written beside it, as student.py")
+    export.add_argument(
+        "--peer", metavar="NAME", help="write this peer, which trained beside the student, instead of it"
+    )
+    export.add_argument("--force", action="store_true", help="overwrite the two files where they are there already")
+    _add_trusted(export)
     export.set_defaults(run=_export)
 
-    listing = commands.add_parser("list", help="terms, losses, regions, schedules, recipes; or one recipe's terms")
+    listing = commands.add_parser("list", help="terms, losses, regions, sources, recipes …; or one recipe's terms")
     listing.add_argument("recipe", nargs="?")
     listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
 
+    plan = commands.add_parser(
+        "plan", help="make the runs of a plan: teacher, assistant, student; what is finished stays"
+    )
+    plan.add_argument("plan", metavar="PLAN.toml")
+    plan.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    plan.set_defaults(run=_plan)
+
     demo = commands.add_parser("demo", help="teacher, plain and distilled students on embedded data")
-    demo.add_argument("task", nargs="?", default="all", choices=["all", *DEMOS])
+    demo.add_argument(
+        "task", nargs="?", default="all", choices=["all", *(name for name, host in hosts().items() if host.demo)]
+    )
     demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
     demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
     demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
     demo.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
     demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune on, with other seeds")
+    layouts = "; ".join(f"{name}: {host.data}" for name, host in hosts().items() if host.data)
+    demo.add_argument("--data", help=f"a real dataset's folder instead ({layouts})")
     demo.add_argument(
-        "--data", help="a real dataset's folder instead (det: COCO's json; seg: mmseg's layout; nlp: jsonl)"
+        "--fraction", type=float, help="the share of --data's training set to use, where the demo can (default: 1)"
     )
-    demo.add_argument("--fraction", type=float, help="the share of --data's training set to use (nlp; default: 1)")
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     demo.set_defaults(run=_demo)
 
     bench = commands.add_parser("bench", help="what distilling costs: step times and memory")
-    bench.add_argument("task", choices=list(HOSTS))
+    bench.add_argument("task", choices=[name for name, host in hosts().items() if host.bench])
     bench.add_argument("--pairs", type=int, default=30, help="interleaved rounds (default: 30)")
     bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
@@ -105,31 +116,70 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
 
 
-def _runs(config: str) -> ModuleType:
-    """Who trains a config: Python is mmengine's, YAML and TOML are recipes for Hugging Face."""
-    if Path(config).suffix in (".yaml", ".yml", ".toml"):
-        return plugin("nlp", "run")
-    require("mmengine", "a config of MMDetection or MMSegmentation")
-    return import_module("kdgraft_mm.run")
+def _add_trusted(parser: argparse.ArgumentParser) -> None:
+    told = "run what a checkpoint holds beside tensors and literals; only for files that you made"
+    parser.add_argument("--trusted", action="store_true", help=told)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    seed = arguments.seed
+    if seed is not None and not 0 <= seed < 2**32:
+        raise DistillError(f"--seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
+    check_launch()
+    if arguments.partial and not arguments.resume:
+        raise DistillError("--partial belongs to --resume: it says that a checkpoint need not be complete")
+    if arguments.timeout is not None:
+        check_number("train", "--timeout", arguments.timeout, 1)
+    host_of(arguments.config).make_trainer().train(
+        arguments.config,
+        arguments.cfg_options,
+        arguments.work_dir,
+        arguments.resume,
+        arguments.amp,
+        seed,
+        timeout=arguments.timeout,
+        trusted=arguments.trusted,
+        partial=arguments.partial,
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    host_of(arguments.config).make_trainer().check(arguments.config, arguments.cfg_options, trusted=arguments.trusted)
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    carry_out(read_plan(arguments.plan), dry_run=arguments.dry_run)
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    require("mmengine", "a checkpoint of MMDetection or MMSegmentation")
-    written = import_module("kdgraft_mm.checkpoints").export_student(
-        arguments.checkpoint, arguments.out, trusted=arguments.trusted
+    written = (
+        host_of_checkpoint(arguments.checkpoint)
+        .make_trainer()
+        .export(
+            arguments.checkpoint,
+            arguments.out,
+            peer=arguments.peer,
+            trusted=arguments.trusted,
+            force=arguments.force,
+        )
     )
     print(f"wrote {written[0]} and {written[1]}")
 
 
 def _list() -> None:
-    groups: list[tuple[str, Registry]] = [("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES)]
-    for task in HOSTS:
+    groups: list[tuple[str, Registry]] = [
+        ("losses", LOSSES),
+        ("regions", REGIONS),
+        ("schedules", SCHEDULES),
+        ("sources", SOURCES),
+    ]
+    for name, host in hosts().items():
         try:
-            found = plugin(task)
+            found = host.plugin()
         except MissingHost as error:
-            print(f"{task}: {error}\n")
+            print(f"{name}: {error}\n")
             continue
-        groups += [(f"{task} terms", found.TERMS), (f"{task} recipes", found.RECIPES)]
+        groups += [(f"{name} terms", found.TERMS), (f"{name} recipes", found.RECIPES)]
     width = max(len(name) for _, registry in groups for name in registry)
     for title, registry in groups:
         print(title)
@@ -141,16 +191,16 @@ def _list() -> None:
 def _show_recipe(name: str) -> None:
     registries: dict[str, Registry] = {}
     missing: list[MissingHost] = []
-    for task in HOSTS:
+    for task, host in hosts().items():
         try:
-            registries[task] = plugin(task).RECIPES
+            registries[task] = host.plugin().RECIPES
         except MissingHost as error:
             missing.append(error)
-    if not registries:
-        raise missing[0]
     found = [(task, registry) for task, registry in registries.items() if name in registry]
     if not found:
         known = dict.fromkeys(recipe for registry in registries.values() for recipe in registry)
+        if missing and not known:
+            raise missing[0]
         raise DistillError(f"no recipe is called {name!r}{nearest(name, known)}")
     for task, registry in found:
         print(
@@ -161,7 +211,9 @@ def _show_recipe(name: str) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     if arguments.pairs < 1:
         raise DistillError(f"--pairs must be at least 1, got {arguments.pairs}")
-    plugin(arguments.task, "bench").main(arguments.pairs, arguments.device, f"{arguments.out}/{arguments.task}")
+    host_named(arguments.task).measurement().main(
+        arguments.pairs, arguments.device, f"{arguments.out}/{arguments.task}"
+    )
 
 
 def _demo(arguments: argparse.Namespace) -> None:
@@ -169,13 +221,17 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
     if arguments.iterations is not None and arguments.iterations < 2:
         raise DistillError(f"--iterations must be at least 2, got {arguments.iterations}")
-    tasks = list(DEMOS) if arguments.task == "all" else [arguments.task]
+    tasks = [name for name, host in hosts().items() if host.demo] if arguments.task == "all" else [arguments.task]
     if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
         raise DistillError(f"recipes belong to one task: kdgraft demo TASK --recipes {arguments.recipes}")
     if arguments.data is not None and arguments.task == "all":
-        raise DistillError("--data belongs to one task: kdgraft demo det --data DIR")
-    if arguments.fraction is not None and (arguments.task != "nlp" or arguments.data is None):
-        raise DistillError("--fraction belongs to real text: kdgraft demo nlp --data DIR --fraction 0.1")
+        raise DistillError("--data belongs to one task: kdgraft demo TASK --data DIR")
+    mains = {task: host_named(task).demonstration().main for task in tasks}
+    shares = all("fraction" in signature(main).parameters for main in mains.values())
+    if arguments.fraction is not None and not shares:
+        raise DistillError(f"kdgraft demo {arguments.task} takes no --fraction of a training set")
+    if arguments.fraction is not None and arguments.data is None:
+        raise DistillError(f"--fraction belongs to real data: kdgraft demo {arguments.task} --data DIR --fraction 0.1")
     extra: dict[str, Any] = {} if arguments.iterations is None else {"iterations": arguments.iterations}
     name = ""
     if arguments.data is not None:
@@ -183,8 +239,8 @@ def _demo(arguments: argparse.Namespace) -> None:
         if arguments.fraction is not None:
             extra["fraction"] = arguments.fraction
         name = f"_{Path(arguments.data).resolve().name}"  # beside the embedded set's results, not over them
-    for task in tasks:
-        plugin(task, "demo").main(
+    for task, main in mains.items():
+        main(
             seeds=arguments.seeds,
             recipes=arguments.recipes,
             out=f"{arguments.out}/{task}{name}",

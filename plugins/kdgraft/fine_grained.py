@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .errors import DistillError, WiringError, check_number, check_share
-from .regions import Batch, Region, on_grid, valid_positions
+from .regions import BOXES_AT_ONCE, Batch, Region, on_grid, valid_positions
 from .registry import REGIONS
 
 
@@ -58,20 +58,21 @@ class FineGrained(Region):
         self.threshold, self.scale, self.ratios = threshold, scale, tuple(ratios)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor:
         if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
             raise WiringError("region 'fine_grained' needs a map (B, C, H, W) and a batch with boxes")
         boxes = torch.cat([found.to(device=feature.device, dtype=torch.float32) for found in batch.boxes])
         image = torch.arange(len(batch.boxes)).repeat_interleave(torch.tensor([len(found) for found in batch.boxes]))
         image = image.to(feature.device)
         # The anchors are the student's, also where a larger teacher's map has finer positions.
-        size = tuple(round(side / batch.teacher_scale) for side in feature.shape[-2:])
+        size = tuple(round(side / scale) for side in feature.shape[-2:])
         own, levels = self._levels(batch, feature, (size[0], size[1]))
         threshold = self.threshold * self._best(batch, boxes, image, levels)
-        near = best_overlaps(boxes, own) > threshold[:, None, None]
         marks = feature.new_zeros(len(batch.boxes), *own.size, dtype=torch.float32)
-        mask = (marks.index_add_(0, image, near.to(torch.float32)) > 0).to(torch.float32)
-        mask = on_grid(mask, feature.shape[-2:])
+        for part in _parts(boxes):
+            near = best_overlaps(boxes[part], own) > threshold[part, None, None]
+            marks.index_add_(0, image[part], near.to(torch.float32))
+        mask = on_grid((marks > 0).to(torch.float32), feature.shape[-2:])
         if batch.image_sizes is None:
             return mask
         valid = valid_positions(batch.image_sizes, batch.padded_size, feature)
@@ -104,18 +105,25 @@ class FineGrained(Region):
 
     def _best(self, batch: Batch, boxes: Tensor, image: Tensor, levels: Sequence[_Level]) -> Tensor:
         """The best IoU of each box of the batch with any anchor of a valid position, ``(n,)``; found once for all maps of a step."""
-        key = f"fine_grained best {self.scale} {self.ratios} {[level.stride for level in levels]}"
-        if key not in batch.extra:
+
+        def find() -> Tensor:
             best = boxes.new_zeros(len(boxes))
             for level in levels:
-                overlaps = best_overlaps(boxes, level)
                 valid = _valid(batch, level, boxes)
-                if valid is not None:
-                    overlaps = overlaps * valid[image]
-                best = torch.maximum(best, overlaps.flatten(1).amax(1))
-            batch.extra[key] = best
-        found: Tensor = batch.extra[key]
-        return found
+                for part in _parts(boxes):
+                    overlaps = best_overlaps(boxes[part], level)
+                    if valid is not None:
+                        overlaps = overlaps * valid[image[part]]
+                    best[part] = torch.maximum(best[part], overlaps.flatten(1).amax(1))
+            return best
+
+        return batch.once(("fine_grained", self.scale, self.ratios, *(level.stride for level in levels)), find)
+
+
+def _parts(boxes: Tensor) -> list[slice]:
+    """All boxes of the batch, so many at a time that memory does not grow with their number."""
+    at_once = 4 * BOXES_AT_ONCE
+    return [slice(first, first + at_once) for first in range(0, len(boxes), at_once)]
 
 
 def best_overlaps(boxes: Tensor, level: _Level) -> Tensor:

@@ -16,15 +16,15 @@ from .losses.masked_generation import FeatureGenerator
 from .regions import Batch
 from .registry import TERMS
 from .taps import Recording
-from .terms import FeatureImitation, Taps, Wiring, adapter_where_channels_differ, check_maps, sum_of
+from .terms import AdaptedTerm, Taps, Wiring, adapter_where_channels_differ, check_maps, sum_of
 
 
-class PerImageImitation(FeatureImitation):
+class PerImageImitation(AdaptedTerm):
     """Base: a loss per image, divided by the number of images; several maps (the levels of a pyramid) add up.
 
     An image without a position that counts is not counted.
 
-    A subclass builds its module for a map in :meth:`_module` and computes in :meth:`_per_image`.
+    A subclass builds its module for a map in :meth:`build_module` and computes in :meth:`per_image`.
     """
 
     def __init__(self, tap: Taps | None = None, **settings: Any) -> None:
@@ -42,23 +42,23 @@ class PerImageImitation(FeatureImitation):
                 )
         super().wire(wiring)
         for s, t, _, _ in pairs:
-            self.parts.append(self._module(t.shape[1]).to(s.device))
+            self.parts.append(self.build_module(t.shape[1]).to(s.device))
 
-    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+    def adapter_for(self, student: Tensor, teacher: Tensor) -> AdapterKind:
         return adapter_where_channels_differ(self.adapter_kind, student, teacher)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
         for module, (s, t, valid) in zip(self.parts, self.aligned(student, teacher, batch), strict=True):
             present = None if valid is None else (valid.flatten(1) > 0).any(1)
-            ratios.append(weighted_ratio(self._per_image(module, s, t, valid, batch), present))
+            ratios.append(weighted_ratio(self.per_image(module, s, t, valid, batch), present))
         return sum_of(ratios)
 
-    def _module(self, channels: int) -> nn.Module:
+    def build_module(self, channels: int) -> nn.Module:
         """The trainable part for a map of so many teacher's channels."""
         raise NotImplementedError
 
-    def _per_image(
+    def per_image(
         self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
     ) -> Tensor:
         """``(B,)`` from the adapted student's map and the teacher's, both ``(B, C, H, W)``; ``valid`` ``(B, H, W)`` or ``None``."""
@@ -93,6 +93,7 @@ class MaskedGeneration(PerImageImitation):
         weight: float = 2e-5,
         schedule: Any = None,
         name: str | None = None,
+        source: str = "teacher",
     ) -> None:
         super().__init__(
             tap,
@@ -103,15 +104,16 @@ class MaskedGeneration(PerImageImitation):
             weight=weight,
             schedule=schedule,
             name=name,
+            source=source,
         )
         check_share("MaskedGeneration", "mask_ratio", mask_ratio)
         self.mask_ratio = mask_ratio
         self._random = SharedRandom()
 
-    def _module(self, channels: int) -> nn.Module:
+    def build_module(self, channels: int) -> nn.Module:
         return FeatureGenerator(channels)
 
-    def _per_image(
+    def per_image(
         self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
     ) -> Tensor:
         if valid is not None:

@@ -23,5 +23,5 @@ def hide_from_state_dict(module: nn.Module) -> None:
         tensors = {**dict(owner.named_parameters()), **dict(owner.named_buffers())}
         state.update({prefix + name: tensor.detach() for name, tensor in tensors.items()})
 
-    module._register_state_dict_hook(drop)
+    module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_pre_hook(keep)

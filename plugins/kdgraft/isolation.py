@@ -28,6 +28,26 @@ def isolated_rng() -> Iterator[None]:
 
 
 @contextmanager
+def own_random_stream() -> Iterator[None]:
+    """Runs its body on random numbers of its own, drawn from a seed that follows from the surrounding random state.
+
+    Nothing that is drawn after it changes, and it draws none of what its surroundings are about to draw. The same surrounding
+    state gives the same numbers, so that a resumed run repeats them.
+    """
+    gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
+    with isolated_rng():
+        drawn = int(torch.randint(2**31, (), device="cpu"))
+        # Where all that is drawn is drawn on GPUs, only their offsets tell one step from the next.
+        seed = (drawn + sum(generator.get_offset() for generator in gpus)) % 2**31
+        random.seed(seed)
+        np.random.seed(seed)
+        # Not torch.manual_seed: it would also seed GPUs that are set up later, when this body is long over.
+        for generator in (torch.default_generator, *gpus):
+            generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Puts every submodule in eval mode for its body and restores each one's own flag after it."""
     flags = [(child, child.training) for child in module.modules()]

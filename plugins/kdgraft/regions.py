@@ -2,19 +2,36 @@
 
 A region sees the batch in the frame of the network's *padded* input: a feature map of ``(H, W)`` positions covers the padded
 height and width, so that is what boxes are scaled by. (Scaling by the unpadded size shifts every box; a known defect elsewhere.)
+Of sequences it sees which tokens count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import WiringError
 from .registry import REGIONS
+from .taps import Tap
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Which samples a batch holds, for teachers whose outputs are kept.
+
+    Attributes:
+        ids: what tells them apart, the same in every epoch.
+        inputs: what the teacher is given of the batch, so that other inputs under one id are noticed.
+    """
+
+    ids: Sequence[Any]
+    inputs: dict[str, Tensor]
 
 
 @dataclass
@@ -27,8 +44,8 @@ class Batch:
         boxes: per image ``(n, 4)`` as x1, y1, x2, y2; ``None`` when the host has none.
         labels: whatever the host calls labels: per image ``(n,)``, or one tensor; ``(B, H, W)`` classes of pixels.
         valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding; ``None`` when the host has no such thing.
-        class_order: indices that put the teacher's classes in the student's order; ``None`` when the order is the same.
-        teacher_scale: the teacher's input size over the student's; sizes and boxes here are the student's.
+        tokens: ``(B, L)``, true for the tokens of sequences that are not padding; ``None`` when the host has no such thing.
+        samples: which samples the batch holds; ``None`` when the host has no such thing.
         extra: anything that only one host's terms look at.
     """
 
@@ -37,9 +54,24 @@ class Batch:
     boxes: Sequence[Tensor] | None = None
     labels: Any = None
     valid: Tensor | None = None
-    class_order: Tensor | None = None
-    teacher_scale: float = 1.0
-    extra: dict[str, Any] = field(default_factory=dict)
+    tokens: Tensor | None = None
+    samples: Samples | None = None
+    extra: dict[Any, Any] = field(default_factory=dict)
+
+    def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
+        """What ``make`` gives, made once a batch for a key; what it reads of a recording puts ``recording.model`` in the key."""
+        if key not in self.extra:
+            self.extra[key] = make()
+        found: T = self.extra[key]
+        return found
+
+    def at(self, tap: Tap, feature: Tensor) -> Batch:
+        """Return the batch as it looks where ``feature`` was tapped; for hosts whose models hold several sequences.
+
+        Raises:
+            WiringError: the host cannot tell which positions of ``feature`` are padding.
+        """
+        return self
 
 
 class Region:
@@ -50,16 +82,18 @@ class Region:
 
     needs: frozenset[str] = frozenset()
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor | None:
-        """The weights on the grid of ``feature``."""
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor | None:
+        """The weights on the grid of ``feature``, whose model sees the images at ``scale`` times the student's size."""
         raise NotImplementedError
 
 
 @REGIONS.register("all")
 class All(Region):
-    """Every position whose centre lies in the image (padding weighs 0), all alike."""
+    """Every position that is not padding, all alike: of maps those whose centre lies in the image, of sequences all tokens."""
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor | None:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor | None:
+        if batch.tokens is not None:
+            return token_weights(batch.tokens, feature)
         if feature.ndim != 4 or batch.image_sizes is None or batch.padded_size is None:
             return None
         return valid_positions(batch.image_sizes, batch.padded_size, feature)
@@ -74,7 +108,7 @@ class Foreground(Region):
 
     needs = frozenset({"boxes"})
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor:
         if feature.ndim != 4 or batch.boxes is None or batch.padded_size is None:
             raise WiringError("region 'foreground' needs a map (B, C, H, W) and a batch with boxes")
         return foreground_weights(batch.boxes, batch.padded_size, feature)
@@ -86,10 +120,30 @@ class Valid(Region):
 
     needs = frozenset({"valid"})
 
-    def __call__(self, batch: Batch, feature: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor:
         if feature.ndim != 4 or batch.valid is None:
             raise WiringError("region 'valid' needs a map (B, C, H, W) and a batch with valid pixels")
         return on_grid(batch.valid, feature.shape[-2:]).to(torch.float32)
+
+
+def token_weights(tokens: Tensor, feature: Tensor) -> Tensor | None:
+    """1 for tokens that count, else 0, in the layout of what was tapped; ``None`` for one vector ``(B, C)`` a sequence.
+
+    Args:
+        tokens: ``(B, L)``, true for tokens that count.
+        feature: states ``(B, L, C)``, those of all sequences in one list ``(B·L, C)``, or ``(B, C)``.
+
+    Raises:
+        WiringError: ``feature`` has another layout, so that nobody knows where its padding is.
+    """
+    if feature.ndim == 2 and len(feature) == len(tokens):
+        return None
+    if feature.ndim > 3 or feature.shape[:-1] not in (tokens.shape, (tokens.numel(),)):
+        raise WiringError(
+            f"a tensor {tuple(feature.shape)} does not lie on the {tuple(tokens.shape)} tokens of the batch, so that its padding "
+            "cannot be left out; tap states (B, L, C) of tokens"
+        )
+    return tokens.reshape(feature.shape[:-1]).to(torch.float32)
 
 
 def on_grid(pixels: Tensor, size: Sequence[int]) -> Tensor:
@@ -115,6 +169,10 @@ def valid_positions(
     x = (torch.arange(width, device=feature.device) + 0.5) * (padded_size[1] / width)
     inside = (y < sizes[:, :1])[:, :, None] & (x < sizes[:, 1:])[:, None, :]
     return inside.to(torch.float32)
+
+
+BOXES_AT_ONCE = 16
+"""How many boxes of an image are compared with all positions at a time, so that memory does not grow with the number of boxes."""
 
 
 @torch.no_grad()
@@ -147,9 +205,16 @@ def foreground_weights(boxes: Sequence[Tensor], padded_size: tuple[int, int], fe
     area = ((x2 - x1).clamp(min=0) * (y2 - y1).clamp(min=0)).masked_fill(~real, torch.inf)
     cover_y = _touched(y1, y2, padded_size[0] / height, height)
     cover_x = _touched(x1, x2, padded_size[1] / width, width)
-    cover = cover_y[:, :, :, None] & cover_x[:, :, None, :] & real[:, :, None, None]
-    owner = area[:, :, None, None].expand_as(cover).masked_fill(~cover, torch.inf).argmin(1)
-    covered = cover.any(1).to(torch.float32)
+    cover_y, cover_x = cover_y & real[..., None], cover_x & real[..., None]
+    smallest = torch.full_like(weights, torch.inf)
+    owner = torch.zeros_like(weights, dtype=torch.long)
+    for first in range(0, most, BOXES_AT_ONCE):
+        part = slice(first, first + BOXES_AT_ONCE)
+        cover = cover_y[:, part, :, None] & cover_x[:, part, None, :]
+        size, place = area[:, part, None, None].expand_as(cover).masked_fill(~cover, torch.inf).min(1)
+        owner = torch.where(size < smallest, place + first, owner)
+        smallest = torch.minimum(smallest, size)
+    covered = smallest.isfinite().to(torch.float32)
     counts = torch.zeros(len(boxes), most, device=device).scatter_add_(1, owner.flatten(1), covered.flatten(1))
     return covered / counts.gather(1, owner.flatten(1)).view_as(covered).clamp(min=1)
 

@@ -42,6 +42,7 @@ class Registry:
         self.parent = parent
         self.refused = dict(refused or {})
         self._own: dict[str, Callable[..., Any]] = {}
+        self._broken: dict[str, Exception] = {}
         self._loaded = False
 
     @overload
@@ -79,16 +80,17 @@ class Registry:
         if self._loaded:
             return
         self._loaded = True
-        try:
-            for point in entry_points(group=self.group):
+        for point in entry_points(group=self.group):
+            try:
                 self._add(point.name, point.load())
-        except BaseException:
-            self._loaded = False  # say it again at the next look-up, rather than miss the rest in silence
-            raise
+            except Exception as error:
+                self._broken[point.name] = (
+                    error  # said to whoever asks for it; the others' names are of use all the same
+                )
 
     def __iter__(self) -> Iterator[str]:
         self._load()
-        names = dict.fromkeys(self._own)
+        names = dict.fromkeys((*self._own, *self._broken))
         if self.parent is not None:
             names.update(dict.fromkeys(name for name in self.parent if name not in self.refused))
         return iter(names)
@@ -99,6 +101,11 @@ class Registry:
     def get(self, name: str) -> Callable[..., Any]:
         """The class or function of this name; a :class:`DistillError` names the nearest ones when there is none."""
         self._load()
+        if name in self._broken:
+            error = self._broken[name]
+            raise DistillError(
+                f"{self.kind} {name!r} of an installed package cannot be loaded: {type(error).__name__}: {error}"
+            ) from error
         if name in self._own:
             return self._own[name]
         if name in self.refused:
@@ -127,13 +134,22 @@ class Registry:
         return call(target, arguments, f"{self.kind} {getattr(target, '__name__', kind)}")
 
     def describe(self) -> dict[str, str]:
-        """Name -> first line of the docstring."""
-        return {name: (inspect.getdoc(self.get(name)) or "").partition("\n")[0] for name in sorted(self)}
+        """Name -> first line of the docstring, or why it cannot be loaded."""
+        return {name: self._describe(name) for name in sorted(self)}
+
+    def _describe(self, name: str) -> str:
+        try:
+            return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]
+        except DistillError as error:
+            return " ".join(str(error).split())
 
 
 def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
     """Calls ``target(**arguments)``; an argument that it does not take, or lacks, is a :class:`DistillError`."""
-    signature = inspect.signature(target)
+    try:
+        signature = inspect.signature(target)
+    except ValueError:  # some of Python's own types have none
+        raise DistillError(f"{what} cannot be built from a config") from None
     parameters = signature.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         for name in arguments:
@@ -147,10 +163,12 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         return target(**arguments)
     except TypeError as error:
         # A class that hands what it does not know on to its bases finds out there.
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        # So does one that settles an argument of its base itself.
+        unknown = re.search(r"(?:unexpected keyword|multiple values for(?: keyword)?) argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in arguments or not isinstance(target, type):
             raise
-        raise DistillError(f"{what} takes no argument {unknown[1]!r}{nearest(unknown[1], _names(target))}") from error
+        others = [name for name in _names(target) if name != unknown[1]]
+        raise DistillError(f"{what} takes no argument {unknown[1]!r}{nearest(unknown[1], others)}") from error
 
 
 def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
@@ -162,6 +180,20 @@ def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
     if not isinstance(name, str):
         raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(recipes)}")
     return list(call(recipes.get(name), spec, f"recipe {name}"))
+
+
+def check_told(terms: Any, recipe: Any, **given: Any) -> None:
+    """Refuses arguments of a distillation, a teacher above all, without anything that says what to learn.
+
+    Args:
+        terms, recipe: what the user gave; an empty list of terms is an answer, ``None`` is none.
+        given: the arguments by their names.
+    """
+    name = next((name for name, value in given.items() if value is not None), None)
+    if terms is None and recipe is None and name is not None:
+        raise DistillError(
+            f"{name} is given, and nothing says what to learn; name terms or a recipe, or train plainly with terms=[]"
+        )
 
 
 def _names(target: type) -> list[str]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from .errors import DistillError
+from .errors import DistillError, check_number
 from .registry import SCHEDULES
 
 By = Literal["iter", "epoch"]
@@ -28,6 +28,11 @@ class Schedule:
 
     def __call__(self, step: Step) -> float:
         """The factor at this step."""
+        return 1.0
+
+    @property
+    def largest(self) -> float:
+        """The largest factor that it ever gives."""
         return 1.0
 
     @property
@@ -68,8 +73,8 @@ class Ramp(Schedule):
         _check_counts(type(self).__name__, begin=begin, end=end)
         if not 0 <= begin <= end:
             raise DistillError(f"{type(self).__name__} needs 0 <= begin <= end, got begin={begin}, end={end}")
-        if start < 0 or final < 0:
-            raise DistillError(f"{type(self).__name__} needs factors >= 0, got start={start}, final={final}")
+        check_number(type(self).__name__, "start", start)
+        check_number(type(self).__name__, "final", final)
         if shape not in ("linear", "cosine"):
             raise DistillError(f"shape must be 'linear' or 'cosine', got {shape!r}")
         self.begin, self.end, self.start, self.final, self.shape = begin, end, start, final, shape
@@ -85,6 +90,10 @@ class Ramp(Schedule):
         if self.shape == "cosine":
             done = 0.5 - 0.5 * math.cos(math.pi * done)
         return self.start + (self.final - self.start) * done
+
+    @property
+    def largest(self) -> float:
+        return max(self.start, self.final)
 
 
 @SCHEDULES.register
@@ -131,6 +140,10 @@ class Product(Schedule):
         return math.prod(part(step) for part in self.parts)
 
     @property
+    def largest(self) -> float:
+        return math.prod(part.largest for part in self.parts)
+
+    @property
     def by_epoch(self) -> bool:
         return any(part.by_epoch for part in self.parts)
 
@@ -142,8 +155,11 @@ def build_schedule(spec: Any) -> Schedule:
     if isinstance(spec, (list, tuple)):
         return Product([build_schedule(part) for part in spec])
     schedule = SCHEDULES.build(spec)
-    if not callable(schedule):
-        raise DistillError(f"a schedule is a name, a dict with a type, or a list of these; got {spec!r}")
+    if not isinstance(schedule, Schedule):
+        raise DistillError(
+            f"a schedule is a name, a dict with a type, or a list of these; got {spec!r} (a function is none: make it the "
+            "__call__ of a subclass of kdgraft.Schedule)"
+        )
     return schedule
 
 

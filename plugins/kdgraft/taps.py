@@ -23,6 +23,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -75,6 +76,11 @@ class Tap:
         method = "forward"
         if what and what.startswith("()"):
             path, _, method = path.rpartition(".")
+            if method != "forward" and hasattr(nn.Module, method):
+                raise WiringError(
+                    f"tap {text!r}: '{method}' is no step of a model's pass, but what every module has; tap the module's output, "
+                    "or a method of its own class"
+                )
         parts = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in index)
         side = what.rpartition(":")[2] if what else ""
         return cls(text, path, method, side == "input", parts, side == "inputs")
@@ -83,11 +89,22 @@ class Tap:
         return self.text or "(output)"
 
 
+class NeverFired(WiringError):
+    """A pass did not run what a tap of ``owner`` reads."""
+
+    def __init__(self, tap: Tap, owner: str) -> None:
+        called = "" if tap.method == "forward" else f".{tap.method}()"
+        super().__init__(
+            f"tap '{tap}' of the {owner} never fired: this step does not run {tap.path or 'the model'}{called}"
+        )
+        self.tap, self.owner = tap, owner
+
+
 Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 """Runs a call on behalf of its caller: ``(original, args, kwargs) -> output``."""
 
 
-class _Source(NamedTuple):
+class Site(NamedTuple):
     """One callable to listen to."""
 
     module: nn.Module
@@ -98,8 +115,8 @@ class _Source(NamedTuple):
 class _Seen:
     """The calls of one source during one pass; only the sides that a tap reads are kept."""
 
-    def __init__(self, copy: bool, sides: set[str]) -> None:
-        self.copy = copy
+    def __init__(self, copied: bool, sides: set[str]) -> None:
+        self.copied = copied
         self.calls = 0
         self.values: dict[str, list[Any]] = {side: [] for side in sides}
         self._versions: list[tuple[Tensor, int]] = []
@@ -108,11 +125,17 @@ class _Seen:
         if side not in self.values:
             return
         value = read()
-        if self.copy:
+        if self.copied:
             value = _map(value, torch.clone)
         else:
             self._versions += [(tensor, tensor._version) for tensor in _tensors(value)]
         self.values[side].append(value)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> _Seen:
+        """The same calls with each of their tensors replaced."""
+        other = copy(self)
+        other.values = {side: [_map(value, function) for value in found] for side, found in self.values.items()}
+        return other
 
     @property
     def overwritten(self) -> bool:
@@ -120,10 +143,24 @@ class _Seen:
 
 
 class Recording:
-    """What the taps of one model saw in one pass; index it with a tap."""
+    """What the taps of one model saw in one pass; index it with a tap.
 
-    def __init__(self, owner: str, sources: Mapping[Tap, Sequence[_Source]], copied: set[tuple[str, str]]) -> None:
-        self.owner = owner
+    Attributes:
+        owner: the model's part in the comparison, ``"student"`` or ``"teacher"``; for messages, and for terms that know both.
+        model: the name of the model that was recorded: ``"student"``, or the source's. Part of every memo's key.
+        class_order: indices that put this model's classes in the student's order; ``None`` when the order is the same.
+        scale: this model's input size over the student's.
+        training: whether it ran in training mode, in which some heads give other outputs.
+    """
+
+    class_order: Tensor | None = None
+    scale: float = 1.0
+    training: bool = False
+
+    def __init__(
+        self, owner: str, sources: Mapping[Tap, Sequence[Site]], copied: set[tuple[str, str]], model: str = ""
+    ) -> None:
+        self.owner, self.model = owner, model or owner
         self._sources = sources
         sides: dict[tuple[str, str], set[str]] = {}
         for tap, found in sources.items():
@@ -144,10 +181,29 @@ class Recording:
 
     def joined(self, other: Recording) -> Recording:
         """This and another recording of the same model, each of its own taps, as one."""
-        both = Recording(self.owner, {}, set())
+        both = copy(self)
         both._sources = {**self._sources, **other._sources}
         both._seen = {**self._seen, **other._seen}
         return both
+
+    def heard_as(self, owner: str, *, detached: bool = False) -> Recording:
+        """The same recording in another part of the comparison.
+
+        Args:
+            owner: ``"student"`` or ``"teacher"``.
+            detached: without gradient to the model that was recorded.
+        """
+        other = copy(self)
+        other.owner = owner
+        if detached:
+            other._seen = {key: seen.mapped(torch.Tensor.detach) for key, seen in self._seen.items()}
+        return other
+
+    def to(self, device: torch.device) -> Recording:
+        """The same recording on one device, of a model whose layers lie on several."""
+        other = copy(self)
+        other._seen = {key: seen.mapped(lambda tensor: tensor.to(device)) for key, seen in self._seen.items()}
+        return other
 
     def calls(self, tap: Tap) -> int:
         """How often the tap's module (or method) ran."""
@@ -159,10 +215,7 @@ class Recording:
         for source in self._sources[tap]:
             values += self._seen[source.path, source.method].values[tap.side]
         if not values:
-            raise WiringError(
-                f"tap '{tap}' of the {self.owner} never fired: this step does not run {tap.path or 'the model'}"
-                f"{'' if tap.method == 'forward' else '.' + tap.method + '()'}"
-            )
+            raise NeverFired(tap, self.owner)
         value = values[0] if len(values) == 1 else values
         index = tap.index[self._consumed(tap) :]
         for place, key in enumerate(index):
@@ -177,7 +230,7 @@ class Recording:
                 container: Any = value
                 try:
                     value = getattr(container, str(key)) if by_name else container[key]
-                except (IndexError, KeyError, TypeError, AttributeError):
+                except (IndexError, KeyError, TypeError, AttributeError, RuntimeError):
                     has = f"{len(value)} entries" if isinstance(value, (list, tuple)) else f"a {type(value).__name__}"
                     raise WiringError(f"tap '{tap}' of the {self.owner}: no [{key}] in {has}") from None
         return value
@@ -210,24 +263,26 @@ class Recorder:
     Args:
         model: the model; modules are looked up anew for each pass, so replaced children (SyncBN conversion) are no trouble.
         taps: what to record.
-        owner: ``"student"`` or ``"teacher"``, for messages.
+        owner: ``"student"`` or ``"teacher"``; see :class:`Recording`.
+        name: of the model, ``owner`` by default; see :class:`Recording`.
 
     Raises:
         WiringError: a path that the model does not have; the message names the nearest ones.
     """
 
-    _differentiable: frozenset[str] = frozenset({"forward"})
+    differentiable: frozenset[str] = frozenset({"forward"})
     """Methods that have to run with gradient where the model does."""
 
-    def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model") -> None:
-        self.owner = owner
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model", name: str = "") -> None:
+        self.owner, self.name = owner, name or owner
         self.taps = tuple(dict.fromkeys(taps))
         self._copied: set[tuple[str, str]] = set()
         self.expected: dict[tuple[str, str], int] = {}
         for tap in self.taps:
-            self._resolve(model, tap)
+            self.resolve(model, tap)
 
-    def _resolve(self, model: nn.Module, tap: Tap) -> list[_Source]:
+    def resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
+        """Where a tap listens in a model; raises a :class:`WiringError` where there is no such place."""
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
@@ -242,13 +297,13 @@ class Recorder:
                 )
             keys = range(len(module)) if tap.index[0] == "*" else [tap.index[0]]
             try:
-                found = [_Source(module[int(k)], f"{tap.path}.{int(k) % len(module)}", tap.method) for k in keys]
+                found = [Site(module[int(k)], f"{tap.path}.{int(k) % len(module)}", tap.method) for k in keys]
             except (IndexError, ValueError):
                 raise WiringError(
                     f"tap '{tap}' of the {self.owner}: '{tap.path}' has entries 0 to {len(module) - 1}"
                 ) from None
         else:
-            found = [_Source(module, tap.path, tap.method)]
+            found = [Site(module, tap.path, tap.method)]
         for source in found:
             if not callable(getattr(source.module, tap.method, None)):
                 methods = sorted(set(dir(type(source.module))) - set(dir(nn.Module)))
@@ -299,11 +354,12 @@ class Recorder:
 
     @contextmanager
     def _listening(self, model: nn.Module, remaining: dict[tuple[str, str], int] | None) -> Iterator[Recording]:
-        sources = {tap: self._resolve(model, tap) for tap in self.taps}
-        recording = Recording(self.owner, sources, self._copied)
+        sources = {tap: self.resolve(model, tap) for tap in self.taps}
+        recording = Recording(self.owner, sources, self._copied, self.name)
+        recording.training = model.training
         wants_gradient = torch.is_grad_enabled()
 
-        def listener(source: _Source) -> Listener:
+        def listener(source: Site) -> Listener:
             seen = recording._seen[source.path, source.method]
             key = (source.path, source.method)
 
@@ -311,7 +367,7 @@ class Recorder:
                 seen.add("input", lambda: args[0] if args else next(iter(kwargs.values()), None))
                 seen.add("inputs", lambda: _by_name(original, args, kwargs))
                 output = original(*args, **kwargs)
-                if wants_gradient and source.method in self._differentiable and not torch.is_grad_enabled():
+                if wants_gradient and source.method in self.differentiable and not torch.is_grad_enabled():
                     raise WiringError(
                         f"tap '{source.path}' of the {self.owner} lies inside a reentrant checkpoint, where no gradient "
                         "reaches it; tap the checkpointed block itself or checkpoint with use_reentrant=False"
@@ -326,19 +382,30 @@ class Recorder:
 
             return hear
 
-        undo: list[Callable[[], None]] = []
+        undo: list[Callable[[], None]] = [_fast_path_off()]
         try:
             for source in {(s.path, s.method): s for found in sources.values() for s in found}.values():
-                undo.append(self._attach(source, listener(source)))
+                undo.append(self.attach(source, listener(source)))
             yield recording
         finally:
             for restore in reversed(undo):
                 restore()
 
-    def _attach(self, source: _Source, hear: Listener) -> Callable[[], None]:
+    def attach(self, source: Site, hear: Listener) -> Callable[[], None]:
         """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
         original = getattr(source.module, source.method)
         return shadow(source.module, source.method, lambda *args, **kwargs: hear(original, args, kwargs))
+
+
+def _fast_path_off() -> Callable[[], None]:
+    """Let ``nn.TransformerEncoder`` run its modules; returns what lets it skip them again.
+
+    In eval mode without gradient it computes a layer in one kernel, on nested tensors where there is padding: no module inside
+    it runs, and what the layers return has no shape.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    return lambda: torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Complete(BaseException):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,22 +13,26 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterKind, build_adapter
+from .auxiliary import Auxiliary
 from .distributed import total_over_ranks, world_size
-from .errors import DistillError, WiringError
+from .errors import DistillError, WiringError, check_flag, check_number, check_share
 from .losses import Ratio, channel_wise, hint, logit_matching, mixed_targets, pearson, soft_targets, weighted_ratio
 from .losses.soft_targets import check_temperature
 from .regions import All, Batch, Region
 from .registry import LOSSES, REGIONS, TERMS, Registry
 from .schedules import Step, build_schedule
+from .sources import STUDENT, EnsembleRecording, Source, combined
 from .taps import Recording, Tap
-from .teacher import Teacher
 
 Taps = str | Sequence[str]
 
 
 @dataclass
 class Wiring:
-    """What a term is wired to: both models, what the dry run recorded, and which :class:`Batch` fields the host fills."""
+    """What a term is wired to: both models, what the dry run recorded, and which :class:`Batch` fields the host fills.
+
+    The student is whoever listens, the teacher whoever is listened to.
+    """
 
     student: nn.Module
     teacher: nn.Module
@@ -37,8 +41,8 @@ class Wiring:
     fields: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
     """What else the host knows before training that its own terms ask for."""
-    holder: Teacher | None = None
-    """The frozen teacher as the distiller holds it, for terms that run parts of it: deep copies share it."""
+    holder: Source | None = None
+    """The source of the teacher's recording, for terms that run parts of its model: deep copies share a frozen one."""
     outside: tuple[str, ...] = ()
     """Modules whose maps are no pictures of the image (heads on regions of interest)."""
 
@@ -67,23 +71,33 @@ class Term(nn.Module):
         weight: factor on the loss, >= 0.
         schedule: of the weight over training; see :func:`kdgraft.schedules.build_schedule`.
         name: how it is logged and how its parameters are called; the class name in snake case by default.
+        source: the name of the source that it listens to.
     """
 
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
     compares_classes = False
     """Whether the term compares class outputs, so that both models must have the same class names."""
+    hears_ensembles = False
+    """Whether the term reads predictions through :func:`~kdgraft.sources.combined`, so that an Ensemble can be its source."""
+    reading: Any = None
+    """Beside its taps, how the term reads its source; the members of an Ensemble must be read alike. Set by :meth:`prepare`."""
     host_losses: Sequence[str] = ()
-    """The host's own losses that the term takes a share of: while it is active, they count :attr:`host_share`."""
+    """Which of the host's own losses the term takes a share of; empty: all of them."""
     host_share: float = 1.0
+    """What those losses count while the term is active."""
+    listener = STUDENT
+    """The name of the model that learns: the student, or in the twin of a term on a peer that peer."""
 
-    def __init__(self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None) -> None:
+    def __init__(
+        self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None, source: str = "teacher"
+    ) -> None:
         super().__init__()
         kind = type(self).__name__
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight) or weight < 0:
-            raise DistillError(f"{kind}: weight must be a number >= 0, got {weight!r}")
+        check_number(kind, "weight", weight)
         self.weight = float(weight)
         self.schedule = build_schedule(schedule)
+        check_number(kind, "weight times the schedule's largest factor", self.weight * self.schedule.largest)
         self.name = (
             name if name is not None else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.removesuffix("Loss")).lower()
         )
@@ -95,16 +109,37 @@ class Term(nn.Module):
             raise DistillError(
                 f"{kind}: a name must not contain 'loss' (hosts add up whatever is called so), got {self.name!r}"
             )
+        if not isinstance(source, str):
+            raise DistillError(f"{kind}: source must be the name of a source, got {source!r}")
+        self.source = source
+        self.auxiliaries: dict[str, Auxiliary] = {}
+        """Networks that the term trains itself, beside the student."""
         self.rows: list[WiringRow] = []
         self.monitor: dict[str, Tensor] = {}
         """Figures of the last step that are logged as ``distill.<term>.<key>`` and are no losses; no key contains "loss"."""
 
+    def mirrored(self) -> Term:
+        """The twin in which the source listens to the student; made before either is wired."""
+        twin = copy.deepcopy(self)
+        twin.listener, twin.source = self.source, STUDENT
+        twin.student_taps, twin.teacher_taps = self.teacher_taps, self.student_taps
+        twin.name = f"{self.name}_of_{self.source}"
+        return twin
+
     def hidden_state(self) -> dict[str, Any]:
         """What a resumed run needs beyond parameters and buffers: an optimizer, a random state, a counter."""
-        return {}
+        return {name: auxiliary.state() for name, auxiliary in self.auxiliaries.items()}
 
     def load_hidden_state(self, state: Mapping[str, Any]) -> None:
         """Restores :meth:`hidden_state`."""
+        for name, auxiliary in self.auxiliaries.items():
+            auxiliary.load(state[name])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Term:
+        super()._apply(fn, recurse)
+        for auxiliary in self.auxiliaries.values():
+            auxiliary.apply(fn)
+        return self
 
     def weight_at(self, step: Step) -> float:
         """The weight at this step."""
@@ -158,11 +193,9 @@ class TapTerm(Term):
         *,
         student_tap: Taps | None = None,
         teacher_tap: Taps | None = None,
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__(weight=weight, schedule=schedule, name=name)
+        super().__init__(**settings)
         for side, own in (("student_tap", student_tap), ("teacher_tap", teacher_tap)):
             if tap is None and own is None:
                 raise DistillError(
@@ -177,8 +210,8 @@ class TapTerm(Term):
         Raises:
             WiringError: the taps yield different numbers of tensors.
         """
-        left = [(tensor, tap) for tap in self.student_taps for tensor in self._tensors(student, tap)]
-        right = [(tensor, tap) for tap in self.teacher_taps for tensor in self._tensors(teacher, tap)]
+        left = [(tensor, tap) for tap in self.student_taps for tensor in self.tensors_of(student, tap)]
+        right = [(tensor, tap) for tap in self.teacher_taps for tensor in self.tensors_of(teacher, tap)]
         if len(left) != len(right):
             raise WiringError(
                 f"{self.name}: the student's {_names(self.student_taps)} yields {len(left)} tensors "
@@ -187,38 +220,40 @@ class TapTerm(Term):
             )
         return [(s, t, s_tap, t_tap) for (s, s_tap), (t, t_tap) in zip(left, right, strict=True)]
 
-    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+    def scores(self, student: Recording, teacher: Recording) -> list[tuple[Tensor, Tensor]]:
+        """Class scores side by side, the teacher's in the student's order of classes; of an Ensemble their mean."""
+        members = teacher.members if isinstance(teacher, EnsembleRecording) else [teacher]
+        pairs = {member.model: self.pairs(student, member) for member in members}
+        found = []
+        for place, (s, t, _, _) in enumerate(pairs[members[0].model]):
+            dim = class_dim(t)
+
+            def read(member: Recording, place: int = place, dim: int = dim) -> Tensor:
+                return in_order(pairs[member.model][place][1], member.class_order, dim)
+
+            found.append((s, combined(teacher, read, "sigmoid" if t.shape[dim] == 1 else "softmax", dim)))
+        return found
+
+    def tensors_of(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        """What the term compares of a tap; a host's term may bring it into another form first."""
         return recording.tensors(tap)
 
 
-@TERMS.register
-class FeatureImitation(TapTerm):
-    """The student's features imitate the teacher's through an adapter, on a region, by any loss per position.
-
-    With the defaults this is FitNets' hint (arXiv 1412.6550) with Chen et al.'s (NeurIPS 2017) adapter, on every position.
-    Several tensors (the levels of a pyramid) weigh alike: the mean of their losses.
+class AdaptedTerm(TapTerm):
+    """Base of terms on features: the student's pass through an adapter to the teacher's, and a region says what counts.
 
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
         adapter: ``"auto"``, ``"conv1x1"``, ``"linear"`` or ``"none"``; sized by the dry run, one per tensor.
-        region: ``"all"`` (padding excluded), ``"foreground"`` where the host has boxes, or a third party's.
-        loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
-            per position; ``dict(type="hint", norm="l1")`` sets its arguments.
+        region: ``"all"`` (padding excluded, of images and of texts), ``"foreground"`` where the host has boxes, or a third party's.
     """
 
     def __init__(
-        self,
-        tap: Taps | None = None,
-        *,
-        adapter: AdapterKind = "auto",
-        region: Any = "all",
-        loss: Any = "hint",
-        **settings: Any,
+        self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
     ) -> None:
         super().__init__(tap, **settings)
         self.adapter_kind: AdapterKind = adapter
         self.region, self.region_name = build_region(region, self)
-        self.loss = _loss_function(loss)
         self.adapters = nn.ModuleList()
         self.placed: list[bool] = []
 
@@ -226,15 +261,52 @@ class FeatureImitation(TapTerm):
         check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
-            adapter = build_adapter(self._adapter_kind(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
-            self._check_loss(adapter(s.detach(), t), t)
+            adapter = build_adapter(self.adapter_for(s, t), s, t, f"{self.name} ({s_tap} → {t_tap})")
+            self._check_adapted(adapter(s.detach(), t), t)
             self.adapters.append(adapter)
             self.rows.append(
                 self.row(s, t, taps=(s_tap, t_tap), adapter=adapter_label(adapter, s, t), region=self.region_name)
             )
 
-    def _check_loss(self, student: Tensor, teacher: Tensor) -> None:
-        dim = _class_dim(teacher)
+    def adapter_for(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+        """The kind of adapter between two tensors."""
+        return self.adapter_kind
+
+    def _check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        """Raises a :class:`WiringError` where the term cannot compare the adapted tensor with the teacher's."""
+
+    def aligned(
+        self, student: Recording, teacher: Recording, batch: Batch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Tensor by tensor the adapted student's, the teacher's, and the region's weights of the positions."""
+        pairs = self.pairs(student, teacher)
+        for adapter, (s, t, _, t_tap), in_image in zip(self.adapters, pairs, self.placed, strict=True):
+            weight = self.region(batch.at(t_tap, t), t, teacher.scale) if in_image else None
+            if weight is not None:
+                # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
+                t = t.masked_fill((weight == 0).unsqueeze(class_dim(t)), 0)
+            yield adapter(s, t), t, weight
+
+
+@TERMS.register
+class FeatureImitation(AdaptedTerm):
+    """The student's features imitate the teacher's through an adapter, on a region, by any loss per position.
+
+    With the defaults this is FitNets' hint (arXiv 1412.6550) with Chen et al.'s (NeurIPS 2017) adapter, on every position.
+    Several tensors (the levels of a pyramid) weigh alike: the mean of their losses.
+
+    Args:
+        tap, student_tap, teacher_tap, adapter, region: see :class:`AdaptedTerm`.
+        loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
+            per position; ``dict(type="hint", norm="l1")`` sets its arguments.
+    """
+
+    def __init__(self, tap: Taps | None = None, *, loss: Any = "hint", **settings: Any) -> None:
+        super().__init__(tap, **settings)
+        self.loss = _loss_function(loss)
+
+    def _check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        dim = class_dim(teacher)
         places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
         if found != places:
             raise WiringError(
@@ -242,26 +314,11 @@ class FeatureImitation(TapTerm):
                 f"{tuple(found)}; take another, or a term of its own (PearsonImitation, ChannelWise)"
             )
 
-    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
-        return self.adapter_kind
-
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
 
-    def aligned(
-        self, student: Recording, teacher: Recording, batch: Batch
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Tensor by tensor the adapted student's, the teacher's, and the region's weights of the positions."""
-        pairs = self.pairs(student, teacher)
-        for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
-            weight = self.region(batch, t) if in_image else None
-            if weight is not None and t.ndim == 4:
-                # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
-                t = t.masked_fill((weight == 0)[:, None], 0)
-            yield adapter(s, t), t, weight
-
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
-        items = self.loss(student, teacher, dim=_class_dim(teacher), reduction="none")
+        items = self.loss(student, teacher, dim=class_dim(teacher), reduction="none")
         return weighted_ratio(items, weight)
 
 
@@ -271,7 +328,7 @@ class Hint(FeatureImitation):
 
 
 @TERMS.register
-class PearsonImitation(FeatureImitation):
+class PearsonImitation(AdaptedTerm):
     """Features that correlate with the teacher's, channel by channel, whatever their scale (PKD; Cao et al. 2022, arXiv 2207.02039).
 
     The correlation is over all positions of the batch, on several processes over those of all of them. The losses of several
@@ -283,19 +340,14 @@ class PearsonImitation(FeatureImitation):
         region: ``"all"`` (padding excluded) or another; positions at weight 0 take no part.
     """
 
-    def __init__(
-        self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
-    ) -> None:
-        super().__init__(tap, adapter=adapter, region=region, **settings)
-
-    def _adapter_kind(self, student: Tensor, teacher: Tensor) -> AdapterKind:
+    def adapter_for(self, student: Tensor, teacher: Tensor) -> AdapterKind:
         return adapter_where_channels_differ(self.adapter_kind, student, teacher)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         return sum_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
-        dim = _class_dim(teacher)
+        dim = class_dim(teacher)
         share = 1 / world_size()  # every process computes the same
         value = pearson(student, teacher, dim=dim, weight=weight, total=total_over_ranks)
         return Ratio(value * share, value.new_full((), share))
@@ -349,8 +401,8 @@ class ChannelWise(TapTerm):
         pairs = self.pairs(student, teacher)
         for adapter, (s, t, _, _), in_image in zip(self.adapters, pairs, self.placed, strict=True):
             if self.compares_classes:
-                t = in_order(t, batch.class_order)
-            valid = self.region(batch, t) if in_image else None
+                t = in_order(t, teacher.class_order)
+            valid = self.region(batch, t, teacher.scale) if in_image else None
             items = channel_wise(adapter(s, t), t, self.temperature, valid=valid, reduction="none")
             present = None if valid is None else (valid.flatten(1) > 0).any(1, keepdim=True)
             ratios.append(weighted_ratio(items, present))
@@ -366,8 +418,11 @@ class SoftTargets(TapTerm):
     Args:
         tap: class logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
         temperature: T > 0.
-        hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels.
+        hard_weight: λ in λ·CE(labels) + (1−λ)·soft; 0 leaves the hard loss to the host. Above 0 the batch needs labels, and the
+            host's own loss does not count: the term has it.
     """
+
+    hears_ensembles = True
 
     def __init__(
         self,
@@ -379,9 +434,10 @@ class SoftTargets(TapTerm):
     ) -> None:
         super().__init__(tap, **settings)
         check_temperature(temperature)
-        if not 0 <= hard_weight <= 1:
-            raise DistillError(f"SoftTargets: hard_weight must be in [0, 1], got {hard_weight}")
+        check_share("SoftTargets", "hard_weight", hard_weight)
         self.temperature, self.hard_weight = temperature, hard_weight
+        if hard_weight:
+            self.host_share = 0.0
 
     def wire(self, wiring: Wiring) -> None:
         if self.hard_weight and "labels" not in wiring.fields:
@@ -389,10 +445,10 @@ class SoftTargets(TapTerm):
         _wire_logits(self, wiring)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        return mean_of([self._compare(s, t, batch) for s, t, _, _ in self.pairs(student, teacher)])
+        return mean_of([self._compare(s, t, batch) for s, t in self.scores(student, teacher)])
 
     def _compare(self, student: Tensor, teacher: Tensor, batch: Batch) -> Ratio:
-        dim = _class_dim(student)
+        dim = class_dim(student)
         if not self.hard_weight:
             return weighted_ratio(soft_targets(student, teacher, self.temperature, dim=dim, reduction="none"))
         if batch.labels is None:
@@ -420,6 +476,8 @@ class LogitMatching(TapTerm):
         center: ignore a difference of the mean logit, as softmax does.
     """
 
+    hears_ensembles = True
+
     def __init__(
         self,
         *,
@@ -428,6 +486,7 @@ class LogitMatching(TapTerm):
         **settings: Any,
     ) -> None:
         super().__init__(tap, **settings)
+        check_flag("LogitMatching", "center", center)
         self.center = center
 
     def wire(self, wiring: Wiring) -> None:
@@ -436,8 +495,8 @@ class LogitMatching(TapTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         return mean_of(
             [
-                weighted_ratio(logit_matching(s, t, center=self.center, dim=_class_dim(s), reduction="none"))
-                for s, t, _, _ in self.pairs(student, teacher)
+                weighted_ratio(logit_matching(s, t, center=self.center, dim=class_dim(s), reduction="none"))
+                for s, t in self.scores(student, teacher)
             ]
         )
 
@@ -470,7 +529,7 @@ def _loss_function(spec: Any) -> Callable[..., Tensor]:
     if not callable(function):
         raise DistillError(f"loss must be a name, a dict with a type, or a function; got {spec!r}")
     takes = inspect.signature(function).parameters
-    unknown = [key for key in settings if key not in takes]
+    unknown = [key for key in settings if key not in takes or key in ("dim", "weight", "reduction")]
     if unknown or not {"dim", "reduction"} <= set(takes):
         name = getattr(function, "__name__", repr(function))
         problem = f"takes no {unknown[0]!r}" if unknown else "must take dim and reduction to be used on features"
@@ -488,7 +547,7 @@ def _wire_logits(term: TapTerm, wiring: Wiring) -> None:
         term.rows.append(term.row(s, t, taps=(s_tap, t_tap)))
 
 
-def _class_dim(tensor: Tensor) -> int:
+def class_dim(tensor: Tensor) -> int:
     """Where classes or channels are: of maps ``(B, C, H, W)`` second, else last."""
     return 1 if tensor.ndim == 4 else -1
 
@@ -505,14 +564,14 @@ def sum_of(ratios: Sequence[Ratio]) -> Ratio:
     return Ratio(torch.stack(numerators), torch.stack(denominators))
 
 
-def in_order(scores: Tensor, order: Tensor | None) -> Tensor:
-    """The teacher's class scores ``(B, C, …)`` in the student's order of classes.
+def in_order(scores: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
+    """The teacher's class scores, classes along ``dim``, in the student's order of classes.
 
     One channel scores the second of two classes; in the other order that is its negative.
     """
     if order is None:
         return scores
-    return -scores if scores.shape[1] == 1 else scores[:, order]
+    return -scores if scores.shape[dim] == 1 else scores.index_select(dim, order)
 
 
 def check_choice(term: Term, name: str, value: Any, choices: Sequence[str]) -> None:
@@ -546,6 +605,11 @@ def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wir
     """
     if isinstance(region, All) and not wiring.in_image(tap):
         return False
+    if "tokens" in wiring.fields and teacher.ndim > 3:
+        raise WiringError(
+            f"{term.name}: region {name!r} cannot leave the padding out of {tap} {tuple(teacher.shape)}; tap states (B, L, C) of "
+            "tokens"
+        )
     needed = not isinstance(region, All) or "image_sizes" in wiring.fields
     if needed and (teacher.ndim != 4 or not wiring.in_image(tap)):
         raise WiringError(
@@ -566,7 +630,7 @@ def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, t
 
 def adapter_where_channels_differ(kind: AdapterKind, student: Tensor, teacher: Tensor) -> AdapterKind:
     """What ``"auto"`` is for terms that leave channels alone where they agree."""
-    dim = _class_dim(teacher)
+    dim = class_dim(teacher)
     return "none" if kind == "auto" and student.shape[dim] == teacher.shape[dim] else kind
 
 
@@ -577,6 +641,8 @@ def adapter_label(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:
 
 
 def _parse(taps: Any) -> list[Tap]:
+    if isinstance(taps, (list, tuple)) and not taps:
+        raise DistillError("a term needs at least one tap, got an empty list")
     return [Tap.parse(tap) for tap in (taps if isinstance(taps, (list, tuple)) else [taps])]
 
 

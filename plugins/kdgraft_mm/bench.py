@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kdgraft.bench import compared, interleave, peak_memory
 from kdgraft.errors import DistillError
+from kdgraft.regions import Batch
 from kdgraft.report import markdown, print_rows
 
 from .configs import load_config
@@ -178,8 +179,8 @@ def _memory(steps: dict[str, Callable[[], Any]], tapped: dict[str, int], device:
 def _tapped_bytes(model: Any, inputs: Tensor, samples: list[Any]) -> int:
     """Bytes of what the teacher's taps hold in one step."""
     distiller = model.distiller
-    recording = distiller.record_teacher(
-        lambda: distiller.teacher.model(inputs, samples, mode="tensor"), inputs.device.type
+    recording = distiller.record(
+        "teacher", lambda source: source.model(inputs, samples, mode="tensor"), Batch(), inputs.device
     )
     taps = {tap for term in distiller.terms.values() for tap in term.teacher_taps}
     held = {tensor.data_ptr(): tensor.nbytes for tap in taps for tensor in recording.tensors(tap)}

@@ -7,28 +7,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmengine.config import Config
+from mmengine.logging import HistoryBuffer
 
 from kdgraft.errors import DistillError
-from kdgraft.teacher import read_checkpoint, weights_of
+from kdgraft.files import written_whole
+from kdgraft.sources.teacher import read_checkpoint, weights_of
 
-from .configs import plain_config
+from .configs import executed_config, literal_config, peer_config, plain_config
+from .state import KEY
 
 
 def _numpy_types() -> list[Any]:
-    multiarray = (np._core if hasattr(np, "_core") else np.core).multiarray
+    makers = [
+        value.__reduce__()[0] for value in (np.zeros(0), np.float64(0))
+    ]  # what pickle calls for an array, a scalar
     dtypes = {
         type(np.dtype(kind))
         for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "S", "U")
     }
-    return [np.ndarray, np.dtype, multiarray._reconstruct, multiarray.scalar, *dtypes]
+    return [np.ndarray, np.dtype, *makers, *dtypes]
 
 
-class _Ignored:
-    """Stands for a log history while a checkpoint is read: nothing here needs one, and nothing of it runs."""
+class _History(HistoryBuffer):
+    """Becomes a log history that a file holds, without the methods that the file has for it."""
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        state.pop("statistics_methods", None)
+        super().__init__()
+        self.__dict__.update(state)
+        self.__class__ = HistoryBuffer  # what saves it again writes mmengine's own class
 
 
 def _no_attribute(*_: Any) -> None:
@@ -37,40 +44,68 @@ def _no_attribute(*_: Any) -> None:
 
 # What mmengine's own checkpoints contain beside tensors: log histories, which are numpy arrays with a little around them.
 SAFE_TYPES: tuple[Any, ...] = (
-    (_Ignored, "mmengine.logging.history_buffer.HistoryBuffer"),
+    (_History, "mmengine.logging.history_buffer.HistoryBuffer"),
     (_no_attribute, "builtins.getattr"),
     *_numpy_types(),
 )
 
 
-def export_student(checkpoint: str | Path, out: str | Path, *, trusted: bool = False) -> tuple[Path, Path]:
-    """Writes the plain student: its weights, with the plain config in ``meta``, and that config beside it as ``.py``.
+def export_student(
+    checkpoint: str | Path, out: str | Path, *, peer: str | None = None, trusted: bool = False, force: bool = False
+) -> tuple[Path, Path]:
+    """Writes the plain student, or a peer: weights, with the plain config in ``meta``, and that config beside them as ``.py``.
 
-    From a checkpoint of an EMA run these are the averaged weights, as mmengine stores them.
+    From a checkpoint of an EMA run these are the student's averaged weights, as mmengine stores them; a peer is not averaged.
 
     Args:
         checkpoint: one of a distilled run.
         out: where to write, ``student.pth``.
-        trusted: read a checkpoint that holds arbitrary pickled objects.
+        peer: the name of the peer to write instead of the student.
+        trusted: read a checkpoint that holds arbitrary pickled objects, or a config that is more than literals or that
+            is a file.
+        force: overwrite files that are there.
 
     Returns:
-        The two files written.
+        The two files written: both, or in case of an error none.
 
     Raises:
-        DistillError: the checkpoint cannot be read or holds no config.
+        DistillError: the checkpoint cannot be read or holds no config or no such peer, or a file is there already.
     """
     out = Path(out)
     if out.suffix == ".py" or out.is_dir() or out.resolve() == Path(checkpoint).expanduser().resolve():
         raise DistillError(f"cannot write the student to {out}; name a new file such as student.pth")
+    described = out.with_suffix(".py")
+    there = [str(path) for path in (out, described) if path.exists()]
+    if there and not force:
+        raise DistillError(
+            f"{' and '.join(there)} would be overwritten (the config is written beside the weights); name another file, or "
+            "say --force"
+        )
     source = read_checkpoint(checkpoint, trusted=trusted, safe_types=SAFE_TYPES)
     meta = dict(source.get("meta") or {})
     text = meta.get("cfg") or meta.get("config")
-    if not text:
+    if not isinstance(text, str):
         raise DistillError(f"checkpoint {checkpoint} holds no config in meta['cfg']; it was not saved by a Runner")
-    config = plain_config(Config.fromstring(text, file_format=".py"))
+    name = f"checkpoint {checkpoint}"
+    config = executed_config(text, name) if trusted else literal_config(text, name)
+    if peer is None:
+        config, weights = plain_config(config), weights_of(source)
+    else:
+        config, weights = peer_config(config, peer, name, files=trusted), _peer_weights(source, peer, name)
     meta["cfg"] = config.pretty_text
     out.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"meta": meta, "state_dict": weights_of(source)}, out)
-    described = out.with_suffix(".py")
-    config.dump(described)
+    with written_whole(described) as beside, written_whole(out) as part:
+        beside.write_text(meta["cfg"], encoding="utf-8")
+        with part.open("wb") as file:
+            torch.save({"meta": meta, "state_dict": weights}, file)
     return out, described
+
+
+def _peer_weights(source: dict[str, Any], peer: str, name: str) -> dict[str, Any]:
+    """A peer's weights in a checkpoint's live state."""
+    found: Any = source
+    for key in ("message_hub", "runtime_info", KEY, "sources", peer, "model"):
+        found = found.get(key) if isinstance(found, dict) else None
+    if not isinstance(found, dict):
+        raise DistillError(f"{name} has no weights of the peer {peer!r}; take one that a training saved")
+    return found

@@ -30,9 +30,10 @@ from mmengine.runner import Runner
 
 from kdgraft.bench import interleave
 from kdgraft.comparison import Outcome, Progress, check_split, choose, compare
+from kdgraft.files import digest
 from kdgraft.report import Result
 
-from .finished import RECORD, WEIGHTS, Finished, alone, bare_weights, code, describe, digest, restore
+from .finished import RECORD, WEIGHTS, Finished, alone, bare_weights, code, describe, restore
 from .run import on_device
 
 _runs = count()

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from mmengine.runner import Runner
 
-from kdgraft.teacher import load_strictly, read_checkpoint, weights_of
+from kdgraft.files import written_whole
+from kdgraft.sources.teacher import load_strictly, read_checkpoint, weights_of
 
 from .checkpoints import SAFE_TYPES
 
@@ -53,14 +52,8 @@ class Finished:
 
     def write(self, folder: Path) -> None:
         """Writes ``finished.json``, all of it or nothing."""
-        part = folder / f"{RECORD}.part"
-        part.write_text(json.dumps(asdict(self), indent=1))
-        os.replace(part, folder / RECORD)
-
-
-def digest(settings: Any) -> str:
-    """A hash of settings of any plain types, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        with written_whole(folder / RECORD) as part:
+            part.write_text(json.dumps(asdict(self), indent=1))
 
 
 def describe(folder: Path) -> dict[str, str]:
@@ -111,7 +104,7 @@ def restore(runner: Runner, checkpoint: Path) -> None:
 def bare_weights(checkpoint: Path) -> Path:
     """Writes ``weights.pth`` beside a checkpoint, with nothing in it but weights: what others' code can load everywhere."""
     target = checkpoint.with_name(WEIGHTS)
-    part = target.with_suffix(f".{os.getpid()}.part")
-    torch.save({"state_dict": weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))}, part)
-    os.replace(part, target)
+    weights = weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))
+    with written_whole(target) as part, part.open("wb") as file:
+        torch.save({"state_dict": weights}, file)
     return target

@@ -9,35 +9,32 @@ from __future__ import annotations
 import logging
 import traceback
 from abc import ABCMeta
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from fractions import Fraction
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
 from kdgraft.classes import class_order
-from kdgraft.distiller import HostDistiller, Replay
-from kdgraft.errors import DistillError, WiringError, check_number, nearest
+from kdgraft.engine import Engine, Replay
+from kdgraft.errors import DistillError, WiringError, check_number
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Batch
-from kdgraft.registry import Registry, expand_recipe
+from kdgraft.registry import Registry, check_told, expand_recipe
+from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Tap
-from kdgraft.teacher import Teacher
-from kdgraft.terms import TapTerm, Term
 
-from .checkpoints import SAFE_TYPES
-from .configs import MissingConfig, load_config, model_of, student_config
+from .class_outputs import pairs_classes
+from .configs import MissingConfig, student_config
 from .log import tell_the_run
-from .resolution import Resolution, Size, samples_padded_to, teacher_scale
+from .resolution import Resolution
+from .sources import SourceView, build_sources, check_inheritance, check_scales, teacher_classes
 from .state import HubLink
-from .views import TeacherView
+from .views import channels_of, image_sizes
 
 logger = logging.getLogger("kdgraft")
 
@@ -77,13 +74,14 @@ class Graft(_Host, metaclass=Grafting):
     _replay: ClassVar[Replay | None] = None
     _scales: ClassVar[bool] = False  # whether the teacher may have its own resolution
 
-    distiller: HostDistiller | None
+    distiller: Engine | None
 
     @classmethod
     def build(
         cls,
         student: Any = None,
         teacher: Any = None,
+        teachers: Any = None,
         terms: Any = None,
         recipe: Any = None,
         inherit: Any = (),
@@ -94,8 +92,11 @@ class Graft(_Host, metaclass=Grafting):
 
         Args:
             student: the student's type, with the rest of its model beside (``**model``), or its whole model.
-            teacher: ``dict(config=…, checkpoint=…)``; see :func:`build_teacher`. With ``scale=2.0`` the training pipeline delivers
+            teacher: ``dict(config=…, checkpoint=…)``; see :func:`~kdgraft_mm.sources.build_teacher`. With ``scale=2.0`` the training pipeline delivers
                 the teacher's images, and the student is trained on the same view at half their size.
+            teachers: several sources by name, instead of ``teacher``: each as there, or ``dict(type="Ensemble", members=["a",
+                "b"])``, ``dict(type="Peer", config=…)``, ``dict(type="Itself", momentum=0.999)``. A term listens to the one
+                that its ``source`` names, to ``"teacher"`` by default.
             terms: a list of terms.
             recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings; its terms come before ``terms``.
             inherit: modules whose weights the student takes over from the teacher before training, where the two are alike: a
@@ -112,29 +113,34 @@ class Graft(_Host, metaclass=Grafting):
             raise DistillError(f"terms must be a list, got {terms!r}")
         if not isinstance(inherit, (str, list, tuple)):
             raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")
+        check_told(terms, recipe, teacher=teacher, teachers=teachers)
         paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
         grafted = cls._models.build(student_config(student, model))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
-        cls._check_scale(teacher, bool(specs))
-        link = HubLink()
+        check_scales(cls.__name__, teacher, teachers, cls._scales, bool(specs))
         if paths and not specs:
             raise DistillError(
                 "inherit takes weights from the teacher of a distillation; give it terms or a recipe as well"
             )
+        engine, views, problem = None, {}, None
+        pairing: set[str] = set()
         with isolated_rng():
-            distiller, view, resolution, problem = None, None, None, None
             if specs:
                 try:
-                    distiller, view, resolution = cls._distiller(grafted, teacher, specs, dry_run_size)
-                    check_inheritance(grafted, distiller.teacher.model, paths)
+                    sources = build_sources(teacher, teachers, cls._models)
+                    views = {name: SourceView(grafted, source) for name, source in sources.items()}
+                    cls._check_student(grafted)
+                    engine, pairing = cls._engine(grafted, sources, specs, dry_run_size)
+                    cls._check_wired(grafted, engine)
+                    check_inheritance(grafted, sources, paths)
                 except MissingConfig as error:
                     problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
         # A plain attribute for what is no module; mmengine's modules take it as any object.
-        grafted._distill = _Link(link, view, resolution, problem, paths)
-        if distiller is not None:
-            hide_from_state_dict(distiller)
-        grafted.add_module("distiller", distiller)
+        grafted._distill = _Link(HubLink(), views, problem, paths, pairing)
+        if engine is not None:
+            hide_from_state_dict(engine)
+        grafted.add_module("distiller", engine)
         return grafted
 
     @classmethod
@@ -143,75 +149,96 @@ class Graft(_Host, metaclass=Grafting):
         return expand_recipe(recipe, cls._recipes)
 
     @classmethod
-    def _check_scale(cls, teacher: Any, distils: bool) -> None:
-        """Raises a :class:`DistillError` for a resolution of the teacher's own that cannot be had."""
-        if teacher_scale(teacher) == 1:
-            return
-        if not cls._scales:
-            raise DistillError(
-                f"{cls.__name__} takes no teacher scale: labels of pixels are not brought to the student's size; leave it out"
-            )
-        if not distils:
-            raise DistillError(
-                f"{cls.__name__}: without terms the student would not be reduced by the teacher's scale; leave scale out and "
-                "resize in the pipeline"
-            )
-
-    @classmethod
-    def _distiller(
-        cls, student: Any, teacher: Any, specs: list[Any], size: int | None
-    ) -> tuple[HostDistiller, TeacherView, Resolution | None]:
-        built = build_teacher(teacher, cls._models)
-        theirs = built.model.get_submodule("data_preprocessor")
-        view = TeacherView(student.data_preprocessor, theirs)
-        scale = teacher_scale(teacher)
-        resolution = Resolution.of(scale, student.data_preprocessor, theirs) if scale != 1 else None
+    def _engine(
+        cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int | None
+    ) -> tuple[Engine, set[str]]:
+        """An engine wired by a dry run on the smallest of some sizes that the models can run on; see :meth:`_wired`."""
         *smaller, largest = DRY_RUN_SIZES if size is None else (size,)
         for side in smaller:
             with suppress(DryRunFailed):
-                return cls._wired(student, built, specs, len(view.scale), side, scale), view, resolution
-        return cls._wired(student, built, specs, len(view.scale), largest, scale), view, resolution
+                return cls._wired(student, sources, specs, side)
+        return cls._wired(student, sources, specs, largest)
 
     @classmethod
-    def _wired(
-        cls, student: Any, teacher: Teacher, specs: list[Any], channels: int, size: int, scale: Fraction
-    ) -> HostDistiller:
-        """A distiller wired by a dry run on ``size`` × ``size`` pixels; of the teacher on ``scale`` times as many a side."""
-        distiller = HostDistiller(teacher, specs, cls._terms)
+    def _wired(cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int) -> tuple[Engine, set[str]]:
+        """An engine wired by a dry run on ``size`` × ``size`` pixels; of a source on ``scale`` times as many a side.
+
+        Returns:
+            The engine, and the names of the terms on features that are tapped at class outputs, whose order they do not know.
+        """
+        engine = Engine(sources, specs, cls._terms)
+        channels = channels_of(student.data_preprocessor)
         example = torch.randn(1, channels, size, size)
+        scale = max(source.scale for source in sources.values())
         large = round(size * scale)
         larger = torch.randn(1, channels, large, large) if scale != 1 else example
 
-        def run(model: Any, owner: str, example: Tensor) -> Any:
+        def run(model: Any, owner: str, taps: Sequence[Tap], example: Tensor) -> Any:
             side = example.shape[-1]
-            taps = [tap for term in distiller.terms.values() for tap in getattr(term, f"{owner}_taps")]
             try:
                 if all(tap.below("backbone") or tap.below("neck") for tap in taps):
                     return model.extract_feat(example)  # untrained heads find a thousand objects to look at
-                return model(example, cls._example_samples(side), mode="tensor")
+                return cls._raw_outputs(model, example, cls._example_samples(side))
             except (DistillError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 said = str(error).partition("\n")[0] or _where(error)
+                if cls._trains(model, example):
+                    raise WiringError(
+                        f"the {owner}, a {type(model).__name__}, cannot run without ground truth ({type(error).__name__}: {said}), "
+                        "and so neither in a dry run nor as a teacher; tap its backbone or neck"
+                    ) from error
                 raise DryRunFailed(
                     f"the dry run of the {owner}, a {type(model).__name__}, on {side}×{side} pixels failed "
                     f"({type(error).__name__}: {said}); see that its parts fit together (in_channels), or set dry_run_size to a "
                     "size that it can run on"
                 ) from error
 
-        distiller.wire(
+        def run_source(source: Source) -> Any:
+            owner = "teacher" if source.name == "teacher" else f"source {source.name!r}"
+            return run(source.model, owner, engine.taps(source.name), larger if source.scale != 1 else example)
+
+        wirings = engine.wire(
             student,
-            lambda: run(student, "student", example),
-            lambda: run(teacher.model, "teacher", larger),
-            cls._fields,
-            {"teacher_scale": float(scale)},
-            cls._replay,
+            lambda: run(student, "student", engine.taps("student"), example),
+            run_source,
+            cls._given(student),
+            replay=cls._replay,
         )
-        return distiller
+        terms = [term for term in engine.all_terms if pairs_classes(term, wirings[term.name], cls._reads_classes)]
+        return engine, {term.name for term in terms}
+
+    @classmethod
+    def _check_student(cls, student: Any) -> None:
+        """Raises a :class:`WiringError` for a student that cannot be distilled whatever the terms."""
+
+    @classmethod
+    def _check_wired(cls, student: Any, engine: Engine) -> None:
+        """Raises a :class:`WiringError` for terms that the student's own settings rule out."""
+
+    @classmethod
+    def _given(cls, student: Any) -> frozenset[str]:
+        """The fields of :class:`Batch` that a batch of this student fills."""
+        return cls._fields
 
     @classmethod
     def _example_samples(cls, size: int) -> Any:
+        """Data samples of the dry run's one image, with ground truth in it."""
         return None
+
+    @classmethod
+    def _raw_outputs(cls, model: Any, inputs: Tensor, samples: Any) -> Any:
+        """Runs a model as far as its heads' outputs, without losses and without post-processing."""
+        return model(inputs, samples, mode="tensor")
+
+    @classmethod
+    def _trains(cls, model: Any, example: Tensor) -> bool:
+        """Whether a model that cannot be run otherwise computes its losses."""
+        try:
+            model.loss(example, cls._example_samples(example.shape[-1]))
+        except Exception:
+            return False
+        return True
 
     # What the host calls.
 
@@ -229,36 +256,39 @@ class Graft(_Host, metaclass=Grafting):
             if self.training:
                 link.raise_problem()
             return super().loss(inputs, data_samples)  # type: ignore[misc]
-        distiller = self.distiller
-        link.hub.sync(distiller)
-        batch = self._batch(inputs, data_samples)
+        engine = self.distiller
+        link.hub.sync(engine)
         if not link.ready:
             self.start_distilling()
-        batch.class_order = link.order_on(inputs.device)
-        batch.teacher_scale = link.scale
-        step = link.hub.step()
-        teacher = None
-        if distiller.active(step):
-            view, samples = link.view(*delivered, (inputs.shape[-2], inputs.shape[-1]))
-            model = distiller.teacher.model
-            teacher = distiller.record_teacher(lambda: model(view, samples, mode="tensor"), inputs.device.type)
-        with distiller.record_student(self) as student:  # type: ignore[arg-type]
+        reduced = inputs, data_samples
+
+        def run(source: Source) -> Any:
+            view, samples = link.views[source.name](delivered, reduced)
+            model: Any = source.model
+            return model.loss(view, samples) if source.trains else self._raw_outputs(model, view, samples)
+
+        def batch(model: Any) -> Batch:
+            return self._batch(*reduced, model)
+
+        with engine.step(self, batch, link.hub.step(), run, inputs.device) as step:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
-        if teacher is not None:
-            teacher = distiller.replay_teacher(student, teacher, batch, inputs.device.type)
-        distilled = distiller.losses(student, teacher, batch, step, inputs.device)
-        mix(losses, distiller.host_shares(step))
-        losses.update(distilled)
+        losses.update(step.losses(losses))
+        for name, own in step.outputs.items():
+            step.share_out(own, name)
+            losses.update({f"peer.{name}.{key}": value for key, value in own.items()})
         return losses
 
     def init_weights(self) -> None:
         """The student's own initialisation, then what it inherits. Called when training starts: loads the teacher."""
         self._distill.raise_problem()
         if self.distiller is not None:
-            self.distiller.teacher.load()
+            self.distiller.load()
         with self._without_distiller():
             super().init_weights()  # type: ignore[misc]
         if self.distiller is not None:
+            with isolated_rng():
+                for peer in self.distiller.peers.values():
+                    peer.init_weights()  # type: ignore[operator]
             for path in self._distill.inherit:
                 theirs = self.distiller.teacher.model.get_submodule(path).state_dict()
                 self.get_submodule(path).load_state_dict(theirs)  # type: ignore[attr-defined]
@@ -276,59 +306,56 @@ class Graft(_Host, metaclass=Grafting):
         link.raise_problem()
         if self.distiller is None:
             return
-        self.distiller.teacher.load()
-        terms = self.distiller._all_terms()
+        self.distiller.load()
+        terms = self.distiller.all_terms
         still = [term.name for term in terms if term.schedule.by_epoch and link.hub.info("max_epochs") == 1]
         if still:
             raise DistillError(
                 f"{', '.join(still)}: a schedule by='epoch' never moves in a run of one epoch, which is what "
                 "IterBasedTrainLoop counts; use by='iter'"
             )
-        self._compare_classes(self.distiller, classes)
+        for source in self.distiller.sources.values():
+            if isinstance(source, Teacher):
+                self._compare_classes(source, classes)
         link.ready = True
 
-    def _compare_classes(self, distiller: HostDistiller, classes: Any) -> None:
-        """Finds out how the teacher's classes come into the student's order; refuses what takes them as they are."""
-        link, terms = self._distill, distiller._all_terms()
-        paired = [term.name for term in terms if self._pairs_classes(term, distiller.teacher.model)]
+    def _compare_classes(self, teacher: Teacher, classes: Any) -> None:
+        """Finds out how a teacher's classes come into the student's order; refuses what takes them as they are."""
+        link, engine = self._distill, self.distiller
+        assert engine is not None
+        terms = [term for term in engine.all_terms if teacher.name in engine.members(term.source)]
+        paired = [term.name for term in terms if term.name in link.pairing]
         if not (link.inherit or paired or any(term.compares_classes for term in terms)):
             return
         meta = link.hub.info("dataset_meta") or {}
-        link.order = class_order(classes or meta.get("classes"), teacher_classes(distiller.teacher))
-        if link.inherit and link.order is not None:
+        teacher.class_order = class_order(classes or meta.get("classes"), teacher_classes(teacher))
+        if link.inherit and teacher.class_order is not None:
             raise DistillError(
                 "inherit takes over the teacher's outputs as they are, and its classes stand in another order than the "
                 "student's; leave inherit out, or bring the data set's classes into the teacher's order"
             )
-        if paired and link.order is not None:
+        if paired and teacher.class_order is not None:
             raise WiringError(
                 f"{', '.join(paired)}: tapped at class outputs, whose channels are compared one by one, and the "
                 "teacher's classes stand in another order than the student's; use SoftTargets there (of a segmentor "
                 "PixelSoftTargets), or bring the data set's classes into the teacher's order"
             )
 
-    def _pairs_classes(self, term: Term, teacher: Any) -> bool:
-        """Whether a term on features is tapped at class outputs, whose order it does not know."""
-        if term.compares_classes or not isinstance(term, TapTerm):
-            return False
-        sides = (self, term.student_taps), (teacher, term.teacher_taps)
-        return any(self._reads_classes(model, tap) for model, taps in sides for tap in taps)
-
     @staticmethod
-    def _reads_classes(model: Any, tap: Tap) -> bool:
+    def _reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
         """Whether the channels of what a tap reads stand for classes."""
         return False
 
     @contextmanager
     def _without_distiller(self) -> Iterator[None]:
-        distiller = self._modules.pop("distiller", None)  # type: ignore[attr-defined]
+        distiller, self.distiller = self.distiller, None
         try:
             yield
         finally:
-            self._modules["distiller"] = distiller  # type: ignore[attr-defined]
+            self.distiller = distiller
 
-    def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
-        """What terms may know of the host's batch; each task adds its own."""
+    def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
+        """What terms may know of the batch of a model, the student by default; each task adds its own."""
         height, width = inputs.shape[-2:]
         return Batch(padded_size=(height, width), image_sizes=image_sizes(data_samples))
 
@@ -338,126 +365,30 @@ class Graft(_Host, metaclass=Grafting):
 
 
 class _Link:
-    """What a graft holds beside its distiller."""
+    """What a graft holds beside its engine."""
 
     def __init__(
         self,
         hub: HubLink,
-        view: TeacherView | None,
-        resolution: Resolution | None,
+        views: dict[str, SourceView],
         problem: DistillError | None,
         inherit: tuple[str, ...],
+        pairing: set[str],
     ) -> None:
-        self.hub, self._view, self.resolution, self._problem, self.inherit = hub, view, resolution, problem, inherit
+        self.hub, self.views, self._problem, self.inherit, self.pairing = hub, views, problem, inherit, pairing
         self.ready = False
-        self.order: Tensor | None = None
 
     def raise_problem(self) -> None:
         if self._problem is not None:
             raise self._problem
 
     @property
-    def scale(self) -> float:
-        """The teacher's image size over the student's."""
-        return 1.0 if self.resolution is None else float(self.resolution.scale)
-
-    def view(self, inputs: Tensor, samples: Any, padded: Size) -> tuple[Tensor, Any]:
-        """The teacher's inputs and data samples for the batch that the pipeline delivered.
-
-        Args:
-            padded: (height, width) of the student's input.
-        """
-        assert self._view is not None
-        view = self._view(inputs, image_sizes(samples))
-        if self.resolution is None:
-            return view, samples
-        view = self.resolution.teacher_inputs(view, padded, self._view.pad_value)
-        return view, samples_padded_to(samples, (view.shape[-2], view.shape[-1]))
-
-    def order_on(self, device: torch.device) -> Tensor | None:
-        if self.order is not None and self.order.device != device:
-            self.order = self.order.to(device)
-        return self.order
+    def resolution(self) -> Resolution | None:
+        """That of the sources with a resolution of their own: the pipeline delivers theirs."""
+        return next((view.resolution for view in self.views.values() if view.resolution is not None), None)
 
 
 def _where(error: Exception) -> str:
     """The line that raised, of an error that says nothing."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.line} in {last.name}, {last.filename}"
-
-
-def mix(losses: dict[str, Any], shares: Mapping[str, float]) -> None:
-    """Multiplies the host's losses of these names by the shares that terms leave to them.
-
-    A step may lack one: without proposals an RoI head has no class loss.
-    """
-    for name in shares.keys() & losses.keys():
-        value, share = losses[name], shares[name]
-        losses[name] = [part * share for part in value] if isinstance(value, list) else value * share
-
-
-def image_sizes(samples: Any) -> list[Size]:
-    """(height, width) of each image inside the padded batch."""
-    return [tuple(sample.metainfo["img_shape"][:2]) for sample in samples]
-
-
-def check_inheritance(student: Any, teacher: Any, paths: tuple[str, ...]) -> None:
-    """Raises a :class:`WiringError` unless student and teacher have modules of the same shapes at these paths."""
-    for path in paths:
-        states = []
-        for owner, model in (("student", student), ("teacher", teacher)):
-            try:
-                states.append(model.get_submodule(path).state_dict())
-            except AttributeError:
-                names = [name for name, _ in model.named_modules() if name]
-                raise WiringError(f"inherit: the {owner} has no module {path!r}{nearest(path, names)}") from None
-        ours, theirs = ({key: tuple(value.shape) for key, value in state.items()} for state in states)
-        if ours != theirs:
-            key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
-            raise WiringError(
-                f"inherit: {path!r} differs, {key} is {ours.get(key, 'missing')} in the student and {theirs.get(key, 'missing')} in "
-                "the teacher; inherit only what is alike, such as a head on a pyramid of the same width"
-            )
-
-
-def build_teacher(spec: Any, models: MMRegistry) -> Teacher:
-    """Builds a teacher's architecture; its weights are read when training starts.
-
-    Args:
-        spec: ``dict(config=…, checkpoint=…)`` with ``config`` a path, ``"mmdet::…"``, a model or a whole config, and
-            optionally ``precision`` and ``trusted`` (see :class:`kdgraft.Teacher`) and ``scale`` (see :meth:`Graft.build`).
-        models: the host's model registry.
-
-    Raises:
-        DistillError: something is missing or misspelt.
-        MissingConfig: the config file is not there.
-    """
-    if not isinstance(spec, Mapping):
-        raise DistillError(f"teacher must be dict(config=…, checkpoint=…), got {spec!r}")
-    known = ("config", "checkpoint", "precision", "trusted", "scale")
-    for key in spec:
-        if key not in known:
-            raise DistillError(f"teacher takes no argument {key!r}{nearest(key, known)}")
-    for key in ("config", "checkpoint"):
-        if not spec.get(key):
-            raise DistillError(f"teacher needs {key}=…; write teacher=dict(config='…', checkpoint='teacher.pth')")
-    config = load_config(spec["config"])
-    imports = config.get("custom_imports")
-    if imports and not config.filename:
-        from mmengine.utils import import_modules_from_strings
-
-        import_modules_from_strings(**imports)
-    model = revert_sync_batchnorm(models.build(model_of(Config(config.to_dict()))))
-    return Teacher(
-        model,
-        spec["checkpoint"],
-        precision=spec.get("precision", "inherit"),
-        trusted=bool(spec.get("trusted", False)),
-        safe_types=SAFE_TYPES,
-    )
-
-
-def teacher_classes(teacher: Teacher) -> Any:
-    """The class names that the teacher's checkpoint records, or ``None``."""
-    meta = teacher.meta.get("dataset_meta") or teacher.meta
-    return meta.get("classes") or meta.get("CLASSES")

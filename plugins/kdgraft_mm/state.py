@@ -11,7 +11,7 @@ from typing import Any
 
 from mmengine.logging import MessageHub
 
-from kdgraft.distiller import HostDistiller
+from kdgraft.engine import Engine
 from kdgraft.schedules import Step
 
 KEY = "kdgraft"
@@ -20,7 +20,7 @@ KEY = "kdgraft"
 class LiveState:
     """Stands in the message hub for the distiller; a deep copy of it, which the hub takes to save, is a plain dict."""
 
-    def __init__(self, distiller: HostDistiller) -> None:
+    def __init__(self, distiller: Engine) -> None:
         self._distiller = distiller
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
@@ -53,7 +53,7 @@ class HubLink:
             return self._built_in
         return MessageHub.get_current_instance()
 
-    def sync(self, distiller: HostDistiller) -> None:
+    def sync(self, distiller: Engine) -> None:
         """Takes over what a resumed checkpoint left in the hub, and puts the live state in its place."""
         found = self._hub.runtime_info.get(KEY)
         if isinstance(found, dict):

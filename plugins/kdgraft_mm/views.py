@@ -60,6 +60,16 @@ class TeacherView:
         return view
 
 
+def channels_of(preprocessor: nn.Module) -> int:
+    """How many channels a model's images have."""
+    return len(_normalisation(preprocessor)[0])
+
+
+def image_sizes(samples: Any) -> list[tuple[int, int]]:
+    """(height, width) of each image inside the padded batch."""
+    return [tuple(sample.metainfo["img_shape"][:2]) for sample in samples]
+
+
 def _normalisation(preprocessor: Any) -> tuple[Tensor, Tensor, bool]:
     """Mean, standard deviation (float32, in the order of the normalised channels) and whether channels are swapped."""
     swap = bool(getattr(preprocessor, "_channel_conversion", getattr(preprocessor, "channel_conversion", False)))

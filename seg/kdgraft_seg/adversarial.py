@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kdgraft.adapters import resize_to
-from kdgraft.errors import DistillError, check_number
+from kdgraft.errors import DistillError, check_flag, check_number
 from kdgraft.losses import Ratio, adversarial, weighted_ratio
 from kdgraft.losses.adversarial import ADVERSARIES, Adversary
 from kdgraft.regions import Batch
@@ -73,12 +73,12 @@ class AdversarialMask(LogitTerm):
             raise DistillError(f"AdversarialMask: betas must be two numbers in [0, 1), got {betas!r}")
         if not isinstance(critic, (Mapping, type(None))):
             raise DistillError(f"AdversarialMask: critic must be a dict of its settings, got {critic!r}")
+        check_flag("AdversarialMask", "condition_on_image", condition_on_image)
         self.kind, self.condition_on_image = kind, condition_on_image
         self._critic = dict(critic or {})
         self._optimization: dict[str, Any] = dict(
             penalty=penalty, lr=lr, betas=betas, weight_decay=weight_decay, steps=steps
         )
-        self.opponent: Opponent | None = None
 
     def wire(self, wiring: Wiring) -> None:
         super().wire(wiring)
@@ -87,17 +87,23 @@ class AdversarialMask(LogitTerm):
         ((s, _, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
         settings = {"in_channels": s.shape[1] + 3 * self.condition_on_image, **self._critic}
         critic = call(Critic, settings, f"{self.name}: critic").to(s.device)
-        self.opponent = Opponent(critic, self.kind, **self._optimization)
+        self.auxiliaries["critic"] = Opponent(critic, self.kind, **self._optimization)
         size = sum(p.numel() for p in critic.parameters())
         self.rows[0] = self.rows[0]._replace(adapter=f"critic {self.kind}, {size / 1e6:.2g} M")
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        assert self.opponent is not None
         ((s, t, valid),) = self.aligned(student, teacher, batch)
         present = valid.flatten(1).any(1)
         fake, real = self._masks(s, valid, batch), self._masks(t, valid, batch)
         self.monitor = self.opponent.learn(real, fake, present)
         return weighted_ratio(adversarial(self.opponent.judge(fake), self.kind, reduction="none"), present)
+
+    @property
+    def opponent(self) -> Opponent:
+        """The critic and its training."""
+        opponent = self.auxiliaries["critic"]
+        assert isinstance(opponent, Opponent)
+        return opponent
 
     def _masks(self, scores: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         """Class probabilities with the image's channels where asked for, 0 where a position does not count."""
@@ -107,16 +113,3 @@ class AdversarialMask(LogitTerm):
             images = batch.extra["images"].float()
             masks = torch.cat([masks, resize_to(images, masks.shape[-2:])], 1)
         return masks.masked_fill(~valid[:, None], 0)
-
-    def hidden_state(self) -> dict[str, Any]:
-        return {} if self.opponent is None else self.opponent.state()
-
-    def load_hidden_state(self, state: Mapping[str, Any]) -> None:
-        assert self.opponent is not None
-        self.opponent.load(state)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdversarialMask:
-        super()._apply(fn, recurse)
-        if self.opponent is not None:
-            self.opponent.apply(fn)
-        return self

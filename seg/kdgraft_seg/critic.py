@@ -6,7 +6,7 @@ authors' code; the layers are SAGAN's (Zhang et al. 2018, arXiv 1805.08318).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as normalised
 
-from kdgraft.distributed import SharedRandom, copy_from_first_rank, rank, sum_over_ranks, world_size
+from kdgraft.auxiliary import Auxiliary
+from kdgraft.distributed import rank, world_size
 from kdgraft.errors import DistillError
 from kdgraft.losses.adversarial import Adversary, critic_loss, gradient_penalty
 
@@ -83,36 +84,27 @@ class Critic(nn.Module):
         return self.score(self.trunk(masks)).mean((1, 2, 3))
 
 
-class Opponent:
-    """A critic with its optimizer, out of sight of everything that walks the student's modules.
-
-    It is no ``nn.Module``: DDP, the student's optimizer, EMA and ``state_dict`` never meet it. It averages its gradients over
-    the processes itself, computes in float32 whatever the autocast, and skips a step whose loss or gradient is not finite on
-    any process. A deep copy (an EMA model) shares it.
+class Opponent(Auxiliary):
+    """A critic that learns to tell the teacher's masks from the student's.
 
     Args:
         critic: the network.
         kind: ``"wgan-gp"``, ``"lsgan"`` or ``"hinge"``.
         penalty: factor on the gradient penalty.
-        lr, betas, weight_decay: of its Adam.
         steps: critic steps per step of the student.
+        lr, betas, weight_decay: see :class:`kdgraft.auxiliary.Auxiliary`.
     """
 
     def __init__(
-        self,
-        critic: nn.Module,
-        kind: Adversary = "wgan-gp",
-        penalty: float = 10.0,
-        lr: float = 4e-4,
-        betas: Sequence[float] = (0.0, 0.9),
-        weight_decay: float = 0.0,
-        steps: int = 1,
+        self, critic: nn.Module, kind: Adversary = "wgan-gp", penalty: float = 10.0, steps: int = 1, **optimizer: Any
     ) -> None:
-        self.critic, self.kind, self.penalty, self.steps = critic, kind, penalty, steps
-        self.optimizer = torch.optim.Adam(critic.parameters(), lr, (betas[0], betas[1]), weight_decay=weight_decay)
-        self.skipped = 0
-        self._random = SharedRandom()
-        self._shared = False
+        super().__init__(critic, **optimizer)
+        self.kind, self.penalty, self.steps = kind, penalty, steps
+
+    @property
+    def critic(self) -> nn.Module:
+        """The network that scores."""
+        return self.network
 
     def learn(self, real: Tensor, fake: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
         """Some steps of the critic on one batch; every process must call it. Returns what to log, averages over all samples.
@@ -123,83 +115,25 @@ class Opponent:
         """
         if present is None:
             present = torch.ones(len(real), dtype=torch.bool, device=real.device)
-        if not self._shared:
-            copy_from_first_rank(self.critic)
-            self._shared = True
         real, fake = real[present].detach().float(), fake[present].detach().float()
-        self.critic.train().requires_grad_(True)
         shown: dict[str, Tensor] = {}
-        with torch.enable_grad(), torch.autocast(real.device.type, enabled=False):
+        with self.learning(real.device.type):
             for _ in range(self.steps):
                 shown = self._step(real, fake, present)
         return {**shown, **({"skipped": torch.tensor(float(self.skipped))} if self.skipped else {})}
 
     def _step(self, real: Tensor, fake: Tensor, present: Tensor) -> dict[str, Tensor]:
-        scores = self.critic(torch.cat([real, fake]))
+        scores = self.network(torch.cat([real, fake]))
         on_real, on_fake = scores.split([len(real), len(fake)])
         loss = critic_loss(on_real, on_fake, self.kind, reduction="sum")
-        penalty = torch.zeros_like(loss)
+        figures = {"critic": loss, "gap": (on_real - on_fake).sum()}
         if self.penalty:
-            penalty = gradient_penalty(self.critic, real, fake, self._mixing(present), reduction="sum")
-        parameters = list(self.critic.parameters())
-        gradients = torch.autograd.grad(loss + self.penalty * penalty, parameters, materialize_grads=True)
-        counts = torch.stack([loss, penalty, (on_real - on_fake).sum(), loss.new_tensor(float(len(real)))]).detach()
-        total = sum_over_ranks(torch.cat([*(g.flatten() for g in gradients), counts]))
-        count = total[-1]
-        if not bool(torch.isfinite(total).all()) or not bool(count > 0):
-            self.skipped += int(bool(count != 0))
-            return {}
-        pieces = (total[:-4] / count).split([p.numel() for p in parameters])
-        for parameter, piece in zip(parameters, pieces, strict=True):
-            parameter.grad = piece.view_as(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        loss, penalty, gap = (total[-4:-1] / count).unbind()
-        return {"critic": loss, "gap": gap, **({"penalty": penalty} if self.penalty else {})}
+            figures["penalty"] = gradient_penalty(self.network, real, fake, self._mixing(present), reduction="sum")
+            loss = loss + self.penalty * figures["penalty"]
+        return self.step(loss, len(real), figures)
 
     def _mixing(self, present: Tensor) -> Tensor:
         """A share in [0, 1) for each sample that takes part: on several processes, slices of one draw for all samples."""
         count = len(present)
-        everyone = torch.rand(count * world_size(), generator=self._random.of_all_ranks())
+        everyone = torch.rand(count * world_size(), generator=self.random.of_all_ranks())
         return everyone[count * rank() : count * (rank() + 1)].to(present.device)[present]
-
-    def judge(self, fake: Tensor) -> Tensor:
-        """Scores of the student's masks ``(B,)``, with a gradient to the masks alone."""
-        self.critic.eval().requires_grad_(False)
-        with torch.autocast(fake.device.type, enabled=False):
-            return self.critic(fake.float())
-
-    def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Moves the critic, as ``nn.Module._apply`` does, and the optimizer's state with it."""
-        self.critic._apply(function)
-        for state in self.optimizer.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim:
-                    state[key] = function(value)
-
-    def state(self) -> dict[str, Any]:
-        """For a checkpoint: network, optimizer, random state, count of skipped steps."""
-        return {
-            "critic": self.critic.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": self._random.state(),
-            "skipped": self.skipped,
-        }
-
-    def load(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state`.
-
-        Raises:
-            DistillError: the state is that of another critic.
-        """
-        own, given = self.critic.state_dict(), state["critic"]
-        if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in given.items()}:
-            raise DistillError("the checkpoint to resume holds another critic; resume with the one it was made with")
-        self.critic.load_state_dict(given)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self._random.load(state["random"])
-        self.skipped = int(state["skipped"])
-        self._shared = True
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Opponent:
-        return self

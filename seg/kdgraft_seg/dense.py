@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+from mmseg.models.segmentors import DepthEstimator
 from torch import Tensor, nn
 
 from kdgraft.adapters import resize_to
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.regions import Batch, on_grid
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Taps, TapTerm, Wiring, in_order
+from kdgraft.terms import Taps, TapTerm, Wiring
 
 LOGITS = "decode_head"
 FEATURES = "decode_head.cls_seg():input"
@@ -30,6 +31,11 @@ def main_head(model: Any) -> Any:
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
+def scores_pixels(model: Any) -> bool:
+    """Whether a segmentor predicts the classes of pixels; an estimator of depths predicts none, and knows no label to ignore."""
+    return not isinstance(model, DepthEstimator) and hasattr(main_head(model), "ignore_index")
+
+
 class HeadTerm(TapTerm):
     """Knows the decode heads of both models; its default taps lead to the last head of a cascade."""
 
@@ -43,9 +49,21 @@ class HeadTerm(TapTerm):
                     "segmentor whose head scores every pixel"
                 )
         self._heads = {side: type(main_head(model)).__name__ for side, model in models.items()}
-        self._corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
+        self.corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
+        self._indices = {side: getattr(main_head(model), "in_index", -1) for side, model in models.items()}
+        self.reading = _MAIN_OUTPUT.get(self._heads["teacher"]), self.corners["teacher"]
         self.student_taps = [_of_last_head(tap, student) for tap in self.student_taps]
         self.teacher_taps = [_of_last_head(tap, teacher) for tap in self.teacher_taps]
+
+    def tensors_of(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        if tap.method == "cls_seg" and not recording.calls(tap):
+            owner, index = recording.owner, self._indices[recording.owner]
+            last = index[-1] if isinstance(index, (list, tuple)) else index
+            raise WiringError(
+                f"{self.name}: the {owner}'s {self._heads[owner]} does not call cls_seg(), where '{tap}' reads; set {owner}_tap="
+                f"'{tap.path}:input[{last}]' (a recipe's terms are printed by 'kdgraft list', to be edited)"
+            )
+        return super().tensors_of(recording, tap)
 
 
 def _of_last_head(tap: Tap, model: Any) -> Tap:
@@ -62,6 +80,15 @@ def reads_scores(tap: Tap) -> bool:
 class ClassScores(HeadTerm):
     """Knows which of a head's outputs are the class scores, and how the host resizes them."""
 
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        for side, model in (("student", student), ("teacher", teacher)):
+            if self.compares_classes and not scores_pixels(model):
+                raise WiringError(
+                    f"{self.name}: the {side}, a {type(model).__name__}, scores no classes of pixels; distil features "
+                    "(FeatureImitation with tap='backbone[*]')"
+                )
+
     def check_classes(self, s: Tensor, t: Tensor, s_tap: Tap, t_tap: Tap) -> None:
         """Raises a :class:`WiringError` unless both score the same number of classes."""
         if s.shape[1] != t.shape[1]:
@@ -70,17 +97,19 @@ class ClassScores(HeadTerm):
                 "class scores are compared class by class: use a teacher of the same classes, or a term on features"
             )
 
-    def _tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+    def tensors_of(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        if not reads_scores(tap):
+            return super().tensors_of(recording, tap)
         value = recording[tap]
         head = self._heads[recording.owner]
-        if isinstance(value, (tuple, list)) and reads_scores(tap) and not tap.index and head in _MAIN_OUTPUT:
+        if isinstance(value, (tuple, list)) and not tap.index and head in _MAIN_OUTPUT:
             return [value[_MAIN_OUTPUT[head]]]
         if not isinstance(value, (Tensor, tuple, list)):
             raise WiringError(
                 f"{self.name}: '{tap}' of the {recording.owner} ({head}) yields a {type(value).__name__}, no map of class "
                 "scores; this term needs a head that scores every pixel"
             )
-        return super()._tensors(recording, tap)
+        return super().tensors_of(recording, tap)
 
 
 class LogitTerm(ClassScores):
@@ -94,6 +123,7 @@ class LogitTerm(ClassScores):
     """
 
     compares_classes = True
+    hears_ensembles = True
 
     def __init__(self, *, tap: Taps = LOGITS, grid: Grid = "teacher", **settings: Any) -> None:
         super().__init__(tap, **settings)
@@ -115,11 +145,10 @@ class LogitTerm(ClassScores):
     def aligned(self, student: Recording, teacher: Recording, batch: Batch) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Student's and teacher's scores ``(B, C, H, W)`` on one grid and in one order of classes, with what counts ``(B, H, W)``."""
         found = []
-        for s, t, _, _ in self.pairs(student, teacher):
-            t = in_order(t, batch.class_order)
+        for s, t in self.scores(student, teacher):
             size = t.shape[-2:] if self.grid == "teacher" else batch.labels.shape[-2:]
-            s = resize_to(s, size, align_corners=self._corners["student"])
-            t = resize_to(t, size, align_corners=self._corners["teacher"])
+            s = resize_to(s, size, align_corners=self.corners["student"])
+            t = resize_to(t, size, align_corners=self.corners["teacher"])
             valid = counted(batch, size)
             # Nothing at a pixel that does not count may reach the gradient, not even an infinity (0 · inf is NaN).
             outside = ~valid[:, None]
@@ -134,10 +163,18 @@ class FeatureTerm(HeadTerm):
         tap: maps ``(B, C, H, W)``; what the classifier is given by default. The student's are resized to the teacher's grid.
     """
 
+    needs_labels = False
+    """Whether the term groups pixels by their class."""
+
     def __init__(self, *, tap: Taps = FEATURES, **settings: Any) -> None:
         super().__init__(tap, **settings)
 
     def wire(self, wiring: Wiring) -> None:
+        if self.needs_labels and "labels" not in wiring.fields:
+            raise WiringError(
+                f"{self.name}: needs classes of pixels, and the student, a {type(wiring.student).__name__}, is trained without; "
+                "use FeatureImitation or PairwiseAffinity"
+            )
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
             if s.ndim != 4 or t.ndim != 4:
                 raise WiringError(

@@ -118,7 +118,7 @@ class ChannelWise(ClassScores, CoreChannelWise):
         self.compares_classes = all(scores)
 
     def wire(self, wiring: Wiring) -> None:
-        self.align_corners = self.compares_classes and self._corners["student"]
+        self.align_corners = self.compares_classes and self.corners["student"]
         if self.compares_classes:
             for pair in self.pairs(wiring.student_recording, wiring.teacher_recording):
                 self.check_classes(*pair)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdgraft.distributed import SharedRandom, gather_over_ranks, gather_rows
-from kdgraft.errors import DistillError, check_number
+from kdgraft.errors import DistillError, check_flag, check_number
 from kdgraft.losses import (
     Ratio,
     class_prototypes,
@@ -20,6 +20,7 @@ from kdgraft.losses import (
     weighted_ratio,
 )
 from kdgraft.losses.affinity import Pool, check_patch, pool_nodes
+from kdgraft.losses.scale import unit
 from kdgraft.losses.soft_targets import check_temperature
 from kdgraft.regions import Batch
 from kdgraft.taps import Recording
@@ -62,6 +63,8 @@ class ClassPrototypes(FeatureTerm):
         tap: see :class:`FeatureTerm`.
     """
 
+    needs_labels = True
+
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
         for s, t, valid in self.aligned(student, teacher, batch):
@@ -99,6 +102,7 @@ class CrossImageRelations(FeatureTerm):
         tap: see :class:`FeatureTerm`; one map.
     """
 
+    needs_labels = True
     pixels: Tensor
     regions: Tensor
     seen: Tensor
@@ -130,6 +134,7 @@ class CrossImageRelations(FeatureTerm):
             check_number("CrossImageRelations", name, part)
         self.temperature, self.nodes, self.anchors, self.contrast = temperature, nodes, anchors, contrast
         self.pixels_per_class, self.regions_per_class, self.new_pixels = pixels_per_class, regions_per_class, new_pixels
+        check_flag("CrossImageRelations", "across_ranks", across_ranks)
         self.across_ranks = across_ranks
         self._random = SharedRandom()
 
@@ -212,10 +217,10 @@ class CrossImageRelations(FeatureTerm):
         drawn = torch.rand(kept.numel(), generator=self._random.of_this_rank()).to(t.device)[position].argsort()
         order = drawn[group[drawn].argsort(stable=True)]
         order = order[_number_in_group(group[order]) < self.new_pixels]
-        pixels = F.normalize(_at(t, position[order]).float(), dim=1)
+        pixels = unit(_at(t, position[order]).float(), 1)
         self._enqueue(self.pixels, self.seen[0], gather_rows(pixels), gather_rows(group[order] % classes))
-        unit = F.normalize(t.float(), dim=1).permute(0, 2, 3, 1).flatten(0, 2)
-        sums = unit.new_zeros(len(labels) * classes, t.shape[1]).index_add(0, group, unit[position])
+        directions = unit(t.float(), 1).permute(0, 2, 3, 1).flatten(0, 2)
+        sums = directions.new_zeros(len(labels) * classes, t.shape[1]).index_add(0, group, directions[position])
         present = group.unique()
         regions = F.normalize(sums[present], dim=1)
         self._enqueue(self.regions, self.seen[1], gather_rows(regions), gather_rows(present % classes))

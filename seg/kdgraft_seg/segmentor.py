@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from mmengine.structures import PixelData
 from mmseg.registry import MODELS
+from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from kdgraft.regions import Batch, valid_positions
 from kdgraft.taps import Tap
+from kdgraft_mm.class_outputs import scores_classes
 from kdgraft_mm.graft import Graft
 
-from .dense import main_head, reads_scores
+from .dense import main_head, reads_scores, scores_pixels
 from .registry import RECIPES, TERMS
 
 
@@ -36,18 +39,30 @@ class DistilledSegmentor(Graft):
     _recipes = RECIPES
     _fields = frozenset({"labels", "valid", "image_sizes"})
 
-    @staticmethod
-    def _reads_classes(model: Any, tap: Tap) -> bool:
-        layer = tap.side == "output" and tap.path.startswith("decode_head.") and tap.path.endswith(".conv_seg")
-        return layer or reads_scores(tap)
+    @classmethod
+    def _example_samples(cls, size: int) -> list[SegDataSample]:
+        sample = SegDataSample(metainfo=dict(img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size)))
+        sample.gt_sem_seg = PixelData(data=torch.zeros(1, size, size, dtype=torch.long))
+        return [sample]
 
-    def _batch(self, inputs: Tensor, data_samples: Any) -> Batch:
-        batch = super()._batch(inputs, data_samples)
-        batch.labels = torch.cat([sample.gt_sem_seg.data for sample in data_samples])
-        batch.valid = batch.labels != main_head(self).ignore_index
+    @classmethod
+    def _given(cls, student: Any) -> frozenset[str]:
+        return cls._fields if scores_pixels(student) else cls._fields - {"labels"}
+
+    @staticmethod
+    def _reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
+        return scores_pixels(model) and (reads_scores(tap) or scores_classes(model, tap, tensor))
+
+    def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
+        batch, model = super()._batch(inputs, data_samples, model), self if model is None else model
+        if scores_pixels(model):
+            batch.labels = torch.cat([sample.gt_sem_seg.data for sample in data_samples])
+            batch.valid = batch.labels != main_head(model).ignore_index
+        else:
+            batch.valid = torch.ones_like(inputs[:, 0], dtype=torch.bool)
         inside = None
         if batch.image_sizes is not None and batch.padded_size is not None:
-            inside = valid_positions(batch.image_sizes, batch.padded_size, batch.labels[:, None])
+            inside = valid_positions(batch.image_sizes, batch.padded_size, batch.valid[:, None])
         if inside is not None:
             batch.valid &= inside > 0
         batch.extra["images"] = inputs

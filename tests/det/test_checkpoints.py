@@ -28,7 +28,7 @@ from det_support import (
     weights,
 )
 from kdgraft.errors import DistillError
-from kdgraft.teacher import read_checkpoint
+from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES
 from kdgraft_mm.state import KEY
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
+import kdgraft_det
 from det_support import (
     CLASSES,
     EVERY_TERM,
@@ -25,6 +26,7 @@ from det_support import (
 )
 from det_zoo import zoo
 from kdgraft.cli import main
+from kdgraft_mm.outline import written
 
 ROOT = Path(__file__).parents[2]
 
@@ -241,6 +243,67 @@ def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(conf
     assert "Traceback" not in done.stdout
 
 
+def test_names_and_files_are_told_at_once_and_before_the_host_is_imported(config, tmp_path):
+    def change(model):
+        model["recipe"] = "xyz"
+        model["terms"] = ["SoftTarget", dict(type="FeatureImitation", tap="neck[")]
+        model["teacher"]["checkpoint"] = "absent.pth"
+
+    path = config(change)
+    program = (
+        "import sys\nfrom kdgraft.cli import main\ncode = main(['check', sys.argv[1]])\n"
+        "sys.exit(100 if {'mmcv', 'mmdet', 'kdgraft_det'} & set(sys.modules) else code)"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("plugins", "det"))}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, path],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("kdgraft: error: 4 mistakes: (1) no term is called 'SoftTarget'; did you mean 'SoftTargets'")
+    assert "(2) cannot read tap 'neck['" in line
+    assert "(3) no recipe is called 'xyz'" in line
+    assert line.endswith("(4) checkpoint not found: absent.pth")
+
+
+def test_arguments_of_terms_are_told_at_once(config, capsys):
+    def change(model):
+        model["terms"] = [dict(type="SoftTargets", wieght=1), dict(type="FocalGlobal", loss="hint")]
+
+    fails(
+        capsys,
+        ["check", config(change)],
+        "2 mistakes: (1) term SoftTargets takes no argument 'wieght'",
+        "(2) term FocalGlobal takes no argument 'loss'",
+    )
+
+
+def test_names_are_read_from_the_source_as_the_plugin_registers_them():
+    for kind, registry in (("TERMS", kdgraft_det.TERMS), ("RECIPES", kdgraft_det.RECIPES)):
+        own = {n for n, made in registry._own.items() if made.__module__.startswith("kdgraft_det")}
+        assert set(written("kdgraft_det", kind)) == own
+
+
+@pytest.mark.parametrize("which", ["train", "val"])
+def test_the_wiring_is_printed_without_the_data_set(config, capsys, which):
+    absent = f"{which}_dataloader.dataset.ann_file=absent.json"
+    capsys.readouterr()
+    assert main(["check", config(), "--cfg-options", absent]) == 2
+    said = capsys.readouterr()
+    assert "DistilledGFL: wiring" in said.out
+    for name in TERM_NAMES:
+        assert name in said.out
+    assert "one step" not in said.out
+    (line,) = said.err.splitlines()
+    assert line.startswith("kdgraft: error: the wiring above holds; the first step was not run")
+    assert f"{which}_dataloader: " in line and line.endswith("absent.json")
+
+
 def test_check_runs_terms_that_warm_up_from_nothing(config, capsys):
     def warm(model):
         model["recipe"] = None
@@ -282,3 +345,36 @@ def test_a_schedule_by_epoch_in_a_run_without_epochs_is_refused(config, capsys):
 def test_export_does_not_overwrite_what_it_reads(tmp_path, capsys):
     for out in ("student.py", "."):
         fails(capsys, ["export", str(tmp_path / "a.pth"), str(tmp_path / out)], "name a new file")
+
+
+@needs_resume
+def test_terms_that_a_checkpoint_knows_nothing_of_start_anew_for_those_who_say_so_alone(config, capsys, tmp_path):
+    path, first = config(), tmp_path / "work" / "iter_2.pth"
+    assert main(["train", path]) == 0
+    saved = torch.load(first, weights_only=False)
+    del saved["message_hub"]["runtime_info"]["kdgraft"], saved["message_hub"]["resumed_keys"]["kdgraft"]
+    torch.save(saved, first)
+    arguments = ["train", path, "--resume", str(first), "--cfg-options", "train_cfg.max_iters=3"]
+    fails(capsys, arguments, "made without these distillation terms", "layer3", "--partial")
+    assert not (tmp_path / "work" / "iter_3.pth").exists()
+    assert main([*arguments, "--partial"]) == 0
+    assert (tmp_path / "work" / "iter_3.pth").exists()
+
+
+@pytest.mark.parametrize("kind", ["mmdet.DistilledDetector", "kdgraft_det.detector.DistilledDetector", "the class"])
+def test_a_model_named_by_scope_path_or_class_is_checked_trained_and_exported_as_one_named_short(
+    config, tmp_path, kind
+):
+    path = config(lambda model: model.update(type=kind))
+    if kind == "the class":  # a pure-Python config
+        written = Config.fromfile(path)
+        written.pop("custom_imports")
+        text = written.pretty_text.replace("type='the class'", "type=DistilledDetector")
+        Path(path).write_text(f"from kdgraft_det import DistilledDetector\n{text}")
+    assert main(["check", path]) == 0
+    assert main(["train", path]) == 0
+    out = tmp_path / "out" / "student.pth"
+    assert main(["export", str(tmp_path / "work" / "iter_2.pth"), str(out)]) == 0
+    plain = Config.fromfile(out.with_suffix(".py"))
+    assert plain.model.type == "GFL" and "kdgraft" not in out.with_suffix(".py").read_text()
+    build(plain.model.to_dict()).load_state_dict(torch.load(out, weights_only=True)["state_dict"])

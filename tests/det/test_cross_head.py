@@ -27,6 +27,7 @@ from golden import wave
 from kdgraft.errors import DistillError, WiringError
 from kdgraft_det import CrossHead
 from kdgraft_det.dense import joint_logits
+from steps import watched
 
 CROSSED = [kind for kind in KINDS if kind != "TOOD"]
 LOSS = "distill.cross_head.loss"
@@ -57,6 +58,8 @@ def cross_loss(model, batch=None):
 # jbwang1997/CrossKD@87e156a46259e3a516b65fc6a049b200b9ab0d54, mmdet/models/detectors/crosskd_gfl.py and kd_loss.py.
 # Student and teacher with weights by formula; the authors' loss() on top of mmdet's heads, reused_teacher_head_idx=2 of 3 convolutions.
 # For each kind and each of two batches: loss_cls_kd and loss_reg_kd, and of both the sum of the absolute gradients of the student.
+# The authors' code computes in float32, and so its figures are good to what that leaves; the test computes in float64 on the same
+# weights and images, so that it finds the same on every processor.
 AUTHORS = {
     "GFL": [
         (101.15132904, 1.28424966, 80214.453125, 653.06231689),
@@ -71,6 +74,11 @@ AUTHORS = {
         (106.35130310, 8.94916630, 98000.2343, 3254.13891602),
     ],
 }
+FLOAT32 = 5e-6
+"""How far float32 may lead: the two norms, three convolutions and a sum over 10^5 gradients, 80 times its precision."""
+FLOAT32_OF_OVERLAPS = 1e-3
+"""The same for the gradient of RetinaNet's boxes through GIoU, which float32 itself moves by as much: from one processor to
+another by 1.8e-4, and from float32 to float64 by 4.9e-4."""
 GOLDEN_BOXES = (BOXES[:2], ([], BOXES[2]))
 
 
@@ -90,14 +98,14 @@ def test_the_authors_figures(kind, tmp_path):
     entry = zoo(kind, convs=3, frozen_bn=True)
     if kind == "RetinaNet":  # no anchor between the two thresholds: the authors leave those out
         entry["train_cfg"]["assigner"]["neg_iou_thr"] = 0.5
-    checkpoint = save_plain(tmp_path / "teacher.pth", by_formula(build(entry), 1.1))
+    checkpoint = save_plain(tmp_path / "teacher.pth", by_formula(build(entry), 1.1).double())
     terms = [dict(type="CrossHead", name="classes", boxes=0), dict(type="CrossHead", name="boxes", classes=0)]
-    model = by_formula(build(distilled(entry, entry, checkpoint, terms=terms)), 0.3).train()
+    model = by_formula(build(distilled(entry, entry, checkpoint, terms=terms)), 0.3).double().train()
     for boxes, expected in zip(GOLDEN_BOXES, AUTHORS[kind], strict=True):
         samples = raw_batch(boxes)["data_samples"]
         for sample in samples:
             sample.set_metainfo(dict(pad_shape=(96, 96), batch_input_shape=(96, 96)))
-        images = torch.stack([wave((3, 96, 96), 0.013 + 0.001 * i, i, 2.0).float() for i in range(2)])
+        images = torch.stack([wave((3, 96, 96), 0.013 + 0.001 * i, i, 2.0).float().double() for i in range(2)])
         found = model(images, samples, mode="loss")
         values, slopes = [], []
         for name in ("classes", "boxes"):
@@ -105,7 +113,8 @@ def test_the_authors_figures(kind, tmp_path):
             found[f"distill.{name}.loss"].backward(retain_graph=True)
             values.append(found[f"distill.{name}.loss"].item())
             slopes.append(sum(g.abs().sum().item() for g in gradients(model).values()))
-        assert (*values, *slopes) == pytest.approx(expected, rel=2e-5)
+        assert (*values, slopes[0]) == pytest.approx(expected[:3], rel=FLOAT32)
+        assert slopes[1] == pytest.approx(expected[3], rel=FLOAT32_OF_OVERLAPS if kind == "RetinaNet" else FLOAT32)
 
 
 def test_joint_logits_are_those_of_the_product():
@@ -233,24 +242,21 @@ def test_what_is_in_the_padding_of_the_maps_changes_nothing(kind, teachers):
     model = crossed(zoo(kind, frozen_bn=True), *teachers(kind)).train()
     boxes = [[[8.0, 10.0, 44.0, 50.0]], [[20.0, 4.0, 60.0, 60.0]]]
     data = model.data_preprocessor(raw_batch(boxes, [(96, 96), (64, 72)]), True)
-    original = model.distiller.losses
     found = []
     for amount in (0.0, 100.0, torch.nan):
 
-        def losses_of(student, teacher, *rest, amount=amount):
-            for recording, keys in ((student, "convs"), (teacher, "bbox_head")):
+        def scribble(step, amount=amount):
+            for recording, keys in ((step.recordings["student"], "convs"), (step.recordings["teacher"], "bbox_head")):
                 for (path, _), seen in recording._seen.items():
                     if path.startswith("bbox_head") and keys in path and (keys == "convs" or path == keys):
                         outputs = seen.values.get("output", [])
                         outputs[:] = [_in_padding(value, amount) for value in outputs]
-            return original(student, teacher, *rest)
 
-        model.distiller.losses = losses_of
         model.zero_grad()
-        loss = model(**data, mode="loss")[LOSS]
+        with watched(scribble):
+            loss = model(**data, mode="loss")[LOSS]
         loss.backward()
         found.append((loss.item(), gradients(model)["bbox_head." + _first_tower(kind)].abs().sum().item()))
-    del model.distiller.losses
     assert found[0][0] > 0
     assert found[1] == found[0]
     assert found[2][0] == found[0][0]

@@ -25,6 +25,7 @@ from kdgraft_det.dense import (
     pick_weights,
 )
 from kdgraft_det.regions import valuable_region
+from steps import watched
 
 
 def test_pick_by_hand():
@@ -86,8 +87,9 @@ def test_the_assignment_is_the_students_own(teacher_model, teacher_checkpoint):
         )
         model = build(entry).train()
         data = model.data_preprocessor(raw_batch(), True)
-        with model.distiller.record_student(model) as recording:
+        with watched() as steps:
             model(**data, mode="loss")
+        recording = steps[0].recordings["student"]
         head = model.distiller.terms["soft_targets"].heads.student
         found = head.assignment(recording, model._batch(**data))
         priors = model.bbox_head.prior_generator.grid_priors([(12, 12), (6, 6), (3, 3)], device="cpu")
@@ -193,7 +195,9 @@ def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(
     # With norm_on_bbox the host's head gives strides while it trains and pixels otherwise.
     entry = zoo("FCOS", frozen_bn=True, head=dict(norm_on_bbox=norm_on_bbox))
     model = build(entry)
-    heads = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", SoftTargets())
+    # A teacher is in eval mode from the start; a head that trains is a student's or a peer's.
+    teacher = build(entry).eval()
+    heads = DenseHeads(model.bbox_head, teacher.bbox_head, "bbox_head", SoftTargets())
     picture = raw_batch()
     found = []
     for training, head in ((True, heads.student), (False, heads.teacher)):
@@ -304,9 +308,9 @@ def test_boxes_of_heads_whose_points_lie_elsewhere_in_a_cell(tmp_path):
     ).train()
     data = model.data_preprocessor(raw_batch(), True)
     distiller, batch = model.distiller, model._batch(**data)
-    other = distiller.record_teacher(lambda: distiller.teacher.model(data["inputs"], mode="tensor"))
-    with distiller.record_student(model) as recording:
+    with watched() as steps:
         model(**data, mode="loss")
+    recording, other = (steps[0].recordings[name] for name in ("student", "teacher"))
     heads = distiller.terms["bounded_regression"].heads
     rows = heads.box_rows(recording, other, batch)[0]
     assignment = heads.student.assignment(recording, batch)

@@ -47,7 +47,7 @@ def test_repeating_a_step_lowers_the_loss(teacher_model, teacher_checkpoint, kin
     state = model.distiller.live_state()["hidden"]
     found = []
     for _ in range(4):
-        model.distiller._load_hidden(state)  # the same positions are left out
+        model.distiller.load_beyond_modules({"hidden": state})  # the same positions are left out
         value = distillation(losses(model, raw_batch()))
         optimizer.zero_grad()
         value.backward()
@@ -218,6 +218,9 @@ def test_other_detectors_learn_by_all_three(tmp_path, config, tap):
         (dict(type="FocalGlobal", alpha=-1), "FocalGlobal: alpha must be a number >= 0, got -1"),
         (dict(type="FocalGlobal", lambda_="1"), "FocalGlobal: lambda_ must be a number >= 0, got '1'"),
         (dict(type="FocalGlobal", region="foreground"), "takes no argument 'region'"),
+        (dict(type="FocalGlobal", loss="hint"), "takes no argument 'loss'"),
+        (dict(type="PearsonImitation", tap="neck[0]", loss="cosine"), "takes no argument 'loss'"),
+        (dict(type="LocalizationDistillation", vlr_variant="code"), "vlr_variant says which anchors .*; leave it out"),
         (dict(type="MaskedGeneration", mask_ratio=1.5), r"MaskedGeneration: mask_ratio must be in \[0, 1\], got 1.5"),
         (dict(type="MaskedGeneration", mask_ratio=-1), r"MaskedGeneration: mask_ratio must be in \[0, 1\], got -1"),
         (dict(type="MaskedGeneration", loss="hint"), "takes no argument 'loss'"),

@@ -16,7 +16,7 @@ from mmengine.runner import Runner
 
 from det_support import EVERY_TERM, assert_same, build, detector, distilled, loadable, run, runner_config, save_teacher
 from kdgraft.errors import DistillError, UnsafeCheckpoint
-from kdgraft.teacher import read_checkpoint
+from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
 
 TEST_PIPELINE = [

@@ -27,6 +27,7 @@ from det_support import (
 from kdgraft import TERMS, Term
 from kdgraft.errors import WiringError
 from kdgraft.losses import Ratio
+from steps import watched
 
 SIZES = [(96, 96), (64, 96), (96, 64), (70, 74)]
 SMALL = [[[8.0, 10.0, 44.0, 50.0]], [[20.0, 4.0, 90.0, 60.0]], [[2.0, 60.0, 30.0, 94.0]], [[12.0, 20.0, 60.0, 64.0]]]
@@ -42,22 +43,17 @@ def _scribble(model, batch, amount):
     model.train()
     data = model.data_preprocessor(copy.deepcopy(batch), True)
     distiller = model.distiller
-    original = distiller.losses
     hidden = distiller.live_state()["hidden"]
 
-    def losses_of(student, teacher, *rest):
-        for recording in (student, teacher):
+    def scribble(step):
+        for recording in (step.recordings["student"], step.recordings["teacher"]):
             for seen in recording._seen.values():
                 outputs = seen.values.get("output", [])
                 outputs[:] = [_in_padding(value, data["inputs"].shape[-2:], amount) for value in outputs]
-        return original(student, teacher, *rest)
 
-    distiller.losses = losses_of
-    try:
+    with watched(scribble):
         found = model(**data, mode="loss")
-    finally:
-        del distiller.losses
-        distiller._load_hidden(hidden)  # the next call leaves out what this one did
+    distiller.load_beyond_modules({"hidden": hidden})  # the next call leaves out what this one did
     return found
 
 
@@ -111,9 +107,9 @@ def test_the_padding_that_the_host_counts_as_image_does_not_count(entry):
     # mmdet's valid flags reach to an image's own padded size (70×74 → 96×96); ours end with the image.
     model = build(entry).train()
     data = model.data_preprocessor(raw_batch(SMALL, SIZES), True)
-    with model.distiller.record_student(model) as recording:
+    with watched() as steps:
         model(**data, mode="loss")
-    batch = model._batch(**data)
+    recording, batch = steps[0].recordings["student"], model._batch(**data)
     assignment = model.distiller.terms["soft_targets"].heads.student.assignment(recording, batch)
     assert (assignment.positive <= assignment.valid).all() and assignment.positive.any()
     # Anchors are at multiples of the stride 8, 16, 32: of 70 rows are 9, 5, 3 in the image; of 74 columns 10, 5, 3.

@@ -35,7 +35,7 @@ def golden(case):
         level.requires_grad_()
     student = Given({heads.student.classes: outputs["cls_s"], heads.student.boxes: outputs["box_s"]})
     teacher = Given({heads.teacher.classes: outputs["cls_t"], heads.teacher.boxes: outputs["box_t"]})
-    return heads, student, teacher, Batch(boxes=[boxes], extra={"assignment bbox_head": assignment})
+    return heads, student, teacher, Batch(boxes=[boxes], extra={("assignment", "student", "bbox_head"): assignment})
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])

@@ -9,9 +9,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from mmengine.config import ConfigDict
 
 import det_ranks
-from det_support import assert_same, build, detector, distilled, run, runner_config, save_plain, save_teacher
+from det_support import (
+    assert_same,
+    build,
+    detector,
+    distilled,
+    losses,
+    raw_batch,
+    run,
+    runner_config,
+    save_plain,
+    save_teacher,
+)
+from det_zoo import zoo
+from kdgraft_mm.run import _OnCPUs
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -53,7 +67,7 @@ def two_ranks(tmp_path_factory, teacher_checkpoint):
 
 
 @pytest.mark.parametrize("batch", list(det_ranks.BATCHES))
-@pytest.mark.parametrize("term", [*det_ranks.TERMS, *det_ranks.ON_PROPOSALS])
+@pytest.mark.parametrize("term", [*det_ranks.TERMS, *det_ranks.ON_PROPOSALS, *det_ranks.WITH_A_PEER])
 def test_two_ranks_are_one_batch(two_ranks, teacher_checkpoint, term, batch):
     whole = det_ranks.gradients_of(teacher_checkpoint, term, det_ranks.BATCHES[batch])
     first, second = (ranks[batch, term] for ranks in two_ranks)
@@ -150,3 +164,34 @@ def test_a_launcher_trains_on_two_processes_as_on_one(tmp_path, config, launcher
     two = torch.load(tmp_path / "two" / "iter_2.pth", weights_only=False)["state_dict"]
     for name, value in one.model.state_dict().items():
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_norms_over_all_processes_are_norms_over_ones_own_images_on_cpus(monkeypatch):
+    # RTMDet makes SyncBN of its norms by itself, whatever its config says.
+    monkeypatch.setattr("mmdet.models.detectors.rtmdet.get_world_size", lambda: 2)
+    entry = ConfigDict(zoo("RTMDet"))
+    entry.backbone.norm_cfg.type = "SyncBN"
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in build(entry).modules())
+    model = object.__new__(_OnCPUs).build_model(entry)
+    assert not any(isinstance(module, torch.nn.SyncBatchNorm) for module in model.modules())
+    assert all(value.isfinite() for value in losses(model, raw_batch()).values())
+
+
+@pytest.mark.slow
+def test_a_detector_that_makes_syncbn_of_its_norms_trains_on_two_cpu_processes(tmp_path, scenes):
+    teacher = zoo("RTMDet", width=6, channels=12)
+    checkpoint = save_teacher(tmp_path / "teacher.pth", teacher)
+    model = distilled(zoo("RTMDet"), teacher, checkpoint, terms=[dict(type="FeatureImitation", tap="neck[*]")])
+    path = tmp_path / "rtmdet.py"
+    runner_config(model, scenes, tmp_path / "work", iters=2, batch_size=2, sync_bn="torch").dump(path)
+    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90)]
+    done = subprocess.run(
+        [sys.executable, "-m", *launch, "-m", "kdgraft", "train", str(path), "--work-dir", str(tmp_path / "two")],
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert (tmp_path / "two" / "iter_2.pth").is_file()

@@ -263,7 +263,7 @@ def test_terms_get_the_batch_in_the_students_pixels(entry):
     (_, teacher, batch), *_ = seen
     assert batch.padded_size == (96, 96) and batch.image_sizes == [(96, 96), (64, 96), (96, 65), (71, 75)]
     assert [boxes.tolist() for boxes in batch.boxes] == [list(map(list, image)) for image in BOXES]
-    assert batch.teacher_scale == 2.0
+    assert teacher.scale == 2.0
     # On the teacher's own map the first image's box, 16, 20, 88, 100 of its pixels, touches columns 2 to 10, rows 2 to 12.
     first = teacher.tensors(term.teacher_taps[0])[0]
     assert first.shape[2:] == (24, 24)

@@ -188,20 +188,14 @@ def test_refused(tmp_path):
         trained(tmp_path, "llama", True, terms=["UniversalLogits"])
     with pytest.raises(WiringError, match="is for causal language models, and BertForSequenceClassification is none"):
         graft(support.model("bert"), support.model("bert", seed=2), ["SoftTargets"], chunk=8)
-    from transformers import Gemma2Config, Gemma2ForCausalLM
-
-    config = Gemma2Config(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=4,
-        intermediate_size=32,
-        vocab_size=40,
-        final_logit_softcapping=0.01,
-    )
-    with pytest.raises(WiringError, match="Gemma2ForCausalLM changes its logits after the output layer"):
-        graft(Gemma2ForCausalLM(config), support.model("llama"), ["ForwardKL"], chunk=8)
+    for kind, message in (
+        (Shifted, "Shifted changes its logits after the output layer"),
+        (Halved, "Halved changes its states before the output layer"),
+    ):
+        with pytest.raises(WiringError, match=message):
+            graft(of(kind), support.model("llama"), ["ForwardKL"], chunk=8)
+        with pytest.raises(WiringError, match=message):
+            graft(support.model("llama"), of(kind), ["ForwardKL"], chunk=8)
 
 
 def test_chunks_keep_small_gradients_in_half_precision():
@@ -218,25 +212,138 @@ def test_chunks_keep_small_gradients_in_half_precision():
     assert hidden.grad.isfinite().all()
 
 
+class Shifted(transformers.LlamaForCausalLM):
+    """Adds to its logits, little beside those of a fresh model."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0):
+        output = super().forward(input_ids, attention_mask, labels=labels, logits_to_keep=logits_to_keep)
+        output["logits"] = output["logits"] + 1e-5
+        return output
+
+
+class Halved(transformers.LlamaForCausalLM):
+    """As MiniCPM3: the states are scaled before the output layer."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.register_forward_pre_hook(lambda _, args: (args[0] / 2,))
+
+
+class WithPenalty(transformers.LlamaForCausalLM):
+    """As Bamba: a little of the logits' own size is added to the loss."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, logits_to_keep=0):
+        output = super().forward(input_ids, attention_mask, labels=labels, logits_to_keep=logits_to_keep)
+        if labels is not None:
+            output["loss"] = output["loss"] + 1e-7 * output["logits"].logsumexp(-1).square().mean()
+        return output
+
+
+def of(kind):
+    return kind(support.model("llama").config)
+
+
 def test_what_chunks_cannot_do_is_refused():
-    config = transformers.Qwen2MoeConfig(
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=32,
-        moe_intermediate_size=16,
-        shared_expert_intermediate_size=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        vocab_size=40,
-        output_router_logits=True,
-        router_aux_loss_coef=0.5,
-    )
-    with pytest.raises(WiringError, match="adds something of its own"):
-        graft(transformers.Qwen2MoeForCausalLM(config), support.model("llama", seed=2), ["ForwardKL"], chunk=4)
+    with pytest.raises(WiringError, match="WithPenalty adds something of its own"):
+        graft(of(WithPenalty), support.model("llama", seed=2), ["ForwardKL"], chunk=4)
     with pytest.raises(DistillError, match="belongs to a distillation"):
         graft(support.model("llama"), None, [], chunk=4)
+
+
+SIZES = dict(
+    hidden_size=16,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    intermediate_size=32,
+    vocab_size=40,
+    pad_token_id=0,
+    attention_dropout=0.0,
+)
+MOE = dict(
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+    num_experts=4,
+    num_local_experts=4,
+    num_experts_per_tok=2,
+    output_router_logits=True,
+)
+ODD = {
+    "cap": ("Gemma2ForCausalLM", dict(final_logit_softcapping=30.0)),
+    "small cap": ("Gemma2ForCausalLM", dict(final_logit_softcapping=0.01)),
+    "no cap": ("Gemma2ForCausalLM", dict(final_logit_softcapping=None)),
+    "multiplied": ("CohereForCausalLM", dict(logit_scale=0.0625)),
+    "divided": ("GraniteForCausalLM", dict(logits_scaling=8.0)),
+    "multiplied by what others divide by": ("HyperCLOVAXForCausalLM", dict(logits_scaling=0.5)),
+    "routers": ("MixtralForCausalLM", dict(MOE)),
+    "small routers": ("MixtralForCausalLM", dict(MOE, router_aux_loss_coef=1e-7)),
+    "large routers": ("Qwen2MoeForCausalLM", dict(MOE, router_aux_loss_coef=0.5)),
+    "routers switched off": ("MixtralForCausalLM", dict(MOE, output_router_logits=False)),
+    "both": ("GraniteMoeForCausalLM", dict(MOE, router_aux_loss_coef=0.5, logits_scaling=4.0)),
+}
+
+
+def odd(name, seed):
+    """A model whose logits are large enough for what becomes of them to matter."""
+    kind, settings = ODD[name]
+    found = getattr(transformers, kind)
+    torch.manual_seed(seed)
+    model = support.quiet(found(found.config_class(**{**SIZES, **settings})))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+        model.get_output_embeddings().weight.mul_(20)
+    return model
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_becomes_of_logits_and_loss_is_what_the_plain_model_does(name):
+    batch = support.collate(support.samples(4, "causal"))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    plain, teacher = odd(name, 1).train(), odd(name, 2).eval()
+    output = plain(**batch)
+    with torch.no_grad():
+        given = teacher(**inputs).logits[:, :-1].log_softmax(-1)
+    counted = batch["labels"][:, 1:] != -100
+    divergence = (given.exp() * (given - output.logits[:, :-1].log_softmax(-1))).sum(-1)[counted].mean()
+    (output.loss + divergence).backward()
+    student = graft(odd(name, 1), odd(name, 2), ["ForwardKL"], chunk=3).train()
+    ours = student(**batch)
+    torch.testing.assert_close(ours.loss, output.loss, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        student._distill.last.losses["distill.forward_kl.loss"], divergence, rtol=1e-4, atol=1e-6
+    )
+    ours.loss.backward()
+    gradient = support.distillation_gradient(student)
+    for key, value in support.distillation_gradient(plain).items():
+        torch.testing.assert_close(
+            gradient[key],
+            value,
+            rtol=1e-3,
+            atol=1e-4 * float(value.abs().max()) + 1e-8,
+            msg=lambda m, n=key: f"{n}: {m}",
+        )
+
+
+def test_student_and_teacher_keep_their_own_caps():
+    batch = support.collate(support.samples(4, "causal"))
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        s, t = (
+            odd(name, seed).eval()(**inputs).logits[:, :-1].log_softmax(-1)
+            for name, seed in (("cap", 1), ("divided", 2))
+        )
+    expected = (t.exp() * (t - s)).sum(-1)[batch["labels"][:, 1:] != -100].mean()
+    student = graft(odd("cap", 1), odd("divided", 2), ["ForwardKL"], chunk=5).train()
+    student(**batch)
+    torch.testing.assert_close(student._distill.last.losses["distill.forward_kl.loss"], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cap", "routers", "both"])
+def test_heads_are_found_in_half_precision(name):
+    graft(odd(name, 1).bfloat16(), odd(name, 2).bfloat16(), ["ForwardKL"], chunk=8)
 
 
 def test_chunks_beside_terms_on_layers_alone():

@@ -57,8 +57,8 @@ def test_the_host_adds_up_what_it_does_not_scale(tmp_path, caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("family", list(nlp_ranks.TERMS))
-def test_two_processes_are_one(family, tmp_path):
+def on_two_processes(family, tmp_path):
+    """What the first of two processes with four samples each has found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -75,7 +75,12 @@ def test_two_processes_are_one(family, tmp_path):
     ]
     outputs = [process.communicate(timeout=240)[0] for process in processes]
     assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    found = torch.load(tmp_path / "found.pt")
+    return torch.load(tmp_path / "found.pt")
+
+
+@pytest.mark.parametrize("family", list(nlp_ranks.TERMS))
+def test_two_processes_are_one(family, tmp_path):
+    found = on_two_processes(family, tmp_path)
     alone = nlp_ranks.gradients(family, tmp_path, nlp_ranks.TERMS[family], 8, 1)
     host = nlp_ranks.gradients(family, tmp_path, [], 8, 1).found
     # The Trainer multiplies a loss that it takes to be scaled by the number of processes; BERT's is not.
@@ -86,6 +91,15 @@ def test_two_processes_are_one(family, tmp_path):
     for name in mine:
         if name.startswith("distill."):
             assert found["logged"][name] == pytest.approx(mine[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("family", list(nlp_ranks.WITHOUT_LABELS))
+def test_without_labels_too(family, tmp_path):
+    terms = nlp_ranks.WITHOUT_LABELS[family]
+    whole = nlp_ranks.gradients(family, tmp_path, terms, 8, 1).found
+    assert any(gradient.any() for gradient in whole.values())
+    close(whole, nlp_ranks.gradients(family, tmp_path, terms, 2, 4).found)
+    close(whole, on_two_processes(family, tmp_path)["gradient"])
 
 
 def test_one_process_on_several_gpus_is_refused(tmp_path, monkeypatch):

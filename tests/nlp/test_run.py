@@ -16,7 +16,11 @@ from transformers import AutoModelForSequenceClassification
 import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft import DistillError
 from kdgraft.cli import main
-from kdgraft_nlp.run import _read, build, load, spans, tag_scores, train, train_tokenizer
+from kdgraft.files import held
+from kdgraft_nlp.data import read, train_tokenizer
+from kdgraft_nlp.run import build, train
+from kdgraft_nlp.scores import spans, tag_scores
+from kdgraft_nlp.settings import load
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "nlp" / "recipes"
@@ -100,7 +104,8 @@ def test_a_recipe_file_trains_a_teacher_then_a_student(recipe, terms, data, tmp_
 
 
 def test_a_masked_model_and_resume(data, tmp_path):
-    options = ["task=masked", "student.model_type=bert", "chunked=false"]
+    sizes = "hidden_size: 16, num_hidden_layers: 2, num_attention_heads: 4, intermediate_size: 128"
+    options = ["task=masked", f"student={{model_type: bert, {sizes}}}", "chunked=false"]
     folder = teacher("language_model.yaml", data, tmp_path / "teacher", *options)
     given = [
         *data,
@@ -151,9 +156,9 @@ output = "{tmp_path}/out"
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["task=sorting"], ("task is one of classification, tokens, causal, masked; got 'sorting'",)),
+        (["task=sorting"], ("task is one of classification, regression, tokens, causal, masked; got 'sorting'",)),
         (["data.train=nowhere.jsonl"], ("no data at nowhere.jsonl",)),
-        (["data.text=sentence"], ("no column 'sentence' but", "name it with data.text")),
+        (["data.text=sentence", "teacher=null", "recipe=null"], ("no column 'sentence' but", "name it with data.text")),
         (["data.txt=a"], ("data has no entry 'txt'; did you mean 'text'",)),
         (["teachr=a"], ("a recipe has no entry 'teachr'; did you mean 'teacher'",)),
         (["training.learning_rat=1"], ("training takes no argument 'learning_rat'; did you mean 'learning_rate'",)),
@@ -163,6 +168,8 @@ output = "{tmp_path}/out"
         (["tokenizer=null"], ("tokenizer is a folder, or {vocab_size: 4000}",)),
         (["teacher=nowhere"], ("no teacher at nowhere",)),
         (["teacher=null"], ("need teacher",)),
+        (["recipe=null"], ("teacher is given, and nothing says what to learn",)),
+        (["host_weight=-1"], ("host_weight: the host's share must be a number >= 0, got -1",)),
         (["data.fraction=2"], ("data.fraction must be in (0, 1], got 2",)),
         (["recipe=tinyber"], ("no recipe is called 'tinyber'; did you mean 'tinybert'",)),
         (["nonsense"], ("write options like training.learning_rate=0.001",)),
@@ -180,10 +187,10 @@ def test_files_that_are_no_recipes(tmp_path, capsys):
     fails(capsys, ["train", str(tmp_path / "b.yaml")], "holds no settings")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DistillError, match=r"empty\.jsonl holds no samples"):
-        _read(str(tmp_path / "empty.jsonl"))
+        read(str(tmp_path / "empty.jsonl"))
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text"')
     with pytest.raises(DistillError, match=r"cannot read .*broken\.jsonl: "):
-        _read(str(tmp_path / "broken.jsonl"))
+        read(str(tmp_path / "broken.jsonl"))
 
 
 @pytest.mark.parametrize("script", ["classification", "token_classification", "language_model"])
@@ -276,3 +283,16 @@ def test_nothing_to_resume(tmp_path):
         train(recipe, work_dir=str(tmp_path / "out"), resume="auto")
     with pytest.raises(DistillError, match="is no checkpoint's folder"):
         train(recipe, work_dir=str(tmp_path / "out"), resume="nowhere")
+
+
+def test_one_run_at_a_time_has_an_output(data, tmp_path, capsys):
+    output = tmp_path / "out"
+    alone = ["teacher=null", "recipe=null", "terms=null", "training.max_steps=1"]
+    given = ["train", str(RECIPES / "classification.yaml"), "--work-dir", str(output)]
+    options = ["--cfg-options", *data, *SMALL, *alone]
+    with held(output):
+        fails(capsys, [*given, *options], "another run is at work in", "out", "--work-dir")
+        assert not (output / "model.safetensors").exists()
+    assert main([*given, "--timeout", "77", *options]) == 0
+    assert torch.load(output / "training_args.bin", weights_only=False).ddp_timeout == 77
+    fails(capsys, [*given, "--trusted", *options], "--trusted is for configs of MMDetection and MMSegmentation")

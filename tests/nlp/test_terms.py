@@ -61,9 +61,9 @@ def step(student, batch):
     student.zero_grad()
     student(**batch)
     link = student._distill
-    loss = torch.stack([value for key, value in link.losses.items() if key.endswith(".loss")]).sum()
+    loss = torch.stack([value for key, value in link.last.losses.items() if key.endswith(".loss")]).sum()
     loss.backward()
-    assert not any(key.endswith("dropped") for key in link.losses)
+    assert not any(key.endswith("dropped") for key in link.last.losses)
     return loss.detach(), support.distillation_gradient(student)
 
 
@@ -206,7 +206,7 @@ def test_computed_in_float32_under_autocast(name):
     student.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         student(**batch)
-    for loss in student._distill.losses.values():
+    for loss in student._distill.last.losses.values():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.detach(), exact[0], rtol=0.15, atol=0.02)
         loss.backward()
@@ -273,6 +273,12 @@ def test_vocabularies():
         (["SoftTargets"], {}, dict(num_labels=4), "tell 3 and 4 classes apart"),
         (["SoftTargets"], {}, dict(kind="BertForTokenClassification"), "of another kind (sequence, BertForSequence"),
         (["AttentionMaps"], {}, dict(is_decoder=True), "attends backwards only"),
+        (
+            [dict(type="SoftTargets", tokens="labelled")],
+            {},
+            {},
+            "tokens='labelled' is for models that predict per labelled token",
+        ),
         (["UniversalLogits"], {}, {}, "compares language models token by token; use SoftTargets for sequence"),
     ],
 )
@@ -292,6 +298,11 @@ def test_refused_when_built(terms, student, teacher, message):
         (dict(type="SoftTargets", tokens="some"), "tokens must be one of auto, valid, labelled"),
         (dict(type="SkewedKL", alpha=2), r"alpha must be in \[0, 1\], got 2"),
         (dict(type="Relations", of=("query", "keys")), "of must be one of query, key, value, attention, got 'keys'"),
+        (dict(type="PatientStates", loss="cosine"), "PatientStates takes no argument 'loss'.*use HiddenStates"),
+        (dict(type="Embeddings", layers="last"), "term Embeddings takes no argument 'layers'"),
+        (dict(type="Relations", of="attention", heads=4), "heads are those of query, key and value; leave it out"),
+        (dict(type="SkewedKL", reverse="no"), "SkewedKL: reverse must be true or false, got 'no'"),
+        (dict(type="UniversalLogits", temperature=2), "term UniversalLogits takes no argument 'temperature'"),
         (dict(type="PatientStates", variant="mean"), "variant must be one of paper, code"),
         (dict(type="HiddenStates", loss="l1"), "loss must be one of mse, cosine, normalized"),
         (dict(type="ChannelWise"), r"cannot be used here; it compares maps \(B, C, H, W\); use HiddenStates"),
@@ -334,7 +345,7 @@ def test_outputs_that_are_no_classes_are_refused():
         graft(*models, ["SoftTargets"])
     models = [support.model("bert", seed=s, problem_type="multi_label_classification") for s in (1, 2)]
     with pytest.raises(WiringError, match="multi_label_classification"):
-        graft(*models, ["SoftTargets"])
+        graft(*models, ["ForwardKL"])
 
 
 @pytest.mark.parametrize(

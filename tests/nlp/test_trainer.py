@@ -21,7 +21,7 @@ from transformers import (
 
 import nlp_support as support
 from kdgraft import DistillError, WiringError
-from kdgraft_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill
+from kdgraft_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill, undistill
 from kdgraft_nlp.student import graft
 
 ALL = [
@@ -306,6 +306,57 @@ def test_distill_keeps_a_users_own_trainer(tmp_path):
     assert history(trainer, "distill.soft_targets.loss")[0] > 0
 
 
+class ByPosition(Trainer):
+    """Calls the model by position, in training and in evaluation."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        given = {**inputs, "token_type_ids": None}
+        labels = given.pop("labels")
+        output = model(given["input_ids"], given["attention_mask"], labels=labels)
+        return (output.loss, output) if return_outputs else output.loss
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_a_loss_that_calls_the_model_by_position(family, tmp_path):
+    trainers = []
+    for kind in (Trainer, ByPosition):
+        task = support.TASKS[family][1]
+        trainer = kind(
+            model=support.model(family, seed=1),
+            args=support.arguments(tmp_path),
+            train_dataset=support.samples(12, task),
+            eval_dataset=support.samples(4, task),
+            data_collator=support.collate,
+        )
+        trainer.model_accepts_loss_kwargs = False  # ByPosition does not pass num_items_in_batch on
+        terms = ["AttentionMaps" if family == "t5" else "SoftTargets"]
+        distill(trainer, teacher=support.model(family, 32, 4, seed=2), terms=terms)
+        trainer.train()
+        trainer.evaluate()
+        trainers.append(trainer)
+    same(*trainers)
+    for key in ("loss", "eval_loss"):
+        assert history(trainers[0], key) == history(trainers[1], key)
+
+
+def test_positions_are_bound_as_python_binds_them(tmp_path):
+    batch = support.collate(support.samples(3))
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"], batch["labels"]
+    student, teacher = support.quiet(support.model("bert", seed=1)), support.model("bert", 32, 4, seed=2).eval()
+    with torch.no_grad():
+        ours, theirs = ((model(ids, mask).logits / 2).log_softmax(-1) for model in (student, teacher))
+    by_hand = 4 * nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    student = graft(student, teacher, ["SoftTargets"]).train()
+    for call in (lambda: student(ids, mask), lambda: student(ids, mask, None, labels=labels)):
+        call()
+        found = student._distill.last.losses["distill.soft_targets.loss"]
+        torch.testing.assert_close(found.detach(), by_hand)
+    with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
+        student(ids, mask, input_ids=ids)
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        student(*[None] * 30)
+
+
 def test_an_optimizer_of_the_users_own(tmp_path):
     def make(scheduler):
         student = support.model("bert", seed=1)
@@ -375,6 +426,25 @@ def test_one_clear_line(more, message, tmp_path):
     with pytest.raises(DistillError, match=message) as caught:
         trained(tmp_path, ["SoftTargets"], more=more)
     assert "\n" not in str(caught.value)
+
+
+def test_a_teacher_without_terms_or_a_recipe_is_refused(tmp_path):
+    def plain():
+        return Trainer(model=support.model("bert", seed=1), args=support.arguments(tmp_path))
+
+    teacher, example = support.model("bert", 32, 4, seed=2), support.collate(support.samples(2))
+    for given, name in (
+        (dict(teacher=teacher), "teacher"),
+        (dict(teacher=str(tmp_path)), "teacher"),
+        (dict(dry_run=example), "dry_run"),
+    ):
+        trainer = plain()
+        with pytest.raises(DistillError, match=rf"{name} is given, and nothing says what to learn; .* terms=\[\]"):
+            distill(trainer, **given)
+        assert type(trainer) is Trainer and type(trainer.model) is BertForSequenceClassification
+        with pytest.raises(DistillError, match=f"{name} is given"):
+            DistillTrainer(model=support.model("bert"), args=support.arguments(tmp_path), **given)
+    assert distill(plain(), teacher=teacher, terms=[]).distiller is None
 
 
 def test_distilling_twice_is_refused(tmp_path):
@@ -512,6 +582,13 @@ def test_a_patched_forward_is_said(tmp_path):
         graft(student, support.model("bert", seed=2), ["SoftTargets"])
 
 
+def test_a_student_that_runs_its_children_in_turn_is_refused():
+    student = nn.Sequential(support.model("bert"))  # as a SentenceTransformer is
+    student.config = student[0].config
+    with pytest.raises(DistillError, match="a Sequential runs and saves whatever is in it one by one"):
+        graft(student, support.model("bert", seed=2), ["SoftTargets"])
+
+
 def test_figures_of_a_second_run_and_after_resuming(tmp_path):
     trainer = trainer_of(tmp_path, logging_steps=2, save_strategy="steps", save_steps=1, learning_rate=0.0)
     trainer.train()
@@ -532,6 +609,71 @@ def test_a_copy_of_a_student_in_training(tmp_path):
     batch = support.collate(support.samples(2))
     twin.eval(), trainer.model.eval()
     assert torch.equal(twin(**batch).logits, trainer.model(**batch).logits)
+
+
+def passes_of(teacher):
+    """A list that grows with each pass of the teacher."""
+    passes = []
+    teacher.register_forward_pre_hook(lambda *_: passes.append(1))
+    return passes
+
+
+def trains_plainly(student, folder, **settings):
+    """Continues with a plain Trainer and checks against one that has never seen a distiller; both plain SGD."""
+    fresh = support.model("bert", seed=7)
+    fresh.load_state_dict(student.state_dict())
+    ours, plain = (
+        trained(folder, kind=Trainer, student=model, optim="sgd", learning_rate=0.1, **settings)
+        for model in (student, fresh)
+    )
+    same(plain, ours)
+    assert history(plain) == history(ours) and history(plain, "grad_norm") == history(ours, "grad_norm")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_pickled_student_is_a_plain_student(bf16, tmp_path):
+    trainer = trainer_of(tmp_path, bf16=bf16)
+    trainer.train()
+    state = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    torch.save(trainer.model, tmp_path / "student.pt")
+    loaded = torch.load(tmp_path / "student.pt", weights_only=False)
+    batch = support.collate(support.samples(3))
+    expected = support.model("bert", seed=3).eval()
+    expected.load_state_dict(state)
+    for twin in (loaded, copy.deepcopy(trainer.model), copy.copy(trainer.model)):
+        assert type(twin) is BertForSequenceClassification
+        assert [name for name, _ in twin.named_modules()] == [name for name, _ in expected.named_modules()]
+        assert vars(twin).keys() - {"_is_accelerate_prepared"} == vars(expected).keys()
+        with torch.no_grad():
+            assert torch.equal(twin.eval()(**batch).logits, expected(**batch).logits)
+    # The one in training goes on.
+    assert trainer.distiller is not None
+    trainer.train()
+    assert history(trainer, "distill.soft_targets.loss")
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_plain_trainer_takes_the_model_afterwards(bf16, tmp_path):
+    trainer = trainer_of(tmp_path, bf16=bf16)
+    teacher = trainer.distiller.teacher.model
+    trainer.train()
+    passes = passes_of(teacher)
+    trains_plainly(trainer.model, tmp_path, bf16=bf16)
+    assert not passes
+    student = undistill(trainer.model)
+    assert student is trainer.model and type(student) is BertForSequenceClassification
+    assert vars(student).keys() - {"_is_accelerate_prepared"} == vars(support.model("bert")).keys()
+    trains_plainly(student, tmp_path, bf16=bf16)
+    assert not passes
+    # The trainer that it comes from evaluates, saves and trains it, plainly; another one distils it anew.
+    assert trainer.distiller is None and "eval_loss" in trainer.evaluate()
+    trainer.save_model(tmp_path / "student")
+    trainer.train()
+    assert not passes
+    trainer = trained(tmp_path, ["SoftTargets"], student=student)
+    assert history(trainer, "distill.soft_targets.loss")[0] > 0
+    with pytest.raises(DistillError, match="BertForSequenceClassification is not being distilled"):
+        undistill(support.model("bert"))
 
 
 def test_generation_in_the_evaluation(tmp_path):

@@ -137,7 +137,6 @@ def test_a_larger_teachers_map_has_the_students_anchors_at_finer_positions():
     batch.extra["base_anchors"] = [((8, 8), square(16)), ((16, 16), square(32))]
     expected = [FineGrained(0.3)(batch, grid(side, side)) for side in (4, 2)]
     assert expected[0].any()
-    batch.teacher_scale = 2.0
     for mask, side in zip(expected, (8, 4), strict=True):
-        found = FineGrained(0.3)(batch, grid(side, side))
+        found = FineGrained(0.3)(batch, grid(side, side), 2.0)
         assert torch.equal(found, mask.repeat_interleave(2, 1).repeat_interleave(2, 2))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 FOREIGN = ("mmengine", "mmdet", "mmseg", "mmcv", "transformers", "sklearn", "pandas", "matplotlib", "scipy", "cv2")
 
 
-@pytest.mark.parametrize("module", ["kdgraft", "kdgraft.cli"])
+@pytest.mark.parametrize("module", ["kdgraft", "kdgraft.cli", "kdgraft_hosts"])
 def test_import(module: str):
     program = f"import sys, {module}; print(sorted(set({FOREIGN!r}) & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
@@ -25,3 +28,68 @@ def test_everything_that_is_promised_is_there():
     assert len(set(kdgraft.__all__)) == len(kdgraft.__all__)
     for name in kdgraft.__all__:
         assert getattr(kdgraft, name) is not None
+
+
+# Package by package what of ours, and of the hosts, it may import.
+ROOT = Path(__file__).parents[2]
+MM = {"mmengine", "mmcv"}
+MAY = {
+    "kdgraft": set(),
+    "kdgraft_hosts": {"kdgraft"},
+    "kdgraft_mm": {"kdgraft"} | MM,
+    "kdgraft_det": {"kdgraft", "kdgraft_mm", "mmdet"} | MM,
+    "kdgraft_seg": {"kdgraft", "kdgraft_mm", "mmseg"} | MM,
+    "kdgraft_nlp": {"kdgraft", "transformers"},
+}
+HOSTS = {"mmengine", "mmcv", "mmdet", "mmseg", "transformers"}
+MODULES = {
+    ".".join(path.relative_to(ROOT / folder).with_suffix("").parts).removesuffix(".__init__"): path
+    for folder in ("plugins", "det", "seg", "nlp")
+    for package in MAY
+    for path in (ROOT / folder / package).rglob("*.py")
+}
+
+
+def imported(name: str) -> Iterator[str]:
+    """The modules that a module imports, in its functions too."""
+    path = MODULES[name]
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            yield from (full if (full := f"{base}.{alias.name}") in MODULES else base for alias in node.names)
+
+
+def test_imports_only_go_down():
+    assert {name.partition(".")[0] for name in MODULES} == set(MAY)
+    wrong = [
+        f"{name} imports {other}"
+        for name in MODULES
+        for other in imported(name)
+        if (top := other.partition(".")[0]) in HOSTS | set(MAY)
+        and top not in MAY[name.partition(".")[0]] | {name.partition(".")[0]}
+    ]
+    assert wrong == []
+
+
+def test_no_module_imports_itself_through_others():
+    graph = {name: {other for other in imported(name) if other in MODULES} - {name} for name in MODULES}
+    assert sum(map(len, graph.values())) > 300
+    while free := {name for name, others in graph.items() if not others}:
+        graph = {name: others - free for name, others in graph.items() if name not in free}
+    assert graph == {}
+
+
+def test_no_module_uses_what_another_keeps_to_itself():
+    wrong = [
+        f"{name} imports {alias.name}"
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.level or str(node.module).startswith("kdgraft"))
+        for alias in node.names
+        if alias.name.startswith("_") and not alias.name.startswith("__")
+    ]
+    assert wrong == []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kdgraft.isolation import eval_mode, isolated_rng
+from kdgraft.isolation import eval_mode, isolated_rng, own_random_stream
 
 
 def draw() -> list[float]:
@@ -40,6 +40,29 @@ def test_also_after_an_exception():
     with pytest.raises(RuntimeError), isolated_rng():
         nn.Linear(2, 2)(torch.rand(1, 3))
     assert draw() == expected
+
+
+def test_a_stream_of_its_own_takes_nothing_of_the_surrounding_one():
+    seed()
+    expected = draw()
+    found = []
+    for _ in range(2):
+        seed()
+        with own_random_stream():
+            found.append(draw())
+        assert draw() == expected
+    assert found[0] == found[1]  # the same surroundings, the same numbers
+    assert all(own != other for own, other in zip(found[0], expected, strict=True))
+    with own_random_stream():
+        assert all(own != other for own, other in zip(draw(), found[0], strict=True))  # others later on
+
+
+def test_a_stream_of_its_own_seeds_no_gpu_that_is_not_in_use(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", asked.append)
+    with own_random_stream():
+        pass
+    assert not asked or torch.cuda.is_initialized()
 
 
 def test_eval_mode_restores_each_module_s_own_flag():

@@ -10,7 +10,7 @@ import torch
 from mmengine.logging import MessageHub
 from torch import nn
 
-from kdgraft import Constant, FeatureImitation, HostDistiller, Step, Teacher
+from kdgraft import Constant, Engine, FeatureImitation, Step, Teacher
 from kdgraft.errors import DistillError
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft_mm.state import KEY, HubLink
@@ -28,14 +28,12 @@ class Net(nn.Module):
         return self.norm(self.layer(x))
 
 
-def wired(seed: int = 0, names: tuple[str, ...] = ("a",)) -> HostDistiller:
+def wired(seed: int = 0, names: tuple[str, ...] = ("a",)) -> Engine:
     torch.manual_seed(seed)
     student, teacher = Net(), Net()
-    distiller = HostDistiller(
-        Teacher(teacher), [FeatureImitation("layer", name=name, schedule=Constant()) for name in names]
-    )
+    distiller = Engine(Teacher(teacher), [FeatureImitation("layer", name=name, schedule=Constant()) for name in names])
     x = torch.zeros(1, 3, 2, 2)
-    distiller.wire(student, lambda: student(x), lambda: teacher(x))
+    distiller.wire(student, lambda: student(x), lambda source: source.model(x))
     return distiller
 
 

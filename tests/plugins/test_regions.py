@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdgraft import REGIONS, Batch, Region, WiringError
+from kdgraft.fine_grained import FineGrained
+from kdgraft.losses.focal_global import box_scales
 from kdgraft.regions import foreground_weights, on_grid, valid_positions
 
 
@@ -123,6 +128,67 @@ def test_boxes_are_scaled_by_the_padded_size():
     # last two cells both ways; it lies on cell 1.
     (weights,) = foreground_weights([boxes((8, 8, 16, 16))], (32, 32), grid(4, 4))
     assert weights.nonzero().tolist() == [[1, 1]]
+
+
+def many_boxes(images: int, count: int, height: int, width: int) -> list[torch.Tensor]:
+    """Boxes of all sizes on ``height`` × ``width`` pixels, some of exactly the same area."""
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.rand(images, count, 2, generator=generator) * torch.tensor([width, height])
+    sides = 2 ** torch.randint(0, 7, (images, count, 2), generator=generator)
+    return list(torch.cat([corners, (corners + sides)], 2))
+
+
+def test_many_boxes_weigh_what_painting_them_one_by_one_says():
+    # From the largest to the smallest, of equal ones the last first: each takes what it touches from those before it.
+    found = many_boxes(2, 70, 96, 160)
+    weights = foreground_weights([found[0], found[1][:33]], (96, 160), grid(12, 20, 2))
+    for image, painted in enumerate((found[0], found[1][:33])):
+        owner = torch.full((12, 20), -1)
+        area = [float((x2 - x1) * (y2 - y1)) for x1, y1, x2, y2 in painted]
+        for box in sorted(range(len(painted)), key=lambda i: (-area[i], -i)):
+            x1, y1, x2, y2 = (value / 8 for value in painted[box].tolist())
+            columns = range(min(int(x1), 19), min(max(math.ceil(x2), int(x1) + 1), 20))
+            rows = range(min(int(y1), 11), min(max(math.ceil(y2), int(y1) + 1), 12))
+            for row in rows:
+                for column in columns:
+                    owner[row, column] = box
+        expected = torch.zeros(12, 20)
+        for box in owner.unique():
+            if box >= 0:
+                expected[owner == box] = 1 / (owner == box).sum()
+        torch.testing.assert_close(weights[image], expected)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and not tensor._is_view():
+                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+        return made
+
+
+@pytest.mark.parametrize(
+    "weigh",
+    [
+        foreground_weights,
+        box_scales,
+        lambda found, size, feature: FineGrained()(Batch(padded_size=size, boxes=found), feature),
+    ],
+    ids=["foreground", "focal and global", "fine grained"],
+)
+def test_memory_does_not_grow_with_the_number_of_boxes(weigh):
+    used = []
+    for count in (128, 512):
+        with Largest() as largest:
+            weigh(many_boxes(2, count, 512, 512), (512, 512), torch.zeros(2, 1, 64, 64))
+        used.append(largest.bytes)
+    assert used[1] <= 1.5 * used[0]
+    assert used[1] <= 2 * 64 * 64 * 512  # what a truth value for each box and position takes
 
 
 def test_no_gradient_and_no_precision_of_the_features():

@@ -166,6 +166,7 @@ def distribution(tmp_path: Path) -> Path:
         "[kdgraft.terms]\nTheirTerm = their_distillation:TheirTerm\n"
         "[widgets.good]\nlarge = decimal:Decimal\n"
         "[widgets.clash]\nWidget = decimal:Decimal\nlate = decimal:Context\n"
+        "[widgets.broken]\nlost = their_distillation:Lost\ngone = no_such_module_anywhere:Gone\nlarge = decimal:Decimal\n"
     )
     return tmp_path
 
@@ -185,6 +186,46 @@ def test_an_entry_point_that_clashes_is_an_error_each_time(distribution: Path, m
     for _ in range(2):
         with pytest.raises(DistillError, match=r"widget 'Widget' is registered by .* already"):
             made.get("Widget")
+
+
+def test_a_broken_entry_point_takes_nothing_else_down(distribution: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(distribution)
+    made = Registry("widget", "widgets.broken")
+    made.register(Widget)
+    child = Registry("widget", "kdgraft.no_such_group", made)
+    for each in (made, child):
+        assert each.get("Widget") is Widget
+        assert str(each.build("large")) == "0"
+        for _ in range(2):
+            with pytest.raises(DistillError) as error:
+                each.build("gone")
+            assert str(error.value) == (
+                "widget 'gone' of an installed package cannot be loaded: ModuleNotFoundError: "
+                "No module named 'no_such_module_anywhere'"
+            )
+        described = each.describe()
+        assert described["Widget"] == "A widget."
+        assert described["lost"].startswith("widget 'lost' of an installed package cannot be loaded: AttributeError: ")
+        assert "\n" not in described["lost"]
+
+
+def test_list_shows_the_rest_beside_a_broken_entry_point(tmp_path: Path):
+    info = tmp_path / "broken_distillation-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken-distillation\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[kdgraft.losses]\ntheirs = no_such_module_anywhere:theirs\n")
+    program = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "import kdgraft.hosts\nfrom kdgraft.cli import main\n"
+        "kdgraft.hosts.find_spec = lambda name: None  # without the hosts: their import takes long\n"
+        "sys.exit(main(['list']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = {line.split()[0]: line for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert "cannot be loaded: ModuleNotFoundError" in lines["theirs"]
+    assert "squared or absolute feature error" in lines["hint"]
+    assert "Traceback" not in done.stdout + done.stderr
 
 
 def test_a_third_party_s_term_in_a_distiller(distribution: Path):
@@ -224,6 +265,14 @@ def test_an_argument_that_neither_a_class_nor_its_bases_take():
         registry.build(dict(type="Handing", wieght=2.0))
     with pytest.raises(DistillError, match="did you mean 'size'"):
         registry.build(dict(type="Handing", siz=2))
+
+    @registry.register
+    class Settling(Base):
+        def __init__(self, **settings: object) -> None:
+            super().__init__(weight=2.0, **settings)
+
+    with pytest.raises(DistillError, match=r"^dish Settling takes no argument 'weight'; known: 'name'$"):
+        registry.build(dict(type="Settling", weight=1.0))
     # A mistake inside the class is not the user's: its own error stays.
     with pytest.raises(TypeError, match="wieght"):
         registry.build(dict(type="Wrong", weight=2.0))

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdgraft import TERMS, Batch, FeatureImitation, HostDistiller, Step, Stop, Teacher, WiringError
-from kdgraft.distiller import Replay
+from kdgraft import TERMS, Batch, Engine, FeatureImitation, Step, Stop, Teacher, WiringError
+from kdgraft.engine import Replay
+from kdgraft.losses import Ratio
 from kdgraft.regions import All
 from kdgraft.taps import Tap
 from kdgraft.terms import Term, Wiring, build_region, placed
@@ -57,18 +58,15 @@ X = torch.sin(torch.arange(12.0)).reshape(6, 2)
 
 def wired(*terms, replay: Replay | None = REPLAY):
     student, teacher = Picker(0), Picker(5)
-    distiller = HostDistiller(Teacher(teacher), list(terms))
-    distiller.wire(student, lambda: student(X), lambda: teacher(X), replay=replay)
+    distiller = Engine(Teacher(teacher), list(terms))
+    distiller.wire(student, lambda: student(X), lambda source: source.model(X), replay=replay)
     return student, teacher, distiller
 
 
 def step(student, distiller, batch: Batch):
-    teacher = distiller.teacher.model
-    recorded = distiller.record_teacher(lambda: teacher(X))
-    with distiller.record_student(student) as seen:
+    with distiller.step(student, batch, Step(0, 0), lambda source: source.model(X)) as current:
         student(X)
-    both = distiller.replay_teacher(seen, recorded, batch)
-    return distiller.losses(seen, both, batch, Step(0, 0), "cpu")
+    return current.losses()
 
 
 def look():
@@ -100,13 +98,13 @@ def test_the_teachers_own_pass_ends_before_it_draws():
 
 
 def test_without_a_tap_in_it_nothing_is_replayed():
-    student, teacher, distiller = wired(FeatureImitation("backbone", adapter="none"))
-    recorded = distiller.record_teacher(lambda: teacher(X))
-    with distiller.record_student(student) as seen:
+    student, _, distiller = wired(FeatureImitation("backbone", adapter="none"))
+    with distiller.step(student, Batch(), Step(0, 0), lambda source: source.model(X)) as current:
         student(X)
-    assert distiller.replay_teacher(seen, recorded, Batch()) is recorded
+        recorded = current.recordings["teacher"]
+    assert current.recordings["teacher"] is recorded
     with pytest.raises(KeyError):
-        seen.calls(DRAWN)  # and what the replay would need is not recorded
+        current.recordings["student"].calls(DRAWN)  # and what the replay would need is not recorded
 
 
 def test_without_a_replay_the_teacher_runs_as_ever():
@@ -131,10 +129,10 @@ def test_nothing_is_left_in_either_model_and_a_copy_works():
 
 def test_a_student_that_draws_nothing():
     teacher = Picker(5)
-    distiller = HostDistiller(Teacher(teacher), [FeatureImitation(student_tap="0", teacher_tap="head.layer")])
+    distiller = Engine(Teacher(teacher), [FeatureImitation(student_tap="0", teacher_tap="head.layer")])
     student = nn.Sequential(nn.Linear(2, 3))
     with pytest.raises(WiringError, match="the student has no module 'head'") as caught:
-        distiller.wire(student, lambda: student(X), lambda: teacher(X), replay=REPLAY)
+        distiller.wire(student, lambda: student(X), lambda source: source.model(X), replay=REPLAY)
     assert "\n" not in str(caught.value)
 
 
@@ -203,9 +201,20 @@ class Sharing(Term):
         super().__init__(**settings)  # type: ignore[arg-type]
         self.host_share, self.host_losses = share, losses
 
+    def forward(self, student, teacher, batch) -> Ratio:
+        return Ratio(torch.zeros(()), torch.ones(()))
+
 
 def shares(*terms: Term, iteration: int = 0) -> dict[str, float]:
-    return HostDistiller(Teacher(nn.Identity()), list(terms)).host_shares(Step(iteration, 0))
+    """What is left of losses of 1, of those that count less."""
+    student = nn.Identity()
+    engine = Engine(Teacher(nn.Identity()), list(terms))
+    engine.wire(student, lambda: student(X), lambda source: source.model(X))
+    host = {name: torch.tensor(1.0) for name in ("loss_cls", "loss_obj", "loss_box")}
+    with engine.step(student, Batch(), Step(iteration, 0), lambda source: source.model(X)) as current:
+        student(X)
+    current.losses(host)
+    return {name: value.item() for name, value in host.items() if value != 1}
 
 
 def test_shares_multiply_while_their_terms_are_active():
@@ -219,6 +228,32 @@ def test_shares_multiply_while_their_terms_are_active():
     assert shares(whole) == {}
 
 
+def test_without_names_a_term_shares_all_of_the_hosts_losses():
+    assert shares(Sharing(0.25)) == {"loss_cls": 0.25, "loss_obj": 0.25, "loss_box": 0.25}
+
+
+def test_lists_are_shared_too_and_figures_are_left():
+    one, levels, other = (
+        torch.tensor(2.0, requires_grad=True),
+        [torch.tensor(4.0), torch.tensor(6.0)],
+        torch.tensor(3.0),
+    )
+    losses = {"loss_cls": one, "loss_rpn_cls": levels, "loss_bbox": other, "acc": other}
+    engine, student = Engine(Teacher(nn.Identity()), [Sharing(0.5, "loss_cls", "loss_rpn_cls", "acc")]), nn.Identity()
+    engine.wire(student, lambda: student(X), lambda source: source.model(X))
+    with engine.step(student, Batch(), Step(0, 0), lambda source: source.model(X)) as current:
+        student(X)
+    current.losses(losses)
+    assert losses["loss_cls"].item() == 1 and losses["loss_rpn_cls"] == [2.0, 3.0]
+    assert losses["loss_bbox"] is other and losses["acc"] is other
+    losses["loss_cls"].backward()
+    assert one.grad.item() == 0.5
+    # An RoI head without a proposal has no class loss: a step may lack what is shared.
+    lacking = {"loss_bbox": torch.ones(())}
+    current.losses(lacking)
+    assert lacking == {"loss_bbox": 1}
+
+
 def test_a_plain_term_shares_nothing():
     assert TERMS.build(dict(type="SoftTargets")).host_losses == ()
-    assert shares(look()) == {}
+    assert shares(FeatureImitation("", adapter="none", name="look")) == {}

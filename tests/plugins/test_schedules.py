@@ -70,6 +70,12 @@ def test_spec():
     assert set(SCHEDULES) >= {"Constant", "Ramp", "WarmUp", "Decay", "Stop"}
 
 
+def test_the_largest_factor():
+    assert Constant().largest == Stop(3).largest == WarmUp(3).largest == Decay(3).largest == 1
+    assert Ramp(10, start=2, final=0.5).largest == 2
+    assert build_schedule([Ramp(10, final=3), Ramp(10, start=4), "Constant"]).largest == 12
+
+
 def test_a_schedule_shows_its_settings():
     assert repr(Stop(3, by="epoch")) == "Stop(end=3, by='epoch')"
     assert "end=10" in repr(build_schedule([WarmUp(10), Stop(20)]))
@@ -80,8 +86,22 @@ def test_a_schedule_shows_its_settings():
     [
         (dict(type="WarmUp", end=5, begin=6), "WarmUp needs 0 <= begin <= end, got begin=6, end=5"),
         (dict(type="Decay", end=5, begin=-1), "Decay needs 0 <= begin <= end"),
-        (dict(type="Ramp", end=5, start=-1), "Ramp needs factors >= 0, got start=-1"),
-        (dict(type="Decay", end=5, final=-0.5), "Decay needs factors >= 0"),
+        (dict(type="Ramp", end=5, start=-1), "Ramp: start must be a number >= 0, got -1"),
+        (dict(type="Decay", end=5, final=-0.5), "Decay: final must be a number >= 0, got -0.5"),
+        (dict(type="Ramp", end=5, start=float("nan")), "Ramp: start must be a number >= 0, got nan"),
+        (dict(type="Ramp", end=5, final=float("inf")), "Ramp: final must be a number >= 0, got inf"),
+        (
+            dict(type="Ramp", end=5, final=1e39),
+            "final must be a number >= 0, got 1e+39, which is more than float32 holds",
+        ),
+        (dict(type="Ramp", end=5, final=10**400), "final must be a number >= 0"),
+        (dict(type="Ramp", end=5, start="a"), "Ramp: start must be a number >= 0, got 'a'"),
+        (dict(type="Decay", end=5, final=None), "Decay: final must be a number >= 0, got None"),
+        (dict(type="Ramp", end=5, start=True), "Ramp: start must be a number >= 0, got True"),
+        (dict(type="Ramp", end=5, shape=["linear"]), "shape must be 'linear' or 'cosine', got ['linear']"),
+        (dict(type="Ramp", end=5.5), "Ramp: end must be a whole number of iterations or epochs, got 5.5"),
+        (lambda step: 1.0, "a schedule is a name, a dict with a type, or a list of these; got <function"),
+        (dict(type=int), "schedule int cannot be built from a config"),
         (dict(type="Ramp", end=5, shape="cos"), "shape must be 'linear' or 'cosine', got 'cos'"),
         (dict(type="Stop", end=5, by="step"), "by must be 'iter' or 'epoch', got 'step'"),
         (dict(type="WarmUp", end=5, by="epochs"), "by must be 'iter' or 'epoch', got 'epochs'"),

@@ -131,6 +131,18 @@ def test_not_a_tap(text: object):
         Tap.parse(text)
 
 
+@pytest.mark.parametrize("method", ["__class__", "__init__", "__call__", "parameters", "train", "state_dict"])
+def test_what_every_module_has_is_no_step_of_a_pass(method: str):
+    with pytest.raises(WiringError, match=rf"tap 'neck.{method}\(\)': '{method}' is no step of a model's pass"):
+        Tap.parse(f"neck.{method}()")
+    assert Tap.parse("neck.forward():input").method == "forward"
+
+
+def test_a_field_that_a_tensor_refuses_to_give():
+    with pytest.raises(WiringError, match=r"tap '\[mH\]' of the model: no \[mH\] in a Tensor"):
+        record(nn.Identity(), "[mH]", x=torch.ones(3))
+
+
 # --- what a tap reads
 
 

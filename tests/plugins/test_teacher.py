@@ -68,6 +68,17 @@ def test_moves_and_converts():
     assert teacher.model[0].weight.dtype is torch.float64
 
 
+def test_a_placed_one_stays_as_it_is():
+    teacher = Teacher(nn.Linear(2, 2))
+    assert not teacher.placed
+    teacher.model.hf_device_map = {"": "cpu"}
+    teacher.apply(lambda tensor: tensor.double())
+    assert teacher.placed and teacher.model.weight.dtype == torch.float32
+    nowhere = Teacher(nn.Linear(2, 2, device="meta"))
+    nowhere.apply(lambda tensor: tensor.to("cpu"))
+    assert nowhere.placed and nowhere.model.weight.is_meta
+
+
 @pytest.mark.parametrize(
     ("precision", "alone", "within"),
     [

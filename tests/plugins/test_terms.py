@@ -73,10 +73,21 @@ def test_weight_follows_the_schedule():
     assert SoftTargets(weight=0).weight_at(Step()) == 0
 
 
-@pytest.mark.parametrize("weight", [-1, -1e-9, float("nan"), float("inf"), "1", True, None])
+@pytest.mark.parametrize("weight", [-1, -1e-9, float("nan"), float("inf"), 1e39, 10**400, "1", True, None])
 def test_wrong_weight(weight: object):
     with pytest.raises(DistillError, match="SoftTargets: weight must be a number >= 0, got"):
         SoftTargets(weight=weight)
+
+
+def test_a_weight_that_its_schedule_makes_too_large():
+    steep = dict(type="Ramp", end=5, final=1e30)
+    with pytest.raises(
+        DistillError, match=r"weight times the schedule's largest factor .*1e\+60, which is more than float32"
+    ):
+        SoftTargets(weight=1e30, schedule=steep)
+    with pytest.raises(DistillError, match="weight times the schedule's largest factor must be a number >= 0"):
+        SoftTargets(schedule=[steep, steep])
+    assert SoftTargets(weight=1e-30, schedule=steep).weight_at(Step(5)) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("name", ["", "a.b", "a b", "a-b"])
@@ -112,7 +123,26 @@ def test_wrong_name(name: str):
             dict(type="FeatureImitation", tap="a", loss=3),
             "loss must be a name, a dict with a type, or a function; got 3",
         ),
+        (dict(type="FeatureImitation", tap=[]), "a term needs at least one tap, got an empty list"),
+        (dict(type="FeatureImitation", tap="a", loss=dict(type="hint", dim=3)), "loss hint takes no 'dim'"),
+        (dict(type="FeatureImitation", tap="a", loss=dict(type="hint", weight=3)), "loss hint takes no 'weight'"),
+        (dict(type="PearsonImitation", tap="a", loss="cosine"), "term PearsonImitation takes no argument 'loss'"),
+        (dict(type="MaskedGeneration", tap="a", loss="hint"), "term MaskedGeneration takes no argument 'loss'"),
+        (dict(type="ChannelWise", tap="a", loss="hint"), "term ChannelWise takes no argument 'loss'"),
+        (dict(type="LogitMatching", center="false"), "LogitMatching: center must be true or false, got 'false'"),
+        (dict(type="LogitMatching", temperature=2), "term LogitMatching takes no argument 'temperature'"),
+        (dict(type=int), "term int cannot be built from a config"),
         (dict(type="SoftTargets", temperature=0), "temperature must be > 0, got 0"),
+        (dict(type="SoftTargets", temperature=1e200), "temperature must be > 0, got 1e+200"),
+        (
+            dict(type="SoftTargets", temperature=1e20),
+            "temperature must be a number whose square float32 holds, got 1e+20",
+        ),
+        (
+            dict(type="SoftTargets", temperature=1e-30),
+            "temperature must be a number whose square float32 holds, got 1e-30",
+        ),
+        (dict(type="SoftTargets", hard_weight="0.5"), "hard_weight must be in [0, 1], got '0.5'"),
         (dict(type="SoftTargets", hard_weight=1.5), "hard_weight must be in [0, 1], got 1.5"),
         (dict(type="SoftTargets", schedule="Warmup"), "no schedule is called 'Warmup'"),
     ],

@@ -152,6 +152,7 @@ def test_the_learning_rate_moves_the_critic_in_proportion(teacher):
     ("settings", "message"),
     [
         (dict(kind="gan"), "kind must be one of wgan-gp, lsgan, hinge, got 'gan'"),
+        (dict(condition_on_image=1), "condition_on_image must be true or false, got 1"),
         (dict(lr=0), "lr must be a number > 0"),
         (dict(penalty=-1), "penalty must be a number >= 0"),
         (dict(betas=(0.5, 1.0)), "betas must be two numbers"),
@@ -285,7 +286,7 @@ def test_judging_gives_the_critic_no_gradient_and_changes_nothing_of_it():
     critic.judge(fake).sum().backward()
     assert fake.grad.abs().sum() > 0
     assert all(p.grad is None for p in critic.critic.parameters())
-    assert_same(dict(before["critic"]), dict(critic.state()["critic"]))
+    assert_same(dict(before["network"]), dict(critic.state()["network"]))
 
 
 def test_learning_gives_the_masks_no_gradient():

@@ -14,7 +14,7 @@ from mmengine.runner.checkpoint import load_state_dict
 from mmseg.apis import inference_model, init_model
 
 from kdgraft.errors import DistillError
-from kdgraft.teacher import read_checkpoint
+from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
 from kdgraft_mm.state import KEY
 from seg_support import (
@@ -99,7 +99,7 @@ def test_a_saved_student_is_a_plain_student_with_everything_else_beside_it(disti
     assert_same(flat(beside), live(runner))
     hidden = beside["hidden"]
     assert set(hidden) == {"adversarial_mask", "cross_image_relations", "masked_generation"}
-    assert set(hidden["adversarial_mask"]) == {"critic", "optimizer", "random", "skipped"}
+    assert set(hidden["adversarial_mask"]["critic"]) == {"network", "optimizer", "random", "skipped"}
     assert int(beside["terms"]["cross_image_relations.seen"].sum()) > 0
     # The student's optimizer has the adapters and nothing of the critic.
     assert len(saved["optimizer"]["state"]) == len(list(runner.model.parameters()))

@@ -16,7 +16,7 @@ from kdgraft.losses import (
     masked_generation,
     soft_targets,
 )
-from kdgraft_seg import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PixelSoftTargets
+from kdgraft_seg import DIST, TERMS, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PixelSoftTargets
 from kdgraft_seg.dense import FEATURES
 from seg_support import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
 
@@ -288,6 +288,9 @@ def test_a_real_time_head_with_several_outputs_in_training_is_compared_by_its_ma
         (lambda: DIST(temperature=-1), "temperature must be > 0"),
         (lambda: ChannelWise(temperature=0), "temperature must be > 0"),
         (lambda: FeatureImitation(), "needs a tap"),
+        (lambda: TERMS.build(dict(type="PearsonImitation", tap="a", loss="hint")), "takes no argument 'loss'"),
+        (lambda: TERMS.build(dict(type="MaskedGeneration", loss="hint")), "takes no argument 'loss'"),
+        (lambda: TERMS.build(dict(type="ChannelWise", grid="labels")), "takes no argument 'grid'"),
         (lambda: Hint(tap="backbone[3]", region="vaild"), "no region is called 'vaild'"),
     ],
 )

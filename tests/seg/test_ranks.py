@@ -86,16 +86,16 @@ def test_two_ranks_are_one_batch(two_ranks, one_process, term):
 
 @pytest.mark.parametrize("kind", ADVERSARIES)
 def test_the_critic_is_the_one_process_critic_on_every_rank(two_ranks, one_process, kind):
-    hidden = [found[kind]["state"]["hidden"]["term"] for found in two_ranks]
-    whole = one_process(kind)["state"]["hidden"]["term"]
-    assert_same(dict(hidden[0]["critic"]), dict(hidden[1]["critic"]))
+    hidden = [found[kind]["state"]["hidden"]["term"]["critic"] for found in two_ranks]
+    whole = one_process(kind)["state"]["hidden"]["term"]["critic"]
+    assert_same(dict(hidden[0]["network"]), dict(hidden[1]["network"]))
     assert torch.equal(hidden[0]["random"], hidden[1]["random"])  # however many images count on each
     assert torch.equal(hidden[0]["random"], whole["random"])
     # Adam makes a whole step of a gradient that is rounding alone (the real masks' share cancels the fake ones'), so that single
     # weights may differ by one; the gradients (its first moment, of which nothing is kept) may not.
-    for name, value in whole["critic"].items():
-        assert (hidden[0]["critic"][name] - value).abs().max() < 5e-4 and (
-            hidden[0]["critic"][name] - value
+    for name, value in whole["network"].items():
+        assert (hidden[0]["network"][name] - value).abs().max() < 5e-4 and (
+            hidden[0]["network"][name] - value
         ).abs().median() < 2e-5
     moments = [[state["exp_avg"] for state in each["optimizer"]["state"].values()] for each in (hidden[0], whole)]
     largest = max(float(gradient.abs().max()) for gradient in moments[1])
@@ -146,12 +146,14 @@ def test_a_critic_step_that_is_not_finite_on_one_rank_is_skipped_by_both(two_ran
         assert "distill.term.gap" not in each["losses"][0] and "distill.term.gap" in each["losses"][1]
         assert torch.isfinite(each["losses"][0]["distill.term.loss"])  # the student's own masks are fine
         assert "distill.term.dropped" not in each["losses"][0]
-        assert {int(state["step"]) for state in each["state"]["hidden"]["term"]["optimizer"]["state"].values()} == {1}
-    assert_same(*(dict(each["state"]["hidden"]["term"]["critic"]) for each in found))
+        assert {
+            int(state["step"]) for state in each["state"]["hidden"]["term"]["critic"]["optimizer"]["state"].values()
+        } == {1}
+    assert_same(*(dict(each["state"]["hidden"]["term"]["critic"]["network"]) for each in found))
 
 
 def test_a_checkpoint_before_a_terms_first_step_waits_for_nobody(two_ranks):
-    state = two_ranks[0]["late"]["hidden"]["adversarial_mask"]
+    state = two_ranks[0]["late"]["hidden"]["adversarial_mask"]["critic"]
     assert state["skipped"] == 0 and state["random"].dtype == torch.uint8
 
 

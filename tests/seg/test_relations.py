@@ -312,6 +312,9 @@ class _Given:
     def tensors(self, tap) -> list[torch.Tensor]:
         return [self._maps]
 
+    def calls(self, tap) -> int:
+        return 1
+
 
 # --- wiring
 
@@ -323,6 +326,7 @@ class _Given:
         (lambda: CrossImageRelations(nodes=0), "nodes must be a whole number >= 1, got 0"),
         (lambda: CrossImageRelations(pixels_per_class=1.5), "pixels_per_class must be a whole number"),
         (lambda: CrossImageRelations(memory_pixel=-1), "memory_pixel must be a number >= 0"),
+        (lambda: CrossImageRelations(across_ranks="no"), "across_ranks must be true or false, got 'no'"),
         (lambda: PairwiseAffinity(patch=0), "patch must be a whole number >= 1, or a fraction"),
         (lambda: PairwiseAffinity(patch=1.5), "patch must be"),
         (lambda: PairwiseAffinity(pool="median"), "pool must be 'average' or 'max'"),

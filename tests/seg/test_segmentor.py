@@ -220,7 +220,7 @@ def test_validation_and_prediction_run_the_student_alone(teacher):
         assert torch.equal(a.seg_logits.data, b.seg_logits.data)
     assert not any(name.startswith("distill.") for name in losses)
     after = model.distiller.terms["adversarial_mask"].opponent.state()
-    assert_same(dict(critic["critic"]), dict(after["critic"]))
+    assert_same(dict(critic["network"]), dict(after["network"]))
 
 
 def test_accumulated_gradients_keep_the_ratio_of_distillation_to_host(teacher):

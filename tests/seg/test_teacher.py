@@ -254,3 +254,20 @@ def test_a_distilled_config_as_the_teachers_means_its_plain_student(teacher):
     model = build(distilled(segmentor(), dict(teacher, config=first), **EVERY_TERM))
     assert type(model.distiller.teacher.model).__name__ == "EncoderDecoder"
     assert all(torch.isfinite(losses_of(model, *batch())[f"distill.{name}.loss"]) for name in TERM_NAMES)
+
+
+def test_a_teacher_that_draws_at_inference_moves_none_of_the_students_draws(tmp_path):
+    # SegNeXt's head factorises its features from bases that it draws anew in each pass.
+    head = dict(type="LightHamHead", in_channels=[32, 64], in_index=[2, 3], channels=16, ham_channels=16)
+    head |= dict(ham_kwargs=dict(MD_R=4), num_classes=11, norm_cfg=dict(type="GN", num_groups=4))
+    drawing = segmentor(width=8, dropout=0.0)
+    drawing["decode_head"] = head
+    spec = save_teacher(tmp_path / "drawing.pth", drawing)
+    frozen = build(drawing).eval()
+    inputs, samples = batch()
+    with torch.no_grad():
+        assert not torch.equal(frozen(inputs), frozen(inputs))
+    distilling = build(distilled(segmentor(dropout=0.5), spec, terms=[dict(type="PixelSoftTargets")]))
+    plain = build(segmentor(dropout=0.5))
+    found = [losses_of(model, inputs, samples)["decode.loss_ce"] for model in (distilling, plain)]
+    assert torch.equal(*found)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DistillError
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, upcast
+from .scale import unit
 
 Pool = Literal["average", "max"]
 
@@ -89,7 +90,7 @@ def pool_nodes(maps: Tensor, patch: int | float, pool: Pool, valid: Tensor | Non
             maps = maps.masked_fill(inside == 0, torch.finfo(maps.dtype).min)
         nodes = F.max_pool2d(maps, kernel, ceil_mode=True)
     nodes = nodes.masked_fill(~present, 0).flatten(2).transpose(1, 2)
-    return F.normalize(nodes, dim=2, eps=1e-8), present.flatten(1).to(maps.dtype)
+    return unit(nodes, 2, eps=1e-8), present.flatten(1).to(maps.dtype)
 
 
 def _squared_difference(s: Tensor, t: Tensor) -> Tensor:

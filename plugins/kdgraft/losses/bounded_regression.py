@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import DistillError
+from ..errors import check_number
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
@@ -39,8 +39,7 @@ def bounded_regression(
     """
     for other, name in ((teacher_boxes, "teacher"), (targets, "targets")):
         same_shape(student_boxes, other, f"bounded_regression ({name})")
-    if not margin >= 0:
-        raise DistillError(f"margin must be >= 0, got {margin}")
+    check_number("bounded_regression", "margin", margin)
     student, teacher, truth = upcast(student_boxes), upcast(teacher_boxes), upcast(targets)
     difference = student - truth
     bound = (teacher - truth).square().sum(-1)

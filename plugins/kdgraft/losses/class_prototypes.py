@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import DistillError
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, upcast
+from .scale import bounded
 
 
 @LOSSES.register
@@ -60,4 +61,4 @@ def _cosines(maps: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
     sums = features.new_zeros(count, features.shape[1]).index_add(0, index, features)
     sizes = features.new_zeros(count).index_add(0, index, torch.ones_like(features[:, 0]))
     prototypes = sums / sizes.clamp(min=1)[:, None]
-    return F.cosine_similarity(features, prototypes[index], dim=1, eps=1e-8).view(groups.shape)
+    return F.cosine_similarity(bounded(features, 1), bounded(prototypes, 1)[index], dim=1, eps=1e-8).view(groups.shape)

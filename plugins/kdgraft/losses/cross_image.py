@@ -6,12 +6,12 @@ Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segment
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DistillError
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, upcast
+from .scale import unit
 from .soft_targets import check_temperature, soft_targets
 
 
@@ -85,11 +85,11 @@ def memory_relations(
             f"memory_relations: student {tuple(student.shape)}, teacher {tuple(teacher.shape)} and memory "
             f"{tuple(memory.shape)} must have the same width"
         )
-    unit = F.normalize(upcast(memory), dim=1)
     if len(memory) == 0:
         return reduce_loss(upcast(student).sum(1) * 0, None, reduction)
-    with torch.autocast(unit.device.type, enabled=False):
-        s, t = (F.normalize(upcast(x), dim=1) @ unit.T / contrast_temperature for x in (student, teacher))
+    remembered = unit(upcast(memory), 1)
+    with torch.autocast(remembered.device.type, enabled=False):
+        s, t = (unit(upcast(x), 1) @ remembered.T / contrast_temperature for x in (student, teacher))
     return soft_targets(s, t, temperature, reduction=reduction)
 
 
@@ -102,4 +102,4 @@ def _only(features: Tensor, valid: Tensor | None) -> Tensor:
 def _similarity(a: Tensor, b: Tensor) -> Tensor:
     """Cosines between all rows of all images: ``(B, N, C), (B', M, C) -> (B, B', N, M)``."""
     with torch.autocast(a.device.type, enabled=False):  # it would multiply in half precision
-        return torch.einsum("inc,jmc->ijnm", F.normalize(a, dim=2), F.normalize(b, dim=2))
+        return torch.einsum("inc,jmc->ijnm", unit(a, 2), unit(b, 2))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ..registry import LOSSES
-from .correlation import correlation, correlation_over_items
+from .correlation import Centred, correlation, correlation_over_items
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 from .soft_targets import check_temperature
 
@@ -37,10 +37,8 @@ def dist_between_classes(
         reduction: over items.
     """
     p, q = _probabilities(student_logits, teacher_logits, temperature, dim, weight)
-    squared_means = p.new_tensor(1 / p.shape[-1])
-    items = 1 - correlation(
-        (p - p.mean(-1, keepdim=True), squared_means), (q - q.mean(-1, keepdim=True), squared_means), -1
-    )
+    centred = [Centred(x - x.mean(-1, keepdim=True), x.new_tensor(1 / x.shape[-1]), x.new_ones(())) for x in (p, q)]
+    items = 1 - correlation(centred[0], centred[1], -1)
     return reduce_loss(items * temperature**2, weight, reduction)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..regions import BOXES_AT_ONCE
 from ..registry import LOSSES
 from .hint import hint
 from .reduction import Reduction, reduce_loss, same_shape, upcast
@@ -67,7 +68,11 @@ def _foreground(boxes: Tensor, padded_size: tuple[int, int], feature: Tensor) ->
     x, y = (torch.arange(count, device=boxes.device) for count in (width, height))
     across = (x >= low[:, :1]) & (x <= high[:, :1])
     down = (y >= low[:, 1:]) & (y <= high[:, 1:])
-    return (scale[:, None, None] * (down[:, :, None] & across[:, None, :])).amax(0)
+    best = torch.zeros(height, width, device=boxes.device)
+    for part in torch.arange(len(boxes), device=boxes.device).split(BOXES_AT_ONCE):
+        found = scale[part, None, None] * (down[part, :, None] & across[part, None, :])
+        best = torch.maximum(best, found.amax(0))
+    return best
 
 
 @LOSSES.register

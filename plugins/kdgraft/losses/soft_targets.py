@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import DistillError
+from ..errors import FLOAT32_MAX, DistillError, check_number, check_share, is_number
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
@@ -75,8 +75,7 @@ def binary_soft_targets(
     """
     same_shape(student_logits, teacher_logits, "binary_soft_targets")
     check_temperature(temperature)
-    if focus < 0:
-        raise DistillError(f"focus must be >= 0, got {focus}")
+    check_number("binary_soft_targets", "focus", focus)
     student, teacher = upcast(student_logits) / temperature, upcast(teacher_logits) / temperature
     p = teacher.sigmoid()
     # softplus(s) - p·s is BCE(s, p); the same at s = t is the teacher's entropy.
@@ -111,7 +110,7 @@ def mixed_targets(
         dim: the class dimension.
         reduction: over the items that are not ignored; 0 with a live graph when there are none.
     """
-    check_hard_weight(hard_weight)
+    check_share("mixed_targets", "hard_weight", hard_weight)
     valid = (labels != ignore_index).to(upcast(student_logits).dtype)
     scores = upcast(student_logits).movedim(dim, 1)
     hard = F.cross_entropy(scores, labels, ignore_index=ignore_index, reduction="none")
@@ -125,7 +124,7 @@ class SoftTargetsLoss(nn.Module):
     def __init__(self, temperature: float = 4.0, *, hard_weight: float = 0.1) -> None:
         super().__init__()
         check_temperature(temperature)
-        check_hard_weight(hard_weight)
+        check_share("SoftTargetsLoss", "hard_weight", hard_weight)
         self.temperature, self.hard_weight = temperature, hard_weight
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
@@ -138,12 +137,8 @@ class SoftTargetsLoss(nn.Module):
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises a :class:`DistillError` unless the temperature is above 0."""
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not temperature > 0:
+    """Raises a :class:`DistillError` unless the temperature is above 0, and float32 holds its square and its inverse."""
+    if not is_number(temperature) or temperature <= 0:
         raise DistillError(f"temperature must be > 0, got {temperature!r}")
-
-
-def check_hard_weight(hard_weight: float) -> None:
-    """Raises a :class:`DistillError` unless λ is in [0, 1]."""
-    if not 0 <= hard_weight <= 1:
-        raise DistillError(f"hard_weight must be in [0, 1], got {hard_weight}")
+    if not 1 / FLOAT32_MAX <= temperature**2 <= FLOAT32_MAX:
+        raise DistillError(f"temperature must be a number whose square float32 holds, got {temperature!r}")

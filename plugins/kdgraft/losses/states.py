@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import DistillError
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
+from .scale import bounded, unit
 
 
 @LOSSES.register
@@ -34,7 +35,8 @@ def cosine(
         reduction: over positions. A vector of zeros has cosine 0.
     """
     same_shape(student_features, teacher_features, "cosine")
-    items = 1 - F.cosine_similarity(upcast(student_features), upcast(teacher_features), dim=dim)
+    student, teacher = (bounded(upcast(features), dim) for features in (student_features, teacher_features))
+    items = 1 - F.cosine_similarity(student, teacher, dim=dim)
     return reduce_loss(items, weight, reduction)
 
 
@@ -62,6 +64,6 @@ def patient(
     same_shape(student_features, teacher_features, "patient")
     if variant not in ("paper", "code"):
         raise DistillError(f"variant must be 'paper' or 'code', got {variant!r}")
-    student, teacher = (F.normalize(upcast(features), dim=dim) for features in (student_features, teacher_features))
+    student, teacher = (unit(upcast(features), dim) for features in (student_features, teacher_features))
     items = (student - teacher).square()
     return reduce_loss(items.sum(dim) if variant == "paper" else items.mean(dim), weight, reduction)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DistillError
+from ..errors import DistillError, check_number
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 from .soft_targets import check_temperature
@@ -81,8 +81,7 @@ def weighted_binary_soft_targets(
     """
     same_shape(student_logits, teacher_logits, "weighted_binary_soft_targets")
     check_temperature(temperature)
-    if not background_weight > 0:
-        raise DistillError(f"background_weight must be > 0, got {background_weight}")
+    check_number("weighted_binary_soft_targets", "background_weight", background_weight, above=True)
     student, p = upcast(student_logits) / temperature, (upcast(teacher_logits) / temperature).sigmoid()
     items = (p * F.softplus(-student) + background_weight * (1 - p) * F.softplus(student)) * temperature**2
     return reduce_loss(items, weight, reduction)

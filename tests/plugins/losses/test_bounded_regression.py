@@ -96,7 +96,7 @@ def test_a_teacher_that_is_no_number_shows():
 
 
 def test_errors():
-    with pytest.raises(DistillError, match="margin must be >= 0, got -1"):
+    with pytest.raises(DistillError, match="margin must be a number >= 0, got -1"):
         bounded_regression(STUDENT, TEACHER, TRUTH, margin=-1)
     with pytest.raises(DistillError, match="targets"):
         bounded_regression(STUDENT, TEACHER, TRUTH[:1])

@@ -151,7 +151,7 @@ def test_sigmoid_extreme_logits_stay_finite():
 
 
 def test_negative_focus():
-    with pytest.raises(DistillError, match="focus must be >= 0, got -1"):
+    with pytest.raises(DistillError, match="focus must be a number >= 0, got -1"):
         binary_soft_targets(torch.zeros(2), torch.zeros(2), focus=-1)
 
 

@@ -77,5 +77,5 @@ def test_errors():
     with pytest.raises(DistillError, match="class_weight \\(3,\\) must have 4 entries"):
         weighted_soft_targets(STUDENT, TEACHER, class_weight=torch.ones(3))
     for wrong in (0, -1.5):
-        with pytest.raises(DistillError, match="background_weight must be > 0"):
+        with pytest.raises(DistillError, match="background_weight must be a number > 0"):
             weighted_binary_soft_targets(STUDENT, TEACHER, background_weight=wrong)

@@ -10,16 +10,20 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .errors import DistillError, UnsafeCheckpoint
+from ..errors import DistillError, UnsafeCheckpoint
+from ..files import check_intact
+from ..regions import Batch
+from ..taps import Recorder, Recording
+from .base import Source
 
 Precision = Literal["inherit", "fp32", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Teacher:
-    """Holds a frozen model. Not an ``nn.Module``: no ``state_dict``, no EMA, no optimizer and no DDP ever sees it.
+class Teacher(Source):
+    """A frozen model in eval mode.
 
-    A deep copy shares it. It moves when the module that owns it does.
+    A deep copy shares it. It moves when the module that owns it does, unless it is ``placed``.
 
     Args:
         model: the teacher; it is put in eval mode and its parameters stop requiring gradients.
@@ -40,6 +44,7 @@ class Teacher:
         trusted: bool = False,
         safe_types: Sequence[Any] = (),
     ) -> None:
+        super().__init__()
         if precision not in ("inherit", "fp32", *_DTYPES):
             raise DistillError(f"teacher precision must be 'inherit', 'fp32', 'bf16' or 'fp16', got {precision!r}")
         self.model = model.requires_grad_(False).eval()
@@ -65,9 +70,21 @@ class Teacher:
         self.meta = dict(meta) if isinstance(meta, dict) else {}
         self.loaded = True
 
+    @property
+    def placed(self) -> bool:
+        """Whether the weights have places of their own: a ``device_map`` put them there, or they are on no device at all."""
+        return bool(getattr(self.model, "hf_device_map", None)) or any(p.is_meta for p in self.model.parameters())
+
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts the model, as ``nn.Module._apply`` does."""
-        self.model._apply(function)
+        """Moves or converts the model, as ``nn.Module._apply`` does; one that is placed is left as it is."""
+        super().apply(function)
+        if not self.placed:
+            self.model._apply(function)
+
+    def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
+        self.ensure_eval()
+        found = super().record(recorder, run, batch, device)
+        return found.to(device) if self.placed else found
 
     def context(self, device_type: str) -> AbstractContextManager[Any]:
         """The autocast that the teacher's forward runs in."""
@@ -85,36 +102,44 @@ class Teacher:
         return self
 
 
-def read_checkpoint(path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = ()) -> dict[str, Any]:
+def read_checkpoint(
+    path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = (), map_location: Any = "cpu"
+) -> dict[str, Any]:
     """Reads a checkpoint with ``weights_only=True``.
 
     Raises:
-        DistillError: the file is missing or is no checkpoint.
+        DistillError: the file is missing, damaged or no checkpoint.
         UnsafeCheckpoint: it holds other types than tensors, plain containers and ``safe_types``.
     """
     file = Path(path).expanduser()
     if not file.is_file():
         remote = "; download it first and give the file's path" if "://" in str(path) else ""
         raise DistillError(f"checkpoint not found: {path}{remote}")
+    check_intact(file)
     try:
         with torch.serialization.safe_globals(list(safe_types)):
-            checkpoint = torch.load(file, map_location="cpu", weights_only=not trusted)
+            checkpoint = torch.load(file, map_location=map_location, weights_only=not trusted)
     except Exception as error:
         text = str(error)
         if "Unsupported operand" in text:
             raise DistillError(f"cannot read checkpoint {path}: it is no file that torch.save writes") from None
         if "weights_only" in text or "Unsupported" in text or "Weights only" in text:
-            reason = next((line.strip() for line in text.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
-            raise UnsafeCheckpoint(
-                f"checkpoint {path} holds objects that loading would execute ({reason[:160]}); if you made it yourself, "
-                "say trusted=True beside it"
-            ) from None
+            raise unsafe(f"checkpoint {path}", text) from None
         raise DistillError(
             f"cannot read checkpoint {path}: {text.splitlines()[0] if text else type(error).__name__}"
         ) from None
     if not isinstance(checkpoint, dict):
         raise DistillError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def unsafe(checkpoint: str, said: str) -> UnsafeCheckpoint:
+    """What to raise where torch refuses to read a checkpoint with ``weights_only=True`` and says why at length."""
+    reason = next((line.strip() for line in said.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
+    return UnsafeCheckpoint(
+        f"{checkpoint} holds objects that loading would execute ({reason[:160]}); if you made it yourself, say --trusted, of "
+        "a teacher trusted=True beside it"
+    )
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

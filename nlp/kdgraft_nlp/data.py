@@ -1,0 +1,243 @@
+"""Data of a recipe: read from files, checked, and turned into token ids and labels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+from datasets import ClassLabel, Dataset
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from kdgraft.errors import DistillError
+
+from .settings import FILES, LABELLED, check_file, one_line
+
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+Texts = str | Sequence[str]
+"""A column of texts (or of lists of words), or the two columns of pairs."""
+
+
+def read_data(data: Mapping[str, Any]) -> dict[str, Dataset]:
+    """The sets that ``data`` names, whole."""
+    return {split: read(str(data[split])) for split in ("train", "eval") if data.get(split)}
+
+
+def read(source: str) -> Dataset:
+    """One set: a jsonl or csv file, or a folder that ``save_to_disk`` wrote."""
+    check_file("train", source)
+    path = Path(source)
+    with one_line(f"cannot read {source}"):
+        if path.is_dir():
+            found = datasets.load_from_disk(source)
+        else:
+            try:
+                found = datasets.load_dataset(FILES[path.suffix], data_files=source, split="train")
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise error.__cause__ or error from None
+    if not isinstance(found, Dataset):
+        raise DistillError(f"{source} holds several splits; name one: {', '.join(f'{source}/{k}' for k in found)}")
+    if len(found) == 0:
+        raise DistillError(f"{source} holds no samples")
+    return found
+
+
+def drawn(found: Dataset, fraction: float, seed: int) -> Dataset:
+    """A share of a set, drawn with the seed; its classes are taken from all of it before."""
+    if fraction == 1:
+        return found
+    kept = np.random.default_rng(seed).permutation(len(found))[: max(round(len(found) * fraction), 1)]
+    return found.select(sorted(kept.tolist()))
+
+
+def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) -> tuple[Texts, str | None]:
+    """The columns of texts and labels; :class:`DistillError` where a set has no such column."""
+    entries = ("words", "tags") if task == "tokens" else ("text", "label")
+    standard = ("tokens", "tags") if task == "tokens" else ("text", "label")
+    text, label = (data.get(entry) or column for entry, column in zip(entries, standard, strict=True))
+    wanted = [(column, entries[0]) for column in _names(text)]
+    wanted += [(label, entries[1])] if task in LABELLED else []
+    for split, found in sets.items():
+        owner = "training" if split == "train" else "evaluation"
+        for column, entry in wanted:
+            if column not in found.column_names:
+                raise DistillError(
+                    f"the {owner} set has no column {column!r} but {', '.join(found.column_names)}; name it with data.{entry}"
+                )
+    return text, label if task in LABELLED else None
+
+
+def texts_of(found: Dataset, column: Texts, *, words: bool = False) -> list[list[Any]]:
+    """The texts of each column, or its lists of words.
+
+    Raises:
+        DistillError: the first sample that is neither; the tokenizer would say less.
+    """
+    read = [list(found[name]) for name in _names(column)]
+    for name, values in zip(_names(column), read, strict=True):
+        for i, value in enumerate(values):
+            fine = isinstance(value, list) and all(isinstance(word, str) for word in value)
+            if not (fine if words else isinstance(value, str)):
+                wanted = "a list of words" if words else "a text"
+                raise DistillError(
+                    f"column {name!r} must hold {wanted} in every sample; sample {i} has {_short(value)}"
+                )
+    return read
+
+
+def check_tags(found: Dataset, text: Texts, label: str) -> None:
+    """Raises a :class:`DistillError` unless every word has a tag."""
+    (words,), tags = texts_of(found, text, words=True), _classes("tokens", found, label)
+    for i, (some, own) in enumerate(zip(words, tags, strict=True)):
+        if len(some) != len(own):
+            raise DistillError(f"sample {i} has {len(some)} {text} and {len(own)} {label}; every word needs one")
+
+
+def class_names(task: str, found: Dataset, column: str) -> list[str]:
+    """The classes of a column of labels or tags: those that the set declares, or those that occur, sorted."""
+    declared = _declared(found, column)
+    values = _classes(task, found, column)
+    seen = {name for value in values for name in (value if isinstance(value, list) else [value])}
+    if len(seen) < 2:
+        raise DistillError(
+            f"column {column!r} holds one class only, {', '.join(seen) or 'none'}; there is nothing to learn"
+        )
+    return list(declared) if declared is not None else sorted(seen)
+
+
+def _declared(found: Dataset, column: str) -> list[str] | None:
+    feature = found.features[column]
+    feature = getattr(feature, "feature", feature)
+    return feature.names if isinstance(feature, ClassLabel) else None
+
+
+def _classes(task: str, found: Dataset, column: str) -> list[Any]:
+    """The name of each sample's class, or the names of its tags."""
+    declared = _declared(found, column)
+    values: list[Any] = []
+    for i, value in enumerate(found[column]):
+        where = f"sample {i} of column {column!r}"
+        if task == "tokens":
+            if not isinstance(value, list):
+                raise DistillError(f"{where} must be a list of tags, got {_short(value)}")
+            values.append([_class(tag, declared, where) for tag in value])
+        else:
+            values.append(_class(value, declared, where))
+    return values
+
+
+def _class(value: Any, declared: Sequence[str] | None, where: str) -> str:
+    """A class by its name; a whole number that came as a float (a csv with gaps makes them so) is that number."""
+    if declared is not None and isinstance(value, int):
+        if not 0 <= value < len(declared):
+            raise DistillError(f"{where} has no label ({value}); leave such samples out")
+        return declared[value]
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise DistillError(f"{where} has no label; leave such samples out")
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise DistillError(f"{where} is {value}, a number and no class; use task: regression")
+        value = int(value)
+    if not isinstance(value, (str, int)):
+        raise DistillError(f"{where} must be one class, a text or a whole number, got {_short(value)}")
+    return str(value)
+
+
+def _numbers(found: Dataset, column: str) -> list[float]:
+    for i, value in enumerate(found[column]):
+        fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not fine or _declared(found, column) is not None:
+            raise DistillError(
+                f"task regression takes numbers; sample {i} of column {column!r} has {_short(value)}: use task: classification"
+            )
+    return [float(value) for value in found[column]]
+
+
+def encode(
+    task: str,
+    found: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: tuple[Texts, str | None],
+    names: Sequence[str] | None,
+    length: int,
+) -> Dataset:
+    """Token ids and labels; words carry their tag on their first token, language models get blocks of ``length`` tokens."""
+    text, label = columns
+    texts = texts_of(found, text, words=task == "tokens")
+    special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
+    if length <= special:
+        raise DistillError(f"data.length is {length}, and special tokens take {special} of it; allow more")
+    ids = {name: i for i, name in enumerate(names or [])}
+
+    def number(name: str) -> int:
+        # A class that the training set has none of counts as wrong, whatever is predicted.
+        return ids.get(name, -100)
+
+    if task in ("classification", "regression"):
+        assert label is not None
+        encoded = tokenizer(*texts, truncation=True, max_length=length)
+        labels = (
+            _numbers(found, label) if task == "regression" else [number(name) for name in _classes(task, found, label)]
+        )
+        return Dataset.from_dict({**encoded, "labels": labels})
+    if task == "tokens":
+        assert label is not None
+        check_tags(found, text, label)
+        tagged = _classes(task, found, label)
+        encoded = tokenizer(texts[0], truncation=True, max_length=length, is_split_into_words=True)
+        rows = []
+        for i, tags in enumerate(tagged):
+            places = encoded.word_ids(i)
+            rows.append(
+                [
+                    number(tags[word]) if word is not None and word != before else -100
+                    for word, before in zip(places, [None, *places[:-1]], strict=True)
+                ]
+            )
+        return Dataset.from_dict({**encoded, "labels": rows})
+    flat = [
+        token for row in tokenizer(texts[0], add_special_tokens=False)["input_ids"] for token in [*row, _end(tokenizer)]
+    ]
+    blocks = [flat[i : i + length] for i in range(0, max(len(flat) - length + 1, 1), length)]
+    return Dataset.from_dict({"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]})
+
+
+def _end(tokenizer: Any) -> int:
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    if end is None:
+        raise DistillError("language models need a tokenizer with an end-of-text token (eos_token or sep_token)")
+    return end
+
+
+def train_tokenizer(
+    texts: Any, vocab_size: int = 4000, length: int = 128, pairs: bool = False
+) -> PreTrainedTokenizerFast:
+    """A lower-case WordPiece tokenizer with BERT's special tokens; for pairs it also tells the two texts apart."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    learned = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, learned)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")],
+    )
+    names = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), SPECIAL, strict=True))
+    inputs = ["input_ids", *(["token_type_ids"] if pairs else []), "attention_mask"]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=length, model_input_names=inputs, **names
+    )
+
+
+def _names(column: Texts) -> list[str]:
+    return [column] if isinstance(column, str) else list(column)
+
+
+def _short(value: Any) -> str:
+    said = repr(value)
+    return said if len(said) <= 40 else said[:39] + "…"

@@ -1,0 +1,89 @@
+"""Packed rows: several texts side by side in one row, without padding between them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_FOR_KERNELS = frozenset({"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+
+
+def marks_taken_by(model: nn.Module) -> frozenset[str]:
+    """Return the marks of packed rows that a model hands on to its kernels: no forward names them, those with ``**kwargs`` do."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return _FOR_KERNELS if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset()
+
+
+def texts_of(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Number the texts of packed rows through the batch.
+
+    Packed rows are recognised by what collators say of them: ``seq_idx``, ``cu_seq_lens_q``, or ``position_ids`` that restart
+    in a batch without ``attention_mask``, which is transformers' own rule.
+
+    Args:
+        inputs: a batch as a collator made it.
+
+    Returns:
+        ``(B, L)``: the number of the text that each token belongs to, rising from 0; ``None`` where each row is one text.
+    """
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        return None
+    joined = _joined(inputs, ids)
+    if joined is None or bool(joined.all()):
+        return None
+    first = torch.zeros_like(joined[:, :1])  # a row always starts a text
+    starts = ~torch.cat([first, joined], 1)
+    return (starts.flatten().cumsum(0) - 1).view_as(ids)
+
+
+def _joined(inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
+    """``(B, L - 1)``: whether a token and the one before it are of one text; ``None`` where nothing is said."""
+    numbers, lengths, positions = (inputs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids"))
+    if isinstance(numbers, Tensor):
+        return (numbers[:, 1:] == numbers[:, :-1]).expand(len(ids), -1)
+    if isinstance(lengths, Tensor):
+        place = torch.arange(ids.numel(), device=ids.device)
+        numbers = torch.bucketize(place, lengths[1:].to(place), right=True).view_as(ids)
+        return numbers[:, 1:] == numbers[:, :-1]
+    if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
+        return None
+    if positions.ndim == 3 and len(positions) == 4:  # those of the text, then three of images
+        positions = positions[0]
+    if positions.ndim != 2 or positions.shape[1] != ids.shape[1]:
+        return None
+    return (positions.diff(dim=1) == 1).expand(len(ids), -1)
+
+
+def per_text(values: Tensor, texts: Tensor | None) -> Tensor:
+    """Sum ``(B, L)`` over the tokens of each text: ``(B,)``, or as many values as packed rows hold texts."""
+    if texts is None:
+        return values.sum(1)
+    sums = values.new_zeros(int(texts[-1, -1]) + 1)
+    return sums.index_add(0, texts.flatten(), values.flatten())
+
+
+def first_of_each(states: Tensor, real: Tensor | None, texts: Tensor | None) -> Tensor:
+    """Pick the state of each text's first token that is not padding (which may stand on the left).
+
+    Args:
+        states: ``(B, L, C)``.
+        real: ``(B, L)``, true for tokens that are not padding; ``None`` for all.
+        texts: ``(B, L)`` of packed rows, from :func:`texts_of`; ``None`` where each row is one text.
+
+    Returns:
+        ``(N, C)`` of N texts.
+    """
+    if real is None:
+        return states[:, 0]
+    if texts is None:
+        return states[torch.arange(len(states), device=states.device), real.to(torch.int8).argmax(1)]
+    places = real.flatten().nonzero().flatten()
+    numbers = texts.flatten()[places]
+    first = torch.ones_like(numbers, dtype=torch.bool)
+    first[1:] = numbers[1:] != numbers[:-1]
+    return states.flatten(0, 1)[places[first]]

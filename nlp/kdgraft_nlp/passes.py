@@ -1,0 +1,124 @@
+"""One pass of a student on the host's own loss: the plain one, and one whose losses on logits are computed in chunks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdgraft.distributed import sum_over_ranks, world_size
+from kdgraft.errors import DistillError
+from kdgraft.losses import Ratio
+from kdgraft.step import StepInProgress
+
+from .chunked import Part, chunked_losses, head_of
+from .heads import router_loss
+from .link import link_of
+from .logits import LogitTerm
+from .tokens import IGNORED
+
+
+@dataclass
+class Pass:
+    """A student that ran.
+
+    Attributes:
+        student: the grafted model.
+        output: what it returned.
+    """
+
+    student: Any
+    output: Any
+
+    def finish(self, step: StepInProgress) -> dict[str, Tensor]:
+        """The terms' losses."""
+        return step.losses()
+
+
+def run_student(student: Any, inputs: dict[str, Any]) -> Pass:
+    """Runs a student on the host's own loss, in chunks where its link says so."""
+    if link_of(student).chunk is None:
+        return Pass(student, student.plain_forward(**inputs))
+    return _run_in_chunks(student, inputs)
+
+
+def no_loss(output: Any) -> Tensor:
+    """0 that leaves no parameter out of the graph that made the output, for DDP."""
+    parts = [value.flatten()[:0].sum() for value in output.values() if isinstance(value, Tensor)]
+    return torch.stack([part.float() for part in parts]).sum()
+
+
+def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
+    """Runs the student without logits; its output gets the host's loss in :meth:`ChunkedPass.finish`."""
+    labels = inputs.pop("labels", None)
+    if labels is None:
+        raise DistillError("chunked=True computes the host's loss itself and needs labels in the batch")
+    items = inputs.pop("num_items_in_batch", None)
+    empty = torch.zeros(0, dtype=torch.long, device=labels.device)
+    seen: list[Tensor] = []
+    hook = student.base_model.register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    try:
+        output = student.plain_forward(**inputs, logits_to_keep=empty)
+    finally:
+        hook.remove()
+    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+    items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
+    return ChunkedPass(student, output, seen[0].flatten(0, 1), targets, items)
+
+
+@dataclass
+class ChunkedPass(Pass):
+    """A student that ran without logits.
+
+    Attributes:
+        hidden: ``(N, H)``: its states under the output layer.
+        targets: ``(N,)``: the token that each state predicts; −100 for none.
+        items: what the host divides the sum of the cross-entropies by.
+    """
+
+    hidden: Tensor
+    targets: Tensor
+    items: Tensor
+
+    def finish(self, step: StepInProgress) -> dict[str, Tensor]:
+        """The terms' losses, from chunks of logits; the output has the host's loss then."""
+        terms = [term for term in step.active if isinstance(term, LogitTerm)]
+        whole, hard, sums = self._total(step, terms)
+        ready = {
+            term.name: Ratio(value.float(), term.items(step.batch).to(value.device).float())
+            for term, value in zip(terms, sums[1:], strict=True)
+        }
+        losses = step.losses(computed=ready)
+        if step.dropped:
+            whole, hard, sums = self._total(step, [term for term in terms if term.name not in step.dropped])
+        # The terms' values are counted by their names; their gradient comes with the host's loss.
+        self.output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
+        router = router_loss(self.student, self.output)
+        if router is not None:
+            share = link_of(self.student).host_weight * step.host_share()
+            own = router * share if share else router.flatten()[:0].sum()
+            self.output["loss"] = self.output["loss"] + own.to(whole)
+        return losses
+
+    def _total(self, step: StepInProgress, terms: list[LogitTerm]) -> tuple[Tensor, Tensor, Tensor]:
+        """All losses in one, the factor of the cross-entropy, and the sums over tokens."""
+        link, device = link_of(self.student), self.hidden.device
+        hard = link.host_weight * step.host_share() / self.items.to(device).float()
+        parts, states, head = [], None, None
+        for term in terms:
+            count = step.denominator(term)
+            if count is None:
+                count = sum_over_ranks(term.items(step.batch).to(device)) * step.parts
+            factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / link.last.host_factor
+            parts.append(Part(term.on_chunk, term.counted(step.batch).flatten().to(device), factor.float()))
+        if terms:
+            teacher = self.student.distiller.teacher
+            states = step.recordings[teacher.name][terms[0].teacher_taps[0]].flatten(0, 1)
+            head = head_of(teacher.model, link.tails[1])
+        whole, sums = chunked_losses(
+            self.hidden, head_of(self.student, link.tails[0]), self.targets, hard, states, head, parts, link.chunk or 1
+        )
+        return whole, hard, sums

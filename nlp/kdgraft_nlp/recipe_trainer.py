@@ -1,0 +1,98 @@
+"""Hugging Face as a host: how the command line and plans train from recipe files."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kdgraft.errors import DistillError, nearest
+from kdgraft.hosts import Job, TrainedModel
+
+from . import run, settings
+from .checkpoints import NothingComplete, newest_first
+from .trainer import DistillTrainer
+
+logger = logging.getLogger("kdgraft")
+
+
+class RecipeTrainer:
+    """How Hugging Face's Trainer trains what a recipe file says; a :class:`kdgraft.hosts.HostTrainer`."""
+
+    def train(
+        self,
+        config: str,
+        options: Sequence[str] = (),
+        work_dir: str | None = None,
+        resume: str | None = None,
+        amp: bool = False,
+        seed: int | None = None,
+        *,
+        timeout: float | None = None,
+        trusted: bool = False,
+        partial: bool = False,
+    ) -> DistillTrainer:
+        """Trains a recipe; see :func:`kdgraft_nlp.run.train`."""
+        _refuse_trust(trusted)
+        return run.train(config, options, work_dir, resume, amp, seed, timeout=timeout, partial=partial)
+
+    def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> None:
+        """Builds everything and runs one step; see :func:`kdgraft_nlp.run.check`."""
+        _refuse_trust(trusted)
+        run.check(config, options)
+
+    def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
+        """Refused: a saved student is a plain student already."""
+        raise DistillError(
+            f"{checkpoint}: a student that the Trainer saved is plain already; load it with from_pretrained"
+        )
+
+    def reads(self, config: str) -> bool:
+        """Every file of the suffixes of recipes is one."""
+        return True
+
+    def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
+        """The recipe with its overrides in it, wherever its output goes."""
+        found = settings.load(config, [f"{key}={value}" for key, value in options.items()])
+        return {key: value for key, value in found.items() if key != "output"}
+
+    def carry_out(self, job: Job) -> TrainedModel:
+        """Trains into the run's folder, where the student is in the end too."""
+        recipe = settings.load(job.config, [f"{key}={value}" for key, value in job.options.items()])
+        recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None}
+        recipe |= {"teacher": None, "teachers": None}  # the plan says who teaches
+        recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}
+        if job.teachers:
+            teachers = {name: _teacher(given) for name, given in job.teachers.items()}
+            recipe |= {"teacher": teachers["teacher"]} if list(teachers) == ["teacher"] else {"teachers": teachers}
+        if job.start is not None:
+            recipe["student"] = job.start.weights
+        try:
+            _, metrics = run.train_recipe(recipe, "auto" if job.resume and newest_first(job.folder) else None)
+        except NothingComplete as error:  # killed while it wrote its first checkpoint
+            logger.warning("%s; the run begins anew", error)
+            _, metrics = run.train_recipe(recipe)
+        return TrainedModel(job.config, str(job.folder), metrics)
+
+
+def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
+    """What a recipe takes as a teacher: of a finished run its folder, ``{checkpoint: folder}``, or ``{type: …}`` as it is."""
+    if isinstance(given, TrainedModel):
+        return given.weights
+    if "type" in given:
+        return dict(given)
+    for key in given:
+        if key != "checkpoint":
+            raise DistillError(f"a teacher takes no argument {key!r}{nearest(key, ('checkpoint', 'type'))}")
+    if not isinstance(given.get("checkpoint"), str):
+        raise DistillError("a teacher needs checkpoint: the folder that save_pretrained wrote")
+    return given["checkpoint"]
+
+
+def _refuse_trust(trusted: bool) -> None:
+    if trusted:
+        raise DistillError("--trusted is for configs of MMDetection and MMSegmentation, not for recipe files")
+
+
+TRAINER = RecipeTrainer()

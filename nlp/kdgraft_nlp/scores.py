@@ -1,0 +1,54 @@
+"""Figures of an evaluation: of classes, of numbers, of tagged words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Accuracy and macro-F1."""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+
+
+def number_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Mean squared error and Pearson's correlation; the correlation of constants is 0."""
+    predicted, truth = predicted.reshape(-1).astype(float), truth.reshape(-1).astype(float)
+    apart = predicted - predicted.mean(), truth - truth.mean()
+    size = float(np.sqrt((apart[0] ** 2).sum() * (apart[1] ** 2).sum()))
+    return {
+        "mse": float(((predicted - truth) ** 2).mean()),
+        "pearson": float((apart[0] * apart[1]).sum()) / size if size else 0.0,
+    }
+
+
+def tag_scores(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """Accuracy of tags on words, and F1 of whole spans in BIO tags (micro, as conlleval has it)."""
+    found = truly = right = correct = total = 0
+    for row, truth in zip(predicted, labels, strict=True):
+        kept = truth != -100
+        ours, theirs = ([names[i] for i in values[kept]] for values in (row, truth))
+        correct += sum(a == b for a, b in zip(ours, theirs, strict=True))
+        total += len(theirs)
+        mine, real = spans(ours), spans(theirs)
+        found, truly, right = found + len(mine), truly + len(real), right + len(mine & real)
+    return {"accuracy": correct / max(total, 1), "span_f1": 2 * right / max(found + truly, 1)}
+
+
+def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(type, first word, one past the last) of each span in BIO tags; an I that continues nothing begins a span."""
+    result, start, kind = set(), 0, ""
+    for place, tag in enumerate([*tags, "O"]):
+        prefix, _, name = tag.partition("-")
+        if kind and (prefix != "I" or name != kind):
+            result.add((kind, start, place))
+            kind = ""
+        if prefix in ("B", "I") and not kind:
+            start, kind = place, name
+    return result

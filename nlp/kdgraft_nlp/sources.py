@@ -1,0 +1,117 @@
+"""Sources of Hugging Face's models: a model, or the folder that ``save_pretrained`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from kdgraft.classes import class_order
+from kdgraft.errors import DistillError, WiringError
+from kdgraft.sources import Cached, Peer, Source, Teacher, gather_sources
+from kdgraft.sources.base import share_parameters
+
+from .cache import TeacherCache
+from .tasks import auto_class, base_of
+
+
+def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: TeacherCache | None) -> dict[str, Source]:
+    """The sources by name, with their weights.
+
+    Args:
+        teacher: a model, a :class:`~kdgraft.Source`, or a folder.
+        teachers: several by name.
+        student: the student.
+        cache: of the outputs of the one teacher there is.
+
+    Raises:
+        DistillError: no teacher, a folder that is none, or weights that do not fit; the message lists the keys.
+    """
+    absent = teacher is None and teachers is None and cache is not None and cache.teacher is not None
+    if absent and cache is not None:
+        return {"teacher": Cached(Teacher(cache.stand_in()), cache, absent=True)}
+    if teacher is None and teachers is None:
+        raise DistillError("terms need teacher=…: a model, or the folder that save_pretrained wrote")
+    found = gather_sources(teacher, teachers, lambda name, given: _teacher(name, given, student))
+    for source in found.values():
+        source.load()
+        if isinstance(source, (Teacher, Peer)):
+            source.model = base_of(source.model)
+        if isinstance(source, Peer) and share_parameters(student, source.model):
+            raise WiringError("student and peer share parameters; copy.deepcopy one")
+    if cache is not None:
+        (name, first), *others = found.items()
+        if others or not isinstance(first, Teacher):
+            raise DistillError("a cache holds the outputs of one teacher; leave it out with several, and with peers")
+        cache.belongs_to(first.model)
+        found[name] = Cached(first, cache)
+    return found
+
+
+def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
+    if isinstance(given, (str, Path)):
+        given = _load(Path(given), student)
+    if not isinstance(given, nn.Module):
+        raise DistillError(f"{name} must be a model or a folder, got {given!r}")
+    model = base_of(given)
+    if share_parameters(student, model):
+        raise WiringError("student and teacher share parameters, which the teacher would freeze; copy.deepcopy one")
+    if not hasattr(model, "config"):
+        raise DistillError(f"the teacher must be a Hugging Face model, got {type(model).__name__}")
+    return Teacher(model)
+
+
+def _load(folder: Path, student: nn.Module) -> nn.Module:
+    if not (folder / "config.json").is_file():
+        raise DistillError(
+            f"no teacher at {folder}: there is no config.json; give the folder that save_pretrained wrote"
+        )
+    loads = auto_class(student)
+    if loads is None:
+        raise DistillError(
+            f"cannot tell which kind of model {type(student).__name__} is; load the teacher and pass the model"
+        )
+    try:
+        model, found = loads.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DistillError(f"cannot load the teacher {folder}: {' '.join(str(error).split())[:300]}") from None
+    problems = [
+        f"{len(found[kind])} {kind.removesuffix('_keys')}: {', '.join(str(key) for key in sorted(found[kind], key=str)[:4])}"
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if found.get(kind)
+    ]
+    if problems:
+        raise DistillError(
+            f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}"
+        )
+    return model
+
+
+def compare_classes(student: nn.Module, sources: Mapping[str, Source]) -> None:
+    """Finds out how each teacher's classes come into the student's order, by the names in their configs.
+
+    Raises:
+        WiringError: the names differ; or the order does, of a peer, which trains on the student's labels as they are.
+    """
+    for name, source in sources.items():
+        if not isinstance(source, (Teacher, Peer)):
+            continue
+        names = _class_names(student), _class_names(source.model)
+        if any(names):
+            source.class_order = class_order(*names, ("student's config", "teacher's config"))
+        if source.trains and source.class_order is not None:
+            raise WiringError(
+                f"the peer {name!r} has the student's classes in another order, and both train on the same labels; "
+                "give both configs one id2label"
+            )
+
+
+def _class_names(model: Any) -> list[str] | None:
+    """The names in ``config.id2label``; ``None`` for the default ones, LABEL_0 and so on."""
+    names = getattr(model.config, "id2label", None)
+    if not names:
+        return None
+    found = [names[key] for key in sorted(names)]
+    return None if all(name == f"LABEL_{i}" for i, name in enumerate(found)) else found

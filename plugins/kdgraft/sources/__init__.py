@@ -1,0 +1,23 @@
+"""Who teaches: a frozen teacher, several, a peer that trains too, the student itself."""
+
+from .base import STUDENT, Source
+from .cached import Cached
+from .ensemble import Ensemble, EnsembleRecording, combined
+from .gather import SOURCES, gather_sources
+from .itself import Itself
+from .peer import Peer
+from .teacher import Teacher
+
+__all__ = [
+    "SOURCES",
+    "STUDENT",
+    "Cached",
+    "Ensemble",
+    "EnsembleRecording",
+    "Itself",
+    "Peer",
+    "Source",
+    "Teacher",
+    "combined",
+    "gather_sources",
+]

@@ -1,0 +1,93 @@
+"""Several teachers as one: the mean of their predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import DistillError, WiringError, check_number
+from ..losses.reduction import upcast
+from ..taps import Recording
+from .base import Source
+
+Mean = Literal["arithmetic", "geometric"]
+Kind = Literal["softmax", "sigmoid", "value"]
+
+
+class Ensemble(Source):
+    """Teaches the mean of what several teachers predict (Hinton et al. 2015, arXiv 1503.02531, section 1).
+
+    Only terms on predictions can listen to it; for features take one of its members.
+
+    Args:
+        members: the names of the sources that it is made of, two or more.
+        mean: ``"arithmetic"``: of probabilities, at temperature 1; ``"geometric"``: of probabilities, normalised, which is the
+            mean of logits. Boxes are averaged as numbers in both.
+        weights: one for each member, > 0, normalised to 1; all alike by default.
+    """
+
+    def __init__(
+        self, members: Sequence[str], mean: Mean = "arithmetic", weights: Sequence[float] | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(members, (list, tuple)) or len(members) < 2 or len({*map(str, members)}) < len(members):
+            raise DistillError(f"Ensemble: members must be two or more different sources, got {members!r}")
+        if mean not in ("arithmetic", "geometric"):
+            raise DistillError(f"Ensemble: mean must be 'arithmetic' or 'geometric', got {mean!r}")
+        given = [1.0] * len(members) if weights is None else list(weights)
+        for weight in given:
+            check_number("Ensemble", "a weight", weight, above=True)
+        if len(given) != len(members):
+            raise DistillError(f"Ensemble: {len(members)} members need as many weights, got {len(given)}")
+        self._members, self.mean = tuple(members), mean
+        self.weights = [weight / sum(given) for weight in given]
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        return self._members
+
+    def of(self, recordings: Sequence[Recording]) -> EnsembleRecording:
+        """The recording of the ensemble from those of its members."""
+        return EnsembleRecording(self.name, recordings, self)
+
+
+class EnsembleRecording(Recording):
+    """Stands for the recordings of an ensemble's members; read it with :func:`combined`."""
+
+    def __init__(self, model: str, members: Sequence[Recording], ensemble: Ensemble) -> None:
+        super().__init__("teacher", {}, set(), model)
+        self.members, self.ensemble = list(members), ensemble
+
+    def __getitem__(self, tap: Any) -> Any:
+        raise WiringError(
+            f"'{tap}': an Ensemble gives predictions alone, not what single modules return; take one of its members, "
+            f"source={self.members[0].model!r}"
+        )
+
+
+def combined(source: Recording, read: Callable[[Recording], Tensor], kind: Kind, dim: int = -1) -> Tensor:
+    """What a source predicts: read from its recording, or the mean of what its members predict.
+
+    Args:
+        source: of one model, or of an :class:`Ensemble`.
+        read: gives a member's logits or numbers, in the student's order of classes; the shapes must be equal.
+        kind: ``"softmax"``: logits of one distribution along ``dim``; ``"sigmoid"``: of independent classes; ``"value"``: numbers.
+        dim: where the classes are, for ``"softmax"``.
+
+    Returns:
+        Logits or numbers of the same shape; of an arithmetic mean of softmaxes the logarithms of the probabilities.
+    """
+    if not isinstance(source, EnsembleRecording):
+        return read(source)
+    values = torch.stack([upcast(read(member)) for member in source.members])
+    weights = values.new_tensor(source.ensemble.weights).view(-1, *[1] * (values.ndim - 1))
+    if kind == "value" or source.ensemble.mean == "geometric":
+        return (values * weights).sum(0)
+    if kind == "softmax":
+        return (values.log_softmax(dim if dim < 0 else dim + 1) + weights.log()).logsumexp(0)
+    yes, no = ((F.logsigmoid(side) + weights.log()).logsumexp(0) for side in (values, -values))
+    return yes - no

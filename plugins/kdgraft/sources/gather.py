@@ -1,0 +1,45 @@
+"""Sources from what a user gives: a model, a dict of a config, several by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import DistillError
+from ..registry import Registry
+from .base import Source
+from .ensemble import Ensemble
+from .itself import Itself
+
+SOURCES = Registry("source", "kdgraft.sources")
+SOURCES.register(Ensemble)
+SOURCES.register(Itself)
+
+
+def gather_sources(
+    teacher: Any, teachers: Mapping[str, Any] | None, build: Callable[[str, Any], Source]
+) -> dict[str, Source]:
+    """The sources by name.
+
+    Args:
+        teacher: the one that is called ``"teacher"``: a :class:`Source`, ``dict(type="Itself", …)`` or another registered one,
+            or what ``build`` takes.
+        teachers: several by name, instead of ``teacher``.
+        build: makes a source of ``(what to call it in messages, what a host's users give: a model, a config, a folder)``.
+
+    Raises:
+        DistillError: none is given, or both ways at once.
+    """
+    if teacher is not None and teachers is not None:
+        raise DistillError("give teacher=…, or several as teachers=dict(a=…, b=…), not both")
+    if teachers is not None and (not isinstance(teachers, Mapping) or not teachers):
+        said = "an empty one" if isinstance(teachers, Mapping) else f"a {type(teachers).__name__}"
+        raise DistillError(f"teachers must be a dict of sources by name, got {said}")
+    found: dict[str, Source] = {}
+    for name, given in ({"teacher": teacher} if teachers is None else teachers).items():
+        named = isinstance(given, Mapping) and given.get("type") in list(SOURCES)
+        made = SOURCES.build(given) if named else given
+        found[name] = (
+            made if isinstance(made, Source) else build("teacher" if teachers is None else f"teachers[{name!r}]", made)
+        )
+    return found

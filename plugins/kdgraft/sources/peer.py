@@ -1,0 +1,34 @@
+"""A peer: a second student, which learns beside the first one and teaches it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .base import Source
+
+
+class Peer(Source):
+    """A second model that trains on the host's own loss, while it and the student imitate each other.
+
+    Deep mutual learning (Zhang et al. 2018, arXiv 1706.00384): every term that listens to a peer has a mirrored twin in which
+    the peer listens to the student; either side is a constant for the other. The engine owns the model, so that the host's
+    optimizer trains it; no checkpoint of the student has its weights, they travel with the distillation's state.
+
+    Args:
+        model: the second student; it shares no parameter with the first.
+    """
+
+    trains = True
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def state(self) -> dict[str, Any]:
+        return {"model": self.model.state_dict()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])

@@ -1,0 +1,67 @@
+"""Class outputs among what taps read: recognised by their number of channels, whatever the layer is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from kdgraft.taps import Tap
+from kdgraft.terms import TapTerm, Term, Wiring
+
+Reads = Callable[[Any, Tap, Tensor], bool]
+"""Whether the channels of a tensor that a tap of a model reads stand for classes."""
+
+
+def pairs_classes(term: Term, wiring: Wiring, reads: Reads) -> bool:
+    """Whether a term on features is tapped at class outputs, whose order of classes it does not know."""
+    if term.compares_classes or not isinstance(term, TapTerm):
+        return False
+    pairs = term.pairs(wiring.student_recording, wiring.teacher_recording)
+    return any(reads(wiring.student, s_tap, s) or reads(wiring.teacher, t_tap, t) for s, t, s_tap, t_tap in pairs)
+
+
+def scores_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
+    """Whether a tapped tensor has as many channels as the class outputs of the head that it is read in.
+
+    Args:
+        tap: of ``model``; only what a module or method returns can be an output.
+        tensor: what the tap read: ``(B, C, H, W)`` or ``(…, C)``.
+    """
+    head = head_of(model, tap)
+    if tap.side != "output" or head is None or getattr(head, "class_agnostic", False):
+        return False
+    return tensor.shape[1 if tensor.ndim == 4 else -1] in _class_channels(head)
+
+
+def head_of(model: Any, tap: Tap) -> Any:
+    """The innermost module around what is tapped that has a number of classes, or ``None``; the model itself does not count."""
+    parts = tap.path.split(".") if tap.path else []
+    for end in range(len(parts), 0, -1):
+        module = model.get_submodule(".".join(parts[:end]))
+        if isinstance(module, nn.ModuleList):  # the stages of a cascade are alike
+            module = next(iter(module), None)
+        classes = getattr(module, "num_classes", None)
+        if isinstance(classes, int) and classes > 0:
+            return module
+    return None
+
+
+def _class_channels(head: Any) -> set[int]:
+    """Numbers of channels by which a head may say something of each class: once a position, or once for each of its priors."""
+    classes: int = head.num_classes
+    if getattr(head, "out_channels", None) == 1:
+        return {1}  # one score tells two classes apart
+    if getattr(head, "custom_cls_channels", False):
+        widths = {head.loss_cls.get_cls_channels(classes)}
+    elif hasattr(head, "num_attrib"):
+        widths = {head.num_attrib}  # YOLOv3's box, objectness and classes
+    elif hasattr(head, "cls_out_channels"):
+        widths = {head.cls_out_channels}
+    else:
+        widths = {classes, classes + 1}  # a background may be scored as well
+    if not getattr(head, "reg_class_agnostic", True):
+        widths.add(getattr(head.bbox_coder, "encode_size", 4) * classes)
+    priors = getattr(head, "num_base_priors", 1)
+    return {width * count for width in widths for count in (1, *(priors if isinstance(priors, list) else [priors]))}

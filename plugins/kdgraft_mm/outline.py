@@ -1,0 +1,168 @@
+"""What can be said of a distilled config before anything is imported, built or read: its names, its taps and its files."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from mmengine.config import Config
+
+from kdgraft.errors import DistillError, nearest
+from kdgraft.isolation import isolated_rng
+from kdgraft.registry import RECIPES, TERMS, Registry, expand_recipe
+from kdgraft.taps import Tap
+
+from .configs import config_file
+
+Kind = Literal["TERMS", "RECIPES"]
+_CORE = {"TERMS": TERMS, "RECIPES": RECIPES}
+
+
+def refuse(mistakes: Sequence[str]) -> None:
+    """Raises all mistakes as one :class:`DistillError`; does nothing where there are none."""
+    if len(mistakes) == 1:
+        raise DistillError(mistakes[0])
+    if mistakes:
+        numbered = "; ".join(f"({number}) {mistake}" for number, mistake in enumerate(mistakes, 1))
+        raise DistillError(f"{len(mistakes)} mistakes: {numbered}")
+
+
+def check_outline(config: Config, plugin: str) -> None:
+    """Checks names, the notation of taps and files, without an import.
+
+    Args:
+        config: a config whose ``model`` is this suite's.
+        plugin: the package that registers its terms and recipes, such as ``"kdgraft_det"``.
+
+    Raises:
+        DistillError: all mistakes at once.
+    """
+    model = config.model
+    mistakes: list[str] = []
+    terms = model.get("terms")
+    known = _known(config, plugin, "TERMS")
+    for spec in terms if isinstance(terms, (list, tuple)) else ():
+        mistakes += _of_term({"type": spec} if isinstance(spec, str) else spec, known)
+    recipe = model.get("recipe")
+    name = recipe.get("type") if isinstance(recipe, Mapping) else recipe
+    recipes = _known(config, plugin, "RECIPES")
+    if isinstance(name, str) and recipes is not None and name not in recipes:
+        mistakes.append(f"no recipe is called {name!r}{nearest(name, recipes)}")
+    refuse([*dict.fromkeys((*mistakes, *_of_files(config)))])
+
+
+def check_terms(model: Mapping[str, Any], terms: Registry, recipes: Registry) -> None:
+    """Builds every term once, to find what is wrong with its arguments before any model is built.
+
+    Raises:
+        DistillError: all mistakes at once.
+    """
+    mistakes: list[str] = []
+    given = model.get("terms")
+    specs = list(given) if isinstance(given, (list, tuple)) else []
+    with isolated_rng():
+        try:
+            specs = [*expand_recipe(model.get("recipe"), recipes), *specs]
+        except DistillError as error:
+            mistakes.append(str(error))
+        for spec in specs:
+            try:
+                terms.build(spec)
+            except DistillError as error:
+                mistakes.append(str(error))
+    refuse(mistakes)
+
+
+def missing_data(config: Config) -> list[str]:
+    """The files and folders of the training and validation sets that are not on this machine."""
+    found = [
+        f"{loader}: {path}"
+        for loader in ("train_dataloader", "val_dataloader")
+        for path in _data_files(config.get(loader))
+        if not path.exists()
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _known(config: Config, plugin: str, kind: Kind) -> list[str] | None:
+    """Names that a config may use; ``None`` where only an import tells."""
+    module = sys.modules.get(plugin)
+    if module is not None:
+        return list(getattr(module, kind))
+    imports = (config.get("custom_imports") or {}).get("imports", ())
+    if {imports} - {plugin} if isinstance(imports, str) else set(imports) - {plugin}:
+        return None  # another module may register names
+    group = f"kdgraft.{plugin.removeprefix('kdgraft_')}.{kind.lower()}"
+    points = (point.name for point in entry_points(group=group))
+    return list(dict.fromkeys((*_CORE[kind], *written(plugin, kind), *points)))
+
+
+def written(plugin: str, kind: Kind) -> list[str]:
+    """The names that a package's own files register, read without importing its host framework."""
+    spec = find_spec(plugin)
+    if spec is None or spec.origin is None:
+        return []
+    pattern = re.compile(rf'^@{kind}\.register(?:\("(\w+)"\))?\n(?:@.*\n)*(?:class|def) (\w+)', re.MULTILINE)
+    files = sorted(Path(spec.origin).parent.rglob("*.py"))
+    return [name or target for file in files for name, target in pattern.findall(file.read_text(encoding="utf-8"))]
+
+
+def _of_term(spec: Any, known: list[str] | None) -> Iterator[str]:
+    if not isinstance(spec, Mapping):
+        return
+    kind = spec.get("type")
+    if isinstance(kind, str) and known is not None and kind not in known:
+        yield f"no term is called {kind!r}{nearest(kind, known)}"
+    for key in ("tap", "student_tap", "teacher_tap"):
+        taps = spec.get(key)
+        for tap in taps if isinstance(taps, (list, tuple)) else [taps]:
+            if isinstance(tap, str):
+                try:
+                    Tap.parse(tap)
+                except DistillError as error:
+                    yield str(error)
+
+
+def _of_files(config: Config) -> Iterator[str]:
+    several = config.model.get("teachers")
+    for teacher in (config.model.get("teacher"), *(several.values() if isinstance(several, Mapping) else ())):
+        if not isinstance(teacher, Mapping):
+            continue
+        source = teacher.get("config")
+        if isinstance(source, str):
+            try:
+                config_file(source)
+            except DistillError as error:
+                yield str(error)
+        if _is_missing(teacher.get("checkpoint")):
+            yield f"checkpoint not found: {teacher['checkpoint']}"
+    if _is_missing(config.get("load_from")):
+        yield f"load_from not found: {config.load_from}"
+
+
+def _is_missing(path: Any) -> bool:
+    """Whether it is the path of a file that is not here; addresses and other schemes are the host's to find."""
+    return isinstance(path, str) and path != "" and "://" not in path and not Path(path).expanduser().is_file()
+
+
+def _data_files(entry: Any) -> Iterator[Path]:
+    """What a data set's config names as its annotations and folders, also inside those that wrap others."""
+    if isinstance(entry, (list, tuple)):
+        for item in entry:
+            yield from _data_files(item)
+    if not isinstance(entry, Mapping) or entry.get("backend_args"):
+        return
+    root = entry.get("data_root") or ""
+    prefixes = entry.get("data_prefix")
+    for name in (entry.get("ann_file"), *(prefixes.values() if isinstance(prefixes, Mapping) else ())):
+        if isinstance(name, str) and name and "://" not in name:
+            with suppress(TypeError):  # a root that is no path is the host's to refuse
+                yield Path(root) / name
+    for value in entry.values():
+        yield from _data_files(value)

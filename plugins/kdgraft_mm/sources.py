@@ -1,0 +1,184 @@
+"""Sources of mmengine's models: built from configs, each with its own view of the student's batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import Registry as MMRegistry
+from torch import Tensor
+
+from kdgraft.errors import DistillError, WiringError, check_flag, nearest
+from kdgraft.sources import Itself, Peer, Source, Teacher, gather_sources
+
+from .checkpoints import SAFE_TYPES
+from .configs import load_config, model_of
+from .resolution import Resolution, samples_padded_to, teacher_scale
+from .views import TeacherView, image_sizes
+
+Batched = tuple[Tensor, Any]
+"""Inputs ``(B, C, H, W)`` and data samples."""
+
+
+class SourceView:
+    """How one source sees the student's batch: its normalisation, and its resolution where that is its own.
+
+    Args:
+        student: the student.
+        source: one with a model of its own, or made of others, which sees nothing itself.
+    """
+
+    def __init__(self, student: Any, source: Source) -> None:
+        self.resolution: Resolution | None = None
+        self._view: TeacherView | None = None
+        if isinstance(source, Itself) or source.members != (source.name,):
+            return
+        ours, theirs = student.data_preprocessor, source.model.get_submodule("data_preprocessor")
+        self._view = TeacherView(ours, theirs)
+        if source.scale != 1:
+            self.resolution = Resolution.of(Fraction(source.scale).limit_denominator(1000), ours, theirs)
+
+    def __call__(self, delivered: Batched, reduced: Batched) -> Batched:
+        """The source's batch.
+
+        Args:
+            delivered: what the pipeline delivered.
+            reduced: the student's batch; the same where no source has a resolution of its own.
+        """
+        inputs, samples = reduced if self.resolution is None else delivered
+        if self._view is None:
+            return inputs, samples
+        view = self._view(inputs, image_sizes(samples))
+        if self.resolution is None:
+            return view, samples
+        padded = reduced[0].shape[-2], reduced[0].shape[-1]
+        view = self.resolution.teacher_inputs(view, padded, self._view.pad_value)
+        return view, samples_padded_to(samples, (view.shape[-2], view.shape[-1]))
+
+
+def build_sources(teacher: Any, teachers: Any, models: MMRegistry) -> dict[str, Source]:
+    """The sources of a config by name.
+
+    Args:
+        teacher: one, as in :func:`build_teacher`, or a dict of another type.
+        teachers: several by name.
+        models: the host's model registry.
+    """
+    return gather_sources(teacher, teachers, lambda name, spec: _build(name, spec, models))
+
+
+def _build(name: str, spec: Any, models: MMRegistry) -> Source:
+    if isinstance(spec, Mapping) and spec.get("type") == "Peer":
+        return Peer(_model(_checked(f"{name}, a Peer,", spec, ("type", "config"), ("config",)), models))
+    return build_teacher(spec, models, name)
+
+
+def check_scales(owner: str, teacher: Any, teachers: Any, scales: bool, distils: bool) -> None:
+    """Raises a :class:`DistillError` for resolutions of sources' own that cannot be had.
+
+    Args:
+        owner: the graft, for messages.
+        teacher, teachers: as in :func:`build_sources`.
+        scales: whether the host can reduce the delivered batch for the student.
+        distils: whether there are terms.
+    """
+    specs = [teacher, *(teachers.values() if isinstance(teachers, Mapping) else ())]
+    found = {teacher_scale(spec) for spec in specs} - {Fraction(1)}
+    if not found:
+        return
+    if not scales:
+        raise DistillError(
+            f"{owner} takes no teacher scale: labels of pixels are not brought to the student's size; leave it out"
+        )
+    if len(found) > 1:
+        raise DistillError(
+            f"{owner}: the pipeline delivers one resolution, and the teachers have {len(found)} scales other than 1; give all "
+            "of those the same"
+        )
+    if not distils:
+        raise DistillError(
+            f"{owner}: without terms the student would not be reduced by the teacher's scale; leave scale out and "
+            "resize in the pipeline"
+        )
+
+
+def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[str, ...]) -> None:
+    """Raises a :class:`WiringError` unless student and teacher have modules of the same shapes at these paths."""
+    if paths and (len(sources) > 1 or not all(isinstance(source, Teacher) for source in sources.values())):
+        raise WiringError(f"inherit takes weights from one teacher, and there are {', '.join(sources)}; leave it out")
+    for path in paths:
+        states = []
+        for owner, model in (("student", student), *((name, source.model) for name, source in sources.items())):
+            try:
+                states.append(model.get_submodule(path).state_dict())
+            except AttributeError:
+                names = [name for name, _ in model.named_modules() if name]
+                raise WiringError(f"inherit: the {owner} has no module {path!r}{nearest(path, names)}") from None
+        ours, theirs = ({key: tuple(value.shape) for key, value in state.items()} for state in states)
+        if ours != theirs:
+            key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
+            raise WiringError(
+                f"inherit: {path!r} differs, {key} is {ours.get(key, 'missing')} in the student and {theirs.get(key, 'missing')} in "
+                "the teacher; inherit only what is alike, such as a head on a pyramid of the same width"
+            )
+
+
+def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teacher:
+    """Builds a teacher's architecture; its weights are read when training starts.
+
+    Args:
+        spec: ``dict(config=…, checkpoint=…)`` with ``config`` a path, ``"mmdet::…"``, a model or a whole config, and
+            optionally ``precision`` and ``trusted`` (see :class:`kdgraft.Teacher`) and ``scale`` (see
+            :meth:`~kdgraft_mm.graft.Graft.build`).
+        models: the host's model registry.
+        name: what messages call it.
+
+    Raises:
+        DistillError: something is missing or misspelt.
+        MissingConfig: the config file is not there.
+    """
+    known = ("config", "checkpoint", "precision", "trusted", "scale")
+    spec = _checked(name, spec, known, ("config", "checkpoint"))
+    trusted = spec.get("trusted", False)
+    check_flag(name, "trusted", trusted)
+    made = Teacher(
+        _model(spec, models),
+        spec["checkpoint"],
+        precision=spec.get("precision", "inherit"),
+        trusted=trusted,
+        safe_types=SAFE_TYPES,
+    )
+    made.scale = float(teacher_scale(spec))
+    return made
+
+
+def _checked(name: str, spec: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> Mapping[str, Any]:
+    """A source's dict with these keys alone; raises a :class:`DistillError` for any other."""
+    if not isinstance(spec, Mapping):
+        raise DistillError(f"{name} must be dict(config=…, checkpoint=…), got {spec!r}")
+    for key in spec:
+        if key not in known:
+            raise DistillError(f"{name} takes no argument {key!r}{nearest(key, known)}")
+    for key in needed:
+        if not spec.get(key):
+            raise DistillError(f"{name} needs {key}=…; write teacher=dict(config='…', checkpoint='teacher.pth')")
+    return spec
+
+
+def _model(spec: Mapping[str, Any], models: MMRegistry) -> Any:
+    config = load_config(spec["config"])
+    imports = config.get("custom_imports")
+    if imports and not config.filename:
+        from mmengine.utils import import_modules_from_strings
+
+        import_modules_from_strings(**imports)
+    return revert_sync_batchnorm(models.build(model_of(Config(config.to_dict()))))
+
+
+def teacher_classes(teacher: Teacher) -> Any:
+    """The class names that the teacher's checkpoint records, or ``None``."""
+    meta = teacher.meta.get("dataset_meta") or teacher.meta
+    return meta.get("classes") or meta.get("CLASSES")

@@ -1,0 +1,160 @@
+"""Plans of real detectors: teacher, assistant, student, through the Runner; what is finished stays, what was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mmengine.config import Config
+
+from det_support import CLASSES, assert_same, build, detector, distilled, needs_resume, run, runner_config, weights
+from kdgraft.cli import main
+
+TERMS = [dict(type="SoftTargets"), dict(type="FeatureImitation", tap="neck[*]", region="foreground")]
+PLAN = """
+[runs.student]
+config = "small.py"
+teacher = "assistant"
+terms = [{ type = "SoftTargets" }, { type = "FeatureImitation", tap = "neck[*]", region = "foreground" }]
+
+[runs.assistant]
+config = "middle.py"
+teacher = "teacher"
+terms = [{ type = "SoftTargets" }]
+
+[runs.teacher]
+config = "large.py"
+"""
+ENTRIES = dict(small=detector(), middle=detector(width=6, channels=8), large=detector(width=8, channels=12))
+HOOK = """
+import os
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+
+@HOOKS.register_module()
+class DieInPlan(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if os.environ.get("DIE_AT") == f"{os.path.basename(os.path.dirname(runner.work_dir))} {runner.iter + 1}":
+            os._exit(9)
+"""
+SETTINGS = dict(
+    train_cfg=dict(type="IterBasedTrainLoop", max_iters=4, val_interval=4), custom_hooks=[dict(type="DieInPlan")]
+)
+
+
+@pytest.fixture
+def folder(tmp_path, scenes, monkeypatch) -> Path:
+    """Configs of three detectors that die where the environment says so."""
+    (tmp_path / "dying_in_plans.py").write_text(HOOK)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, model in ENTRIES.items():
+        config = runner_config(model, scenes, tmp_path / "unused", **SETTINGS)
+        config.custom_imports = dict(imports=["dying_in_plans"])
+        config.pop("experiment_name")  # each run has a hub of its own
+        config.dump(tmp_path / f"{name}.py")
+    return tmp_path
+
+
+def plan(folder: Path, out: str = "out", text: str = PLAN) -> Path:
+    path = folder / f"{out}.toml"
+    path.write_text(f'out = "{folder / out}"\n{text}')
+    return path
+
+
+def record(folder: Path, run: str, out: str = "out") -> dict:
+    return json.loads((folder / out / run / "seed0/finished.json").read_text())["model"]
+
+
+def state(folder: Path, run: str, out: str = "out") -> dict[str, torch.Tensor]:
+    return dict(torch.load(record(folder, run, out)["weights"], weights_only=True)["state_dict"])
+
+
+def verbs(said: str) -> dict[str, str]:
+    """What was said of each run first."""
+    lines = [line for line in said.splitlines() if " (seed 0, det): " in line and ": done" not in line]
+    return {line.split(" ")[0]: line.split("): ")[1].split(",")[0].split(" after")[0] for line in lines}
+
+
+@needs_resume
+def test_teacher_assistant_student(folder, scenes, capsys, tmp_path):
+    path = plan(folder)
+    assert main(["plan", str(path)]) == 0
+    assert verbs(capsys.readouterr().out) == dict.fromkeys(("teacher", "assistant", "student"), "trains")
+    for name, width in (("teacher", 8), ("assistant", 6), ("student", 4)):
+        made = record(folder, name)
+        assert "coco/bbox_mAP" in made["metrics"]
+        config = Config.fromfile(made["config"])
+        assert config.model.type == "GFL" and config.model.backbone.base_channels == width
+        build(config.model.to_dict()).load_state_dict(state(folder, name), strict=True)
+
+    # The student by hand, from the assistant's files.
+    assistant = record(folder, "assistant")
+    model = distilled(detector(), assistant["config"], assistant["weights"], terms=TERMS)
+    settings = dict(SETTINGS, custom_hooks=[], randomness=dict(seed=0, deterministic=True))
+    alone = run(runner_config(model, scenes, tmp_path / "alone", **settings))
+    assert_same(weights(alone), state(folder, "student"))
+    assert any(not torch.equal(value, build(detector()).state_dict()[key]) for key, value in weights(alone).items())
+    meta = torch.load(assistant["weights"], weights_only=True)["meta"]
+    assert tuple(meta["dataset_meta"]["classes"]) == CLASSES
+
+    # Again: nothing is repeated.
+    files = {file: file.stat().st_mtime_ns for file in (folder / "out").rglob("*") if file.is_file()}
+    assert main(["plan", str(path)]) == 0
+    assert verbs(capsys.readouterr().out) == dict.fromkeys(("teacher", "assistant", "student"), "finished")
+    assert files == {file: file.stat().st_mtime_ns for file in (folder / "out").rglob("*") if file.is_file()}
+
+    # A run whose record and last checkpoint are lost goes on from the one before, to the same weights.
+    before = {name: state(folder, name) for name in ("assistant", "student")}
+    metrics = record(folder, "assistant")["metrics"]
+    (folder / "out/assistant/seed0/finished.json").unlink()
+    (folder / "out/assistant/seed0/iter_4.pth").unlink()
+    assert main(["plan", str(path)]) == 0
+    found = capsys.readouterr().out
+    assert verbs(found) == {"teacher": "finished", "assistant": "goes on", "student": "finished"}
+    assert_same(state(folder, "assistant"), before["assistant"])
+    assert record(folder, "assistant")["metrics"] == metrics
+
+    # Killed after its last iteration, before its record was written: nothing is left to train, the metrics are measured.
+    (folder / "out/student/seed0/finished.json").unlink()
+    metrics_of = record(folder, "teacher")["metrics"]
+    (folder / "out/teacher/seed0/finished.json").unlink()
+    assert main(["plan", str(path)]) == 0
+    assert verbs(capsys.readouterr().out) == {"teacher": "goes on", "assistant": "finished", "student": "goes on"}
+    assert_same(state(folder, "student"), before["student"])
+    assert record(folder, "teacher")["metrics"] == metrics_of
+
+
+@needs_resume
+def test_a_plan_that_was_killed_goes_on_to_the_same_weights(folder, capsys):
+    text = (
+        PLAN.partition("[runs.assistant]")[0].replace("assistant", "teacher") + '[runs.teacher]\nconfig = "large.py"\n'
+    )
+    whole, path = plan(folder, "whole", text), plan(folder, "killed", text)
+    assert main(["plan", str(whole)]) == 0
+    command = [sys.executable, "-m", "kdgraft", "plan", str(path)]
+    places = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    settings = {**os.environ, "PYTHONPATH": places, "DIE_AT": "student 3"}
+    killed = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+    assert killed.returncode == 9, killed.stderr[-2000:]
+    assert (folder / "killed/teacher/seed0/finished.json").exists()
+    assert not (folder / "killed/student/seed0/finished.json").exists()
+    capsys.readouterr()
+    assert main(["plan", str(path)]) == 0
+    assert verbs(capsys.readouterr().out) == {"teacher": "finished", "student": "goes on"}
+    assert_same(state(folder, "student", "killed"), state(folder, "student", "whole"))
+    assert record(folder, "student", "killed")["metrics"] == record(folder, "student", "whole")["metrics"]
+
+
+def test_a_config_that_is_distilled_already_is_one_line(folder, scenes, teacher_model, teacher_checkpoint, capsys):
+    model = distilled(detector(), teacher_model, teacher_checkpoint, terms=["SoftTargets"])
+    runner_config(model, scenes, folder / "unused").dump(folder / "small.py")
+    text = '[runs.student]\nconfig = "small.py"\nteacher = { config = "large.py", checkpoint = "x.pth" }\nterms = ["SoftTargets"]\n'
+    assert main(["plan", str(plan(folder, text=text))]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one]
+    assert "is distilled already; give the plan the plain student's config" in line

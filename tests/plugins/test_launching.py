@@ -1,0 +1,124 @@
+"""What a launcher started, and processes that wait for others in vain."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from kdgraft.cli import main
+from kdgraft.errors import DistillError
+from kdgraft.launching import check_launch, waiting
+
+PLUGINS = str(Path(__file__).parents[2] / "plugins")
+
+
+def environment(**more: str) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, (PLUGINS, os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+
+
+def launched(tmp_path: Path, *how: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *how, "-m", "kdgraft"]
+    command += ["train", "absent.yaml"]
+    return subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+
+
+def lines(said: str) -> list[str]:
+    return [line for line in said.splitlines() if "kdgraft: error" in line]
+
+
+def test_one_process_where_several_were_asked_for_is_refused_with_what_to_write(tmp_path):
+    done = launched(tmp_path, "--cpu", "--num_processes", "2")
+    assert done.returncode
+    (said,) = lines(done.stderr)
+    assert "started one" in said and "--multi_gpu --num_processes N" in said and "torchrun" in said
+
+
+def test_what_it_says_to_write_starts_two_and_one_process_is_let_through(tmp_path):
+    for how, processes in ((["--multi_gpu", "--num_processes", "2"], 2), (["--cpu", "--num_processes", "1"], 1)):
+        found = lines(launched(tmp_path, *how).stderr)
+        # torchrun ends the second process when the first has failed, which may be before it has spoken.
+        assert 1 <= len(found) <= processes and not any("started one" in line for line in found)
+
+
+@pytest.mark.parametrize("count", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_launchers_that_say_how_many_there_are_pass(monkeypatch, count):
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    check_launch()  # not accelerate's
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(DistillError, match="started one"):
+        check_launch()
+    monkeypatch.setenv(count, "2")
+    check_launch()
+
+
+RANK = """
+import sys, time
+from datetime import timedelta
+import torch, torch.distributed as dist
+from kdgraft.errors import DistillError
+from kdgraft.launching import waiting
+rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+try:
+    with waiting(3):
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=3))
+        dist.all_reduce(torch.ones(1))
+        print("met", flush=True)
+        if rank == 1:
+            time.sleep(60) if how == "stops" else sys.exit(0)
+        dist.all_reduce(torch.ones(1))
+except DistillError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("stops", "another process did not answer within 3 s (--timeout)"), ("ends", "another process is gone")],
+)
+def test_a_process_that_stops_or_ends_is_one_line_in_the_other(tmp_path, how, said):
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), how],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        begun = time.monotonic()
+        found, _ = ranks[0].communicate(timeout=100)
+        assert time.monotonic() - begun < 50
+        met, told = found.splitlines()
+        assert met == "met" and told.startswith(said)
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait(10)
+
+
+def test_other_errors_keep_their_names():
+    for text in ("DataLoader timed out after 3 seconds", "of something else"):
+        with pytest.raises(RuntimeError, match=text) as caught, waiting(3):
+            raise RuntimeError(text)
+        assert not isinstance(caught.value, DistillError)
+
+
+def test_the_time_out_is_an_option_with_its_default_stated(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "--timeout SECONDS seconds that a process waits for the others before all stop (default: the config's, or 1800)"
+        in said
+    )
+    assert main(["train", "absent.yaml", "--timeout", "0"]) == 2
+    assert "--timeout must be a number >= 1, got 0" in capsys.readouterr().err

@@ -1,0 +1,312 @@
+"""Plans in plain PyTorch: what they say, that a run taught by another is, and that nothing finished is repeated."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kdgraft import Distiller, DistillError, Ensemble, SoftTargets
+from kdgraft.cli import main
+from kdgraft.fit import fit
+from kdgraft.isolation import isolated_rng
+from kdgraft.plain import TRAINER, _task
+from kdgraft.plans import carry_out, read_plan
+
+TASKS = """
+import os
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdgraft.plain import Task
+
+X = torch.sin(torch.arange(64 * 4.0)).reshape(64, 4)
+Y = (X.sum(1) > 0).long() + 2 * (X[:, 0] > 0).long()
+STEPS = Path(__file__).with_name("steps")
+
+
+def loss(output, targets):
+    done = len(STEPS.read_text()) if STEPS.exists() else 0
+    STEPS.write_text("." * (done + 1))
+    if done + 1 == int(os.environ.get("DIE_AT", "0")):
+        os._exit(9)
+    return F.cross_entropy(output, targets)
+
+
+def task(width):
+    model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 4))
+    return Task(
+        model,
+        DataLoader(TensorDataset(X, Y), 16, shuffle=True),
+        loss,
+        epochs=3,
+        evaluate=lambda model: {"accuracy": (model(X).argmax(1) == Y).float().mean()},
+    )
+
+
+def large():
+    return task(32)
+
+
+def middle():
+    return task(16)
+
+
+def small(width=4):
+    return task(width)
+
+
+def nothing():
+    return None
+"""
+PLAN = """
+[runs.student]
+config = "tasks.py:small"
+teacher = "assistant"
+terms = [{ type = "SoftTargets", temperature = 2 }]
+
+[runs.assistant]
+config = "tasks.py:middle"
+teacher = "teacher"
+terms = [{ type = "SoftTargets", temperature = 2 }]
+
+[runs.teacher]
+config = "tasks.py:large"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "tasks.py").write_text(TASKS)
+    return tmp_path
+
+
+def plan(folder: Path, text: str = PLAN, name: str = "plan", out: str = "out") -> Path:
+    path = folder / f"{name}.toml"
+    path.write_text(f'out = "{folder / out}"\n{text}')
+    return path
+
+
+def said(path: Path, **settings) -> tuple[list[str], dict]:
+    lines: list[str] = []
+    found = carry_out(read_plan(path), tell=lines.append, **settings)
+    return lines, found
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return torch.load(model.weights, weights_only=True)
+
+
+def test_teacher_assistant_student(folder: Path):
+    lines, found = said(plan(folder))
+    assert [line.split(" ")[0] for line in lines[::2]] == ["teacher", "assistant", "student"]
+    assert "after teacher" in lines[2] and "after assistant" in lines[4]
+    assert all("accuracy" in line for line in lines[1::2])
+    # The student by hand, from the assistant's weights.
+    torch.manual_seed(0)
+    task = _task(f"{folder}/tasks.py:small", {})
+    assistant = _task(f"{folder}/tasks.py:middle", {}).model
+    assistant.load_state_dict(weights(found["assistant", 0]))
+    torch.manual_seed(0)
+    task = _task(f"{folder}/tasks.py:small", {})
+    distiller = Distiller(task.model, assistant, terms=[SoftTargets(2)], example=torch.zeros(1, 4))
+    fit(distiller, task.loader, F.cross_entropy, epochs=3)
+    ours = weights(found["student", 0])
+    assert ours.keys() == task.model.state_dict().keys()
+    assert all(torch.equal(ours[key], value) for key, value in task.model.state_dict().items())
+
+
+def test_what_is_finished_is_not_repeated(folder: Path):
+    path = plan(folder)
+    _, first = said(path)
+    steps = (folder / "steps").read_text()
+    lines, again = said(path)
+    assert all("finished" in line for line in lines) and len(lines) == 3
+    assert again == first and (folder / "steps").read_text() == steps
+    # One run's record is lost: that run alone is made again, to the same weights.
+    before = weights(first["assistant", 0])
+    (folder / "out/assistant/seed0/finished.json").unlink()
+    lines, again = said(path)
+    assert [line.split(": ")[1].split(",")[0].split(" ")[0] for line in lines] == [
+        "finished",
+        "goes",
+        "done",
+        "finished",
+    ]
+    assert all(torch.equal(value, before[key]) for key, value in weights(again["assistant", 0]).items())
+
+
+@pytest.mark.parametrize("die_at", [7, 17, 33])
+def test_a_plan_that_was_killed_goes_on_to_the_same_weights(folder: Path, die_at: int):
+    path, whole = plan(folder), plan(folder, name="whole", out="whole")
+    _, expected = said(whole)
+    (folder / "steps").unlink()
+    command = [sys.executable, "-m", "kdgraft", "plan", str(path)]
+    import os
+
+    killed = subprocess.run(command, env={**os.environ, "DIE_AT": str(die_at)}, capture_output=True, timeout=200)
+    assert killed.returncode == 9
+    lines, found = said(path)
+    assert sum("goes on" in line for line in lines) == 1
+    for key, model in expected.items():
+        ours, theirs = weights(found[key]), weights(model)
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+        assert found[key].metrics == model.metrics
+
+
+def test_a_dry_run_does_nothing(folder: Path):
+    lines, found = said(plan(folder), dry_run=True)
+    assert [line.split(": ")[1].split(" ")[0].rstrip(",") for line in lines] == ["trains"] * 3
+    assert found == {} and not (folder / "out").exists()
+
+
+def test_seeds_start_and_options(folder: Path):
+    text = """
+seeds = [1, 2]
+[runs.first]
+config = "tasks.py:small"
+options = { width = 6 }
+[runs.second]
+config = "tasks.py:small"
+options = { width = 6 }
+start = "first"
+"""
+    _, found = said(plan(folder, text))
+    assert set(found) == {(run, seed) for run in ("first", "second") for seed in (1, 2)}
+    assert weights(found["first", 1])["0.weight"].shape == (6, 4)
+    assert not torch.equal(weights(found["first", 1])["0.weight"], weights(found["first", 2])["0.weight"])
+    # The second goes on from the first: another training of three epochs from its weights.
+    task = _task(f"{folder}/tasks.py:small", {"width": 6})
+    torch.manual_seed(1)
+    task = _task(f"{folder}/tasks.py:small", {"width": 6})
+    task.model.load_state_dict(weights(found["first", 1]))
+    fit(task.model, task.loader, F.cross_entropy, epochs=3)
+    assert torch.equal(task.model[0].weight, weights(found["second", 1])["0.weight"])
+
+
+def test_two_teachers_and_their_ensemble(folder: Path):
+    text = """
+[runs.a]
+config = "tasks.py:large"
+[runs.b]
+config = "tasks.py:middle"
+[runs.student]
+config = "tasks.py:small"
+teachers = { a = "a", b = "b", teacher = { type = "Ensemble", members = ["a", "b"] } }
+terms = ["SoftTargets"]
+"""
+    _, found = said(plan(folder, text))
+    torch.manual_seed(0)
+    task = _task(f"{folder}/tasks.py:small", {})
+    with isolated_rng():
+        both = {name: _task(f"{folder}/tasks.py:{kind}", {}).model for name, kind in (("a", "large"), ("b", "middle"))}
+        for name, model in both.items():
+            model.load_state_dict(weights(found[name, 0]))
+    distiller = Distiller(
+        task.model, teachers={**both, "teacher": Ensemble(["a", "b"])}, terms=["SoftTargets"], example=torch.zeros(1, 4)
+    )
+    fit(distiller, task.loader, F.cross_entropy, epochs=3)
+    ours = weights(found["student", 0])
+    assert all(torch.equal(ours[key], value) for key, value in task.model.state_dict().items())
+
+
+def test_other_settings_in_a_folder_are_refused(folder: Path):
+    path = plan(folder)
+    said(path)
+    changed = plan(folder, PLAN.replace("temperature = 2", "temperature = 3"))
+    with pytest.raises(
+        DistillError, match=r"assistant/seed0 holds a run of other settings.*remove it, or give the plan another out"
+    ):
+        said(changed)
+    record = json.loads((folder / "out/teacher/seed0/finished.json").read_text())
+    Path(record["model"]["weights"]).unlink()
+    with pytest.raises(DistillError, match=r"weights .* are gone"):
+        said(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "has no runs"),
+        ("[runs.a]\n", "run 'a' needs config"),
+        ("[runs.a]\nconfig = 3\n", "run 'a': config must be a text, got 3"),
+        ("[runs.a]\nconfig = 'x.py:f'\nteachr = 'b'\n", "run 'a' has no entry 'teachr'; did you mean 'teacher'"),
+        ("sed = [1]\n[runs.a]\nconfig = 'x.py:f'\n", "has no entry 'sed'; did you mean 'seeds'"),
+        ("seeds = []\n[runs.a]\nconfig = 'x.py:f'\n", "seeds must be a list of different whole numbers"),
+        ("seeds = [1, 1]\n[runs.a]\nconfig = 'x.py:f'\n", "seeds must be a list of different whole numbers"),
+        ("seeds = [-1]\n[runs.a]\nconfig = 'x.py:f'\n", "a seed must be a whole number >= 0, got -1"),
+        ("[runs.a]\nconfig = 'x.py:f'\nteacher = 'b'\nterms = ['SoftTargets']\n", "a needs 'b', which is no run"),
+        (
+            "[runs.a]\nconfig = 'x.py:f'\nteacher = 'b'\n[runs.b]\nconfig = 'x.py:f'\n",
+            "a teacher needs terms or a recipe",
+        ),
+        ("[runs.a]\nconfig = 'x.py:f'\nterms = ['SoftTargets']\n", "terms need a teacher"),
+        (
+            "[runs.a]\nconfig = 'x.py:f'\nstart = 'b'\n[runs.b]\nconfig = 'x.py:f'\nstart = 'a'\n",
+            "these runs wait for each other: ",
+        ),
+        ("[runs.a]\nconfig = 'x.py:f'\nteacher = 1\nterms = ['SoftTargets']\n", "must be a run's name or a table"),
+        ("[runs.'a b']\nconfig = 'x.py:f'\n", "a run's name is letters"),
+        ("runs = 3", "has no runs"),
+        ("[runs", "cannot read plan"),
+    ],
+)
+def test_a_plan_that_is_wrong_is_one_line(tmp_path: Path, capsys, text: str, message: str):
+    path = tmp_path / "plan.toml"
+    path.write_text(text)
+    assert main(["plan", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("absent.py:f", "config not found: "),
+        ("tasks.py:smal", "tasks.py has no function 'smal'; did you mean 'small'"),
+        ("tasks.py:nothing", "returned a NoneType, not a kdgraft.plain.Task"),
+        ("tasks.txt", "no host trains"),
+    ],
+)
+def test_a_config_that_is_none_is_one_line(folder: Path, capsys, config: str, message: str):
+    path = plan(folder, f"[runs.a]\nconfig = '{config}'\n")
+    assert main(["plan", str(path)]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and message in lines[0], lines
+
+
+def test_a_task_is_for_plans_alone(folder: Path, capsys):
+    assert main(["train", f"{folder}/tasks.py:small"]) == 2
+    assert "kdgraft plan" in capsys.readouterr().err
+    assert TRAINER.reads("a.py:b") and not TRAINER.reads("a.py") and not TRAINER.reads("mmdet::a.py")
+
+
+def test_the_readmes_plan_runs_as_printed(tmp_path: Path, monkeypatch, capsys):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
+    (tasks,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import Task" in code]
+    assert len(text.splitlines()) <= 15
+    (tmp_path / "tasks.py").write_text(tasks)
+    (tmp_path / "chain.toml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    found = read_plan("chain.toml")
+    assert [run.name for run in found.runs] == ["teacher", "assistant", "student"]
+    assert [run.needs for run in found.runs] == [[], ["teacher"], ["assistant"]]
+    assert (found.out, found.seeds) == (Path("runs/chain"), (0, 1))
+    assert main(["plan", "chain.toml", "--dry-run"]) == 0
+    assert not (tmp_path / "runs").exists() and capsys.readouterr().out.count("trains") == 6
+    assert main(["plan", "chain.toml"]) == 0
+    assert (tmp_path / "runs/chain/student/seed1/student.pth").is_file()
+    capsys.readouterr()
+    assert main(["plan", "chain.toml"]) == 0
+    assert capsys.readouterr().out.count("finished") == 6

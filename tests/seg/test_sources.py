@@ -1,0 +1,304 @@
+"""Who teaches a segmentor: several teachers, their mean, a peer that trains beside it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+
+from kdgraft import Term, WiringError
+from kdgraft.cli import main
+from kdgraft.losses import Ratio
+from kdgraft.sources.teacher import read_checkpoint
+from kdgraft_mm.checkpoints import SAFE_TYPES
+from kdgraft_mm.state import KEY
+from kdgraft_seg import TERMS
+from seg_support import (
+    CLASSES,
+    assert_same,
+    batch,
+    build,
+    config,
+    history,
+    loadable,
+    losses_of,
+    needs_resume,
+    run,
+    save_teacher,
+    segmentor,
+    weights,
+)
+
+REVERSED = CLASSES[::-1]
+STUDENT = segmentor(dropout=0.0, frozen_bn=True)
+
+
+def entry(teachers: dict, *terms, student: dict = STUDENT) -> dict:
+    model = copy.deepcopy(student)
+    kind = model.pop("type")
+    return dict(
+        model,
+        type="DistilledSegmentor",
+        student=kind,
+        teachers=copy.deepcopy(teachers),
+        terms=copy.deepcopy(list(terms)),
+    )
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A teacher with the student's order of classes, and one of another width with the reverse."""
+    folder = tmp_path_factory.mktemp("pair")
+    return dict(
+        a=save_teacher(folder / "a.pth", segmentor("PSPNet", width=8), 1),
+        b=save_teacher(folder / "b.pth", segmentor("FCN", width=6), 2, REVERSED),
+    )
+
+
+@pytest.fixture(autouse=True)
+def _lively(monkeypatch):
+    """Freshly initialised classifiers say almost nothing; all models' scores are 40 times as large."""
+    say = BaseDecodeHead.cls_seg
+    monkeypatch.setattr(BaseDecodeHead, "cls_seg", lambda self, features: 40 * say(self, features))
+
+
+def ratio(student, probability, valid) -> float:
+    """The mean KL over pixels that count."""
+    items = (probability * (probability.log() - student.log_softmax(1))).sum(1)
+    return items[valid].mean().item()
+
+
+def valid_on(samples, size) -> torch.Tensor:
+    """Pixels of labels of 64×64 at the centres of a coarser grid."""
+    step = 64 // size[0]
+    labels = torch.stack([sample.gt_sem_seg.data[0] for sample in samples])
+    return labels[:, step // 2 :: step, step // 2 :: step] != 255
+
+
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+def test_an_ensemble_teaches_the_mean_of_every_pixel(pair, mean):
+    both = dict(pair, teacher=dict(type="Ensemble", members=["a", "b"], mean=mean, weights=[3, 1]))
+    single = dict(type="PixelSoftTargets", source="b", name="single")
+    model = build(entry(both, dict(type="PixelSoftTargets"), single))
+    model.start_distilling(CLASSES)
+    inputs, samples = batch(ignored=0.3)
+    found = losses_of(model, inputs, samples)
+    with torch.no_grad():
+        s = model(inputs, mode="tensor")
+        a = model.distiller.sources["a"].model(inputs, mode="tensor")
+        b = model.distiller.sources["b"].model(inputs, mode="tensor").flip(1)
+    assert s.shape == a.shape == b.shape
+    if mean == "arithmetic":
+        target = 0.75 * a.softmax(1) + 0.25 * b.softmax(1)
+    else:
+        target = a.softmax(1) ** 0.75 * b.softmax(1) ** 0.25
+        target = target / target.sum(1, keepdim=True)
+    valid = valid_on(samples, s.shape[-2:])
+    assert 0 < valid.sum() < valid.numel()
+    expected = ratio(s, target, valid)
+    assert found["distill.pixel_soft_targets.loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert found["distill.single.loss"].item() == pytest.approx(ratio(s, b.softmax(1), valid), rel=1e-4)
+    assert expected != pytest.approx(ratio(s, a.softmax(1), valid), rel=1e-3)
+
+
+def test_features_have_no_mean(pair):
+    both = dict(pair, teacher=dict(type="Ensemble", members=["a", "b"]))
+    with pytest.raises(WiringError, match=r"feature_imitation: an Ensemble gives predictions.*source='a'"):
+        build(entry(both, dict(type="FeatureImitation", tap="backbone[3]")))
+
+
+def test_members_are_resized_alike(pair, tmp_path):
+    other = segmentor("FCN", width=6)
+    other["decode_head"]["align_corners"] = True
+    both = dict(a=pair["a"], b=save_teacher(tmp_path / "c.pth", other))
+    both["teacher"] = dict(type="Ensemble", members=["a", "b"])
+    with pytest.raises(WiringError, match="members of the Ensemble 'teacher' are not of one kind"):
+        build(entry(both, dict(type="PixelSoftTargets")))
+
+
+# --- a peer
+
+PEER = segmentor("PSPNet", width=6, dropout=0.0, frozen_bn=True)
+MUTUAL = (
+    dict(type="PixelSoftTargets", source="peer"),
+    dict(type="FeatureImitation", tap="backbone[3]", source="peer", weight=0.5),
+)
+
+
+def with_peer(*terms, student: dict = STUDENT, peer: dict = PEER) -> dict:
+    return entry(dict(peer=dict(type="Peer", config=peer)), *terms, student=student)
+
+
+def peer_of(model):
+    return model.distiller.peers["peer"]
+
+
+def test_a_peers_losses_are_its_own_and_mutual_ones_are_by_hand():
+    model = build(with_peer(*MUTUAL))
+    student, peer = build(STUDENT), build(PEER, seed=5)
+    student.load_state_dict(model.state_dict())
+    peer_of(model).load_state_dict(peer.state_dict())
+    inputs, samples = batch(ignored=0.3)
+    found, host, own = (losses_of(one, inputs, samples) for one in (model, student, peer))
+    assert {key for key in found if not key.startswith("distill.")} == {*host, *(f"peer.peer.{key}" for key in own)}
+    for key, value in host.items():
+        assert torch.equal(found[key], value), key
+    for key, value in own.items():
+        assert torch.equal(found[f"peer.peer.{key}"], value), key
+    s, p = student(inputs, mode="tensor"), peer(inputs, mode="tensor")
+    valid = valid_on(samples, s.shape[-2:])
+    for name, ours, theirs in (("pixel_soft_targets", s, p), ("pixel_soft_targets_of_peer", p, s)):
+        expected = ratio(ours, theirs.detach().softmax(1), valid)
+        assert found[f"distill.{name}.loss"].item() == pytest.approx(expected, rel=1e-4), name
+    for name, learns, rests in (
+        ("pixel_soft_targets", model.decode_head, peer_of(model)),
+        ("pixel_soft_targets_of_peer", peer_of(model).decode_head, model.decode_head),
+        ("feature_imitation", model.backbone, peer_of(model)),
+        ("feature_imitation_of_peer", peer_of(model).backbone, model.backbone),
+    ):
+        loss = found[f"distill.{name}.loss"]
+        assert loss > 0
+        model.zero_grad()
+        loss.backward(retain_graph=True)
+        assert any(q.grad is not None and q.grad.any() for q in learns.parameters()), name
+        assert not any(q.grad is not None and q.grad.any() for q in rests.parameters()), name
+
+
+@pytest.fixture(scope="module")
+def peer_run(tmp_path_factory, scenes):
+    """Both draw dropout, and have batch norms that move."""
+    folder = tmp_path_factory.mktemp("peer")
+    model = with_peer(*MUTUAL, student=segmentor(), peer=segmentor("PSPNet", width=6))
+    return run(config(model, scenes, folder)), folder, model
+
+
+def peers(runner) -> dict[str, torch.Tensor]:
+    return {key: value.clone() for key, value in peer_of(runner.model).state_dict().items()}
+
+
+def test_student_and_peer_train_beside_each_other(peer_run, plain_run):
+    runner, folder, _ = peer_run
+    early, late = (read_checkpoint(folder / f"iter_{i}.pth", safe_types=SAFE_TYPES) for i in (2, 4))
+    for read in (
+        lambda saved: saved["state_dict"],
+        lambda saved: saved["message_hub"]["runtime_info"][KEY]["sources"]["peer"]["model"],
+    ):
+        before, after = read(early), read(late)
+        moved = {key.split(".")[0] for key, value in after.items() if not torch.equal(value, before[key])}
+        assert moved == {"backbone", "decode_head", "auxiliary_head"}
+    assert list(late["state_dict"]) == list(plain_run.runner.model.state_dict())
+    build(segmentor()).load_state_dict(late["state_dict"], strict=True)
+    assert len(history(runner, "peer.peer.decode.loss_ce")) == 4
+
+
+@needs_resume
+def test_a_resumed_peer_goes_on_bit_by_bit(scenes, tmp_path):
+    # Dropout draws from the global stream, which mmengine does not resume: nothing of this run draws.
+    model = with_peer(*MUTUAL, student=segmentor(dropout=0.0), peer=segmentor("PSPNet", width=6, dropout=0.0))
+    whole = run(config(model, scenes, tmp_path / "whole"))
+    resumed = Runner.from_cfg(
+        config(model, scenes, tmp_path / "resumed", resume=True, load_from=str(tmp_path / "whole" / "iter_2.pth"))
+    )
+    resumed.train()
+    assert_same(weights(resumed), weights(whole))
+    assert_same(peers(resumed), peers(whole))
+    states = [runner.optim_wrapper.optimizer.state_dict()["state"] for runner in (resumed, whole)]
+    assert states[0].keys() == states[1].keys() and len(states[0])
+    for place, state in states[0].items():
+        assert_same(state, states[1][place])
+
+
+def test_a_peer_is_exported_as_a_plain_student(peer_run, tmp_path):
+    runner, folder, _ = peer_run
+    out = tmp_path / "peer.pth"
+    assert main(["export", str(folder / "iter_4.pth"), str(out), "--peer", "peer"]) == 0
+    assert_same(dict(torch.load(out, weights_only=True)["state_dict"]), peers(runner))
+    plain = Config.fromfile(out.with_suffix(".py"))
+    assert plain.model.decode_head.type == "PSPHead" and "Distilled" not in plain.pretty_text
+    plain.merge_from_dict(dict(load_from=loadable(out), work_dir=str(tmp_path / "test"), experiment_name="seg_peer"))
+    tester = Runner.from_cfg(plain)
+    assert "mIoU" in tester.test()
+    inputs, _ = batch()
+    with torch.no_grad():
+        found = [one.eval()(inputs, mode="tensor") for one in (tester.model, peer_of(runner.model))]
+    assert torch.equal(*found)
+
+
+def test_a_student_that_is_exported_leaves_its_teachers_behind(peer_run, tmp_path):
+    out = tmp_path / "student.pth"
+    assert main(["export", str(peer_run[1] / "iter_4.pth"), str(out)]) == 0
+    plain = Config.fromfile(out.with_suffix(".py"))
+    assert plain.model.type == "EncoderDecoder" and not {"teachers", "teacher", "terms"} & set(plain.model)
+    build(plain.model.to_dict()).load_state_dict(torch.load(out, weights_only=True)["state_dict"])
+
+
+# --- plans
+
+
+@needs_resume
+def test_a_plan_of_teacher_and_student(scenes, tmp_path, capsys):
+    for name, width in (("large", 6), ("small", 4)):
+        config(segmentor(width=width), scenes, tmp_path / "unused", 2).dump(tmp_path / f"{name}.py")
+    out, path = tmp_path / "out", tmp_path / "plan.toml"
+    path.write_text(
+        f"""out = "{out}"
+seeds = [3]
+[runs.student]
+config = "small.py"
+teachers = {{ a = "teacher", peer = {{ type = "Peer", config = "{tmp_path}/small.py" }} }}
+terms = [{{ type = "PixelSoftTargets", source = "a" }}, {{ type = "DIST", source = "peer" }}]
+[runs.teacher]
+config = "large.py"
+"""
+    )
+    assert main(["plan", str(path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if " (seed 3, seg): " in line]
+    assert [line.split(" ")[0] for line in said] == ["teacher", "teacher", "student", "student"]
+    assert all("mIoU" in line for line in said[1::2])
+    for name in ("teacher", "student"):
+        folder = out / name / "seed3"
+        plain = Config.fromfile(folder / "student.py")
+        assert plain.model.type == "EncoderDecoder" and "teachers" not in plain.model
+        saved = torch.load(folder / "student.pth", weights_only=True)["state_dict"]
+        build(plain.model.to_dict()).load_state_dict(saved, strict=True)
+    live = read_checkpoint(out / "student/seed3/iter_2.pth", safe_types=SAFE_TYPES)["message_hub"]["runtime_info"]
+    assert set(live[KEY]["sources"]) == {"peer"} and len(live[KEY]["sources"]["peer"]["model"]) == len(saved)
+    assert main(["plan", str(path)]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if " (seed 3, seg): " in line]
+    assert len(said) == 2 and all("finished, in" in line for line in said)
+
+
+# --- shares of the host's loss
+
+
+def test_a_share_of_the_hosts_loss_is_left_to_it(pair):
+    class Third(Term):
+        host_share = 0.25
+
+        def forward(self, student, teacher, batch):
+            return Ratio(torch.ones(()), torch.ones(()))
+
+    class Named(Third):
+        host_losses = ("aux.loss_ce",)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TERMS, "_own", dict(TERMS._own))
+        TERMS.register(Third)
+        TERMS.register(Named)
+        inputs, samples = batch()
+        plain = build(STUDENT)
+        host = losses_of(plain, inputs, samples)
+        scaled = {key for key in host if "loss" in key}
+        assert {"decode.loss_ce", "aux.loss_ce"} <= scaled
+        for terms, share in ((["Third"], {}), (["Named"], {"aux.loss_ce"}), ([], None)):
+            model = build(entry(dict(teacher=pair["a"]), *terms, "PixelSoftTargets"))
+            model.load_state_dict(plain.state_dict())
+            found = losses_of(model, inputs, samples)
+            for key in scaled:
+                part = 1.0 if share is None or (share and key not in share) else 0.25
+                assert found[key].item() == pytest.approx(part * host[key].item(), rel=1e-6), (terms, key)
