@@ -169,7 +169,7 @@ def test_teacher_assistant_student(folder: Path, capsys, steps):
     assert not steps  # the last checkpoint is of the last step
 
 
-@pytest.mark.parametrize("at", [2, 8, 15])
+@pytest.mark.parametrize("at", [8, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 15))])
 def test_a_plan_that_was_killed_goes_on_to_the_same_weights(folder: Path, whole: Path, capsys, steps, at: int):
     path = plan(folder)
     alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on the number of threads

@@ -191,7 +191,9 @@ def test_the_log_goes_on_and_is_mmengines_own(config, tmp_path):
 # --- the newest whole checkpoint
 
 
-@pytest.mark.parametrize("pointer", ["", None, "/gone/iter_3.pth"])
+@pytest.mark.parametrize(
+    "pointer", ["", *(pytest.param(at, marks=pytest.mark.slow) for at in (None, "/gone/iter_3.pth"))]
+)
 def test_without_a_pointer_the_newest_checkpoint_on_disk_is_found(config, tmp_path, pointer, caplog):
     assert main(["train", config(5)]) == 0
     whole = weight(tmp_path / "work" / "iter_5.pth")
@@ -339,6 +341,7 @@ class Four(torch.utils.data.Dataset):
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_stops_ends_the_run_of_the_other(config, tmp_path):
     (tmp_path / "stopping.py").write_text(STOPS)
     written = Config.fromfile(config())
