@@ -217,11 +217,10 @@ def train_tokenizer(
     texts: Any, vocab_size: int = 4000, length: int = 128, pairs: bool = False
 ) -> PreTrainedTokenizerFast:
     """A lower-case WordPiece tokenizer with BERT's special tokens; for pairs it also tells the two texts apart."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer = Tokenizer(models.WordPiece(_learned_pieces(list(texts), vocab_size), unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    learned = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
-    tokenizer.train_from_iterator(texts, learned)
+    tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -232,6 +231,25 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=length, model_input_names=inputs, **names
     )
+
+
+def _learned_pieces(texts: Sequence[str], vocab_size: int) -> dict[str, int]:
+    """The pieces that WordPiece learns of texts, the same in every process.
+
+    The library numbers the characters that continue words as it meets them in a hash map, another order in each process, and
+    merges that are equally frequent go by these numbers. Given in front, as if special, they have one order.
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    continuing: set[str] = set()
+    for text in texts:
+        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
+            continuing.update(word[1:])
+    first = [*SPECIAL, *(f"##{character}" for character in sorted(continuing))]
+    learned = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False)
+    tokenizer.train_from_iterator(texts, learned)
+    return tokenizer.get_vocab()
 
 
 def _names(column: Texts) -> list[str]:

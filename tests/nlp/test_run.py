@@ -249,6 +249,15 @@ def test_tokenizer():
     assert tokenizer.convert_ids_to_tokens(ids) == ["[CLS]", "red", "dog", "[SEP]"]
 
 
+def test_a_tokenizer_is_learned_alike_every_time():
+    # The library's own trainer numbers the characters that continue words differently in each hash map.
+    text = " ".join(a + b + c + d for a in "abcd" for b in "efgh" for c in "abcd" for d in "ij")
+    learned = [train_tokenizer([text], 90).get_vocab() for _ in range(4)]
+    assert all(one == learned[0] for one in learned)
+    assert len(learned[0]) == 90 and sorted(learned[0].values()) == list(range(90))
+    assert [learned[0][name] for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
+
+
 def test_a_share_of_the_data_keeps_all_classes(tmp_path):
     rows = [{"text": f"word {i}", "label": "rare" if i == 0 else "common"} for i in range(20)]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
