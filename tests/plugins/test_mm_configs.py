@@ -157,7 +157,6 @@ def test_a_text_of_mmengines_is_read_as_it_was_written():
     entries = dict(
         model={
             **BESIDE,
-            "type": Config,
             "ratio": -0.5,
             "size": (1, -2),
             "nothing": None,
@@ -171,8 +170,15 @@ def test_a_text_of_mmengines_is_read_as_it_was_written():
     )
     config = Config(entries)
     found = literal_config(config.pretty_text, "here")
-    entries["model"]["type"] = "mmengine.config.config.Config"  # a class is written as its path
     assert found.to_dict() == Config(entries).to_dict()
+
+
+def test_a_class_in_a_text_of_mmengines_is_read_as_its_path():
+    try:
+        text = Config(dict(model=dict(type=Config))).pretty_text
+    except SyntaxError:
+        pytest.skip("upstream mmengine cannot write a config that holds a class")
+    assert literal_config(text, "here").to_dict() == dict(model=dict(type="mmengine.config.config.Config"))
 
 
 @pytest.mark.parametrize(

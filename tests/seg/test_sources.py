@@ -239,7 +239,6 @@ def test_a_student_that_is_exported_leaves_its_teachers_behind(peer_run, tmp_pat
 # --- plans
 
 
-@needs_resume
 def test_a_plan_of_teacher_and_student(scenes, tmp_path, capsys):
     for name, width in (("large", 6), ("small", 4)):
         config(segmentor(width=width), scenes, tmp_path / "unused", 2).dump(tmp_path / f"{name}.py")
