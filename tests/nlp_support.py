@@ -202,4 +202,4 @@ def by_letter(side="left"):
 def loss_of(student: Any, batch: Any) -> Tensor:
     """The sum of the distillation losses of one pass of a grafted student."""
     student(**batch)
-    return torch.stack([v for k, v in student._distill.last.losses.items() if k.endswith(".loss")]).sum()
+    return torch.stack([v for k, v in student.distill_link.last.losses.items() if k.endswith(".loss")]).sum()

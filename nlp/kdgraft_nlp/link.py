@@ -170,20 +170,20 @@ def _per_token(name: str) -> bool:
 
 def tie(model: Any, link: Link) -> None:
     """Gives a student its link: an attribute that no ``state_dict`` has."""
-    model._distill = link
+    model.distill_link = link
 
 
 def untie(model: Any) -> None:
     """Takes a student's link away."""
-    del model._distill
+    del model.distill_link
 
 
 def is_tied(model: Any) -> bool:
     """Whether a model has a link: is a grafted student."""
-    return hasattr(model, "_distill")
+    return hasattr(model, "distill_link")
 
 
 def link_of(model: Any) -> Link:
     """The link of a grafted student."""
-    found: Link = model._distill
+    found: Link = model.distill_link
     return found

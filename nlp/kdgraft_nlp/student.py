@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.hiding import hide_from_state_dict
+from kdgraft.hiding import hide_from_state_dict, own_children
 from kdgraft.isolation import isolated_rng
 from kdgraft.regions import Batch, Samples
 from kdgraft.schedules import Step
@@ -56,7 +56,7 @@ class Grafted:
         """Copies and pickles are plain students: a teacher belongs in no file, and a copy is taken to be kept as it is."""
         plain = object.__new__(_student_class(self))
         plain.__dict__.update(vars(self))
-        plain._modules = dict(plain._modules)
+        own_children(plain)
         _take_off(plain, type(self))
         return plain.__reduce_ex__(1)  # later protocols insist on this object's own class
 
@@ -303,7 +303,7 @@ def _student_class(model: Grafted) -> Any:
 
 def _take_off(student: Any, graft: Any) -> None:
     """Removes what the graft put on an instance whose class is plain again, and what accelerate made of the graft's forward."""
-    del student._modules["distiller"]
+    del student.distiller
     untie(student)
     _unwrap_forward(student, graft)
 

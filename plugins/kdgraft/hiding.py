@@ -25,3 +25,9 @@ def hide_from_state_dict(module: nn.Module) -> None:
 
     module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_pre_hook(keep)
+
+
+def own_children(copied: nn.Module) -> None:
+    """Gives a shallow copy of a module its own mapping of children, so that one can be deleted without the original losing it."""
+    members = vars(copied)
+    members["_modules"] = dict(members["_modules"])

@@ -31,6 +31,7 @@ from mmengine.runner import Runner
 from kdgraft.bench import interleave
 from kdgraft.comparison import Outcome, Progress, check_split, choose, compare
 from kdgraft.files import digest
+from kdgraft.hiding import own_children
 from kdgraft.report import Result
 
 from .finished import RECORD, WEIGHTS, Finished, alone, bare_weights, code, describe, restore
@@ -303,10 +304,11 @@ def time_steps(runs: Sequence[Trained], rounds: int = 20) -> dict[str, float]:
 
 def plain_view(model: Any) -> Any:
     """A student without its distiller, to count parameters and FLOPs."""
-    if model._modules.get("distiller") is None:
+    if getattr(model, "distiller", None) is None:
         return model
     plain = copy.copy(model)
-    plain._modules = {name: child for name, child in model._modules.items() if name != "distiller"}
+    own_children(plain)
+    del plain.distiller
     return plain
 
 

@@ -137,7 +137,7 @@ class Graft(_Host, metaclass=Grafting):
                     problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
         # A plain attribute for what is no module; mmengine's modules take it as any object.
-        grafted._distill = _Link(HubLink(), views, problem, paths, pairing)
+        grafted.distill_link = _Link(HubLink(), views, problem, paths, pairing)
         if engine is not None:
             hide_from_state_dict(engine)
         grafted.add_module("distiller", engine)
@@ -248,7 +248,7 @@ class Graft(_Host, metaclass=Grafting):
         Where the teacher has a resolution of its own, the batch is in training the teacher's, and the host's losses those of
         the reduced one.
         """
-        link = self._distill
+        link = self.distill_link
         delivered = inputs, data_samples
         if self.training and link.resolution is not None:
             inputs, data_samples = self._reduced(inputs, data_samples, link.resolution)
@@ -280,7 +280,7 @@ class Graft(_Host, metaclass=Grafting):
 
     def init_weights(self) -> None:
         """The student's own initialisation, then what it inherits. Called when training starts: loads the teacher."""
-        self._distill.raise_problem()
+        self.distill_link.raise_problem()
         if self.distiller is not None:
             self.distiller.load()
         with self._without_distiller():
@@ -289,7 +289,7 @@ class Graft(_Host, metaclass=Grafting):
             with isolated_rng():
                 for peer in self.distiller.peers.values():
                     peer.init_weights()  # type: ignore[operator]
-            for path in self._distill.inherit:
+            for path in self.distill_link.inherit:
                 theirs = self.distiller.teacher.model.get_submodule(path).state_dict()
                 self.get_submodule(path).load_state_dict(theirs)  # type: ignore[attr-defined]
 
@@ -302,7 +302,7 @@ class Graft(_Host, metaclass=Grafting):
         Raises:
             DistillError: the teacher's file is missing or does not fit, or its classes are others.
         """
-        link = self._distill
+        link = self.distill_link
         link.raise_problem()
         if self.distiller is None:
             return
@@ -321,7 +321,7 @@ class Graft(_Host, metaclass=Grafting):
 
     def _compare_classes(self, teacher: Teacher, classes: Any) -> None:
         """Finds out how a teacher's classes come into the student's order; refuses what takes them as they are."""
-        link, engine = self._distill, self.distiller
+        link, engine = self.distill_link, self.distiller
         assert engine is not None
         terms = [term for term in engine.all_terms if teacher.name in engine.members(term.source)]
         paired = [term.name for term in terms if term.name in link.pairing]

@@ -71,7 +71,7 @@ def delivered(model, batch):
 
 
 def reduced(model, data):
-    return model._reduced(data["inputs"], data["data_samples"], model._distill.resolution)
+    return model._reduced(data["inputs"], data["data_samples"], model.distill_link.resolution)
 
 
 def smooth(height: int, width: int) -> np.ndarray:

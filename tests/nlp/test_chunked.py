@@ -313,7 +313,7 @@ def test_what_becomes_of_logits_and_loss_is_what_the_plain_model_does(name):
     ours = student(**batch)
     torch.testing.assert_close(ours.loss, output.loss, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
-        student._distill.last.losses["distill.forward_kl.loss"], divergence, rtol=1e-4, atol=1e-6
+        student.distill_link.last.losses["distill.forward_kl.loss"], divergence, rtol=1e-4, atol=1e-6
     )
     ours.loss.backward()
     gradient = support.distillation_gradient(student)
@@ -338,7 +338,9 @@ def test_student_and_teacher_keep_their_own_caps():
     expected = (t.exp() * (t - s)).sum(-1)[batch["labels"][:, 1:] != -100].mean()
     student = graft(odd("cap", 1), odd("divided", 2), ["ForwardKL"], chunk=5).train()
     student(**batch)
-    torch.testing.assert_close(student._distill.last.losses["distill.forward_kl.loss"], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        student.distill_link.last.losses["distill.forward_kl.loss"], expected, rtol=1e-4, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("name", ["cap", "routers", "both"])

@@ -123,7 +123,7 @@ def test_terms_across_tokenizers(term):
         }
         grafted.zero_grad()
         grafted(**batch)
-        loss = next(iter(grafted._distill.last.losses.values()))
+        loss = next(iter(grafted.distill_link.last.losses.values()))
         loss.backward()
         found.append((loss.detach(), support.distillation_gradient(grafted)))
     # The two batches hold the same two samples, padded to other lengths for both models.
@@ -145,7 +145,7 @@ def test_the_same_tokenizer_twice_changes_nothing():
         student = support.quiet(support.model("bert", vocab_size=11, seed=1))
         grafted = graft(student, support.model("bert", 32, 4, vocab_size=11, seed=2), ["SoftTargets"]).train()
         grafted(**collator(data))
-        losses.append(grafted._distill.last.losses["distill.soft_targets.loss"])
+        losses.append(grafted.distill_link.last.losses["distill.soft_targets.loss"])
     torch.testing.assert_close(*losses)
 
 
@@ -156,7 +156,7 @@ def test_inputs_for_the_teacher_alone():
     student = support.quiet(support.model("vit", seed=1))
     grafted = graft(student, support.model("vit", 32, image_size=24, seed=2), ["SoftTargets"]).train()
     grafted(**batch)
-    assert grafted._distill.last.losses["distill.soft_targets.loss"] > 0
+    assert grafted.distill_link.last.losses["distill.soft_targets.loss"] > 0
     grafted.eval()(**batch)
 
 

@@ -73,7 +73,7 @@ def test_a_packed_row_is_the_padded_batch(family, name):
     # Told from the batch alone, the count is the same.
     counts = [student.distiller.counts(read_batch(batch, "causal")) for batch in (padded, packed)]
     assert counts[0] == counts[1] and counts[0]
-    student._distill.totals = counts[1]
+    student.distill_link.totals = counts[1]
     close(whole, step(student, packed))
 
 

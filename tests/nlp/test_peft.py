@@ -54,7 +54,7 @@ def test_loss_and_gradient_by_hand(chunk, teacher):
 
     assert graft(student, teacher, [ForwardKL()], chunk=chunk) is student
     output = student.train()(**batch)
-    loss = student._distill.last.losses["distill.forward_kl.loss"]
+    loss = student.distill_link.last.losses["distill.forward_kl.loss"]
     torch.testing.assert_close(loss.detach(), kl.detach())
     # In chunks the term's gradient comes with the host's loss.
     (output.loss + loss).backward()

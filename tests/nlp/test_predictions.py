@@ -97,7 +97,7 @@ def test_labels_that_are_shares_of_one_class_keep_softmax_where_the_config_says_
     plain = [outputs(model, batch).logits for model in berts()]
     student = graft(*berts(problem_type="single_label_classification"), [dict(type="SoftTargets", temperature=2.0)])
     own = {k: v for k, v in batch.items() if k != "labels"}
-    with student._distill.asking(Asked(Step(), batch)):
+    with student.distill_link.asking(Asked(Step(), batch)):
         torch.testing.assert_close(distilled(student, own)[0], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
 
 
@@ -126,7 +126,7 @@ def test_numbers_to_be_predicted_are_refused_at_the_first_batch():
     asked = Asked(Step(), {**batch, "labels": torch.rand(4)})
     del batch["labels"]
     with (
-        student._distill.asking(asked),
+        student.distill_link.asking(asked),
         pytest.raises(DistillError, match=r"floats \(4,\) beside logits \(4, 3\) are numbers to be predicted"),
     ):
         student(**batch)
@@ -197,7 +197,7 @@ def test_a_segmentors_classes_are_compared_pixel_by_pixel(ignored):
     assert gradient["decode_head.classifier.weight"].abs().sum() > 0
     assert student.distiller.rows[0].region == "labelled pixels"
     # What counts is known before the pass, so that accumulated batches are one.
-    counts = student.distiller.counts(student._distill.read(batch))
+    counts = student.distiller.counts(student.distill_link.read(batch))
     assert counts["soft_targets"] == (batch["labels"] != ignored).sum()
 
 
@@ -206,7 +206,7 @@ def test_a_segmentors_ignored_pixels_alone_are_zero_with_a_live_graph():
     batch["labels"][:] = 255
     student = graft(*segformers(), ["SoftTargets"]).train()
     own = {"pixel_values": batch["pixel_values"]}
-    with student._distill.asking(Asked(Step(), batch)):  # the host's own cross-entropy of nothing is NaN
+    with student.distill_link.asking(Asked(Step(), batch)):  # the host's own cross-entropy of nothing is NaN
         loss = support.loss_of(student, own)
     loss.backward()
     assert loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
@@ -336,7 +336,7 @@ def test_a_vision_language_model_is_compared_where_it_predicts_the_answer(tokens
     student = graft(*llavas(), [dict(type="ForwardKL", tokens=tokens)])
     loss, _ = distilled(student, batch)
     torch.testing.assert_close(loss, kl(*plain).mean(), rtol=1e-4, atol=1e-6)
-    assert student.distiller.counts(student._distill.read(batch))["forward_kl"] == 6
+    assert student.distiller.counts(student.distill_link.read(batch))["forward_kl"] == 6
 
 
 def test_a_vision_language_model_learns_from_a_text_model_only_with_its_inputs():
@@ -609,7 +609,7 @@ def test_a_mask_of_samples_counts_frames(term):
     batch = heard()
     student = graft(*listeners(), [term])
     loss, _ = distilled(student, batch)
-    counts = student.distiller.counts(student._distill.read(batch))
+    counts = student.distiller.counts(student.distill_link.read(batch))
     assert list(counts.values()) == [42]
     if term == "SoftTargets":
         plain = [outputs(model, batch).logits for model in listeners()]
@@ -624,7 +624,7 @@ def test_a_classifier_of_sounds():
     plain = [outputs(model, batch).logits for model in listeners(kind, num_labels=3)]
     student = graft(*listeners(kind, num_labels=3), ["SoftTargets", "HiddenStates"])
     distilled(student, batch)
-    losses = student._distill.last.losses
+    losses = student.distill_link.last.losses
     torch.testing.assert_close(losses["distill.soft_targets.loss"], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
     assert losses["distill.hidden_states.loss"] > 0
 
@@ -653,7 +653,7 @@ def test_soft_targets_of_multiple_choice_are_over_the_choices():
     assert plain[0].shape == (3, 4)
     student = graft(*choosers(), ["SoftTargets"])
     torch.testing.assert_close(distilled(student, batch)[0], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
-    assert student.distiller.counts(student._distill.read(batch))["soft_targets"] == 3
+    assert student.distiller.counts(student.distill_link.read(batch))["soft_targets"] == 3
 
 
 @pytest.mark.parametrize(
@@ -670,7 +670,7 @@ def test_layers_see_each_choice_as_a_text(term, count):
     student = graft(*choosers(), [term])
     loss, _ = distilled(student, quizzed())
     torch.testing.assert_close(distilled(student, quizzed(3))[0], loss, rtol=1e-4, atol=1e-6)
-    counts = student.distiller.counts(student._distill.read(quizzed()))
+    counts = student.distiller.counts(student.distill_link.read(quizzed()))
     if count is not None:
         assert list(counts.values()) == [count]
     # The same choices as plain texts of the encoder beneath.
@@ -752,7 +752,7 @@ def test_a_vision_language_model_in_chunks():
     output = student(**batch)
     torch.testing.assert_close(output.loss, host, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        student._distill.last.losses["distill.forward_kl.loss"], kl(*scores).mean(), rtol=1e-4, atol=1e-6
+        student.distill_link.last.losses["distill.forward_kl.loss"], kl(*scores).mean(), rtol=1e-4, atol=1e-6
     )
 
 

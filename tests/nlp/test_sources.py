@@ -64,7 +64,7 @@ def trainer_of(folder, student, terms, kind=DistillTrainer, count=8, data=None, 
 def losses(trainer, batch):
     """The loss of one step and the terms' own."""
     loss = trainer.compute_loss(trainer.model.train(), dict(batch))
-    found = trainer.model._distill.last.losses
+    found = trainer.model.distill_link.last.losses
     return loss, {name: value for name, value in found.items() if name.endswith(".loss")}
 
 
@@ -432,7 +432,7 @@ def test_a_peer_of_another_family_gets_its_own_inputs(tmp_path):
     assert not torch.allclose(expected, without)
     trainer = trainer_of(tmp_path, a, [SoftTargets(source="peer")], teachers={"peer": Peer(b)})
     losses(trainer, batch)
-    torch.testing.assert_close(trainer.model._distill.last.peers["peer"], expected)
+    torch.testing.assert_close(trainer.model.distill_link.last.peers["peer"], expected)
 
 
 @pytest.mark.parametrize("weight", [0, 0.25])
@@ -481,7 +481,7 @@ def test_what_a_peer_cannot_be(tmp_path):
                 **given,
             )
         assert "\n" not in str(error.value)
-        assert type(student).__mro__[0].__module__.startswith("transformers") and not hasattr(student, "_distill")
+        assert type(student).__mro__[0].__module__.startswith("transformers") and not hasattr(student, "distill_link")
 
     refused(
         "the peer 'peer' has the student's classes in another order",
@@ -537,7 +537,7 @@ def test_the_moving_average_by_hand(tmp_path):
         def compute_loss(self, model, inputs, *args, **settings):
             student = {name: value.clone() for name, value in self.model.state_dict().items()}
             loss = super().compute_loss(model, inputs, *args, **settings)
-            found = {key: value.clone() for key, value in self.model._distill.last.losses.items()}
+            found = {key: value.clone() for key, value in self.model.distill_link.last.losses.items()}
             seen.append((student, {k: v.clone() for k, v in inputs.items()}, found))
             return loss
 

@@ -60,7 +60,7 @@ def step(student, batch):
     """The distillation loss and its gradient, alone."""
     student.zero_grad()
     student(**batch)
-    link = student._distill
+    link = student.distill_link
     loss = torch.stack([value for key, value in link.last.losses.items() if key.endswith(".loss")]).sum()
     loss.backward()
     assert not any(key.endswith("dropped") for key in link.last.losses)
@@ -93,9 +93,9 @@ def test_padding_changes_nothing_and_counts_are_known_ahead(family, name):
     # The count from the batch alone is the denominator of the pass: with it as the total nothing changes.
     counts = student.distiller.counts(read_batch(batch, task))
     assert counts, "every term knows its count before the pass"
-    student._distill.totals = counts
+    student.distill_link.totals = counts
     close(first, step(student, batch))
-    student._distill.totals = {key: 2 * value for key, value in counts.items()}
+    student.distill_link.totals = {key: 2 * value for key, value in counts.items()}
     torch.testing.assert_close(step(student, batch)[0], first[0] / 2)
 
 
@@ -109,7 +109,7 @@ def test_stacks_of_two_stack_models(stack, name):
         f"{'decoder' if stack != 'encoder' else 'encoder'}.block" in row.student_tap for row in student.distiller.rows
     )
     close(first, step(student, support.collate(data, extra=3)))
-    student._distill.totals = student.distiller.counts(read_batch(support.collate(data), "seq2seq"))
+    student.distill_link.totals = student.distiller.counts(read_batch(support.collate(data), "seq2seq"))
     close(first, step(student, support.collate(data)))
 
 
@@ -119,7 +119,7 @@ def test_samples_one_by_one_add_up_to_the_batch(family, name):
     task = support.TASKS[family][1]
     data = support.samples(5, task)
     whole = step(student, support.collate(data))
-    student._distill.totals = student.distiller.counts(read_batch(support.collate(data), task))
+    student.distill_link.totals = student.distiller.counts(read_batch(support.collate(data), task))
     parts = [step(student, support.collate([sample])) for sample in data]
     names = whole[1]
     total = (sum(p[0] for p in parts), {n: sum(p[1].get(n, 0 * names[n]) for p in parts) for n in names})
@@ -206,7 +206,7 @@ def test_computed_in_float32_under_autocast(name):
     student.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         student(**batch)
-    for loss in student._distill.last.losses.values():
+    for loss in student.distill_link.last.losses.values():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss.detach(), exact[0], rtol=0.15, atol=0.02)
         loss.backward()

@@ -361,7 +361,7 @@ def test_positions_are_bound_as_python_binds_them(tmp_path):
     student = graft(student, teacher, ["SoftTargets"]).train()
     for call in (lambda: student(ids, mask), lambda: student(ids, mask, None, labels=labels)):
         call()
-        found = student._distill.last.losses["distill.soft_targets.loss"]
+        found = student.distill_link.last.losses["distill.soft_targets.loss"]
         torch.testing.assert_close(found.detach(), by_hand)
     with pytest.raises(TypeError, match="multiple values for argument 'input_ids'"):
         student(ids, mask, input_ids=ids)
