@@ -32,7 +32,7 @@ needs_resume = pytest.mark.xfail(
     strict=True,
 )
 EVERY_TERM: dict[str, Any] = dict(
-    recipe="localization",
+    recipe="ld",
     terms=[
         dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
         dict(type="FeatureImitation", tap="backbone.layer3", name="layer3"),

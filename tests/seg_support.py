@@ -31,7 +31,7 @@ needs_resume = pytest.mark.xfail(
     strict=True,
 )
 EVERY_TERM: dict[str, Any] = dict(
-    recipe=dict(type="structured", critic=dict(critic=SMALL_CRITIC)),
+    recipe=dict(type="skd", critic=dict(critic=SMALL_CRITIC)),
     terms=[
         dict(type="ChannelWise", weight=3.0),
         dict(type="ChannelWise", tap="backbone[2]", name="channel_wise_features"),

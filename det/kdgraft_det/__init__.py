@@ -12,13 +12,13 @@ from .localization import LocalizationDistillation  # noqa: E402
 from .recipes import (  # noqa: E402
     chen2017,
     combined,
-    cross_head,
-    fine_grained,
-    focal_global,
+    crosskd,
+    fgd,
+    fgfi,
     imitation,
-    localization,
-    masked_generation,
-    pearson,
+    ld,
+    mgd,
+    pkd,
 )
 from .registry import RECIPES, TERMS  # noqa: E402
 from .soft_targets import SoftTargets  # noqa: E402
@@ -34,11 +34,11 @@ __all__ = [
     "SoftTargets",
     "chen2017",
     "combined",
-    "cross_head",
-    "fine_grained",
-    "focal_global",
+    "crosskd",
+    "fgd",
+    "fgfi",
     "imitation",
-    "localization",
-    "masked_generation",
-    "pearson",
+    "ld",
+    "mgd",
+    "pkd",
 ]

@@ -22,10 +22,10 @@ from .peers import mmdet_ld
 
 STUDENT = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
 TEACHER = "mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py"
-PAPERS = ("chen2017", "fine_grained", "focal_global", "masked_generation", "pearson", "cross_head")
+PAPERS = ("chen2017", "fgfi", "fgd", "mgd", "pkd", "crosskd")
 RECIPES: dict[str, dict[str, Any]] = {
     "LD, main region": dict(terms=[dict(type="LocalizationDistillation")]),
-    "localization": dict(recipe="localization"),
+    "ld": dict(recipe="ld"),
     "foreground imitation": dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")]),
     "soft targets": dict(terms=[dict(type="SoftTargets")]),
     **{name: dict(recipe=name) for name in PAPERS},

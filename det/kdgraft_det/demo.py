@@ -59,17 +59,17 @@ def recipes(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
     channels, positions = 256 / CHANNELS, theirs / ours
     focal_global = dict(alpha=1e-3 * channels, beta=5e-4 * channels, gamma=5e-4 * positions)
     return {
-        **{name: dict(recipe=name) for name in ("combined", "localization", "imitation", "chen2017", "fine_grained")},
-        "focal_global": dict(recipe=dict(type="focal_global", **focal_global, lambda_=5e-6 * channels * positions)),
-        "masked_generation": dict(recipe=dict(type="masked_generation", weight=2e-5 * channels * positions)),
-        "pearson": dict(recipe="pearson"),
-        "cross_head": dict(recipe="cross_head"),
+        **{name: dict(recipe=name) for name in ("combined", "ld", "imitation", "chen2017", "fgfi")},
+        "fgd": dict(recipe=dict(type="fgd", **focal_global, lambda_=5e-6 * channels * positions)),
+        "mgd": dict(recipe=dict(type="mgd", weight=2e-5 * channels * positions)),
+        "pkd": dict(recipe="pkd"),
+        "crosskd": dict(recipe="crosskd"),
     }
 
 
 RECIPES = recipes((SIZE, SIZE)) | {
     # Tuned on the validation scenes with seeds 100 and 101, as combined was.
-    "localization": dict(recipe=dict(type="localization", main=1 / 9, vlr=1 / 9, classes=0.5)),
+    "ld": dict(recipe=dict(type="ld", main=1 / 9, vlr=1 / 9, classes=0.5)),
 }
 REAL_RECIPES = recipes(padded(REAL_SIZE[::-1]))
 PEERS = {"mmdet_ld": mmdet_ld}

@@ -53,7 +53,7 @@ class DistilledDetector(Graft):
         model = dict(
             type='DistilledDetector', student=_base_.model.type,
             teacher=dict(config='mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py', checkpoint='teacher.pth'),
-            recipe='localization')
+            recipe='ld')
 
     The arguments are those of :meth:`kdgraft_mm.graft.Graft.build`.
     """

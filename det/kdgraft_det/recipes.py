@@ -8,7 +8,7 @@ from .registry import RECIPES
 
 
 @RECIPES.register
-def localization(
+def ld(
     main: float = 1.2, vlr: float = 2.6, classes: float = 0.125, temperature: float = 10.0, schedule: Any = None
 ) -> list[dict[str, Any]]:
     """LD (CVPR 2022): box distributions on the main and the valuable region, class distillation on the positives.
@@ -47,14 +47,14 @@ def imitation(
 def combined(
     main: float = 0.22, vlr: float = 0.22, classes: float = 0.5, features: float = 6.0, schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """``localization`` and ``imitation`` together, with weights tuned on the demo's validation scenes.
+    """``ld`` and ``imitation`` together, with weights tuned on the demo's validation scenes.
 
     Args:
         main, vlr, classes, features: the weights of the four terms.
         schedule: of all of them.
     """
     return [
-        *localization(main=main, vlr=vlr, classes=classes, schedule=schedule),
+        *ld(main=main, vlr=vlr, classes=classes, schedule=schedule),
         *imitation(weight=features, schedule=schedule),
     ]
 
@@ -89,7 +89,7 @@ def chen2017(
 
 
 @RECIPES.register
-def pearson(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
+def pkd(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
     """PKD (NeurIPS 2022): the pyramid's channels correlate with the teacher's, whatever their scale.
 
     Args:
@@ -97,11 +97,11 @@ def pearson(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) ->
             ones. The authors' configs tap four of the pyramid's five levels, ``neck[*]`` all of them.
         tap, schedule: those of its one term.
     """
-    return [dict(type="PearsonImitation", tap=tap, weight=weight, schedule=schedule)]
+    return [dict(type="PearsonImitation", name="pkd", tap=tap, weight=weight, schedule=schedule)]
 
 
 @RECIPES.register
-def focal_global(
+def fgd(
     temperature: float = 0.5,
     alpha: float = 1e-3,
     beta: float = 5e-4,
@@ -118,11 +118,11 @@ def focal_global(
         temperature, alpha, beta, gamma, lambda_, tap, schedule: those of its one term.
     """
     weights = dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
-    return [dict(type="FocalGlobal", tap=tap, temperature=temperature, **weights, schedule=schedule)]
+    return [dict(type="FocalGlobal", name="fgd", tap=tap, temperature=temperature, **weights, schedule=schedule)]
 
 
 @RECIPES.register
-def masked_generation(
+def mgd(
     weight: float = 2e-5, mask_ratio: float = 0.65, tap: str = "neck[*]", schedule: Any = None
 ) -> list[dict[str, Any]]:
     """MGD (ECCV 2022) on the pyramid, with the published weight for one-stage detectors.
@@ -132,11 +132,11 @@ def masked_generation(
     Args:
         weight, mask_ratio, tap, schedule: those of its one term.
     """
-    return [dict(type="MaskedGeneration", tap=tap, mask_ratio=mask_ratio, weight=weight, schedule=schedule)]
+    return [dict(type="MaskedGeneration", name="mgd", tap=tap, mask_ratio=mask_ratio, weight=weight, schedule=schedule)]
 
 
 @RECIPES.register
-def fine_grained(
+def fgfi(
     weight: float = 1.28, threshold: float = 0.5, tap: str = "neck[*]", schedule: Any = None
 ) -> list[dict[str, Any]]:
     """FGFI (CVPR 2019): imitation through 1×1 adapters at the positions whose anchors come near an object.
@@ -150,19 +150,17 @@ def fine_grained(
         threshold: ψ of its region.
     """
     region = dict(type="fine_grained", threshold=threshold)
-    return [
-        dict(type="FeatureImitation", tap=tap, region=region, weight=weight, name="fine_grained", schedule=schedule)
-    ]
+    return [dict(type="FeatureImitation", tap=tap, region=region, weight=weight, name="fgfi", schedule=schedule)]
 
 
 @RECIPES.register
-def cross_head(weight: float = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
+def crosskd(weight: float = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
     """CrossKD (CVPR 2024, arXiv 2306.11369): the teacher's last convolutions read the student's head features.
 
     Args:
         weight, reused, schedule: those of its one term, in which boxes weigh 4 (distributions) or 1 and classes 1.
     """
-    return [dict(type="CrossHead", weight=weight, reused=reused, schedule=schedule)]
+    return [dict(type="CrossHead", name="crosskd", weight=weight, reused=reused, schedule=schedule)]
 
 
 def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Trainings from a recipe file: ``kdgraft train recipe.yaml``; the scripts of ``nlp/recipes`` and the demo use the same.
+"""Trainings from a recipe file: ``kdgraft train recipe.yaml``; the scripts of ``nlp/configs`` and the demo use the same.
 
 ===============  ====================================================================================================
 ``task``         ``classification``, ``regression``, ``tokens``, ``causal`` or ``masked``

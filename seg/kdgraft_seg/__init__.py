@@ -6,7 +6,7 @@ require("mmseg", "kdgraft_seg")
 
 from .adversarial import AdversarialMask  # noqa: E402
 from .pixels import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PearsonImitation, PixelSoftTargets  # noqa: E402
-from .recipes import channel_wise, cross_image, prototypes, structured  # noqa: E402
+from .recipes import cirkd, cwd, ifvd, skd  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .relations import ClassPrototypes, CrossImageRelations, PairwiseAffinity  # noqa: E402
 from .segmentor import DistilledSegmentor  # noqa: E402
@@ -26,8 +26,8 @@ __all__ = [
     "PairwiseAffinity",
     "PearsonImitation",
     "PixelSoftTargets",
-    "channel_wise",
-    "cross_image",
-    "prototypes",
-    "structured",
+    "cirkd",
+    "cwd",
+    "ifvd",
+    "skd",
 ]

@@ -32,11 +32,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "PixelSoftTargets": dict(terms=[dict(type="PixelSoftTargets")]),
     "PairwiseAffinity": dict(terms=[dict(type="PairwiseAffinity")]),
     "DIST": dict(terms=[dict(type="DIST")]),
-    "channel_wise": dict(recipe="channel_wise"),
-    "prototypes, no critic": dict(recipe=dict(type="prototypes", adversarial=0.0)),
-    "cross_image": dict(recipe="cross_image"),
-    "structured, no critic": dict(recipe=dict(type="structured", adversarial=0.0)),
-    "structured": dict(recipe="structured"),
+    "cwd": dict(recipe="cwd"),
+    "ifvd, no critic": dict(recipe=dict(type="ifvd", adversarial=0.0)),
+    "cirkd": dict(recipe="cirkd"),
+    "skd, no critic": dict(recipe=dict(type="skd", adversarial=0.0)),
+    "skd": dict(recipe="skd"),
     "AdversarialMask alone": dict(terms=[dict(type="AdversarialMask", weight=0.1)]),
 }
 SIZE = {"cpu": 192, "cuda": 512}

@@ -34,15 +34,15 @@ REAL_BATCH = 8
 _CRITIC = dict(critic=dict(channels=(32, 64, 128), attention=1))
 _RELATIONS = dict(nodes=64, anchors=512, contrast=1024, pixels_per_class=500, regions_per_class=200)
 RECIPES: dict[str, dict[str, Any]] = {
-    "channel_wise": dict(recipe="channel_wise"),
-    "structured": dict(recipe=dict(type="structured", critic=_CRITIC)),
-    # What structured is without its critic, and without its pairs as well.
-    "pixel_pair": dict(recipe=dict(type="structured", adversarial=0.0)),
-    "pixel": dict(recipe=dict(type="structured", pair=0.0, adversarial=0.0)),
-    "prototypes": dict(recipe=dict(type="prototypes", critic=_CRITIC)),
-    "cross_image": dict(recipe=dict(type="cross_image", relations=_RELATIONS)),
+    "cwd": dict(recipe="cwd"),
+    "skd": dict(recipe=dict(type="skd", critic=_CRITIC)),
+    # What skd is without its critic, and without its pairs as well.
+    "pixel_pair": dict(recipe=dict(type="skd", adversarial=0.0)),
+    "pixel": dict(recipe=dict(type="skd", pair=0.0, adversarial=0.0)),
+    "ifvd": dict(recipe=dict(type="ifvd", critic=_CRITIC)),
+    "cirkd": dict(recipe=dict(type="cirkd", relations=_RELATIONS)),
 }
-DEFAULT = ("channel_wise",)
+DEFAULT = ("cwd",)
 SCORES = {"mIoU": "mIoU", "mAcc": "mAcc"}
 EVALUATIONS = 6
 

@@ -14,7 +14,7 @@ def _terms(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:
 
 
 @RECIPES.register
-def structured(
+def skd(
     pixel: float = 10.0,
     pair: float = 10.0,
     adversarial: float = 0.1,
@@ -40,7 +40,7 @@ def structured(
 
 
 @RECIPES.register
-def channel_wise(weight: float = 3.0, temperature: float = 4.0, schedule: Any = None) -> list[dict[str, Any]]:
+def cwd(weight: float = 3.0, temperature: float = 4.0, schedule: Any = None) -> list[dict[str, Any]]:
     """CWD (ICCV 2021): each class's scores as a distribution over positions.
 
     Args:
@@ -50,7 +50,7 @@ def channel_wise(weight: float = 3.0, temperature: float = 4.0, schedule: Any = 
 
 
 @RECIPES.register
-def prototypes(
+def ifvd(
     pixel: float = 10.0,
     prototype: float = 200.0,
     adversarial: float = 0.1,
@@ -75,7 +75,7 @@ def prototypes(
 
 
 @RECIPES.register
-def cross_image(
+def cirkd(
     soft: float = 1.0,
     pixel: float = 1.0,
     memory_pixel: float = 0.1,

@@ -29,7 +29,7 @@ class DistilledSegmentor(Graft):
         model = dict(
             type='DistilledSegmentor', student=_base_.model.type,
             teacher=dict(config='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py', checkpoint='teacher.pth'),
-            recipe='structured')
+            recipe='skd')
 
     The arguments are those of :meth:`kdgraft_mm.graft.Graft.build`.
     """

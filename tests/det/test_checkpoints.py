@@ -165,7 +165,7 @@ def test_a_run_can_be_killed_again_before_its_first_step(tmp_path, scenes, model
 def test_resuming_with_other_terms_is_refused(tmp_path, scenes, teacher_model, teacher_checkpoint, distilled_run):
     # As many parameters as in the run that is resumed, so that it is not torch's optimizer that complains.
     renamed = [{**term, "name": f"other_{place}"} for place, term in enumerate(EVERY_TERM["terms"])]
-    other = distilled(detector(), teacher_model, teacher_checkpoint, recipe="localization", terms=renamed)
+    other = distilled(detector(), teacher_model, teacher_checkpoint, recipe="ld", terms=renamed)
     config = runner_config(other, scenes, tmp_path, resume=True, load_from=str(distilled_run.checkpoint(2)))
     with pytest.raises(DistillError, match="made with other distillation terms"):
         Runner.from_cfg(config).train()

@@ -162,14 +162,14 @@ def test_a_plugin_that_is_not_imported(config, capsys, monkeypatch):
 def test_list_names_terms_and_recipes(capsys):
     assert main(["list"]) == 0
     said = capsys.readouterr().out
-    for name in ("LocalizationDistillation", "SoftTargets", "FeatureImitation", "foreground", "WarmUp", "localization"):
+    for name in ("LocalizationDistillation", "SoftTargets", "FeatureImitation", "foreground", "WarmUp", "ld"):
         assert name in said
-    assert main(["list", "localization"]) == 0
+    assert main(["list", "ld"]) == 0
     printed = capsys.readouterr().out
     namespace: dict = {}
     exec(printed, namespace)  # it is meant to be pasted into a config
     assert [term["name"] for term in namespace["terms"]] == ["ld_main", "ld_vlr", "class_main"]
-    fails(capsys, ["list", "localisation"], "'localization'")
+    fails(capsys, ["list", "imitations"], "'imitation'")
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
@@ -195,7 +195,7 @@ def test_list_names_terms_and_recipes(capsys):
             lambda m: m["teacher"].update(config=detector(width=8)), ("does not fit the teacher GFL",), id="weights"
         ),
         pytest.param(lambda m: m["teacher"].update(config=detector("ATSS")), ("teacher's ATSSHead",), id="head"),
-        pytest.param(lambda m: m.update(recipe="localisation"), ("'localization'",), id="recipe"),
+        pytest.param(lambda m: m.update(recipe="imitations"), ("'imitation'",), id="recipe"),
     ],
 )
 def test_a_mistake_in_the_config(config, capsys, command, change, parts):

@@ -28,7 +28,7 @@ def test_ready_config_builds_wires_every_term_and_has_its_plain_student(name):
 
 
 def test_custom_classes_reach_student_teacher_and_data():
-    config = Config.fromfile(FOLDER / "cross_head_gfl_r18_custom.py")
+    config = Config.fromfile(FOLDER / "crosskd_gfl_r18_custom.py")
     assert config.model.bbox_head.num_classes == 3
     assert config.model.teacher.config.bbox_head.num_classes == 3
     assert config.train_dataloader.dataset.metainfo.classes == ("first", "second", "third")

@@ -85,7 +85,7 @@ def test_the_distiller_takes_no_part_in_the_hosts_initialisation(teacher_model, 
 @pytest.mark.parametrize("backbone", ["ResNet", "SwinTransformer"])
 def test_any_terms_leave_the_seeds_weights_and_random_stream_alone(backbone, teacher_model, teacher_checkpoint):
     student = detector(backbone=backbone, width=8)
-    terms = EVERY_TERM if backbone == "ResNet" else dict(recipe="localization", terms=EVERY_TERM["terms"][:1])
+    terms = EVERY_TERM if backbone == "ResNet" else dict(recipe="ld", terms=EVERY_TERM["terms"][:1])
     states, built = [], []
     for model in (student, distilled(student, teacher_model, teacher_checkpoint, **terms)):
         torch.manual_seed(11), np.random.seed(11), random.seed(11)

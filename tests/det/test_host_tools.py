@@ -18,7 +18,7 @@ TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 
 @pytest.mark.slow
 def test_mmdets_train_and_test_scripts_run_a_distilled_config(tmp_path, scenes, teacher_model, teacher_checkpoint):
-    model = distilled(detector(), teacher_model, teacher_checkpoint, recipe="localization")
+    model = distilled(detector(), teacher_model, teacher_checkpoint, recipe="ld")
     config = tmp_path / "distilled.py"
     work = tmp_path / "work"
     runner_config(model, scenes, work, iters=2).dump(config)

@@ -12,7 +12,7 @@ from det_support import BOXES, build, detector, distillation, distilled, gradien
 from kdgraft import DistillError, WiringError
 from kdgraft.losses import focal_attention, focal_features, masked_generation
 from kdgraft.losses.focal_global import box_scales
-from kdgraft_det import TERMS, fine_grained
+from kdgraft_det import TERMS, fgfi
 from kdgraft_det.dense import anchor_levels
 from kdgraft_mm.configs import load_config
 
@@ -119,7 +119,7 @@ def test_what_is_left_out_is_drawn_anew_each_step_and_again_from_the_same_seed(t
 
 def test_the_recipe_fine_grained_is_the_papers_loss(teacher_model, teacher_checkpoint):
     # 0.01 · Σ I (r(s) - t)² / (2 ΣI) on one level of C channels, at the weight 0.01 · C / 2.
-    (term,) = fine_grained(weight=0.01 * 12 / 2, tap="neck[0]")
+    (term,) = fgfi(weight=0.01 * 12 / 2, tap="neck[0]")
     model = model_of(teacher_model, teacher_checkpoint, {**term, "name": "term"})
     model.train()
     data = model.data_preprocessor(raw_batch(), True)

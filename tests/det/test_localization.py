@@ -12,7 +12,7 @@ from mmengine.config import ConfigDict
 from det_golden import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_outputs
 from det_support import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
 from kdgraft.regions import Batch
-from kdgraft_det import LocalizationDistillation, SoftTargets, localization
+from kdgraft_det import LocalizationDistillation, SoftTargets, ld
 from kdgraft_det.assignment import Assignment
 from kdgraft_det.dense import DenseHeads
 
@@ -67,7 +67,7 @@ def test_the_authors_figures(case, variant):
 
 @pytest.fixture(scope="module")
 def entry(teacher_model, teacher_checkpoint):
-    main, vlr, classes = localization(main=0.25)
+    main, vlr, classes = ld(main=0.25)
     terms = [dict(main, variant="code"), vlr, classes]
     return distilled(detector(frozen_bn=True), teacher_model, teacher_checkpoint, terms=terms)
 

@@ -32,13 +32,13 @@ FEATURES = [
 ]
 PREDICTIONS = [dict(type="SoftTargets"), dict(type="SoftTargets", name="soft_vlr", region="vlr")]
 PAIRS = {
-    "deeper and wider": (detector(), detector(depth=50, width=4, channels=16, convs=2), "localization"),
+    "deeper and wider": (detector(), detector(depth=50, width=4, channels=16, convs=2), "ld"),
     "PVT learns from ResNet": (
         detector(backbone="PyramidVisionTransformer", width=8),
         detector(width=6),
-        "localization",
+        "ld",
     ),
-    "ResNet learns from Swin": (detector(), detector(backbone="SwinTransformer", width=8, channels=12), "localization"),
+    "ResNet learns from Swin": (detector(), detector(backbone="SwinTransformer", width=8, channels=12), "ld"),
     "GFL learns from ATSS": (detector(), detector("ATSS", width=6), None),
     "ATSS learns from GFL": (detector("ATSS"), detector(width=6), None),
 }
@@ -152,7 +152,7 @@ def test_boxes_of_unlike_units_are_refused(tmp_path):
 
 def test_a_transformer_student_trains_through_the_runner(tmp_path, scenes, teacher_model, teacher_checkpoint):
     student = detector(backbone="SwinTransformer", width=8)
-    entry = distilled(student, teacher_model, teacher_checkpoint, recipe="localization", terms=FEATURES[:1])
+    entry = distilled(student, teacher_model, teacher_checkpoint, recipe="ld", terms=FEATURES[:1])
     runner = run(runner_config(entry, scenes, tmp_path, iters=1))
     build(student).load_state_dict(runner.model.state_dict(), strict=True)
     logged = {name: log.data[0].sum() for name, log in runner.message_hub.log_scalars.items() if "distill." in name}

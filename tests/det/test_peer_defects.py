@@ -74,7 +74,7 @@ def test_no_loss_grows_with_the_batch(teacher_model, teacher_checkpoint):
     # Elsewhere positions are summed and divided by nothing, or by a constant: twice the images, twice the loss.
     terms = [dict(t, mask_ratio=0.0) if t["type"] == "MaskedGeneration" else t for t in EVERY_TERM["terms"]]
     terms += CORRELATION
-    settings = dict(recipe="localization", terms=terms)
+    settings = dict(recipe="ld", terms=terms)
     model = build(distilled(detector(frozen_bn=True), teacher_model, teacher_checkpoint, **settings))
     once, twice = raw_batch(), raw_batch()
     for key, values in twice.items():

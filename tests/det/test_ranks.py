@@ -113,7 +113,7 @@ def config(tmp_path, scenes, teacher_model, teacher_checkpoint):
         # Sure enough of its classes for GFL to scale its own box losses alike on one and on two processes.
         sure = build(student)
         torch.nn.init.zeros_(sure.bbox_head.gfl_cls.bias)
-        model = distilled(student, teacher_model, teacher_checkpoint, recipe="localization")
+        model = distilled(student, teacher_model, teacher_checkpoint, recipe="ld")
         found = runner_config(
             model,
             scenes,

@@ -11,13 +11,13 @@ from mmengine.structures import InstanceData
 from det_support import TERM_NAMES, build, detector, distilled, losses, raw_batch
 from kdgraft import Step
 from kdgraft.errors import DistillError
-from kdgraft_det import DistilledDetector, fine_grained, focal_global, localization, masked_generation
+from kdgraft_det import DistilledDetector, fgd, fgfi, ld, mgd
 from kdgraft_det.regions import valuable_region
 from kdgraft_mm.configs import load_config
 
 
 def test_the_localization_recipe_is_the_papers():
-    main, vlr, classes = localization()
+    main, vlr, classes = ld()
     assert (main["region"], main["temperature"]) == ("main", 10)
     assert (vlr["region"], vlr["temperature"]) == ("vlr", 10)
     assert (classes["region"], classes["temperature"], classes["activation"]) == ("main", 2, "softmax")
@@ -46,7 +46,7 @@ def test_the_localization_recipes_weights_are_as_strong_as_the_published_on_coco
         positives += sum(float((level < head.num_classes).sum()) for level in labels)
         anchors = torch.cat(head.prior_generator.grid_priors(grids, device="cpu"))
         valuable += valuable_region(anchors, [h * w for h, w in grids], boxes).sum().item()
-    main, vlr, classes = localization()
+    main, vlr, classes = ld()
     bins, score = head.reg_max + 1, 0.4  # of a student that has learned something
     assert main["weight"] == pytest.approx(0.25 * positives * score / bins, rel=0.2)
     assert vlr["weight"] == pytest.approx(0.25 / 4 * valuable / bins, rel=0.2)
@@ -54,16 +54,16 @@ def test_the_localization_recipes_weights_are_as_strong_as_the_published_on_coco
 
 
 def test_the_other_recipes_are_their_papers():
-    (focal,) = focal_global()
+    (focal,) = fgd()
     assert [focal[key] for key in ("temperature", "alpha", "beta", "gamma", "lambda_")] == [0.5, 1e-3, 5e-4, 5e-4, 5e-6]
-    (generation,) = masked_generation()
+    (generation,) = mgd()
     assert (generation["mask_ratio"], generation["weight"]) == (0.65, 2e-5)
-    (near,) = fine_grained()
+    (near,) = fgfi()
     # Half of 0.01 · (a sum over 256 channels) is 1.28 · their mean.
     assert (near["region"]["threshold"], near["weight"]) == (0.5, pytest.approx(0.01 * 256 / 2))
 
 
-@pytest.mark.parametrize("recipe", ["focal_global", "masked_generation", "fine_grained"])
+@pytest.mark.parametrize("recipe", ["fgd", "mgd", "pkd", "fgfi"])
 def test_a_recipe_of_one_term_is_called_after_it_and_takes_a_schedule(teacher_model, teacher_checkpoint, recipe):
     settings = dict(type=recipe, tap="neck[0]", schedule=dict(type="Stop", end=1))
     model = build(distilled(detector(), teacher_model, teacher_checkpoint, recipe=settings))
@@ -74,16 +74,16 @@ def test_a_recipe_of_one_term_is_called_after_it_and_takes_a_schedule(teacher_mo
 
 def test_a_recipe_is_the_terms_that_it_prints(teacher_model, teacher_checkpoint):
     found = []
-    for settings in (dict(recipe="localization"), dict(terms=localization())):
+    for settings in (dict(recipe="ld"), dict(terms=ld())):
         found.append(losses(build(distilled(detector(), teacher_model, teacher_checkpoint, **settings)), raw_batch()))
     for name in TERM_NAMES[:3]:
         assert torch.equal(found[0][f"distill.{name}.loss"], found[1][f"distill.{name}.loss"])
 
 
 def test_a_recipes_settings_can_be_changed(teacher_model, teacher_checkpoint):
-    recipe = dict(type="localization", main=2.4, classes=0)
+    recipe = dict(type="ld", main=2.4, classes=0)
     model = build(distilled(detector(), teacher_model, teacher_checkpoint, recipe=recipe))
-    plain = build(distilled(detector(), teacher_model, teacher_checkpoint, recipe="localization"))
+    plain = build(distilled(detector(), teacher_model, teacher_checkpoint, recipe="ld"))
     a, b = losses(model, raw_batch()), losses(plain, raw_batch())
     assert a["distill.ld_main.loss"].item() == pytest.approx(2 * b["distill.ld_main.loss"].item())
     assert a["distill.ld_vlr.loss"] == b["distill.ld_vlr.loss"]
@@ -93,9 +93,9 @@ def test_a_recipes_settings_can_be_changed(teacher_model, teacher_checkpoint):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("localisation", "did you mean 'localization'"),
-        (dict(type="localization", mian=1), "takes no argument 'mian'; did you mean 'main'"),
-        (dict(main=1), "one of .*localization"),
+        ("imitations", "did you mean 'imitation'"),
+        (dict(type="ld", mian=1), "takes no argument 'mian'; did you mean 'main'"),
+        (dict(main=1), "one of .*imitation"),
     ],
 )
 def test_a_mistake_in_a_recipe_says_what_is_right(recipe, message):

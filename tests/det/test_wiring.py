@@ -187,7 +187,7 @@ def test_class_counts_may_differ_where_classes_are_not_compared(teacher):
         (dict(teacher=dict(config=detector(), checkpoint="t.pth", precision="half")), ("precision", "'half'")),
         (dict(terms=dict(type="SoftTargets")), ("terms must be a list",)),
         (dict(terms=None), ("teacher is given, and nothing says what to learn; name terms or a recipe",)),
-        (dict(recipe="localisation"), ("no recipe is called 'localisation'", "'localization'")),
+        (dict(recipe="imitations"), ("no recipe is called 'imitations'", "'imitation'")),
         (dict(student=None), ("DistilledDetector needs student=",)),
         (dict(student=detector()), ("student is a whole model, so 'backbone'", "student='GFL'")),
     ],

@@ -23,7 +23,7 @@ from kdgraft_nlp.scores import spans, tag_scores
 from kdgraft_nlp.settings import load
 
 ROOT = Path(__file__).parents[2]
-RECIPES = ROOT / "nlp" / "recipes"
+RECIPES = ROOT / "nlp" / "configs"
 SMALL = ["student.hidden_size=16", "training.num_train_epochs=1", "data.length=12", "tokenizer.vocab_size=60"]
 WORDS = ["red", "green", "blue", "one", "two", "three", "cat", "dog", "bird", "runs", "sleeps", "eats"]
 

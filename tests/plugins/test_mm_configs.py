@@ -32,7 +32,7 @@ BESIDE = dict(
     teacher=dict(config="teacher.py", checkpoint="teacher.pth"),
     teachers=dict(a=dict(config="a.py", checkpoint="a.pth"), peer=dict(type="Peer", config="b.py")),
     terms=[dict(type="SoftTargets")],
-    recipe="localization",
+    recipe="ld",
     inherit=["bbox_head"],
     dry_run_size=64,
 )

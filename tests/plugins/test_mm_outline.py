@@ -45,7 +45,7 @@ def test_a_sound_config_passes(model: dict[str, Any]):
 
 
 def test_all_mistakes_are_told_at_once(model: dict[str, Any]):
-    model["recipe"] = "localisation"
+    model["recipe"] = "imitations"
     model["terms"] = ["SoftTarget", dict(type="FeatureImitation", tap="neck[*", student_tap=["neck", "a b"])]
     model["teacher"] = dict(config="absent.py", checkpoint="absent.pth")
     message = said(model, load_from="gone.pth")
@@ -53,7 +53,7 @@ def test_all_mistakes_are_told_at_once(model: dict[str, Any]):
         "7 mistakes: (1) no term is called 'SoftTarget'; did you mean 'SoftTargets'?; ",
         "(2) cannot read tap 'neck[*'; write it like 'neck[*]', 'backbone.layer3:input' or 'head.m()'; ",
         "(3) cannot read tap 'a b'; write it like ",
-        "(4) no recipe is called 'localisation'; ",
+        "(4) no recipe is called 'imitations'; ",
         "(5) config not found: absent.py; (6) checkpoint not found: absent.pth; (7) load_from not found: gone.pth",
     )
     places = [message.index(part) for part in parts]

@@ -18,15 +18,13 @@ def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch,
         path = tmp_path / f"{name}.py"
         Config(dict(model=segmentor("PSPNet", width=width, classes=19))).dump(path)
         monkeypatch.setattr(bench, name, str(path))
-    critic = dict(type="structured", critic=dict(critic=SMALL_CRITIC))
-    monkeypatch.setattr(
-        bench, "RECIPES", {"structured": dict(recipe=critic), "channel_wise": dict(recipe="channel_wise")}
-    )
+    critic = dict(type="skd", critic=dict(critic=SMALL_CRITIC))
+    monkeypatch.setattr(bench, "RECIPES", {"skd": dict(recipe=critic), "cwd": dict(recipe="cwd")})
     monkeypatch.setattr(bench, "SIZE", {"cpu": 64})
     with DefaultScope.overwrite_default_scope("mmengine"):
         rows = bench.main(pairs=2, out=str(tmp_path / "out"))
         assert DefaultScope.get_current_instance().scope_name == "mmengine"
-    assert [row["step"] for row in rows] == ["plain", "teacher forward", "structured", "channel_wise"]
+    assert [row["step"] for row in rows] == ["plain", "teacher forward", "skd", "cwd"]
     written = (tmp_path / "out" / "bench_cpu.md").read_text()
     assert all(row["ms"] in written for row in rows)
     ratio = float(rows[2]["/ (plain + teacher forward)"].split()[0])

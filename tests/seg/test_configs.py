@@ -28,7 +28,7 @@ def test_ready_config_builds_and_wires_every_term(name):
 
 
 def test_custom_classes_reach_student_teacher_and_data():
-    config = Config.fromfile(FOLDER / "structured_fcn_r18_custom.py")
+    config = Config.fromfile(FOLDER / "skd_fcn_r18_custom.py")
     for model in (config.model, config.model.teacher.config):
         assert model.decode_head.num_classes == model.auxiliary_head.num_classes == 3
     for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):

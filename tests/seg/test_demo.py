@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
         patch.setattr(demo, "DATA", dict(seed=0, train=24, val=4, test=5))
         patch.setattr(demo.SCENES, "batch", 4)
         patch.setattr(demo, "EVALUATIONS", 2)
-        results = demo.main(seeds=1, recipes="structured,channel_wise", out=str(out), iterations=4)
+        results = demo.main(seeds=1, recipes="skd,cwd", out=str(out), iterations=4)
     return out, results
 
 
@@ -33,21 +33,19 @@ def test_demo_writes_every_figure_it_prints(finished):
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert list(rows[0]) == ["task", "dataset", "model", "method", "seed", "metric", "value"]
-    assert {row["method"] for row in rows} == {"teacher", "plain", "structured", "channel_wise"}
+    assert {row["method"] for row in rows} == {"teacher", "plain", "skd", "cwd"}
     assert {row["metric"] for row in rows} == {"mIoU", "mAcc", "parameters (k)", "MFLOPs", "step (ms)"}
     assert len(rows) == len(results)
     size = {row["method"]: float(row["value"]) for row in rows if row["metric"] == "parameters (k)"}
     assert size["teacher"] > 3 * size["plain"]
-    assert (
-        size["structured"] == size["channel_wise"] == size["plain"]
-    )  # a distilled student costs what a plain one does
+    assert size["skd"] == size["cwd"] == size["plain"]  # a distilled student costs what a plain one does
 
 
 def test_demo_checkpoints_are_plain_students(finished):
     out, _ = finished
     keys = [
         list(torch.load(out / "seed0" / method / "iter_4.pth", weights_only=False)["state_dict"])
-        for method in ("plain", "structured")
+        for method in ("plain", "skd")
     ]
     assert keys[0] == keys[1]
 
@@ -77,7 +75,7 @@ def test_finished_trainings_are_taken_as_they_are(finished, monkeypatch):
         raise AssertionError(f"{method} was trained")
 
     monkeypatch.setattr(shared, "train", refuse)
-    same = demo.main(seeds=1, recipes="structured,channel_wise", out=str(out), iterations=4)
+    same = demo.main(seeds=1, recipes="skd,cwd", out=str(out), iterations=4)
     assert [r for r in same if r.metric != "step (ms)"] == [r for r in results if r.metric != "step (ms)"]
     assert cv2.imread(str(out / "curves.png")).shape[1] > 2000  # the critic's figures too
     monkeypatch.setattr(demo, "LR", 1e-3)

@@ -11,7 +11,7 @@ from kdgraft.errors import WiringError
 from kdgraft_seg import recipes
 from seg_support import CLASSES, batch, build, distilled, losses_of, save_teacher, segmentor, total
 
-EVERY_RECIPE = ("structured", "channel_wise", "prototypes", "cross_image")
+EVERY_RECIPE = ("skd", "cwd", "ifvd", "cirkd")
 
 
 def cascade(width: int = 4) -> dict:
@@ -27,7 +27,7 @@ def cascade(width: int = 4) -> dict:
 
 def recipe(name: str) -> dict:
     small = dict(critic=dict(channels=(8, 16), attention=1))
-    settings = {"structured": dict(critic=small), "prototypes": dict(critic=small)}
+    settings = {"skd": dict(critic=small), "ifvd": dict(critic=small)}
     return dict(type=name, **settings.get(name, {}))
 
 
@@ -68,7 +68,7 @@ def test_a_head_that_returns_several_maps_is_read_at_the_one_that_counts(tmp_pat
     head = {key: student["decode_head"][key] for key in ("num_classes", "norm_cfg", "align_corners", "channels")}
     student["decode_head"] = dict(head, type="DAHead", in_channels=32, in_index=3, dropout_ratio=0.0, pam_channels=4)
     teacher = save_teacher(tmp_path / "teacher.pth")
-    model = build(distilled(student, teacher, recipe="channel_wise"))
+    model = build(distilled(student, teacher, recipe="cwd"))
     outputs = []
     forward = model.decode_head.forward
 
@@ -111,9 +111,9 @@ def test_binary_scores_in_the_other_order_are_their_negative(tmp_path):
 def test_a_head_that_scores_no_pixels_is_refused_before_it_runs(tmp_path):
     teacher = dict(config="mmseg::mask2former/mask2former_r50_8xb2-90k_cityscapes-512x1024.py", checkpoint="none.pth")
     with pytest.raises(WiringError, match="Mask2FormerHead returns no map of class scores"):
-        build(distilled(segmentor(classes=19), teacher, recipe="channel_wise"))
+        build(distilled(segmentor(classes=19), teacher, recipe="cwd"))
 
 
 def test_recipes_refuse_nothing_that_their_terms_take():
-    assert recipes.structured(critic=dict(weight=0.2))[-1]["weight"] == 0.2
-    assert recipes.cross_image(relations=dict(pixel=2.0))[-1]["pixel"] == 2.0
+    assert recipes.skd(critic=dict(weight=0.2))[-1]["weight"] == 0.2
+    assert recipes.cirkd(relations=dict(pixel=2.0))[-1]["pixel"] == 2.0

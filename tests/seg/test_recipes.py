@@ -7,10 +7,10 @@ import torch
 
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
-from kdgraft_seg import RECIPES, DistilledSegmentor, channel_wise, cross_image, prototypes, structured
+from kdgraft_seg import RECIPES, DistilledSegmentor, cirkd, cwd, ifvd, skd
 from seg_support import SMALL_CRITIC, assert_same, batch, build, distillation, distilled, losses_of, segmentor
 
-NAMES = ("structured", "channel_wise", "prototypes", "cross_image")
+NAMES = ("skd", "cwd", "ifvd", "cirkd")
 
 
 def of(terms):
@@ -18,29 +18,29 @@ def of(terms):
 
 
 def test_the_weights_are_the_papers():
-    assert {name: term["weight"] for name, term in of(structured()).items()} == {
+    assert {name: term["weight"] for name, term in of(skd()).items()} == {
         "PixelSoftTargets": 10.0,
         "PairwiseAffinity": 10.0,
         "AdversarialMask": 0.1,
     }
-    (scores,) = channel_wise()
+    (scores,) = cwd()
     assert (scores["type"], scores["weight"], scores["temperature"]) == ("ChannelWise", 3.0, 4.0)
-    assert {name: term["weight"] for name, term in of(prototypes()).items()} == {
+    assert {name: term["weight"] for name, term in of(ifvd()).items()} == {
         "PixelSoftTargets": 10.0,
         "ClassPrototypes": 200.0,
         "AdversarialMask": 0.1,
     }
-    relations = of(cross_image())["CrossImageRelations"]
+    relations = of(cirkd())["CrossImageRelations"]
     assert (relations["pixel"], relations["memory_pixel"], relations["memory_region"]) == (1.0, 0.1, 0.1)
-    assert of(cross_image())["PixelSoftTargets"]["weight"] == 1.0
+    assert of(cirkd())["PixelSoftTargets"]["weight"] == 1.0
 
 
 def test_a_term_at_0_is_left_out_and_a_schedule_reaches_all():
-    assert list(of(structured(pair=0, adversarial=0))) == ["PixelSoftTargets"]
+    assert list(of(skd(pair=0, adversarial=0))) == ["PixelSoftTargets"]
     ramp = dict(type="WarmUp", end=10)
-    for recipe in (structured, channel_wise, prototypes, cross_image):
+    for recipe in (skd, cwd, ifvd, cirkd):
         assert all(term["schedule"] == ramp for term in recipe(schedule=ramp))
-    critic = of(structured(critic=dict(kind="hinge", steps=2)))["AdversarialMask"]
+    critic = of(skd(critic=dict(kind="hinge", steps=2)))["AdversarialMask"]
     assert (critic["kind"], critic["steps"]) == ("hinge", 2)
 
 
@@ -65,9 +65,9 @@ def test_a_recipe_is_the_terms_that_it_prints(teacher, name):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ("structure", "did you mean 'structured'"),
-        (dict(type="prototypes", prototipe=1), "takes no argument 'prototipe'; did you mean 'prototype'"),
-        (dict(pixel=1), "one of .*structured"),
+        ("skdd", "did you mean 'skd'"),
+        (dict(type="ifvd", prototipe=1), "takes no argument 'prototipe'; did you mean 'prototype'"),
+        (dict(pixel=1), "one of .*skd"),
     ],
 )
 def test_a_mistake_in_a_recipe_says_what_is_right(recipe, message):
@@ -78,11 +78,11 @@ def test_a_mistake_in_a_recipe_says_what_is_right(recipe, message):
 @pytest.mark.parametrize(
     "recipe",
     [
-        pytest.param(dict(type="structured", adversarial=0), id="structured without its critic"),
-        pytest.param("channel_wise", id="channel_wise"),
-        pytest.param(dict(type="prototypes", adversarial=0), id="prototypes without its critic"),
-        pytest.param("cross_image", id="cross_image"),
-        pytest.param(dict(type="structured", critic=dict(critic=SMALL_CRITIC)), id="structured"),
+        pytest.param(dict(type="skd", adversarial=0), id="skd without its critic"),
+        pytest.param("cwd", id="cwd"),
+        pytest.param(dict(type="ifvd", adversarial=0), id="ifvd without its critic"),
+        pytest.param("cirkd", id="cirkd"),
+        pytest.param(dict(type="skd", critic=dict(critic=SMALL_CRITIC)), id="skd"),
     ],
 )
 def test_every_loss_of_a_recipe_falls_on_one_batch(teacher, recipe):

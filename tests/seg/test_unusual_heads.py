@@ -74,13 +74,13 @@ def point_rend(width: int = 4) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize("recipe", ["structured", "prototypes", "cross_image"])
+@pytest.mark.parametrize("recipe", ["skd", "ifvd", "cirkd"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_recipe_that_taps_a_classifier_says_what_to_tap_where_there_is_none(tmp_path, recipe, side):
     plain = segmentor(width=4)
     student, other = (segmenter(), plain) if side == "student" else (plain, segmenter())
     teacher = save_teacher(tmp_path / "teacher.pth", other)
-    name = dict(structured="pairwise_affinity", prototypes="class_prototypes", cross_image="cross_image_relations")
+    name = dict(skd="pairwise_affinity", ifvd="class_prototypes", cirkd="cross_image_relations")
     with pytest.raises(WiringError) as caught:
         build(distilled(student, teacher, recipe=recipe))
     message = str(caught.value)

@@ -108,9 +108,9 @@ def test_a_mistake_in_a_term(term, parts):
             ("DistilledSegmentor takes no teacher scale", "leave it out"),
         ),
         (dict(terms=dict(type="PixelSoftTargets")), ("terms must be a list",)),
-        (dict(recipe="structurd"), ("no recipe is called 'structurd'", "'structured'")),
-        (dict(recipe=dict(type="structured", pari=1)), ("takes no argument 'pari'", "'pair'")),
-        (dict(recipe="localization"), ("no recipe is called 'localization'",)),
+        (dict(recipe="skdd"), ("no recipe is called 'skdd'", "'skd'")),
+        (dict(recipe=dict(type="skd", pari=1)), ("takes no argument 'pari'", "'pair'")),
+        (dict(recipe="ld"), ("no recipe is called 'ld'",)),
         (dict(recipe=5), ("recipe must be a name",)),
         (dict(student=None), ("DistilledSegmentor needs student=",)),
         (dict(student=segmentor()), ("student is a whole model, so 'backbone'", "student='EncoderDecoder'")),
@@ -220,10 +220,8 @@ def test_a_config_without_a_default_scope_gets_segmentations(file_of, tmp_path):
             ("does not fit the teacher EncoderDecoder",),
             id="weights",
         ),
-        pytest.param(lambda m: m.update(recipe="structurd"), ("'structured'",), id="recipe"),
-        pytest.param(
-            lambda m: m.update(recipe=dict(type="structured", critic=dict(kind="gan"))), ("wgan-gp",), id="critic"
-        ),
+        pytest.param(lambda m: m.update(recipe="skdd"), ("'skd'",), id="recipe"),
+        pytest.param(lambda m: m.update(recipe=dict(type="skd", critic=dict(kind="gan"))), ("wgan-gp",), id="critic"),
     ],
 )
 def test_a_mistake_in_the_config(file_of, capsys, command, change, parts):
@@ -248,7 +246,7 @@ def test_list_names_terms_and_recipes(capsys):
         "DIST",
     ):
         assert name in said
-    for name in ("structured", "channel_wise", "prototypes", "cross_image", "valid"):
+    for name in ("skd", "cwd", "ifvd", "cirkd", "valid"):
         assert name in said
 
 

@@ -1,4 +1,4 @@
-# CWD's published pair: PSPNet-R101 teaches PSPNet-R18 on Cityscapes. arXiv 2011.13256.
+# Structured KD's published pair: PSPNet-R101 teaches PSPNet-R18 on Cityscapes. arXiv 1903.04197.
 _base_ = "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py"
 
 data_root = "data/cityscapes/"
@@ -9,7 +9,7 @@ model = dict(
     type="DistilledSegmentor",
     student=_base_.model.type,
     teacher=dict(config="mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py", checkpoint=teacher_checkpoint),
-    recipe="channel_wise",
+    recipe="skd",
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

@@ -29,7 +29,7 @@ model = dict(
         ),
         checkpoint=teacher_checkpoint,
     ),
-    recipe="structured",
+    recipe="skd",
 )
 
 train_pipeline = [

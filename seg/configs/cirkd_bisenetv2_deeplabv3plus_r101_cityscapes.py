@@ -12,7 +12,7 @@ model = dict(
         config="mmseg::deeplabv3plus/deeplabv3plus_r101-d8_4xb2-80k_cityscapes-512x1024.py",
         checkpoint=teacher_checkpoint,
     ),
-    recipe="cross_image",
+    recipe="cirkd",
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

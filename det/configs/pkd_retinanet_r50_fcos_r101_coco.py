@@ -1,15 +1,15 @@
-# Fine-grained imitation (FGFI) on the pyramid: Faster R-CNN-R101 teaches Faster R-CNN-R50, near the anchors of its RPN.
-_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+# Across families (PKD, arXiv 2207.02039): FCOS R101 teaches RetinaNet R50; both have strides 8 to 128, and every level has weight 10.
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 
 data_root = "data/coco/"
-teacher_checkpoint = "faster_rcnn_r101_fpn_2x_coco_bbox_mAP-0.398_20200504_210455-1d2dac9c.pth"
+teacher_checkpoint = "fcos_r101_caffe_fpn_gn-head_1x_coco-0e37b982.pth"
 
 custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,
-    teacher=dict(config="mmdet::faster_rcnn/faster-rcnn_r101_fpn_2x_coco.py", checkpoint=teacher_checkpoint),
-    recipe="fine_grained",
+    teacher=dict(config="mmdet::fcos/fcos_r101-caffe_fpn_gn-head-1x_coco.py", checkpoint=teacher_checkpoint),
+    recipe=dict(type="pkd", weight=10.0),
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

@@ -17,7 +17,7 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
     teacher=dict(config="mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py", checkpoint=teacher_checkpoint),
-    recipe="localization",
+    recipe="ld",
 )
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=0.0001, weight_decay=0.0001))
 

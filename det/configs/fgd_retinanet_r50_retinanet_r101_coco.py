@@ -1,15 +1,16 @@
-# Across families (PKD, arXiv 2207.02039): FCOS R101 teaches RetinaNet R50; both have strides 8 to 128, and every level has weight 10.
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+# FGD's published pair: RetinaNet-R101 teaches RetinaNet-R50, which takes over its pyramid and head (the inheriting strategy).
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
 
 data_root = "data/coco/"
-teacher_checkpoint = "fcos_r101_caffe_fpn_gn-head_1x_coco-0e37b982.pth"
+teacher_checkpoint = "retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth"
 
 custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,
-    teacher=dict(config="mmdet::fcos/fcos_r101-caffe_fpn_gn-head-1x_coco.py", checkpoint=teacher_checkpoint),
-    recipe=dict(type="pearson", weight=10.0),
+    teacher=dict(config="mmdet::retinanet/retinanet_r101_fpn_2x_coco.py", checkpoint=teacher_checkpoint),
+    recipe="fgd",
+    inherit=["neck", "bbox_head"],
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

@@ -1,18 +1,15 @@
-# MGD's published pair: RetinaNet-X101 teaches RetinaNet-R50, which takes over its pyramid and head.
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
+# Fine-grained imitation (FGFI) on the pyramid: Faster R-CNN-R101 teaches Faster R-CNN-R50, near the anchors of its RPN.
+_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 
 data_root = "data/coco/"
-teacher_checkpoint = "retinanet_x101_64x4d_fpn_mstrain_3x_coco_20210719_051838-022c2187.pth"
+teacher_checkpoint = "faster_rcnn_r101_fpn_2x_coco_bbox_mAP-0.398_20200504_210455-1d2dac9c.pth"
 
 custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,
-    teacher=dict(
-        config="mmdet::retinanet/retinanet_x101-64x4d_fpn_ms-640-800-3x_coco.py", checkpoint=teacher_checkpoint
-    ),
-    recipe="masked_generation",
-    inherit=["neck", "bbox_head"],
+    teacher=dict(config="mmdet::faster_rcnn/faster-rcnn_r101_fpn_2x_coco.py", checkpoint=teacher_checkpoint),
+    recipe="fgfi",
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

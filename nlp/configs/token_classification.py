@@ -1,6 +1,6 @@
 """Teacher, plain student and distilled student on your own tagged words: a starting point to copy and change.
 
-    python nlp/recipes/token_classification.py --train train.jsonl --eval val.jsonl --out runs/mine
+    python nlp/configs/token_classification.py --train train.jsonl --eval val.jsonl --out runs/mine
 
 One {"tokens": [...], "tags": [...]} a line; tags are BIO.
 """

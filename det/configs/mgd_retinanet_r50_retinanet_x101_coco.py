@@ -1,15 +1,18 @@
-# CrossKD's published pair: GFL-R101 (24 epochs, multi-scale) teaches GFL-R50 (12 epochs). arXiv 2306.11369, 40.2 to 43.7 AP.
-_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+# MGD's published pair: RetinaNet-X101 teaches RetinaNet-R50, which takes over its pyramid and head.
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
 
 data_root = "data/coco/"
-teacher_checkpoint = "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
+teacher_checkpoint = "retinanet_x101_64x4d_fpn_mstrain_3x_coco_20210719_051838-022c2187.pth"
 
 custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,
-    teacher=dict(config="mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py", checkpoint=teacher_checkpoint),
-    recipe="cross_head",
+    teacher=dict(
+        config="mmdet::retinanet/retinanet_x101-64x4d_fpn_ms-640-800-3x_coco.py", checkpoint=teacher_checkpoint
+    ),
+    recipe="mgd",
+    inherit=["neck", "bbox_head"],
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

@@ -1,6 +1,6 @@
 """Teacher, plain student and distilled student as causal language models of your own text: a starting point.
 
-    python nlp/recipes/language_model.py --train text.jsonl --eval val.jsonl --out runs/mine
+    python nlp/configs/language_model.py --train text.jsonl --eval val.jsonl --out runs/mine
 
 One {"text": ...} a line. The losses are computed in chunks, so that neither model's logits are held.
 """

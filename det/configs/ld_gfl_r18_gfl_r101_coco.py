@@ -11,7 +11,7 @@ model = dict(
     backbone=dict(depth=18, init_cfg=dict(checkpoint="torchvision://resnet18")),
     neck=dict(in_channels=[64, 128, 256, 512]),
     teacher=dict(config="mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py", checkpoint=teacher_checkpoint),
-    recipe="localization",
+    recipe="ld",
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

@@ -9,7 +9,7 @@ model = dict(
     type="DistilledSegmentor",
     student=_base_.model.type,
     teacher=dict(config="mmseg::pspnet/pspnet_r101-d8_4xb4-160k_ade20k-512x512.py", checkpoint=teacher_checkpoint),
-    recipe="channel_wise",
+    recipe="cwd",
 )
 
 train_dataloader = dict(dataset=dict(data_root=data_root))

@@ -1,6 +1,6 @@
 """Teacher, plain student and distilled student on your own sentences: a starting point to copy and change.
 
-    python nlp/recipes/classification.py --train train.jsonl --eval val.jsonl --out runs/mine
+    python nlp/configs/classification.py --train train.jsonl --eval val.jsonl --out runs/mine
 
 The files are jsonl, csv, or folders of datasets' save_to_disk. With --teacher FOLDER an existing teacher is used instead of one
 trained here.
