@@ -26,14 +26,14 @@ TERMS: dict[str, Any] = {
     "generation": dict(type="MaskedGeneration"),
     "near": dict(type="FeatureImitation", tap="neck[*]", region="fine_grained"),
     "ld_main": dict(type="LocalizationDistillation"),
-    "ld_vlr": dict(type="LocalizationDistillation", region="vlr"),
+    "ld_vlr": dict(type="LocalizationDistillation", anchors="vlr"),
     "soft": dict(type="SoftTargets"),
-    "soft_main": dict(type="SoftTargets", region="main", activation="softmax"),
+    "soft_main": dict(type="SoftTargets", anchors="main", activation="softmax"),
     "cross_head": dict(type="CrossHead"),
 }
 ON_PROPOSALS: dict[str, Any] = {
     "roi_classes": dict(type="SoftTargets"),
-    "roi_weighted": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.8, region="main"),
+    "roi_weighted": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.8, anchors="main"),
     "roi_boxes": dict(type="BoundedRegression", margin=1e6),
     "roi_features": dict(type="FeatureImitation", tap="roi_head.bbox_head:input"),
     "rpn_classes": dict(type="SoftTargets", head="rpn_head"),

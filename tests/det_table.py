@@ -31,7 +31,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "`MaskedGeneration`": dict(type="MaskedGeneration"),
     "`SoftTargets`": dict(type="SoftTargets"),
     "… `background_weight`, `hard_weight`": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.5),
-    "… region `vlr`": dict(type="SoftTargets", region="vlr"),
+    "… region `vlr`": dict(type="SoftTargets", anchors="vlr"),
     "… `head='rpn_head'`": dict(type="SoftTargets", head="rpn_head"),
     "`BoundedRegression`": _BOUNDED,
     "… `head='rpn_head'`, boxes": dict(_BOUNDED, head="rpn_head"),

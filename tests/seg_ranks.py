@@ -32,8 +32,8 @@ RELATIONS: dict[str, Any] = dict(
 )
 """Every pixel is an anchor, is remembered and compared with, so that nothing is drawn."""
 TERMS: dict[str, dict[str, Any]] = {
-    "pixel": dict(type="PixelSoftTargets"),
-    "labels": dict(type="PixelSoftTargets", grid="labels"),
+    "pixel": dict(type="SoftTargets"),
+    "labels": dict(type="SoftTargets", grid="labels"),
     "affinity": dict(type="PairwiseAffinity"),
     "channels": dict(type="ChannelWise"),
     "features": dict(type="ChannelWise", tap="backbone[2]"),

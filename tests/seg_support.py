@@ -45,7 +45,7 @@ EVERY_TERM: dict[str, Any] = dict(
 )
 """Settings of a distilled segmentor with every kind of term."""
 TERM_NAMES = (
-    "pixel_soft_targets",
+    "soft_targets",
     "pairwise_affinity",
     "adversarial_mask",
     "channel_wise",

@@ -6,8 +6,8 @@ require("mmdet", "kdgraft_det")
 
 from .bounded import BoundedRegression  # noqa: E402
 from .cross_head import CrossHead  # noqa: E402
+from .dense_heads import HEADS, DenseHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
-from .focal_global import FocalGlobal  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
 from .recipes import (  # noqa: E402
     chen2017,
@@ -21,17 +21,16 @@ from .recipes import (  # noqa: E402
     pkd,
 )
 from .registry import RECIPES, TERMS  # noqa: E402
-from .soft_targets import SoftTargets  # noqa: E402
 
 __all__ = [
+    "HEADS",
     "RECIPES",
     "TERMS",
     "BoundedRegression",
     "CrossHead",
+    "DenseHead",
     "DistilledDetector",
-    "FocalGlobal",
     "LocalizationDistillation",
-    "SoftTargets",
     "chen2017",
     "combined",
     "crosskd",

@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kdgraft.regions import Batch
+from kdgraft.batch import Batch
 
-from .heads import HeadRegion
+from .heads import Anchors
 from .regions import valuable_region
 
 
@@ -52,14 +52,14 @@ class Assignment:
         """``(B, N)`` priors that hold an object."""
         return (self.labels >= 0) & (self.labels < self.num_classes) & self.valid
 
-    def weights(self, region: HeadRegion, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
+    def weights(self, anchors: Anchors, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
         """``(B, N)``: 1 on ``"all"`` valid priors or on the positives (``"main"``), the IoU in the ``"vlr"``.
 
         The last lies below the positives, where some assigners ignore: it is taken from all priors that the host gave.
         """
-        if region == "all":
+        if anchors == "all":
             return self.valid.float()
-        if region == "main":
+        if anchors == "main":
             return self.positive.float()
 
         def find() -> Tensor:

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import nn
 
+from kdgraft.batch import Batch
 from kdgraft.errors import check_number
 from kdgraft.losses import Ratio, bounded_regression, weighted_ratio
-from kdgraft.regions import Batch
 from kdgraft.taps import Recording
-from kdgraft.terms import Term, Wiring, mean_of
+from kdgraft.terms import Term, Wiring, check_choice, mean_of
 
 from .heads import Heads
-from .predictions import HeadName, check_head_name, find_heads
+from .predictions import HEAD_NAMES, HeadName, find_heads
 from .registry import TERMS
 
 
@@ -29,7 +29,7 @@ class BoundedRegression(Term):
 
     Args:
         margin: m >= 0 by which the student has to be better to be left alone; unpublished, 0 by default.
-        head: as in :class:`~kdgraft_det.soft_targets.SoftTargets`.
+        head: see :meth:`kdgraft_det.reader.DetReader.scores`.
         weight: ν, 0.5 in the paper.
     """
 
@@ -45,25 +45,25 @@ class BoundedRegression(Term):
     ) -> None:
         super().__init__(weight=weight, **settings)
         check_number("BoundedRegression", "margin", margin)
-        check_head_name(self, head)
+        check_choice(self, "head", head, HEAD_NAMES)
         self.margin, self.head = margin, head
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.heads = find_heads(student, teacher, self.head, self)
-        self.heads.check_boxes(self)
+        self.heads = find_heads(student, teacher, self.head, self.name)
+        self.heads.check_boxes(self.name)
         self.hears_ensembles = self.heads.averages
         self.compares_classes = self.heads.boxes_by_class
         self.reading = self.heads.box_reading
         self.student_taps, self.teacher_taps = self.heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:
-        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self):
+        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self.name):
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region="main"))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
-        for rows in self.heads.box_rows(student, teacher, batch):
-            assert rows.target is not None
-            items = bounded_regression(rows.student, rows.teacher, rows.target, margin=self.margin, reduction="none")
+        for pairs in self.heads.box_pairs(student, teacher, batch):
+            assert pairs.target is not None
+            items = bounded_regression(pairs.student, pairs.teacher, pairs.target, margin=self.margin, reduction="none")
             ratios.append(weighted_ratio(items))
         return mean_of(ratios)

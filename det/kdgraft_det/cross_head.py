@@ -15,15 +15,18 @@ import torch.nn.functional as F
 from mmdet.models.losses.iou_loss import giou_loss
 from torch import Tensor, nn
 
-from kdgraft.adapters import AdapterKind, build_adapter
+from kdgraft.adapters import AdapterKind, adapter_label, build_adapter
+from kdgraft.batch import Batch
 from kdgraft.distributed import total_over_ranks
 from kdgraft.errors import WiringError, check_number
 from kdgraft.losses import Ratio, align_scale, focused_entropy, localization
-from kdgraft.regions import All, Batch
+from kdgraft.regions import All
 from kdgraft.taps import Recording, Tap, shadow
-from kdgraft.terms import Term, Wiring, adapter_label, adapter_where_channels_differ
+from kdgraft.terms import Term, Wiring
 
-from .dense import DenseHead, check_sigmoid, dense_head, in_rows, joint_logits
+from .dense import check_sigmoid
+from .dense_heads import DenseHead, dense_head
+from .picking import in_rows, joint_logits
 from .registry import TERMS
 from .resolution import same_resolution
 
@@ -89,8 +92,8 @@ class CrossHead(Term):
                 f"{self.name}: the {owner}'s head {name} has no towers of classes and boxes that could be crossed; "
                 "FeatureImitation works with any detector"
             )
-        found = dense_head(head, "bbox_head", owner, self)
-        check_sigmoid(found, self)
+        found = dense_head(head, "bbox_head", owner, self.name)
+        check_sigmoid(found, self.name)
         return found
 
     def _tower_taps(self, model: nn.Module, owner: str) -> list[list[Tap]]:
@@ -115,7 +118,7 @@ class CrossHead(Term):
 
     def wire(self, wiring: Wiring) -> None:
         assert wiring.holder is not None
-        same_resolution(wiring, self)
+        same_resolution(wiring, self.name)
         self.holder = wiring.holder
         self.bins = self._theirs.bins
         self.box_weight = self.boxes if self.boxes is not None else (4.0 if self.bins else 1.0)
@@ -128,7 +131,8 @@ class CrossHead(Term):
                     "give both the same strides"
                 )
             for (s, s_tap), (t, t_tap) in zip(students, teachers, strict=True):
-                kind = adapter_where_channels_differ(self.adapter_kind, s, t)
+                same = s.shape[1] == t.shape[1]
+                kind = "none" if self.adapter_kind == "auto" and same else self.adapter_kind
                 adapter = build_adapter(kind, s, t, f"{self.name} ({s_tap} → {t_tap})")
                 self.adapters.append(adapter)
                 self.rows.append(

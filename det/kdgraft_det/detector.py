@@ -17,15 +17,16 @@ from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from torch import Tensor
 
+from kdgraft.batch import Batch
 from kdgraft.engine import Engine
 from kdgraft.errors import WiringError
-from kdgraft.regions import Batch
 from kdgraft_mm.graft import Graft
 from kdgraft_mm.resolution import Resolution
 from kdgraft_mm.views import image_sizes
 
 from .dense import anchor_levels
 from .heads import reads_classes
+from .reader import DetReader
 from .regions import enclosing_boxes
 from .registry import RECIPES, TERMS
 from .resolution import reduced_sample
@@ -61,6 +62,7 @@ class DistilledDetector(Graft):
     _models = MODELS
     _terms = TERMS
     _recipes = RECIPES
+    _reader = DetReader
     _fields = frozenset({"boxes", "labels", "image_sizes"})
     _replay = REPLAY
     _reads_classes = staticmethod(reads_classes)

@@ -1,14 +1,13 @@
-"""What prediction-level terms read: the same places in student's and teacher's heads, whatever kind of head it is.
+"""Heads of detectors as terms on predictions read them: the same places in student's and teacher's heads, of whatever kind.
 
 A :class:`Heads` is made of two heads of one kind (dense, on regions of interest, or on queries) before the dry run. It says which
-taps it needs and gives rows: class logits side by side, boxes side by side with their targets.
+taps it needs and pairs class logits, and boxes with their targets.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,31 +16,14 @@ from mmdet.models.dense_heads.anchor_head import AnchorHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from torch import Tensor, nn
 
+from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
-from kdgraft.regions import Batch
+from kdgraft.readers import Pairs
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Term, Wiring
+from kdgraft.terms import Wiring
 from kdgraft_mm.class_outputs import scores_classes
 
-HeadRegion = Literal["all", "main", "vlr"]
-
-
-@dataclass
-class Rows:
-    """K places where both models predict.
-
-    Attributes:
-        student, teacher: class logits ``(K, C)`` in the student's order of classes, or boxes ``(K, 4)`` in one unit.
-        weight: ``(K,)``, or ``None`` where all count alike.
-        target: of boxes, ``(K, 4)`` in the same unit.
-        count: what the sum over rows is divided by, where that is not the sum of weights.
-    """
-
-    student: Tensor
-    teacher: Tensor
-    weight: Tensor | None = None
-    target: Tensor | None = None
-    count: Tensor | None = None
+Anchors = Literal["all", "main", "vlr"]
 
 
 class Heads(ABC):
@@ -49,14 +31,14 @@ class Heads(ABC):
 
     Attributes:
         classes: of the student, background left out.
-        class_taps, box_taps: what class rows and box rows need of (student, teacher).
+        class_taps, box_taps: what pairs of classes and of boxes need of (student, teacher).
         host_losses: the host's own class losses, by name.
     """
 
     softmax: ClassVar[bool] = False
     """Softmax over classes and background (the last), rather than a sigmoid each."""
-    regions: tuple[str, ...] = ("all", "main")
-    """What regions mean something on this head, its default first."""
+    anchors: tuple[Anchors, ...] = ("all", "main")
+    """The sets of anchors (or proposals, or queries) that mean something on this head, its default first."""
     averages: bool = True
     """Whether several teachers predict at the same places, so that their mean means something."""
     proposes: bool = False
@@ -73,23 +55,23 @@ class Heads(ABC):
     host_losses: Sequence[str]
 
     @abstractmethod
-    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
-        """Class logits of a region; one entry a stage, which weigh alike."""
+    def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
+        """Class logits ``(K, C)`` at a set of anchors; one entry a stage, which weigh alike."""
 
     @abstractmethod
-    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
-        """Boxes where the student's assigner put an object, with their targets; one entry a stage."""
+    def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Boxes ``(K, 4)`` where the student's assigner put an object, with their targets; one entry a stage."""
 
     @abstractmethod
-    def check_classes(self, term: Term) -> None:
+    def check_classes(self, term: str) -> None:
         """Raises a :class:`WiringError` unless both heads predict classes alike."""
 
     @abstractmethod
-    def check_boxes(self, term: Term) -> None:
+    def check_boxes(self, term: str) -> None:
         """Raises a :class:`WiringError` unless both heads' boxes are in one unit."""
 
     @abstractmethod
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
         """What was compared in the dry run, for ``kdgraft check``.
 
         Raises:
@@ -97,30 +79,30 @@ class Heads(ABC):
         """
 
 
-def same_number_of_classes(student: int, teacher: int, term: Term) -> None:
+def same_number_of_classes(student: int, teacher: int, term: str) -> None:
     """Raises a :class:`WiringError` unless both predict equally many classes."""
     if student != teacher:
         raise WiringError(
-            f"{term.name}: the student predicts {student} classes, the teacher {teacher}; train both on the same classes"
+            f"{term}: the student predicts {student} classes, the teacher {teacher}; train both on the same classes"
         )
 
 
-def same_box_coder(student: Any, teacher: Any, term: Term) -> None:
+def same_box_coder(student: Any, teacher: Any, term: str) -> None:
     """Raises a :class:`WiringError` unless two heads code boxes alike."""
     left, right = student.bbox_coder, teacher.bbox_coder
     if type(left) is not type(right) or vars(left) != vars(right):
         raise WiringError(
-            f"{term.name}: student and teacher code boxes differently, {type(left).__name__} {vars(left)} and "
+            f"{term}: student and teacher code boxes differently, {type(left).__name__} {vars(left)} and "
             f"{type(right).__name__} {vars(right)}; give both the same bbox_coder"
         )
 
 
-def check_upright(head: Any, owner: str, term: Term) -> None:
+def check_upright(head: Any, owner: str, term: str) -> None:
     """Raises a :class:`WiringError` where a head predicts other boxes than upright ones: its anchors are others as well."""
     size = getattr(getattr(head, "bbox_coder", None), "encode_size", 4)
     if size != 4:
         raise WiringError(
-            f"{term.name}: the {owner}'s {type(head).__name__} predicts boxes of {size} numbers (rotated ones), and terms on "
+            f"{term}: the {owner}'s {type(head).__name__} predicts boxes of {size} numbers (rotated ones), and terms on "
             "predictions compare upright ones; use FeatureImitation or FocalGlobal, which take the upright boxes around objects"
         )
 

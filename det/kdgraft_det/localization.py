@@ -6,16 +6,17 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, localization, weighted_ratio
 from kdgraft.losses.soft_targets import check_temperature
-from kdgraft.regions import Batch
 from kdgraft.sources import combined
 from kdgraft.taps import Recording
 from kdgraft.terms import Term, Wiring
 
-from .dense import DenseHeads, distribution_bins, pick, pick_weights
+from .dense import DenseHeads, distribution_bins
 from .heads import same_box_coder
+from .picking import pick, pick_weights
 from .predictions import find_heads
 from .registry import TERMS
 
@@ -26,7 +27,7 @@ class LocalizationDistillation(Term):
 
     .. math:: \sum_i w_i \tfrac14 \sum_e \mathrm{LD}_{ie} \Big/ \sum_i w_i
 
-    over the anchors i of the region and their four edges e. On the main region (the positives) :math:`w` is the student's
+    over these anchors i and their four edges e. On the main region (the positives) :math:`w` is the student's
     best class score, on the valuable localization region it is the IoU. The weight sum is taken over the whole batch and all
     processes, so that the loss does not grow with either. The authors' code (and mmdet's ``LDHead``) leaves that division
     out: there, the published weight 0.25 multiplies a sum over all positives, of a mean over bins. On COCO, with the three
@@ -34,7 +35,7 @@ class LocalizationDistillation(Term):
 
     Args:
         temperature: T > 0, 10 in the paper.
-        region: ``"main"`` or ``"vlr"``; the paper's full method has a term for each.
+        anchors: ``"main"`` or ``"vlr"``; the paper's full method has a term for each.
         variant: ``"paper"`` sums over bins, ``"code"`` takes their mean; see :func:`kdgraft.losses.localization`.
         vlr_variant: see :func:`kdgraft_det.regions.valuable_region`.
     """
@@ -46,7 +47,7 @@ class LocalizationDistillation(Term):
         self,
         temperature: float = 10.0,
         *,
-        region: Literal["main", "vlr"] = "main",
+        anchors: Literal["main", "vlr"] = "main",
         variant: Literal["code", "paper"] = "paper",
         vlr_variant: Literal["paper", "code"] = "paper",
         weight: float = 1.2,
@@ -54,48 +55,46 @@ class LocalizationDistillation(Term):
     ) -> None:
         super().__init__(weight=weight, **settings)
         check_temperature(temperature)
-        if region not in ("main", "vlr"):
-            raise DistillError(f"LocalizationDistillation: region must be 'main' or 'vlr', got {region!r}")
+        if anchors not in ("main", "vlr"):
+            raise DistillError(f"LocalizationDistillation: anchors must be 'main' or 'vlr', got {anchors!r}")
         for given in (variant, vlr_variant):
             if given not in ("code", "paper"):
                 raise DistillError(f"LocalizationDistillation: variant must be 'code' or 'paper', got {given!r}")
-        if region == "main" and vlr_variant != "paper":
-            raise DistillError(
-                "LocalizationDistillation: vlr_variant says which anchors region='vlr' has; leave it out"
-            )
-        self.temperature, self.region, self.variant, self.vlr_variant = temperature, region, variant, vlr_variant
+        if anchors == "main" and vlr_variant != "paper":
+            raise DistillError("LocalizationDistillation: vlr_variant says which anchors 'vlr' has; leave it out")
+        self.temperature, self.anchors, self.variant, self.vlr_variant = temperature, anchors, variant, vlr_variant
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        heads = find_heads(student, teacher, "auto", self)
+        heads = find_heads(student, teacher, "auto", self.name)
         if not isinstance(heads, DenseHeads):
             raise WiringError(
                 f"{self.name}: a {type(student).__name__} predicts box edges as numbers, not as distributions (reg_max); use a "
                 "GFLHead, or BoundedRegression"
             )
-        bins = [distribution_bins(head, self) for head in (heads.student, heads.teacher)]
+        bins = [distribution_bins(head, self.name) for head in (heads.student, heads.teacher)]
         if bins[0] != bins[1]:
             raise WiringError(
                 f"{self.name}: the student's edges have {bins[0]} bins, the teacher's {bins[1]}; give both the same reg_max"
             )
-        same_box_coder(heads.student, heads.teacher, self)
+        same_box_coder(heads.student, heads.teacher, self.name)
         self.heads = heads
         self.student_taps, self.teacher_taps = heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:
-        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self):
-            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region=self.region))
+        for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self.name):
+            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region=self.anchors))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ours, theirs = self.heads.student, self.heads.teacher
         assignment = ours.assignment(student, batch)
-        weights = assignment.weights(self.region, batch, self.vlr_variant)
+        weights = assignment.weights(self.anchors, batch, self.vlr_variant)
         chosen = weights > 0
         edges = self._edges(pick(student.tensors(ours.boxes), chosen, 1))
         targets = combined(
             teacher, lambda member: self._edges(pick(member.tensors(theirs.boxes), chosen, 1)), "softmax"
         )
         items = localization(edges, targets, self.temperature, variant=self.variant, reduction="none").mean(-1)
-        if self.region == "main":
+        if self.anchors == "main":
             scores = ours.logits(student, chosen).detach().float().sigmoid()
             return weighted_ratio(items, scores.amax(1))
         return weighted_ratio(items, pick_weights(weights, chosen, assignment.num_per_level))

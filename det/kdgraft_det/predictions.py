@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from kdgraft.errors import WiringError
-from kdgraft.terms import Term, check_choice
 
 from .dense import DenseHeads
 from .heads import Heads
@@ -15,9 +14,10 @@ from .queries import QueryHeads, has_queries
 from .rois import RoIHeads
 
 HeadName = Literal["auto", "bbox_head", "rpn_head", "roi_head"]
+HEAD_NAMES = get_args(HeadName)
 
 
-def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: Term) -> Heads:
+def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: str) -> Heads:
     """The heads of this name; ``"auto"`` takes the one that predicts the boxes in the end.
 
     Raises:
@@ -29,7 +29,7 @@ def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: Te
     for owner, model, head in zip(("student", "teacher"), (student, teacher), heads, strict=True):
         if head is None:
             raise WiringError(
-                f"{term.name}: the {owner}, a {type(model).__name__}, has no {which}; features work across detectors, "
+                f"{term}: the {owner}, a {type(model).__name__}, has no {which}; features work across detectors, "
                 "predictions are compared between heads of one kind"
             )
     if which == "roi_head":
@@ -37,8 +37,3 @@ def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: Te
     if any(has_queries(head) for head in heads):
         return QueryHeads(student, teacher, term)
     return DenseHeads(heads[0], heads[1], which, term)
-
-
-def check_head_name(term: Term, which: Any) -> None:
-    """Raises a :class:`~kdgraft.DistillError` unless it is a head's name."""
-    check_choice(term, "head", which, ("auto", "bbox_head", "rpn_head", "roi_head"))

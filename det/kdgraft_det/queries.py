@@ -10,12 +10,13 @@ from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
 from mmengine.structures import InstanceData
 from torch import Tensor, nn
 
+from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
-from kdgraft.regions import Batch
+from kdgraft.readers import Pairs
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Term, Wiring
+from kdgraft.terms import Wiring
 
-from .heads import HeadRegion, Heads, Rows, in_students_order, known_head, same_number_of_classes
+from .heads import Anchors, Heads, in_students_order, known_head, same_number_of_classes
 
 _CLASSES = Tap.parse("bbox_head[0]")
 _BOXES = Tap.parse("bbox_head[1]")
@@ -37,16 +38,16 @@ class QueryHeads(Heads):
     queries and, asked again, one of the teacher's; these two are compared.
     """
 
-    regions = ("main",)
+    anchors = ("main",)
     boxes_by_class = True
     host_losses = ("loss_cls",)
 
-    def __init__(self, student: Any, teacher: Any, term: Term) -> None:
+    def __init__(self, student: Any, teacher: Any, term: str) -> None:
         for owner, model in (("student", student), ("teacher", teacher)):
             head = model.bbox_head
             if known_head(head, _KINDS, owner, **_READ) is None or not head.loss_cls.use_sigmoid:
                 raise WiringError(
-                    f"{term.name}: the {owner}'s {type(head).__name__} is not one that this term can read (the sigmoid heads of "
+                    f"{term}: the {owner}'s {type(head).__name__} is not one that this term can read (the sigmoid heads of "
                     "Deformable DETR and DINO, both models alike); FeatureImitation works with any detector"
                 )
         self.assigner = student.bbox_head.assigner
@@ -55,22 +56,22 @@ class QueryHeads(Heads):
         self.queries = student.num_queries, teacher.num_queries
         self.class_taps = self.box_taps = (_CLASSES, _BOXES), (_CLASSES, _BOXES)
 
-    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
+    def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
         ours, theirs, _ = self._matched(student, teacher, batch)
-        return [Rows(ours[0], theirs[0])]
+        return [Pairs(ours[0], theirs[0])]
 
-    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
+    def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         ours, theirs, truth = self._matched(student, teacher, batch)
-        return [Rows(ours[1], theirs[1], target=truth)]
+        return [Pairs(ours[1], theirs[1], target=truth)]
 
-    def check_classes(self, term: Term) -> None:
+    def check_classes(self, term: str) -> None:
         same_number_of_classes(self.classes, self.teacher_classes, term)
 
-    def check_boxes(self, term: Term) -> None:
+    def check_boxes(self, term: str) -> None:
         """Both are centre and size as shares of the image; matching them to the truth takes the classes too."""
         self.check_classes(term)
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
         tap = _CLASSES if kind == "classes" else _BOXES
         return [(wiring.student_recording[tap][-1], wiring.teacher_recording[tap][-1], tap, tap)]
 

@@ -24,9 +24,11 @@ def ld(
     """
     edges = dict(type="LocalizationDistillation", temperature=temperature)
     terms: list[dict[str, Any]] = [
-        dict(edges, name="ld_main", region="main", weight=main),
-        dict(edges, name="ld_vlr", region="vlr", weight=vlr),
-        dict(type="SoftTargets", name="class_main", region="main", activation="softmax", temperature=2, weight=classes),
+        dict(edges, name="ld_main", anchors="main", weight=main),
+        dict(edges, name="ld_vlr", anchors="vlr", weight=vlr),
+        dict(
+            type="SoftTargets", name="class_main", anchors="main", activation="softmax", temperature=2, weight=classes
+        ),
     ]
     return scheduled(terms, schedule)
 

@@ -4,10 +4,5 @@ from kdgraft.registry import RECIPES as CORE_RECIPES
 from kdgraft.registry import TERMS as CORE_TERMS
 from kdgraft.registry import Registry
 
-TERMS = Registry(
-    "term",
-    "kdgraft.det.terms",
-    parent=CORE_TERMS,
-    refused={"LogitMatching": "dense class outputs need valid anchors and an order of classes: use SoftTargets"},
-)
+TERMS = Registry("term", "kdgraft.det.terms", parent=CORE_TERMS)
 RECIPES = Registry("recipe", "kdgraft.det.recipes", parent=CORE_RECIPES)

@@ -13,16 +13,16 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from kdgraft.errors import WiringError
-from kdgraft.terms import Term, Wiring
+from kdgraft.terms import Wiring
 from kdgraft_mm.resolution import Resolution, Size, nearest_positions
 
 
-def same_resolution(wiring: Wiring, term: Term) -> None:
+def same_resolution(wiring: Wiring, term: str) -> None:
     """Raises a :class:`WiringError` where student and teacher see images of different sizes."""
     scale = wiring.teacher_recording.scale
     if scale != 1:
         raise WiringError(
-            f"{term.name}: compares predictions position by position, and with the teacher's scale={scale:g} the two grids "
+            f"{term}: compares predictions position by position, and with the teacher's scale={scale:g} the two grids "
             "differ; leave scale out, or distil features (FeatureImitation)"
         )
 

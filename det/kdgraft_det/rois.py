@@ -11,17 +11,17 @@ from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from torch import Tensor, nn
 
+from kdgraft.batch import Batch
 from kdgraft.engine import Engine, Replay
 from kdgraft.errors import WiringError
-from kdgraft.regions import Batch
+from kdgraft.readers import Pairs
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Term, Wiring
+from kdgraft.terms import Wiring
 
 from .heads import (
-    HeadRegion,
+    Anchors,
     Heads,
-    Rows,
     check_upright,
     in_students_order,
     known_head,
@@ -106,7 +106,7 @@ class RoIHeads(Heads):
 
     softmax = True
 
-    def __init__(self, student: Any, teacher: Any, term: Term) -> None:
+    def __init__(self, student: Any, teacher: Any, term: str) -> None:
         heads = [
             _box_heads(model.roi_head, owner, term)
             for model, owner in zip((student, teacher), ("student", "teacher"), strict=True)
@@ -123,7 +123,7 @@ class RoIHeads(Heads):
         self.class_taps = self.box_taps = (*self.outputs, *self.targets), tuple(self.outputs)
         self.host_losses = tuple(f"s{i}.loss_cls" for i in range(len(stages))) if cascade else ("loss_cls",)
 
-    def class_rows(self, student: Recording, teacher: Recording, batch: Batch, region: HeadRegion) -> list[Rows]:
+    def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
         found = []
         for stage in range(len(self.outputs)):
             logits = _seen(student, self.outputs, stage)[0]
@@ -132,11 +132,11 @@ class RoIHeads(Heads):
                 return in_students_order(_seen(member, self.outputs, stage)[0], member.class_order)
 
             labels = _seen(student, self.targets, stage)[0]
-            chosen = None if region == "all" else (labels < self.classes).float()
-            found.append(Rows(logits, combined(teacher, read, "softmax"), weight=chosen))
+            chosen = None if anchors == "all" else (labels < self.classes).float()
+            found.append(Pairs(logits, combined(teacher, read, "softmax"), weight=chosen))
         return found
 
-    def box_rows(self, student: Recording, teacher: Recording, batch: Batch) -> list[Rows]:
+    def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         found = []
         for stage in range(len(self.outputs)):
             labels, _, targets, _ = _seen(student, self.targets, stage)
@@ -148,24 +148,24 @@ class RoIHeads(Heads):
                 predicted = _seen(recording, self.outputs, stage)[1]
                 return self.heads[side][stage].boxes(predicted, rows, labels[rows], recording.class_order)
 
-            found.append(Rows(read(student, 0), combined(teacher, read, "value"), target=targets[rows]))
+            found.append(Pairs(read(student, 0), combined(teacher, read, "value"), target=targets[rows]))
         return found
 
-    def check_classes(self, term: Term) -> None:
+    def check_classes(self, term: str) -> None:
         same_number_of_classes(self.heads[0][0].num_classes, self.heads[1][0].num_classes, term)
 
-    def check_boxes(self, term: Term) -> None:
+    def check_boxes(self, term: str) -> None:
         if self.boxes_by_class:
             self.check_classes(term)
         for ours, theirs in zip(*self.heads, strict=True):
             same_box_coder(ours, theirs, term)
             if ours.decoded_targets:
                 raise WiringError(
-                    f"{term.name}: the student's bbox_head is trained on decoded boxes (reg_decoded_bbox); this term "
+                    f"{term}: the student's bbox_head is trained on decoded boxes (reg_decoded_bbox); this term "
                     "compares what box coders encode, set reg_decoded_bbox=False"
                 )
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: Term) -> list[tuple[Any, Any, Tap, Tap]]:
+    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
         place = 0 if kind == "classes" else 1
         recordings = wiring.student_recording, wiring.teacher_recording
         return [(*(recording[tap][place] for recording in recordings), tap, tap) for tap in self.outputs]
@@ -194,17 +194,17 @@ class _Plain:
         return predicted.unflatten(1, (self.num_classes, -1))[rows, wanted]
 
 
-def same_stages(student: nn.Module, teacher: nn.Module, term: Term) -> None:
+def same_stages(student: nn.Module, teacher: nn.Module, term: str) -> None:
     """Raises a :class:`WiringError` unless both RoI heads have as many stages."""
     counts = [getattr(head, "num_stages", 1) for head in (student, teacher)]
     if counts[0] != counts[1]:
         raise WiringError(
-            f"{term.name}: the student's RoI head has {counts[0]} stages, the teacher's {counts[1]}; the teacher's is run on "
+            f"{term}: the student's RoI head has {counts[0]} stages, the teacher's {counts[1]}; the teacher's is run on "
             "the student's proposals stage by stage, so both need as many"
         )
 
 
-def _box_heads(roi_head: Any, owner: str, term: Term) -> Sequence[Any]:
+def _box_heads(roi_head: Any, owner: str, term: str) -> Sequence[Any]:
     kinds = (StandardRoIHead, CascadeRoIHead)
     trained, predicted = ("loss", "bbox_loss", "_bbox_forward"), ("_bbox_forward", "predict_bbox")
     known = known_head(roi_head, kinds, owner, trained=trained, predicted=predicted)
@@ -215,7 +215,7 @@ def _box_heads(roi_head: Any, owner: str, term: Term) -> Sequence[Any]:
         reads = isinstance(head, BBoxHead) and type(head).get_targets is BBoxHead.get_targets
         if known is None or not reads or head.custom_cls_channels or head.loss_cls.use_sigmoid:
             raise WiringError(
-                f"{term.name}: the {owner}'s {type(roi_head).__name__} with {type(head).__name__} is not one that this term can "
+                f"{term}: the {owner}'s {type(roi_head).__name__} with {type(head).__name__} is not one that this term can "
                 "read (StandardRoIHead, CascadeRoIHead with softmax classes); FeatureImitation works with any detector"
             )
     return heads

@@ -4,16 +4,19 @@ from kdgraft.hosts import require
 
 require("transformers", "kdgraft_nlp")
 
+from kdgraft.terms import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, SkewedKL, SoftTargets  # noqa: E402
+
 from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
 from .layers import AttentionMaps, Embeddings, HiddenStates, PatientStates, Relations  # noqa: E402
-from .logits import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL, SoftTargets, UniversalLogits  # noqa: E402
+from .logits import UniversalLogits  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .student import undistill  # noqa: E402
 from .trainer import DistillTrainer, distill  # noqa: E402
 
 __all__ = [
+    "DIST",
     "RECIPES",
     "TERMS",
     "AttentionMaps",
@@ -23,6 +26,7 @@ __all__ = [
     "ForwardKL",
     "GeneralizedJSD",
     "HiddenStates",
+    "LogitMatching",
     "PatientStates",
     "Relations",
     "ReverseKL",

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdgraft.adapters import AdapterKind, build_adapter
+from kdgraft.adapters import AdapterKind, adapter_label, build_adapter
+from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, attention_distributions, attention_scores, cosine, hint, patient, token_relations
-from kdgraft.regions import Batch
 from kdgraft.sources import STUDENT
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Term, Wiring, adapter_label, check_choice, mean_of
+from kdgraft.terms import Term, Wiring, check_choice, mean_of
 
 from .attention import METHOD, AttentionCall, Layer, Stack, attention_call, drops_layers, layer_pairs, stacks
 from .packing import first_of_each, per_text

@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kdgraft.batch import Batch
 from kdgraft.errors import DistillError
-from kdgraft.regions import Batch
 from kdgraft.schedules import Step
 from kdgraft.step import StepInProgress
 

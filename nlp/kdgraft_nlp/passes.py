@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +14,11 @@ from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.errors import DistillError
 from kdgraft.losses import Ratio
 from kdgraft.step import StepInProgress
+from kdgraft.terms import ScoreTerm
 
 from .chunked import Part, chunked_losses, head_of
 from .heads import router_loss
 from .link import link_of
-from .logits import LogitTerm
 from .tokens import IGNORED
 
 
@@ -85,10 +86,10 @@ class ChunkedPass(Pass):
 
     def finish(self, step: StepInProgress) -> dict[str, Tensor]:
         """The terms' losses, from chunks of logits; the output has the host's loss then."""
-        terms = [term for term in step.active if isinstance(term, LogitTerm)]
+        terms = [term for term in step.active if isinstance(term, ScoreTerm)]
         whole, hard, sums = self._total(step, terms)
         ready = {
-            term.name: Ratio(value.float(), term.items(step.batch).to(value.device).float())
+            term.name: Ratio(value.float(), _items(term, step).to(value.device).float())
             for term, value in zip(terms, sums[1:], strict=True)
         }
         losses = step.losses(computed=ready)
@@ -103,7 +104,7 @@ class ChunkedPass(Pass):
             self.output["loss"] = self.output["loss"] + own.to(whole)
         return losses
 
-    def _total(self, step: StepInProgress, terms: list[LogitTerm]) -> tuple[Tensor, Tensor, Tensor]:
+    def _total(self, step: StepInProgress, terms: list[ScoreTerm]) -> tuple[Tensor, Tensor, Tensor]:
         """All losses in one, the factor of the cross-entropy, and the sums over tokens."""
         link, device = link_of(self.student), self.hidden.device
         hard = link.host_weight * step.host_share() / self.items.to(device).float()
@@ -111,9 +112,10 @@ class ChunkedPass(Pass):
         for term in terms:
             count = step.denominator(term)
             if count is None:
-                count = sum_over_ranks(term.items(step.batch).to(device)) * step.parts
+                count = sum_over_ranks(_items(term, step).to(device)) * step.parts
             factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / link.last.host_factor
-            parts.append(Part(term.on_chunk, term.counted(step.batch).flatten().to(device), factor.float()))
+            scores: Any = term.scores
+            parts.append(Part(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
         if terms:
             teacher = self.student.distiller.teacher
             states = step.recordings[teacher.name][terms[0].teacher_taps[0]].flatten(0, 1)
@@ -122,3 +124,16 @@ class ChunkedPass(Pass):
             self.hidden, head_of(self.student, link.tails[0]), self.targets, hard, states, head, parts, link.chunk or 1
         )
         return whole, hard, sums
+
+
+def _items(term: ScoreTerm, step: StepInProgress) -> Tensor:
+    """The number of tokens that a term compares in this process's part of the batch."""
+    count = term.count(step.batch)
+    assert count is not None
+    return count
+
+
+def _on_chunk(term: ScoreTerm) -> Callable[[Tensor, Tensor], Tensor]:
+    """The term's loss per token on logits ``(n, V)`` of both models."""
+    scores: Any = term.scores
+    return lambda student, teacher: term.compare(scores.on_chunk(student, teacher))

@@ -13,7 +13,6 @@ TERMS = Registry(
     refused={
         "ChannelWise": "it compares maps (B, C, H, W); use HiddenStates",
         "MaskedGeneration": "it generates maps (B, C, H, W); use HiddenStates",
-        "LogitMatching": "use SoftTargets with a high temperature",
     },
 )
 RECIPES = Registry("recipe", "kdgraft.nlp.recipes", parent=CORE_RECIPES)

@@ -21,6 +21,7 @@ from kdgraft.isolation import isolated_rng
 from kdgraft.registry import call, expand_recipe
 from kdgraft.terms import build_terms
 
+from .reader import HFReader
 from .registry import RECIPES, TERMS
 from .tasks import AUTO_CLASSES
 
@@ -412,7 +413,7 @@ def _terms(recipe: Any, terms: Any) -> list[str]:
     for spec in specs:
         try:
             with one_line(f"term {spec.get('type') if isinstance(spec, Mapping) else spec}"), isolated_rng():
-                build_terms([spec], TERMS)
+                build_terms([spec], TERMS, HFReader)
         except DistillError as error:
             kind = str(spec.get("type") if isinstance(spec, Mapping) else spec)
             told.append(str(error) if kind in str(error) else f"term {kind}: {error}")

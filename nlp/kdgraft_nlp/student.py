@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdgraft.batch import Batch, Samples
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.hiding import hide_from_state_dict, own_children
 from kdgraft.isolation import isolated_rng
-from kdgraft.regions import Batch, Samples
 from kdgraft.schedules import Step
 from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Teacher
+from kdgraft.terms import ScoreTerm
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
@@ -29,8 +30,8 @@ from .chunked import Tail, head_of
 from .heads import check_heads
 from .layers import refuse_dropped_layers
 from .link import LABELS, Link, link_of, tie, untie
-from .logits import LogitTerm
 from .passes import no_loss, run_student
+from .reader import ChunkedReader, HFReader
 from .registry import TERMS
 from .sources import build_sources, compare_classes
 from .tasks import (
@@ -229,7 +230,7 @@ def _wired(
 ) -> Engine:
     """An engine wired by a dry run of all models."""
     link, device = link_of(student), next(student.parameters()).device
-    engine = Engine(sources, terms, TERMS, AttentionRecorder)
+    engine = Engine(sources, terms, TERMS, AttentionRecorder, HFReader if chunk is None else ChunkedReader)
     ours = dict(dry_run) if dry_run is not None else example(student)
     theirs: dict[str, Mapping[str, Any]] = {}
     for name, source in engine.sources.items():
@@ -339,7 +340,7 @@ def _check_student(student: Any) -> None:
 def _chunk(
     student: Any, engine: Engine, ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Tail, Tail]:
-    """Prepares terms on logits for chunks; what student and teacher make of their output layers' logits."""
+    """Check that terms on logits can be computed in chunks; return what both models make of their output layers' logits."""
     if task_of(student) != "causal":
         raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
     teacher = engine.teacher
@@ -353,10 +354,8 @@ def _chunk(
         )
     tails = check_heads(student, ours), check_heads(teacher.model, theirs[teacher.name])
     for term in engine.all_terms:
-        if isinstance(term, LogitTerm):
-            if not term.same_vocabulary:
-                raise WiringError(f"{term.name} sorts whole vocabularies and cannot be chunked; leave chunked out")
-            term.chunked = True
+        if isinstance(term, ScoreTerm) and not term.in_chunks:
+            raise WiringError(f"{term.name} cannot be computed in chunks of tokens; leave chunked out")
     return tails
 
 

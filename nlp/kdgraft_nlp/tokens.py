@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.regions import Batch
 from kdgraft.taps import Tap
 
 from .packing import texts_of
@@ -128,7 +128,7 @@ Frames = Callable[[Tensor], Tensor] | None
 
 
 def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[Frames, Frames] = (None, None)) -> Batch:
-    """A :class:`~kdgraft.regions.Batch` from what a collator made.
+    """A :class:`~kdgraft.Batch` from what a collator made.
 
     Args:
         inputs: the batch.

@@ -4,21 +4,44 @@ The core: losses, taps, adapters, regions, terms, schedules, sources, the engine
 plugins ``kdgraft_det``, ``kdgraft_seg`` and ``kdgraft_nlp`` build on it.
 """
 
+from .batch import Batch
 from .distiller import Distiller, DistillOutput
 from .engine import Engine
 from .errors import DistillError, UnsafeCheckpoint, WiringError
-from .fine_grained import FineGrained
-from .generation import MaskedGeneration
-from .regions import Batch, Region
+from .readers import Pairs, Reader, Scores
+from .regions import FineGrained, Region
 from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, TERMS, Registry
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
 from .sources import SOURCES, Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recorder, Recording, Tap
-from .terms import FeatureImitation, Hint, LogitMatching, SoftTargets, Term
+from .terms import (
+    DIST,
+    ChannelWise,
+    FeatureImitation,
+    FeatureTerm,
+    FocalGlobal,
+    ForwardKL,
+    GeneralizedJSD,
+    Hint,
+    LogitMatching,
+    MapTerm,
+    MaskedGeneration,
+    PairwiseAffinity,
+    PearsonImitation,
+    PerImageTerm,
+    ReverseKL,
+    ScoreTerm,
+    SkewedKL,
+    SoftTargets,
+    TapTerm,
+    TemperedTerm,
+    Term,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DIST",
     "LOSSES",
     "RECIPES",
     "REGIONS",
@@ -26,6 +49,7 @@ __all__ = [
     "SOURCES",
     "TERMS",
     "Batch",
+    "ChannelWise",
     "Constant",
     "Decay",
     "DistillError",
@@ -34,24 +58,40 @@ __all__ = [
     "Engine",
     "Ensemble",
     "FeatureImitation",
+    "FeatureTerm",
     "FineGrained",
+    "FocalGlobal",
+    "ForwardKL",
+    "GeneralizedJSD",
     "Hint",
     "Itself",
     "LogitMatching",
+    "MapTerm",
     "MaskedGeneration",
+    "Pairs",
+    "PairwiseAffinity",
+    "PearsonImitation",
     "Peer",
+    "PerImageTerm",
     "Ramp",
+    "Reader",
     "Recorder",
     "Recording",
     "Region",
     "Registry",
+    "ReverseKL",
     "Schedule",
+    "ScoreTerm",
+    "Scores",
+    "SkewedKL",
     "SoftTargets",
     "Source",
     "Step",
     "Stop",
     "Tap",
+    "TapTerm",
     "Teacher",
+    "TemperedTerm",
     "Term",
     "UnsafeCheckpoint",
     "WarmUp",

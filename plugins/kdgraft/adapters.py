@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import WiringError
 
-AdapterKind = Literal["auto", "conv1x1", "linear", "none"]
+AdapterKind = Literal["auto", "conv1x1", "linear", "none", "any"]
 
 
 class ConvAdapter(nn.Module):
@@ -69,7 +69,8 @@ def build_adapter(
     """The adapter between two tensors of the dry run.
 
     Args:
-        kind: ``"auto"`` takes a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``.
+        kind: ``"auto"`` takes a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``; ``"none"`` and
+            ``"any"`` learn nothing, and the latter leaves the channels as they are where they differ.
         student, teacher: the dry run's tensors; the adapter lies where the student's does.
         where: the term and its taps, for messages.
         align_corners: of the resize of maps, as the host resizes them.
@@ -92,12 +93,20 @@ def build_adapter(
                 f"{shapes}: adapter 'linear' needs (…, C) of the same length; use adapter='conv1x1' for maps"
             )
         return LinearAdapter(student.shape[-1], teacher.shape[-1]).to(student.device)
+    if kind == "any":
+        return NoAdapter(align_corners=align_corners)
     if kind == "none":
         matches = student.shape[1] == teacher.shape[1] if student.ndim == 4 else student.shape[1:] == teacher.shape[1:]
         if not matches:
             raise WiringError(f"{shapes}: adapter 'none' needs equal channels; use adapter='auto'")
         return NoAdapter(align_corners=align_corners)
-    raise WiringError(f"{where}: adapter must be 'auto', 'conv1x1', 'linear' or 'none', got {kind!r}")
+    raise WiringError(f"{where}: adapter must be 'auto', 'conv1x1', 'linear', 'none' or 'any', got {kind!r}")
+
+
+def adapter_label(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:
+    """The words of ``kdgraft check`` for an adapter."""
+    resized = student.ndim == 4 and student.shape[-2:] != teacher.shape[-2:]
+    return f"{type(adapter).__name__} {adapter.extra_repr()}".strip() + (", resize" if resized else "")
 
 
 def resize_to(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:

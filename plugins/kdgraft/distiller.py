@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch
 from .engine import Engine
 from .errors import DistillError, WiringError
-from .regions import Batch
 from .schedules import Step
 from .sources import Source, Teacher, gather_sources
 from .sources.base import share_parameters

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch
 from .errors import DistillError, WiringError, nearest
 from .isolation import eval_mode, isolated_rng, own_random_stream
-from .regions import Batch
+from .readers import Reader
 from .registry import TERMS, Registry
 from .schedules import Step
 from .sources import STUDENT, Ensemble, Itself, Source
@@ -61,6 +62,7 @@ class Engine(nn.Module):
         terms: names, dicts or :class:`~kdgraft.Term` instances.
         registry: where names are looked up.
         recorder: what records the models; a host with taps of its own has a recorder of its own.
+        reader: what reads their tensors for terms; a host's own knows its models.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Engine(nn.Module):
         terms: Sequence[Any],
         registry: Registry = TERMS,
         recorder: type[Recorder] = Recorder,
+        reader: type[Reader] = Reader,
     ) -> None:
         super().__init__()
         self.sources = {"teacher": sources} if isinstance(sources, Source) else dict(sources)
@@ -77,12 +80,12 @@ class Engine(nn.Module):
             source.name = name
         self._check_members()
         with isolated_rng():
-            built = self._with_mirrors(build_terms(terms, registry))
+            built = self._with_mirrors(build_terms(terms, registry, reader))
         self._check_heard(built)
         self.terms = nn.ModuleDict({term.name: term for term in built})
         self.peers = nn.ModuleDict({name: source.model for name, source in self.sources.items() if source.trains})
         self.dropped = dict.fromkeys(self.terms, 0)
-        self.recorder = recorder
+        self.recorder, self.reader = recorder, reader
         self._recorders: dict[str, Recorder] = {}
         self._replay: Replay | None = None
         self._replayers: dict[str, Recorder] = {}
@@ -198,6 +201,7 @@ class Engine(nn.Module):
         source = self.sources.get(term.source)
         readings = []
         for name in self.members(term.source):
+            term.reader = self.reader(models[term.listener], models[name], term.name)
             term.prepare(models[term.listener], models[name])
             readings.append((list(term.teacher_taps), term.reading))
         if isinstance(source, Ensemble):

@@ -167,7 +167,7 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         unknown = re.search(r"(?:unexpected keyword|multiple values for(?: keyword)?) argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in arguments or not isinstance(target, type):
             raise
-        others = [name for name in _names(target) if name != unknown[1]]
+        others = [name for name in argument_names(target) if name != unknown[1]]
         raise DistillError(f"{what} takes no argument {unknown[1]!r}{nearest(unknown[1], others)}") from error
 
 
@@ -196,8 +196,8 @@ def check_told(terms: Any, recipe: Any, **given: Any) -> None:
         )
 
 
-def _names(target: type) -> list[str]:
-    """The arguments that a class and its bases name."""
+def argument_names(target: type) -> list[str]:
+    """The arguments that a class and its bases name, without those that they pass on."""
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     found = [inspect.signature(vars(base)["__init__"]) for base in inspect.getmro(target) if "__init__" in vars(base)]
     names = [p.name for signature in found for p in signature.parameters.values() if p.kind in named]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch import Batch
 from .distributed import sum_over_ranks, world_size
 from .losses.reduction import Ratio, divide
-from .regions import Batch
 from .schedules import Step
 from .sources import STUDENT, Ensemble, Source
 from .taps import Recording

@@ -17,9 +17,9 @@ from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import DefaultScope, Registry
 from torch import Tensor
 
+from kdgraft.batch import Batch
 from kdgraft.bench import compared, interleave, peak_memory
 from kdgraft.errors import DistillError
-from kdgraft.regions import Batch
 from kdgraft.report import markdown, print_rows
 
 from .configs import load_config

@@ -18,12 +18,13 @@ import torch
 from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
+from kdgraft.batch import Batch
 from kdgraft.classes import class_order
 from kdgraft.engine import Engine, Replay
 from kdgraft.errors import DistillError, WiringError, check_number
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
-from kdgraft.regions import Batch
+from kdgraft.readers import Reader
 from kdgraft.registry import Registry, check_told, expand_recipe
 from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Tap
@@ -70,6 +71,7 @@ class Graft(_Host, metaclass=Grafting):
     _models: ClassVar[MMRegistry]
     _terms: ClassVar[Registry]
     _recipes: ClassVar[Registry]
+    _reader: ClassVar[type[Reader]]
     _fields: ClassVar[frozenset[str]] = frozenset()
     _replay: ClassVar[Replay | None] = None
     _scales: ClassVar[bool] = False  # whether the teacher may have its own resolution
@@ -166,7 +168,7 @@ class Graft(_Host, metaclass=Grafting):
         Returns:
             The engine, and the names of the terms on features that are tapped at class outputs, whose order they do not know.
         """
-        engine = Engine(sources, specs, cls._terms)
+        engine = Engine(sources, specs, cls._terms, reader=cls._reader)
         channels = channels_of(student.data_preprocessor)
         example = torch.randn(1, channels, size, size)
         scale = max(source.scale for source in sources.values())
@@ -338,7 +340,7 @@ class Graft(_Host, metaclass=Grafting):
             raise WiringError(
                 f"{', '.join(paired)}: tapped at class outputs, whose channels are compared one by one, and the "
                 "teacher's classes stand in another order than the student's; use SoftTargets there (of a segmentor "
-                "PixelSoftTargets), or bring the data set's classes into the teacher's order"
+                "SoftTargets), or bring the data set's classes into the teacher's order"
             )
 
     @staticmethod

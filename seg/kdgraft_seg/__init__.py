@@ -5,27 +5,18 @@ from kdgraft.hosts import require
 require("mmseg", "kdgraft_seg")
 
 from .adversarial import AdversarialMask  # noqa: E402
-from .pixels import DIST, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PearsonImitation, PixelSoftTargets  # noqa: E402
 from .recipes import cirkd, cwd, ifvd, skd  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
-from .relations import ClassPrototypes, CrossImageRelations, PairwiseAffinity  # noqa: E402
+from .relations import ClassPrototypes, CrossImageRelations  # noqa: E402
 from .segmentor import DistilledSegmentor  # noqa: E402
 
 __all__ = [
-    "DIST",
     "RECIPES",
     "TERMS",
     "AdversarialMask",
-    "ChannelWise",
     "ClassPrototypes",
     "CrossImageRelations",
     "DistilledSegmentor",
-    "FeatureImitation",
-    "Hint",
-    "MaskedGeneration",
-    "PairwiseAffinity",
-    "PearsonImitation",
-    "PixelSoftTargets",
     "cirkd",
     "cwd",
     "ifvd",

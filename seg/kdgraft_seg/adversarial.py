@@ -9,21 +9,20 @@ import torch
 from torch import Tensor
 
 from kdgraft.adapters import resize_to
+from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, check_flag, check_number
 from kdgraft.losses import Ratio, adversarial, weighted_ratio
 from kdgraft.losses.adversarial import ADVERSARIES, Adversary
-from kdgraft.regions import Batch
 from kdgraft.registry import call
 from kdgraft.taps import Recording
-from kdgraft.terms import Wiring
+from kdgraft.terms import ScoreTerm, Wiring
 
 from .critic import Critic, Opponent
-from .dense import LogitTerm
 from .registry import TERMS
 
 
 @TERMS.register
-class AdversarialMask(LogitTerm):
+class AdversarialMask(ScoreTerm):
     """Adversarial mask discriminator: holistic distillation of Structured KD (Liu et al. 2019, section 3.3), weight 0.1.
 
     In every training step the critic first learns, on detached class probabilities, to score the teacher's masks higher than
@@ -45,8 +44,10 @@ class AdversarialMask(LogitTerm):
         critic: settings of :class:`~kdgraft_seg.critic.Critic`: ``channels``, ``attention``, ``spectral_norm``.
         lr, betas, weight_decay: of the critic's Adam (betas of Gulrajani et al. 2017).
         steps: critic steps per step of the student.
-        tap, grid: see :class:`LogitTerm`.
+        tap, grid: see :meth:`kdgraft_seg.reader.SegReader.scores`.
     """
+
+    takes_independent = True
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class AdversarialMask(LogitTerm):
         super().wire(wiring)
         if len(self.rows) != 1:
             raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
-        ((s, _, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
+        (s,) = self.reader.tensors(wiring.student_recording, self.student_taps[0])
         settings = {"in_channels": s.shape[1] + 3 * self.condition_on_image, **self._critic}
         critic = call(Critic, settings, f"{self.name}: critic").to(s.device)
         self.auxiliaries["critic"] = Opponent(critic, self.kind, **self._optimization)
@@ -92,9 +93,11 @@ class AdversarialMask(LogitTerm):
         self.rows[0] = self.rows[0]._replace(adapter=f"critic {self.kind}, {size / 1e6:.2g} M")
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ((s, t, valid),) = self.aligned(student, teacher, batch)
+        (pairs,) = self.scores.pairs(student, teacher, batch)
+        valid = pairs.weight
+        assert valid is not None
         present = valid.flatten(1).any(1)
-        fake, real = self._masks(s, valid, batch), self._masks(t, valid, batch)
+        fake, real = (self._masks(scores, valid, batch) for scores in (pairs.student, pairs.teacher))
         self.monitor = self.opponent.learn(real, fake, present)
         return weighted_ratio(adversarial(self.opponent.judge(fake), self.kind, reduction="none"), present)
 

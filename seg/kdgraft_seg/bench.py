@@ -29,7 +29,7 @@ from .relations import CrossImageRelations
 STUDENT = "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py"
 TEACHER = "mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py"
 RECIPES: dict[str, dict[str, Any]] = {
-    "PixelSoftTargets": dict(terms=[dict(type="PixelSoftTargets")]),
+    "SoftTargets": dict(terms=[dict(type="SoftTargets")]),
     "PairwiseAffinity": dict(terms=[dict(type="PairwiseAffinity")]),
     "DIST": dict(terms=[dict(type="DIST")]),
     "cwd": dict(recipe="cwd"),

@@ -31,7 +31,7 @@ def skd(
     """
     return _terms(
         [
-            dict(type="PixelSoftTargets", weight=pixel),
+            dict(type="SoftTargets", weight=pixel),
             dict(type="PairwiseAffinity", weight=pair),
             {"type": "AdversarialMask", "weight": adversarial, **(critic or {})},
         ],
@@ -66,7 +66,7 @@ def ifvd(
     """
     return _terms(
         [
-            dict(type="PixelSoftTargets", weight=pixel),
+            dict(type="SoftTargets", weight=pixel),
             dict(type="ClassPrototypes", weight=prototype),
             {"type": "AdversarialMask", "weight": adversarial, **(critic or {})},
         ],
@@ -94,8 +94,18 @@ def cirkd(
     weights = dict(pixel=pixel, memory_pixel=memory_pixel, memory_region=memory_region)
     return _terms(
         [
-            dict(type="PixelSoftTargets", weight=soft),
+            dict(type="SoftTargets", weight=soft),
             {"type": "CrossImageRelations", "weight": float(any(weights.values())), **weights, **(relations or {})},
         ],
         schedule,
     )
+
+
+@RECIPES.register
+def mgd(weight: float = 2e-5, mask_ratio: float = 0.75, schedule: Any = None) -> list[dict[str, Any]]:
+    """MGD (ECCV 2022) on the backbone's last map, with the published settings for segmentation.
+
+    Args:
+        weight, mask_ratio, schedule: those of its one term.
+    """
+    return _terms([dict(type="MaskedGeneration", name="mgd", weight=weight, mask_ratio=mask_ratio)], schedule)

@@ -9,61 +9,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdgraft.batch import Batch
 from kdgraft.distributed import SharedRandom, gather_over_ranks, gather_rows
-from kdgraft.errors import DistillError, check_flag, check_number
+from kdgraft.errors import DistillError, WiringError, check_flag, check_number
 from kdgraft.losses import (
     Ratio,
     class_prototypes,
     memory_relations,
-    pairwise_affinity,
     pixel_relations,
     weighted_ratio,
 )
-from kdgraft.losses.affinity import Pool, check_patch, pool_nodes
+from kdgraft.losses.affinity import pool_nodes
 from kdgraft.losses.scale import unit
 from kdgraft.losses.soft_targets import check_temperature
-from kdgraft.regions import Batch
+from kdgraft.readers import Taps
 from kdgraft.taps import Recording
-from kdgraft.terms import Wiring, mean_of
+from kdgraft.terms import MapTerm, Wiring, mean_of
 
-from .dense import FeatureTerm, labels_on
+from .reader import labels_on
 from .registry import TERMS
 
 
-@TERMS.register
-class PairwiseAffinity(FeatureTerm):
-    """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, section 3.2), weight 10 in the paper.
-
-    An image holds min(N², C²) numbers, N nodes and C channels; see :func:`kdgraft.losses.pairwise_affinity`.
+class LabelledTerm(MapTerm):
+    """Base of the terms that group pixels by their class.
 
     Args:
-        patch: side of a node in positions (2 in the paper), or a fraction of the map (0.5 in the authors' code).
-        pool: ``"average"``, or ``"max"`` as in the authors' code.
-        tap: see :class:`FeatureTerm`.
+        tap: maps ``(B, C, H, W)``; the features that the classifier is given by default.
     """
 
-    def __init__(self, patch: int | float = 2, pool: Pool = "average", **settings: Any) -> None:
-        super().__init__(**settings)
-        check_patch(patch, pool)
-        self.patch, self.pool = patch, pool
+    reads = "embeddings"
 
-    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        ratios = []
-        for s, t, valid in self.aligned(student, teacher, batch):
-            items = pairwise_affinity(s, t, patch=self.patch, pool=self.pool, valid=valid, reduction="none")
-            ratios.append(weighted_ratio(items, valid.flatten(1).any(1)))
-        return mean_of(ratios)
+    def __init__(self, *, tap: Taps | None = None, **settings: Any) -> None:
+        super().__init__(tap, region="all", **settings)
+
+    def wire(self, wiring: Wiring) -> None:
+        if "labels" not in wiring.fields:
+            raise WiringError(
+                f"{self.name}: needs classes of pixels, and the student, a {type(wiring.student).__name__}, is trained without; "
+                "use FeatureImitation or PairwiseAffinity"
+            )
+        super().wire(wiring)
 
 
 @TERMS.register
-class ClassPrototypes(FeatureTerm):
+class ClassPrototypes(LabelledTerm):
     """Class prototypes: each pixel's cosine to its class's mean feature (IFVD; Wang et al., ECCV 2020), weight 200 there.
 
     Args:
-        tap: see :class:`FeatureTerm`.
+        tap: see :class:`LabelledTerm`.
     """
-
-    needs_labels = True
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
@@ -74,7 +68,7 @@ class ClassPrototypes(FeatureTerm):
 
 
 @TERMS.register
-class CrossImageRelations(FeatureTerm):
+class CrossImageRelations(LabelledTerm):
     """Cross-image relations: pixels to pixels of the batch, and to remembered pixels and regions (CIRKD; Yang et al. 2022).
 
     Three parts, each a KL of a pixel's softmax over cosines: to the pixels of every image of the batch (both models' own
@@ -99,10 +93,9 @@ class CrossImageRelations(FeatureTerm):
         pixels_per_class, regions_per_class: size of the memories.
         new_pixels: pixels of each class and image that enter the memory.
         across_ranks: compare with the images of all processes in the batch's part.
-        tap: see :class:`FeatureTerm`; one map.
+        tap: see :class:`LabelledTerm`; one map.
     """
 
-    needs_labels = True
     pixels: Tensor
     regions: Tensor
     seen: Tensor

@@ -10,12 +10,13 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from kdgraft.regions import Batch, valid_positions
+from kdgraft.batch import Batch
+from kdgraft.regions import valid_positions
 from kdgraft.taps import Tap
 from kdgraft_mm.class_outputs import scores_classes
 from kdgraft_mm.graft import Graft
 
-from .dense import main_head, reads_scores, scores_pixels
+from .reader import SegReader, main_head, reads_scores, scores_pixels
 from .registry import RECIPES, TERMS
 
 
@@ -37,6 +38,7 @@ class DistilledSegmentor(Graft):
     _models = MODELS
     _terms = TERMS
     _recipes = RECIPES
+    _reader = SegReader
     _fields = frozenset({"labels", "valid", "image_sizes"})
 
     @classmethod

@@ -13,7 +13,7 @@ from mmengine.logging import MessageHub
 from det_stages import staged
 from det_support import BOXES, build, distilled, losses, raw_batch, save_teacher
 from det_zoo import KINDS, zoo
-from kdgraft_det.dense import in_order_of_pick
+from kdgraft_det.picking import in_order_of_pick
 
 EVERYTHING = ConfigDict(nms_pre=10**6, score_thr=-1.0, min_bbox_size=-1, max_per_img=10**6, nms=None)
 
@@ -68,14 +68,14 @@ def test_boxes_are_those_that_mmdet_decodes(kind, tmp_path):
     )
     heads = model.distiller.terms["bounded"].heads
     rows, kept = [], {}
-    box_rows = heads.box_rows
+    box_pairs = heads.box_pairs
 
     def spy(student, teacher, batch):
-        rows[:] = box_rows(student, teacher, batch)
+        rows[:] = box_pairs(student, teacher, batch)
         kept["assignment"] = heads.student.assignment(student, batch)
         return rows
 
-    heads.box_rows = spy
+    heads.box_pairs = spy
     found = losses(model, raw_batch())
     (row,), assignment = rows, kept["assignment"]
     chosen, counts = assignment.positive, assignment.num_per_level

@@ -26,7 +26,7 @@ from det_zoo import KINDS, zoo
 from golden import wave
 from kdgraft.errors import DistillError, WiringError
 from kdgraft_det import CrossHead
-from kdgraft_det.dense import joint_logits
+from kdgraft_det.picking import joint_logits
 from steps import watched
 
 CROSSED = [kind for kind in KINDS if kind != "TOOD"]

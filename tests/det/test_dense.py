@@ -14,16 +14,10 @@ from det_stages import staged
 from det_support import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
 from det_zoo import KINDS, zoo
 from kdgraft import Recorder
-from kdgraft.regions import Batch
-from kdgraft_det import SoftTargets
-from kdgraft_det.dense import (
-    DenseHeads,
-    dense_head,
-    in_order_of_pick,
-    joint_logits,
-    pick,
-    pick_weights,
-)
+from kdgraft.batch import Batch
+from kdgraft_det.dense import DenseHeads
+from kdgraft_det.dense_heads import dense_head
+from kdgraft_det.picking import in_order_of_pick, joint_logits, pick, pick_weights
 from kdgraft_det.regions import valuable_region
 from steps import watched
 
@@ -55,7 +49,7 @@ def test_pick_by_hand_with_two_anchors_a_position():
 
 def test_assignment_by_hand():
     # One image of 16×8 pixels (width × height) padded to 16×16, anchors of 8 pixels at multiples of 8, then one of 16 pixels.
-    head = dense_head(build(detector(classes=3, strides=(8, 16))["bbox_head"]), "bbox_head", "student", SoftTargets())
+    head = dense_head(build(detector(classes=3, strides=(8, 16))["bbox_head"]), "bbox_head", "student", "term")
     labels = [torch.tensor([[0, 3, 3, 3]]), torch.tensor([[2]])]
     weights = [torch.tensor([[1.0, 1.0, 1.0, 0.0]]), torch.tensor([[1.0]])]
     targets = [torch.zeros(1, 4, 4), torch.tensor([[[0.0, 0, 8, 8]]])]
@@ -83,14 +77,14 @@ def test_the_assignment_is_the_students_own(teacher_model, teacher_checkpoint):
     # The positives of mmdet's own assigner, asked directly.
     for kind in ("GFL", "ATSS"):
         entry = distilled(
-            detector(kind), teacher_model, teacher_checkpoint, terms=[dict(type="SoftTargets", region="main")]
+            detector(kind), teacher_model, teacher_checkpoint, terms=[dict(type="SoftTargets", anchors="main")]
         )
         model = build(entry).train()
         data = model.data_preprocessor(raw_batch(), True)
         with watched() as steps:
             model(**data, mode="loss")
         recording = steps[0].recordings["student"]
-        head = model.distiller.terms["soft_targets"].heads.student
+        head = model.distiller.terms["soft_targets"].scores.heads.student
         found = head.assignment(recording, model._batch(**data))
         priors = model.bbox_head.prior_generator.grid_priors([(12, 12), (6, 6), (3, 3)], device="cpu")
         for image, boxes in enumerate(BOXES):
@@ -123,7 +117,7 @@ def trained_step(kind, **settings):
 def recorded(model, path="bbox_head", sizes=((96, 96),) * 4):
     """A head beside itself, one training step of it, and the batch."""
     head = model.get_submodule(path)
-    heads = DenseHeads(head, head, path, SoftTargets())
+    heads = DenseHeads(head, head, path, "term")
     model.train()
     data = model.data_preprocessor(raw_batch(sizes=sizes), True)
     with Recorder(model, [*heads.class_taps[0], *heads.box_taps[0]]).record(model) as recording:
@@ -150,7 +144,7 @@ def test_targets_are_the_boxes_of_the_ground_truth(kind):
     assignment = head.assignment(recording, batch)
     chosen = assignment.positive
     assert chosen.sum() >= 7  # at least one for each object
-    rows = heads.box_rows(recording, recording, batch)[0]
+    rows = heads.box_pairs(recording, recording, batch)[0]
     places = in_order_of_pick(chosen, assignment.num_per_level)
     image = in_order_of_pick(chosen, assignment.num_per_level, images=True)
     found = edges_in_pixels(head, rows.target, assignment.anchors[places], assignment.strides[places])
@@ -197,7 +191,7 @@ def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(
     model = build(entry)
     # A teacher is in eval mode from the start; a head that trains is a student's or a peer's.
     teacher = build(entry).eval()
-    heads = DenseHeads(model.bbox_head, teacher.bbox_head, "bbox_head", SoftTargets())
+    heads = DenseHeads(model.bbox_head, teacher.bbox_head, "bbox_head", "term")
     picture = raw_batch()
     found = []
     for training, head in ((True, heads.student), (False, heads.teacher)):
@@ -257,7 +251,7 @@ def test_yolox_joins_classes_and_objectness():
 
 def test_tood_scores_are_probabilities_already():
     _, heads, recording, batch = trained_step("TOOD")
-    rows = heads.class_rows(recording, recording, batch, "all")[0]
+    rows = heads.class_pairs(recording, recording, batch, "all")[0]
     levels = recording.tensors(heads.student.classes)
     scores = torch.cat([level.permute(0, 2, 3, 1).reshape(-1, 10) for level in levels])
     torch.testing.assert_close(rows.student.sigmoid(), scores.clamp(1e-6, 1 - 1e-6), rtol=1e-4, atol=1e-7)
@@ -265,7 +259,7 @@ def test_tood_scores_are_probabilities_already():
 
 def test_a_batch_of_one_image_of_yolox():
     model = build(zoo("YOLOX"))
-    head = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", SoftTargets()).student
+    head = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", "term").student
     model.train()
     data = model.data_preprocessor(part(raw_batch(), slice(1)), True)
     with Recorder(model, [*head.class_taps, head.boxes, head.targets]).record(model) as recording:
@@ -291,7 +285,7 @@ def test_decoded_boxes_are_those_that_the_head_predicts(kind, training):
         predicted = model(**copy.deepcopy(data), mode="predict")[0].pred_instances.bboxes
         model.train(training)
         owner = "student" if training else "teacher"
-        head = dense_head(model.bbox_head, "bbox_head", owner, SoftTargets())
+        head = dense_head(model.bbox_head, "bbox_head", owner, "term")
         found = head.decoded(model(data["inputs"], mode="tensor")[1])[0]
     # Clipped to the image, as most heads predict; in some other order.
     clipped = found.clamp(0, 96)
@@ -312,7 +306,7 @@ def test_boxes_of_heads_whose_points_lie_elsewhere_in_a_cell(tmp_path):
         model(**data, mode="loss")
     recording, other = (steps[0].recordings[name] for name in ("student", "teacher"))
     heads = distiller.terms["bounded_regression"].heads
-    rows = heads.box_rows(recording, other, batch)[0]
+    rows = heads.box_pairs(recording, other, batch)[0]
     assignment = heads.student.assignment(recording, batch)
     chosen = assignment.positive
     places = in_order_of_pick(chosen, assignment.num_per_level)

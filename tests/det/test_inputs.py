@@ -110,7 +110,7 @@ def test_the_padding_that_the_host_counts_as_image_does_not_count(entry):
     with watched() as steps:
         model(**data, mode="loss")
     recording, batch = steps[0].recordings["student"], model._batch(**data)
-    assignment = model.distiller.terms["soft_targets"].heads.student.assignment(recording, batch)
+    assignment = model.distiller.terms["soft_targets"].scores.heads.student.assignment(recording, batch)
     assert (assignment.positive <= assignment.valid).all() and assignment.positive.any()
     # Anchors are at multiples of the stride 8, 16, 32: of 70 rows are 9, 5, 3 in the image; of 74 columns 10, 5, 3.
     assert assignment.valid[3].sum() == 9 * 10 + 5 * 5 + 3 * 3

@@ -11,10 +11,12 @@ from mmengine.config import ConfigDict
 
 from det_golden import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_outputs
 from det_support import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
-from kdgraft.regions import Batch
-from kdgraft_det import LocalizationDistillation, SoftTargets, ld
+from kdgraft import SoftTargets
+from kdgraft.batch import Batch
+from kdgraft_det import LocalizationDistillation, ld
 from kdgraft_det.assignment import Assignment
 from kdgraft_det.dense import DenseHeads
+from kdgraft_det.reader import HeadScores
 
 
 def golden(case):
@@ -22,7 +24,7 @@ def golden(case):
     anchors, counts, boxes = anchors_and_boxes(case)
     strides = CASES[case][1]
     gfl = build(detector(classes=3, reg_max=16, strides=strides)).bbox_head
-    heads = DenseHeads(gfl, gfl, "bbox_head", SoftTargets())
+    heads = DenseHeads(gfl, gfl, "bbox_head", "term")
     labels = torch.full((1, len(anchors)), 3)
     for anchor, box in POSITIVES[case].items():
         labels[0, anchor] = LABELS[box]
@@ -45,18 +47,18 @@ def test_the_authors_figures(case, variant):
     expected = HEAD[case, variant]
 
     def ratio(term):
-        term.heads = heads
+        term.heads, term.scores = heads, HeadScores(heads, "term", "softmax", "main")
         return term(student, teacher, batch)
 
     # loss_ld = 0.25 · Σ_i w_i · mean over edges; nothing divides it. Ours is that sum over Σ w. Scores are taken in float32.
-    main = ratio(LocalizationDistillation(region="main", variant="code"))
+    main = ratio(LocalizationDistillation(anchors="main", variant="code"))
     assert main.numerator.item() == pytest.approx(sum(expected["ld"]) / 0.25, rel=1e-6)
     assert main.denominator.item() == pytest.approx(sum(expected["weight_sum"]), rel=1e-6)
     # loss_ld_vlr = 0.25 · Σ_i IoU_i · Σ over edges / 16: a quarter of the mean over edges.
-    vlr = ratio(LocalizationDistillation(region="vlr", variant="code", vlr_variant=variant))
+    vlr = ratio(LocalizationDistillation(anchors="vlr", variant="code", vlr_variant=variant))
     assert vlr.numerator.item() == pytest.approx(sum(expected["ld_vlr"]) / 0.25 * 4, rel=1e-8)
     # loss_kd = 10 · the mean over the positives *of each level*, added up; ours is the mean over all positives.
-    classes = ratio(SoftTargets(2, activation="softmax", classes="mean", region="main"))
+    classes = ratio(SoftTargets(2, activation="softmax", classes="mean", anchors="main"))
     counts = anchors_and_boxes(case)[1]
     starts = [sum(counts[:level]) for level in range(len(counts))]
     per_level = [sum(start <= a < start + n for a in POSITIVES[case]) for start, n in zip(starts, counts, strict=True)]

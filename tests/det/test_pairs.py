@@ -30,7 +30,7 @@ FEATURES = [
     dict(type="PearsonImitation", tap="neck[*]"),
     dict(type="ChannelWise", tap="neck[*]"),
 ]
-PREDICTIONS = [dict(type="SoftTargets"), dict(type="SoftTargets", name="soft_vlr", region="vlr")]
+PREDICTIONS = [dict(type="SoftTargets"), dict(type="SoftTargets", name="soft_vlr", anchors="vlr")]
 PAIRS = {
     "deeper and wider": (detector(), detector(depth=50, width=4, channels=16, convs=2), "ld"),
     "PVT learns from ResNet": (
@@ -68,7 +68,7 @@ ACROSS = {
     "YOLOX learns from GFL": ("YOLOX", "GFL"),
     "one stage learns from queries": ("ATSS", "Deformable DETR"),
 }
-ONE_POSITION = [dict(type="SoftTargets", name="classes"), dict(type="SoftTargets", name="classes_main", region="main")]
+ONE_POSITION = [dict(type="SoftTargets", name="classes"), dict(type="SoftTargets", name="classes_main", anchors="main")]
 
 
 def any_model(kind, **settings):

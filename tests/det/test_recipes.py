@@ -18,9 +18,9 @@ from kdgraft_mm.configs import load_config
 
 def test_the_localization_recipe_is_the_papers():
     main, vlr, classes = ld()
-    assert (main["region"], main["temperature"]) == ("main", 10)
-    assert (vlr["region"], vlr["temperature"]) == ("vlr", 10)
-    assert (classes["region"], classes["temperature"], classes["activation"]) == ("main", 2, "softmax")
+    assert (main["anchors"], main["temperature"]) == ("main", 10)
+    assert (vlr["anchors"], vlr["temperature"]) == ("vlr", 10)
+    assert (classes["anchors"], classes["temperature"], classes["activation"]) == ("main", 2, "softmax")
 
 
 def test_the_localization_recipes_weights_are_as_strong_as_the_published_on_coco():

@@ -25,7 +25,7 @@ TWO = slice(1, 3)
 KINDS = ("Faster R-CNN", "Cascade R-CNN")
 TERMS = [
     dict(type="SoftTargets", temperature=2.0, name="all"),
-    dict(type="SoftTargets", region="main", name="main"),
+    dict(type="SoftTargets", anchors="main", name="main"),
     dict(type="SoftTargets", background_weight=1.5, classes="mean", name="weighted"),
     dict(type="BoundedRegression", margin=0.01, weight=0.5, name="bounded"),
 ]
@@ -423,7 +423,7 @@ ROI_TAP = "roi_head.bbox_head:input"
             dict(type="FeatureImitation", student_tap="neck[0]", teacher_tap=ROI_TAP),
             "the student has no module 'roi_head'",
         ),
-        (FASTER, FASTER, dict(SOFT, region="vlr"), "region 'vlr' means nothing on this head"),
+        (FASTER, FASTER, dict(SOFT, anchors="vlr"), "anchors='vlr' means nothing on this head"),
         (FASTER, FASTER, dict(SOFT, activation="sigmoid"), "classes share one softmax"),
         (FASTER, FASTER, dict(SOFT, focus=1.0), "focus needs sigmoid classes"),
         (

@@ -13,7 +13,7 @@ from det_stages import STAGED, detr, staged
 from det_support import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
 from det_zoo import zoo
 from kdgraft import DistillError, Step, WiringError
-from kdgraft_det import BoundedRegression, SoftTargets
+from kdgraft_det import BoundedRegression
 
 
 def _outputs(model):
@@ -192,20 +192,21 @@ def test_the_backgrounds_weight_by_hand(teacher_model, teacher_checkpoint):
         (dict(temperature=0), "temperature must be > 0, got 0"),
         (dict(head="box_head"), "head must be one of auto, bbox_head, rpn_head, roi_head, got 'box_head'"),
         (dict(activation="tanh"), "activation must be one of auto, sigmoid, softmax, got 'tanh'"),
-        (dict(region="foreground"), "region must be one of all, main, vlr, got 'foreground'"),
+        (dict(anchors="foreground"), "anchors must be one of all, main, vlr, got 'foreground'"),
+        (dict(region="main"), "takes no argument 'region'"),
         (dict(classes="max"), "classes must be one of sum, mean, got 'max'"),
         (dict(focus=-1), "focus must be a number >= 0, got -1"),
-        (dict(focus=1, activation="softmax"), "focus must be 0 with softmax or a background_weight, got 1"),
-        (dict(focus=1, background_weight=1.5), "focus must be 0 with softmax or a background_weight, got 1"),
+        (dict(focus=1, activation="softmax"), "focus needs sigmoid classes"),
+        (dict(focus=1, background_weight=1.5), "focus must be 0 with a background_weight, got 1"),
         (dict(background_weight=0), "background_weight must be a number > 0, got 0"),
         (dict(background_weight="1.5"), "background_weight must be a number > 0, got '1.5'"),
         (dict(hard_weight=1.1), "hard_weight must be in [0, 1], got 1.1"),
         (dict(hard_weight="0.5"), "hard_weight must be in [0, 1], got '0.5'"),
     ],
 )
-def test_wrong_arguments(settings, message):
+def test_wrong_arguments(teacher_model, settings, message):
     with pytest.raises(DistillError) as caught:
-        SoftTargets(**settings)
+        build(distilled(detector(), teacher_model, "nowhere.pth", terms=[dict(type="SoftTargets", **settings)]))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -226,5 +227,5 @@ def test_wrong_arguments_of_the_bound(settings, message):
 
 def test_a_softmax_over_sigmoid_classes_has_no_background(teacher_model):
     term = dict(type="SoftTargets", activation="softmax", background_weight=1.5)
-    with pytest.raises(WiringError, match="a softmax over sigmoid classes has no background to weigh"):
+    with pytest.raises(WiringError, match="have no background to weigh"):
         build(distilled(detector(), teacher_model, "nowhere.pth", terms=[term]))

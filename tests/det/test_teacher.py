@@ -175,7 +175,9 @@ def test_classes_in_another_order_are_compared_by_name(
     )
     found = []
     for checkpoint in (teacher_checkpoint, str(permuted)):
-        model = build(distilled(detector(), teacher_model, checkpoint, terms=[dict(type="SoftTargets", region=region)]))
+        model = build(
+            distilled(detector(), teacher_model, checkpoint, terms=[dict(type="SoftTargets", anchors=region)])
+        )
         model.start_distilling(CLASSES)
         found.append(
             (losses(model, raw_batch())["distill.soft_targets.loss"], distillation_gradients(model, raw_batch()))

@@ -8,7 +8,7 @@ import transformers
 
 import nlp_support as support
 from kdgraft import WiringError
-from kdgraft.regions import Batch
+from kdgraft.batch import Batch
 from kdgraft.taps import Tap
 from kdgraft.terms import Hint
 from kdgraft_nlp.student import graft

@@ -15,6 +15,8 @@ from kdgraft_nlp.link import Asked
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
 
+SOFT = dict(type="SoftTargets", temperature=2.0)
+
 
 def built(kind, seed, **settings):
     """A small random model of a class of the library, without dropout."""
@@ -117,12 +119,12 @@ def test_outputs_that_do_not_mean_the_same_are_refused():
     student, teacher = berts(problem_type="multi_label_classification")
     teacher.config.problem_type = "single_label_classification"
     with pytest.raises(WiringError, match="their outputs do not mean the same"):
-        graft(student, teacher, ["SoftTargets"])
+        graft(student, teacher, [SOFT])
 
 
 def test_numbers_to_be_predicted_are_refused_at_the_first_batch():
     batch = support.collate(support.samples(4))
-    student = graft(*berts(), ["SoftTargets"]).train()
+    student = graft(*berts(), [SOFT]).train()
     asked = Asked(Step(), {**batch, "labels": torch.rand(4)})
     del batch["labels"]
     with (
@@ -137,7 +139,7 @@ def test_multi_label_images_too():
     batch = support.collate(support.samples(3, "image"))
     batch["labels"] = torch.tensor([[1.0, 0, 1], [0, 0, 0], [1, 1, 1]])
     plain = [outputs(support.quiet(support.model("vit", seed=seed)), batch).logits for seed in (1, 2)]
-    loss, _ = distilled(graft(*(support.quiet(m) for m in models), ["SoftTargets"]), batch)
+    loss, _ = distilled(graft(*(support.quiet(m) for m in models), [SOFT]), batch)
     torch.testing.assert_close(loss, bernoulli(*plain, 2.0).mean().float(), rtol=1e-4, atol=1e-6)
 
 
@@ -204,7 +206,7 @@ def test_a_segmentors_classes_are_compared_pixel_by_pixel(ignored):
 def test_a_segmentors_ignored_pixels_alone_are_zero_with_a_live_graph():
     batch = pictures()
     batch["labels"][:] = 255
-    student = graft(*segformers(), ["SoftTargets"]).train()
+    student = graft(*segformers(), [SOFT]).train()
     own = {"pixel_values": batch["pixel_values"]}
     with student.distill_link.asking(Asked(Step(), batch)):  # the host's own cross-entropy of nothing is NaN
         loss = support.loss_of(student, own)
@@ -219,16 +221,14 @@ def test_a_segmentors_classes_are_compared_by_name():
     scores = resized((student, teacher), batch)
     student.config.id2label, teacher.config.id2label = names
     expected = 4 * kl(scores[0], scores[1][:, [4, 1, 2, 3, 0]], 2.0, dim=1)[batch["labels"] != 255].mean()
-    torch.testing.assert_close(
-        distilled(graft(student, teacher, ["SoftTargets"]), batch)[0], expected, rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(distilled(graft(student, teacher, [SOFT]), batch)[0], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_segmentors_whose_scores_mean_something_else_are_refused():
     with pytest.raises(WiringError, match="tell 5 and 4 classes apart"):
-        graft(segformers()[0], segformers(num_labels=4)[1], ["SoftTargets"])
+        graft(segformers()[0], segformers(num_labels=4)[1], [SOFT])
     with pytest.raises(WiringError, match="a single output"):
-        graft(*segformers(num_labels=1), ["SoftTargets"])
+        graft(*segformers(num_labels=1), [SOFT])
 
 
 class Tagger(transformers.BertPreTrainedModel):
@@ -604,14 +604,14 @@ def heard(padding=0):
 FRAMES = torch.arange(26) < torch.tensor([[26], [16]])
 
 
-@pytest.mark.parametrize("term", ["SoftTargets", "HiddenStates", dict(type="HiddenStates", loss="cosine")])
+@pytest.mark.parametrize("term", [SOFT, "HiddenStates", dict(type="HiddenStates", loss="cosine")])
 def test_a_mask_of_samples_counts_frames(term):
     batch = heard()
     student = graft(*listeners(), [term])
     loss, _ = distilled(student, batch)
     counts = student.distiller.counts(student.distill_link.read(batch))
     assert list(counts.values()) == [42]
-    if term == "SoftTargets":
+    if term is SOFT:
         plain = [outputs(model, batch).logits for model in listeners()]
         torch.testing.assert_close(loss, 4 * kl(*plain, 2.0)[FRAMES].mean(), rtol=1e-4, atol=1e-6)
     padded, _ = distilled(graft(*listeners(), [term]), heard(150))
@@ -622,7 +622,7 @@ def test_a_classifier_of_sounds():
     kind = "Wav2Vec2ForSequenceClassification"
     batch = {**heard(), "labels": torch.tensor([0, 2])}
     plain = [outputs(model, batch).logits for model in listeners(kind, num_labels=3)]
-    student = graft(*listeners(kind, num_labels=3), ["SoftTargets", "HiddenStates"])
+    student = graft(*listeners(kind, num_labels=3), [SOFT, "HiddenStates"])
     distilled(student, batch)
     losses = student.distill_link.last.losses
     torch.testing.assert_close(losses["distill.soft_targets.loss"], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
@@ -651,7 +651,7 @@ def test_soft_targets_of_multiple_choice_are_over_the_choices():
     batch = quizzed()
     plain = [outputs(model, batch).logits for model in choosers()]
     assert plain[0].shape == (3, 4)
-    student = graft(*choosers(), ["SoftTargets"])
+    student = graft(*choosers(), [SOFT])
     torch.testing.assert_close(distilled(student, batch)[0], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
     assert student.distiller.counts(student.distill_link.read(batch))["soft_targets"] == 3
 

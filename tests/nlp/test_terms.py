@@ -11,7 +11,6 @@ import transformers
 
 import nlp_support as support
 from kdgraft import DistillError, WiringError
-from kdgraft_nlp import TERMS
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import example
 from kdgraft_nlp.tokens import read_batch
@@ -218,7 +217,7 @@ def test_class_names_are_compared_by_name():
     student = support.quiet(support.model("bert", seed=1, id2label=names[0]))
     teacher = support.model("bert", seed=2, id2label=names[1])
     straight = support.model("bert", seed=2)
-    grafted = graft(student, teacher, ["SoftTargets"]).train()
+    grafted = graft(student, teacher, [dict(type="SoftTargets", temperature=2)]).train()
     batch = support.collate(support.samples(4))
     loss, _ = step(grafted, batch)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
@@ -312,7 +311,7 @@ def test_refused_when_built(terms, student, teacher, message):
 )
 def test_wrong_settings(spec, message):
     with pytest.raises(DistillError, match=message):
-        TERMS.build(spec)
+        graft(support.model("bert", seed=1), support.model("bert", seed=2), [spec])
 
 
 def test_families_apart():

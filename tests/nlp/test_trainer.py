@@ -190,8 +190,8 @@ def test_distilling_pulls_the_student_to_the_teacher(tmp_path):
 
 def test_a_term_that_is_not_finite_is_dropped_and_counted(tmp_path, caplog):
     class Broken(SoftTargets):
-        def compare(self, student, teacher):
-            return super().compare(student, teacher) / 0
+        def compare(self, pairs):
+            return super().compare(pairs) / 0
 
     trainer = trained(tmp_path, [Broken(), "HiddenStates"])
     assert history(trainer, "distill.broken.loss") == [0.0] * 4

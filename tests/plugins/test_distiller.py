@@ -293,7 +293,9 @@ def test_arguments_of_the_models_may_be_a_tuple_or_a_dict():
 def test_targets_reach_the_terms_that_want_them():
     model = distiller(SoftTargets(hard_weight=1.0)).train()
     out = model(X, targets=Y)
-    torch.testing.assert_close(out.loss, F.cross_entropy(out.student, Y))
+    torch.testing.assert_close(out.total(F.cross_entropy(out.student, Y)), F.cross_entropy(out.student, Y))
+    ignored = distiller(SoftTargets(4)).train()(X, targets=Y.masked_fill(Y[0] == Y, -100))
+    assert not torch.equal(ignored.loss, distiller(SoftTargets(4)).train()(X, targets=Y).loss)
 
 
 def test_under_autocast():

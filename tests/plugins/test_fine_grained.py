@@ -8,7 +8,7 @@ from torch import Tensor
 
 import golden_dense
 from kdgraft import REGIONS, Batch, DistillError, WiringError
-from kdgraft.fine_grained import FineGrained
+from kdgraft.regions import FineGrained
 
 
 def boxes(*rows: tuple[float, ...]) -> Tensor:

@@ -32,7 +32,7 @@ X = torch.zeros(1)
 
 def distil(student: int = 3, teacher: int = 3, **settings: Any) -> Distiller:
     torch.manual_seed(0)
-    return Distiller(Fixed(student, 1), Fixed(teacher, 2), terms=[MaskedGeneration(**settings)], example=X)
+    return Distiller(Fixed(student, 1), Fixed(teacher, 2), terms=[MaskedGeneration("neck[*]", **settings)], example=X)
 
 
 def test_levels_add_up_and_images_divide():

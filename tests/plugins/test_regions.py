@@ -9,9 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdgraft import REGIONS, Batch, Region, WiringError
-from kdgraft.fine_grained import FineGrained
 from kdgraft.losses.focal_global import box_scales
-from kdgraft.regions import foreground_weights, on_grid, valid_positions
+from kdgraft.regions import FineGrained, foreground_weights, on_grid, valid_positions
 
 
 def grid(height: int, width: int, images: int = 1) -> torch.Tensor:
@@ -235,9 +234,8 @@ def test_a_position_of_another_grid_takes_the_pixel_at_its_centre():
     assert on_grid(pixels == 9, (2, 3)).dtype is torch.bool
 
 
-def test_region_valid():
-    region = REGIONS.build("valid")
-    assert region.needs == {"valid"}
+def test_region_all_leaves_out_pixels_that_the_host_does_not_count():
+    region = REGIONS.build("all")
     pixels = torch.ones(2, 8, 8, dtype=torch.bool)
     pixels[0, :, 4:] = False
     pixels[1, 3, 3] = False  # the centre of the second cell's
@@ -245,9 +243,7 @@ def test_region_valid():
     assert weights.dtype is torch.float32
     assert weights[0].tolist() == [[1, 1, 0, 0]] * 4
     assert (weights[1] == 0).nonzero().tolist() == [[1, 1]]
-    for wrong, feature in ((Batch(), grid(4, 4)), (Batch(valid=pixels), torch.zeros(2, 7, 3))):
-        with pytest.raises(WiringError, match=r"region 'valid' needs a map .* and a batch with valid pixels"):
-            region(wrong, feature)
+    assert region(Batch(), grid(4, 4)) is None and region(Batch(valid=pixels), torch.zeros(2, 7, 3)) is None
 
 
 def test_a_base_region_is_abstract():

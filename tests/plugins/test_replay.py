@@ -14,7 +14,8 @@ from kdgraft.engine import Replay
 from kdgraft.losses import Ratio
 from kdgraft.regions import All
 from kdgraft.taps import Tap
-from kdgraft.terms import Term, Wiring, build_region, placed
+from kdgraft.terms import Term, Wiring
+from kdgraft.terms.features import build_region, placed
 
 
 class Head(nn.Module):

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 import golden
 from kdgraft import (
-    TERMS,
     Batch,
     Constant,
     Distiller,
@@ -25,9 +24,9 @@ from kdgraft import (
     WarmUp,
     WiringError,
 )
-from kdgraft.losses import channel_wise, hint, logit_matching, pearson, soft_targets
+from kdgraft.losses import binary_soft_targets, channel_wise, hint, logit_matching, pearson, soft_targets
 from kdgraft.regions import foreground_weights
-from kdgraft.terms import ChannelWise, PearsonImitation, build_terms
+from kdgraft.terms import ChannelWise, PearsonImitation, ReverseKL, build_terms
 
 
 class Emit(nn.Module):
@@ -64,7 +63,8 @@ def test_defaults_and_names():
     assert (term.name, term.weight, type(term.schedule)) == ("soft_targets", 1.0, Constant)
     assert FeatureImitation("a").name == "feature_imitation"
     assert SoftTargets(name="kd").name == "kd"
-    assert [str(tap) for tap in SoftTargets().student_taps] == ["(output)"]
+    (row,) = Distiller(nn.Linear(2, 3), nn.Linear(2, 3), [term], torch.zeros(1, 2)).rows
+    assert row.student_tap == row.teacher_tap == "(output)"
 
 
 def test_weight_follows_the_schedule():
@@ -149,7 +149,7 @@ def test_wrong_name(name: str):
 )
 def test_wrong_arguments(spec: dict, message: str):
     with pytest.raises(DistillError) as error:
-        TERMS.build(spec)
+        build_terms([spec])
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -247,7 +247,7 @@ def test_a_term_belongs_to_one_distiller():
 
 def test_soft_targets():
     student, teacher = (x.float() for x in golden.logits())
-    assert one(student, teacher, SoftTargets(tap="parts.a")).item() == pytest.approx(
+    assert one(student, teacher, SoftTargets(4, tap="parts.a")).item() == pytest.approx(
         golden.SOFT_TARGETS[4][0], rel=1e-5
     )
     assert one(student, teacher, SoftTargets(20, tap="[a]", weight=0.5)).item() == pytest.approx(
@@ -258,9 +258,9 @@ def test_soft_targets():
 def test_soft_targets_on_maps_and_tokens():
     student, teacher = (golden.wave((2, 3, 4, 4), f, 0.3, 2.0).float() for f in (0.7, 0.9))
     as_rows = [x.permute(0, 2, 3, 1).reshape(-1, 3) for x in (student, teacher)]
-    torch.testing.assert_close(one(student, teacher, SoftTargets(tap="parts.a")), soft_targets(*as_rows))
+    torch.testing.assert_close(one(student, teacher, SoftTargets(4, tap="parts.a")), soft_targets(*as_rows))
     tokens = [x.reshape(2, 16, 3) for x in as_rows]
-    torch.testing.assert_close(one(*tokens, SoftTargets(tap="parts.a")), soft_targets(*as_rows))
+    torch.testing.assert_close(one(*tokens, SoftTargets(4, tap="parts.a")), soft_targets(*as_rows))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (2, 4, 3, 1)])
@@ -269,10 +269,11 @@ def test_soft_targets_mixed_with_labels(shape: tuple[int, ...]):
     labels = torch.tensor([0, 3, -100, 2, 1, -100])
     rows = [(x.permute(0, 2, 3, 1) if x.ndim == 4 else x).reshape(6, 4) for x in (student, teacher)]
     keep = labels != -100
-    expected = 0.3 * F.cross_entropy(rows[0][keep], labels[keep]) + 0.7 * soft_targets(rows[0][keep], rows[1][keep])
-    term = SoftTargets(hard_weight=0.3, tap="parts.a")
+    hard = F.cross_entropy(rows[0][keep], labels[keep])
+    expected = 0.3 * hard + 0.7 * soft_targets(rows[0][keep], rows[1][keep])
+    distiller = distil({"a": student}, {"a": teacher}, SoftTargets(4, hard_weight=0.3, tap="parts.a"))
     shaped = labels.reshape([n for d, n in enumerate(shape) if d != (1 if len(shape) == 4 else len(shape) - 1)])
-    torch.testing.assert_close(one(student, teacher, term, targets=shaped), expected)
+    torch.testing.assert_close(distiller(EXAMPLE, targets=shaped).total(hard), expected)
 
 
 def test_soft_targets_all_ignored():
@@ -284,10 +285,19 @@ def test_soft_targets_all_ignored():
     assert torch.equal(distiller.student.values["a"].grad, torch.zeros_like(student))
 
 
-def test_soft_targets_without_the_labels_they_need():
+def test_soft_targets_without_labels_compare_every_item():
     student, teacher = (x.float() for x in golden.logits())
-    with pytest.raises(DistillError, match=r"hard_weight=0\.5 needs targets; pass targets=… to the distiller"):
-        one(student, teacher, SoftTargets(hard_weight=0.5, tap="parts.a"))
+    out = distil({"a": student}, {"a": teacher}, SoftTargets(4, hard_weight=0.25, tap="parts.a"))(EXAMPLE)
+    torch.testing.assert_close(out.loss, 0.75 * soft_targets(student, teacher))
+    assert out.host_share == 0.25
+
+
+def test_one_output_for_two_classes_is_compared_as_a_probability():
+    student, teacher = torch.tensor([[0.3], [-2.0]]), torch.tensor([[1.0], [0.5]])
+    expected = binary_soft_targets(student, teacher, 2.0)
+    torch.testing.assert_close(one(student, teacher, SoftTargets(2, tap="parts.a")), expected)
+    with pytest.raises(DistillError, match="score each class on its own; use SoftTargets"):
+        one(student, teacher, ReverseKL(tap="parts.a"))
 
 
 def test_logit_matching():

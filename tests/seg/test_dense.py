@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from mmengine.registry import DefaultScope
 from mmseg.registry import DATASETS
 
+from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
-from kdgraft.regions import Batch
-from kdgraft_seg.dense import FEATURES, counted, labels_on
+from kdgraft_seg.reader import EMBEDDINGS, counted, labels_on
 from seg_support import (
     CLASSES,
     SMALL_CRITIC,
@@ -33,7 +33,7 @@ from seg_support import (
 )
 
 LOGIT_TERMS = {
-    "PixelSoftTargets": dict(type="PixelSoftTargets"),
+    "SoftTargets": dict(type="SoftTargets"),
     "DIST": dict(type="DIST"),
     "ChannelWise": dict(type="ChannelWise"),
     "AdversarialMask": dict(type="AdversarialMask", critic=SMALL_CRITIC),
@@ -49,10 +49,10 @@ FEATURE_TERMS = {
     "PairwiseAffinity by channels": dict(type="PairwiseAffinity", patch=1),
     "ClassPrototypes": dict(type="ClassPrototypes"),
     "CrossImageRelations": dict(**RELATIONS, new_pixels=300),
-    "ChannelWise features": dict(type="ChannelWise", tap=FEATURES),
-    "FeatureImitation": dict(type="FeatureImitation", tap=FEATURES),
-    "PearsonImitation": dict(type="PearsonImitation", tap=FEATURES),
-    "MaskedGeneration": dict(type="MaskedGeneration", tap=FEATURES, mask_ratio=0, weight=1.0),
+    "ChannelWise features": dict(type="ChannelWise", tap=EMBEDDINGS),
+    "FeatureImitation": dict(type="FeatureImitation", tap=EMBEDDINGS),
+    "PearsonImitation": dict(type="PearsonImitation", tap=EMBEDDINGS),
+    "MaskedGeneration": dict(type="MaskedGeneration", tap=EMBEDDINGS, mask_ratio=0, weight=1.0),
 }
 EVERY = {**LOGIT_TERMS, **FEATURE_TERMS}
 every_term = pytest.mark.parametrize("kind", list(EVERY))
@@ -212,7 +212,7 @@ def test_constant_maps_give_a_finite_gradient(teacher, kind):
 # --- which labels
 
 
-@pytest.mark.parametrize("kind", ["PixelSoftTargets", "ClassPrototypes", "CrossImageRelations"])
+@pytest.mark.parametrize("kind", ["SoftTargets", "ClassPrototypes", "CrossImageRelations"])
 def test_another_ignore_index(teacher, kind):
     student = segmentor(dropout=0.0)
     student["decode_head"]["ignore_index"] = 7
@@ -283,7 +283,7 @@ def test_scores_meet_on_the_labels_grid_as_the_host_resizes_them(tmp_path, corne
         entry["decode_head"]["align_corners"] = corners
     teacher = save_teacher(tmp_path / "t.pth", other)
     scores = [torch.randn(2, 11, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    model = build(distilled(student, teacher, terms=[dict(type="PixelSoftTargets", grid="labels")]))
+    model = build(distilled(student, teacher, terms=[dict(type="SoftTargets", grid="labels")]))
     samples = batch(ignored=0.0)[1]
     losses, _ = played(model, *scores, samples)
     # The host's own loss resizes with its resize(); so does this.
@@ -291,14 +291,14 @@ def test_scores_meet_on_the_labels_grid_as_the_host_resizes_them(tmp_path, corne
 
     s, t = (resize(input=x, size=(64, 64), mode="bilinear", align_corners=corners) for x in scores)
     expected = (t.softmax(1) * (t.log_softmax(1) - s.log_softmax(1))).sum(1).mean()
-    torch.testing.assert_close(losses["distill.pixel_soft_targets.loss"], expected)
+    torch.testing.assert_close(losses["distill.soft_targets.loss"], expected)
     other_way = [F.interpolate(x, size=(64, 64), mode="bilinear", align_corners=not corners) for x in scores]
     wrong = (other_way[1].softmax(1) * (other_way[1].log_softmax(1) - other_way[0].log_softmax(1))).sum(1).mean()
     assert abs(wrong - expected) > 1e-3
 
 
 @pytest.mark.parametrize("corners", [False, True])
-@pytest.mark.parametrize("kind", ["PixelSoftTargets", "ChannelWise"])
+@pytest.mark.parametrize("kind", ["SoftTargets", "ChannelWise"])
 def test_a_student_of_another_stride_is_resized_to_the_teachers_grid(teacher, kind, corners):
     student = segmentor("SegFormer", dropout=0.0)  # stride 4, the teacher's is 8
     student["decode_head"]["align_corners"] = corners
@@ -307,7 +307,7 @@ def test_a_student_of_another_stride_is_resized_to_the_teachers_grid(teacher, ki
     losses, slope = played(model, fine, coarse, batch(ignored=0.0)[1])
     assert slope.shape == fine.shape and "resize" in model.distiller.rows[0].adapter
     s = F.interpolate(fine, size=(8, 8), mode="bilinear", align_corners=corners)
-    if kind == "PixelSoftTargets":
+    if kind == "SoftTargets":
         expected = (coarse.softmax(1) * (coarse.log_softmax(1) - s.log_softmax(1))).sum(1).mean()
     else:
         s, t = (x.flatten(2) / 4 for x in (s, coarse))
@@ -377,7 +377,7 @@ def test_losses_under_autocast_are_finite_and_in_float32(teacher, kind):
 # --- wiring
 
 
-@pytest.mark.parametrize("kind", ["PixelSoftTargets", "DIST", "AdversarialMask", "ChannelWise"])
+@pytest.mark.parametrize("kind", ["SoftTargets", "DIST", "AdversarialMask", "ChannelWise"])
 def test_class_counts_that_differ_are_refused(kind):
     teacher = dict(config=segmentor("PSPNet", width=8, classes=7), checkpoint="absent.pth")
     with pytest.raises(WiringError, match=r"scores 11 classes, the teacher's decode_head 7") as caught:

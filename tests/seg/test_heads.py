@@ -46,7 +46,7 @@ def test_a_plain_student_learns_from_a_cascade_with_its_classes_in_order(tmp_pat
     values = {}
     for name, classes in (("same", CLASSES), ("turned", turned)):
         teacher = save_teacher(tmp_path / f"{name}.pth", cascade(8), classes=classes)
-        terms = [dict(type="ChannelWise"), dict(type="PixelSoftTargets")]
+        terms = [dict(type="ChannelWise"), dict(type="SoftTargets")]
         model = build(distilled(segmentor(dropout=0.0), teacher, terms=terms))
         model.start_distilling(CLASSES)
         losses = losses_of(model, *batch())
@@ -99,13 +99,13 @@ def test_binary_scores_in_the_other_order_are_their_negative(tmp_path):
         for key in ("decode_head.conv_seg.weight", "decode_head.conv_seg.bias"):
             saved["state_dict"][key] = saved["state_dict"][key] * sign
         torch.save(saved, spec["checkpoint"])
-        model = build(distilled(binary(4), spec, terms=[dict(type="PixelSoftTargets"), dict(type="ChannelWise")]))
+        model = build(distilled(binary(4), spec, terms=[dict(type="SoftTargets"), dict(type="ChannelWise")]))
         model.start_distilling(("no", "yes"))
         inputs, samples = batch(classes=2)
         losses = losses_of(model, inputs, copy.deepcopy(samples))
         values.append({k: float(v.detach()) for k, v in losses.items() if k.startswith("distill.")})
     assert values[0] == pytest.approx(values[1])
-    assert values[0]["distill.pixel_soft_targets.loss"] > 0
+    assert values[0]["distill.soft_targets.loss"] > 0
 
 
 def test_a_head_that_scores_no_pixels_is_refused_before_it_runs(tmp_path):

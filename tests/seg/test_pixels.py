@@ -1,4 +1,4 @@
-"""PixelSoftTargets, DIST, ChannelWise, FeatureImitation and Hint on real segmentors: each against its formula."""
+"""SoftTargets, DIST, ChannelWise, FeatureImitation and Hint on real segmentors: each against its formula."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from mmseg.models.decode_heads import FCNHead
 from mmseg.registry import MODELS
 
+from kdgraft import DIST, ChannelWise, FeatureImitation, Hint, Region, SoftTargets
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import (
     channel_wise,
@@ -16,8 +17,8 @@ from kdgraft.losses import (
     masked_generation,
     soft_targets,
 )
-from kdgraft_seg import DIST, TERMS, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PixelSoftTargets
-from kdgraft_seg.dense import FEATURES
+from kdgraft_seg import TERMS
+from kdgraft_seg.reader import EMBEDDINGS
 from seg_support import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
 
 
@@ -44,7 +45,7 @@ def loss_of(model, student, teacher, samples, tap="logits"):
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_soft_targets_by_hand(teacher, temperature):
-    model = model_of(teacher, type="PixelSoftTargets", temperature=temperature, weight=0.5)
+    model = model_of(teacher, type="SoftTargets", temperature=temperature, weight=0.5)
     samples = batch(ignored=0.3)[1]
     student, target = scores()
     loss, slope = loss_of(model, student, target, samples)
@@ -59,7 +60,7 @@ def test_soft_targets_by_hand(teacher, temperature):
 
 def test_equal_scores_cost_nothing(teacher):
     same = scores()[0]
-    for kind in ("PixelSoftTargets", "DIST", "ChannelWise"):
+    for kind in ("SoftTargets", "DIST", "ChannelWise"):
         loss, slope = loss_of(model_of(teacher, type=kind), same, same, batch()[1])
         assert loss.abs() < 1e-5 and slope.abs().max() < 1e-5
 
@@ -76,7 +77,7 @@ def binary(tmp_path):
 
 def test_a_binary_head_is_compared_as_a_sigmoid(binary):
     entry, teacher = binary
-    model = model_of(teacher, entry, type="PixelSoftTargets", temperature=2.0)
+    model = model_of(teacher, entry, type="SoftTargets", temperature=2.0)
     samples = batch(classes=2, ignored=0.3)[1]
     student, target = scores(1)
     loss, slope = loss_of(model, student, target, samples)
@@ -89,7 +90,7 @@ def test_a_binary_head_is_compared_as_a_sigmoid(binary):
 
 def test_a_binary_head_has_no_correlation_between_classes(binary):
     entry, teacher = binary
-    with pytest.raises(WiringError, match=r"decode_head scores one class alone; use PixelSoftTargets"):
+    with pytest.raises(WiringError, match=r"score each class on its own; use SoftTargets"):
         model_of(teacher, entry, type="DIST")
 
 
@@ -139,21 +140,21 @@ def test_channel_wise_of_features_has_an_adapter_where_the_widths_differ(teacher
     model = model_of(teacher, type="ChannelWise", tap="backbone[2]")
     term = model.distiller.terms["term"]
     assert not term.compares_classes and "ConvAdapter 16→32" in model.distiller.rows[0].adapter
-    assert ChannelWise(tap=["decode_head"]).compares_classes
+    assert model_of(teacher, type="ChannelWise").distiller.terms["term"].compares_classes
 
 
 @pytest.mark.parametrize(
     "taps", [["decode_head", "backbone[2]"], dict(student_tap="decode_head", teacher_tap="backbone[2]")]
 )
-def test_scores_and_features_are_not_mixed_in_one_channel_wise(taps):
+def test_scores_and_features_are_not_mixed_in_one_channel_wise(teacher, taps):
     settings = taps if isinstance(taps, dict) else dict(tap=taps)
     with pytest.raises(DistillError, match="add a term for each"):
-        ChannelWise(**settings)
+        model_of(teacher, type="ChannelWise", **settings)
 
 
 @pytest.mark.parametrize("kind", ["FeatureImitation", "Hint"])
 def test_features_are_imitated_where_pixels_count(teacher, kind):
-    model = model_of(teacher, type=kind, tap=FEATURES)
+    model = model_of(teacher, type=kind, tap=EMBEDDINGS)
     samples = batch(ignored=0.3)[1]
     generator = torch.Generator().manual_seed(0)
     student, target = (torch.randn(2, width, 8, 8, generator=generator) for width in (16, 32))
@@ -161,11 +162,18 @@ def test_features_are_imitated_where_pixels_count(teacher, kind):
     adapted = model.distiller.terms["term"].adapters[0](student, target)
     expected = (adapted - target).square().mean(1)[valid_of(samples)].mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    assert model.distiller.rows[0].region == "valid"
+    assert model.distiller.rows[0].region == "all"
 
 
-def test_other_regions_may_be_named(teacher):
-    whole = model_of(teacher, type="FeatureImitation", tap="backbone[3]", region="all")
+class Everywhere(Region):
+    """Ignored pixels too."""
+
+    def __call__(self, batch, feature, scale=1.0):
+        return torch.ones_like(feature[:, 0])
+
+
+def test_other_regions_may_be_given(teacher):
+    whole = model_of(teacher, type="FeatureImitation", tap="backbone[3]", region=Everywhere())
     part = model_of(teacher, type="FeatureImitation", tap="backbone[3]")
     given = batch(ignored=0.4)
     found = [losses_of(model, *given)["distill.term.loss"] for model in (whole, part)]
@@ -189,14 +197,10 @@ class SeveralScoresHead(FCNHead):
 
 
 def test_masked_generation_has_the_authors_settings_and_is_the_core_loss_on_the_pixels_that_count(teacher):
-    term = MaskedGeneration()
-    assert (term.mask_ratio, term.weight, term.region_name, str(term.student_taps[0])) == (
-        0.75,
-        2e-5,
-        "valid",
-        "backbone[-1]",
-    )
-    model = model_of(teacher, type="MaskedGeneration", tap=FEATURES, mask_ratio=0, weight=1.0)
+    recipe = build(distilled(segmentor(dropout=0.0), teacher, recipe="mgd")).distiller
+    term, (row,) = recipe.terms["mgd"], recipe.rows
+    assert (term.mask_ratio, term.weight, row.region, row.student_tap) == (0.75, 2e-5, "all", "backbone[-1]")
+    model = model_of(teacher, type="MaskedGeneration", tap=EMBEDDINGS, mask_ratio=0, weight=1.0)
     generator = torch.Generator().manual_seed(2)
     student, target = (torch.randn(2, channels, 8, 8, generator=generator) for channels in (16, 32))
     samples = batch(ignored=0.3)[1]
@@ -210,7 +214,7 @@ def test_masked_generation_has_the_authors_settings_and_is_the_core_loss_on_the_
     assert not slope.permute(0, 2, 3, 1)[~valid].any() and slope.any()
 
 
-@pytest.mark.parametrize("kind", ["PixelSoftTargets", "DIST", "ChannelWise", "AdversarialMask"])
+@pytest.mark.parametrize("kind", ["SoftTargets", "DIST", "ChannelWise", "AdversarialMask"])
 @pytest.mark.parametrize("side", ["student", "teacher"])
 def test_a_head_that_yields_no_map_of_scores_is_refused(teacher, kind, side):
     odd = segmentor()
@@ -257,7 +261,7 @@ def pidnet(width: int = 4) -> dict:
 def test_a_real_time_head_with_several_outputs_in_training_is_compared_by_its_main_one(teacher):
     from mmengine.structures import PixelData
 
-    model = model_of(teacher, pidnet(), type="PixelSoftTargets").train()
+    model = model_of(teacher, pidnet(), type="SoftTargets").train()
     inputs, samples = batch()
     for sample in samples:
         sample.gt_edge_map = PixelData(data=(sample.gt_sem_seg.data % 2).clamp(max=1))
@@ -282,12 +286,11 @@ def test_a_real_time_head_with_several_outputs_in_training_is_compared_by_its_ma
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PixelSoftTargets(temperature=0), "temperature must be > 0"),
-        (lambda: PixelSoftTargets(grid="student"), "grid must be 'teacher' or 'labels', got 'student'"),
+        (lambda: SoftTargets(temperature=0), "temperature must be > 0"),
         (lambda: DIST(beta=-1), "beta must be a number >= 0"),
         (lambda: DIST(temperature=-1), "temperature must be > 0"),
         (lambda: ChannelWise(temperature=0), "temperature must be > 0"),
-        (lambda: FeatureImitation(), "needs a tap"),
+        (FeatureImitation, "needs a tap"),
         (lambda: TERMS.build(dict(type="PearsonImitation", tap="a", loss="hint")), "takes no argument 'loss'"),
         (lambda: TERMS.build(dict(type="MaskedGeneration", loss="hint")), "takes no argument 'loss'"),
         (lambda: TERMS.build(dict(type="ChannelWise", grid="labels")), "takes no argument 'grid'"),

@@ -19,24 +19,24 @@ def of(terms):
 
 def test_the_weights_are_the_papers():
     assert {name: term["weight"] for name, term in of(skd()).items()} == {
-        "PixelSoftTargets": 10.0,
+        "SoftTargets": 10.0,
         "PairwiseAffinity": 10.0,
         "AdversarialMask": 0.1,
     }
     (scores,) = cwd()
     assert (scores["type"], scores["weight"], scores["temperature"]) == ("ChannelWise", 3.0, 4.0)
     assert {name: term["weight"] for name, term in of(ifvd()).items()} == {
-        "PixelSoftTargets": 10.0,
+        "SoftTargets": 10.0,
         "ClassPrototypes": 200.0,
         "AdversarialMask": 0.1,
     }
     relations = of(cirkd())["CrossImageRelations"]
     assert (relations["pixel"], relations["memory_pixel"], relations["memory_region"]) == (1.0, 0.1, 0.1)
-    assert of(cirkd())["PixelSoftTargets"]["weight"] == 1.0
+    assert of(cirkd())["SoftTargets"]["weight"] == 1.0
 
 
 def test_a_term_at_0_is_left_out_and_a_schedule_reaches_all():
-    assert list(of(skd(pair=0, adversarial=0))) == ["PixelSoftTargets"]
+    assert list(of(skd(pair=0, adversarial=0))) == ["SoftTargets"]
     ramp = dict(type="WarmUp", end=10)
     for recipe in (skd, cwd, ifvd, cirkd):
         assert all(term["schedule"] == ramp for term in recipe(schedule=ramp))

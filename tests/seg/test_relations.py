@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdgraft import PairwiseAffinity
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import class_prototypes, memory_relations, pairwise_affinity, pixel_relations
 from kdgraft.losses.affinity import pool_nodes
-from kdgraft_seg import ClassPrototypes, CrossImageRelations, PairwiseAffinity, cirkd
+from kdgraft_seg import ClassPrototypes, CrossImageRelations, cirkd
 from seg_support import assert_same, batch, build, distillation, distilled, losses_of, played, save_teacher, segmentor
 
 ALL = dict(nodes=64, anchors=999, contrast=99999, new_pixels=300)
@@ -374,4 +375,4 @@ def test_the_memory_has_the_students_classes(tmp_path):
 
 def test_a_recipe_without_any_relations_has_no_term_for_them():
     terms = cirkd(pixel=0.0, memory_pixel=0.0, memory_region=0.0)
-    assert [term["type"] for term in terms] == ["PixelSoftTargets"]
+    assert [term["type"] for term in terms] == ["SoftTargets"]

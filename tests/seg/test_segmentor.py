@@ -193,7 +193,7 @@ def test_a_student_given_as_a_whole_model_is_the_same_student(teacher):
 
 def test_a_schedule_follows_the_runners_iterations(tmp_path, scenes, teacher):
     terms = [
-        dict(type="PixelSoftTargets", name="stops", schedule=dict(type="Stop", end=2)),
+        dict(type="SoftTargets", name="stops", schedule=dict(type="Stop", end=2)),
         dict(
             type="AdversarialMask",
             name="late",

@@ -82,8 +82,8 @@ def valid_on(samples, size) -> torch.Tensor:
 @pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
 def test_an_ensemble_teaches_the_mean_of_every_pixel(pair, mean):
     both = dict(pair, teacher=dict(type="Ensemble", members=["a", "b"], mean=mean, weights=[3, 1]))
-    single = dict(type="PixelSoftTargets", source="b", name="single")
-    model = build(entry(both, dict(type="PixelSoftTargets"), single))
+    single = dict(type="SoftTargets", source="b", name="single")
+    model = build(entry(both, dict(type="SoftTargets"), single))
     model.start_distilling(CLASSES)
     inputs, samples = batch(ignored=0.3)
     found = losses_of(model, inputs, samples)
@@ -100,7 +100,7 @@ def test_an_ensemble_teaches_the_mean_of_every_pixel(pair, mean):
     valid = valid_on(samples, s.shape[-2:])
     assert 0 < valid.sum() < valid.numel()
     expected = ratio(s, target, valid)
-    assert found["distill.pixel_soft_targets.loss"].item() == pytest.approx(expected, rel=1e-4)
+    assert found["distill.soft_targets.loss"].item() == pytest.approx(expected, rel=1e-4)
     assert found["distill.single.loss"].item() == pytest.approx(ratio(s, b.softmax(1), valid), rel=1e-4)
     assert expected != pytest.approx(ratio(s, a.softmax(1), valid), rel=1e-3)
 
@@ -117,14 +117,14 @@ def test_members_are_resized_alike(pair, tmp_path):
     both = dict(a=pair["a"], b=save_teacher(tmp_path / "c.pth", other))
     both["teacher"] = dict(type="Ensemble", members=["a", "b"])
     with pytest.raises(WiringError, match="members of the Ensemble 'teacher' are not of one kind"):
-        build(entry(both, dict(type="PixelSoftTargets")))
+        build(entry(both, dict(type="SoftTargets")))
 
 
 # --- a peer
 
 PEER = segmentor("PSPNet", width=6, dropout=0.0, frozen_bn=True)
 MUTUAL = (
-    dict(type="PixelSoftTargets", source="peer"),
+    dict(type="SoftTargets", source="peer"),
     dict(type="FeatureImitation", tap="backbone[3]", source="peer", weight=0.5),
 )
 
@@ -151,12 +151,12 @@ def test_a_peers_losses_are_its_own_and_mutual_ones_are_by_hand():
         assert torch.equal(found[f"peer.peer.{key}"], value), key
     s, p = student(inputs, mode="tensor"), peer(inputs, mode="tensor")
     valid = valid_on(samples, s.shape[-2:])
-    for name, ours, theirs in (("pixel_soft_targets", s, p), ("pixel_soft_targets_of_peer", p, s)):
+    for name, ours, theirs in (("soft_targets", s, p), ("soft_targets_of_peer", p, s)):
         expected = ratio(ours, theirs.detach().softmax(1), valid)
         assert found[f"distill.{name}.loss"].item() == pytest.approx(expected, rel=1e-4), name
     for name, learns, rests in (
-        ("pixel_soft_targets", model.decode_head, peer_of(model)),
-        ("pixel_soft_targets_of_peer", peer_of(model).decode_head, model.decode_head),
+        ("soft_targets", model.decode_head, peer_of(model)),
+        ("soft_targets_of_peer", peer_of(model).decode_head, model.decode_head),
         ("feature_imitation", model.backbone, peer_of(model)),
         ("feature_imitation_of_peer", peer_of(model).backbone, model.backbone),
     ):
@@ -249,7 +249,7 @@ seeds = [3]
 [runs.student]
 config = "small.py"
 teachers = {{ a = "teacher", peer = {{ type = "Peer", config = "{tmp_path}/small.py" }} }}
-terms = [{{ type = "PixelSoftTargets", source = "a" }}, {{ type = "DIST", source = "peer" }}]
+terms = [{{ type = "SoftTargets", source = "a" }}, {{ type = "DIST", source = "peer" }}]
 [runs.teacher]
 config = "large.py"
 """
@@ -295,7 +295,7 @@ def test_a_share_of_the_hosts_loss_is_left_to_it(pair):
         scaled = {key for key in host if "loss" in key}
         assert {"decode.loss_ce", "aux.loss_ce"} <= scaled
         for terms, share in ((["Third"], {}), (["Named"], {"aux.loss_ce"}), ([], None)):
-            model = build(entry(dict(teacher=pair["a"]), *terms, "PixelSoftTargets"))
+            model = build(entry(dict(teacher=pair["a"]), *terms, "SoftTargets"))
             model.load_state_dict(plain.state_dict())
             found = losses_of(model, inputs, samples)
             for key in scaled:

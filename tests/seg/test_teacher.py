@@ -29,13 +29,13 @@ from seg_support import (
 )
 
 SCORES = [
-    dict(type="PixelSoftTargets"),
-    dict(type="PixelSoftTargets", grid="labels", name="on_labels"),
+    dict(type="SoftTargets"),
+    dict(type="SoftTargets", grid="labels", name="on_labels"),
     dict(type="DIST"),
     dict(type="ChannelWise"),
     dict(type="AdversarialMask", critic=SMALL_CRITIC),
 ]
-FEATURES = [dict(type="FeatureImitation", tap="backbone[3]"), dict(type="ClassPrototypes")]
+EMBEDDINGS = [dict(type="FeatureImitation", tap="backbone[3]"), dict(type="ClassPrototypes")]
 
 
 def test_training_changes_nothing_of_the_teacher(distilled_run, teacher):
@@ -112,9 +112,9 @@ def test_a_checkpoint_with_foreign_objects_needs_the_flag(tmp_path):
     torch.save({"state_dict": build(entry).state_dict(), "meta": {"what": Payload()}}, path)
     spec = dict(config=entry, checkpoint=str(path))
     with pytest.raises(UnsafeCheckpoint, match="trusted=True"):
-        build(distilled(segmentor(), spec, terms=FEATURES))
+        build(distilled(segmentor(), spec, terms=EMBEDDINGS))
     assert not Payload.executed
-    build(distilled(segmentor(), dict(spec, trusted=True), terms=FEATURES))
+    build(distilled(segmentor(), dict(spec, trusted=True), terms=EMBEDDINGS))
     assert Payload.executed
 
 
@@ -146,7 +146,7 @@ def test_classes_in_another_order_are_compared_by_name(tmp_path, scenes, teacher
         distillation(losses).backward()
         found.append((losses, gradients(model)))
     (losses, slopes), (same, same_slopes), (wrong, _) = found
-    for name in ("pixel_soft_targets", "on_labels", "dist", "channel_wise"):
+    for name in ("soft_targets", "on_labels", "dist", "channel_wise"):
         key = f"distill.{name}.loss"
         torch.testing.assert_close(losses[key], same[key], rtol=1e-4, atol=1e-7)
         assert abs(losses[key] - wrong[key]) > 1e-4 * abs(losses[key]), name
@@ -162,7 +162,7 @@ def test_classes_in_another_order_are_compared_by_name(tmp_path, scenes, teacher
         run(config(distilled(segmentor(), spec, **terms), scenes, tmp_path / str(place), iterations=1))
         for place, spec in enumerate((teacher, permuted))
     )
-    name = "distill.pixel_soft_targets.loss"
+    name = "distill.soft_targets.loss"
     assert history(a, name) == pytest.approx(history(b, name), rel=1e-4)
 
 
@@ -177,7 +177,7 @@ def test_other_classes_are_refused_only_where_classes_are_compared(tmp_path, sce
     for term in SCORES:
         with pytest.raises(WiringError, match="other classes"):
             build(distilled(segmentor(), other, terms=[term])).start_distilling(CLASSES)
-    runner = run(config_of(FEATURES, "features"))
+    runner = run(config_of(EMBEDDINGS, "features"))
     assert history(runner, "distill.feature_imitation.loss")[0] > 0
 
 
@@ -191,12 +191,12 @@ def test_other_classes_are_refused_only_where_classes_are_compared(tmp_path, sce
     ids=["FeatureImitation", "PearsonImitation", "layer"],
 )
 def test_features_at_class_scores_are_refused_in_another_order(tmp_path, teacher, term):
-    terms = [dict(term, name="paired"), *FEATURES]
+    terms = [dict(term, name="paired"), *EMBEDDINGS]
     other = save_teacher(tmp_path / "reversed.pth", classes=CLASSES[::-1])
-    with pytest.raises(WiringError, match=r"paired: tapped at class outputs.*PixelSoftTargets") as caught:
+    with pytest.raises(WiringError, match=r"paired: tapped at class outputs.*SoftTargets") as caught:
         build(distilled(segmentor(), other, terms=terms)).start_distilling(CLASSES)
     assert "\n" not in str(caught.value)
-    build(distilled(segmentor(), other, terms=FEATURES)).start_distilling(CLASSES)
+    build(distilled(segmentor(), other, terms=EMBEDDINGS)).start_distilling(CLASSES)
     model = build(distilled(segmentor(), teacher, terms=terms))
     model.start_distilling(CLASSES)
     assert losses_of(model, *batch())["distill.paired.loss"] > 0
@@ -204,7 +204,7 @@ def test_features_at_class_scores_are_refused_in_another_order(tmp_path, teacher
 
 def test_unnamed_classes_warn_and_are_taken_as_the_same(tmp_path, caplog):
     unnamed = save_teacher(tmp_path / "unnamed.pth", classes=None)
-    for terms, warned in ((SCORES, True), (FEATURES, False)):
+    for terms, warned in ((SCORES, True), (EMBEDDINGS, False)):
         model = build(distilled(segmentor(), unnamed, terms=terms))
         with caplog.at_level(logging.WARNING, "kdgraft"):
             model.start_distilling(CLASSES)
@@ -222,7 +222,7 @@ def test_a_teacher_of_another_normalisation_sees_its_own_view(tmp_path):
     state = torch.load(own["checkpoint"], weights_only=True)["state_dict"]
     saved["state_dict"] = state
     torch.save(saved, spec["checkpoint"])
-    model = build(distilled(student, spec, terms=FEATURES[:1]))
+    model = build(distilled(student, spec, terms=EMBEDDINGS[:1]))
     seen = []
     frozen = model.distiller.teacher.model
     stem = frozen.backbone.forward
@@ -242,7 +242,7 @@ def test_a_teacher_of_another_normalisation_sees_its_own_view(tmp_path):
 def test_the_teacher_can_compute_in_its_own_precision(teacher):
     found = {}
     for precision in ("inherit", "fp32", "bf16"):
-        model = build(distilled(segmentor(dropout=0.0), dict(teacher, precision=precision), terms=FEATURES))
+        model = build(distilled(segmentor(dropout=0.0), dict(teacher, precision=precision), terms=EMBEDDINGS))
         found[precision] = losses_of(model, *batch())["distill.feature_imitation.loss"]
         assert found[precision].dtype == torch.float32
     assert found["fp32"] == found["inherit"] != found["bf16"]
@@ -267,7 +267,7 @@ def test_a_teacher_that_draws_at_inference_moves_none_of_the_students_draws(tmp_
     inputs, samples = batch()
     with torch.no_grad():
         assert not torch.equal(frozen(inputs), frozen(inputs))
-    distilling = build(distilled(segmentor(dropout=0.5), spec, terms=[dict(type="PixelSoftTargets")]))
+    distilling = build(distilled(segmentor(dropout=0.5), spec, terms=[dict(type="SoftTargets")]))
     plain = build(segmentor(dropout=0.5))
     found = [losses_of(model, inputs, samples)["decode.loss_ce"] for model in (distilling, plain)]
     assert torch.equal(*found)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kdgraft.errors import WiringError
 from seg_support import CLASSES, batch, build, distilled, losses_of, save_teacher, segmentor
 
-FEATURES = "decode_head.cls_seg():input"
+EMBEDDINGS = "decode_head.cls_seg():input"
 
 
 def segmenter(width: int = 16) -> dict[str, Any]:
@@ -95,9 +95,9 @@ def test_a_recipe_that_taps_a_classifier_says_what_to_tap_where_there_is_none(tm
 
 def test_scores_of_a_segmenter_are_compared(tmp_path):
     teacher = save_teacher(tmp_path / "teacher.pth", segmenter())
-    model = build(distilled(segmenter(), teacher, terms=[dict(type="PixelSoftTargets", temperature=1.0)]))
+    model = build(distilled(segmenter(), teacher, terms=[dict(type="SoftTargets", temperature=1.0)]))
     inputs, samples = batch(ignored=0.0)
-    found = losses_of(model, inputs, samples)["distill.pixel_soft_targets.loss"]
+    found = losses_of(model, inputs, samples)["distill.soft_targets.loss"]
     plain = build(segmenter())
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_a_head_that_needs_ground_truth_is_told_of(tmp_path, side):
         ("decode_head.cls_seg()", True),
         ("decode_head.conv_seg", True),
         ("decode_head[*]", True),
-        (FEATURES, False),
+        (EMBEDDINGS, False),
         ("decode_head.convs.0", False),
         ("backbone[3]", False),
     ],
@@ -151,5 +151,5 @@ def test_class_scores_are_known_by_their_channels(tmp_path, tap, by_class):
     if not by_class:
         model.start_distilling(CLASSES)
         return
-    with pytest.raises(WiringError, match=r"paired: tapped at class outputs.*PixelSoftTargets"):
+    with pytest.raises(WiringError, match=r"paired: tapped at class outputs.*SoftTargets"):
         model.start_distilling(CLASSES)

@@ -15,7 +15,7 @@ from kdgraft.errors import DistillError
 from seg_support import CLASSES, EVERY_TERM, TERM_NAMES, build, config, distilled, save_teacher, segmentor
 
 ABSENT = dict(config=segmentor("PSPNet", width=8), checkpoint="absent.pth")
-SOFT = [dict(type="PixelSoftTargets")]
+SOFT = [dict(type="SoftTargets")]
 
 
 def fails(entry, *parts):
@@ -55,7 +55,7 @@ def fails(entry, *parts):
             id="channels differ without adapter",
         ),
         pytest.param(
-            dict(type="PixelSoftTargets", tap="backbone[3]"),
+            dict(type="SoftTargets", tap="backbone[3]"),
             ("scores 32 classes, the teacher's backbone[3] 64",),
             id="features are no scores",
         ),
@@ -65,28 +65,26 @@ def fails(entry, *parts):
             id="different numbers",
         ),
         pytest.param(dict(type="FeatureImitation"), ("needs a tap",), id="no tap"),
-        pytest.param(dict(type="PixelSoftTargets", wieght=2), ("no argument 'wieght'", "'weight'"), id="typo"),
+        pytest.param(dict(type="SoftTargets", wieght=2), ("no argument 'wieght'", "'weight'"), id="typo"),
         pytest.param(dict(type="AdversarialMask", kid="hinge"), ("no argument 'kid'", "'kind'"), id="typo in critic"),
         pytest.param(
             dict(type="CrossImageRelations", node=3), ("no argument 'node'", "'nodes'"), id="typo in relations"
         ),
-        pytest.param(dict(type="PixelSoftTarget"), ("'PixelSoftTargets'",), id="unknown term"),
+        pytest.param(dict(type="PixelSoftTarget"), ("'SoftTargets'",), id="unknown term"),
         pytest.param(
-            dict(type="SoftTargets"), ("'SoftTargets' cannot be used here", "use PixelSoftTargets"), id="SoftTargets"
+            dict(type="SoftTargets", grid="student"), ("grid must be 'teacher' or 'labels', got 'student'",), id="grid"
         ),
         pytest.param(
-            dict(type="LogitMatching", tap="decode_head"),
-            ("'LogitMatching' cannot be used here", "use PixelSoftTargets"),
-            id="LogitMatching",
+            dict(type="SoftTargets", anchors="main"), ("takes no argument 'anchors'",), id="setting of another task"
         ),
+        pytest.param(dict(type="SoftTargets", focus=1.0), ("focus needs sigmoid classes",), id="focus on a softmax"),
+        pytest.param(dict(type="SoftTargets", background_weight=1.5), ("no background to weigh",), id="no background"),
         pytest.param(
             dict(type="FeatureImitation", tap="backbone[3]", region="foreground"),
             ("region 'foreground' needs boxes, not given here",),
             id="region of another task",
         ),
-        pytest.param(
-            dict(type="PixelSoftTargets", schedule=dict(type="WarmUp", ned=3)), ("'ned'", "'end'"), id="schedule"
-        ),
+        pytest.param(dict(type="SoftTargets", schedule=dict(type="WarmUp", ned=3)), ("'ned'", "'end'"), id="schedule"),
         pytest.param(dict(type="AdversarialMask", tap="backbone[*]"), ("scores 4 classes",), id="a critic of features"),
         pytest.param(dict(tap="decode_head"), ("needs a 'type'",), id="no type"),
         pytest.param(dict(type=5), ("a name or a class, got 5",), id="type is a number"),
@@ -107,7 +105,7 @@ def test_a_mistake_in_a_term(term, parts):
             dict(teacher=dict(config=segmentor(), checkpoint="t.pth", scale=2.0)),
             ("DistilledSegmentor takes no teacher scale", "leave it out"),
         ),
-        (dict(terms=dict(type="PixelSoftTargets")), ("terms must be a list",)),
+        (dict(terms=dict(type="SoftTargets")), ("terms must be a list",)),
         (dict(recipe="skdd"), ("no recipe is called 'skdd'", "'skd'")),
         (dict(recipe=dict(type="skd", pari=1)), ("takes no argument 'pari'", "'pair'")),
         (dict(recipe="ld"), ("no recipe is called 'ld'",)),
@@ -239,14 +237,14 @@ def test_list_names_terms_and_recipes(capsys):
     said = capsys.readouterr().out
     for name in (
         "AdversarialMask",
-        "PixelSoftTargets",
+        "SoftTargets",
         "PairwiseAffinity",
         "ClassPrototypes",
         "CrossImageRelations",
         "DIST",
     ):
         assert name in said
-    for name in ("skd", "cwd", "ifvd", "cirkd", "valid"):
+    for name in ("skd", "cwd", "ifvd", "cirkd", "mgd", "all"):
         assert name in said
 
 

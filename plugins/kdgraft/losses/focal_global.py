@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..regions import BOXES_AT_ONCE
+from ..regions.foreground import BOXES_AT_ONCE
 from ..registry import LOSSES
 from .hint import hint
 from .reduction import Reduction, reduce_loss, same_shape, upcast

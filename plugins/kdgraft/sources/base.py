@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..errors import DistillError
-from ..regions import Batch
 from ..schedules import Step
 from ..taps import Recorder, Recording
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..errors import DistillError
-from ..regions import Batch
 from ..taps import Recorder, Recording, Tap
 from .teacher import Teacher
 

@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..batch import Batch
 from ..errors import DistillError, UnsafeCheckpoint
 from ..files import check_intact
-from ..regions import Batch
 from ..taps import Recorder, Recording
 from .base import Source
 

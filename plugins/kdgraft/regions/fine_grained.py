@@ -12,9 +12,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .errors import DistillError, WiringError, check_number, check_share
-from .regions import BOXES_AT_ONCE, Batch, Region, on_grid, valid_positions
-from .registry import REGIONS
+from ..batch import Batch
+from ..errors import DistillError, WiringError, check_number, check_share
+from ..registry import REGIONS
+from .base import Region, on_grid, valid_positions
+from .foreground import BOXES_AT_ONCE
 
 
 class _Level(NamedTuple):

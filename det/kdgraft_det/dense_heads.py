@@ -1,0 +1,285 @@
+"""Dense heads: what they predict, how it is read, and which classes of heads can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from mmdet.models.task_modules.prior_generators import anchor_inside_flags
+from mmdet.models.task_modules.samplers import PseudoSampler
+from torch import Tensor
+
+from kdgraft.batch import Batch
+from kdgraft.errors import WiringError
+from kdgraft.registry import Registry
+from kdgraft.taps import Recording, Tap
+
+from .assignment import Assignment
+from .heads import check_upright, known_head
+from .picking import edges_of, in_order_of_pick, in_rows, joint_logits, pick, row_of, side_of
+
+HEADS = Registry("head", "kdgraft.det.heads")
+"""Readers of dense heads by the name of the head's class. A subclass is read as its nearest ancestor whose methods it keeps."""
+
+
+@HEADS.register("ATSSHead")
+class DenseHead:
+    """How one kind of dense head is read. No module is kept, so that none is registered or copied.
+
+    The base reads heads that give class logits and ``"deltas"`` of anchors, and whose ``get_targets`` gives lists per level of
+    (anchors, labels, weights, targets, …), as ATSS does.
+    """
+
+    unit: ClassVar[str] = "deltas"
+    """Boxes are compared in the box coder's ``"deltas"``, or as edges in ``"strides"``."""
+    distributions: ClassVar[bool] = False
+    """Whether edges are predicted as distributions over bins."""
+    first: ClassVar[int] = 1
+    """Where labels stand in what ``get_targets`` returns; weights and targets follow."""
+    losses: ClassVar[tuple[str, ...]] = ("loss_cls",)
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        self.kind, self.owner, self.path = type(head).__name__, owner, path
+        self.generator, self.bbox_coder = head.prior_generator, getattr(head, "bbox_coder", None)
+        self.decoded_targets = getattr(head, "reg_decoded_bbox", False)
+        self.samples = not isinstance(getattr(head, "sampler", None), (PseudoSampler, type(None)))
+        self.sigmoid = getattr(head, "use_sigmoid_cls", True)
+        self.num_classes, self.channels = head.num_classes, head.cls_out_channels
+        self.bins = int(head.reg_max) + 1 if self.distributions else 0
+        self.num_priors = self.generator.num_base_priors[0]
+        self.strides = [side_of(stride) for stride in self.generator.strides]
+        self.classes = Tap.parse(f"{path}[0][*]")
+        self.boxes = Tap.parse(f"{path}[1][*]")
+        self.targets = Tap.parse(f"{path}.get_targets()")
+        self.flags = Tap.parse(f"{path}.get_anchors()[1]") if hasattr(self.generator, "base_anchors") else None
+        self.allowed_border = (getattr(head, "train_cfg", None) or {}).get("allowed_border", -1)
+
+    @property
+    def class_taps(self) -> tuple[Tap, ...]:
+        """What :meth:`logits` reads."""
+        return (self.classes,)
+
+    @property
+    def assignment_taps(self) -> tuple[Tap, ...]:
+        """What :meth:`assignment` reads."""
+        return (self.classes, self.targets) if self.flags is None else (self.classes, self.targets, self.flags)
+
+    def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
+        """Class logits ``(K, C)`` at chosen priors."""
+        return pick(recording.tensors(self.classes), chosen, self.num_priors)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        """Boxes ``(K, 4)`` in this head's unit from what it predicts, ``trains`` or not, at K priors with these centres and strides."""
+        return picked
+
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        """What :meth:`regression` depends on: how edges are predicted, and from which centres."""
+        first = self.generator.grid_priors([(1, 1)] * len(self.strides), device="cpu")
+        return type(self).edges, self.bins, [level.tolist() for level in first] if self.unit == "strides" else None
+
+    def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
+        """The host's targets ``(K, 4)`` in this head's unit."""
+        if self.unit == "strides":
+            return targets / strides[:, None]
+        return self.bbox_coder.encode(anchors, targets) if self.decoded_targets else targets  # type: ignore[union-attr]
+
+    def regression(self, recording: Recording, chosen: Tensor) -> Tensor:
+        """Boxes ``(K, 4)`` in this head's unit at chosen priors; its points may lie elsewhere in a cell than another head's."""
+        levels = recording.tensors(self.boxes)
+        anchors, strides, counts = self.priors(levels)
+        places = in_order_of_pick(chosen, counts)
+        centres = (anchors[places, :2] + anchors[places, 2:]) / 2
+        picked = pick(levels, chosen, self.num_priors).float()
+        return self.edges(picked, centres, strides[places], recording.training)
+
+    def decoded(self, levels: Sequence[Tensor]) -> Tensor:
+        """All boxes ``(B, N, 4)``, x1, y1, x2, y2 in pixels of the padded input, from the second output; not clipped."""
+        anchors, strides, counts = self.priors(levels)
+        rows = torch.cat([in_rows(level, n) for level, n in zip(levels, counts, strict=True)], 1)
+        places = torch.cat([anchors, strides[:, None]], 1).repeat(len(rows), 1)
+        anchors, strides = places[:, :4], places[:, 4]
+        found = self.edges(rows.flatten(0, 1), (anchors[:, :2] + anchors[:, 2:]) / 2, strides, self.owner == "student")
+        pixels = self.bbox_coder.decode(anchors, found) if self.unit == "deltas" else found * strides[:, None]  # type: ignore[union-attr]
+        return pixels.view(*rows.shape[:2], 4)
+
+    def priors(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+        """Anchors ``(N, 4)``, strides ``(N,)`` and the number of priors of each level, for the grids of these maps."""
+        found = self.generator.grid_priors([level.shape[-2:] for level in levels], device=levels[0].device)
+        counts = [len(level) for level in found]
+        strides = torch.cat([level.new_full((n,), s) for level, n, s in zip(found, counts, self.strides, strict=True)])
+        anchors = torch.cat([level if level.shape[1] == 4 else level.repeat(1, 2) for level in found])
+        return anchors.float(), strides.float(), counts
+
+    def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Labels, whether they count, and targets: ``(B, N)``, ``(B, N)``, ``(B, N, 4)``."""
+        labels, weights, targets = recording[self.targets][self.first : self.first + 3]
+        return row_of(labels, images), row_of(weights, images) > 0, row_of(targets, images, 4)
+
+    def given(self, recording: Recording, anchors: Tensor, batch: Batch) -> Tensor:
+        """Anchors that the host hands to its assigner, ``(B, N)``: on the image and its padding, within the border."""
+        assert self.flags is not None and batch.image_sizes is not None
+        flags = recording[self.flags]  # get_targets may have joined the levels in place
+        rows = [torch.cat(levels) if isinstance(levels, list) else levels for levels in flags]
+        pairs = zip(rows, batch.image_sizes, strict=True)
+        return torch.stack([anchor_inside_flags(anchors, row, size, self.allowed_border) for row, size in pairs])
+
+    def assignment(self, recording: Recording, batch: Batch) -> Assignment:
+        """The assignment of this step, made once for all terms."""
+
+        def make() -> Assignment:
+            assert batch.image_sizes is not None
+            outputs = recording.tensors(self.classes)
+            anchors, strides, counts = self.priors(outputs)
+            labels, assigned, targets = self.assigned(recording, len(outputs[0]))
+            given = assigned if self.flags is None else self.given(recording, anchors, batch)
+            sizes = anchors.new_tensor(batch.image_sizes).flip(1)[:, None]
+            inside = ((anchors[:, :2] + anchors[:, 2:]) / 2 < sizes).all(-1)
+            return Assignment(labels, given, assigned, inside, anchors, strides, counts, self.num_classes, targets)
+
+        return batch.once(("assignment", recording.model, self.path), make)
+
+
+@HEADS.register("RetinaHead")
+@HEADS.register("AnchorHead")
+class _Anchors(DenseHead):
+    """RetinaNet and RPN: targets come without anchors."""
+
+    first = 0
+
+
+@HEADS.register("RPNHead")
+class _Proposals(_Anchors):
+    """RPN: names its loss itself."""
+
+    losses = ("loss_rpn_cls",)
+
+
+@HEADS.register("GFLHead")
+class _Distributions(DenseHead):
+    """GFL: edges as distributions of their distance in strides."""
+
+    unit = "strides"
+    distributions = True
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        bins = torch.arange(self.bins, device=picked.device, dtype=picked.dtype)
+        # Not a matrix product, which autocast computes in bfloat16: off by up to 0.03 strides.
+        distances = (F.softmax(picked.unflatten(1, (4, self.bins)), -1) * bins).sum(-1)
+        return edges_of(centres / strides[:, None], distances)
+
+
+@HEADS.register("RTMDetSepBNHead")
+@HEADS.register("RTMDetHead")
+class _Distances(DenseHead):
+    """RTMDet: distances to the four edges in pixels."""
+
+    unit = "strides"
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        return edges_of(centres / strides[:, None], picked / strides[:, None])
+
+
+@HEADS.register("FCOSHead")
+class _Points(_Distances):
+    """FCOS: distances in pixels, or in strides while it trains; targets in the same, image after image."""
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        self.by_stride = head.norm_on_bbox
+
+    @property
+    def reading(self) -> tuple[Any, ...]:
+        return (*super().reading, self.by_stride)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        distances = picked if self.by_stride and trains else picked / strides[:, None]
+        return edges_of(centres / strides[:, None], distances)
+
+    def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
+        distances = targets if self.by_stride else targets / strides[:, None]
+        return edges_of(anchors[:, :2] / strides[:, None], distances)
+
+    def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        labels, targets = (row_of(part, images, n) for part, n in zip(recording[self.targets], (None, 4), strict=True))
+        return labels, torch.ones_like(labels, dtype=torch.bool), targets
+
+
+@HEADS.register("TOODHead")
+class _Aligned(DenseHead):
+    """TOOD: scores and boxes as they are, boxes in strides."""
+
+    unit = "strides"
+
+    def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
+        return super().logits(recording, chosen).float().logit(eps=1e-6)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        return picked
+
+
+@HEADS.register("YOLOXHead")
+class _Objects(DenseHead):
+    """YOLOX: a class counts together with the objectness; boxes are a centre's offset and the logarithm of a size."""
+
+    unit = "strides"
+    losses = ("loss_cls", "loss_obj")
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        self.objectness = Tap.parse(f"{path}[2][*]")
+        self.targets = Tap.parse(f"{path}._get_targets_single()")
+
+    @property
+    def class_taps(self) -> tuple[Tap, ...]:
+        return (self.classes, self.objectness)
+
+    def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
+        objectness = pick(recording.tensors(self.objectness), chosen, 1).float()
+        return joint_logits(super().logits(recording, chosen).float(), objectness)
+
+    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
+        middle, half = picked[:, :2] + centres / strides[:, None], picked[:, 2:].exp() / 2
+        return torch.cat([middle - half, middle + half], 1)
+
+    def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
+        found = recording[self.targets]
+        labels, targets = [], []
+        for mask, classes, _, boxes, *_ in found if images > 1 else [found]:
+            labels.append(torch.full_like(mask, self.num_classes, dtype=torch.long))
+            targets.append(boxes.new_zeros(len(mask), 4))
+            if len(boxes):
+                labels[-1][mask] = classes.argmax(1)
+                targets[-1][mask] = boxes
+        return torch.stack(labels), torch.ones_like(torch.stack(labels), dtype=torch.bool), torch.stack(targets)
+
+
+_FORWARD = ("forward", "forward_single")
+_TRAINED = (*_FORWARD, "get_targets", "loss_by_feat", "_get_targets_single")
+_PREDICTED = (*_FORWARD, "predict_by_feat", "_predict_by_feat_single")
+
+
+def dense_head(head: Any, path: str, owner: str, term: str) -> DenseHead:
+    """A model's dense head as terms read it.
+
+    Raises:
+        WiringError: it is of no kind that this suite knows; says what works without.
+    """
+    check_upright(head, owner, term)
+    kinds = [kind for kind in type(head).__mro__ if kind.__name__ in HEADS]
+    kind = known_head(head, kinds, owner, trained=_TRAINED, predicted=_PREDICTED)
+    if kind is None:
+        names = ", ".join(name for name in HEADS if name != "AnchorHead")
+        raise WiringError(
+            f"{term}: the {owner}'s head {type(head).__name__} is not one that this term can read ({names}); register a reader "
+            "of your own in kdgraft_det.HEADS; FeatureImitation works with any detector"
+        )
+    found: DenseHead = HEADS.get(kind.__name__)(head, path, owner)
+    return found
+
+
+def reads_proposals(head: DenseHead) -> bool:
+    """Whether a head is a network of proposals, which knows objects alone."""
+    return isinstance(head, _Proposals)

@@ -1,0 +1,16 @@
+"""Regions: which positions count, and how much."""
+
+from .base import All, Region, on_grid, token_weights, valid_positions
+from .fine_grained import FineGrained
+from .foreground import Foreground, foreground_weights
+
+__all__ = [
+    "All",
+    "FineGrained",
+    "Foreground",
+    "Region",
+    "foreground_weights",
+    "on_grid",
+    "token_weights",
+    "valid_positions",
+]

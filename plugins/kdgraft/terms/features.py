@@ -1,0 +1,259 @@
+"""Terms on features: the student's pass through an adapter to the teacher's, and a region says which positions count."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..adapters import AdapterKind, adapter_label, build_adapter
+from ..batch import Batch
+from ..distributed import total_over_ranks, world_size
+from ..errors import DistillError, WiringError
+from ..losses import Ratio, channel_wise, pearson, weighted_ratio
+from ..losses.soft_targets import check_temperature
+from ..readers import class_dim, in_order
+from ..regions import All, Region
+from ..registry import LOSSES, REGIONS, TERMS
+from ..taps import Recording, Tap
+from .base import Taps, TapTerm, Term, Wiring, mean_of, sum_of
+
+
+class FeatureTerm(TapTerm):
+    """Base of terms on features: taps, adapters, a region and the alignment of both models' tensors, but no loss.
+
+    A subclass computes its loss in :meth:`forward` from what :meth:`aligned` gives.
+
+    Args:
+        tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
+        adapter: ``"auto"``, ``"conv1x1"``, ``"linear"``, ``"none"`` (equal channels) or ``"any"`` (channels as they are, for a loss
+            that takes any two widths); sized by the dry run, one for each tensor.
+        region: ``"all"`` (without padding and what the host does not count), ``"foreground"`` where the host has boxes, or a third
+            party's.
+    """
+
+    adapts_always = False
+    """Whether ``adapter="auto"`` builds an adapter also where the channels agree."""
+    only_maps = False
+    """Whether the term takes maps ``(B, C, H, W)`` alone."""
+
+    def __init__(
+        self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
+    ) -> None:
+        super().__init__(tap, **settings)
+        self.adapter_kind: AdapterKind = adapter
+        self.region, self.region_name = build_region(region, self)
+        self.adapters = nn.ModuleList()
+        self.placed: list[bool] = []
+
+    def wire(self, wiring: Wiring) -> None:
+        check_region(self, self.region, self.region_name, wiring)
+        for pair in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            if self.only_maps:
+                check_maps(self, *pair)
+            self.check_pair(*pair, wiring)
+        for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
+            same = s.ndim == t.ndim and s.shape[class_dim(t)] == t.shape[class_dim(t)]
+            kind = "none" if self.adapter_kind == "auto" and same and not self.adapts_always else self.adapter_kind
+            where, corners = f"{self.name} ({s_tap} → {t_tap})", self.reader.align_corners(s_tap)
+            adapter = build_adapter(kind, s, t, where, align_corners=corners)
+            self.check_adapted(adapter(s.detach(), t), t)
+            self.adapters.append(adapter)
+            label = adapter_label(adapter, s, t)
+            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter=label, region=self.region_name))
+
+    def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
+        """Raise a :class:`WiringError` where the term cannot compare two tensors, before an adapter is built."""
+
+    def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        """Raise a :class:`WiringError` where the term cannot compare the adapted tensor with the teacher's."""
+
+    def aligned(
+        self, student: Recording, teacher: Recording, batch: Batch
+    ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield, tensor by tensor, the adapted student's, the teacher's, and the region's weights of the positions."""
+        pairs = self.pairs(student, teacher)
+        for adapter, (s, t, _, t_tap), in_image in zip(self.adapters, pairs, self.placed, strict=True):
+            if self.compares_classes:
+                t = in_order(t, teacher.class_order, class_dim(t))
+            weight = self.region(batch.at(t_tap, t), t, teacher.scale) if in_image else None
+            if weight is not None:
+                # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
+                t = t.masked_fill((weight == 0).unsqueeze(class_dim(t)), 0)
+            yield adapter(s, t), t, weight
+
+
+@TERMS.register
+class FeatureImitation(FeatureTerm):
+    """The student's features imitate the teacher's through an adapter, on a region, by any loss per position.
+
+    With the defaults this is FitNets' hint (arXiv 1412.6550) with Chen et al.'s (NeurIPS 2017) adapter, on every position.
+    Several tensors (the levels of a pyramid) weigh alike: the mean of their losses.
+
+    Args:
+        tap, student_tap, teacher_tap, adapter, region: see :class:`FeatureTerm`.
+        loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
+            per position; ``dict(type="hint", norm="l1")`` sets its arguments.
+    """
+
+    adapts_always = True
+
+    def __init__(self, tap: Taps | None = None, *, loss: Any = "hint", **settings: Any) -> None:
+        super().__init__(tap, **settings)
+        self.loss = _loss_function(loss)
+
+    def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        dim = class_dim(teacher)
+        places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
+        if found != places:
+            raise WiringError(
+                f"{self.name}: a loss on features gives one value a position, {tuple(places)} here, and this one gives "
+                f"{tuple(found)}; take another, or a term of its own (PearsonImitation, ChannelWise)"
+            )
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+
+    def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
+        items = self.loss(student, teacher, dim=class_dim(teacher), reduction="none")
+        return weighted_ratio(items, weight)
+
+
+@TERMS.register
+class Hint(FeatureImitation):
+    """FitNets' hint (arXiv 1412.6550): feature imitation of one layer, every position, squared error."""
+
+
+@TERMS.register
+class PearsonImitation(FeatureTerm):
+    """Features that correlate with the teacher's, channel by channel, whatever their scale (PKD; Cao et al. 2022, arXiv 2207.02039).
+
+    The correlation is over all positions of the batch, on several processes over those of all of them. The losses of several
+    tensors add up, as the authors' do: their weights, 6 for Faster R-CNN and 10 for RetinaNet, stand before each level.
+
+    Args:
+        tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
+        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
+        region: see :class:`FeatureTerm`; positions at weight 0 take no part.
+    """
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        return sum_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+
+    def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
+        dim = class_dim(teacher)
+        share = 1 / world_size()  # every process computes the same
+        value = pearson(student, teacher, dim=dim, weight=weight, total=total_over_ranks)
+        return Ratio(value * share, value.new_full((), share))
+
+
+@TERMS.register
+class ChannelWise(FeatureTerm):
+    """Channel-wise distillation (CWD): each channel's softmax over positions (Shu et al. 2021, arXiv 2011.13256).
+
+    Several taps weigh alike: the mean of their losses. For class scores of segmentors the authors take weight 3 and
+    temperature 4, for features of detectors weight 10 and temperature 1.
+
+    Args:
+        tap: maps ``(B, C, H, W)``: features, or class scores, which are the host's default.
+        temperature: T > 0.
+        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
+        region: see :class:`FeatureTerm`; positions at weight 0 take no part.
+    """
+
+    reads = "scores"
+    only_maps = True
+
+    def __init__(self, tap: Taps | None = None, *, temperature: float = 4.0, **settings: Any) -> None:
+        super().__init__(tap, **settings)
+        check_temperature(temperature)
+        self.temperature = temperature
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        scores = [self.reader.reads_scores(tap) for tap in (*self.student_taps, *self.teacher_taps)]
+        if any(scores) and not all(scores):
+            raise DistillError(
+                "ChannelWise: class scores and features are not compared in one term; add a term for each"
+            )
+        self.compares_classes = all(scores)
+
+    def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
+        if self.compares_classes:
+            self.reader.check_classes(student, teacher, student_tap, teacher_tap)
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = []
+        for s, t, valid in self.aligned(student, teacher, batch):
+            items = channel_wise(s, t, self.temperature, valid=valid, reduction="none")
+            present = None if valid is None else (valid.flatten(1) > 0).any(1, keepdim=True)
+            ratios.append(weighted_ratio(items, present))
+        return mean_of(ratios)
+
+
+def _loss_function(spec: Any) -> Callable[..., Tensor]:
+    settings: dict[str, Any] = {}
+    if isinstance(spec, dict):
+        settings = {key: value for key, value in spec.items() if key != "type"}
+        spec = spec.get("type")
+    function = LOSSES.get(spec) if isinstance(spec, str) else spec
+    if not callable(function):
+        raise DistillError(f"loss must be a name, a dict with a type, or a function; got {spec!r}")
+    takes = inspect.signature(function).parameters
+    unknown = [key for key in settings if key not in takes or key in ("dim", "weight", "reduction")]
+    if unknown or not {"dim", "reduction"} <= set(takes):
+        name = getattr(function, "__name__", repr(function))
+        problem = f"takes no {unknown[0]!r}" if unknown else "must take dim and reduction to be used on features"
+        raise DistillError(f"loss {name} {problem}")
+    return lambda student, teacher, **place: function(student, teacher, **settings, **place)
+
+
+def build_region(spec: Any, term: Term) -> tuple[Region, str]:
+    """A region from its name, a dict or an instance, and what to call it."""
+    region = REGIONS.build(spec)
+    if not isinstance(region, Region):
+        raise DistillError(
+            f"{type(term).__name__}: a region is a name or a Region, one of {', '.join(REGIONS)}; got {spec!r}"
+        )
+    return region, spec if isinstance(spec, str) else type(region).__name__
+
+
+def check_region(term: Term, region: Region, name: str, wiring: Wiring) -> None:
+    """Raises a :class:`WiringError` where the host does not give what the region needs."""
+    missing = region.needs - wiring.fields
+    if missing:
+        raise WiringError(f"{term.name}: region {name!r} needs {', '.join(sorted(missing))}, not given here")
+
+
+def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wiring: Wiring) -> bool:
+    """Whether a region has to place what is tapped in the image; maps of proposals count alike in region ``"all"``.
+
+    Raises:
+        WiringError: the region has to, and cannot.
+    """
+    if isinstance(region, All) and not wiring.in_image(tap):
+        return False
+    if "tokens" in wiring.fields and teacher.ndim > 3:
+        raise WiringError(
+            f"{term.name}: region {name!r} cannot leave the padding out of {tap} {tuple(teacher.shape)}; tap states (B, L, C) of "
+            "tokens"
+        )
+    needed = not isinstance(region, All) or "image_sizes" in wiring.fields
+    if needed and (teacher.ndim != 4 or not wiring.in_image(tap)):
+        raise WiringError(
+            f"{term.name}: region {name!r} cannot place the positions of {tap} {tuple(teacher.shape)} in the image; "
+            + ("tap a map (B, C, H, W), such as the output of a stage" if wiring.in_image(tap) else "use region='all'")
+        )
+    return True
+
+
+def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
+    """Raises a :class:`WiringError` unless both tensors are maps."""
+    if student.ndim != 4 or teacher.ndim != 4:
+        raise WiringError(
+            f"{term.name}: {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)} must be maps "
+            "(B, C, H, W)"
+        )

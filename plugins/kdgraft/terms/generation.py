@@ -1,0 +1,174 @@
+"""Terms that have a trainable module per map and add up an image's squared errors, as MGD's and FGD's authors do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..distributed import SharedRandom, rank
+from ..errors import DistillError, WiringError, check_number, check_share
+from ..losses import Ratio, focal_attention, focal_features, masked_generation, weighted_ratio
+from ..losses.focal_global import GlobalRelation, box_scales
+from ..losses.masked_generation import FeatureGenerator
+from ..losses.soft_targets import check_temperature
+from ..registry import TERMS
+from ..taps import Recording, Tap
+from .base import Taps, Wiring, sum_of
+from .features import FeatureTerm
+
+
+class PerImageTerm(FeatureTerm):
+    """Base: a loss per image, divided by the number of images; several maps (the levels of a pyramid) add up.
+
+    An image without a position that counts is not counted.
+
+    A subclass builds its module for a map in :meth:`build_module` and computes in :meth:`per_image`.
+    """
+
+    reads = "features"
+    only_maps = True
+
+    def __init__(self, tap: Taps | None = None, **settings: Any) -> None:
+        super().__init__(tap, **settings)
+        self.parts = nn.ModuleList()
+
+    def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
+        if not wiring.in_image(teacher_tap):
+            raise WiringError(
+                f"{self.name}: {teacher_tap} yields maps of proposals, and this loss is one of images; tap a stage or the neck, "
+                "or take FeatureImitation"
+            )
+
+    def wire(self, wiring: Wiring) -> None:
+        super().wire(wiring)
+        for s, t, _, _ in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            self.parts.append(self.build_module(t.shape[1]).to(s.device))
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = []
+        for module, (s, t, valid) in zip(self.parts, self.aligned(student, teacher, batch), strict=True):
+            present = None if valid is None else (valid.flatten(1) > 0).any(1)
+            ratios.append(weighted_ratio(self.per_image(module, s, t, valid, batch), present))
+        return sum_of(ratios)
+
+    def build_module(self, channels: int) -> nn.Module:
+        """The trainable part for a map of so many teacher's channels."""
+        raise NotImplementedError
+
+    def per_image(
+        self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
+    ) -> Tensor:
+        """``(B,)`` from the adapted student's map and the teacher's, both ``(B, C, H, W)``; ``valid`` ``(B, H, W)`` or ``None``."""
+        raise NotImplementedError
+
+
+@TERMS.register
+class MaskedGeneration(PerImageTerm):
+    """The student's features, some positions left out at random, must generate the teacher's (MGD; Yang et al. 2022, 2205.01529).
+
+    Squared errors are summed over channels and positions, divided by the number of images, and added up over maps, as the
+    authors do; their weights are 2e-5 at ``mask_ratio`` 0.65 for one-stage detectors, 5e-7 at 0.45 for two-stage ones and 2e-5 at
+    0.75 for segmentation. What is left out is drawn from a random stream of the term's own, image by image in the order of ranks,
+    so that two processes of two images leave out what one of four does.
+
+    Args:
+        tap: maps ``(B, C, H, W)``; a detector's pyramid (``"neck[*]"``) by default.
+        mask_ratio: share of the positions that the generator does not see, in [0, 1].
+        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
+        region: see :class:`FeatureTerm`; positions at weight 0 take no part, the others all alike.
+    """
+
+    def __init__(
+        self, tap: Taps | None = None, *, mask_ratio: float = 0.65, weight: float = 2e-5, **settings: Any
+    ) -> None:
+        super().__init__(tap, weight=weight, **settings)
+        check_share("MaskedGeneration", "mask_ratio", mask_ratio)
+        self.mask_ratio = mask_ratio
+        self._random = SharedRandom()
+
+    def build_module(self, channels: int) -> nn.Module:
+        return FeatureGenerator(channels)
+
+    def per_image(
+        self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
+    ) -> Tensor:
+        if valid is not None:
+            valid = (valid > 0).to(torch.float32)
+        return masked_generation(student, teacher, module, self._keep(teacher), valid=valid, reduction="none")
+
+    def _keep(self, maps: Tensor) -> Tensor:
+        """Where the generator sees the student's features, ``(B, H, W)``; each image's draw has a seed of its own."""
+        seed = int(torch.randint(2**31, (), generator=self._random.of_all_ranks()))
+        first = rank() * len(maps)
+        drawn = [
+            torch.rand(maps.shape[-2:], generator=torch.Generator().manual_seed(seed + first + image))
+            for image in range(len(maps))
+        ]
+        return (torch.stack(drawn) >= self.mask_ratio).to(maps.device)
+
+    def hidden_state(self) -> dict[str, Any]:
+        return {"random": self._random.state()}
+
+    def load_hidden_state(self, state: Mapping[str, Any]) -> None:
+        self._random.load(state["random"])
+
+
+@TERMS.register
+class FocalGlobal(PerImageTerm):
+    """Features of objects and background apart, under the teacher's attention, and their global relation (FGD; 2111.11837).
+
+    Yang et al., CVPR 2022. Sums over channels and positions, divided by the number of images and added up over the levels of the
+    pyramid, as in the authors' code. The defaults are theirs for RetinaNet and GFL. Their two-stage detectors have ``alpha`` 5e-5,
+    ``beta`` 2.5e-5, ``gamma`` 5e-5 and ``lambda_`` 5e-7. Padding takes no part (in their code it is background).
+
+    Args:
+        tap: maps ``(B, C, H, W)``; a detector's pyramid (``"neck[*]"``) by default.
+        temperature: T > 0 of the attentions.
+        alpha, beta: of the squared errors on foreground and background; see :func:`kdgraft.losses.focal_global.box_scales`.
+        gamma: of the attentions' absolute errors.
+        lambda_: of the relation's squared errors, for which a small trainable block stands on either side of each map.
+        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
+        weight: of all four.
+    """
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        temperature: float = 0.5,
+        alpha: float = 1e-3,
+        beta: float = 5e-4,
+        gamma: float = 5e-4,
+        lambda_: float = 5e-6,
+        **settings: Any,
+    ) -> None:
+        super().__init__(tap, region="all", **settings)
+        check_temperature(temperature)
+        for key, value in dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_).items():
+            check_number("FocalGlobal", key, value)
+        self.temperature = temperature
+        self.alpha, self.beta, self.gamma, self.lambda_ = alpha, beta, gamma, lambda_
+
+    def wire(self, wiring: Wiring) -> None:
+        if "boxes" not in wiring.fields:
+            raise WiringError(f"{self.name} needs boxes around objects, not given here; use MaskedGeneration")
+        super().wire(wiring)
+
+    def build_module(self, channels: int) -> nn.Module:
+        return GlobalRelation(channels)
+
+    def per_image(
+        self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
+    ) -> Tensor:
+        if batch.boxes is None or batch.padded_size is None:
+            raise DistillError(f"{self.name} needs a batch with boxes and the padded size")
+        foreground, background = box_scales(batch.boxes, batch.padded_size, teacher, valid=valid)
+        scale = self.alpha * foreground + self.beta * background
+        focal = focal_features(student, teacher, scale, self.temperature, valid=valid, reduction="none")
+        attention = focal_attention(student, teacher, self.temperature, valid=valid, reduction="none")
+        relation: Tensor = module(student, teacher, valid=valid, reduction="none")
+        return focal + self.gamma * attention + self.lambda_ * relation

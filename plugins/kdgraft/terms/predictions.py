@@ -1,0 +1,322 @@
+"""Terms on class scores. The host's reader pairs the scores of both models; the terms compare them item by item."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..distributed import total_over_ranks, world_size
+from ..errors import DistillError, WiringError, check_flag, check_number, check_share, nearest
+from ..losses import (
+    Ratio,
+    binary_soft_targets,
+    dist_between_classes,
+    dist_within_classes,
+    generalized_jsd,
+    logit_matching,
+    reverse_kl,
+    skewed_kl,
+    soft_targets,
+    weighted_binary_soft_targets,
+    weighted_ratio,
+    weighted_soft_targets,
+)
+from ..losses.soft_targets import check_temperature
+from ..readers import Pairs, Reader, Scores
+from ..registry import TERMS, argument_names
+from ..taps import Recording
+from .base import Term, Wiring, check_choice, mean_of
+
+
+class ScoreTerm(Term):
+    """Base of terms that compare class scores item by item; a subclass computes the loss per item in :meth:`compare`.
+
+    Args:
+        where: which scores are compared, in the words of the host: ``tap`` in plain PyTorch, ``tap`` and ``grid`` in segmentation,
+            ``head``, ``anchors`` and ``activation`` in detection, ``tokens`` in Hugging Face models.
+    """
+
+    compares_classes = True
+    hears_ensembles = True
+    in_chunks = True
+    """Whether the loss is a sum over items that a host may compute chunk by chunk with :meth:`compare`."""
+    takes_independent = False
+    """Whether the loss has a form for classes that are right or wrong each on its own."""
+    scores: Scores
+
+    def __init__(
+        self,
+        *,
+        weight: float = 1.0,
+        schedule: Any = None,
+        name: str | None = None,
+        source: str = "teacher",
+        **where: Any,
+    ) -> None:
+        super().__init__(weight=weight, schedule=schedule, name=name, source=source)
+        self.where = where
+
+    def check_settings(self, reader: type[Reader]) -> None:
+        takes = [
+            key for key in inspect.signature(reader.scores).parameters if key not in ("self", "student", "teacher")
+        ]
+        for key in self.where:
+            if key not in takes:
+                known = [*argument_names(type(self)), *takes]
+                raise DistillError(f"term {type(self).__name__} takes no argument {key!r}{nearest(key, known)}")
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        self.scores = self.read(student, teacher)
+        self.student_taps, self.teacher_taps = self.scores.taps
+        self.compares_classes, self.hears_ensembles = self.scores.compares_classes, self.scores.averages
+        self.reading, self.host_losses = self.scores.reading, self.scores.host_losses
+
+    def read(self, student: nn.Module, teacher: nn.Module) -> Scores:
+        """The scores that the term compares; the host's own by default."""
+        self.check_settings(type(self.reader))
+        return self.reader.scores(student, teacher, **self.where)
+
+    def no_independent(self) -> str:
+        """The message for a term that compares one distribution over all classes."""
+        return (
+            f"{self.name} compares one distribution over all classes, and these models score each class on its own"
+            f"{self.scores.no_single_class}"
+        )
+
+    def wire(self, wiring: Wiring) -> None:
+        self.rows += [self.row(**compared._asdict()) for compared in self.scores.wire(wiring)]
+        if self.scores.independent and not self.takes_independent:
+            raise WiringError(self.no_independent())
+
+    def count(self, batch: Batch) -> Tensor | None:
+        return self.scores.count(batch)
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        return mean_of([self.ratio(pairs) for pairs in self.scores.pairs(student, teacher, batch)])
+
+    def ratio(self, pairs: Pairs) -> Ratio:
+        """The sum of the loss over items, and what it is divided by."""
+        if pairs.independent and not self.takes_independent:
+            raise DistillError(self.no_independent())
+        items = self.compare(pairs)
+        return weighted_ratio(items, pairs.weight) if pairs.count is None else Ratio(items.sum(), pairs.count)
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        """The loss per item, of the shape of the scores without the axis of classes; weights are applied afterwards."""
+        raise NotImplementedError
+
+
+class TemperedTerm(ScoreTerm):
+    """Base of score terms with a temperature."""
+
+    def __init__(self, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(**settings)
+        check_temperature(temperature)
+        self.temperature = float(temperature)
+
+
+@TERMS.register
+class SoftTargets(TemperedTerm):
+    r"""Soft targets: :math:`T^2\,\mathrm{KL}(p_t^T \| p_s^T)` of class scores (Hinton et al. 2015, arXiv 1503.02531).
+
+    Where each class is right or wrong on its own (the sigmoids of dense detection heads, multi-label models, one output for two
+    classes) the KL is that of Bernoulli distributions. The loss is divided as the host's own reader says: by the number of items
+    that count, or what stands for it. Several taps or stages weigh alike.
+
+    Args:
+        temperature: T > 0, with the factor T². Image classifiers are usually taught at 4, text classifiers at 2, language models,
+            detectors and segmentors at 1.
+        hard_weight: μ in μ·hard + (1 − μ)·soft: the host's own loss of these classes counts μ and this term 1 − μ, as far as a
+            schedule lets the term count. ``None`` leaves the host's loss alone and adds this term.
+        focus: γ of the factor :math:`|p_t - p_s|^\gamma`, for independent classes alone; 1 in CrossKD.
+        classes: ``"sum"`` or ``"mean"`` of the KL over classes; ``None``: the sum over those of a softmax, and over independent
+            classes as the host's own loss has it.
+        background_weight: weighs the background's part of the *cross-entropy*, other classes 1: 1.5 in Chen et al. (NeurIPS 2017,
+            eq. 3). Of an independent class the background is its complement. ``None`` compares by KL.
+        where: see :class:`ScoreTerm`.
+    """
+
+    takes_independent = True
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        *,
+        hard_weight: float | None = None,
+        focus: float = 0.0,
+        classes: Literal["sum", "mean"] | None = None,
+        background_weight: float | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(temperature, **settings)
+        check_number("SoftTargets", "focus", focus)
+        if classes is not None:
+            check_choice(self, "classes", classes, ("sum", "mean"))
+        if background_weight is not None:
+            check_number("SoftTargets", "background_weight", background_weight, above=True)
+        if focus and background_weight is not None:
+            raise DistillError(f"SoftTargets: focus must be 0 with a background_weight, got {focus}")
+        if hard_weight is not None:
+            check_share("SoftTargets", "hard_weight", hard_weight)
+            self.host_share = hard_weight
+        self.own_share = 1.0 if hard_weight is None else 1 - hard_weight
+        self.focus, self.classes, self.background_weight = focus, classes, background_weight
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        if self.focus and self.scores.independent is False:
+            raise WiringError(f"{self.name}: focus needs sigmoid classes, and these share one softmax")
+        if self.background_weight is not None and not self.scores.background:
+            raise WiringError(f"{self.name}: these scores have no background to weigh; leave background_weight out")
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        items = self._independent(pairs) if pairs.independent else self._shared(pairs)
+        items = items / pairs.student.shape[pairs.dim] if self.classes == "mean" else items
+        return items if self.own_share == 1 else items * self.own_share
+
+    def _independent(self, pairs: Pairs) -> Tensor:
+        both, temperature = (pairs.student, pairs.teacher), self.temperature
+        if self.background_weight is None:
+            found = binary_soft_targets(*both, temperature, focus=self.focus, reduction="none")
+        else:
+            weight = self.background_weight
+            found = weighted_binary_soft_targets(*both, temperature, background_weight=weight, reduction="none")
+        return found.mean(pairs.dim) if pairs.mean and self.classes is None else found.sum(pairs.dim)
+
+    def _shared(self, pairs: Pairs) -> Tensor:
+        both, temperature, dim = (pairs.student, pairs.teacher), self.temperature, pairs.dim
+        if self.background_weight is None:
+            return soft_targets(*both, temperature, dim=dim, reduction="none")
+        weights = torch.ones(pairs.student.shape[dim], device=pairs.student.device)
+        weights[-1] = self.background_weight
+        return weighted_soft_targets(*both, temperature, class_weight=weights, dim=dim, reduction="none")
+
+
+@TERMS.register
+class LogitMatching(ScoreTerm):
+    """Squared error on the logits, the high-temperature limit of soft targets (Ba & Caruana 2014, arXiv 1312.6184).
+
+    Args:
+        center: leave a difference of the mean logit out, as softmax does.
+        where: see :class:`ScoreTerm`.
+    """
+
+    takes_independent = True
+
+    def __init__(self, *, center: bool = False, **settings: Any) -> None:
+        super().__init__(**settings)
+        check_flag("LogitMatching", "center", center)
+        self.center = center
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        if pairs.independent and self.center:
+            raise DistillError(
+                f"{self.name}: center=True means nothing for classes that are right or wrong each on its own"
+            )
+        return logit_matching(pairs.student, pairs.teacher, center=self.center, dim=pairs.dim, reduction="none")
+
+
+@TERMS.register
+class DIST(TemperedTerm):
+    """DIST: correlation of class probabilities between the classes of an item and within each class (Huang et al. 2022, 2205.10536).
+
+    The second part relates items to each other: over all that count in the batch, on several processes over those of all.
+
+    Args:
+        beta, gamma: weights of the two parts, inter-class and intra-class.
+        temperature: T > 0.
+        where: see :class:`ScoreTerm`.
+    """
+
+    in_chunks = False
+
+    def __init__(self, beta: float = 1.0, gamma: float = 1.0, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(temperature, **settings)
+        check_number("DIST", "beta", beta)
+        check_number("DIST", "gamma", gamma)
+        self.beta, self.gamma = beta, gamma
+
+    def ratio(self, pairs: Pairs) -> Ratio:
+        between = super().ratio(replace(pairs, count=None))
+        share = 1 / world_size()  # every process computes the same second part
+        both, dim, weight = (pairs.student, pairs.teacher), pairs.dim, pairs.weight
+        within = dist_within_classes(*both, self.temperature, dim=dim, weight=weight, total=total_over_ranks)
+        return Ratio(
+            torch.stack([self.beta * between.numerator, self.gamma * share * within]),
+            torch.stack([between.denominator, torch.full_like(between.denominator, share)]),
+        )
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        found = [self.ratio(pairs) for pairs in self.scores.pairs(student, teacher, batch)]
+        numerators, denominators = zip(*found, strict=True)
+        return Ratio(torch.cat(numerators) / len(found), torch.cat(denominators))
+
+    def count(self, batch: Batch) -> Tensor | None:
+        return None  # of two parts with denominators of their own
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        return dist_between_classes(pairs.student, pairs.teacher, self.temperature, dim=pairs.dim, reduction="none")
+
+
+@TERMS.register
+class ForwardKL(TemperedTerm):
+    """KL(teacher ‖ student) without the factor T² (the sequence-level baseline of GKD, arXiv 2306.13649)."""
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        items = soft_targets(pairs.student, pairs.teacher, self.temperature, dim=pairs.dim, reduction="none")
+        return items / self.temperature**2
+
+
+@TERMS.register
+class ReverseKL(TemperedTerm):
+    """KL(student ‖ teacher), which seeks modes (MiniLLM, arXiv 2306.08543)."""
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        return reverse_kl(pairs.student, pairs.teacher, self.temperature, dim=pairs.dim, reduction="none")
+
+
+@TERMS.register
+class GeneralizedJSD(TemperedTerm):
+    """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, equation 1).
+
+    Args:
+        beta: in [0, 1]: 0 is the forward, 1 the reverse KL.
+        temperature: T > 0.
+        where: see :class:`ScoreTerm`.
+    """
+
+    def __init__(self, beta: float = 0.5, *, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(temperature, **settings)
+        check_share("GeneralizedJSD", "beta", beta)
+        self.beta = beta
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        both, dim = (pairs.student, pairs.teacher), pairs.dim
+        return generalized_jsd(*both, self.beta, self.temperature, dim=dim, reduction="none")
+
+
+@TERMS.register
+class SkewedKL(TemperedTerm):
+    """KL against a mixture with a little of the first distribution (DistiLLM, arXiv 2402.03898).
+
+    Args:
+        alpha: share of the first distribution in the mixture, in [0, 1).
+        reverse: the student's distribution comes first.
+        temperature: T > 0.
+        where: see :class:`ScoreTerm`.
+    """
+
+    def __init__(self, alpha: float = 0.1, *, reverse: bool = False, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(temperature, **settings)
+        check_share("SkewedKL", "alpha", alpha)
+        check_flag("SkewedKL", "reverse", reverse)
+        self.alpha, self.reverse = alpha, reverse
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        both, dim = (pairs.student, pairs.teacher), pairs.dim
+        return skewed_kl(*both, self.alpha, self.temperature, reverse=self.reverse, dim=dim, reduction="none")

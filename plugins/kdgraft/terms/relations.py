@@ -1,0 +1,65 @@
+"""Terms on how positions relate to each other, for maps of any two widths: no adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..batch import Batch
+from ..losses import Ratio, pairwise_affinity, weighted_ratio
+from ..losses.affinity import Pool, check_patch
+from ..registry import TERMS
+from ..taps import Recording
+from .base import Taps, mean_of
+from .features import FeatureTerm
+
+
+class MapTerm(FeatureTerm):
+    """Base of terms that compare maps of any two widths: no adapter; the student's maps are resized to the teacher's grid.
+
+    Args:
+        tap, student_tap, teacher_tap: maps ``(B, C, H, W)``.
+        region: see :class:`~kdgraft.terms.FeatureTerm`; positions at weight 0 take no part, the others all alike.
+    """
+
+    only_maps = True
+
+    def __init__(self, tap: Taps | None = None, **settings: Any) -> None:
+        super().__init__(tap, adapter="any", **settings)
+
+    def per_image(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        """The loss of each image, ``(B,)``, on one grid; ``valid`` ``(B, H, W)`` or ``None`` for all positions."""
+        raise NotImplementedError
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios = []
+        for s, t, weight in self.aligned(student, teacher, batch):
+            valid = None if weight is None else weight > 0
+            present = None if valid is None else valid.flatten(1).any(1)
+            ratios.append(weighted_ratio(self.per_image(s, t, valid), present))
+        return mean_of(ratios)
+
+
+@TERMS.register
+class PairwiseAffinity(MapTerm):
+    """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, section 3.2), weight 10 in the paper.
+
+    An image holds min(N², C²) numbers, N nodes and C channels; see :func:`kdgraft.losses.pairwise_affinity`.
+
+    Args:
+        patch: side of a node in positions (2 in the paper), or a fraction of the map (0.5 in the authors' code).
+        pool: ``"average"``, or ``"max"`` as in the authors' code.
+        tap: maps ``(B, C, H, W)``; the features that the classifier is given by default, where the host has one.
+        region: see :class:`MapTerm`.
+    """
+
+    reads = "embeddings"
+
+    def __init__(self, patch: int | float = 2, pool: Pool = "average", **settings: Any) -> None:
+        super().__init__(**settings)
+        check_patch(patch, pool)
+        self.patch, self.pool = patch, pool
+
+    def per_image(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        return pairwise_affinity(student, teacher, patch=self.patch, pool=self.pool, valid=valid, reduction="none")
