@@ -11,7 +11,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 
-import det_support as models
+from support import det as models
 
 _numbers = count()
 

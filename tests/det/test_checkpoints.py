@@ -11,7 +11,11 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 
-from det_support import (
+from kdgraft.errors import DistillError
+from kdgraft.sources.teacher import read_checkpoint
+from kdgraft_mm.checkpoints import SAFE_TYPES
+from kdgraft_mm.state import KEY
+from support.det import (
     EVERY_TERM,
     assert_same,
     build,
@@ -27,10 +31,6 @@ from det_support import (
     runner_config,
     weights,
 )
-from kdgraft.errors import DistillError
-from kdgraft.sources.teacher import read_checkpoint
-from kdgraft_mm.checkpoints import SAFE_TYPES
-from kdgraft_mm.state import KEY
 
 EVERY_CHECKPOINT = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1))
 

@@ -12,7 +12,9 @@ import torch
 from mmengine.config import Config
 
 import kdgraft_det
-from det_support import (
+from kdgraft.cli import main
+from kdgraft_mm.outline import written
+from support.det import (
     CLASSES,
     EVERY_TERM,
     TERM_NAMES,
@@ -24,9 +26,7 @@ from det_support import (
     save_plain,
     save_teacher,
 )
-from det_zoo import zoo
-from kdgraft.cli import main
-from kdgraft_mm.outline import written
+from support.det_zoo import zoo
 
 ROOT = Path(__file__).parents[2]
 

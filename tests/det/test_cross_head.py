@@ -10,7 +10,11 @@ import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
 
-from det_support import (
+from golden import wave
+from kdgraft.errors import DistillError, WiringError
+from kdgraft_det import CrossHead
+from kdgraft_det.dense import joint_logits
+from support.det import (
     BOXES,
     build,
     detector,
@@ -22,12 +26,8 @@ from det_support import (
     save_plain,
     save_teacher,
 )
-from det_zoo import KINDS, zoo
-from golden import wave
-from kdgraft.errors import DistillError, WiringError
-from kdgraft_det import CrossHead
-from kdgraft_det.dense import joint_logits
-from steps import watched
+from support.det_zoo import KINDS, zoo
+from support.steps import watched
 
 CROSSED = [kind for kind in KINDS if kind != "TOOD"]
 LOSS = "distill.cross_head.loss"

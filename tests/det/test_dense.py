@@ -10,9 +10,6 @@ import torch
 from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
-from det_stages import staged
-from det_support import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
-from det_zoo import KINDS, zoo
 from kdgraft import Recorder
 from kdgraft.regions import Batch
 from kdgraft_det import SoftTargets
@@ -25,7 +22,10 @@ from kdgraft_det.dense import (
     pick_weights,
 )
 from kdgraft_det.regions import valuable_region
-from steps import watched
+from support.det import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
+from support.det_stages import staged
+from support.det_zoo import KINDS, zoo
+from support.steps import watched
 
 
 def test_pick_by_hand():

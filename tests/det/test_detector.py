@@ -14,7 +14,7 @@ from mmengine.config import ConfigDict
 from mmengine.optim import OptimWrapper
 from mmengine.runner import Runner
 
-from det_support import (
+from support.det import (
     EVERY_TERM,
     TERM_NAMES,
     assert_same,

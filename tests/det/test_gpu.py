@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from det_support import (
+from support.det import (
     EVERY_TERM,
     TERM_NAMES,
     build,

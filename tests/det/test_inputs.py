@@ -8,7 +8,10 @@ import logging
 import pytest
 import torch
 
-from det_support import (
+from kdgraft import TERMS, Term
+from kdgraft.errors import WiringError
+from kdgraft.losses import Ratio
+from support.det import (
     BOXES,
     EVERY_TERM,
     TERM_NAMES,
@@ -24,10 +27,7 @@ from det_support import (
     run,
     runner_config,
 )
-from kdgraft import TERMS, Term
-from kdgraft.errors import WiringError
-from kdgraft.losses import Ratio
-from steps import watched
+from support.steps import watched
 
 SIZES = [(96, 96), (64, 96), (96, 64), (70, 74)]
 SMALL = [[[8.0, 10.0, 44.0, 50.0]], [[20.0, 4.0, 90.0, 60.0]], [[2.0, 60.0, 30.0, 94.0]], [[12.0, 20.0, 60.0, 64.0]]]

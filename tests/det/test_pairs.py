@@ -7,8 +7,8 @@ import copy
 import pytest
 import torch
 
-from det_stages import STAGED, detr, staged
-from det_support import (
+from kdgraft import WiringError
+from support.det import (
     EVERY_TERM,
     build,
     detector,
@@ -21,8 +21,8 @@ from det_support import (
     runner_config,
     save_teacher,
 )
-from det_zoo import zoo
-from kdgraft import WiringError
+from support.det_stages import STAGED, detr, staged
+from support.det_zoo import zoo
 
 FEATURES = [
     dict(type="FeatureImitation", tap="neck[*]", region="foreground"),

@@ -12,8 +12,8 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from det_support import CLASSES, assert_same, build, detector, distilled, needs_resume, run, runner_config, weights
 from kdgraft.cli import main
+from support.det import CLASSES, assert_same, build, detector, distilled, needs_resume, run, runner_config, weights
 
 TERMS = [dict(type="SoftTargets"), dict(type="FeatureImitation", tap="neck[*]", region="foreground")]
 PLAN = """

@@ -11,8 +11,9 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 
-import det_ranks
-from det_support import (
+from kdgraft_mm.run import _OnCPUs
+from support import det_ranks
+from support.det import (
     assert_same,
     build,
     detector,
@@ -24,8 +25,7 @@ from det_support import (
     save_plain,
     save_teacher,
 )
-from det_zoo import zoo
-from kdgraft_mm.run import _OnCPUs
+from support.det_zoo import zoo
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -47,7 +47,8 @@ def two_ranks(tmp_path_factory, teacher_checkpoint):
         subprocess.Popen(
             [
                 sys.executable,
-                str(TESTS / "det_ranks.py"),
+                "-m",
+                "support.det_ranks",
                 str(rank),
                 "2",
                 str(folder / "store"),

@@ -16,8 +16,11 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 
-from det_stages import detr, staged
-from det_support import (
+from kdgraft.cli import main
+from kdgraft.errors import DistillError, WiringError
+from kdgraft.regions import foreground_weights
+from kdgraft_mm.configs import load_config
+from support.det import (
     BOXES,
     assert_same,
     build,
@@ -32,10 +35,7 @@ from det_support import (
     runner_config,
     save_teacher,
 )
-from kdgraft.cli import main
-from kdgraft.errors import DistillError, WiringError
-from kdgraft.regions import foreground_weights
-from kdgraft_mm.configs import load_config
+from support.det_stages import detr, staged
 
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")])
 KEY = "distill.feature_imitation.loss"

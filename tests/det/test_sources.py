@@ -11,8 +11,14 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from det_stages import detr, staged
-from det_support import (
+from kdgraft import DistillError, Term, WiringError
+from kdgraft.cli import main
+from kdgraft.losses import Ratio
+from kdgraft.sources.teacher import read_checkpoint
+from kdgraft_det import TERMS
+from kdgraft_mm.checkpoints import SAFE_TYPES
+from kdgraft_mm.state import KEY
+from support.det import (
     CLASSES,
     assert_same,
     build,
@@ -31,14 +37,8 @@ from det_support import (
     save_teacher,
     weights,
 )
-from det_zoo import zoo
-from kdgraft import DistillError, Term, WiringError
-from kdgraft.cli import main
-from kdgraft.losses import Ratio
-from kdgraft.sources.teacher import read_checkpoint
-from kdgraft_det import TERMS
-from kdgraft_mm.checkpoints import SAFE_TYPES
-from kdgraft_mm.state import KEY
+from support.det_stages import detr, staged
+from support.det_zoo import zoo
 
 REVERSED = CLASSES[::-1]
 SHUFFLED = tuple("3105948267")

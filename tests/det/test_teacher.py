@@ -9,8 +9,11 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from det_stages import detr, staged
-from det_support import (
+from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
+from kdgraft.taps import Recorder, Tap, _tensors
+from kdgraft_det import DistilledDetector
+from kdgraft_det.heads import reads_classes
+from support.det import (
     CLASSES,
     EVERY_TERM,
     assert_same,
@@ -26,11 +29,8 @@ from det_support import (
     save_plain,
     save_teacher,
 )
-from det_zoo import zoo
-from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
-from kdgraft.taps import Recorder, Tap, _tensors
-from kdgraft_det import DistilledDetector
-from kdgraft_det.heads import reads_classes
+from support.det_stages import detr, staged
+from support.det_zoo import zoo
 
 SOFT = dict(terms=[dict(type="SoftTargets")])
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])

@@ -10,9 +10,9 @@ from mmdet.models.roi_heads import CascadeRoIHead
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 
-from det_stages import detr, staged
-from det_support import detector, distilled
 from kdgraft.errors import DistillError
+from support.det import detector, distilled
+from support.det_stages import detr, staged
 
 LD = [dict(type="LocalizationDistillation")]
 SOFT = [dict(type="SoftTargets")]

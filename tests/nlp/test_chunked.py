@@ -8,12 +8,12 @@ import torch.nn.functional as F
 import transformers
 from transformers import Trainer
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft.losses import generalized_jsd, soft_targets
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.chunked import Head, Part, chunked_losses
 from kdgraft_nlp.student import graft
+from support import nlp as support
 
 
 def tensors(dtype=torch.float64):

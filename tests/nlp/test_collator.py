@@ -10,12 +10,12 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillCollator, DistillTrainer
 from kdgraft_nlp.collator import align
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS, carried_over, read_batch
+from support import nlp as support
 
 TEXTS = ["the cat sat", "a dog", "the dog sat on the cat", "on"]
 

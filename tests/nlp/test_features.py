@@ -6,13 +6,13 @@ import pytest
 import torch
 import transformers
 
-import nlp_support as support
 from kdgraft import WiringError
 from kdgraft.regions import Batch
 from kdgraft.taps import Tap
 from kdgraft.terms import Hint
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch
+from support import nlp as support
 
 STATES = {  # the last hidden state, without its padding: of the encoder, of the decoder
     "bert": "bert.encoder[last_hidden_state]",

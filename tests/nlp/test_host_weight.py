@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillTrainer, ForwardKL, HiddenStates, SoftTargets, distill
 from kdgraft_nlp.student import graft
+from support import nlp as support
 
 
 def trainer_of(folder, terms, family="bert", kind="", task="", more=None, data=None, **settings):

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import nlp_support as support
 from kdgraft import WiringError
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch
+from support import nlp as support
 
 TERMS = {
     "hidden": dict(type="HiddenStates", layers="last", adapter="none"),

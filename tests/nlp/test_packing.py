@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillCollator, TeacherCache
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch, tokens_of
-from steps import watched
+from support import nlp as support
+from support.steps import watched
 
 TERMS = {
     "scores": dict(type="AttentionMaps"),

@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillTrainer, distill
+from support import nlp as support
 
 TERMS = [
     dict(type="HiddenStates", adapter="none"),

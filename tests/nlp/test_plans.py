@@ -13,10 +13,10 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft.cli import main
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.run import train_recipe
+from support import nlp as support  # noqa: F401  quiet, one thread
 
 PLAN = """
 [runs.student]

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft.schedules import Step
 from kdgraft_nlp import DistillTrainer, TeacherCache
 from kdgraft_nlp.link import Asked
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
+from support import nlp as support
 
 
 def built(kind, seed, **settings):

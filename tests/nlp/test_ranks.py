@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import nlp_ranks
-import nlp_support as support
+from support import nlp as support
+from support import nlp_ranks
 
 HERE = Path(__file__).parents[1]
 
@@ -65,7 +65,7 @@ def on_two_processes(family, tmp_path):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(HERE / "nlp_ranks.py"), str(rank), "2", str(port), family, str(tmp_path)],
+            [sys.executable, "-m", "support.nlp_ranks", str(rank), "2", str(port), family, str(tmp_path)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

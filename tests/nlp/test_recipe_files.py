@@ -9,13 +9,13 @@ import datasets
 import pytest
 import torch
 
-import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.run import build
 from kdgraft_nlp.scores import number_scores
 from kdgraft_nlp.settings import check_settings, load
+from support import nlp as support  # noqa: F401  quiet, one thread
 
 BERT = dict(model_type="bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
 

@@ -10,10 +10,10 @@ import zipfile
 import pytest
 import torch
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft_nlp import DistillTrainer
+from support import nlp as support
 
 STATES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "distiller.pt")
 ESSENTIAL = ("model.safetensors", "trainer_state.json", "config.json")

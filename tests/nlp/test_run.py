@@ -13,7 +13,6 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft.files import held
@@ -21,6 +20,7 @@ from kdgraft_nlp.data import read, train_tokenizer
 from kdgraft_nlp.run import build, train
 from kdgraft_nlp.scores import spans, tag_scores
 from kdgraft_nlp.settings import load
+from support import nlp as support  # noqa: F401  quiet, one thread
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "nlp" / "configs"

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
-import nlp_support as support
 from kdgraft import Distiller, DistillError, Ensemble, Itself, Peer, WiringError
 from kdgraft_nlp import (
     AttentionMaps,
@@ -23,6 +22,7 @@ from kdgraft_nlp import (
     distill,
 )
 from kdgraft_nlp.run import build, check
+from support import nlp as support
 
 NAMES = ["cat", "dog", "owl"]
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft_nlp import TERMS
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import example
 from kdgraft_nlp.tokens import read_batch
+from support import nlp as support
 
 GENERAL = {
     "soft": dict(type="SoftTargets"),

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import auxiliary_ranks
 import kdgraft
-from auxiliary_ranks import SAMPLES, SHARES, STEPS, WHOLE, network, score, train
 from kdgraft import Distiller, DistillError
 from kdgraft.auxiliary import Auxiliary
 from kdgraft.losses.reduction import Ratio
 from kdgraft.terms import FeatureImitation
+from support import auxiliary_ranks
+from support.auxiliary_ranks import SAMPLES, SHARES, STEPS, WHOLE, network, score, train
 
 
 class Judged(FeatureImitation):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from mmengine.runner import Runner
 
-import seg_support as models
+from support import seg as models
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,7 @@ from kdgraft.losses import adversarial
 from kdgraft.losses.adversarial import ADVERSARIES
 from kdgraft_seg import AdversarialMask
 from kdgraft_seg.critic import Critic, Opponent, SelfAttention
-from seg_support import (
+from support.seg import (
     SMALL_CRITIC,
     assert_same,
     batch,
@@ -210,7 +210,7 @@ def test_masks_and_image_are_0_where_nothing_counts(teacher):
 
 
 def test_a_binary_head_is_judged_by_its_sigmoid(tmp_path):
-    from seg_support import save_teacher
+    from support.seg import save_teacher
 
     binary = segmentor(classes=2)
     binary["decode_head"].update(

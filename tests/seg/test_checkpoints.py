@@ -17,7 +17,7 @@ from kdgraft.errors import DistillError
 from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
 from kdgraft_mm.state import KEY
-from seg_support import (
+from support.seg import (
     CLASSES,
     EVERY_TERM,
     assert_same,

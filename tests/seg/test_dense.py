@@ -15,7 +15,7 @@ from mmseg.registry import DATASETS
 from kdgraft.errors import WiringError
 from kdgraft.regions import Batch
 from kdgraft_seg.dense import FEATURES, counted, labels_on
-from seg_support import (
+from support.seg import (
     CLASSES,
     SMALL_CRITIC,
     assert_same,

@@ -18,7 +18,7 @@ from kdgraft.losses import (
 )
 from kdgraft_seg import DIST, TERMS, ChannelWise, FeatureImitation, Hint, MaskedGeneration, PixelSoftTargets
 from kdgraft_seg.dense import FEATURES
-from seg_support import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
+from support.seg import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
 
 
 def model_of(teacher, student=None, **term):

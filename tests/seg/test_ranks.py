@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import seg_ranks
-from seg_support import assert_same, config, distilled, segmentor
+from support import seg_ranks
+from support.seg import assert_same, config, distilled, segmentor
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
@@ -28,7 +28,7 @@ def two_ranks(tmp_path_factory, teacher):
     """What each of two gloo processes found."""
     folder = tmp_path_factory.mktemp("ranks")
     outs = [folder / f"{rank}.pth" for rank in range(2)]
-    script = [sys.executable, "-W", "ignore", str(TESTS / "seg_ranks.py")]
+    script = [sys.executable, "-W", "ignore", "-m", "support.seg_ranks"]
     started = [
         subprocess.Popen(
             [*script, str(rank), "2", str(folder / "store"), teacher["checkpoint"], str(out)],
@@ -166,7 +166,7 @@ def test_a_checkpoint_before_a_terms_first_step_waits_for_nobody(two_ranks):
     ],
 )
 def test_a_launcher_trains_every_term_on_two_processes(tmp_path, scenes, teacher, launcher):
-    from seg_support import EVERY_TERM
+    from support.seg import EVERY_TERM
 
     path = tmp_path / "distilled.py"
     model = distilled(segmentor(), teacher, **EVERY_TERM)

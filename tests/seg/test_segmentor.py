@@ -13,7 +13,7 @@ from mmengine.optim import OptimWrapper
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 
-from seg_support import (
+from support.seg import (
     EVERY_TERM,
     FAMILIES,
     TERM_NAMES,

@@ -17,7 +17,7 @@ from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES
 from kdgraft_mm.state import KEY
 from kdgraft_seg import TERMS
-from seg_support import (
+from support.seg import (
     CLASSES,
     assert_same,
     batch,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
-from seg_support import (
+from support.seg import (
     CLASSES,
     EVERY_TERM,
     SMALL_CRITIC,

@@ -12,7 +12,7 @@ from mmseg.registry import MODELS
 
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
-from seg_support import CLASSES, EVERY_TERM, TERM_NAMES, build, config, distilled, save_teacher, segmentor
+from support.seg import CLASSES, EVERY_TERM, TERM_NAMES, build, config, distilled, save_teacher, segmentor
 
 ABSENT = dict(config=segmentor("PSPNet", width=8), checkpoint="absent.pth")
 SOFT = [dict(type="PixelSoftTargets")]

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-import golden_dense
+import golden.dense
 from kdgraft import DistillError
 from kdgraft.losses import class_prototypes
 
-LABELS = golden_dense.labels()
+LABELS = golden.dense.labels()
 IGNORED = LABELS == 255
 
 
@@ -35,14 +35,14 @@ def direct(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
 
 
 def test_authors_figures():
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     # Their mean is over all 40 pixels, ours over those not ignored.
     value = class_prototypes(student.requires_grad_(), teacher, LABELS, reduction="sum") / 40
     slope = gradient(value, student)
     figures = [value.item(), slope[0, 0, 0, 0].item(), slope.square().sum().item()]
-    np.testing.assert_allclose(figures, golden_dense.CLASS_PROTOTYPES, rtol=1e-10)
+    np.testing.assert_allclose(figures, golden.dense.CLASS_PROTOTYPES, rtol=1e-10)
     mean = class_prototypes(student, teacher, LABELS).item()
-    assert mean == pytest.approx(golden_dense.CLASS_PROTOTYPES[0] * 40 / (~IGNORED).sum().item(), rel=1e-10)
+    assert mean == pytest.approx(golden.dense.CLASS_PROTOTYPES[0] * 40 / (~IGNORED).sum().item(), rel=1e-10)
 
 
 def test_by_hand():
@@ -62,13 +62,13 @@ def test_by_hand():
 
 
 def test_pixel_by_pixel():
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     items = class_prototypes(student, teacher, LABELS, reduction="none")
     torch.testing.assert_close(items, direct(student, teacher, LABELS).masked_fill(IGNORED, 0))
 
 
 def test_equal_maps_cost_nothing():
-    _, teacher = golden_dense.features()
+    _, teacher = golden.dense.features()
     student = teacher.clone().requires_grad_()
     value = class_prototypes(student, teacher, LABELS)
     assert value.item() == 0
@@ -76,9 +76,9 @@ def test_equal_maps_cost_nothing():
 
 
 def test_each_model_may_scale_and_rotate_its_channels():
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     expected = class_prototypes(student, teacher, LABELS)
-    rotation = torch.linalg.qr(golden_dense.chirp((6, 6), 0.31, 0.2, 1.0)).Q
+    rotation = torch.linalg.qr(golden.dense.chirp((6, 6), 0.31, 0.2, 1.0)).Q
     rotated = torch.einsum("dc,bchw->bdhw", rotation, teacher)
     torch.testing.assert_close(class_prototypes(7 * student, 0.01 * rotated, LABELS), expected)
     torch.testing.assert_close(class_prototypes(teacher, rotated, LABELS), torch.zeros_like(expected))
@@ -87,7 +87,7 @@ def test_each_model_may_scale_and_rotate_its_channels():
 
 
 def test_classes_may_be_renumbered():
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     renumbered = torch.tensor([17, 3, 0, 99, 1])[LABELS.masked_fill(IGNORED, 0)].masked_fill(IGNORED, 255)
     torch.testing.assert_close(
         class_prototypes(student, teacher, renumbered), class_prototypes(student, teacher, LABELS)
@@ -95,7 +95,7 @@ def test_classes_may_be_renumbered():
 
 
 def test_prototypes_are_of_one_image():
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     together = class_prototypes(student, teacher, LABELS, reduction="none")
     apart = [
         class_prototypes(student[i : i + 1], teacher[i : i + 1], LABELS[i : i + 1], reduction="none") for i in (0, 1)
@@ -105,7 +105,7 @@ def test_prototypes_are_of_one_image():
 
 @pytest.mark.parametrize("junk", [1e30, math.inf, -math.inf, math.nan])
 def test_what_stands_at_ignored_pixels_does_not_matter(junk: float):
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     expected = class_prototypes(student.requires_grad_(), teacher, LABELS)
     slope = gradient(expected, student)
     student, teacher = (x.detach().masked_fill(IGNORED[:, None], junk) for x in (student, teacher))
@@ -117,7 +117,7 @@ def test_what_stands_at_ignored_pixels_does_not_matter(junk: float):
 
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 1000])
 def test_any_label_may_be_the_ignored_one(ignore_index: int):
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     labels = (LABELS + 1).masked_fill(LABELS == 2, 7).masked_fill(IGNORED, ignore_index)
     torch.testing.assert_close(
         class_prototypes(student, teacher, labels, ignore_index=ignore_index),
@@ -134,7 +134,7 @@ def test_all_ignored_is_0_with_a_live_graph():
 
 
 def test_an_image_of_ignored_pixels_does_not_count():
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     labels = LABELS.clone()
     labels[0] = 255
     torch.testing.assert_close(
@@ -143,7 +143,7 @@ def test_an_image_of_ignored_pixels_does_not_count():
 
 
 def test_pixels_that_are_their_own_prototypes_cost_nothing():
-    student, teacher = golden_dense.features()
+    student, teacher = golden.dense.features()
     every_pixel_a_class = torch.arange(20).expand(2, 20).reshape(2, 5, 4)
     constant = torch.full_like(student, 2.0)
     for s, t, labels in (
@@ -166,7 +166,7 @@ def test_an_empty_batch_is_0_with_a_live_graph():
 
 @pytest.mark.parametrize("rows", [slice(0, 2), slice(None)])
 def test_zeros_stay_finite(rows: slice):
-    student, teacher = (x.float() for x in golden_dense.features())
+    student, teacher = (x.float() for x in golden.dense.features())
     student[:, :, rows] = 0
     value = class_prototypes(student.requires_grad_(), teacher, LABELS)
     assert value.isfinite()
@@ -175,7 +175,7 @@ def test_zeros_stay_finite(rows: slice):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradient(reduction: str):
-    student, teacher = (x[..., :3, :3].contiguous() for x in golden_dense.features())
+    student, teacher = (x[..., :3, :3].contiguous() for x in golden.dense.features())
     loss = lambda s, t: class_prototypes(s, t, LABELS[:, :3, :3], reduction=reduction)  # noqa: E731
     assert torch.autograd.gradcheck(loss, (student.requires_grad_(), teacher.requires_grad_()))
 
@@ -184,7 +184,7 @@ def test_gradient(reduction: str):
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision(dtype: torch.dtype, autocast: bool):
     # Up to 1600, whose squares do not fit float16.
-    student, teacher = ((500 * x).to(dtype) for x in golden_dense.features())
+    student, teacher = ((500 * x).to(dtype) for x in golden.dense.features())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         value = class_prototypes(student.requires_grad_(), teacher, LABELS)
     assert value.dtype is torch.float32

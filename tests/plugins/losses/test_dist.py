@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import golden
-import golden_dense
+import golden.dense
 from kdgraft import DistillError
 from kdgraft.losses import dist_between_classes, dist_within_classes
 
@@ -36,10 +36,10 @@ def log(*rows: list[float]) -> Tensor:
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [(dist_between_classes, golden_dense.DIST_BETWEEN), (dist_within_classes, golden_dense.DIST_WITHIN)],
+    [(dist_between_classes, golden.dense.DIST_BETWEEN), (dist_within_classes, golden.dense.DIST_WITHIN)],
 )
 def test_authors_figures(loss: Loss, expected: tuple[float, ...]):
-    student, teacher = golden_dense.class_maps()
+    student, teacher = golden.dense.class_maps()
     value = loss(student.requires_grad_(), teacher, dim=1)
     slope = gradient(value, student)
     figures = [value.item(), slope[0, 0, 0, 0].item(), slope.square().sum().item()]
@@ -48,7 +48,7 @@ def test_authors_figures(loss: Loss, expected: tuple[float, ...]):
 
 @pytest.mark.parametrize(
     ("loss", "expected"),
-    [(dist_between_classes, golden_dense.DIST_BETWEEN_ROWS), (dist_within_classes, golden_dense.DIST_WITHIN_ROWS)],
+    [(dist_between_classes, golden.dense.DIST_BETWEEN_ROWS), (dist_within_classes, golden.dense.DIST_WITHIN_ROWS)],
 )
 def test_authors_figures_on_rows(loss: Loss, expected: tuple[float, ...]):
     student, teacher = golden.logits()
@@ -131,14 +131,14 @@ def test_temperature_divides_the_logits_and_multiplies_by_its_square(loss: Loss)
 
 @both
 def test_maps_are_rows_of_pixels(loss: Loss):
-    maps = golden_dense.class_maps()
+    maps = golden.dense.class_maps()
     rows = [x.permute(0, 2, 3, 1).reshape(-1, 6) for x in maps]
     torch.testing.assert_close(loss(*maps, dim=1), loss(*rows))
     torch.testing.assert_close(loss(*maps, dim=1, weight=WEIGHT), loss(*rows, weight=WEIGHT.flatten()))
 
 
 def test_items():
-    maps = golden_dense.class_maps()
+    maps = golden.dense.class_maps()
     between = dist_between_classes(*maps, dim=1, reduction="none")
     within = dist_within_classes(*maps, dim=1, reduction="none")
     assert (between.shape, within.shape) == ((2, 5, 4), (6,))
@@ -162,7 +162,7 @@ def test_a_weight_is_a_repetition(loss: Loss):
 @both
 @pytest.mark.parametrize("junk", [1e30, math.inf, -math.inf, math.nan])
 def test_what_stands_at_weight_0_does_not_matter(loss: Loss, junk: float):
-    student, teacher = golden_dense.class_maps()
+    student, teacher = golden.dense.class_maps()
     expected = loss(student.requires_grad_(), teacher, dim=1, weight=WEIGHT)
     slope = gradient(expected, student)
     outside = (WEIGHT == 0)[:, None]
@@ -174,7 +174,7 @@ def test_what_stands_at_weight_0_does_not_matter(loss: Loss, junk: float):
 
 
 def test_within_classes_correlates_over_all_processes():
-    student, teacher = golden_dense.class_maps()
+    student, teacher = golden.dense.class_maps()
     student.requires_grad_()
     expected = dist_within_classes(student, teacher, dim=1, weight=WEIGHT)
     parts, values, barrier = [None, None], [None, None], threading.Barrier(2, timeout=30)
@@ -270,7 +270,7 @@ def test_a_class_that_never_occurs_stays_finite():
 @pytest.mark.parametrize("weight", [None, WEIGHT[:, :2, :2]])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_gradient(loss: Loss, weight: Tensor | None, reduction: str):
-    student, teacher = (x[:, :3, :2, :2].contiguous() for x in golden_dense.class_maps())
+    student, teacher = (x[:, :3, :2, :2].contiguous() for x in golden.dense.class_maps())
     function = lambda s, t: loss(s, t, 2.0, dim=1, weight=weight, reduction=reduction)  # noqa: E731
     assert torch.autograd.gradcheck(function, (student.requires_grad_(), teacher.requires_grad_()))
 
@@ -279,7 +279,7 @@ def test_gradient(loss: Loss, weight: Tensor | None, reduction: str):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision(loss: Loss, dtype: torch.dtype, autocast: bool):
-    student, teacher = (x.to(dtype) for x in golden_dense.class_maps())
+    student, teacher = (x.to(dtype) for x in golden.dense.class_maps())
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         value = loss(student.requires_grad_(), teacher, dim=1, weight=WEIGHT)
     assert value.dtype is torch.float32

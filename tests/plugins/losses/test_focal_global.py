@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import golden
-import golden_dense
+import golden.dense
 from kdgraft import DistillError
 from kdgraft.losses import focal_attention, focal_features
 from kdgraft.losses.focal_global import GlobalRelation, box_scales, channel_attention, spatial_attention
@@ -25,7 +25,7 @@ def maps(dtype: torch.dtype = torch.float64, width: int = 5) -> tuple[Tensor, Te
 def relation(channels: int = 3) -> GlobalRelation:
     """Away from its start, where the blocks add nothing."""
     module = GlobalRelation(channels)
-    golden_dense.fill(module)
+    golden.dense.fill(module)
     return module
 
 
@@ -51,7 +51,7 @@ def figures(value: Tensor, student: Tensor) -> list[float]:
 
 
 def authors_parts(boxes: str, student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
-    found = [torch.tensor(rows).reshape(-1, 4) for rows in golden_dense.FOCAL_BOXES[boxes]]
+    found = [torch.tensor(rows).reshape(-1, 4) for rows in golden.dense.FOCAL_BOXES[boxes]]
     foreground, background = box_scales(found, (40, 32), teacher)
     return {
         "foreground": focal_features(student, teacher, foreground.double()),
@@ -61,12 +61,12 @@ def authors_parts(boxes: str, student: Tensor, teacher: Tensor) -> dict[str, Ten
     }
 
 
-@pytest.mark.parametrize(("part", "boxes"), list(golden_dense.FOCAL_GLOBAL))
+@pytest.mark.parametrize(("part", "boxes"), list(golden.dense.FOCAL_GLOBAL))
 def test_the_authors_figures(part: str, boxes: str):
     student, teacher = golden.features()
     value = authors_parts(boxes, student.requires_grad_(), teacher)[part]
     # Scales are float32: 1/20 and the like are good to 7 digits.
-    np.testing.assert_allclose(figures(value, student), golden_dense.FOCAL_GLOBAL[part, boxes], rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(figures(value, student), golden.dense.FOCAL_GLOBAL[part, boxes], rtol=1e-6, atol=1e-9)
 
 
 def test_the_authors_figures_at_their_weights():
@@ -74,7 +74,7 @@ def test_the_authors_figures_at_their_weights():
     parts = authors_parts("some", student.requires_grad_(), teacher)
     weights = dict(foreground=1e-3, background=5e-4, attention=5e-4, relation=5e-6)
     value = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
-    np.testing.assert_allclose(figures(value, student), golden_dense.FOCAL_GLOBAL_ONE_STAGE, rtol=1e-6)
+    np.testing.assert_allclose(figures(value, student), golden.dense.FOCAL_GLOBAL_ONE_STAGE, rtol=1e-6)
 
 
 # --- by hand

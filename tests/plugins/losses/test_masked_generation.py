@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import golden
-import golden_dense
+import golden.dense
 from kdgraft import DistillError
 from kdgraft.losses import masked_generation
 from kdgraft.losses.masked_generation import FeatureGenerator
@@ -21,7 +21,7 @@ def maps(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
 
 def filled(channels: int = 3) -> FeatureGenerator:
     module = FeatureGenerator(channels)
-    golden_dense.fill(module)
+    golden.dense.fill(module)
     return module
 
 
@@ -34,7 +34,7 @@ def test_the_authors_figures():
     value = masked_generation(student.requires_grad_(), teacher, filled(6), keep)
     (slope,) = torch.autograd.grad(value, student)
     figures = [value.item(), slope[0, 0, 0, 1].item(), slope.square().sum().item()]
-    np.testing.assert_allclose(figures, golden_dense.MASKED_GENERATION, rtol=1e-10)
+    np.testing.assert_allclose(figures, golden.dense.MASKED_GENERATION, rtol=1e-10)
 
 
 def test_by_hand():

@@ -1,6 +1,6 @@
 """Distillation gradients of a detector on its share of four images, alone or as one of several processes under mmengine's DDP.
 
-Run as ``python det_ranks.py RANK WORLD STORE TEACHER OUT``; :func:`gradients_of` is also what the test computes on the whole batch.
+Run as ``python -m support.det_ranks RANK WORLD STORE TEACHER OUT``; :func:`gradients_of` is also what the test computes on the whole batch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from torch import Tensor
 
-from det_stages import detr, staged
-from det_support import BOXES, build, detector, distillation, distilled, part, raw_batch
+from support.det import BOXES, build, detector, distillation, distilled, part, raw_batch
+from support.det_stages import detr, staged
 
 TERMS: dict[str, Any] = {
     "features": dict(type="FeatureImitation", tap="neck[*]"),

@@ -1,6 +1,6 @@
 """Distillation of a segmentor on its share of four images, alone or as one of several processes under mmengine's DDP.
 
-Run as ``python seg_ranks.py RANK WORLD STORE TEACHER OUT``; :func:`steps` is also what the test computes on the whole batch.
+Run as ``python -m support.seg_ranks RANK WORLD STORE TEACHER OUT``; :func:`steps` is also what the test computes on the whole batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mmengine.model import MMDistributedDataParallel
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from seg_support import SMALL_CRITIC, batch, build, distillation, distilled, segmentor
+from support.seg import SMALL_CRITIC, batch, build, distillation, distilled, segmentor
 
 RELATIONS: dict[str, Any] = dict(
     type="CrossImageRelations",

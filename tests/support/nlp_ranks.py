@@ -1,6 +1,6 @@
 """One accumulated step of a DistillTrainer on a share of eight samples, alone or as one of several processes.
 
-Run as ``python nlp_ranks.py RANK WORLD PORT FAMILY OUT``; :func:`gradients` is also what the test computes in one process.
+Run as ``python -m support.nlp_ranks RANK WORLD PORT FAMILY OUT``; :func:`gradients` is also what the test computes in one process.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-import nlp_support as support
 from kdgraft_nlp import DistillTrainer
+from support import nlp as support
 
 TERMS: dict[str, list[Any]] = {
     "bert": [

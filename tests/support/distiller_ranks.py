@@ -1,6 +1,6 @@
 """One training step of a plain-PyTorch distiller on a share of a fixed batch, alone or as one of several processes.
 
-Run as ``python two_ranks.py RANK WORLD STORE OUT``; :func:`steps` is also what the test computes on the whole batch.
+Run as ``python -m support.distiller_ranks RANK WORLD STORE OUT``; :func:`steps` is also what the test computes on the whole batch.
 """
 
 from __future__ import annotations

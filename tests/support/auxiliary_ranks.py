@@ -1,6 +1,6 @@
 """Steps of a network beside the student on a share of fixed samples, alone or as one of two processes.
 
-Run as ``python auxiliary_ranks.py RANK STORE OUT``; :func:`train` is also what the test computes on all samples.
+Run as ``python -m support.auxiliary_ranks RANK STORE OUT``; :func:`train` is also what the test computes on all samples.
 """
 
 from __future__ import annotations
