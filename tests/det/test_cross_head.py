@@ -14,20 +14,10 @@ from golden import wave
 from kdgraft.errors import DistillError, WiringError
 from kdgraft_det import CrossHead
 from kdgraft_det.dense import joint_logits
-from support.det import (
-    BOXES,
-    build,
-    detector,
-    distilled,
-    gradients,
-    losses,
-    part,
-    raw_batch,
-    save_plain,
-    save_teacher,
-)
+from support.det import BOXES, build, detector, distilled, losses, part, raw_batch, save_plain, save_teacher
 from support.det_zoo import KINDS, zoo
 from support.steps import watched
+from support.tensors import gradients
 
 CROSSED = [kind for kind in KINDS if kind != "TOOD"]
 LOSS = "distill.cross_head.loss"

@@ -14,7 +14,8 @@ from kdgraft.losses.focal_global import box_scales
 from kdgraft_det import TERMS, fgfi
 from kdgraft_det.dense import anchor_levels
 from kdgraft_mm.configs import load_config
-from support.det import BOXES, build, detector, distillation, distilled, gradients, losses, raw_batch, save_plain
+from support.det import BOXES, build, detector, distilled, losses, raw_batch, save_plain
+from support.tensors import distillation, gradients
 
 KINDS = {
     "focal_global": dict(type="FocalGlobal"),

@@ -14,7 +14,8 @@ from kdgraft.regions import Batch
 from kdgraft_det import LocalizationDistillation, SoftTargets, ld
 from kdgraft_det.assignment import Assignment
 from kdgraft_det.dense import DenseHeads
-from support.det import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
+from support.det import EVERY_TERM, Given, build, detector, distilled, losses, raw_batch
+from support.tensors import gradients
 
 
 def golden(case):

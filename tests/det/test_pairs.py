@@ -8,21 +8,11 @@ import pytest
 import torch
 
 from kdgraft import WiringError
-from support.det import (
-    EVERY_TERM,
-    build,
-    detector,
-    distillation,
-    distilled,
-    gradients,
-    losses,
-    raw_batch,
-    run,
-    runner_config,
-    save_teacher,
-)
+from support.det import EVERY_TERM, build, detector, distilled, losses, raw_batch, runner_config, save_teacher
 from support.det_stages import STAGED, detr, staged
 from support.det_zoo import zoo
+from support.mm import run
+from support.tensors import distillation, gradients
 
 FEATURES = [
     dict(type="FeatureImitation", tap="neck[*]", region="foreground"),

@@ -8,9 +8,10 @@ from mmengine.logging import MessageHub
 
 from kdgraft import WiringError
 from support import det_table
-from support.det import build, distillation, distilled, losses, raw_batch, save_teacher
+from support.det import build, distilled, losses, raw_batch, save_teacher
 from support.det_stages import STAGED, detr, staged, with_masks
 from support.det_zoo import zoo
+from support.tensors import distillation
 
 
 def model(detector: str, **settings):

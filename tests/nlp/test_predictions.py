@@ -14,6 +14,7 @@ from kdgraft_nlp.link import Asked
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
 from support import nlp as support
+from support.tensors import gradients
 
 
 def built(kind, seed, **settings):
@@ -33,7 +34,7 @@ def distilled(student, batch):
     student.train().zero_grad()
     loss = support.loss_of(student, batch)
     loss.backward()
-    return loss.detach(), support.distillation_gradient(student)
+    return loss.detach(), gradients(student)
 
 
 def outputs(model, batch, train=False, **more):

@@ -15,6 +15,7 @@ from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import example
 from kdgraft_nlp.tokens import read_batch
 from support import nlp as support
+from support.tensors import gradients
 
 GENERAL = {
     "soft": dict(type="SoftTargets"),
@@ -64,7 +65,7 @@ def step(student, batch):
     loss = torch.stack([value for key, value in link.last.losses.items() if key.endswith(".loss")]).sum()
     loss.backward()
     assert not any(key.endswith("dropped") for key in link.last.losses)
-    return loss.detach(), support.distillation_gradient(student)
+    return loss.detach(), gradients(student)
 
 
 def close(one, other):

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import kdgraft
 from kdgraft import distributed
 from kdgraft.distributed import SharedRandom, gather_over_ranks, sum_over_ranks, total_over_ranks, world_size
 from support import distiller_ranks
+from support.processes import found_by_two
 
 RANKS = 2
 WHOLE = slice(0, 4)
@@ -25,23 +21,7 @@ WHOLE = slice(0, 4)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of the two processes saw, by which of them had the infinite term."""
-    folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(kdgraft.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, distiller_ranks.__file__, str(rank), str(RANKS), str(folder / "store"), str(folder / f"{rank}.pt")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return found_by_two("distiller_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")

@@ -14,21 +14,9 @@ from kdgraft.losses import adversarial
 from kdgraft.losses.adversarial import ADVERSARIES
 from kdgraft_seg import AdversarialMask
 from kdgraft_seg.critic import Critic, Opponent, SelfAttention
-from support.seg import (
-    SMALL_CRITIC,
-    assert_same,
-    batch,
-    build,
-    config,
-    distillation,
-    distilled,
-    gradients,
-    losses_of,
-    played,
-    run,
-    segmentor,
-    total,
-)
+from support.mm import run
+from support.seg import SMALL_CRITIC, batch, build, config, distilled, losses_of, played, segmentor, total
+from support.tensors import assert_same, distillation, gradients
 
 TERM = dict(type="AdversarialMask", critic=SMALL_CRITIC)
 KEY = "distill.adversarial_mask"

@@ -18,19 +18,17 @@ from kdgraft_seg.dense import FEATURES, counted, labels_on
 from support.seg import (
     CLASSES,
     SMALL_CRITIC,
-    assert_same,
     batch,
     build,
     config,
-    distillation,
     distilled,
-    gradients,
     losses_of,
     played,
     save_teacher,
     segmentor,
     total,
 )
+from support.tensors import assert_same, distillation, gradients
 
 LOGIT_TERMS = {
     "PixelSoftTargets": dict(type="PixelSoftTargets"),
