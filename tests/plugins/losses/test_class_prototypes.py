@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -12,13 +10,10 @@ from torch import Tensor
 import golden.dense
 from kdgraft import DistillError
 from kdgraft.losses import class_prototypes
+from support.tensors import gradient
 
 LABELS = golden.dense.labels()
 IGNORED = LABELS == 255
-
-
-def gradient(value: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(value, tensor)[0]
 
 
 def direct(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
@@ -67,14 +62,6 @@ def test_pixel_by_pixel():
     torch.testing.assert_close(items, direct(student, teacher, LABELS).masked_fill(IGNORED, 0))
 
 
-def test_equal_maps_cost_nothing():
-    _, teacher = golden.dense.features()
-    student = teacher.clone().requires_grad_()
-    value = class_prototypes(student, teacher, LABELS)
-    assert value.item() == 0
-    torch.testing.assert_close(gradient(value, student), torch.zeros_like(student), rtol=0, atol=1e-14)
-
-
 def test_each_model_may_scale_and_rotate_its_channels():
     student, teacher = golden.dense.features()
     expected = class_prototypes(student, teacher, LABELS)
@@ -103,18 +90,6 @@ def test_prototypes_are_of_one_image():
     torch.testing.assert_close(together, torch.cat(apart))
 
 
-@pytest.mark.parametrize("junk", [1e30, math.inf, -math.inf, math.nan])
-def test_what_stands_at_ignored_pixels_does_not_matter(junk: float):
-    student, teacher = golden.dense.features()
-    expected = class_prototypes(student.requires_grad_(), teacher, LABELS)
-    slope = gradient(expected, student)
-    student, teacher = (x.detach().masked_fill(IGNORED[:, None], junk) for x in (student, teacher))
-    value = class_prototypes(student.requires_grad_(), teacher, LABELS)
-    torch.testing.assert_close(value, expected, rtol=0, atol=0)
-    torch.testing.assert_close(gradient(value, student), slope, rtol=0, atol=0)
-    assert not slope.masked_select(IGNORED[:, None]).any()
-
-
 @pytest.mark.parametrize("ignore_index", [-100, -1, 0, 3, 1000])
 def test_any_label_may_be_the_ignored_one(ignore_index: int):
     student, teacher = golden.dense.features()
@@ -122,23 +97,6 @@ def test_any_label_may_be_the_ignored_one(ignore_index: int):
     torch.testing.assert_close(
         class_prototypes(student, teacher, labels, ignore_index=ignore_index),
         class_prototypes(student, teacher, LABELS),
-    )
-
-
-def test_all_ignored_is_0_with_a_live_graph():
-    student = torch.full((2, 3, 5, 4), math.nan, requires_grad=True)
-    for reduction in ("mean", "sum"):
-        value = class_prototypes(student, torch.ones(2, 6, 5, 4), torch.full((2, 5, 4), 255), reduction=reduction)
-        assert value.item() == 0
-        assert torch.equal(gradient(value, student), torch.zeros_like(student))
-
-
-def test_an_image_of_ignored_pixels_does_not_count():
-    student, teacher = golden.dense.features()
-    labels = LABELS.clone()
-    labels[0] = 255
-    torch.testing.assert_close(
-        class_prototypes(student, teacher, labels), class_prototypes(student[1:], teacher[1:], LABELS[1:])
     )
 
 
@@ -155,44 +113,6 @@ def test_pixels_that_are_their_own_prototypes_cost_nothing():
         value = class_prototypes(leaf, t, labels)
         assert value.item() == pytest.approx(0, abs=1e-14)
         torch.testing.assert_close(gradient(value, leaf), torch.zeros_like(leaf), rtol=0, atol=1e-12)
-
-
-def test_an_empty_batch_is_0_with_a_live_graph():
-    student = torch.zeros(0, 3, 5, 4, requires_grad=True)
-    value = class_prototypes(student, torch.zeros(0, 6, 5, 4), torch.zeros(0, 5, 4, dtype=torch.long))
-    assert value.item() == 0
-    assert gradient(value, student).shape == student.shape
-
-
-@pytest.mark.parametrize("rows", [slice(0, 2), slice(None)])
-def test_zeros_stay_finite(rows: slice):
-    student, teacher = (x.float() for x in golden.dense.features())
-    student[:, :, rows] = 0
-    value = class_prototypes(student.requires_grad_(), teacher, LABELS)
-    assert value.isfinite()
-    assert gradient(value, student).isfinite().all()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_gradient(reduction: str):
-    student, teacher = (x[..., :3, :3].contiguous() for x in golden.dense.features())
-    loss = lambda s, t: class_prototypes(s, t, LABELS[:, :3, :3], reduction=reduction)  # noqa: E731
-    assert torch.autograd.gradcheck(loss, (student.requires_grad_(), teacher.requires_grad_()))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_low_precision(dtype: torch.dtype, autocast: bool):
-    # Up to 1600, whose squares do not fit float16.
-    student, teacher = ((500 * x).to(dtype) for x in golden.dense.features())
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        value = class_prototypes(student.requires_grad_(), teacher, LABELS)
-    assert value.dtype is torch.float32
-    exact = class_prototypes(student.double(), teacher.double(), LABELS)
-    torch.testing.assert_close(value.double(), exact, rtol=1e-5, atol=0)
-    slope = gradient(value, student)
-    assert slope.dtype is dtype
-    assert slope.isfinite().all()
 
 
 @pytest.mark.parametrize(

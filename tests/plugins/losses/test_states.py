@@ -7,18 +7,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import golden.text
 from kdgraft import DistillError
 from kdgraft.losses import cosine, patient
+from support.tensors import gradient
 
 EVERY = {"cosine": cosine, "patient": patient, "patient's code": partial(patient, variant="code")}
 every_loss = pytest.mark.parametrize("name", EVERY)
-
-
-def gradient(value: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(value, tensor)[0]
 
 
 def test_cosine_authors_figures():
@@ -122,43 +118,6 @@ def test_zero_vectors_at_weight_0_have_no_gradient(name: str, dtype: torch.dtype
     assert slope.isfinite().all()
     assert not slope[~tokens].any()
     torch.testing.assert_close(value, EVERY[name](student[tokens], teacher[tokens]))
-
-
-@every_loss
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_no_token_is_0_with_a_live_graph(name: str, reduction: str):
-    student = torch.zeros(2, 0, 8, requires_grad=True)
-    value = EVERY[name](student, torch.zeros(2, 0, 8), reduction=reduction)
-    assert value.item() == 0
-    assert gradient(value, student).shape == (2, 0, 8)
-
-
-@every_loss
-def test_gradient(name: str):
-    student, teacher = (x.requires_grad_() for x in golden.text.states())
-    loss = partial(EVERY[name], weight=golden.text.tokens())
-    assert torch.autograd.gradcheck(loss, (student, teacher))
-
-
-@every_loss
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision(name: str, dtype: torch.dtype):
-    # 300 times as long: the squares of the numbers do not fit float16.
-    student, teacher = ((300 * x).to(dtype) for x in golden.text.states())
-    with torch.autocast("cpu", torch.bfloat16):
-        value = EVERY[name](student.requires_grad_(), teacher)
-    assert value.dtype is torch.float32
-    torch.testing.assert_close(value.double(), EVERY[name](student.double(), teacher.double()), rtol=1e-5, atol=0)
-    slope = gradient(value, student)
-    assert slope.dtype is dtype
-    assert slope.isfinite().all()
-
-
-@every_loss
-def test_shapes_must_be_equal(name: str):
-    student, teacher = golden.text.states()
-    with pytest.raises(DistillError, match=r"student \(2, 5, 8\) and teacher \(2, 1, 8\) must have the same shape"):
-        EVERY[name](student, teacher[:, :1])
 
 
 def test_unknown_variant():

@@ -7,15 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
 import golden.text
-from kdgraft import DistillError
 from kdgraft.losses import universal_logits
-
-
-def gradient(value: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(value, tensor)[0]
+from support.tensors import gradient
 
 
 def test_authors_figures():
@@ -84,42 +79,3 @@ def test_ties_and_extreme_logits_stay_finite():
         value = universal_logits(student.requires_grad_(), torch.zeros(2, 5))
         assert value.isfinite()
         assert gradient(value, student).isfinite().all()
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_no_token_is_0_with_a_live_graph(reduction: str):
-    student = torch.zeros(2, 0, 7, requires_grad=True)
-    value = universal_logits(student, torch.zeros(2, 0, 10), reduction=reduction)
-    assert value.item() == 0
-    assert gradient(value, student).shape == (2, 0, 7)
-
-
-def test_weights():
-    student, teacher = golden.text.vocabularies()
-    weight = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    keep = weight.bool()
-    expected = universal_logits(student[keep], teacher[keep])
-    torch.testing.assert_close(universal_logits(student, teacher, weight=weight), expected)
-
-
-def test_gradient():
-    student, teacher = golden.text.vocabularies()
-    assert torch.autograd.gradcheck(universal_logits, (student.requires_grad_(), teacher.requires_grad_()))
-    assert torch.autograd.gradcheck(universal_logits, (teacher, student))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_low_precision(dtype: torch.dtype):
-    student, teacher = (x.to(dtype) for x in golden.text.vocabularies())
-    with torch.autocast("cpu", torch.bfloat16):
-        value = universal_logits(student.requires_grad_(), teacher)
-    assert value.dtype is torch.float32
-    torch.testing.assert_close(value.double(), universal_logits(student.double(), teacher.double()), rtol=1e-5, atol=0)
-    assert gradient(value, student).dtype is dtype
-
-
-def test_shapes_before_the_vocabulary_must_be_equal():
-    student, teacher = golden.text.vocabularies()
-    message = r"universal_logits: student \(2, 3, 7\) and teacher \(2, 1, 10\) must have the same shape before"
-    with pytest.raises(DistillError, match=message):
-        universal_logits(student, teacher[:, :1])
