@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 import pytest
 from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
 
-import det_support as models
+from support import det as models
+from support.mm import Trained, run
 
 _numbers = count()
 
@@ -45,22 +44,11 @@ def teacher_checkpoint(tmp_path_factory: pytest.TempPathFactory, teacher_model: 
     return models.save_teacher(Path(tmp_path_factory.mktemp("teacher")) / "teacher.pth", teacher_model)
 
 
-@dataclass
-class Trained:
-    """A finished run: its Runner and where its checkpoints are."""
-
-    runner: Runner
-    work_dir: Path
-
-    def checkpoint(self, iteration: int) -> Path:
-        return self.work_dir / f"iter_{iteration}.pth"
-
-
 @pytest.fixture(scope="session")
 def plain_run(tmp_path_factory: pytest.TempPathFactory, scenes: str) -> Trained:
     """The plain student, 4 iterations."""
     work_dir = tmp_path_factory.mktemp("plain")
-    return Trained(models.run(models.runner_config(models.detector(), scenes, work_dir)), work_dir)
+    return Trained(run(models.runner_config(models.detector(), scenes, work_dir)), work_dir)
 
 
 @pytest.fixture(scope="session")
@@ -70,4 +58,4 @@ def distilled_run(
     """The student with every term, 4 iterations without a stop, checkpoints after 2 and 4."""
     work_dir = tmp_path_factory.mktemp("distilled")
     model = models.distilled(models.detector(), teacher_model, teacher_checkpoint, **models.EVERY_TERM)
-    return Trained(models.run(models.runner_config(model, scenes, work_dir)), work_dir)
+    return Trained(run(models.runner_config(model, scenes, work_dir)), work_dir)

@@ -8,10 +8,10 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from det_support import STRIDES, detector
 from kdgraft.errors import DistillError
 from kdgraft_det import bench
 from kdgraft_det.peers import mmdet_ld
+from support.det import STRIDES, detector
 
 
 def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, capsys):

@@ -10,10 +10,10 @@ from mmdet.models.dense_heads import RPNHead
 from mmengine.config import ConfigDict
 from mmengine.logging import MessageHub
 
-from det_stages import staged
-from det_support import BOXES, build, distilled, losses, raw_batch, save_teacher
-from det_zoo import KINDS, zoo
 from kdgraft_det.picking import in_order_of_pick
+from support.det import BOXES, build, distilled, losses, raw_batch, save_teacher
+from support.det_stages import staged
+from support.det_zoo import KINDS, zoo
 
 EVERYTHING = ConfigDict(nms_pre=10**6, score_thr=-1.0, min_bbox_size=-1, max_per_img=10**6, nms=None)
 

@@ -11,26 +11,13 @@ from mmengine.model import ExponentialMovingAverage
 from mmengine.runner import Runner
 from mmengine.runner.checkpoint import load_state_dict
 
-from det_support import (
-    EVERY_TERM,
-    assert_same,
-    build,
-    detector,
-    distilled,
-    history,
-    loadable,
-    momentum,
-    needs_resume,
-    predictions,
-    raw_batch,
-    run,
-    runner_config,
-    weights,
-)
 from kdgraft.errors import DistillError
 from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES
 from kdgraft_mm.state import KEY
+from support.det import EVERY_TERM, build, detector, distilled, momentum, predictions, raw_batch, runner_config
+from support.mm import history, loadable, needs_resume, run, weights
+from support.tensors import assert_same
 
 EVERY_CHECKPOINT = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from det_families import cornernet, panoptic, solov2, ssd, yolof, yolov3
-from det_stages import staged, with_masks
-from det_support import CLASSES, build, distilled, losses, raw_batch, save_plain
-from det_zoo import zoo
 from kdgraft.errors import WiringError
+from support.det import CLASSES, build, distilled, losses, raw_batch, save_plain
+from support.det_families import cornernet, panoptic, solov2, ssd, yolof, yolov3
+from support.det_stages import staged, with_masks
+from support.det_zoo import zoo
 
 AT_CLASSES = {
     "semantic head's layer": (panoptic, "semantic_head.conv_logits"),

@@ -12,21 +12,22 @@ import torch
 from mmengine.config import Config
 
 import kdgraft_det
-from det_support import (
+from kdgraft.cli import main
+from kdgraft_mm.outline import written
+from support.commands import refused
+from support.det import (
     CLASSES,
     EVERY_TERM,
     TERM_NAMES,
     build,
     detector,
     distilled,
-    needs_resume,
     runner_config,
     save_plain,
     save_teacher,
 )
-from det_zoo import zoo
-from kdgraft.cli import main
-from kdgraft_mm.outline import written
+from support.det_zoo import zoo
+from support.mm import needs_resume
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,17 +44,6 @@ def config(tmp_path, scenes, teacher_model, teacher_checkpoint):
         return str(path)
 
     return write
-
-
-def fails(capsys, arguments, *parts):
-    """The command exits with 2 and one line on stderr that has all the parts."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    said = capsys.readouterr().err
-    lines = [line for line in said.splitlines() if line]
-    assert len(lines) == 1 and lines[0].startswith("kdgraft: error: "), said
-    for part in parts:
-        assert part in said, said
 
 
 def test_check_prints_the_wiring_and_leaves_nothing_behind(config, capsys, tmp_path):
@@ -106,7 +96,7 @@ def test_resuming_with_other_terms_is_one_line(config, capsys, tmp_path):
     work = str(tmp_path / "run")
     assert main(["train", config(), "--work-dir", work]) == 0
     other = config(lambda m: m.update(recipe=None, terms=[dict(type="FeatureImitation", tap="neck[0]")]))
-    fails(capsys, ["train", other, "--work-dir", work, "--resume"], "made with other distillation terms")
+    refused(capsys, ["train", other, "--work-dir", work, "--resume"], "made with other distillation terms")
 
 
 @needs_resume
@@ -115,7 +105,7 @@ def test_a_plain_checkpoint_is_no_run_to_resume(config, capsys, tmp_path, scenes
     runner_config(detector(), scenes, tmp_path / "run", iters=1).dump(plain)
     assert main(["train", str(plain)]) == 0
     arguments = ["train", config(), "--resume", str(tmp_path / "run" / "iter_1.pth")]
-    fails(capsys, arguments, "made without these distillation terms", "as load_from")
+    refused(capsys, arguments, "made without these distillation terms", "as load_from")
 
 
 def test_warnings_stand_in_the_log_of_the_run(config, tmp_path, teacher_model):
@@ -147,7 +137,7 @@ def test_warnings_stand_in_the_log_of_the_run(config, tmp_path, teacher_model):
     ],
 )
 def test_what_the_host_refuses_is_one_line_before_training(config, capsys, command, option, parts):
-    fails(capsys, [command, config(), "--cfg-options", *option.split()], *parts)
+    refused(capsys, [command, config(), "--cfg-options", *option.split()], *parts)
 
 
 def test_a_plugin_that_is_not_imported(config, capsys, monkeypatch):
@@ -156,7 +146,7 @@ def test_a_plugin_that_is_not_imported(config, capsys, monkeypatch):
     written.pop("custom_imports", None)
     written.dump(path)
     monkeypatch.delitem(sys.modules, "kdgraft_det")
-    fails(capsys, ["check", path], "add custom_imports = dict(imports=['kdgraft_det'])")
+    refused(capsys, ["check", path], "add custom_imports = dict(imports=['kdgraft_det'])")
 
 
 def test_list_names_terms_and_recipes(capsys):
@@ -169,7 +159,7 @@ def test_list_names_terms_and_recipes(capsys):
     namespace: dict = {}
     exec(printed, namespace)  # it is meant to be pasted into a config
     assert [term["name"] for term in namespace["terms"]] == ["ld_main", "ld_vlr", "class_main"]
-    fails(capsys, ["list", "imitations"], "'imitation'")
+    refused(capsys, ["list", "imitations"], "'imitation'")
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
@@ -199,23 +189,23 @@ def test_list_names_terms_and_recipes(capsys):
     ],
 )
 def test_a_mistake_in_the_config(config, capsys, command, change, parts):
-    fails(capsys, [command, config(change)], *parts)
+    refused(capsys, [command, config(change)], *parts)
 
 
 @pytest.mark.parametrize("command", ["check", "train"])
 def test_other_classes(config, capsys, command, tmp_path, teacher_model):
     other = save_plain(tmp_path / "other.pth", build(teacher_model), (*CLASSES[:9], "zebra"))
-    fails(capsys, [command, config(lambda m: m["teacher"].update(checkpoint=other))], "other classes", "zebra")
+    refused(capsys, [command, config(lambda m: m["teacher"].update(checkpoint=other))], "other classes", "zebra")
 
 
 def test_mistakes_on_the_command_line(config, capsys, tmp_path):
     path = config()
-    fails(capsys, ["check", "absent.py"], "config not found: absent.py")
-    fails(capsys, ["train", "absent.py"], "config not found: absent.py")
-    fails(capsys, ["check", path, "--cfg-options", "train_cfg.max_iters"], "--cfg-options takes KEY=VALUE")
-    fails(capsys, ["export", "absent.pth", str(tmp_path / "out.pth")], "checkpoint not found: absent.pth")
+    refused(capsys, ["check", "absent.py"], "config not found: absent.py")
+    refused(capsys, ["train", "absent.py"], "config not found: absent.py")
+    refused(capsys, ["check", path, "--cfg-options", "train_cfg.max_iters"], "--cfg-options takes KEY=VALUE")
+    refused(capsys, ["export", "absent.pth", str(tmp_path / "out.pth")], "checkpoint not found: absent.pth")
     if not torch.cuda.is_available():
-        fails(capsys, ["train", path, "--amp"], "--amp needs a GPU")
+        refused(capsys, ["train", path, "--amp"], "--amp needs a GPU")
     with pytest.raises(SystemExit) as caught:
         main(["trian", path])
     assert caught.value.code == 2
@@ -224,7 +214,7 @@ def test_mistakes_on_the_command_line(config, capsys, tmp_path):
 def test_checking_a_plain_config_says_what_to_set(config, capsys, tmp_path, scenes):
     path = tmp_path / "plain.py"
     runner_config(detector(), scenes, tmp_path / "work").dump(path)
-    fails(capsys, ["check", str(path)], "trains a plain GFL; set model.type='DistilledDetector'")
+    refused(capsys, ["check", str(path)], "trains a plain GFL; set model.type='DistilledDetector'")
 
 
 def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(config, tmp_path):
@@ -275,7 +265,7 @@ def test_arguments_of_terms_are_told_at_once(config, capsys):
     def change(model):
         model["terms"] = [dict(type="SoftTargets", wieght=1), dict(type="FocalGlobal", loss="hint")]
 
-    fails(
+    refused(
         capsys,
         ["check", config(change)],
         "2 mistakes: (1) term SoftTargets takes no argument 'wieght'",
@@ -325,13 +315,13 @@ def test_check_runs_terms_that_warm_up_from_nothing(config, capsys):
 def test_broken_configs_are_one_line(tmp_path, capsys, text, part):
     path = tmp_path / "broken.py"
     path.write_text(text + "\ncustom_imports = dict(imports=['kdgraft_det'])\ntrain_dataloader = None\n")
-    fails(capsys, ["check", str(path)], part)
+    refused(capsys, ["check", str(path)], part)
 
 
 def test_a_config_that_is_no_python_is_one_line(tmp_path, capsys):
     path = tmp_path / "config.txt"
     path.write_text("model")
-    fails(capsys, ["check", str(path)], "config.txt")
+    refused(capsys, ["check", str(path)], "config.txt")
 
 
 def test_a_schedule_by_epoch_in_a_run_without_epochs_is_refused(config, capsys):
@@ -339,12 +329,12 @@ def test_a_schedule_by_epoch_in_a_run_without_epochs_is_refused(config, capsys):
         model["recipe"] = None
         model["terms"] = [dict(type="SoftTargets", schedule=dict(type="WarmUp", end=2, by="epoch"))]
 
-    fails(capsys, ["train", config(by_epoch)], "by='epoch' never moves")
+    refused(capsys, ["train", config(by_epoch)], "by='epoch' never moves")
 
 
 def test_export_does_not_overwrite_what_it_reads(tmp_path, capsys):
     for out in ("student.py", "."):
-        fails(capsys, ["export", str(tmp_path / "a.pth"), str(tmp_path / out)], "name a new file")
+        refused(capsys, ["export", str(tmp_path / "a.pth"), str(tmp_path / out)], "name a new file")
 
 
 @needs_resume
@@ -355,7 +345,7 @@ def test_terms_that_a_checkpoint_knows_nothing_of_start_anew_for_those_who_say_s
     del saved["message_hub"]["runtime_info"]["kdgraft"], saved["message_hub"]["resumed_keys"]["kdgraft"]
     torch.save(saved, first)
     arguments = ["train", path, "--resume", str(first), "--cfg-options", "train_cfg.max_iters=3"]
-    fails(capsys, arguments, "made without these distillation terms", "layer3", "--partial")
+    refused(capsys, arguments, "made without these distillation terms", "layer3", "--partial")
     assert not (tmp_path / "work" / "iter_3.pth").exists()
     assert main([*arguments, "--partial"]) == 0
     assert (tmp_path / "work" / "iter_3.pth").exists()

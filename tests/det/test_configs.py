@@ -8,7 +8,7 @@ import pytest
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
-import det_support  # noqa: F401  sets mmdet's scope
+import support.det  # noqa: F401  sets mmdet's scope
 from kdgraft_mm.configs import plain_config
 
 FOLDER = Path(__file__).parents[2] / "det" / "configs"

@@ -10,24 +10,14 @@ import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
 
-from det_support import (
-    BOXES,
-    build,
-    detector,
-    distilled,
-    gradients,
-    losses,
-    part,
-    raw_batch,
-    save_plain,
-    save_teacher,
-)
-from det_zoo import KINDS, zoo
 from golden import wave
 from kdgraft.errors import DistillError, WiringError
 from kdgraft_det import CrossHead
 from kdgraft_det.picking import joint_logits
-from steps import watched
+from support.det import BOXES, build, detector, distilled, losses, part, raw_batch, save_plain, save_teacher
+from support.det_zoo import KINDS, zoo
+from support.steps import watched
+from support.tensors import gradients
 
 CROSSED = [kind for kind in KINDS if kind != "TOOD"]
 LOSS = "distill.cross_head.loss"

@@ -10,16 +10,16 @@ import torch
 from mmengine.logging import MessageHub
 from mmengine.structures import InstanceData
 
-from det_stages import staged
-from det_support import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
-from det_zoo import KINDS, zoo
 from kdgraft import Recorder
 from kdgraft.batch import Batch
 from kdgraft_det.dense import DenseHeads
 from kdgraft_det.dense_heads import dense_head
 from kdgraft_det.picking import in_order_of_pick, joint_logits, pick, pick_weights
 from kdgraft_det.regions import valuable_region
-from steps import watched
+from support.det import BOXES, Given, build, detector, distilled, part, raw_batch, save_teacher
+from support.det_stages import staged
+from support.det_zoo import KINDS, zoo
+from support.steps import watched
 
 
 def test_pick_by_hand():

@@ -5,18 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from det_support import (
-    EVERY_TERM,
-    TERM_NAMES,
-    build,
-    detector,
-    distilled,
-    history,
-    losses,
-    raw_batch,
-    run,
-    runner_config,
-)
+from support.det import EVERY_TERM, TERM_NAMES, build, detector, distilled, losses, raw_batch, runner_config
+from support.mm import history, run
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,10 +7,10 @@ import copy
 import pytest
 import torch
 
-from det_families import condinst, solov2
-from det_stages import with_masks
-from det_support import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
 from kdgraft.errors import WiringError
+from support.det import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
+from support.det_families import condinst, solov2
+from support.det_stages import with_masks
 
 
 @pytest.mark.parametrize("kind", ["CondInst", "BoxInst"])

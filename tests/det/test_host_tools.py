@@ -11,7 +11,7 @@ import mmdet
 import pytest
 import torch
 
-from det_support import detector, distilled, runner_config
+from support.det import detector, distilled, runner_config
 
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 

@@ -8,13 +8,14 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 
-from det_support import BOXES, build, detector, distillation, distilled, gradients, losses, raw_batch, save_plain
 from kdgraft import DistillError, WiringError
 from kdgraft.losses import focal_attention, focal_features, masked_generation
 from kdgraft.losses.focal_global import box_scales
 from kdgraft_det import TERMS, fgfi
 from kdgraft_det.dense import anchor_levels
 from kdgraft_mm.configs import load_config
+from support.det import BOXES, build, detector, distilled, losses, raw_batch, save_plain
+from support.tensors import distillation, gradients
 
 KINDS = {
     "focal_global": dict(type="FocalGlobal"),

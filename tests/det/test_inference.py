@@ -14,10 +14,12 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from det_support import EVERY_TERM, assert_same, build, detector, distilled, loadable, run, runner_config, save_teacher
 from kdgraft.errors import DistillError, UnsafeCheckpoint
 from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
+from support.det import EVERY_TERM, build, detector, distilled, runner_config, save_teacher
+from support.mm import loadable, run
+from support.tensors import assert_same
 
 TEST_PIPELINE = [
     dict(type="LoadImageFromFile"),

@@ -8,26 +8,13 @@ import logging
 import pytest
 import torch
 
-from det_support import (
-    BOXES,
-    EVERY_TERM,
-    TERM_NAMES,
-    assert_same,
-    build,
-    detector,
-    distillation,
-    distilled,
-    gradients,
-    history,
-    losses,
-    raw_batch,
-    run,
-    runner_config,
-)
 from kdgraft import TERMS, Term
 from kdgraft.errors import WiringError
 from kdgraft.losses import Ratio
-from steps import watched
+from support.det import BOXES, EVERY_TERM, TERM_NAMES, build, detector, distilled, losses, raw_batch, runner_config
+from support.mm import history, run
+from support.steps import watched
+from support.tensors import assert_same, distillation, gradients
 
 SIZES = [(96, 96), (64, 96), (96, 64), (70, 74)]
 SMALL = [[[8.0, 10.0, 44.0, 50.0]], [[20.0, 4.0, 90.0, 60.0]], [[2.0, 60.0, 30.0, 94.0]], [[12.0, 20.0, 60.0, 64.0]]]

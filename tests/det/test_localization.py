@@ -9,14 +9,15 @@ import torch
 from mmdet.models import LDHead
 from mmengine.config import ConfigDict
 
-from det_golden import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_outputs
-from det_support import EVERY_TERM, Given, build, detector, distilled, gradients, losses, raw_batch
+from golden.localization import CASES, HEAD, LABELS, POSITIVES, anchors_and_boxes, head_outputs
 from kdgraft import SoftTargets
 from kdgraft.batch import Batch
 from kdgraft_det import LocalizationDistillation, ld
 from kdgraft_det.assignment import Assignment
 from kdgraft_det.dense import DenseHeads
 from kdgraft_det.reader import HeadScores
+from support.det import EVERY_TERM, Given, build, detector, distilled, losses, raw_batch
+from support.tensors import gradients
 
 
 def golden(case):

@@ -7,22 +7,12 @@ import copy
 import pytest
 import torch
 
-from det_stages import STAGED, detr, staged
-from det_support import (
-    EVERY_TERM,
-    build,
-    detector,
-    distillation,
-    distilled,
-    gradients,
-    losses,
-    raw_batch,
-    run,
-    runner_config,
-    save_teacher,
-)
-from det_zoo import zoo
 from kdgraft import WiringError
+from support.det import EVERY_TERM, build, detector, distilled, losses, raw_batch, runner_config, save_teacher
+from support.det_stages import STAGED, detr, staged
+from support.det_zoo import zoo
+from support.mm import run
+from support.tensors import distillation, gradients
 
 FEATURES = [
     dict(type="FeatureImitation", tap="neck[*]", region="foreground"),

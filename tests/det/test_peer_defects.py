@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from det_support import (
+from kdgraft import REGIONS
+from kdgraft.errors import DistillError
+from support.det import (
     BOXES,
     EVERY_TERM,
     TERM_NAMES,
@@ -23,8 +25,6 @@ from det_support import (
     raw_batch,
     save_teacher,
 )
-from kdgraft import REGIONS
-from kdgraft.errors import DistillError
 
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])
 CORRELATION = [dict(type="PearsonImitation", tap="neck[*]"), dict(type="ChannelWise", tap="neck[*]")]

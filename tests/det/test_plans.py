@@ -12,8 +12,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from det_support import CLASSES, assert_same, build, detector, distilled, needs_resume, run, runner_config, weights
 from kdgraft.cli import main
+from support.commands import refused
+from support.det import CLASSES, build, detector, distilled, runner_config
+from support.mm import needs_resume, run, weights
+from support.tensors import assert_same
 
 TERMS = [dict(type="SoftTargets"), dict(type="FeatureImitation", tap="neck[*]", region="foreground")]
 PLAN = """
@@ -156,6 +159,5 @@ def test_a_config_that_is_distilled_already_is_one_line(folder, scenes, teacher_
     model = distilled(detector(), teacher_model, teacher_checkpoint, terms=["SoftTargets"])
     runner_config(model, scenes, folder / "unused").dump(folder / "small.py")
     text = '[runs.student]\nconfig = "small.py"\nteacher = { config = "large.py", checkpoint = "x.pth" }\nterms = ["SoftTargets"]\n'
-    assert main(["plan", str(plan(folder, text=text))]) == 2
-    (line,) = [one for one in capsys.readouterr().err.splitlines() if one]
+    line = refused(capsys, ["plan", str(plan(folder, text=text))])
     assert "is distilled already; give the plan the plain student's config" in line

@@ -9,9 +9,9 @@ from mmdet.models.dense_heads import DeformableDETRHead, DINOHead
 from mmdet.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 
-from det_stages import detr
-from det_support import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
 from kdgraft import WiringError
+from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
+from support.det_stages import detr
 
 TWO = part(raw_batch(), slice(1, 3))
 """Two images, of two and of three objects."""

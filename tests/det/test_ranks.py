@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from mmengine.config import ConfigDict
 
-import det_ranks
-from det_support import (
-    assert_same,
-    build,
-    detector,
-    distilled,
-    losses,
-    raw_batch,
-    run,
-    runner_config,
-    save_plain,
-    save_teacher,
-)
-from det_zoo import zoo
 from kdgraft_mm.run import _OnCPUs
-
-TESTS = Path(__file__).parents[1]
-ROOT = TESTS.parent
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(str(ROOT / name) for name in ("plugins", "det", "tests"))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+from support import det_ranks
+from support.det import build, detector, distilled, losses, raw_batch, runner_config, save_plain, save_teacher
+from support.det_zoo import zoo
+from support.mm import run
+from support.processes import found_by_two, launched, launchers
+from support.tensors import assert_same
 
 
 @pytest.fixture(scope="module")
@@ -42,28 +23,7 @@ def two_ranks(tmp_path_factory, teacher_checkpoint):
     folder = tmp_path_factory.mktemp("ranks")
     for kind in {det_ranks.kind_of(term) for term in det_ranks.ON_PROPOSALS}:
         save_teacher(Path(f"{teacher_checkpoint}.{kind}"), det_ranks.without_dense_head(kind, width=6))
-    outs = [folder / f"{rank}.pth" for rank in range(2)]
-    started = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(TESTS / "det_ranks.py"),
-                str(rank),
-                "2",
-                str(folder / "store"),
-                teacher_checkpoint,
-                str(out),
-            ],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    said = [process.communicate(timeout=240)[0] for process in started]
-    assert [process.returncode for process in started] == [0, 0], said
-    return [torch.load(out) for out in outs]
+    return found_by_two("det_ranks", folder, teacher_checkpoint)
 
 
 @pytest.mark.parametrize("batch", list(det_ranks.BATCHES))
@@ -130,36 +90,9 @@ def config(tmp_path, scenes, teacher_model, teacher_checkpoint):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], id="accelerate"),
-        pytest.param(["torch.distributed.run", "--nproc_per_node", "2"], id="torchrun"),
-    ],
-)
+@launchers
 def test_a_launcher_trains_on_two_processes_as_on_one(tmp_path, config, launcher):
-    path, _ = config(2)
-    port = ["--main_process_port" if "accelerate" in launcher[0] else "--master_port", str(29600 + os.getpid() % 300)]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *launcher,
-            *port,
-            "-m",
-            "kdgraft",
-            "train",
-            str(path),
-            "--work-dir",
-            str(tmp_path / "two"),
-        ],
-        env=environment(CUDA_VISIBLE_DEVICES=""),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    launched(launcher, config(2)[0], tmp_path / "two")
     one = run(config(4)[1])
     two = torch.load(tmp_path / "two" / "iter_2.pth", weights_only=False)["state_dict"]
     for name, value in one.model.state_dict().items():
@@ -184,14 +117,5 @@ def test_a_detector_that_makes_syncbn_of_its_norms_trains_on_two_cpu_processes(t
     model = distilled(zoo("RTMDet"), teacher, checkpoint, terms=[dict(type="FeatureImitation", tap="neck[*]")])
     path = tmp_path / "rtmdet.py"
     runner_config(model, scenes, tmp_path / "work", iters=2, batch_size=2, sync_bn="torch").dump(path)
-    launch = ["torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(29900 + os.getpid() % 90)]
-    done = subprocess.run(
-        [sys.executable, "-m", *launch, "-m", "kdgraft", "train", str(path), "--work-dir", str(tmp_path / "two")],
-        env=environment(CUDA_VISIBLE_DEVICES=""),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    launched(["torch.distributed.run", "--nproc_per_node", "2"], path, tmp_path / "two")
     assert (tmp_path / "two" / "iter_2.pth").is_file()

@@ -8,12 +8,12 @@ import torch
 from mmdet.registry import MODELS
 from mmengine.structures import InstanceData
 
-from det_support import TERM_NAMES, build, detector, distilled, losses, raw_batch
 from kdgraft import Step
 from kdgraft.errors import DistillError
 from kdgraft_det import DistilledDetector, fgd, fgfi, ld, mgd
 from kdgraft_det.regions import valuable_region
 from kdgraft_mm.configs import load_config
+from support.det import TERM_NAMES, build, detector, distilled, losses, raw_batch
 
 
 def test_the_localization_recipe_is_the_papers():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from det_golden import CASES, VALUABLE, anchors_and_boxes
+from golden.localization import CASES, VALUABLE, anchors_and_boxes
 from kdgraft_det.regions import valuable_region
 
 

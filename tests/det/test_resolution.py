@@ -16,26 +16,14 @@ from mmengine.config import Config, ConfigDict
 from mmengine.runner import Runner
 from mmengine.structures import PixelData
 
-from det_stages import detr, staged
-from det_support import (
-    BOXES,
-    assert_same,
-    build,
-    detector,
-    distilled,
-    gradients,
-    history,
-    losses,
-    predictions,
-    raw_batch,
-    run,
-    runner_config,
-    save_teacher,
-)
 from kdgraft.cli import main
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.regions import foreground_weights
 from kdgraft_mm.configs import load_config
+from support.det import BOXES, build, detector, distilled, losses, predictions, raw_batch, runner_config, save_teacher
+from support.det_stages import detr, staged
+from support.mm import history, run
+from support.tensors import assert_same, gradients
 
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")])
 KEY = "distill.feature_imitation.loss"

@@ -16,9 +16,9 @@ from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from mmdet.registry import MODELS
 
-from det_stages import staged, with_masks
-from det_support import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
 from kdgraft import WiringError
+from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
+from support.det_stages import staged, with_masks
 
 TWO = slice(1, 3)
 """Two images, of two and of three objects."""

@@ -15,11 +15,11 @@ from mmdet.structures.bbox.base_boxes import BaseBoxes
 from mmdet.structures.bbox.box_type import register_box
 from torch import Tensor
 
-from det_support import build, detector, distilled, losses, raw_batch, save_teacher
-from det_zoo import zoo
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.regions import foreground_weights
 from kdgraft_det.regions import enclosing_boxes
+from support.det import build, detector, distilled, losses, raw_batch, save_teacher
+from support.det_zoo import zoo
 
 UPRIGHT = [
     [[9.3, 11.3, 45.3, 51.3]],

@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from det_stages import STAGED, detr, staged
-from det_support import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
-from det_zoo import zoo
 from kdgraft import DistillError, Step, WiringError
 from kdgraft_det import BoundedRegression
+from support.det import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
+from support.det_stages import STAGED, detr, staged
+from support.det_zoo import zoo
 
 
 def _outputs(model):

@@ -11,27 +11,6 @@ import torch.nn.functional as F
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from det_stages import detr, staged
-from det_support import (
-    CLASSES,
-    assert_same,
-    build,
-    detector,
-    distillation,
-    distilled,
-    history,
-    loadable,
-    losses,
-    momentum,
-    needs_resume,
-    predictions,
-    raw_batch,
-    run,
-    runner_config,
-    save_teacher,
-    weights,
-)
-from det_zoo import zoo
 from kdgraft import DistillError, Term, WiringError
 from kdgraft.cli import main
 from kdgraft.losses import Ratio
@@ -39,6 +18,23 @@ from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_det import TERMS
 from kdgraft_mm.checkpoints import SAFE_TYPES
 from kdgraft_mm.state import KEY
+from support.commands import refused
+from support.det import (
+    CLASSES,
+    build,
+    detector,
+    distilled,
+    losses,
+    momentum,
+    predictions,
+    raw_batch,
+    runner_config,
+    save_teacher,
+)
+from support.det_stages import detr, staged
+from support.det_zoo import zoo
+from support.mm import history, loadable, needs_resume, run, weights
+from support.tensors import assert_same, distillation
 
 REVERSED = CLASSES[::-1]
 SHUFFLED = tuple("3105948267")
@@ -419,8 +415,7 @@ def test_a_peer_is_exported_as_a_plain_student(peer_run, scenes, tmp_path, capsy
 )
 def test_a_peer_that_is_not_there_is_one_line(peer_run, tmp_path, capsys, name, message):
     out = tmp_path / "peer.pth"
-    assert main(["export", str(peer_run[1] / "iter_4.pth"), str(out), "--peer", name]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(capsys, ["export", str(peer_run[1] / "iter_4.pth"), str(out), "--peer", name])
     assert message in line and not out.exists()
 
 
@@ -433,8 +428,7 @@ def test_a_peers_config_that_is_a_file_is_read_from_trusted_checkpoints_alone(pe
     saved["meta"]["cfg"] = config.pretty_text
     checkpoint, out = tmp_path / "checkpoint.pth", tmp_path / "peer.pth"
     torch.save(saved, checkpoint)
-    assert main(["export", str(checkpoint), str(out), "--peer", "peer"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(capsys, ["export", str(checkpoint), str(out), "--peer", "peer"])
     assert str(told) in line and "--trusted" in line and not out.exists() and not traces.exists()
     assert main(["export", str(checkpoint), str(out), "--peer", "peer", "--trusted"]) == 0
     model = build(Config.fromfile(out.with_suffix(".py")).model.to_dict())
@@ -470,8 +464,7 @@ def test_check_shows_both_directions_of_a_peer(scenes, tmp_path, capsys):
 
 def test_a_run_without_peers_has_none_to_export(plain_run, tmp_path, capsys):
     out = tmp_path / "peer.pth"
-    assert main(["export", str(plain_run.checkpoint(4)), str(out), "--peer", "peer"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    line = refused(capsys, ["export", str(plain_run.checkpoint(4)), str(out), "--peer", "peer"])
     assert "has no peer 'peer'" in line and not out.exists()
 
 

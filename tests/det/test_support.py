@@ -6,11 +6,12 @@ import pytest
 import torch
 from mmengine.logging import MessageHub
 
-import det_table
-from det_stages import STAGED, detr, staged, with_masks
-from det_support import build, distillation, distilled, losses, raw_batch, save_teacher
-from det_zoo import zoo
 from kdgraft import WiringError
+from support import det_table
+from support.det import build, distilled, losses, raw_batch, save_teacher
+from support.det_stages import STAGED, detr, staged, with_masks
+from support.det_zoo import zoo
+from support.tensors import distillation
 
 
 def model(detector: str, **settings):
@@ -110,4 +111,4 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, detector):
 
 def test_the_readme_shows_this_table():
     shown = det_table.between_marks(det_table.README.read_text())[1].strip()
-    assert shown == det_table.table(), "run python tests/det_table.py"
+    assert shown == det_table.table(), "run python tests/support/det_table.py"

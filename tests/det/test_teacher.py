@@ -9,28 +9,27 @@ from collections import OrderedDict
 import pytest
 import torch
 
-from det_stages import detr, staged
-from det_support import (
-    CLASSES,
-    EVERY_TERM,
-    assert_same,
-    build,
-    detector,
-    distillation_gradients,
-    distilled,
-    history,
-    losses,
-    raw_batch,
-    run,
-    runner_config,
-    save_plain,
-    save_teacher,
-)
-from det_zoo import zoo
 from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
 from kdgraft.taps import Recorder, Tap, _tensors
 from kdgraft_det import DistilledDetector
 from kdgraft_det.heads import reads_classes
+from support.det import (
+    CLASSES,
+    EVERY_TERM,
+    build,
+    detector,
+    distillation_gradients,
+    distilled,
+    losses,
+    raw_batch,
+    runner_config,
+    save_plain,
+    save_teacher,
+)
+from support.det_stages import detr, staged
+from support.det_zoo import zoo
+from support.mm import history, run
+from support.tensors import Payload, assert_same
 
 SOFT = dict(terms=[dict(type="SoftTargets")])
 FEATURES = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])
@@ -124,30 +123,16 @@ def test_a_checkpoint_of_a_real_run_is_a_teacher_without_a_flag(tmp_path, scenes
     assert history(run(runner_config(entry, scenes, tmp_path, iters=1)), "distill.soft_targets.loss")[0] > 0
 
 
-class Payload:
-    """Something that unpickling would execute."""
-
-    executed = False
-
-    def __reduce__(self):
-        return _execute, ()
-
-
-def _execute():
-    Payload.executed = True
-    return {}
-
-
 def test_a_checkpoint_with_foreign_objects_needs_the_flag(tmp_path, teacher_model):
-    path = tmp_path / "foreign.pth"
-    torch.save({"state_dict": build(teacher_model).state_dict(), "meta": {"what": Payload()}}, path)
+    path, trace = tmp_path / "foreign.pth", tmp_path / "trace"
+    torch.save({"state_dict": build(teacher_model).state_dict(), "meta": {"what": Payload(trace)}}, path)
     entry = distilled(detector(), teacher_model, str(path), **FEATURES)
     with pytest.raises(UnsafeCheckpoint, match="trusted=True") as caught:
         build(entry)
-    assert not Payload.executed and "\n" not in str(caught.value)
+    assert not trace.exists() and "\n" not in str(caught.value)
     entry["teacher"]["trusted"] = True
     build(entry)
-    assert Payload.executed
+    assert trace.exists()
 
 
 def _class_weights(model, order):

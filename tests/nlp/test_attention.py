@@ -10,12 +10,12 @@ import transformers
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-import nlp_support as support
 from kdgraft import WiringError
 from kdgraft.taps import Tap
 from kdgraft_nlp.attention import AttentionCall, AttentionRecorder, attention_call, layer_pairs, stacks
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import example, task_of
+from support import nlp as support
 
 FAMILIES = list(support.TASKS)
 

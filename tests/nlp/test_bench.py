@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft_nlp import bench
+from support import nlp as support  # noqa: F401  quiet, one thread
 
 
 def test_every_variant_trains(monkeypatch):

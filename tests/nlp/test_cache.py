@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft_nlp import DistillCollator, DistillTrainer, TeacherCache
+from support import nlp as support
 
 TERMS = {
     "bert": ["SoftTargets", "HiddenStates", "Embeddings", dict(type="PatientStates", layers="last")],

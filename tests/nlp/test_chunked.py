@@ -8,12 +8,13 @@ import torch.nn.functional as F
 import transformers
 from transformers import Trainer
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft.losses import generalized_jsd, soft_targets
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.chunked import Head, Part, chunked_losses
 from kdgraft_nlp.student import graft
+from support import nlp as support
+from support.tensors import gradients
 
 
 def tensors(dtype=torch.float64):
@@ -316,8 +317,8 @@ def test_what_becomes_of_logits_and_loss_is_what_the_plain_model_does(name):
         student.distill_link.last.losses["distill.forward_kl.loss"], divergence, rtol=1e-4, atol=1e-6
     )
     ours.loss.backward()
-    gradient = support.distillation_gradient(student)
-    for key, value in support.distillation_gradient(plain).items():
+    gradient = gradients(student)
+    for key, value in gradients(plain).items():
         torch.testing.assert_close(
             gradient[key],
             value,

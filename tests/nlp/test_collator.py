@@ -10,12 +10,13 @@ from transformers import (
     DataCollatorWithPadding,
 )
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillCollator, DistillTrainer
 from kdgraft_nlp.collator import align
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import TEACHER_INPUTS, TOKEN_PAIRS, carried_over, read_batch
+from support import nlp as support
+from support.tensors import gradients
 
 TEXTS = ["the cat sat", "a dog", "the dog sat on the cat", "on"]
 
@@ -125,7 +126,7 @@ def test_terms_across_tokenizers(term):
         grafted(**batch)
         loss = next(iter(grafted.distill_link.last.losses.values()))
         loss.backward()
-        found.append((loss.detach(), support.distillation_gradient(grafted)))
+        found.append((loss.detach(), gradients(grafted)))
     # The two batches hold the same two samples, padded to other lengths for both models.
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-6)
     assert found[0][0] > 0

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import nlp_support  # noqa: F401  quiet, one thread
+import support.nlp  # noqa: F401  quiet, one thread
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
 from kdgraft_nlp import demo

@@ -6,13 +6,13 @@ import pytest
 import torch
 import transformers
 
-import nlp_support as support
 from kdgraft import WiringError
 from kdgraft.batch import Batch
 from kdgraft.taps import Tap
 from kdgraft.terms import Hint
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch
+from support import nlp as support
 
 STATES = {  # the last hidden state, without its padding: of the encoder, of the decoder
     "bert": "bert.encoder[last_hidden_state]",
@@ -24,13 +24,6 @@ STATES = {  # the last hidden state, without its padding: of the encoder, of the
 def pair(family, terms, width=16, **settings):
     student = support.quiet(support.model(family, 16, 2, 4, seed=1)).train()
     return graft(student, support.model(family, width, 2, 4, seed=2), terms, **settings)
-
-
-def step(student, batch):
-    student.zero_grad()
-    loss = support.loss_of(student, batch)
-    loss.backward()
-    return loss.detach(), support.distillation_gradient(student)
 
 
 def states(model, family, batch):
@@ -61,7 +54,7 @@ def test_features_of_real_tokens_by_hand(family, loss, extra):
     expected = (s - t).square().mean() if loss == "hint" else (1 - torch.cosine_similarity(s, t, -1)).mean()
     for kind in ("FeatureImitation", "Hint"):
         built = pair(family, [dict(type=kind, tap=STATES[family], adapter="none", loss=loss)])
-        torch.testing.assert_close(step(built, batch)[0], expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(support.distilled_step(built, batch)[0], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("extra", [0, 4])
@@ -71,7 +64,7 @@ def test_correlation_over_real_tokens_by_hand(extra):
     s, t = (states(model, "bert", batch) for model in plain)
     expected = 1 - torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(s.T, t.T, strict=True)]).mean()
     built = pair("bert", [dict(type="PearsonImitation", tap=STATES["bert"])])
-    torch.testing.assert_close(step(built, batch)[0], expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(support.distilled_step(built, batch)[0], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +84,7 @@ def test_correlation_over_real_tokens_by_hand(extra):
 def test_padding_changes_no_loss_and_no_gradient(kind, family, tap):
     built = pair(family, [dict(type=kind, tap=tap)], width=32)
     data = support.samples(6, support.TASKS[family][1])
-    first, padded = (step(built, support.collate(data, extra)) for extra in (0, 5))
+    first, padded = (support.distilled_step(built, support.collate(data, extra)) for extra in (0, 5))
     assert first[0] > 0
     torch.testing.assert_close(first[0], padded[0], rtol=1e-4, atol=1e-6)
     for name, gradient in first[1].items():
@@ -104,7 +97,7 @@ def test_an_infinity_on_padding_reaches_nothing():
     batch = support.collate(support.samples(4))
     padding = ~batch["attention_mask"].bool()
     teacher.bert.embeddings.register_forward_hook(lambda *seen: seen[2].masked_fill(padding[..., None], torch.inf))
-    loss, gradient = step(built, batch)
+    loss, gradient = support.distilled_step(built, batch)
     assert loss.isfinite() and all(g.isfinite().all() for g in gradient.values())
     assert not built.distiller.dropped["hint"]
 

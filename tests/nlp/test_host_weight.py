@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from transformers import Trainer
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillTrainer, ForwardKL, HiddenStates, SoftTargets, distill
 from kdgraft_nlp.student import graft
+from support import nlp as support
+from support.tensors import gradients
 
 
 def trainer_of(folder, terms, family="bert", kind="", task="", more=None, data=None, **settings):
@@ -40,7 +41,7 @@ def test_general_distillation_by_hand(tmp_path, caplog):
     student, teacher = (model(**batch).last_hidden_state[real] for model in models)
     by_hand = F.mse_loss(student, teacher.detach())
     by_hand.backward()
-    expected = {name: p.grad.clone() for name, p in models[0].named_parameters() if p.grad is not None}
+    expected = gradients(models[0])
     models[0].zero_grad()
 
     term = HiddenStates(layers="final", adapter="none")
@@ -102,7 +103,7 @@ def test_the_share_of_the_host_by_hand(family, weight, tmp_path):
         ours, theirs = (x[:, :-1][counted] for x in (output.logits, teacher(**batch).logits.detach()))
     kl = F.kl_div(ours.log_softmax(-1), theirs.log_softmax(-1), log_target=True, reduction="batchmean")
     (weight * output.loss + kl).backward()
-    expected = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    expected = gradients(student)
     student.zero_grad()
 
     trainer = Trainer(model=student, args=support.arguments(tmp_path))

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import nlp_support as support
 from kdgraft import WiringError
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch
+from support import nlp as support
+from support.tensors import gradients
 
 TERMS = {
     "hidden": dict(type="HiddenStates", layers="last", adapter="none"),
@@ -158,7 +159,7 @@ def test_layers_that_ran_by_hand(name, gone, left_out):
     torch.testing.assert_close(loss.detach(), torch.as_tensor(total / max(count, 1)), rtol=1e-4, atol=1e-6)
     if count:
         loss.backward()
-        assert support.distillation_gradient(student)
+        assert gradients(student)
     assert not any(student.distiller.dropped.values())
     assert student.distiller.counts(read_batch(batch, "other")) == {}  # only the pass can tell
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from transformers import DataCollatorWithFlattening
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillCollator, TeacherCache
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch, tokens_of
-from steps import watched
+from support import nlp as support
+from support.steps import watched
 
 TERMS = {
     "scores": dict(type="AttentionMaps"),
@@ -43,13 +43,6 @@ def models(family, equal_width=False):
     return student, support.model(family, 32, 4, 4, seed=2).eval()
 
 
-def step(student, batch):
-    student.zero_grad()
-    loss = support.loss_of(student, batch)
-    loss.backward()
-    return loss.detach(), support.distillation_gradient(student)
-
-
 def close(one, other):
     torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-6)
     assert one[1].keys() == other[1].keys()
@@ -67,14 +60,14 @@ def test_a_packed_row_is_the_padded_batch(family, name):
     data = texts()
     padded, packed = support.collate(data), DataCollatorWithFlattening()(data)
     assert packed["input_ids"].shape[0] == 1 and len(padded["input_ids"]) == 12
-    whole = step(student, padded)
+    whole = support.distilled_step(student, padded)
     assert whole[0] > 0
-    close(whole, step(student, packed))
+    close(whole, support.distilled_step(student, packed))
     # Told from the batch alone, the count is the same.
     counts = [student.distiller.counts(read_batch(batch, "causal")) for batch in (padded, packed)]
     assert counts[0] == counts[1] and counts[0]
     student.distill_link.totals = counts[1]
-    close(whole, step(student, packed))
+    close(whole, support.distilled_step(student, packed))
 
 
 def heard(model, ids):

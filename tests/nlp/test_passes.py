@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
-import nlp_support as support
 from kdgraft import DistillError
 from kdgraft_nlp import DistillTrainer, distill
+from support import nlp as support
+from support.tensors import gradients
 
 TERMS = [
     dict(type="HiddenStates", adapter="none"),
@@ -26,7 +27,7 @@ class Host(Trainer):
         return SequentialSampler(self.train_dataset)
 
     def _clip_grad_norm(self, model):
-        self.found = getattr(self, "found", None) or support.distillation_gradient(self.model)
+        self.found = getattr(self, "found", None) or gradients(self.model)
         return super()._clip_grad_norm(model)
 
 

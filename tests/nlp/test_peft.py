@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from transformers import LlamaForCausalLM, Trainer
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft_nlp import DistillTrainer, ForwardKL, SoftTargets, undistill
 from kdgraft_nlp.student import graft
+from support import nlp as support
 
 peft = pytest.importorskip("peft")
 

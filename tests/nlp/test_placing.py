@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import nlp_support as support
 from kdgraft import WiringError
 from kdgraft_nlp import DistillTrainer, SoftTargets
 from kdgraft_nlp.student import graft
+from support import nlp as support
 
 MAPS = {
     "one device": {"": "cpu"},

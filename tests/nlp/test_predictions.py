@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft.schedules import Step
 from kdgraft_nlp import DistillTrainer, TeacherCache
 from kdgraft_nlp.link import Asked
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
+from support import nlp as support
+from support.tensors import gradients
 
 SOFT = dict(type="SoftTargets", temperature=2.0)
 
@@ -35,7 +36,7 @@ def distilled(student, batch):
     student.train().zero_grad()
     loss = support.loss_of(student, batch)
     loss.backward()
-    return loss.detach(), support.distillation_gradient(student)
+    return loss.detach(), gradients(student)
 
 
 def outputs(model, batch, train=False, **more):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import nlp_ranks
-import nlp_support as support
+from support import nlp as support
+from support import nlp_ranks
+from support.processes import found_by_two
 
 HERE = Path(__file__).parents[1]
 
@@ -59,23 +56,7 @@ def test_the_host_adds_up_what_it_does_not_scale(tmp_path, caplog):
 
 def on_two_processes(family, tmp_path):
     """What the first of two processes with four samples each has found."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "nlp_ranks.py"), str(rank), "2", str(port), family, str(tmp_path)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(outputs)
-    return torch.load(tmp_path / "found.pt")
+    return found_by_two("nlp_ranks", tmp_path, family, str(tmp_path))[0]
 
 
 @pytest.mark.parametrize("family", list(nlp_ranks.TERMS))

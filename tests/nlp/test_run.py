@@ -13,7 +13,6 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
-import nlp_support as support  # noqa: F401  quiet, one thread
 from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft.files import held
@@ -21,6 +20,7 @@ from kdgraft_nlp.data import read, train_tokenizer
 from kdgraft_nlp.run import build, train
 from kdgraft_nlp.scores import spans, tag_scores
 from kdgraft_nlp.settings import load
+from support import nlp as support
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "nlp" / "configs"
@@ -57,15 +57,6 @@ def teacher(recipe, data, folder, *options):
     ]
     assert main(given) == 0
     return str(folder)
-
-
-def fails(capsys, arguments, *parts):
-    capsys.readouterr()
-    assert main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdgraft")]
-    assert len(lines) == 1, lines
-    for part in parts:
-        assert part in lines[0], lines[0]
 
 
 @pytest.mark.parametrize(
@@ -176,15 +167,17 @@ output = "{tmp_path}/out"
     ],
 )
 def test_one_clear_line(options, parts, data, capsys):
-    fails(capsys, ["check", str(RECIPES / "classification.yaml"), "--cfg-options", *data, *SMALL, *options], *parts)
+    support.refused(
+        capsys, ["check", str(RECIPES / "classification.yaml"), "--cfg-options", *data, *SMALL, *options], *parts
+    )
 
 
 def test_files_that_are_no_recipes(tmp_path, capsys):
-    fails(capsys, ["train", "nowhere.yaml"], "recipe file not found: nowhere.yaml")
+    support.refused(capsys, ["train", "nowhere.yaml"], "recipe file not found: nowhere.yaml")
     (tmp_path / "a.yaml").write_text("task: [")
-    fails(capsys, ["train", str(tmp_path / "a.yaml")], "cannot read")
+    support.refused(capsys, ["train", str(tmp_path / "a.yaml")], "cannot read")
     (tmp_path / "b.yaml").write_text("just words")
-    fails(capsys, ["train", str(tmp_path / "b.yaml")], "holds no settings")
+    support.refused(capsys, ["train", str(tmp_path / "b.yaml")], "holds no settings")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DistillError, match=r"empty\.jsonl holds no samples"):
         read(str(tmp_path / "empty.jsonl"))
@@ -300,8 +293,10 @@ def test_one_run_at_a_time_has_an_output(data, tmp_path, capsys):
     given = ["train", str(RECIPES / "classification.yaml"), "--work-dir", str(output)]
     options = ["--cfg-options", *data, *SMALL, *alone]
     with held(output):
-        fails(capsys, [*given, *options], "another run is at work in", "out", "--work-dir")
+        support.refused(capsys, [*given, *options], "another run is at work in", "out", "--work-dir")
         assert not (output / "model.safetensors").exists()
     assert main([*given, "--timeout", "77", *options]) == 0
     assert torch.load(output / "training_args.bin", weights_only=False).ddp_timeout == 77
-    fails(capsys, [*given, "--trusted", *options], "--trusted is for configs of MMDetection and MMSegmentation")
+    support.refused(
+        capsys, [*given, "--trusted", *options], "--trusted is for configs of MMDetection and MMSegmentation"
+    )

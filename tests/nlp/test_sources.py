@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
-import nlp_support as support
 from kdgraft import Distiller, DistillError, Ensemble, Itself, Peer, WiringError
 from kdgraft_nlp import (
     AttentionMaps,
@@ -23,6 +22,8 @@ from kdgraft_nlp import (
     distill,
 )
 from kdgraft_nlp.run import build, check
+from support import nlp as support
+from support.tensors import gradients
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -66,10 +67,6 @@ def losses(trainer, batch):
     loss = trainer.compute_loss(trainer.model.train(), dict(batch))
     found = trainer.model.distill_link.last.losses
     return loss, {name: value for name, value in found.items() if name.endswith(".loss")}
-
-
-def gradients(built):
-    return {name: p.grad.clone() for name, p in built.named_parameters() if p.grad is not None}
 
 
 def same_gradients(one, expected, **near):
@@ -811,8 +808,7 @@ def test_teachers_in_a_recipe_file(saved, tmp_path, capsys):
     def fails(*said, **entries):
         path.write_text(yaml.safe_dump({**recipe, **entries}))
         capsys.readouterr()
-        assert main(["check", str(path)]) == 2
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdgraft: error: ")]
+        line = support.refused(capsys, ["check", str(path)])
         for part in said:
             assert part in line
 

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import example
 from kdgraft_nlp.tokens import read_batch
+from support import nlp as support
+from support.tensors import gradients
 
 GENERAL = {
     "soft": dict(type="SoftTargets"),
@@ -63,7 +64,7 @@ def step(student, batch):
     loss = torch.stack([value for key, value in link.last.losses.items() if key.endswith(".loss")]).sum()
     loss.backward()
     assert not any(key.endswith("dropped") for key in link.last.losses)
-    return loss.detach(), support.distillation_gradient(student)
+    return loss.detach(), gradients(student)
 
 
 def close(one, other):

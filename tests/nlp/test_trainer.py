@@ -19,10 +19,10 @@ from transformers import (
     TrainerCallback,
 )
 
-import nlp_support as support
 from kdgraft import DistillError, WiringError
 from kdgraft_nlp import DistillCollator, DistillTrainer, HiddenStates, SoftTargets, distill, undistill
 from kdgraft_nlp.student import graft
+from support import nlp as support
 
 ALL = [
     "SoftTargets",

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import auxiliary_ranks
-import kdgraft
-from auxiliary_ranks import SAMPLES, SHARES, STEPS, WHOLE, network, score, train
 from kdgraft import Distiller, DistillError
 from kdgraft.auxiliary import Auxiliary
 from kdgraft.losses.reduction import Ratio
 from kdgraft.terms import FeatureImitation
+from support.auxiliary_ranks import SAMPLES, STEPS, WHOLE, network, score, train
+from support.processes import found_by_two
 
 
 class Judged(FeatureImitation):
@@ -89,23 +85,7 @@ def test_a_step_is_that_of_adam_on_the_mean():
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes has after the same steps on unequal shares."""
-    folder = tmp_path_factory.mktemp("ranks")
-    paths = os.pathsep.join((str(Path(kdgraft.__file__).parents[1]), os.environ.get("PYTHONPATH", "")))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, auxiliary_ranks.__file__, str(rank), str(folder / "store"), str(folder / f"{rank}.pt")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(len(SHARES))
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * len(SHARES), errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(len(SHARES))]
+    return found_by_two("auxiliary_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 def test_two_processes_are_one(ranks: list[dict[str, Any]]):

@@ -34,6 +34,7 @@ from kdgraft import (
 from kdgraft.hosts import installed
 from kdgraft.losses import Ratio
 from kdgraft.terms import TapTerm
+from support.tensors import draw
 
 
 class Net(nn.Module):
@@ -103,10 +104,6 @@ def step(model: Distiller) -> Tensor:
 
 
 # --- beside the student
-
-
-def draw() -> list[float]:
-    return [torch.rand(()).item(), float(np.random.rand()), random.random()]
 
 
 def test_building_it_draws_nothing_from_the_random_state():

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-import kdgraft
-import two_ranks
 from kdgraft import distributed
 from kdgraft.distributed import SharedRandom, gather_over_ranks, sum_over_ranks, total_over_ranks, world_size
+from support import distiller_ranks
+from support.processes import found_by_two
 
 RANKS = 2
 WHOLE = slice(0, 4)
@@ -25,28 +21,12 @@ WHOLE = slice(0, 4)
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     """What each of the two processes saw, by which of them had the infinite term."""
-    folder = tmp_path_factory.mktemp("ranks")
-    root = str(Path(kdgraft.__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root, "GLOO_SOCKET_IFNAME": "lo"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, two_ranks.__file__, str(rank), str(RANKS), str(folder / "store"), str(folder / f"{rank}.pt")],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(RANKS)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * RANKS, errors
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+    return found_by_two("distiller_ranks", tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.fixture(scope="module")
 def whole() -> dict[str, Any]:
-    return two_ranks.steps(WHOLE, broken_on=None, distributed=False)
+    return distiller_ranks.steps(WHOLE, broken_on=None, distributed=False)
 
 
 @pytest.mark.parametrize("step", [0, 1])
@@ -69,7 +49,10 @@ def test_the_mean_of_the_losses_is_that_of_the_one_batch(results: list[dict], wh
 def test_the_shares_are_unequal_enough_to_tell(results: list[dict]):
     # Each process dividing by its own count would give other gradients: the second has one image of four, no box at all,
     # and one label of three.
-    alone = [two_ranks.steps(share, broken_on=None, distributed=False)["gradients"][0] for share in two_ranks.SHARES]
+    alone = [
+        distiller_ranks.steps(share, broken_on=None, distributed=False)["gradients"][0]
+        for share in distiller_ranks.SHARES
+    ]
     wrong = {name: sum(g[name] for g in alone) / RANKS for name in alone[0]}
     right = results[0][None]["gradients"][0]
     assert (wrong["student.trunk.0.weight"] - right["student.trunk.0.weight"]).abs().max() > 1e-2
@@ -78,11 +61,11 @@ def test_the_shares_are_unequal_enough_to_tell(results: list[dict]):
 
 def test_soft_targets_of_unequal_shares_by_hand(results: list[dict]):
     # KL at T = 4 of each of the four images, their sum divided by 4; a process reports its own share of it times 2.
-    model = two_ranks.distiller(None)
-    student, teacher = model.student(two_ranks.IMAGES), model.teacher.model(two_ranks.IMAGES)
+    model = distiller_ranks.distiller(None)
+    student, teacher = model.student(distiller_ranks.IMAGES), model.teacher.model(distiller_ranks.IMAGES)
     p, q = (torch.softmax(x / 4, 1) for x in (teacher, student))
     items = 16 * F.kl_div(q.log(), p, reduction="none").sum(1).detach()
-    for rank, share in enumerate(two_ranks.SHARES):
+    for rank, share in enumerate(distiller_ranks.SHARES):
         torch.testing.assert_close(results[rank][None]["losses"][0]["distill.soft.loss"], 2 * items[share].sum() / 4)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import golden_dense
+import golden.dense
 from kdgraft import REGIONS, Batch, DistillError, WiringError
 from kdgraft.regions import FineGrained
 
@@ -24,11 +24,11 @@ def grid(height: int, width: int, images: int = 1) -> Tensor:
 
 
 def test_the_authors_masks():
-    found = [boxes(*map(tuple, rows)) for rows in golden_dense.FINE_GRAINED_BOXES]
+    found = [boxes(*map(tuple, rows)) for rows in golden.dense.FINE_GRAINED_BOXES]
     batch = Batch(padded_size=(304, 400), image_sizes=[(304, 400)] * 2, boxes=found)
-    batch.extra["base_anchors"] = [((16, 16), boxes(*golden_dense.FINE_GRAINED_ANCHORS))]
+    batch.extra["base_anchors"] = [((16, 16), boxes(*golden.dense.FINE_GRAINED_ANCHORS))]
     masks = FineGrained()(batch, grid(19, 25, 2))
-    for mask, (rows, columns, places) in zip(masks, golden_dense.FINE_GRAINED, strict=True):
+    for mask, (rows, columns, places) in zip(masks, golden.dense.FINE_GRAINED, strict=True):
         assert mask.sum(1).tolist() == rows
         assert mask.sum(0).tolist() == columns
         assert mask.flatten().nonzero().sum().item() == places

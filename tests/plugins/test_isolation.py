@@ -10,10 +10,7 @@ import torch
 from torch import nn
 
 from kdgraft.isolation import eval_mode, isolated_rng, own_random_stream
-
-
-def draw() -> list[float]:
-    return [torch.rand(()).item(), float(np.random.rand()), random.random()]
+from support.tensors import draw
 
 
 def seed() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -13,13 +12,7 @@ import pytest
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
 from kdgraft.launching import check_launch, waiting
-
-PLUGINS = str(Path(__file__).parents[2] / "plugins")
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, (PLUGINS, os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
+from support.processes import environment
 
 
 def launched(tmp_path: Path, *how: str) -> subprocess.CompletedProcess[str]:

@@ -14,6 +14,7 @@ from kdgraft.cli import main
 from kdgraft.errors import DistillError, UnsafeCheckpoint
 from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
+from support.commands import refused
 
 
 def saved(tmp_path, **content):
@@ -94,8 +95,7 @@ def test_a_config_that_is_code_is_run_for_those_who_say_so_alone(tmp_path, capsy
     trace = tmp_path / "trace"
     code = f"__import__('os').mkdir({str(trace)!r})\nmodel = dict(type='A')\n"
     arguments = ["export", str(trained(tmp_path, code)), str(tmp_path / "student.pth")]
-    assert main(arguments) == 2
-    (said,) = capsys.readouterr().err.splitlines()
+    said = refused(capsys, arguments)
     assert "holds more than literals" in said and "--trusted" in said
     assert not trace.exists() and not (tmp_path / "student.pth").exists()
     assert main([*arguments, "--trusted"]) == 0
@@ -107,8 +107,7 @@ def test_nothing_is_overwritten_without_force(tmp_path, there, capsys):
     for name in there:
         (tmp_path / name).write_text("mine")
     arguments = ["export", str(trained(tmp_path)), str(tmp_path / "student.pth")]
-    assert main(arguments) == 2
-    (said,) = capsys.readouterr().err.splitlines()
+    said = refused(capsys, arguments)
     assert "--force" in said and all(str(tmp_path / name) in said for name in there)
     assert all((tmp_path / name).read_text() == "mine" for name in there)
     assert len(list(tmp_path.iterdir())) == 1 + len(there)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from itertools import count
@@ -26,6 +25,9 @@ from kdgraft.files import held
 from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES
 from kdgraft_mm.resuming import safe_loading
+from support.commands import refused
+from support.processes import free_port
+from support.tensors import Payload
 
 pytestmark = pytest.mark.skipif(
     not hasattr(host, "_safe_torch_load"), reason="upstream mmengine cannot load its own checkpoints on torch >= 2.6"
@@ -95,14 +97,6 @@ def weight(path: Path) -> torch.Tensor:
     return read_checkpoint(path, safe_types=SAFE_TYPES)["state_dict"]["layer.weight"]
 
 
-def fails(capsys, arguments, *parts):
-    """The command exits with 2 and one line on stderr that has all the parts."""
-    capsys.readouterr()
-    assert main(arguments) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kdgraft: ")]
-    assert len(lines) == 1 and all(part in lines[0] for part in parts), lines
-
-
 def changed(source: Path, target: Path, **entries) -> Path:
     """A checkpoint with entries replaced; ``None`` takes one out."""
     saved = torch.load(source, weights_only=False)
@@ -110,16 +104,6 @@ def changed(source: Path, target: Path, **entries) -> Path:
         saved.pop(key) if value is None else saved.update({key: value})
     torch.save(saved, target)
     return target
-
-
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 # --- nothing runs
@@ -137,7 +121,7 @@ def test_what_a_checkpoint_would_execute_is_refused_without_the_flag(config, tmp
     }[how]
     arguments = ["train", config(2, **settings), "--work-dir", str(tmp_path / "other")]
     arguments += ["--resume", evil] if how == "resume" else []
-    fails(capsys, arguments, "evil.pth holds objects that loading would execute", "mkdir", "--trusted")
+    refused(capsys, arguments, "evil.pth holds objects that loading would execute", "mkdir", "--trusted")
     assert not trace.exists()
     assert main([*arguments, "--trusted"]) == 0
     assert trace.exists()
@@ -147,7 +131,7 @@ def test_the_newest_file_is_not_passed_over_for_what_it_would_execute(config, tm
     assert main(["train", config(2)]) == 0
     trace, last = tmp_path / "trace", tmp_path / "work" / "iter_2.pth"
     changed(last, last, extra=Payload(trace))
-    fails(capsys, ["train", config(3), "--resume"], "iter_2.pth holds objects that loading would execute")
+    refused(capsys, ["train", config(3), "--resume"], "iter_2.pth holds objects that loading would execute")
     assert not trace.exists()
 
 
@@ -233,13 +217,13 @@ def test_checkpoints_in_a_folder_of_their_own_are_found(config, tmp_path):
 
 
 def test_nothing_to_resume_never_starts_anew(config, tmp_path, capsys):
-    fails(capsys, ["train", config(), "--resume"], "nothing to resume: there is no checkpoint in", "work")
+    refused(capsys, ["train", config(), "--resume"], "nothing to resume: there is no checkpoint in", "work")
     assert main(["train", config(1)]) == 0
     only = tmp_path / "work" / "iter_1.pth"
     only.write_bytes(only.read_bytes()[:500])
     before = only.read_bytes()
-    fails(capsys, ["train", config(), "--resume"], "nothing to resume", "iter_1.pth")
-    fails(capsys, ["train", config(resume=True)], "nothing to resume", "iter_1.pth")  # said in the config
+    refused(capsys, ["train", config(), "--resume"], "nothing to resume", "iter_1.pth")
+    refused(capsys, ["train", config(resume=True)], "nothing to resume", "iter_1.pth")  # said in the config
     assert only.read_bytes() == before
 
 
@@ -259,7 +243,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_unless_told_otherwise(config,
     assert main(["train", config(2)]) == 0
     lame = changed(tmp_path / "work" / "iter_2.pth", tmp_path / "lame.pth", **{part: None})
     explicit = ["train", config(3), "--work-dir", str(tmp_path / "other"), "--resume", str(lame)]
-    fails(capsys, explicit, f"the checkpoint to resume lacks {said}", "load_from", "--partial")
+    refused(capsys, explicit, f"the checkpoint to resume lacks {said}", "load_from", "--partial")
     assert main([*explicit, "--partial"]) == 0
     # Of several the older one that is whole; of lame ones alone none.
     shutil.copy(lame, tmp_path / "work" / "iter_2.pth")
@@ -268,7 +252,7 @@ def test_a_checkpoint_that_lacks_a_part_is_refused_unless_told_otherwise(config,
     (tmp_path / "other").mkdir()
     shutil.copy(lame, tmp_path / "other" / "iter_2.pth")
     alone = ["train", config(3), "--work-dir", str(tmp_path / "other"), "--resume"]
-    fails(capsys, alone, f"iter_2.pth lacks {said}", "--partial")
+    refused(capsys, alone, f"iter_2.pth lacks {said}", "--partial")
     assert main([*alone, "--partial"]) == 0
     assert (tmp_path / "other" / "iter_3.pth").exists()
 
@@ -279,15 +263,15 @@ def test_fewer_schedulers_than_the_run_has_are_missing_ones(config, tmp_path, ca
         dict(type="LinearLR", start_factor=0.1, by_epoch=False, end=8),
         dict(type="ConstantLR", by_epoch=False, end=2),
     ]
-    fails(capsys, ["train", config(3, param_scheduler=two), "--resume"], "iter_2.pth lacks the schedulers' state")
+    refused(capsys, ["train", config(3, param_scheduler=two), "--resume"], "iter_2.pth lacks the schedulers' state")
 
 
 def test_a_checkpoint_without_the_loops_state_is_refused_in_any_case(config, tmp_path, capsys):
     assert main(["train", config(1)]) == 0
     bare = changed(tmp_path / "work" / "iter_1.pth", tmp_path / "bare.pth", message_hub=None)
     arguments = ["train", config(2), "--resume", str(bare)]
-    fails(capsys, arguments, "lacks the state of the training loop")
-    fails(capsys, [*arguments, "--partial"], "lacks the state of the training loop")
+    refused(capsys, arguments, "lacks the state of the training loop")
+    refused(capsys, [*arguments, "--partial"], "lacks the state of the training loop")
 
 
 @pytest.mark.parametrize("explicit", [False, True])
@@ -300,7 +284,7 @@ def test_a_flipped_bit_is_no_silent_other_result(config, tmp_path, capsys, expli
     assert at > 0
     data[at + 2] ^= 1
     path.write_bytes(data)
-    fails(capsys, ["train", config(2), "--resume", *([str(path)] if explicit else [])], "iter_1.pth is damaged")
+    refused(capsys, ["train", config(2), "--resume", *([str(path)] if explicit else [])], "iter_1.pth is damaged")
 
 
 # --- one run in a folder
@@ -308,7 +292,7 @@ def test_a_flipped_bit_is_no_silent_other_result(config, tmp_path, capsys, expli
 
 def test_a_second_run_in_one_folder_is_refused(config, tmp_path, capsys):
     with held(tmp_path / "work"):
-        fails(capsys, ["train", config(1)], "another run is at work in", "--work-dir")
+        refused(capsys, ["train", config(1)], "another run is at work in", "--work-dir")
         assert main(["train", config(1), "--work-dir", str(tmp_path / "other")]) == 0
     assert main(["train", config(1)]) == 0
 
@@ -348,11 +332,9 @@ def test_a_process_that_stops_ends_the_run_of_the_other(config, tmp_path):
     written.update(custom_imports=dict(imports=["stopping"]), model=dict(type="StoppingModel"))
     written.train_dataloader.dataset.type = "Four"
     written.dump(tmp_path / "stops.py")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     paths = os.pathsep.join([str(tmp_path), *sys.path])
-    shared = dict(PYTHONPATH=paths, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", OMP_NUM_THREADS="1")
+    shared = dict(PYTHONPATH=paths, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, WORLD_SIZE="2", OMP_NUM_THREADS="1")
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "kdgraft", "train", "stops.py", "--timeout", "20"],
@@ -376,4 +358,4 @@ def test_a_process_that_stops_ends_the_run_of_the_other(config, tmp_path):
 
 
 def test_partial_belongs_to_resume(config, capsys):
-    fails(capsys, ["train", config(1), "--partial"], "--partial belongs to --resume")
+    refused(capsys, ["train", config(1), "--partial"], "--partial belongs to --resume")

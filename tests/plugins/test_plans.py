@@ -19,6 +19,7 @@ from kdgraft.fit import fit
 from kdgraft.isolation import isolated_rng
 from kdgraft.plain import TRAINER, _task
 from kdgraft.plans import carry_out, read_plan
+from support.commands import refused
 
 TASKS = """
 import os
@@ -264,9 +265,7 @@ def test_other_settings_in_a_folder_are_refused(folder: Path):
 def test_a_plan_that_is_wrong_is_one_line(tmp_path: Path, capsys, text: str, message: str):
     path = tmp_path / "plan.toml"
     path.write_text(text)
-    assert main(["plan", str(path)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and message in lines[0], lines
+    refused(capsys, ["plan", str(path)], message)
 
 
 @pytest.mark.parametrize(
@@ -280,9 +279,7 @@ def test_a_plan_that_is_wrong_is_one_line(tmp_path: Path, capsys, text: str, mes
 )
 def test_a_config_that_is_none_is_one_line(folder: Path, capsys, config: str, message: str):
     path = plan(folder, f"[runs.a]\nconfig = '{config}'\n")
-    assert main(["plan", str(path)]) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and message in lines[0], lines
+    refused(capsys, ["plan", str(path)], message)
 
 
 def test_a_task_is_for_plans_alone(folder: Path, capsys):

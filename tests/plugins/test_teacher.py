@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import datetime
-import os
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from kdgraft import DistillError, Teacher, UnsafeCheckpoint
+from support.tensors import Payload
 
 
 def net(width: int = 4) -> nn.Sequential:
@@ -174,16 +174,6 @@ def test_many_wrong_keys_are_cut_short(tmp_path: Path):
     torch.save({f"layer{i}": torch.ones(1) for i in range(9)}, path)
     with pytest.raises(DistillError, match="9 unexpected: layer0, layer1, layer2, layer3, …"):
         Teacher(net(), path).load()
-
-
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def test_a_pickle_that_would_execute_is_refused(tmp_path: Path):

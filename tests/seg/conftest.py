@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from mmengine.runner import Runner
 
-import seg_support as models
+from support import seg as models
+from support.mm import Trained, run
 
 
 @pytest.fixture(autouse=True)
@@ -28,22 +27,11 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return models.save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pth")
 
 
-@dataclass
-class Trained:
-    """A finished run: its Runner and where its checkpoints are."""
-
-    runner: Runner
-    work_dir: Path
-
-    def checkpoint(self, iteration: int) -> Path:
-        return self.work_dir / f"iter_{iteration}.pth"
-
-
 @pytest.fixture(scope="session")
 def plain_run(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Trained:
     """The plain student, 4 iterations."""
     work_dir = tmp_path_factory.mktemp("plain")
-    return Trained(models.run(models.config(models.segmentor(), scenes, work_dir)), work_dir)
+    return Trained(run(models.config(models.segmentor(), scenes, work_dir)), work_dir)
 
 
 @pytest.fixture(scope="session")
@@ -51,4 +39,4 @@ def distilled_run(tmp_path_factory: pytest.TempPathFactory, scenes: Path, teache
     """The student with every term, 4 iterations without a stop, checkpoints after 2 and 4; nothing of the host's draws."""
     work_dir = tmp_path_factory.mktemp("distilled")
     model = models.distilled(models.segmentor(dropout=0.0), teacher, **models.EVERY_TERM)
-    return Trained(models.run(models.config(model, scenes, work_dir)), work_dir)
+    return Trained(run(models.config(model, scenes, work_dir)), work_dir)

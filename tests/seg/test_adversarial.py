@@ -14,21 +14,9 @@ from kdgraft.losses import adversarial
 from kdgraft.losses.adversarial import ADVERSARIES
 from kdgraft_seg import AdversarialMask
 from kdgraft_seg.critic import Critic, Opponent, SelfAttention
-from seg_support import (
-    SMALL_CRITIC,
-    assert_same,
-    batch,
-    build,
-    config,
-    distillation,
-    distilled,
-    gradients,
-    losses_of,
-    played,
-    run,
-    segmentor,
-    total,
-)
+from support.mm import run
+from support.seg import SMALL_CRITIC, batch, build, config, distilled, losses_of, played, segmentor, total
+from support.tensors import assert_same, distillation, gradients
 
 TERM = dict(type="AdversarialMask", critic=SMALL_CRITIC)
 KEY = "distill.adversarial_mask"
@@ -210,7 +198,7 @@ def test_masks_and_image_are_0_where_nothing_counts(teacher):
 
 
 def test_a_binary_head_is_judged_by_its_sigmoid(tmp_path):
-    from seg_support import save_teacher
+    from support.seg import save_teacher
 
     binary = segmentor(classes=2)
     binary["decode_head"].update(

@@ -10,7 +10,7 @@ from mmengine.registry import DefaultScope
 
 from kdgraft.errors import DistillError
 from kdgraft_seg import bench
-from seg_support import SMALL_CRITIC, segmentor
+from support.seg import SMALL_CRITIC, segmentor
 
 
 def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch, capsys):

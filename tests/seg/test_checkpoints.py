@@ -17,24 +17,9 @@ from kdgraft.errors import DistillError
 from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
 from kdgraft_mm.state import KEY
-from seg_support import (
-    CLASSES,
-    EVERY_TERM,
-    assert_same,
-    batch,
-    build,
-    config,
-    distilled,
-    history,
-    loadable,
-    losses_of,
-    needs_resume,
-    run,
-    save_teacher,
-    segmentor,
-    total,
-    weights,
-)
+from support.mm import history, loadable, needs_resume, run, weights
+from support.seg import CLASSES, EVERY_TERM, batch, build, config, distilled, losses_of, save_teacher, segmentor, total
+from support.tensors import assert_same
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 
-import seg_support  # noqa: F401  registers DistilledSegmentor
+import support.seg  # noqa: F401  registers DistilledSegmentor
 
 FOLDER = Path(__file__).parents[2] / "seg" / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))

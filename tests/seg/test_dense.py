@@ -15,22 +15,20 @@ from mmseg.registry import DATASETS
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
 from kdgraft_seg.reader import EMBEDDINGS, counted, labels_on
-from seg_support import (
+from support.seg import (
     CLASSES,
     SMALL_CRITIC,
-    assert_same,
     batch,
     build,
     config,
-    distillation,
     distilled,
-    gradients,
     losses_of,
     played,
     save_teacher,
     segmentor,
     total,
 )
+from support.tensors import assert_same, distillation, gradients
 
 LOGIT_TERMS = {
     "SoftTargets": dict(type="SoftTargets"),

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from mmengine.structures import PixelData
 
 from kdgraft.errors import WiringError
-from seg_support import batch, build, distilled, losses_of, save_teacher, segmentor
+from support.seg import batch, build, distilled, losses_of, save_teacher, segmentor
 
 SCORES = ("SoftTargets", "DIST", "ChannelWise", "AdversarialMask")
 

@@ -9,7 +9,7 @@ import torch
 
 from kdgraft.errors import WiringError
 from kdgraft_seg import recipes
-from seg_support import CLASSES, batch, build, distilled, losses_of, save_teacher, segmentor, total
+from support.seg import CLASSES, batch, build, distilled, losses_of, save_teacher, segmentor, total
 
 EVERY_RECIPE = ("skd", "cwd", "ifvd", "cirkd")
 

@@ -19,7 +19,7 @@ from kdgraft.losses import (
 )
 from kdgraft_seg import TERMS
 from kdgraft_seg.reader import EMBEDDINGS
-from seg_support import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
+from support.seg import batch, build, distilled, losses_of, played, save_teacher, segmentor, total
 
 
 def model_of(teacher, student=None, **term):

@@ -2,50 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-import seg_ranks
-from seg_support import assert_same, config, distilled, segmentor
+from support import seg_ranks
+from support.processes import found_by_two, launched, launchers
+from support.seg import config, distilled, segmentor
+from support.tensors import assert_same
 
-TESTS = Path(__file__).parents[1]
-ROOT = TESTS.parent
 ADVERSARIES = ("wgan-gp", "lsgan", "hinge")
-
-
-def environment(**more: str) -> dict[str, str]:
-    path = os.pathsep.join(str(ROOT / name) for name in ("plugins", "seg", "tests"))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, teacher):
     """What each of two gloo processes found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    outs = [folder / f"{rank}.pth" for rank in range(2)]
-    script = [sys.executable, "-W", "ignore", str(TESTS / "seg_ranks.py")]
-    started = [
-        subprocess.Popen(
-            [*script, str(rank), "2", str(folder / "store"), teacher["checkpoint"], str(out)],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]
-    try:
-        said = [process.communicate(timeout=200)[0][-3000:] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
-    return [torch.load(out, weights_only=False) for out in outs]
+    return found_by_two("seg_ranks", tmp_path_factory.mktemp("ranks"), teacher["checkpoint"])
 
 
 @pytest.fixture(scope="module")
@@ -158,15 +129,9 @@ def test_a_checkpoint_before_a_terms_first_step_waits_for_nobody(two_ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        pytest.param(["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], id="accelerate"),
-        pytest.param(["torch.distributed.run", "--nproc_per_node", "2"], id="torchrun"),
-    ],
-)
+@launchers
 def test_a_launcher_trains_every_term_on_two_processes(tmp_path, scenes, teacher, launcher):
-    from seg_support import EVERY_TERM
+    from support.seg import EVERY_TERM
 
     path = tmp_path / "distilled.py"
     model = distilled(segmentor(), teacher, **EVERY_TERM)
@@ -178,25 +143,5 @@ def test_a_launcher_trains_every_term_on_two_processes(tmp_path, scenes, teacher
         custom_imports=dict(imports=["kdgraft_seg"]),
         find_unused_parameters=False,
     ).dump(path)
-    port = ["--main_process_port" if "accelerate" in launcher[0] else "--master_port", str(29600 + os.getpid() % 300)]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            *launcher,
-            *port,
-            "-m",
-            "kdgraft",
-            "train",
-            str(path),
-            "--work-dir",
-            str(tmp_path / "two"),
-        ],
-        env=environment(CUDA_VISIBLE_DEVICES=""),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    launched(launcher, path, tmp_path / "two")
     assert (tmp_path / "two" / "iter_2.pth").is_file()

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.registry import DefaultScope
 from mmseg.registry import MODELS
 
-import seg_support  # noqa: F401  registers DistilledSegmentor
+import support.seg  # noqa: F401  registers DistilledSegmentor
 from kdgraft_mm import configs  # noqa: F401  finds 'mmseg::…' under the fork's name
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,8 @@ import torch
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
 from kdgraft_seg import RECIPES, DistilledSegmentor, cirkd, cwd, ifvd, skd
-from seg_support import SMALL_CRITIC, assert_same, batch, build, distillation, distilled, losses_of, segmentor
+from support.seg import SMALL_CRITIC, batch, build, distilled, losses_of, segmentor
+from support.tensors import assert_same, distillation
 
 NAMES = ("skd", "cwd", "ifvd", "cirkd")
 

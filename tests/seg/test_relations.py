@@ -14,7 +14,8 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import class_prototypes, memory_relations, pairwise_affinity, pixel_relations
 from kdgraft.losses.affinity import pool_nodes
 from kdgraft_seg import ClassPrototypes, CrossImageRelations, cirkd
-from seg_support import assert_same, batch, build, distillation, distilled, losses_of, played, save_teacher, segmentor
+from support.seg import batch, build, distilled, losses_of, played, save_teacher, segmentor
+from support.tensors import assert_same, distillation
 
 ALL = dict(nodes=64, anchors=999, contrast=99999, new_pixels=300)
 """Everything is compared, nothing drawn."""

@@ -17,21 +17,9 @@ from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES
 from kdgraft_mm.state import KEY
 from kdgraft_seg import TERMS
-from seg_support import (
-    CLASSES,
-    assert_same,
-    batch,
-    build,
-    config,
-    history,
-    loadable,
-    losses_of,
-    needs_resume,
-    run,
-    save_teacher,
-    segmentor,
-    weights,
-)
+from support.mm import history, loadable, needs_resume, run, weights
+from support.seg import CLASSES, batch, build, config, losses_of, save_teacher, segmentor
+from support.tensors import assert_same
 
 REVERSED = CLASSES[::-1]
 STUDENT = segmentor(dropout=0.0, frozen_bn=True)

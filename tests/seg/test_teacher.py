@@ -9,24 +9,21 @@ import pytest
 import torch
 
 from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
-from seg_support import (
+from support.mm import history, run
+from support.seg import (
     CLASSES,
     EVERY_TERM,
     SMALL_CRITIC,
     TERM_NAMES,
-    assert_same,
     batch,
     build,
     config,
-    distillation,
     distilled,
-    gradients,
-    history,
     losses_of,
-    run,
     save_teacher,
     segmentor,
 )
+from support.tensors import Payload, assert_same, distillation, gradients
 
 SCORES = [
     dict(type="SoftTargets"),
@@ -93,29 +90,15 @@ def test_a_checkpoint_that_does_not_fit_is_an_error_with_its_keys(tmp_path):
     assert "\n" not in str(caught.value)
 
 
-class Payload:
-    """Something that unpickling would execute."""
-
-    executed = False
-
-    def __reduce__(self):
-        return _execute, ()
-
-
-def _execute():
-    Payload.executed = True
-    return {}
-
-
 def test_a_checkpoint_with_foreign_objects_needs_the_flag(tmp_path):
-    entry, path = segmentor("PSPNet", width=8), tmp_path / "foreign.pth"
-    torch.save({"state_dict": build(entry).state_dict(), "meta": {"what": Payload()}}, path)
+    entry, path, trace = segmentor("PSPNet", width=8), tmp_path / "foreign.pth", tmp_path / "trace"
+    torch.save({"state_dict": build(entry).state_dict(), "meta": {"what": Payload(trace)}}, path)
     spec = dict(config=entry, checkpoint=str(path))
     with pytest.raises(UnsafeCheckpoint, match="trusted=True"):
         build(distilled(segmentor(), spec, terms=EMBEDDINGS))
-    assert not Payload.executed
+    assert not trace.exists()
     build(distilled(segmentor(), dict(spec, trusted=True), terms=EMBEDDINGS))
-    assert Payload.executed
+    assert trace.exists()
 
 
 def test_a_checkpoint_of_a_real_run_is_a_teacher_without_a_flag(plain_run, distilled_run):

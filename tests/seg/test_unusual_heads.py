@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from kdgraft.errors import WiringError
-from seg_support import CLASSES, batch, build, distilled, losses_of, save_teacher, segmentor
+from support.seg import CLASSES, batch, build, distilled, losses_of, save_teacher, segmentor
 
 EMBEDDINGS = "decode_head.cls_seg():input"
 

@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-import golden_dense
+import golden.dense
 from kdgraft import DistillError
 from kdgraft.losses import adversarial, critic_loss, gradient_penalty
+from support.tensors import gradient
 
 kinds = pytest.mark.parametrize("kind", ["wgan-gp", "lsgan", "hinge"])
-
-
-def gradient(value: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(value, tensor)[0]
 
 
 def linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
@@ -33,12 +30,12 @@ def smooth(weight: Tensor) -> Callable[[Tensor], Tensor]:
 # --- critic and student
 
 
-@pytest.mark.parametrize("kind", golden_dense.CRITIC)
+@pytest.mark.parametrize("kind", golden.dense.CRITIC)
 def test_authors_figures(kind: str):
-    real, fake = golden_dense.scores()
+    real, fake = golden.dense.scores()
     for value, (expected, slope) in (
-        (critic_loss(real, fake.requires_grad_(), kind), golden_dense.CRITIC[kind]),
-        (adversarial(fake, kind), golden_dense.ADVERSARIAL[kind]),
+        (critic_loss(real, fake.requires_grad_(), kind), golden.dense.CRITIC[kind]),
+        (adversarial(fake, kind), golden.dense.ADVERSARIAL[kind]),
     ):
         assert value.item() == pytest.approx(expected, rel=1e-10)
         assert gradient(value, fake).tolist() == list(slope)
@@ -62,7 +59,7 @@ def test_by_hand():
 
 
 def test_wasserstein_is_the_default():
-    real, fake = golden_dense.scores()
+    real, fake = golden.dense.scores()
     assert critic_loss(real, fake).item() == critic_loss(real, fake, "wgan-gp").item()
     assert adversarial(fake).item() == adversarial(fake, "wgan-gp").item()
 
@@ -85,45 +82,8 @@ def test_critic_and_student_pull_apart(kind: str):
     assert (gradient(adversarial(fake, kind), fake) < 0).all()
 
 
-@kinds
-def test_gradient(kind: str):
-    real, fake = golden_dense.scores()
-    real.requires_grad_(), fake.requires_grad_()
-    for reduction in ("mean", "sum", "none"):
-        assert torch.autograd.gradcheck(
-            lambda r, f, how=reduction: critic_loss(r, f, kind, reduction=how), (real, fake)
-        )
-        assert torch.autograd.gradcheck(lambda f, how=reduction: adversarial(f, kind, reduction=how), fake)
-
-
-@kinds
-def test_an_empty_batch_is_0_with_a_live_graph(kind: str):
-    fake = torch.zeros(0, requires_grad=True)
-    for value in (critic_loss(torch.zeros(0), fake, kind), adversarial(fake, kind)):
-        assert value.item() == 0
-        assert gradient(value, fake).shape == (0,)
-
-
-@kinds
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("autocast", [False, True])
-def test_low_precision(kind: str, dtype: torch.dtype, autocast: bool):
-    # Up to 400, whose squares do not fit float16.
-    real, fake = ((200 * x).to(dtype) for x in golden_dense.scores())
-    fake.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        values = critic_loss(real, fake, kind), adversarial(fake, kind)
-    exact = critic_loss(real.double(), fake.double(), kind), adversarial(fake.double(), kind)
-    for value, expected in zip(values, exact, strict=True):
-        assert value.dtype is torch.float32
-        torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
-        slope = gradient(value, fake)
-        assert slope.dtype is dtype
-        assert slope.isfinite().all()
-
-
 def test_unknown_kind():
-    real, fake = golden_dense.scores()
+    real, fake = golden.dense.scores()
     with pytest.raises(DistillError, match="one of wgan-gp, lsgan, hinge, got 'gan'"):
         critic_loss(real, fake, "gan")
     with pytest.raises(DistillError, match="one of wgan-gp, lsgan, hinge, got 'gan'"):
@@ -141,11 +101,11 @@ def test_shapes_must_be_equal():
 
 
 def test_authors_penalty():
-    real, fake, mix, weight = golden_dense.critic()
+    real, fake, mix, weight = golden.dense.critic()
     value = 10 * gradient_penalty(smooth(weight.requires_grad_()), real, fake, mix)
     slope = gradient(value, weight)
     figures = [value.item(), slope[0, 0].item(), slope.square().sum().item()]
-    np.testing.assert_allclose(figures, golden_dense.GRADIENT_PENALTY_10, rtol=1e-9)
+    np.testing.assert_allclose(figures, golden.dense.GRADIENT_PENALTY_10, rtol=1e-9)
 
 
 def test_penalty_of_a_linear_critic_by_hand():
@@ -180,14 +140,14 @@ def test_mix_is_the_share_of_real_by_hand():
 
 
 def test_each_sample_has_its_own_penalty():
-    real, fake, mix, weight = golden_dense.critic()
+    real, fake, mix, weight = golden.dense.critic()
     together = gradient_penalty(smooth(weight), real, fake, mix, reduction="none")
     apart = [gradient_penalty(smooth(weight), real[i : i + 1], fake[i : i + 1], mix[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(together, torch.stack(apart))
 
 
 def test_only_the_critic_learns_from_the_penalty():
-    real, fake, mix, weight = golden_dense.critic()
+    real, fake, mix, weight = golden.dense.critic()
     for x in (real, fake, weight):
         x.requires_grad_()
     value = gradient_penalty(smooth(weight), real, fake, mix)
@@ -197,14 +157,14 @@ def test_only_the_critic_learns_from_the_penalty():
 
 
 def test_penalty_without_gradients_around():
-    real, fake, mix, weight = golden_dense.critic()
+    real, fake, mix, weight = golden.dense.critic()
     expected = gradient_penalty(smooth(weight), real, fake, mix)
     with torch.no_grad():
         torch.testing.assert_close(gradient_penalty(smooth(weight), real, fake, mix), expected)
 
 
 def test_gradient_of_the_penalty():
-    real, fake, mix, weight = golden_dense.critic()
+    real, fake, mix, weight = golden.dense.critic()
     for reduction in ("mean", "none"):
         loss = lambda w, how=reduction: gradient_penalty(smooth(w), real, fake, mix, reduction=how)  # noqa: E731
         assert torch.autograd.gradcheck(loss, weight.requires_grad_())
@@ -213,7 +173,7 @@ def test_gradient_of_the_penalty():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_penalty_of_a_flat_critic(dtype: torch.dtype):
     # Norm 0: (0 − 1)², and no direction in which it would grow.
-    real, fake, mix, weight = (x.to(dtype) for x in golden_dense.critic())
+    real, fake, mix, weight = (x.to(dtype) for x in golden.dense.critic())
     weight = torch.zeros_like(weight).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
     value = gradient_penalty(smooth(weight), real, fake, mix)
     assert value.item() == pytest.approx(1, abs=1e-5)
@@ -225,7 +185,7 @@ def test_penalty_of_a_flat_critic(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_penalty_in_low_precision(dtype: torch.dtype):
-    real, fake, mix, weight = golden_dense.critic()
+    real, fake, mix, weight = golden.dense.critic()
     real, fake, mix = real.to(dtype), fake.to(dtype), mix.to(dtype)
     exact = gradient_penalty(smooth(weight), real.double(), fake.double(), mix.double())
     weight = weight.float().requires_grad_()
@@ -240,13 +200,13 @@ def test_penalty_in_low_precision(dtype: torch.dtype):
 
 
 def test_mix_takes_the_samples_type():
-    real, fake, mix, weight = golden_dense.critic()
+    real, fake, mix, weight = golden.dense.critic()
     value = gradient_penalty(smooth(weight.float()), real.float(), fake.float(), mix)
     assert value.dtype is torch.float32
 
 
 def test_penalty_of_an_empty_batch_is_0_with_a_live_graph():
-    weight = golden_dense.critic()[3].requires_grad_()
+    weight = golden.dense.critic()[3].requires_grad_()
     value = gradient_penalty(smooth(weight), torch.zeros(0, 2, 2, 2).double(), torch.zeros(0, 2, 2, 2), torch.zeros(0))
     assert value.item() == 0
     assert torch.equal(gradient(value, weight), torch.zeros_like(weight))

@@ -44,26 +44,6 @@ def test_the_gradient_points_to_the_truth_and_never_to_the_teacher():
     )
 
 
-def test_no_boxes_are_0_with_a_live_graph():
-    student = torch.zeros(0, 4, requires_grad=True)
-    value = bounded_regression(student, torch.zeros(0, 4), torch.zeros(0, 4))
-    value.backward()
-    assert value.item() == 0 and student.grad.shape == (0, 4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_computes_in_float32(dtype):
-    # 300² does not fit float16.
-    student = torch.full((2, 4), 300.0, dtype=dtype, requires_grad=True)
-    with torch.autocast("cpu", torch.bfloat16):
-        value = bounded_regression(student, torch.full((2, 4), 500.0, dtype=dtype), torch.zeros(2, 4, dtype=dtype))
-        worse = bounded_regression(student, torch.full((2, 4), 100.0, dtype=dtype), torch.zeros(2, 4, dtype=dtype))
-    assert value.dtype is torch.float32 and value.item() == 0
-    assert worse.item() == 360000
-    worse.backward()
-    assert student.grad.isfinite().all()
-
-
 def test_an_infinite_teacher_bounds_nothing_in():
     teacher = torch.full((1, 4), torch.inf)
     student = torch.ones(1, 4, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Cross-head distillation's functions: the authors' figures, alignment by hand. What every loss does is in test_reduction.py.
+"""Cross-head distillation's functions: the authors' figures, alignment by hand. What every loss does is in test_every_loss.py.
 
 jbwang1997/CrossKD@87e156a46259e3a516b65fc6a049b200b9ab0d54, mmdet/models/detectors/crosskd_gfl.py and kd_loss.py.
 """

@@ -51,11 +51,6 @@ def test_scale():
     torch.testing.assert_close(hint(3 * student, 3 * teacher, norm="l1"), 3 * hint(student, teacher, norm="l1"))
 
 
-def test_l1_gradient():
-    student, teacher = golden.features()
-    assert torch.autograd.gradcheck(lambda s: hint(s, teacher, norm="l1"), student.requires_grad_())
-
-
 def test_unknown_norm():
     with pytest.raises(DistillError, match="norm must be 'l2' or 'l1', got 'huber'"):
         hint(*golden.features(), norm="huber")

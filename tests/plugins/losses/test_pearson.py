@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 import golden
-from kdgraft import DistillError
 from kdgraft.losses import pearson
 
 
@@ -43,12 +42,6 @@ def test_scale_and_offset_do_not_matter():
     torch.testing.assert_close(pearson(student, teacher * scale + offset), pearson(student, teacher))
     torch.testing.assert_close(pearson(student, student), torch.zeros((), dtype=torch.float64), atol=1e-12, rtol=0)
     torch.testing.assert_close(pearson(-student, student), torch.tensor(2.0, dtype=torch.float64))
-
-
-def test_the_gradient_is_the_numerical_one():
-    student, teacher = maps()
-    weight = (torch.arange(40) % 3).double().reshape(2, 4, 5)
-    assert torch.autograd.gradcheck(lambda s: pearson(s, teacher, weight=weight), student.requires_grad_())
 
 
 @pytest.mark.parametrize("junk", [1e30, torch.inf, torch.nan])
@@ -91,20 +84,6 @@ def test_nothing_that_counts_is_zero():
     assert student.grad is not None
     assert not student.grad.any()
     assert pearson(student[..., :1, :1], teacher[..., :1, :1]) == 1  # one position has no correlation
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precisions_are_computed_in_single(dtype: torch.dtype):
-    student, teacher = (x.to(dtype) for x in maps(torch.float32))
-    with torch.autocast("cpu", dtype=dtype):
-        value = pearson(student * 100, teacher)
-    assert value.dtype == torch.float32
-    torch.testing.assert_close(value, pearson((student * 100).float(), teacher.float()))
-
-
-def test_shapes_must_agree():
-    with pytest.raises(DistillError, match="must have the same shape"):
-        pearson(torch.zeros(1, 2, 3, 3), torch.zeros(1, 3, 3, 3))
 
 
 def test_authors_figures():

@@ -13,11 +13,7 @@ from torch import Tensor
 import golden
 from kdgraft import DistillError
 from kdgraft.losses import SoftTargetsLoss, binary_soft_targets, logit_matching, mixed_targets, soft_targets
-
-
-def gradient(value: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(value, tensor)[0]
-
+from support.tensors import gradient
 
 # --- softmax
 

@@ -1,4 +1,4 @@
-"""Class-weighted soft cross-entropy: by hand, and against torch's own. What every loss does is in test_reduction.py."""
+"""Class-weighted soft cross-entropy: by hand, and against torch's own. What every loss does is in test_every_loss.py."""
 
 from __future__ import annotations
 

@@ -1,12 +1,10 @@
 """One accumulated step of a DistillTrainer on a share of eight samples, alone or as one of several processes.
 
-Run as ``python nlp_ranks.py RANK WORLD PORT FAMILY OUT``; :func:`gradients` is also what the test computes in one process.
+:func:`gradients` is also what the test computes in one process.
 """
 
 from __future__ import annotations
 
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import SequentialSampler
 
-import nlp_support as support
 from kdgraft_nlp import DistillTrainer
+from support import nlp as support
+from support import tensors
+from support.processes import as_rank
 
 TERMS: dict[str, list[Any]] = {
     "bert": [
@@ -47,7 +47,7 @@ class Recording(DistillTrainer):
 
     def _clip_grad_norm(self, model: Any) -> Any:
         if not hasattr(self, "found"):
-            self.found = support.distillation_gradient(self.model)
+            self.found = tensors.gradients(self.model)
         return super()._clip_grad_norm(model)
 
 
@@ -75,15 +75,13 @@ def gradients(family: str, folder: Path, terms: list[Any], batch: int, accumulat
     return trainer
 
 
-if __name__ == "__main__":
-    rank, world, port, family, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4], Path(sys.argv[5])
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-    )
+def step(rank: int, family: str, folder: str) -> dict[str, Any]:
+    """The gradient of this process's share and what the trainer logged."""
     terms, steps = ({**TERMS, **WITHOUT_LABELS}[family], 2 if family in WITHOUT_LABELS else 1)
-    done = gradients(family, out / f"rank{rank}", terms, 4, 1, ddp_backend="gloo", max_steps=steps)
-    if rank == 0:
-        logged = [entry for entry in done.state.log_history if "distill.hidden_states.loss" in entry]
-        torch.save({"gradient": done.found, "logged": logged[0]}, out / "found.pt")
-    torch.distributed.barrier()
-    os._exit(0)
+    done = gradients(family, Path(folder) / f"rank{rank}", terms, 4, 1, ddp_backend="gloo", max_steps=steps)
+    logged = [entry for entry in done.state.log_history if "distill.hidden_states.loss" in entry]
+    return {"gradient": done.found, "logged": next(iter(logged), None)}
+
+
+if __name__ == "__main__":
+    as_rank(step)

@@ -8,9 +8,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import mmengine
-import numpy as np
-import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
@@ -22,15 +19,11 @@ from torch import Tensor
 
 import kdgraft_det  # noqa: F401  registers DistilledDetector
 from kdgraft_mm.scenes import write_detection_set
+from support.tensors import distillation, gradients
 
 init_default_scope("mmdet")
 CLASSES = tuple("0123456789")
 STRIDES = (8, 16, 32)
-needs_resume = pytest.mark.xfail(
-    mmengine.__version__ == "0.10.7",
-    reason="upstream mmengine 0.10.7 cannot load its own checkpoints on torch >= 2.6",
-    strict=True,
-)
 EVERY_TERM: dict[str, Any] = dict(
     recipe="ld",
     terms=[
@@ -275,13 +268,6 @@ def runner_config(
     return Config(config)
 
 
-def run(config: Config) -> Runner:
-    """Trains and returns the Runner."""
-    runner = Runner.from_cfg(config)
-    runner.train()
-    return runner
-
-
 BOXES = (
     [[8.0, 10.0, 44.0, 50.0]],
     [[20.0, 4.0, 90.0, 88.0], [50.0, 50.0, 80.0, 76.0]],
@@ -320,16 +306,6 @@ def predictions(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     return [torch.cat([f.bboxes, f.scores[:, None], f.labels[:, None].float()], 1) for f in found]
 
 
-def loadable(checkpoint: Path) -> str:
-    """A Runner's checkpoint for the host to load; upstream mmengine only loads its own when nothing but weights and meta is left."""
-    if mmengine.__version__ != "0.10.7":
-        return str(checkpoint)
-    published = checkpoint.with_name(f"published_{checkpoint.name}")
-    saved = torch.load(checkpoint, weights_only=False)
-    torch.save({"meta": saved["meta"], "state_dict": saved["state_dict"]}, published)
-    return str(published)
-
-
 def part(batch: dict[str, Any], images: slice) -> dict[str, Any]:
     """Some images of a raw batch."""
     return {key: values[images] for key, values in batch.items()}
@@ -343,16 +319,6 @@ def losses(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     return {key: sum(v.mean() for v in value) if isinstance(value, list) else value for key, value in found.items()}
 
 
-def distillation(found: dict[str, Tensor]) -> Tensor:
-    """The sum of the distillation losses."""
-    return torch.stack([v for k, v in found.items() if k.startswith("distill.") and k.endswith(".loss")]).sum()
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients by parameter name; parameters without one are left out."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
 def distillation_gradients(model: Any, batch: dict[str, Any]) -> dict[str, Tensor]:
     """The gradient of the distillation losses alone, 0 for parameters that they do not reach."""
     model.zero_grad()
@@ -363,27 +329,10 @@ def distillation_gradients(model: Any, batch: dict[str, Any]) -> dict[str, Tenso
     return gradients(model)
 
 
-def history(runner: Runner, name: str) -> list[float]:
-    """All values that a Runner logged."""
-    return np.asarray(runner.message_hub.get_scalar(f"train/{name}").data[0]).tolist()
-
-
-def weights(runner: Runner) -> dict[str, Tensor]:
-    """The state dict of a Runner's model, copied."""
-    return {key: value.clone() for key, value in runner.model.state_dict().items()}
-
-
 def momentum(runner: Runner) -> dict[str, Tensor]:
     """SGD's momentum by parameter name: what all gradients so far add up to."""
     state = runner.optim_wrapper.optimizer.state
     return {name: state[p]["momentum_buffer"] for name, p in runner.model.named_parameters() if p in state}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    """The same keys, and each tensor equal bit for bit."""
-    assert list(left) == list(right)
-    different = [key for key in left if not torch.equal(left[key], right[key])]
-    assert not different
 
 
 class Given:

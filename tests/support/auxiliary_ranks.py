@@ -1,20 +1,17 @@
 """Steps of a network beside the student on a share of fixed samples, alone or as one of two processes.
 
-Run as ``python auxiliary_ranks.py RANK STORE OUT``; :func:`train` is also what the test computes on all samples.
+:func:`train` is also what the test computes on all samples.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdgraft.auxiliary import Auxiliary
+from support.processes import as_rank
 
 SAMPLES = torch.sin(torch.arange(4 * 3.0)).reshape(4, 3)
 WHOLE = slice(0, 4)
@@ -46,23 +43,14 @@ def train(share: slice, *, seed: int = 0, broken: bool = False, leave_out: int |
     return {"network": auxiliary.network.state_dict(), "figures": told, "skipped": auxiliary.skipped}
 
 
-def main(rank: int, store: str, out: str) -> None:
-    """One process of two."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=len(SHARES), timeout=timedelta(seconds=60)
-    )
+def all_steps(rank: int) -> dict[str, Any]:
+    """The steps of this process's share, without and with one that is infinite on the second process."""
     # With one seed a process, as many launchers do; the first one's weights count.
-    found = {
+    return {
         "sound": train(SHARES[rank], seed=rank),
         "broken": train(SHARES[rank], seed=rank, broken=rank == 1),
     }
-    torch.save(found, out)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
-    sys.stdout.flush()
-    # All is written. torch 2.13's gloo aborts some orderly exits: "terminate called without an active exception".
-    os._exit(0)
+    as_rank(all_steps)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from det_support import detector
+from support.det import detector
 
 _DELTAS: dict[str, Any] = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2])
 _ASSIGNED: dict[str, Any] = dict(allowed_border=-1, pos_weight=-1, debug=False)
@@ -23,7 +23,7 @@ def zoo(kind: str, *, convs: int = 2, head: dict[str, Any] | None = None, **sett
         kind: one of :data:`KINDS`.
         convs: convolutions in each tower of the head.
         head: what to change in the ``bbox_head``.
-        settings: those of :func:`det_support.detector`; ``frozen_bn`` gives heads that have batch norms group norms as well.
+        settings: those of :func:`support.det.detector`; ``frozen_bn`` gives heads that have batch norms group norms as well.
     """
     if kind in ("GFL", "ATSS"):
         model = detector(kind, convs=convs, **settings)

@@ -1,22 +1,20 @@
 """Distillation gradients of a detector on its share of four images, alone or as one of several processes under mmengine's DDP.
 
-Run as ``python det_ranks.py RANK WORLD STORE TEACHER OUT``; :func:`gradients_of` is also what the test computes on the whole batch.
+:func:`gradients_of` is also what the test computes on the whole batch.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from datetime import timedelta
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 from torch import Tensor
 
-from det_stages import detr, staged
-from det_support import BOXES, build, detector, distillation, distilled, part, raw_batch
+from support.det import BOXES, build, detector, distilled, part, raw_batch
+from support.det_stages import detr, staged
+from support.processes import as_rank
+from support.tensors import distillation, gradients
 
 TERMS: dict[str, Any] = {
     "features": dict(type="FeatureImitation", tap="neck[*]"),
@@ -92,26 +90,19 @@ def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)
     return {
         "loss": total.detach(),
         "host": {name: value.item() for name, value in host.items()},
-        "gradients": {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None},
+        "gradients": gradients(model),
     }
 
 
-def main(rank: int, world: int, store: str, teacher: str, out: str) -> None:
-    """One process: every term on every batch; its results go to ``out``."""
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
-    )
+def all_gradients(rank: int, teacher: str) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The gradients of every term on every batch, of this process's two images."""
     share = slice(2 * rank, 2 * rank + 2)
     results: dict[tuple[str, str], dict[str, Tensor]] = {}
     for name, boxes in BATCHES.items():
         for term in (*TERMS, *ON_PROPOSALS, *WITH_A_PEER):
             results[name, term] = gradients_of(teacher, term, boxes, share)
-    torch.save(results, out)
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])
-    sys.stdout.flush()
-    # All is written. torch 2.13's gloo aborts some orderly exits: "terminate called without an active exception".
-    os._exit(0)
+    as_rank(all_gradients)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast, TrainingArguments
 
 import kdgraft_nlp  # noqa: F401
+from support.commands import refused as refused_by_all
+from support.tensors import gradients
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
+refused = partial(refused_by_all, progress=True)
 VOCABULARY = 40
 TASKS: dict[str, tuple[str, str]] = {
     "bert": ("BertForSequenceClassification", "sequence"),
@@ -163,11 +167,6 @@ def quiet(built: nn.Module) -> nn.Module:
     return built
 
 
-def distillation_gradient(trained: Any) -> dict[str, Tensor]:
-    """A copy of every gradient, by name."""
-    return {name: p.grad.clone() for name, p in trained.named_parameters() if p.grad is not None}
-
-
 def by_word(side="right"):
     """[CLS] w w w [SEP]"""
     words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]", "the", "cat", "sat", "a", "dog", "on"]
@@ -203,3 +202,11 @@ def loss_of(student: Any, batch: Any) -> Tensor:
     """The sum of the distillation losses of one pass of a grafted student."""
     student(**batch)
     return torch.stack([v for k, v in student.distill_link.last.losses.items() if k.endswith(".loss")]).sum()
+
+
+def distilled_step(student: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The distillation loss of a grafted student and its gradient, alone."""
+    student.zero_grad()
+    loss = loss_of(student, batch)
+    loss.backward()
+    return loss.detach(), gradients(student)

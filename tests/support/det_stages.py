@@ -9,7 +9,7 @@ import mmdet
 import numpy as np
 from mmdet.structures.mask import BitmapMasks
 
-from det_support import detector
+from support.det import detector
 
 _DELTAS: dict[str, Any] = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4)
 _KEPT: dict[str, Any] = dict(nms_pre=100, max_per_img=40, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0)
@@ -22,7 +22,7 @@ def staged(kind: str, *, samples: int = 64, **settings: Any) -> dict[str, Any]:
     Args:
         kind: one of :data:`STAGED`.
         samples: proposals of an image that the RoI head trains on.
-        settings: those of :func:`det_support.detector`.
+        settings: those of :func:`support.det.detector`.
     """
     base = detector(**settings)
     channels = base["neck"]["out_channels"]

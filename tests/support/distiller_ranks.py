@@ -1,13 +1,10 @@
 """One training step of a plain-PyTorch distiller on a share of a fixed batch, alone or as one of several processes.
 
-Run as ``python two_ranks.py RANK WORLD STORE OUT``; :func:`steps` is also what the test computes on the whole batch.
+:func:`steps` is also what the test computes on the whole batch.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -19,6 +16,8 @@ from kdgraft import Batch, Distiller, FeatureImitation, SoftTargets, WarmUp
 from kdgraft.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
 from kdgraft.losses import hint
 from kdgraft.terms import PearsonImitation
+from support.processes import WORLD, as_rank
+from support.tensors import gradients
 
 SHARES = (slice(0, 3), slice(3, 4))  # three images on the first process, one on the second
 IMAGES = torch.sin(torch.arange(4 * 3 * 8 * 8.0)).reshape(4, 3, 8, 8)
@@ -78,7 +77,7 @@ def steps(share: slice, *, broken_on: int | None, distributed: bool) -> dict[str
         out = wrapped(IMAGES[share], targets=LABELS[share], batch=batch)
         out.loss.backward()
         result["losses"].append({name: value.detach() for name, value in out.losses.items()})
-        result["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters()})
+        result["gradients"].append(gradients(model))
     result["dropped"] = dict(model.dropped)
     return result
 
@@ -107,22 +106,12 @@ def exchanges() -> dict[str, Any]:
     )  # fmt: skip
 
 
-def main(rank: int, world: int, store: str, out: str) -> None:
-    """One process of several."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
-    )
-    results = {
-        broken_on: steps(SHARES[rank], broken_on=broken_on, distributed=True) for broken_on in (None, *range(world))
-    }
-    results["exchanges"] = exchanges()
-    torch.save(results, out)
-    dist.destroy_process_group()
+def all_steps(rank: int) -> dict[Any, Any]:
+    """The steps of this process's share, without and with a term that is infinite on one process, and what it exchanges."""
+    share = SHARES[rank]
+    results: dict[Any, Any] = {on: steps(share, broken_on=on, distributed=True) for on in (None, *range(WORLD))}
+    return results | {"exchanges": exchanges()}
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
-    sys.stdout.flush()
-    # All is written. torch 2.13's gloo aborts some orderly exits: "terminate called without an active exception".
-    os._exit(0)
+    as_rank(all_steps)

@@ -1,16 +1,12 @@
 """Distillation of a segmentor on its share of four images, alone or as one of several processes under mmengine's DDP.
 
-Run as ``python seg_ranks.py RANK WORLD STORE TEACHER OUT``; :func:`steps` is also what the test computes on the whole batch.
+:func:`steps` is also what the test computes on the whole batch.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-import os
-import sys
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +15,9 @@ from mmengine.model import MMDistributedDataParallel
 from mmseg.structures import SegDataSample
 from torch import Tensor
 
-from seg_support import SMALL_CRITIC, batch, build, distillation, distilled, segmentor
+from support.processes import as_rank
+from support.seg import SMALL_CRITIC, batch, build, distilled, segmentor
+from support.tensors import distillation, gradients
 
 RELATIONS: dict[str, Any] = dict(
     type="CrossImageRelations",
@@ -86,37 +84,29 @@ def steps(teacher: dict[str, Any], term: str, share: slice = slice(None), broken
         host = torch.stack([v for k, v in found.items() if "loss" in k and not k.startswith("distill.")]).sum()
         (distillation(found) + 0 * host).backward()
         result["losses"].append({k: v.detach() for k, v in found.items() if k.startswith("distill.")})
-        result["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+        result["gradients"].append(gradients(model))
     result["state"] = copy.deepcopy(model.distiller.live_state())
     return result
 
 
-def main(rank: int, world: int, store: str, teacher: str, out: str) -> None:
-    """One process: every term; its results go to ``out``."""
+def all_steps(rank: int, teacher: str) -> dict[Any, Any]:
+    """The steps of every term on this process's two images."""
     logging.disable(logging.WARNING)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
-    )
     share = slice(2 * rank, 2 * rank + 2)
     entry = dict(config=segmentor("PSPNet", width=8), checkpoint=teacher)
     results: dict[Any, Any] = {term: steps(entry, term, share) for term in TERMS}
     # Memories that overflow; the second process has fewer pixels than anchors, and draws none.
     TERMS["few"] = dict(RELATIONS, anchors=50, new_pixels=8, pixels_per_class=12, regions_per_class=3)
     results["few"] = steps(entry, "few", share)
-    for broken in range(world):
+    for broken in range(dist.get_world_size()):
         results["broken", broken] = steps(entry, "wgan-gp", share, broken)
     # A term that waits has drawn nothing yet when the first process saves a checkpoint, which it does alone.
     TERMS["late"] = dict(type="AdversarialMask", critic=SMALL_CRITIC, schedule=dict(type="WarmUp", begin=5, end=6))
     model = build(distilled(segmentor(), entry, terms=[TERMS["late"]]))
     if rank == 0:
         results["late"] = copy.deepcopy(model.distiller.live_state())
-    dist.barrier()
-    torch.save(results, Path(out))
-    dist.destroy_process_group()
+    return results
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:6])
-    sys.stdout.flush()
-    # All is written. torch 2.13's gloo aborts some orderly exits: "terminate called without an active exception".
-    os._exit(0)
+    as_rank(all_steps)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from golden_dense import chirp
+from golden.dense import chirp
 
 
 def logits() -> tuple[Tensor, Tensor]:

@@ -7,13 +7,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import mmengine
-import pytest
 import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
 from mmengine.structures import PixelData
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
@@ -21,15 +18,11 @@ from torch import Tensor
 
 import kdgraft_seg  # noqa: F401  registers DistilledSegmentor
 from kdgraft_mm.scenes import SEGMENTATION_CLASSES, write_segmentation_set
+from support.tensors import distillation
 
 CLASSES = SEGMENTATION_CLASSES
 FAMILIES = ("FCN", "PSPNet", "DeepLabV3", "DeepLabV3+", "UPerNet", "SegFormer", "BiSeNetV2")
 SMALL_CRITIC: dict[str, Any] = dict(channels=(8, 16), attention=1)
-needs_resume = pytest.mark.xfail(
-    mmengine.__version__ == "0.10.7",
-    reason="upstream mmengine 0.10.7 cannot load its own checkpoints on torch >= 2.6",
-    strict=True,
-)
 EVERY_TERM: dict[str, Any] = dict(
     recipe=dict(type="skd", critic=dict(critic=SMALL_CRITIC)),
     terms=[
@@ -256,19 +249,9 @@ def losses_of(model: Any, inputs: Tensor, samples: list[SegDataSample], *, seed:
     return model.loss(inputs.clone(), samples)
 
 
-def distillation(losses: dict[str, Any]) -> Tensor:
-    """The sum of the distillation losses."""
-    return torch.stack([v for k, v in losses.items() if k.startswith("distill.") and k.endswith(".loss")]).sum()
-
-
 def total(losses: dict[str, Any]) -> Tensor:
     """What the host minimises: every entry that is called a loss."""
     return torch.stack([value for name, value in losses.items() if "loss" in name]).sum()
-
-
-def gradients(model: Any) -> dict[str, Tensor]:
-    """Gradients by parameter name; parameters without one are left out."""
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def played(
@@ -293,33 +276,6 @@ def played(
             del head.forward
     (gradient,) = torch.autograd.grad(distillation(losses), student)
     return losses, gradient
-
-
-def assert_same(left: dict[str, Any], right: dict[str, Any]) -> None:
-    """The same keys, and each tensor equal bit for bit."""
-    assert list(left) == list(right)
-    different = [key for key in left if not torch.equal(torch.as_tensor(left[key]), torch.as_tensor(right[key]))]
-    assert not different
-
-
-def history(runner: Runner, name: str) -> list[float]:
-    """All values that a Runner logged."""
-    return [float(value) for value in runner.message_hub.get_scalar(f"train/{name}").data[0]]
-
-
-def weights(runner: Runner) -> dict[str, Tensor]:
-    """The state dict of a Runner's model, copied."""
-    return {key: value.clone() for key, value in runner.model.state_dict().items()}
-
-
-def loadable(checkpoint: Path) -> str:
-    """A Runner's checkpoint for the host to load; upstream mmengine only loads its own when nothing but weights and meta is left."""
-    if mmengine.__version__ != "0.10.7":
-        return str(checkpoint)
-    published = checkpoint.with_name(f"published_{checkpoint.name}")
-    saved = torch.load(checkpoint, weights_only=False)
-    torch.save({"meta": saved["meta"], "state_dict": saved["state_dict"]}, published)
-    return str(published)
 
 
 def scenes(root: Path, train: int = 12, val: int = 4) -> Path:
@@ -375,10 +331,3 @@ def config(model: dict[str, Any], data: Path, work_dir: Path, iterations: int = 
             **overrides,
         )
     )
-
-
-def run(cfg: Config) -> Runner:
-    """Trains; returns the Runner."""
-    runner = Runner.from_cfg(cfg)
-    runner.train()
-    return runner

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from det_stages import staged
-from det_support import detector
+from support.det import detector
+from support.det_stages import staged
 
 _DELTAS: dict[str, Any] = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[1.0] * 4)
 _GROUPS: dict[str, Any] = dict(type="GN", num_groups=4, requires_grad=True)

@@ -1,6 +1,6 @@
 """Which technique works on which detector: the cells that ``tests/det/test_support.py`` tests and ``det/README.md`` shows.
 
-``python tests/det_table.py`` writes the table into the README, between its two marks.
+``python tests/support/det_table.py`` writes the table into the README, between its two marks.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "det" / "README.md"
-MARKS = "<!-- support table: python tests/det_table.py -->", "<!-- end of the support table -->"
+MARKS = "<!-- support table: python tests/support/det_table.py -->", "<!-- end of the support table -->"
 
 DENSE = ("GFL", "ATSS", "RetinaNet", "FCOS", "TOOD", "RTMDet", "YOLOX")
 STAGED = ("Faster R-CNN", "Mask R-CNN", "Cascade R-CNN")

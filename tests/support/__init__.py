@@ -1,0 +1,1 @@
+"""Small real models, data and processes, which several test files share."""

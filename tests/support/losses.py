@@ -1,0 +1,259 @@
+"""Every registered loss by the kind of its inputs, for the checks that all of them share.
+
+A new loss gets every check of ``tests/plugins/losses/test_every_loss.py`` by its line in :data:`BY_NAME`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import golden.dense
+from kdgraft import losses
+from kdgraft.losses.focal_global import GlobalRelation
+from support.tensors import gradient
+
+
+class Kind(NamedTuple):
+    """Shapes of student and teacher, and the axis of their channels or classes: ``None`` where each number is an item."""
+
+    student: tuple[int, ...]
+    teacher: tuple[int, ...]
+    channels: int | None
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """The shape of the student's positions, tokens or samples."""
+        if self.channels is None:
+            return self.student
+        axis = self.channels % len(self.student)
+        return self.student[:axis] + self.student[axis + 1 :]
+
+    def spread(self, places: Tensor) -> Tensor:
+        """A mask of the places, which broadcasts to the inputs."""
+        return places if self.channels is None else places.unsqueeze(self.channels)
+
+
+SAMPLES = Kind((5, 7), (5, 7), -1)
+EMBEDDINGS = Kind((7, 6), (7, 6), -1)
+SCORES = Kind((2, 3, 7), (2, 3, 7), -1)
+WORDS = Kind((2, 3, 7), (2, 3, 10), -1)
+FEWER_WORDS = Kind((2, 3, 10), (2, 3, 7), -1)
+EACH_CLASS = Kind((5, 7), (5, 7), None)
+SCORES_OF_CRITIC = Kind((5,), (5,), None)
+EDGES = Kind((5, 4, 9), (5, 4, 9), -1)
+MAPS = Kind((2, 6, 3, 4), (2, 6, 3, 4), 1)
+TWO_WIDTHS = Kind((2, 3, 3, 4), (2, 6, 3, 4), 1)
+PIXELS = Kind((2, 6, 3), (2, 6, 6), -1)
+TOKENS = Kind((2, 5, 8), (2, 5, 12), -1)
+ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), None)
+ROWS_OF_ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), -1)
+
+FINITE = (0.0, 50.0, -1e15)
+ANYTHING = (*FINITE, 1e30, -1e30, math.inf, -math.inf, math.nan)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A loss and what holds for it.
+
+    Args:
+        loss: called as ``loss(student, teacher, **settings)``.
+        kind: the kind of its inputs.
+        items: the shape of what ``reduction="none"`` gives.
+        leaves_out: its argument that leaves places out: ``"weight"`` weighs them, ``"valid"`` only leaves out, if any.
+        equal: whether inputs that are equal cost nothing.
+        positive: whether inputs that differ cost something.
+        lengths: whether the lengths of the vectors matter.
+        compares: whether the teacher's tensor is compared with the student's.
+        teacher_learns: whether the gradient of the teacher is the numerical one, too.
+        cuts: whether what is left out may be infinite without a trace in the gradient. Of the others 0 · inf is NaN there:
+            the caller masks their inputs.
+        counts_all: whether samples that are left out count in the mean.
+    """
+
+    loss: Callable[..., Tensor]
+    kind: Kind
+    items: tuple[int, ...]
+    leaves_out: str = ""
+    equal: bool = True
+    positive: bool = True
+    lengths: bool = True
+    compares: bool = True
+    teacher_learns: bool = True
+    cuts: bool = False
+    counts_all: bool = False
+
+    def takes(self, name: str) -> bool:
+        """Whether the loss has an argument of this name."""
+        return name in inspect.signature(self.loss).parameters
+
+    def inputs(self, dtype: torch.dtype = torch.float64, size: float = 3.0) -> tuple[Tensor, Tensor]:
+        """Random inputs, the same at every call."""
+        generator = torch.Generator().manual_seed(sum(self.kind.student))
+        drawn = (size * torch.randn(shape, generator=generator, dtype=torch.float64) for shape in self.kind[:2])
+        student, teacher = (x.to(dtype) for x in drawn)
+        return student, teacher
+
+    def figures(self, student: Tensor, teacher: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
+        """The value, and the gradient of the student."""
+        student = student.detach().clone().requires_grad_()
+        value = self.loss(student, teacher, **settings)
+        return value.detach(), gradient(value, student)
+
+    def places(self) -> Tensor:
+        """Weights 0, 1, 2, 0, … of the places, or which of them are valid; in each sample both kinds."""
+        weights = torch.arange(math.prod(self.kind.places)).reshape(self.kind.places) % 3
+        return weights.double() if self.leaves_out == "weight" else weights > 0
+
+    def left_out(self, places: Tensor | None = None) -> dict[str, Tensor]:
+        """The argument that leaves places out, or weighs them."""
+        return {self.leaves_out: self.places() if places is None else places} if self.leaves_out else {}
+
+
+def weighted(loss: Callable[..., Tensor], kind: Kind, items: tuple[int, ...], **holds: Any) -> Declared:
+    """A loss whose places have weights."""
+    return Declared(loss, kind, items, leaves_out="weight", **holds)
+
+
+def masked(loss: Callable[..., Tensor], kind: Kind, items: tuple[int, ...], **holds: Any) -> Declared:
+    """A loss that leaves places out of its inputs."""
+    return Declared(loss, kind, items, leaves_out="valid", **{"cuts": True, **holds})
+
+
+def _bounded(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    return losses.bounded_regression(student, teacher, teacher.detach(), **settings)
+
+
+def _prototypes(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    labels = (torch.arange(math.prod(student[:, 0].shape)) // 2 % 3).reshape(student[:, 0].shape)
+    labels = labels if valid is None else labels.masked_fill(~valid, 255)
+    return losses.class_prototypes(student, teacher, labels, **settings)
+
+
+def _features(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    scale = golden.wave(tuple(student[:, 0].shape), 0.4, 0.2, 0.3).abs().to(losses.upcast(student).dtype)
+    return losses.focal_features(student, teacher, scale, valid=valid, **settings)
+
+
+@cache
+def _global_relation(channels: int, dtype: torch.dtype) -> GlobalRelation:
+    """Away from its start, where the blocks add nothing; both models' blocks alike."""
+    module = GlobalRelation(channels)
+    golden.dense.fill(module)
+    module.teacher.load_state_dict(module.student.state_dict())
+    return module.to(dtype)
+
+
+def _relation(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    return _global_relation(student.shape[1], losses.upcast(student).dtype)(student, teacher, valid=valid, **settings)
+
+
+def _generation(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    def hand_on(maps: Tensor, valid: Tensor | None) -> Tensor:
+        maps = losses.upcast(maps)
+        return maps if valid is None else maps.masked_fill(~valid[:, None], 0)
+
+    everything = torch.ones_like(student[:, 0], dtype=torch.bool)
+    return losses.masked_generation(student, teacher, hand_on, everything, valid=valid, **settings)
+
+
+def _memory(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    return losses.memory_relations(
+        student, teacher, golden.dense.embeddings()[2].bfloat16().to(teacher.dtype), **settings
+    )
+
+
+def _tokens(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    if valid is not None:
+        settings |= dict(valid=valid[:, None, None], weight=valid[:, None])
+    return losses.token_relations(student, teacher, 2, **settings)
+
+
+def _rows(student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, **settings: Any) -> Tensor:
+    return losses.attention_distributions(student, teacher, weight=weight, **settings)
+
+
+def _adversary(kind: str) -> dict[str, Declared]:
+    told_apart = lambda student, teacher, **settings: losses.critic_loss(teacher, student, kind, **settings)  # noqa: E731
+    fooled = lambda student, teacher, **settings: losses.adversarial(student, kind, **settings)  # noqa: E731
+    shared: dict[str, Any] = dict(kind=SCORES_OF_CRITIC, items=(5,), equal=False, positive=False)
+    return {
+        f"critic_loss {kind}": Declared(told_apart, **shared),
+        f"adversarial {kind}": Declared(fooled, **shared, compares=False),
+    }
+
+
+BY_NAME: dict[str, Declared] = {
+    # (…, C): a distribution over classes
+    "soft_targets": weighted(losses.soft_targets, SCORES, (2, 3)),
+    "soft_targets of maps": weighted(partial(losses.soft_targets, dim=1), MAPS, (2, 3, 4)),
+    "logit_matching": weighted(losses.logit_matching, SCORES, (2, 3)),
+    "logit_matching centred": weighted(partial(losses.logit_matching, center=True), SCORES, (2, 3)),
+    "reverse_kl": weighted(losses.reverse_kl, SCORES, (2, 3)),
+    "generalized_jsd": weighted(losses.generalized_jsd, SCORES, (2, 3)),
+    "generalized_jsd at 0": weighted(partial(losses.generalized_jsd, beta=0), SCORES, (2, 3)),
+    "generalized_jsd at 1": weighted(partial(losses.generalized_jsd, beta=1), SCORES, (2, 3)),
+    "skewed_kl": weighted(losses.skewed_kl, SCORES, (2, 3)),
+    "skewed_kl reverse": weighted(partial(losses.skewed_kl, reverse=True), SCORES, (2, 3)),
+    "skewed_kl at 0": weighted(partial(losses.skewed_kl, alpha=0), SCORES, (2, 3)),
+    # The least value of a cross-entropy is the teacher's entropy, and class weights move its place.
+    "weighted_soft_targets": weighted(losses.weighted_soft_targets, SCORES, (2, 3), equal=False),
+    "universal_logits": weighted(losses.universal_logits, WORDS, (2, 3)),
+    "universal_logits of fewer words": weighted(losses.universal_logits, FEWER_WORDS, (2, 3)),
+    "localization": weighted(losses.localization, EDGES, (5, 4)),
+    "localization of the paper": weighted(partial(losses.localization, variant="paper"), EDGES, (5, 4)),
+    "dist_between_classes": weighted(losses.dist_between_classes, SAMPLES, (5,), cuts=True),
+    "dist_between_classes of maps": weighted(partial(losses.dist_between_classes, dim=1), MAPS, (2, 3, 4), cuts=True),
+    "dist_within_classes": weighted(losses.dist_within_classes, SAMPLES, (7,), cuts=True),
+    "dist_within_classes of maps": weighted(partial(losses.dist_within_classes, dim=1), MAPS, (6,), cuts=True),
+    # each class on its own
+    "binary_soft_targets": weighted(losses.binary_soft_targets, EACH_CLASS, (5, 7)),
+    "focused_entropy": weighted(losses.focused_entropy, EACH_CLASS, (5, 7)),
+    "weighted_binary_soft_targets": weighted(losses.weighted_binary_soft_targets, EACH_CLASS, (5, 7), equal=False),
+    # (N, D): vectors
+    "cosine": weighted(losses.cosine, SAMPLES, (5,), lengths=False),
+    "patient": weighted(losses.patient, SAMPLES, (5,), lengths=False),
+    "patient in code": weighted(partial(losses.patient, variant="code"), SAMPLES, (5,), lengths=False),
+    "bounded_regression": weighted(_bounded, SAMPLES, (5,), teacher_learns=False),
+    "memory_relations": Declared(_memory, EMBEDDINGS, (7,), lengths=False),
+    # (B, N, D): pixels of several images, tokens of several texts
+    "pixel_relations": masked(losses.pixel_relations, PIXELS, (2, 2, 6), lengths=False),
+    "token_relations": masked(_tokens, TOKENS, (2, 2, 5), cuts=False),
+    # (B, H, L, L): attention
+    "attention_scores": weighted(losses.attention_scores, ATTENTION, (2, 3, 4, 5), cuts=True),
+    "attention_distributions": weighted(_rows, ROWS_OF_ATTENTION, (2, 3, 4)),
+    "attention_distributions over keys": masked(losses.attention_distributions, ATTENTION, (2, 3, 4), counts_all=True),
+    # (B, C, H, W): maps
+    "hint": weighted(losses.hint, MAPS, (2, 3, 4)),
+    "hint l1": weighted(partial(losses.hint, norm="l1"), MAPS, (2, 3, 4)),
+    "pearson": weighted(losses.pearson, MAPS, (6,), cuts=True, lengths=False),
+    "channel_wise": masked(losses.channel_wise, MAPS, (2, 6)),
+    "focal_features": masked(_features, MAPS, (2,), counts_all=True),
+    "focal_attention": masked(losses.focal_attention, MAPS, (2,), counts_all=True),
+    "GlobalRelation": masked(_relation, MAPS, (2,), counts_all=True),
+    "masked_generation": masked(_generation, MAPS, (2,), counts_all=True),
+    "class_prototypes": masked(_prototypes, TWO_WIDTHS, (2, 3, 4), lengths=False),
+    **{
+        f"pairwise_affinity of patches of {patch}, {pool}": masked(
+            partial(losses.pairwise_affinity, patch=patch, pool=pool),
+            TWO_WIDTHS,
+            (2,),
+            lengths=False,
+        )
+        for patch in (1, 2)  # 12 nodes, more than channels, and 4
+        for pool in ("average", "max")
+    },
+    # scores of a critic
+    **_adversary("wgan-gp"),
+    **_adversary("lsgan"),
+    **_adversary("hinge"),
+}
+"""By the name of a registered loss, and its settings after a blank."""

@@ -1,0 +1,94 @@
+"""Processes that run side by side: a module of this package on two ranks, and what launchers start."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+launchers = pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param(["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"], id="accelerate"),
+        pytest.param(["torch.distributed.run", "--nproc_per_node", "2"], id="torchrun"),
+    ],
+)
+
+
+def environment(**more: str) -> dict[str, str]:
+    """An environment in which a process finds the modules that this one finds."""
+    path = os.pathsep.join(filter(None, sys.path))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
+
+
+def free_port() -> str:
+    """A port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def found_by_two(module: str, folder: Path, *arguments: str) -> list[Any]:
+    """The results of ``python -m support.MODULE``, which calls :func:`as_rank`, on each of two gloo processes."""
+    outs = [folder / f"rank{rank}.pt" for rank in range(WORLD)]
+    command = [sys.executable, "-W", "ignore", "-m", f"support.{module}", str(folder / "store")]
+    shared = dict(WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())  # as accelerate wants them
+    started = [
+        subprocess.Popen(
+            [*command, str(out), *arguments],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]
+    try:
+        said = [process.communicate(timeout=240)[0][-3000:] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0] * WORLD, said
+    return [torch.load(out, weights_only=False) for out in outs]
+
+
+def as_rank(work: Callable[..., Any]) -> None:
+    """Saves ``work(rank, *arguments)``, called as one of the processes of :func:`found_by_two`."""
+    store, out, *arguments = sys.argv[1:]
+    torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=90)
+    )
+    torch.save(work(rank, *arguments), out)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    # All is written. torch 2.13's gloo aborts some orderly exits: "terminate called without an active exception".
+    os._exit(0)
+
+
+def launched(launcher: list[str], config: Path, work_dir: Path) -> None:
+    """Trains a config on two CPU processes that a launcher starts."""
+    port = ["--main_process_port" if "accelerate" in launcher[0] else "--master_port", free_port()]
+    train = ["-m", "kdgraft", "train", str(config), "--work-dir", str(work_dir)]
+    done = subprocess.run(
+        [sys.executable, "-m", *launcher, *port, *train],
+        env=environment(CUDA_VISIBLE_DEVICES=""),
+        cwd=config.parent,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
