@@ -28,6 +28,9 @@ from .pictures import Curves, draw_curves
 from .results import Result, gap_closed, markdown, summary, write_results
 from .timing import check_device, interleave
 
+# Of a set without a third split tables are of val, and nothing may be tuned on them.
+TWO_SPLITS = {"train": "train", "val": "val", "test": "val"}
+
 
 @dataclass(frozen=True)
 class Training:
@@ -109,6 +112,7 @@ class Comparison(ABC):
         iterations: of every training.
         evaluations: how often a training is evaluated on the validation split.
         rounds: how often steps are timed.
+        splits: ``train``, ``val``, ``test`` -> the split's name in the dataset.
         tested: the name of the test split in the table's title.
         picture: the file of :meth:`draw`.
         folder: the folder of the results below the demo's own; empty for the first comparison.
@@ -124,6 +128,7 @@ class Comparison(ABC):
     iterations: int
     evaluations: int = 6
     rounds: int = 20
+    splits: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ("train", "val", "test")})
     tested: str
     picture: str
     folder: str = ""

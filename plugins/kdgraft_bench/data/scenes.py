@@ -5,7 +5,7 @@ still ask for recognition. These are scikit-learn's 1797 handwritten digits (UCI
 people), enlarged, sheared, coloured and laid over textured backgrounds among clutter that looks like ink: strokes,
 shapes, and fragments of digits too small to be read. The digits of the three splits are disjoint.
 
-Only numpy, scikit-learn and OpenCV are imported here; no mm package is.
+No mm package is imported here.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
+
+from kdgraft.files import written_whole
 
 CLASSES = tuple("0123456789")
 SEGMENTATION_CLASSES = ("background", *CLASSES)
@@ -331,6 +333,5 @@ def _write_png(path: Path, picture: NDArray[np.uint8]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content))
-    os.replace(partial, path)
+    with written_whole(path) as part:
+        part.write_text(json.dumps(content))

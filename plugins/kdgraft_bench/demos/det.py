@@ -23,7 +23,7 @@ from mmdet.registry import DATASETS
 
 import kdgraft_det  # noqa: F401  registers DistilledDetector
 
-from ..comparison import Outcome, run
+from ..comparison import TWO_SPLITS, Outcome, run
 from ..data.coco import RealSet
 from ..data.scenes import CLASSES, write_detection_set
 from ..mmdet_ld import mmdet_ld
@@ -85,9 +85,9 @@ ROUNDS = 20
 SCORES = {"AP": ("coco/bbox_mAP", 3), "AP50": ("coco/bbox_mAP_50", 3), "AP75": ("coco/bbox_mAP_75", 3)}
 
 
-def detector(width: int, channels: int, convs: int, classes: int = len(CLASSES)) -> dict[str, Any]:
-    """A small GFL detector: ResNet-18 of ``width`` base channels, FPN and head of ``channels``."""
-    return dict(
+def detector(width: int, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
+    """A small GFL detector, ResNet-18 of ``width`` base channels, FPN and head of ``channels``: its name and ``model`` entry."""
+    return f"GFL-R18, width {width}", dict(
         type="GFL",
         data_preprocessor=dict(
             type="DetDataPreprocessor", mean=[123.675] * 3, std=[58.395] * 3, bgr_to_rgb=True, pad_size_divisor=32
@@ -118,7 +118,7 @@ def detector(width: int, channels: int, convs: int, classes: int = len(CLASSES))
             num_classes=classes,
             in_channels=channels,
             feat_channels=channels,
-            stacked_convs=convs,
+            stacked_convs=2,
             norm_cfg=dict(type="GN", num_groups=8, requires_grad=True),
             anchor_generator=dict(
                 type="AnchorGenerator", ratios=[1.0], octave_base_scale=4, scales_per_octave=1, strides=[8, 16, 32]
@@ -183,28 +183,48 @@ class Detection(RunnerComparison):
     def evaluator(self, data: Path, part: str) -> dict[str, Any]:
         return dict(type="CocoMetric", ann_file=f"{data}/annotations/instances_{part}.json", metric="bbox")
 
-    def draw(self, outcomes: Sequence[Outcome], path: Path) -> None:
-        draw_detections(outcomes, path)
+    def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5, threshold: float = 0.3) -> None:
+        """Draw ground truth and every model's detections (score above ``threshold``), a row a test scene."""
+        with redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+            dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
+        rows = []
+        for row in range(scenes):
+            info = dataset.get_data_info(row)
+            image = imread(info["img_path"])
+            found = [[(i["bbox"], i["bbox_label"], None) for i in info["instances"]]]
+            for outcome in outcomes:
+                model = outcome.run.model
+                model.cfg = outcome.run.cfg
+                predicted = inference_detector(model, info["img_path"]).pred_instances.cpu().numpy()
+                kept = predicted[predicted.scores > threshold]
+                found.append(list(zip(kept.bboxes, kept.labels, kept.scores, strict=True)))
+            rows.append([(image, boxes) for boxes in found])
 
+        def draw(axis: Axes, cell: tuple[Any, list[Any]]) -> None:
+            axis.imshow(cell[0])
+            for (x1, y1, x2, y2), label, score in cell[1]:
+                colour = colormaps["tab10"](int(label))
+                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
+                text = dataset.metainfo["classes"][int(label)] + ("" if score is None else f" {score:.2f}")
+                box = dict(facecolor=colour, pad=0.6, lw=0)
+                axis.text(x1, y1, text, fontsize=5.5, color="white", va="bottom", bbox=box, clip_on=True)
 
-def sized(width: int, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
-    """Return a detector's name and its ``model`` entry."""
-    return f"GFL-R18, width {width}", detector(width, channels, convs=2, classes=classes)
+        height, width = rows[0][0][0].shape[:2]
+        draw_grid(["ground truth", *(outcome.method for outcome in outcomes)], rows, draw, height / width, path)
 
 
 def scenes() -> Detection:
     """Return the comparison on the digit scenes."""
     return Detection(
         dataset="digit scenes",
-        teacher=sized(*TEACHER, len(CLASSES)),
-        student=sized(*STUDENT, len(CLASSES)),
+        teacher=detector(*TEACHER, len(CLASSES)),
+        student=detector(*STUDENT, len(CLASSES)),
         recipes=RECIPES,
         iterations=ITERATIONS,
         evaluations=EVALUATIONS,
         rounds=ROUNDS,
         tested="test scenes",
         classes=CLASSES,
-        splits={name: name for name in ("train", "val", "test")},
         size=padded((SIZE, SIZE)),
         scale=(SIZE, SIZE),
         batch_size=BATCH,
@@ -217,8 +237,8 @@ def own_set(real: RealSet) -> Detection:
     """Return the comparison on a real set: small pictures, flips in every direction, and mmdet's own distillation."""
     return Detection(
         dataset=real.root.resolve().name,
-        teacher=sized(*REAL_TEACHER, len(real.classes)),
-        student=sized(*REAL_STUDENT, len(real.classes)),
+        teacher=detector(*REAL_TEACHER, len(real.classes)),
+        student=detector(*REAL_STUDENT, len(real.classes)),
         recipes=REAL_RECIPES,
         references=REFERENCES,
         iterations=REAL_ITERATIONS,
@@ -226,8 +246,7 @@ def own_set(real: RealSet) -> Detection:
         rounds=REAL_ROUNDS,
         tested="val split",
         classes=real.classes,
-        # There is no third split: tables are of val, and no weight of a term may be tuned on them.
-        splits={"train": "train", "val": "val", "test": "val"},
+        splits=TWO_SPLITS,
         size=padded(REAL_SIZE[::-1]),
         scale=REAL_SIZE,
         batch_size=REAL_BATCH,
@@ -247,33 +266,3 @@ def main(out: str = "runs/demo/det", data: str | None = None, **settings: Any) -
         return run([scenes()], lambda folder: write_detection_set(folder, size=SIZE, **DATA), out, **settings)
     real = RealSet.read(Path(data))
     return run([own_set(real)], lambda folder: real.shrunk(folder, REAL_SIZE), out, **settings)
-
-
-def draw_detections(outcomes: Sequence[Outcome], path: Path, scenes: int = 5, threshold: float = 0.3) -> None:
-    """Draw ground truth and every model's detections (score above ``threshold``), a row a test scene."""
-    with redirect_stdout(io.StringIO()):  # pycocotools tells of its index
-        dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
-    rows = []
-    for row in range(scenes):
-        info = dataset.get_data_info(row)
-        image = imread(info["img_path"])
-        found = [[(i["bbox"], i["bbox_label"], None) for i in info["instances"]]]
-        for outcome in outcomes:
-            model = outcome.run.model
-            model.cfg = outcome.run.cfg
-            predicted = inference_detector(model, info["img_path"]).pred_instances.cpu().numpy()
-            kept = predicted[predicted.scores > threshold]
-            found.append(list(zip(kept.bboxes, kept.labels, kept.scores, strict=True)))
-        rows.append([(image, boxes) for boxes in found])
-
-    def draw(axis: Axes, cell: tuple[Any, list[Any]]) -> None:
-        axis.imshow(cell[0])
-        for (x1, y1, x2, y2), label, score in cell[1]:
-            colour = colormaps["tab10"](int(label))
-            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
-            text = dataset.metainfo["classes"][int(label)] + ("" if score is None else f" {score:.2f}")
-            box = dict(facecolor=colour, pad=0.6, lw=0)
-            axis.text(x1, y1, text, fontsize=5.5, color="white", va="bottom", bbox=box, clip_on=True)
-
-    height, width = rows[0][0][0].shape[:2]
-    draw_grid(["ground truth", *(outcome.method for outcome in outcomes)], rows, draw, height / width, path)

@@ -48,7 +48,6 @@ class RunnerComparison(Comparison):
         scope: the host's registry scope.
         kind: the distilled model's type.
         classes: the names of the dataset's classes.
-        splits: ``train``, ``val``, ``test`` -> the split's name in the dataset.
         size: (height, width) of the pictures, whose FLOPs are counted.
         batch_size: pictures a step.
         tested_at_once: pictures a batch in evaluations.
@@ -60,7 +59,6 @@ class RunnerComparison(Comparison):
     scope: str
     kind: str
     classes: tuple[str, ...]
-    splits: Mapping[str, str]
     size: tuple[int, int]
     batch_size: int
     tested_at_once: int

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,7 +31,7 @@ from kdgraft_nlp.data import encode, read
 from kdgraft_nlp.run import build
 from kdgraft_nlp.tasks import AUTO_CLASSES, task_of
 
-from ..comparison import Comparison, Outcome, Training, run
+from ..comparison import TWO_SPLITS, Comparison, Outcome, Training, run
 from ..data.docstrings import write_sentences
 from ..finished import code
 from ..pictures import Curves
@@ -48,7 +48,6 @@ class TrainerComparison(Comparison):
         recipe_task: the ``task`` of a recipe file.
         told: its ``data`` entry, without the files.
         rates: learning rates of the teacher and of the students.
-        splits: ``train``, ``val``, ``test`` -> the name of the file in the data's folder.
         vocabulary: entries of the tokenizer, which is trained on the training set.
         batch_size: sequences a step.
     """
@@ -61,7 +60,6 @@ class TrainerComparison(Comparison):
     recipe_task: str
     told: Mapping[str, Any]
     rates: tuple[float, float]
-    splits: Mapping[str, str] = field(default_factory=lambda: {name: name for name in ("train", "val", "test")})
     vocabulary: int = 6000
     batch_size: int = 32
 
@@ -323,14 +321,12 @@ def own_set(root: Path, fraction: float) -> list[TrainerComparison]:
     if not found:
         raise DistillError(f"--data {root}: train.jsonl and val.jsonl need a column 'label', or 'tokens' and 'tags'")
     found[0] = replace(found[0], folder="")
-    # There is no third split: tables are of val, and nothing may be tuned on them.
-    splits = {"train": "train", "val": "val", "test": "val"}
     return [
         replace(
             each,
             dataset=f"{root.name}, tags" if each.recipe_task == "tokens" else root.name,
             told=dict(each.told, fraction=fraction),
-            splits=splits,
+            splits=TWO_SPLITS,
             tested="val split",
         )
         for each in found

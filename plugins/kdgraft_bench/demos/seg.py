@@ -25,7 +25,7 @@ from mmseg.registry import DATASETS
 import kdgraft_seg  # noqa: F401  registers DistilledSegmentor
 from kdgraft.errors import DistillError
 
-from ..comparison import Outcome, Training, run
+from ..comparison import TWO_SPLITS, Outcome, Training, run
 from ..data.scenes import SEGMENTATION_CLASSES, write_segmentation_set
 from ..pictures import draw_grid
 from ..results import Result
@@ -55,8 +55,8 @@ SCORES = {"mIoU": ("mIoU", 3), "mAcc": ("mAcc", 3)}
 EVALUATIONS = 6
 
 
-def segmentor(width: int, channels: int, classes: int, background: float | None = None) -> dict[str, Any]:
-    """Semantic FPN on a ResNet-18 of ``width`` base channels, at stride 4.
+def segmentor(width: int, channels: int, classes: int, background: float | None = None) -> tuple[str, dict[str, Any]]:
+    """Semantic FPN on a ResNet-18 of ``width`` base channels, at stride 4: its name and ``model`` entry.
 
     Args:
         width, channels: of the backbone's first stage, and of pyramid and head.
@@ -64,7 +64,7 @@ def segmentor(width: int, channels: int, classes: int, background: float | None 
         background: the weight of class 0 in the host's own loss, where the others weigh 1; all alike by default.
     """
     norm = dict(type="BN", requires_grad=True)
-    return dict(
+    return f"FPN-R18, width {width}", dict(
         type="EncoderDecoder",
         data_preprocessor=dict(
             type="SegDataPreProcessor",
@@ -167,8 +167,30 @@ class Segmentation(RunnerComparison):
         config.test_pipeline = config.test_dataloader.dataset.pipeline  # what the host's inference reads
         return config
 
-    def draw(self, outcomes: Sequence[Outcome], path: Path) -> None:
-        draw_masks(outcomes, path)
+    def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5) -> None:
+        """Draw image, ground truth and every model's mask, a row a test picture; ignored pixels are grey."""
+        dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
+        classes = len(dataset.metainfo["classes"])
+        palette: Any = colormaps["tab20"](np.arange(max(classes - 1, 1)) % 20)
+        colours = np.full((256, 3), 128, np.uint8)
+        colours[:classes] = np.concatenate([[[30, 30, 30]], palette[:, :3] * 255])[:classes].astype(np.uint8)
+        rows = []
+        for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
+            file = dataset.get_data_info(index)["img_path"]
+            # As the host reads it: masks may be of any PNG mode.
+            labels = dataset[index]["data_samples"].gt_sem_seg.data[0].numpy().astype(np.uint8)
+            rows.append([imread(file), colours[labels]])
+            for outcome in outcomes:
+                outcome.run.model.cfg = outcome.run.cfg
+                predicted = inference_model(outcome.run.model, file).pred_sem_seg.data
+                rows[-1].append(colours[predicted[0].cpu().numpy()])
+        columns = ["image", "ground truth", *(outcome.method for outcome in outcomes)]
+        height, width = rows[0][0].shape[:2]
+
+        def draw(axis: Axes, picture: Any) -> None:
+            axis.imshow(picture, interpolation="nearest")
+
+        draw_grid(columns, rows, draw, height / width, path)
 
 
 def scenes() -> Segmentation:
@@ -176,13 +198,12 @@ def scenes() -> Segmentation:
     background = 0.3  # nine tenths of a scene's pixels
     return Segmentation(
         dataset="digit scenes",
-        teacher=sized(16, 48, SEGMENTATION_CLASSES, background),
-        student=sized(8, 24, SEGMENTATION_CLASSES, background),
+        teacher=segmentor(16, 48, len(SEGMENTATION_CLASSES), background),
+        student=segmentor(8, 24, len(SEGMENTATION_CLASSES), background),
         iterations=ITERATIONS,
         evaluations=EVALUATIONS,
         tested="test scenes",
         classes=SEGMENTATION_CLASSES,
-        splits={name: name for name in ("train", "val", "test")},
         size=(SIZE, SIZE),
         crop=(SIZE, SIZE),
         batch_size=BATCH,
@@ -221,14 +242,13 @@ def own_set(root: Path) -> Segmentation:
     height, width = picture.shape[:2]
     return Segmentation(
         dataset=root.name,
-        teacher=sized(16, 48, classes),
-        student=sized(8, 24, classes),
+        teacher=segmentor(16, 48, len(classes)),
+        student=segmentor(8, 24, len(classes)),
         iterations=REAL_ITERATIONS,
         evaluations=EVALUATIONS,
         tested="val split",
         classes=classes,
-        # There is no third split: tables are of val, and nothing may be tuned on them.
-        splits={"train": "train", "val": "val", "test": "val"},
+        splits=TWO_SPLITS,
         size=(height, width),
         crop=(max(int(height * 0.8) // 32 * 32, 32), max(int(width * 0.8) // 32 * 32, 32)),
         batch_size=REAL_BATCH,
@@ -237,13 +257,6 @@ def own_set(root: Path) -> Segmentation:
         masks="ann_dir",
         suffix=pictures[0].suffix,
     )
-
-
-def sized(
-    width: int, channels: int, classes: Sequence[str], background: float | None = None
-) -> tuple[str, dict[str, Any]]:
-    """Return a segmentor's name and its ``model`` entry."""
-    return f"FPN-R18, width {width}", segmentor(width, channels, len(classes), background)
 
 
 def main(out: str = "runs/demo/seg", data: str | None = None, **settings: Any) -> list[Result]:
@@ -257,29 +270,3 @@ def main(out: str = "runs/demo/seg", data: str | None = None, **settings: Any) -
         return run([scenes()], lambda folder: write_segmentation_set(folder, size=SIZE, **DATA), out, **settings)
     root = Path(data)
     return run([own_set(root)], lambda _: root, out, **settings)
-
-
-def draw_masks(outcomes: Sequence[Outcome], path: Path, scenes: int = 5) -> None:
-    """Draw image, ground truth and every model's mask, a row a test picture; ignored pixels are grey."""
-    dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
-    classes = len(dataset.metainfo["classes"])
-    palette: Any = colormaps["tab20"](np.arange(max(classes - 1, 1)) % 20)
-    colours = np.full((256, 3), 128, np.uint8)
-    colours[:classes] = np.concatenate([[[30, 30, 30]], palette[:, :3] * 255])[:classes].astype(np.uint8)
-    rows = []
-    for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
-        file = dataset.get_data_info(index)["img_path"]
-        # As the host reads it: masks may be of any PNG mode.
-        labels = dataset[index]["data_samples"].gt_sem_seg.data[0].numpy().astype(np.uint8)
-        rows.append([imread(file), colours[labels]])
-        for outcome in outcomes:
-            outcome.run.model.cfg = outcome.run.cfg
-            predicted = inference_model(outcome.run.model, file).pred_sem_seg.data
-            rows[-1].append(colours[predicted[0].cpu().numpy()])
-    columns = ["image", "ground truth", *(outcome.method for outcome in outcomes)]
-    height, width = rows[0][0].shape[:2]
-
-    def draw(axis: Axes, picture: Any) -> None:
-        axis.imshow(picture, interpolation="nearest")
-
-    draw_grid(columns, rows, draw, height / width, path)

@@ -65,7 +65,7 @@ def test_demo_draws_what_was_detected(tmp_path):
     with comparison.entered("cpu"):
         trained = comparison.train(Training("plain", 0, 2, "test", "cpu", data, tmp_path))
         for name, threshold in (("every.png", 0.0), ("none.png", 1.1)):
-            demo.draw_detections([trained], tmp_path / name, scenes=1, threshold=threshold)
+            comparison.draw([trained], tmp_path / name, scenes=1, threshold=threshold)
     every, none = (cv2.imread(str(tmp_path / name)) for name in ("every.png", "none.png"))
     # The left half is the ground truth, the right half the model's: boxes of an untrained model cover much of it.
     half = every.shape[1] // 2
