@@ -52,7 +52,7 @@ $(VENV)/.mmcv: $(TORCH_STAMP) constraints/$(STACK).txt
 
 $(VENV)/.ready: $(VENV)/.mmcv pyproject.toml constraints/common.txt
 	$(PIP) install --quiet --no-build-isolation $(MM_$(STACK)) $(CONSTRAINTS)
-	$(PIP) install --quiet --no-build-isolation -e '.[nlp,demo,dev]' $(CONSTRAINTS)
+	$(PIP) install --quiet --no-build-isolation -e '.[nlp,dev]' $(CONSTRAINTS)
 	touch $@
 
 demo: env

@@ -137,7 +137,7 @@ def train_recipe(
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
     """Builds everything, runs one step on one batch and prints the wiring."""
-    from kdgraft.report import print_rows
+    from kdgraft.tables import print_rows
 
     config = load(path, options)
     config.setdefault("output", f"work_dirs/{Path(path).stem}")

@@ -9,8 +9,8 @@ DET = Host(
     trainer="kdgraft_mm.trainer:DET",
     suffixes=(".py",),
     checkpoints=(".pth",),
-    demo="kdgraft_det.demo",
-    bench="kdgraft_det.bench",
+    demo="kdgraft_bench.demos.det",
+    bench="kdgraft_bench.costs.det",
     data="COCO's json",
 )
 SEG = Host(
@@ -20,8 +20,8 @@ SEG = Host(
     trainer="kdgraft_mm.trainer:SEG",
     suffixes=(".py",),
     checkpoints=(".pth",),
-    demo="kdgraft_seg.demo",
-    bench="kdgraft_seg.bench",
+    demo="kdgraft_bench.demos.seg",
+    bench="kdgraft_bench.costs.seg",
     data="mmseg's layout",
 )
 NLP = Host(
@@ -30,8 +30,8 @@ NLP = Host(
     framework="transformers",
     trainer="kdgraft_nlp.recipe_trainer:TRAINER",
     suffixes=(".yaml", ".yml", ".toml"),
-    demo="kdgraft_nlp.demo",
-    bench="kdgraft_nlp.bench",
+    demo="kdgraft_bench.demos.nlp",
+    bench="kdgraft_bench.costs.nlp",
     data="jsonl",
 )
 TORCH = Host("torch", package="kdgraft", framework="torch", trainer="kdgraft.plain:TRAINER", suffixes=(".py",))

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from mmengine.config import Config, DictAction
-from mmengine.device import utils as device_utils
 from mmengine.hooks import Hook
 from mmengine.model import is_model_wrapper, revert_sync_batchnorm
 from mmengine.runner import Runner
@@ -26,9 +25,9 @@ from kdgraft.errors import DistillError
 from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
 from kdgraft.launching import TIMEOUT, waiting
-from kdgraft.report import print_rows
 from kdgraft.resuming import lost_terms
 from kdgraft.schedules import Constant
+from kdgraft.tables import print_rows
 from kdgraft.terms import WiringRow
 
 from .configs import PLUGINS, load_config, type_name
@@ -156,25 +155,6 @@ def config_mistakes(path: str) -> Iterator[None]:
         if str(error) == "need at least one array to concatenate":  # a dataset of mmengine's that filtered all it had
             said = "no image of the training set is left; are metainfo.classes the names in its annotation file?"
         raise DistillError(f"config {path}: {type(error).__name__}: {said}") from error
-
-
-@contextmanager
-def on_device(device: str) -> Iterator[None]:
-    """Has mmengine put what it builds in the body on ``"cpu"`` or ``"cuda"``, whatever else the machine has.
-
-    Raises:
-        DistillError: there is no such device.
-    """
-    if device not in ("cpu", "cuda"):
-        raise DistillError(f"device must be 'cpu' or 'cuda', got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise DistillError("no CUDA device here; use the device 'cpu'")
-    before = device_utils.DEVICE  # set once when mmengine is imported
-    device_utils.DEVICE = device
-    try:
-        yield
-    finally:
-        device_utils.DEVICE = before
 
 
 def train(

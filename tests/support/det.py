@@ -18,7 +18,7 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 import kdgraft_det  # noqa: F401  registers DistilledDetector
-from kdgraft_mm.scenes import write_detection_set
+from kdgraft_bench.data.scenes import write_detection_set
 from support.tensors import distillation, gradients
 
 init_default_scope("mmdet")

@@ -17,7 +17,7 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 import kdgraft_seg  # noqa: F401  registers DistilledSegmentor
-from kdgraft_mm.scenes import SEGMENTATION_CLASSES, write_segmentation_set
+from kdgraft_bench.data.scenes import SEGMENTATION_CLASSES, write_segmentation_set
 from support.tensors import distillation
 
 CLASSES = SEGMENTATION_CLASSES

@@ -1,0 +1,13 @@
+"""Measuring: demos and costs of every host, on one runner; embedded data, results, tables and pictures.
+
+``comparison.py`` trains teachers, plain and distilled students; a module of ``demos/`` gives it a host's data, models, metrics and
+pictures. The modules of ``costs/`` time steps. Only what is measured is imported.
+"""
+
+from importlib.util import find_spec
+
+from kdgraft.hosts import MissingHost
+
+MISSING = [name for name in ("pandas", "matplotlib", "sklearn", "tqdm") if find_spec(name) is None]
+if MISSING:
+    raise MissingHost(f'measuring needs {", ".join(MISSING)}, which is not installed: pip install "kdgraft[bench]"')

@@ -1,0 +1,84 @@
+"""``make bench-det``: the costs of distilling a detector, against the plain step, the teacher's forward and mmdet's own LD.
+
+The pair is LD's published one, GFL-R101 teaching GFL-R18, at full width; weights are random, which costs the same. All
+variants have the same student weights, teacher weights and batch, and are timed in turn in one process.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
+from mmengine.structures import InstanceData
+from torch import Tensor
+
+import kdgraft_det  # noqa: F401  registers DistilledDetector
+from kdgraft_mm.configs import load_config
+
+from ..mmdet_ld import mmdet_ld
+from .mm import Variants, measure
+from .steps import Rows, publish
+
+STUDENT = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
+TEACHER = "mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py"
+PAPERS = ("chen2017", "fgfi", "fgd", "mgd", "pkd", "crosskd")
+RECIPES: dict[str, dict[str, Any]] = {
+    "LD, main region": dict(terms=[dict(type="LocalizationDistillation")]),
+    "ld": dict(recipe="ld"),
+    "foreground imitation": dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")]),
+    "soft targets": dict(terms=[dict(type="SoftTargets")]),
+    **{name: dict(recipe=name) for name in PAPERS},
+}
+SIZE = {"cpu": 256, "cuda": 800}
+IMAGES = {"cpu": 2, "cuda": 8}
+
+
+def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/det") -> Rows:
+    """Measure, print the tables and write them to ``out``; see :func:`kdgraft_bench.costs.mm.measure`."""
+    student = load_config(STUDENT).model
+    student.backbone.init_cfg = None
+    for key in ("teacher_config", "teacher_ckpt"):
+        student.pop(key)
+    student.type = "GFL"
+    student.bbox_head.type = "GFLHead"
+    student.bbox_head.pop("loss_ld")
+
+    variants = Variants(
+        scope="mmdet",
+        models=MODELS,
+        kind="DistilledDetector",
+        student=student,
+        teacher=TEACHER,
+        recipes=RECIPES,
+        batch=batch,
+        size=SIZE,
+        images=IMAGES,
+        forward=lambda teacher, inputs: teacher.bbox_head(teacher.extract_feat(inputs)),
+        references={"mmdet LD": partial(mmdet_ld, student)},
+    )
+    return publish(measure(variants, pairs, device), device, out)
+
+
+def batch(size: int, count: int, device: str, boxes: int = 7, classes: int = 80) -> tuple[Tensor, list[Any]]:
+    """A batch as the data preprocessor hands it over: noise with ``boxes`` boxes an image (COCO's average)."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(count, 3, size, size, generator=generator)
+    samples = []
+    for _ in range(count):
+        corner = torch.rand(boxes, 2, generator=generator) * size * 0.6
+        extent = (0.05 + 0.35 * torch.rand(boxes, 2, generator=generator)) * size
+        found = InstanceData(
+            bboxes=torch.cat([corner, corner + extent], 1).to(device),
+            labels=torch.randint(classes, (boxes,), generator=generator).to(device),
+        )
+        meta = dict(
+            img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size), batch_input_shape=(size, size)
+        )
+        sample = DetDataSample(metainfo=meta)
+        sample.gt_instances = found
+        sample.ignored_instances = InstanceData(bboxes=found.bboxes[:0], labels=found.labels[:0])
+        samples.append(sample)
+    return inputs.to(device), samples

@@ -1,0 +1,170 @@
+"""Costs of detectors and of segmentors: variants of one training step, timed in turn, and their memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import DefaultScope, Registry
+from torch import Tensor
+
+from kdgraft.batch import Batch
+from kdgraft_mm.configs import load_config
+
+from ..timing import check_device, interleave, peak_memory
+from .steps import Rows, compared, machine, teacher_forward, training_step
+
+
+@dataclass
+class Variants:
+    """One student, one teacher, and the ways to train it.
+
+    Attributes:
+        scope: the host's registry scope.
+        models: the host's registry.
+        kind: the distilled model's type.
+        student: the plain student's ``model`` entry.
+        teacher: config of the teacher, whose weights are random.
+        recipes: settings of a distilled model by name.
+        batch: (side, images, device) -> the batch as the data preprocessor hands it over.
+        size, images: side and number of the images by device.
+        forward: runs the teacher as far as its outputs.
+        references: others' models by name, from (teacher config's path, checkpoint's path); ratios to them are shown too.
+    """
+
+    scope: str
+    models: Registry
+    kind: str
+    student: dict[str, Any]
+    teacher: str
+    recipes: Mapping[str, Mapping[str, Any]]
+    batch: Callable[[int, int, str], tuple[Tensor, list[Any]]]
+    size: Mapping[str, int]
+    images: Mapping[str, int]
+    forward: Callable[[Any, Tensor], Any]
+    references: Mapping[str, Callable[[str, str], dict[str, Any]]] = field(default_factory=dict)
+
+
+def measure(variants: Variants, pairs: int, device: str) -> dict[str, Rows]:
+    """Time plain step, teacher forward, references and recipes in turn in one process.
+
+    Args:
+        variants: what to time.
+        pairs: interleaved rounds.
+        device: ``"cpu"``, or ``"cuda"`` (bf16 autocast, larger images).
+
+    Returns:
+        Title -> table: of times and of memory.
+    """
+    check_device(device)
+    size, count = variants.size[device], variants.images[device]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        _quiet(),
+        DefaultScope.overwrite_default_scope(variants.scope),
+    ):
+        steps, models, tapped = _steps(variants, Path(scratch), size, count, device)
+    rows = compared(interleave(steps, pairs, device=device), list(variants.references))
+    title = (
+        f"{machine(device)}, {count} images of {size}×{size}, {pairs} interleaved rounds, medians with 95 % intervals"
+    )
+    weights = sum(tensor.nbytes for tensor in models["teacher"].state_dict().values()) / 2**20
+    held = f"peak of one step beyond the weights, MiB (the teacher's weights, {weights:.1f} MiB, come on top)"
+    return {title: rows, held: _memory(steps, tapped, device)}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps warnings back: random weights have no class names to compare."""
+    logger = logging.getLogger("kdgraft")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _steps(
+    variants: Variants, scratch: Path, size: int, count: int, device: str
+) -> tuple[dict[str, Callable[[], Any]], dict[str, Any], dict[str, int]]:
+    torch.manual_seed(0)
+    teacher_config = load_config(variants.teacher)
+    teacher_config.model.pop("pretrained", None)
+    teacher = revert_sync_batchnorm(variants.models.build(copy.deepcopy(teacher_config.model)))
+    teacher.eval().requires_grad_(False)
+    checkpoint = scratch / "teacher.pth"
+    torch.save({"state_dict": teacher.state_dict()}, checkpoint)
+    teacher_config.dump(scratch / "teacher.py")
+    plain = variants.models.build(copy.deepcopy(variants.student))
+    models: dict[str, Any] = {"plain": plain}
+    for name, entry in variants.references.items():
+        models[name] = variants.models.build(entry(str(scratch / "teacher.py"), str(checkpoint)))
+    for name, settings in variants.recipes.items():
+        student = copy.deepcopy(variants.student)
+        kind = student.pop("type")
+        spec = dict(config=str(scratch / "teacher.py"), checkpoint=str(checkpoint))
+        distilled = variants.models.build(
+            dict(student, type=variants.kind, student=kind, teacher=spec, **copy.deepcopy(dict(settings)))
+        )
+        distilled.start_distilling()
+        # One teacher serves all: held once for each variant it would fill the memory.
+        distilled.distiller.teacher.model = teacher
+        models[name] = distilled
+    for name, model in models.items():
+        # One process: SyncBN would need a process group.
+        models[name] = revert_sync_batchnorm(model)
+        models[name].load_state_dict(plain.state_dict(), strict=True)
+        models[name].to(device).train()
+    teacher.to(device)
+    inputs, samples = variants.batch(size, count, device)
+    tapped = {name: _tapped_bytes(models[name], inputs, samples) for name in variants.recipes}
+    steps = {
+        name: training_step(partial(_loss, model, inputs, samples), model.parameters(), device)
+        for name, model in models.items()
+    }
+    forward = teacher_forward(lambda: variants.forward(teacher, inputs), device)
+    ordered = {"plain": steps.pop("plain"), "teacher forward": forward, **steps}
+    return ordered, {**models, "teacher": teacher}, tapped
+
+
+def _loss(model: Any, inputs: Tensor, samples: list[Any]) -> Tensor:
+    loss, _ = model.parse_losses(model.loss(inputs, samples))
+    return loss
+
+
+def _memory(steps: dict[str, Callable[[], Any]], tapped: dict[str, int], device: str) -> Rows:
+    """Peak of a step beyond the weights that are resident anyway, against the plain step's peak plus what the teacher's taps hold."""
+    mib = 2**20
+    rows: Rows = []
+    plain = 0
+    for name, step in steps.items():
+        gc.collect()
+        peak = peak_memory(step, device)
+        plain = peak if name == "plain" else plain
+        row = {"step": name, "peak": f"{peak / mib:.1f}", "plain + taps": "–"}
+        if name in tapped:
+            row["plain + taps"] = f"{(plain + tapped[name]) / mib:.1f}"
+        rows.append(row)
+    return rows
+
+
+def _tapped_bytes(model: Any, inputs: Tensor, samples: list[Any]) -> int:
+    """Bytes of what the teacher's taps hold in one step."""
+    distiller = model.distiller
+    recording = distiller.record(
+        "teacher", lambda source: source.model(inputs, samples, mode="tensor"), Batch(), inputs.device
+    )
+    taps = {tap for term in distiller.terms.values() for tap in term.teacher_taps}
+    held = {tensor.data_ptr(): tensor.nbytes for tap in taps for tensor in recording.tensors(tap)}
+    return sum(held.values())

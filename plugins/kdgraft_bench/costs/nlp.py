@@ -1,0 +1,181 @@
+"""``make bench-nlp``: the costs of distilling the Trainer's models, and the memory that chunked losses save.
+
+A BERT (of base size on a GPU, smaller on a CPU) teaches one of half its depth and width; weights are random, which costs the
+same. All variants have the same student weights, teacher and batch, and are timed in turn in one process. ``eager maps`` is the
+usual way to mimic attention: both models with ``attn_implementation="eager"`` and ``output_attentions=True``, and a squared error between what they return.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+
+from kdgraft_nlp.link import link_of
+from kdgraft_nlp.recipes import distilbert, minilmv2, pkd, tinybert
+from kdgraft_nlp.student import graft
+from kdgraft_nlp.tokens import read_batch
+
+from ..timing import check_device, interleave, median_interval, peak_memory, ratio_interval
+from .steps import Rows, compared, machine, publish, teacher_forward, training_step
+
+SIZES = {"cpu": (8, 128), "cuda": (64, 128)}
+"""Sequences and tokens of the batch."""
+TEACHERS = {"cpu": (384, 8), "cuda": (768, 12)}
+"""Width and layers of the teacher."""
+MAPS = dict(type="AttentionMaps", layers="uniform", heads="averaged", of="distributions")
+VARIANTS: dict[str, Callable[[], list[Any]]] = {
+    "SoftTargets": lambda: [dict(type="SoftTargets")],
+    "HiddenStates": lambda: [dict(type="HiddenStates")],
+    "AttentionMaps": lambda: [MAPS],
+    "AttentionMaps, last layer": lambda: [{**MAPS, "layers": "final"}],
+    "minilmv2": minilmv2,
+    "tinybert": lambda: tinybert(heads="averaged"),
+    "distilbert": distilbert,
+    "pkd": pkd,
+}
+LM_TOKENS = 1024
+LM_VOCABULARIES = (32_768, 131_072)
+
+
+def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/nlp") -> Rows:
+    """Measure, print the tables and write them to ``out``.
+
+    Args:
+        pairs: interleaved rounds.
+        device: ``"cpu"``, or ``"cuda"`` (bf16 autocast, a larger batch).
+        out: folder for ``bench_cpu.md`` or ``bench_cuda.md``.
+    """
+    check_device(device)
+    (batch, length), (width, layers) = SIZES[device], TEACHERS[device]
+    rows = compared(interleave(steps(device, width, layers), pairs, device=device), ["eager maps"])
+    models = f"BERT {layers} × {width} teaches {layers // 2} × {width // 2}"
+    title = f"{machine(device)}, {models}, {batch} sequences of {length} tokens, {pairs} interleaved rounds, medians with 95 % intervals"
+    chunks = [row for vocabulary in LM_VOCABULARIES for row in language_model(vocabulary, pairs, device)]
+    held = f"{machine(device)}, a whole training step of a causal model on {LM_TOKENS} tokens with GeneralizedJSD, {max(pairs // 6, 3)} rounds"
+    return publish({title: rows, held: chunks}, device, out)
+
+
+def steps(device: str, base: int, depth: int) -> dict[str, Callable[[], Any]]:
+    """Return the steps to time.
+
+    Args:
+        device: where.
+        base: width of the teacher.
+        depth: its layers.
+    """
+    torch.manual_seed(0)
+
+    def bert(width: int, layers: int, attention: str = "sdpa") -> Any:
+        sizes: dict[str, Any] = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64 or 2)
+        built: Any = BertForSequenceClassification(BertConfig(**sizes, intermediate_size=4 * width))
+        built.set_attn_implementation(attention)
+        return built.to(device)
+
+    teacher = bert(base, depth).eval().requires_grad_(False)
+    plain = bert(base // 2, depth // 2)
+    state = copy.deepcopy(plain.state_dict())
+
+    def student(attention: str = "sdpa") -> Any:
+        built = bert(base // 2, depth // 2, attention)
+        built.load_state_dict(state)
+        return built
+
+    count, length = SIZES[device]
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": torch.randint(1000, 30_000, (count, length), generator=generator).to(device),
+        "attention_mask": torch.ones(count, length, dtype=torch.long, device=device),
+        "labels": torch.zeros(count, dtype=torch.long, device=device),
+    }
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    found: dict[str, Callable[[], Any]] = {
+        "plain": step(plain, inputs, device),
+        "teacher forward": teacher_forward(lambda: teacher(**given), device),
+        "eager maps": _eager(student("eager"), teacher, inputs, device),
+    }
+    for name, terms in VARIANTS.items():
+        found[name] = step(graft(student(), teacher, terms()), inputs, device)
+    return found
+
+
+def step(model: Any, inputs: dict[str, Tensor], device: str) -> Callable[[], None]:
+    """Return a training step of a plain or a distilled model."""
+    model.train()
+
+    def loss() -> Tensor:
+        output = model(**inputs)
+        losses = [value for key, value in (output.get("distill") or {}).items() if key.endswith(".loss")]
+        return output.loss + sum(losses)
+
+    return training_step(loss, model.parameters(), device)
+
+
+def _eager(student: Any, teacher: Any, inputs: dict[str, Tensor], device: str) -> Callable[[], None]:
+    slow = copy.deepcopy(teacher)
+    slow.set_attn_implementation("eager")
+    student.train()
+    given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            theirs = slow(**given, output_attentions=True).attentions
+        output = student(**inputs, output_attentions=True)
+        ratio = len(theirs) // len(output.attentions)
+        found: Tensor = output.loss
+        for i, own in enumerate(output.attentions):
+            found = found + (own.float().mean(1) - theirs[(i + 1) * ratio - 1].float().mean(1)).square().mean()
+        return found
+
+    return training_step(loss, student.parameters(), device)
+
+
+def language_model(vocabulary: int, pairs: int, device: str, width: int = 256) -> Rows:
+    """Measure a whole step at one size of the vocabulary: the student alone, distilled the plain way, and in chunks."""
+    torch.manual_seed(0)
+
+    def llama(hidden: int, layers: int) -> Any:
+        sizes: dict[str, Any] = dict(
+            hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * hidden
+        )
+        built: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=vocabulary))
+        return built.to(device)
+
+    teacher = llama(2 * width, 2).eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (4, LM_TOKENS // 4), generator=generator).to(device)
+    inputs = {"input_ids": ids, "labels": ids}
+    state = copy.deepcopy(llama(width, 2).state_dict())
+    found: dict[str, Callable[[], None]] = {}
+    for name, chunk in (("no distillation", 0), ("plain losses", None), ("chunked", 256)):
+        model = llama(width, 2)
+        model.load_state_dict(state)
+        if chunk != 0:
+            model = graft(model, teacher, [dict(type="GeneralizedJSD")], chunk=chunk)
+            link_of(model).totals = {
+                name: n.to(device) for name, n in model.distiller.counts(read_batch(inputs, "causal")).items()
+            }
+        found[name] = step(model, inputs, device)
+    seconds = interleave(found, max(pairs // 6, 3), warm_up=1, device=device)
+    peaks = {}
+    for name, run in found.items():
+        gc.collect()
+        peaks[name] = peak_memory(run, device) / 2**20
+    extra = peaks["plain losses"]
+    return [
+        {
+            "vocabulary": str(vocabulary),
+            "step": name,
+            "ms": f"{median_interval(values).median * 1e3:.0f}",
+            "/ plain losses": str(ratio_interval(values, seconds["plain losses"])),
+            "peak (MiB)": f"{peaks[name]:.0f}",
+            "peak / plain losses": f"{peaks[name] / extra:.3f}",
+        }
+        for name, values in seconds.items()
+    ]

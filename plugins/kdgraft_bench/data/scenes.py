@@ -1,0 +1,337 @@
+"""Scenes of real handwritten digits, for detection and for segmentation, rendered on the spot.
+
+A demonstration and a test need pictures that a detector learns in minutes, that nobody has to download, and that
+still ask for recognition. These are scikit-learn's 1797 handwritten digits (UCI *optdigits*, 8x8 pixels, drawn by
+people), enlarged, sheared, coloured and laid over textured backgrounds among clutter that looks like ink: strokes,
+shapes, and fragments of digits too small to be read. The digits of the three splits are disjoint.
+
+No mm package is imported here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.datasets import load_digits
+
+from kdgraft.files import written_whole
+
+CLASSES = tuple("0123456789")
+SEGMENTATION_CLASSES = ("background", *CLASSES)
+SPLITS = ("train", "val", "test")
+
+# Changes whenever the same seed would give other pictures, so that an older set on disk is written anew.
+_VERSION = 2
+# The n-th picture of each class goes to the split at n % 5: three fifths to train, one fifth each to val and test.
+_SPLIT_OF_REMAINDER = ("train", "train", "val", "train", "test")
+_SIDE = 64  # of an enlarged digit: 8 source pixels times 8
+_INK = 0.5  # the opacity from which a pixel belongs to its digit
+
+FloatArray = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """N handwritten digits to draw scenes from."""
+
+    pictures: NDArray[np.uint8]  # ink from 0 (paper) to 255, (N, 64, 64)
+    labels: NDArray[np.int64]  # 0 to 9, (N,)
+    source: NDArray[np.int64]  # their indices in sklearn's load_digits(), (N,)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One rendered picture and the N digits in it, in the order in which they were painted.
+
+    Boxes are ``x1, y1, x2, y2`` in pixel edges (``x2`` and ``y2`` exclusive), tight around a digit's ink as it was
+    before anything was painted over it. ``instances`` is ``i + 1`` where ink of digit ``i`` is *visible*, else 0.
+    """
+
+    image: NDArray[np.uint8]  # RGB, (H, W, 3)
+    boxes: FloatArray  # (N, 4)
+    labels: NDArray[np.int64]  # 0 to 9, (N,)
+    instances: NDArray[np.int32]  # (H, W)
+
+    @property
+    def semantic(self) -> NDArray[np.uint8]:
+        """Class per pixel, uint8 of shape (H, W): 0 for the background, ``label + 1`` for visible ink."""
+        lookup: NDArray[np.uint8] = np.concatenate([[0], self.labels + 1]).astype(np.uint8)
+        return lookup[self.instances]
+
+
+@lru_cache(maxsize=len(SPLITS))
+def digits_of(split: str) -> Digits:
+    """Returns the digits of ``'train'``, ``'val'`` or ``'test'``: disjoint sets, whatever the seed of the scenes."""
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
+    data = load_digits()
+    rank = np.cumsum(data.target[:, None] == np.arange(10), axis=0)[np.arange(len(data.target)), data.target] - 1
+    source = np.flatnonzero(np.array(_SPLIT_OF_REMAINDER)[rank % 5] == split).astype(np.int64)
+    pictures = np.zeros((len(source), _SIDE, _SIDE), dtype=np.uint8)
+    for row, index in enumerate(source):
+        large = cv2.resize(data.images[index].astype(np.float32), (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC)
+        pictures[row] = np.clip(large * (255 / 16), 0, 255)
+    return Digits(pictures, data.target[source].astype(np.int64), source)
+
+
+def render_scene(
+    rng: np.random.Generator,
+    digits: Digits,
+    size: int = 96,
+    *,
+    count: tuple[int, int] = (2, 6),
+    object_size: tuple[float, float] = (16, 44),
+    clutter: tuple[int, int] = (2, 6),
+    max_hidden: float = 0.4,
+) -> Scene:
+    """Paints one scene: background, clutter, digits and a little more clutter, each over what is there already.
+
+    What would hide more than ``max_hidden`` of a digit's ink is moved elsewhere or left out, so that every digit in
+    the picture is labelled and every label can be seen.
+
+    Args:
+        rng: the only source of randomness.
+        digits: what to draw from, see `digits_of`.
+        size: of the picture, in pixels.
+        count: fewest and most digits to try; where it is crowded, some find no place.
+        object_size: smallest and largest nominal size of a digit, log-uniform between; the ink is a little smaller.
+        clutter: fewest and most pieces of clutter, about one third of them above the digits.
+        max_hidden: the largest fraction of a digit's ink that others may cover.
+
+    Raises:
+        ValueError: if the largest object might not fit into the scene.
+    """
+    if not 1 <= object_size[0] <= object_size[1] <= size / 2:  # turned and sheared, ink may need half as much again
+        raise ValueError(f"object_size {object_size} must ascend, from at least 1 to at most half the size, {size / 2}")
+    canvas = _Canvas(_background(rng, size), max_hidden)
+    pieces = int(rng.integers(clutter[0], clutter[1] + 1))
+    above = int(rng.binomial(pieces, 1 / 3))
+    for _ in range(pieces - above):
+        _add_clutter(rng, canvas, digits, object_size)
+    for _ in range(int(rng.integers(count[0], count[1] + 1))):
+        _add_digit(rng, canvas, digits, object_size)
+    for _ in range(above):
+        _add_clutter(rng, canvas, digits, object_size)
+    image = canvas.image
+    if rng.random() < 0.3:
+        image = cv2.GaussianBlur(image, (3, 3), float(rng.uniform(0.4, 0.8))).astype(np.float32)
+    image = image + rng.standard_normal(image.shape, dtype=np.float32) * np.float32(rng.uniform(1, 7))
+    boxes, labels = np.array(canvas.boxes, dtype=np.float32), np.array(canvas.labels, dtype=np.int64)
+    return Scene(np.clip(image, 0, 255).astype(np.uint8), boxes.reshape(-1, 4), labels, canvas.instances)
+
+
+def write_detection_set(
+    root: str | os.PathLike[str], *, seed: int, train: int = 800, val: int = 200, test: int = 300, size: int = 96
+) -> Path:
+    """Writes a detection set in COCO's layout, unless it is there already; returns ``root``.
+
+    PNGs go to ``root/{train,val,test}/``, annotations (``area`` is the box's) to
+    ``root/annotations/instances_{train,val,test}.json``. ``root/scenes.json`` records the parameters and is completed
+    last, so that an interrupted run is redone by the next. A scene depends on the seed, its split, its number and the
+    size alone: a longer set begins with the shorter one. Call this from one process at a time.
+
+    Args:
+        root: the folder to write; made if missing. Scenes with other parameters in it are replaced.
+        seed: of the scenes; which digits a split has does not depend on it.
+        train, val, test: numbers of scenes.
+        size: of the pictures, in pixels.
+
+    Raises:
+        FileExistsError: if ``root`` holds files that are not of this function's making.
+    """
+    return _write_set(Path(root), "detection", seed, (train, val, test), size)
+
+
+def write_segmentation_set(
+    root: str | os.PathLike[str], *, seed: int, train: int = 800, val: int = 200, test: int = 300, size: int = 96
+) -> Path:
+    """Writes the same scenes in MMSegmentation's layout, unless they are there already; returns ``root``.
+
+    Images go to ``root/images/{train,val,test}/``, class indices per pixel (0 the background, digit + 1 for its visible ink;
+    see `SEGMENTATION_CLASSES`) to ``root/masks/{train,val,test}/`` under the same names. For the arguments and all else see
+    `write_detection_set`.
+    """
+    return _write_set(Path(root), "segmentation", seed, (train, val, test), size)
+
+
+def _write_set(root: Path, task: str, seed: int, numbers: tuple[int, int, int], size: int) -> Path:
+    record = root / "scenes.json"
+    counts = dict(zip(SPLITS, numbers, strict=True))
+    wanted: dict[str, Any] = dict(version=_VERSION, task=task, seed=seed, size=size, complete=True, **counts)
+    if record.is_file():
+        if json.loads(record.read_text()) == wanted:
+            return root
+    elif root.exists() and any(root.iterdir()):
+        raise FileExistsError(f"{root} is not empty and holds no scenes.json: choose another folder for the scenes")
+    root.mkdir(parents=True, exist_ok=True)
+    _write_json(record, {**wanted, "complete": False})
+    for name in (*SPLITS, "annotations", "images", "masks"):
+        shutil.rmtree(root / name, ignore_errors=True)
+    for index, split in enumerate(SPLITS):
+        scenes = (
+            (f"{number:06d}.png", render_scene(np.random.default_rng((seed, index, number)), digits_of(split), size))
+            for number in range(1, counts[split] + 1)
+        )
+        if task == "detection":
+            (root / "annotations").mkdir(exist_ok=True)
+            _write_json(root / "annotations" / f"instances_{split}.json", _write_detection(root / split, scenes))
+        else:
+            _write_masks(root / "images" / split, root / "masks" / split, scenes)
+    _write_json(record, wanted)
+    return root
+
+
+class _Canvas:
+    """A picture under way: what is painted, and whose ink is on top."""
+
+    def __init__(self, image: FloatArray, max_hidden: float) -> None:
+        self.image = image
+        self.instances = np.zeros(image.shape[:2], dtype=np.int32)
+        self.boxes: list[tuple[int, int, int, int]] = []
+        self.labels: list[int] = []
+        self._max_hidden = max_hidden
+        self._ink = [0]  # of each instance, in pixels, before occlusion
+
+    def place(self, rng: np.random.Generator, alpha: FloatArray, label: int | None = None) -> bool:
+        """Paints a patch at a random place; returns False if it would hide too much of a digit there."""
+        height, width = alpha.shape
+        x, y = (int(rng.integers(0, len(self.image) - extent + 1)) for extent in (width, height))
+        where = np.s_[y : y + height, x : x + width]
+        colour = _contrasting_colour(rng, self.image[where], alpha)
+        ink = alpha >= _INK
+        covered = self.instances[where][ink]
+        for other in np.unique(covered[covered > 0]):
+            visible = np.count_nonzero(self.instances == other) - np.count_nonzero(covered == other)
+            if visible < (1 - self._max_hidden) * self._ink[other]:
+                return False
+        self.image[where] += alpha[..., None] * (colour - self.image[where])
+        if label is not None:
+            left, top, width, height = cv2.boundingRect(ink.astype(np.uint8))
+            self.boxes.append((x + left, y + top, x + left + width, y + top + height))
+            self.labels.append(label)
+            self._ink.append(int(np.count_nonzero(ink)))
+        self.instances[where][ink] = 0 if label is None else len(self.labels)
+        return True
+
+
+def _background(rng: np.random.Generator, size: int) -> FloatArray:
+    """Coloured noise of several scales, a gradient and, half of the time, stripes; float32 of shape (size, size, 3)."""
+    image = np.full((size, size, 3), rng.uniform(15, 115, 3), dtype=np.float32)
+    for cells in (3, 7, 15, 31):
+        grey, colour = rng.uniform(0, 50 / np.sqrt(cells), 2) * (1.0, 0.7)
+        noise = grey * rng.standard_normal((cells, cells, 1)) + colour * rng.standard_normal((cells, cells, 3))
+        image += cv2.resize(noise.astype(np.float32), (size, size), interpolation=cv2.INTER_CUBIC)
+    axis = np.arange(size, dtype=np.float32) / size - 0.5
+    for periods in (None, rng.uniform(3, 24)):
+        if periods is not None and rng.random() < 0.5:
+            break
+        angle = rng.uniform(0, 2 * np.pi)
+        ramp = np.float32(np.cos(angle)) * axis + np.float32(np.sin(angle)) * axis[:, None]
+        wave = ramp if periods is None else np.sin(np.float32(2 * np.pi * periods) * ramp) / 4
+        image += wave[..., None] * rng.uniform(-40, 40, 3).astype(np.float32)
+    return np.clip(image, 0, 255, out=image)
+
+
+def _contrasting_colour(rng: np.random.Generator, background: FloatArray, alpha: FloatArray) -> FloatArray:
+    """The first of eight bright colours that nine tenths of the covered pixels differ from enough, or the best of them."""
+    candidates = rng.uniform(120, 255, (8, 3)).astype(np.float32)
+    enough = rng.uniform(35, 100)
+    covered = background[alpha >= (_INK if alpha.max() >= _INK else 0)]
+    covered = covered[:: 1 + len(covered) // 100]
+    distances = np.sort(np.abs(candidates[:, None] - covered).mean(2), axis=1)
+    contrast = np.minimum(distances[:, len(covered) // 10], enough)
+    return np.asarray(candidates[np.argmax(contrast)], dtype=np.float32)
+
+
+def _warp(rng: np.random.Generator, picture: NDArray[np.uint8], scale: float, tilt: float = 15) -> FloatArray:
+    """Scales, shears and turns ink by up to ``tilt`` degrees; its opacity, cropped to where there is any."""
+    angle, shear = np.deg2rad(rng.uniform(-tilt, tilt)), rng.uniform(-0.2, 0.2)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    matrix = scale * turn @ np.array([[rng.uniform(0.85, 1.15), shear], [0, 1]])
+    reach = int(np.ceil(1.5 * scale * len(picture))) + 2
+    offset = reach / 2 - matrix.sum(1) * len(picture) / 2 + rng.uniform(-0.5, 0.5, 2)
+    ink = cv2.warpAffine(picture, np.column_stack([matrix, offset]), (reach, reach)).astype(np.float32) / 255
+    # Where ink starts and how soft its rim is: thick and thin pens, sharp and blunt ones.
+    alpha = np.clip((ink - rng.uniform(0.4, 0.55)) / rng.uniform(0.15, 0.35), 0, 1)
+    x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
+    return np.asarray(alpha[y : y + max(height, 1), x : x + max(width, 1)], dtype=np.float32)
+
+
+def _add_digit(rng: np.random.Generator, canvas: _Canvas, digits: Digits, object_size: tuple[float, float]) -> None:
+    index = int(rng.integers(len(digits.labels)))
+    alpha = _warp(rng, digits.pictures[index], np.exp(rng.uniform(*np.log(object_size))) / _SIDE)
+    if (alpha >= _INK).any():
+        any(canvas.place(rng, alpha, int(digits.labels[index])) for _ in range(8))
+
+
+def _add_clutter(rng: np.random.Generator, canvas: _Canvas, digits: Digits, object_size: tuple[float, float]) -> None:
+    """A fragment of a digit, a stroke, a rectangle or an ellipse; left out if it would hide a digit."""
+    kind = rng.choice(("fragment", "stroke", "rectangle", "ellipse"), p=(0.4, 0.3, 0.15, 0.15))
+    extent = np.exp(rng.uniform(*np.log(object_size)))
+    if kind == "fragment":
+        # Less than a quarter of a digit, and turned any way: a bend or a crossing, but nothing to read.
+        half = _SIDE * 7 // 16
+        x, y = rng.integers(0, _SIDE - half + 1, 2)
+        piece = digits.pictures[int(rng.integers(len(digits.labels))), y : y + half, x : x + half]
+        canvas.place(rng, _warp(rng, piece, extent / _SIDE, tilt=180))
+        return
+    side = max(int(extent * 0.7), 4)
+    mask = np.zeros((side, side), dtype=np.uint8)
+    thickness = int(rng.integers(1, 2 + side // 8))
+    if kind == "stroke":
+        points = rng.integers(0, side, (int(rng.integers(2, 4)), 1, 2)).astype(np.int32)
+        cv2.polylines(mask, [points], False, 255, thickness, cv2.LINE_AA)
+    elif kind == "rectangle":
+        x1, y1, x2, y2 = (int(v) for v in rng.integers(0, side, 4))
+        cv2.rectangle(mask, (x1, y1), (x2, y2), 255, -1 if rng.random() < 0.5 else thickness)
+    else:
+        axes = (int(rng.integers(1, max(side // 4, 2))), int(rng.integers(side // 4, side // 2)))
+        # Filled or an arc: a closed outline could be read as a zero.
+        arc, line = (360, -1) if rng.random() < 0.5 else (int(rng.integers(90, 200)), thickness)
+        cv2.ellipse(mask, (side // 2, side // 2), axes, float(rng.uniform(0, 360)), 0, arc, 255, line, cv2.LINE_AA)
+    canvas.place(rng, mask.astype(np.float32) * np.float32(rng.uniform(0.5, 1) / 255))
+
+
+def _write_detection(folder: Path, scenes: Iterable[tuple[str, Scene]]) -> dict[str, Any]:
+    """Writes one split's pictures into a folder and returns their COCO annotations."""
+    folder.mkdir()
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, (name, scene) in enumerate(scenes, 1):
+        _write_png(folder / name, scene.image[..., ::-1])
+        height, width = scene.image.shape[:2]
+        images.append(dict(id=image_id, file_name=name, width=width, height=height))
+        for (x1, y1, x2, y2), label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+            box = [x1, y1, x2 - x1, y2 - y1]
+            keys = dict(id=len(annotations) + 1, image_id=image_id, category_id=label + 1)
+            annotations.append(dict(keys, bbox=box, area=box[2] * box[3], iscrowd=0))
+    categories = [dict(id=label + 1, name=name) for label, name in enumerate(CLASSES)]
+    return dict(images=images, annotations=annotations, categories=categories)
+
+
+def _write_masks(images: Path, masks: Path, scenes: Iterable[tuple[str, Scene]]) -> None:
+    images.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for name, scene in scenes:
+        _write_png(images / name, scene.image[..., ::-1])
+        _write_png(masks / name, scene.semantic)
+
+
+def _write_png(path: Path, picture: NDArray[np.uint8]) -> None:
+    if not cv2.imwrite(str(path), picture):
+        raise OSError(f"could not write {path}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with written_whole(path) as part:
+        part.write_text(json.dumps(content))

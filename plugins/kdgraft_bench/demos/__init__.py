@@ -1,0 +1,1 @@
+"""The comparisons of each host: ``kdgraft demo``."""

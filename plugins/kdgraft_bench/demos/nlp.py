@@ -1,0 +1,367 @@
+"""``kdgraft demo nlp``: does distilling pay, on text that every machine has, and on a real set of your own?
+
+Two comparisons. Sentences of docstrings, whose library is to be guessed: a BERT teacher from scratch, a smaller student, plain and with
+the recipes for classifiers. The same text as a language model's: a small Llama teaches a smaller one, measured by perplexity. The
+same training set and schedule for every student; weights of terms were tuned on the validation split with other seeds; the tables
+are of the test split. ``--data DIR`` takes real sentences (``train.jsonl``, ``val.jsonl``) instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import datasets
+import torch
+import transformers
+from datasets import Dataset
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+
+from kdgraft.errors import DistillError
+from kdgraft.registry import expand_recipe
+from kdgraft_nlp import RECIPES, DistillTrainer
+from kdgraft_nlp.data import encode, read
+from kdgraft_nlp.run import build
+from kdgraft_nlp.tasks import AUTO_CLASSES, task_of
+
+from ..comparison import TWO_SPLITS, Comparison, Outcome, Training, run
+from ..data.docstrings import write_sentences
+from ..finished import code
+from ..pictures import Curves
+from ..results import Result
+
+DATA = dict(train=14_000, val=2100, test=4200)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerComparison(Comparison):
+    """A comparison of models that Hugging Face's Trainer trains as recipe files say.
+
+    Attributes:
+        recipe_task: the ``task`` of a recipe file.
+        told: its ``data`` entry, without the files.
+        rates: learning rates of the teacher and of the students.
+        vocabulary: entries of the tokenizer, which is trained on the training set.
+        batch_size: sequences a step.
+    """
+
+    costs: ClassVar[Mapping[str, int]] = {"parameters (k)": 0, "step (ms)": 1}
+    task: str = "nlp"
+    iterations: int = 1000
+    tested: str = "test split"
+    picture: str = "attention.png"
+    recipe_task: str
+    told: Mapping[str, Any]
+    rates: tuple[float, float]
+    vocabulary: int = 6000
+    batch_size: int = 32
+
+    @property
+    def columns(self) -> tuple[str, str | None]:
+        """The columns of texts and of labels."""
+        if self.recipe_task == "tokens":
+            return "tokens", "tags"
+        return "text", "label" if self.recipe_task == "classification" else None
+
+    def figures(self, found: Mapping[str, Any]) -> dict[str, float]:
+        return super().figures({**found, "eval_perplexity": math.exp(min(found["eval_loss"], 50.0))})
+
+    def sets(self, data: Path, split: str = "test") -> dict[str, Dataset]:
+        """Read the sets ``train``, ``eval`` and ``test``; words are joined where texts are wanted."""
+        names = dict(train="train", eval="val", test=split)
+        found = {name: read(str(data / f"{self.splits[part]}.jsonl")) for name, part in names.items()}
+        if self.recipe_task != "tokens" and all("tokens" in each.column_names for each in found.values()):
+            found = {name: each.map(lambda row: {"text": " ".join(row["tokens"])}) for name, each in found.items()}
+        return found
+
+    def config(self, training: Training) -> dict[str, Any]:
+        """Return the entries of the recipe file that a training would have."""
+        teaches, teacher, steps = training.method == "teacher", str(training.teacher.folder), training.iterations
+        return dict(
+            task=self.recipe_task,
+            data=dict(self.told),
+            tokenizer=dict(vocab_size=self.vocabulary) if teaches else teacher,
+            student=(self.teacher if teaches else self.student)[1],
+            output=str(training.folder),
+            training=dict(
+                max_steps=steps,
+                per_device_train_batch_size=self.batch_size,
+                per_device_eval_batch_size=128,
+                learning_rate=self.rates[0 if teaches else 1],
+                lr_scheduler_type="cosine",
+                warmup_steps=0.1,
+                weight_decay=0.01,
+                train_sampling_strategy="group_by_length",
+                logging_steps=max(steps // 30, 1),
+                eval_strategy="steps",
+                eval_steps=self.every(steps),
+                save_strategy="no",
+                disable_tqdm=True,
+                log_level="error",
+                use_cpu=training.device == "cpu",
+                seed=training.seed,
+            ),
+            **({"teacher": teacher, **self.recipes[training.method]} if training.method in self.recipes else {}),
+        )
+
+    def entered(self, device: str) -> AbstractContextManager[None]:
+        return quiet()
+
+    def settings(self, training: Training) -> dict[str, Any]:
+        moved = replace(training, data=Path("data"), root=Path("work"))
+        recipe = self.recipes.get(training.method, {}).get("recipe")
+        return dict(
+            config=self.config(moved),
+            teacher=self.config(moved.teacher) if training.method in self.recipes else self.vocabulary,
+            tested=self.splits[training.split],
+            terms=expand_recipe(recipe, RECIPES) if recipe is not None else None,
+            versions=[code("kdgraft", "kdgraft_nlp", "kdgraft_bench"), torch.__version__, transformers.__version__],
+        )
+
+    def weights(self, training: Training) -> Path:
+        return training.folder / "model.safetensors"
+
+    def train(self, training: Training) -> Outcome:
+        sets = self.sets(training.data, training.split)
+        with training.progress() as bar:
+            trainer = self._trainer(self.config(training), sets)
+            trainer.add_callback(_Watch(bar, self))
+            trainer.train()
+        trainer.save_model()
+        curves = self._curves(trainer.state.log_history)
+        tokenizer: Any = trainer.processing_class
+        names = [trainer.model.config.id2label[i] for i in range(trainer.model.config.num_labels)]
+        tested = encode(self.recipe_task, sets["test"], tokenizer, self.columns, names, self.told["length"])
+        metrics = self.figures(trainer.evaluate(tested))
+        own = [p for name, p in trainer.model.named_parameters() if not name.startswith("distiller.")]
+        metrics["parameters (k)"] = sum(p.numel() for p in own) / 1e3
+        return Outcome(training, metrics, trainer, curves)
+
+    def restore(self, training: Training) -> DistillTrainer:
+        """Build the Trainer of the saved student; what its terms have learned is not saved."""
+        saved = str(training.folder)
+        return self._trainer({**self.config(training), "student": saved, "tokenizer": saved}, self.sets(training.data))
+
+    def batch(self, run: DistillTrainer) -> Any:
+        return next(iter(run.get_train_dataloader()))  # on the device, as accelerate prepares it
+
+    def loss(self, run: DistillTrainer, batch: Any) -> Tensor:
+        return run.compute_loss(run.model, dict(batch))
+
+    def draw(self, outcomes: Sequence[Outcome], path: Path) -> None:
+        training = outcomes[0].training
+        texts = self.sets(training.data, training.split)["test"][self.columns[0]]
+        short = (text for text in texts if len(text if isinstance(text, list) else text.split()) <= 12)
+        draw_attention(outcomes, next(short, texts[0]), path)
+
+    def _trainer(self, config: Mapping[str, Any], sets: Mapping[str, Dataset]) -> DistillTrainer:
+        trainer = build(config, {split: sets[split] for split in ("train", "eval")})
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    def _curves(self, history: Sequence[Mapping[str, float]]) -> Curves:
+        """Return the host's loss, every term's figures and the validation score from what the Trainer logged."""
+        curves: Curves = {}
+        for entry in history:
+            step = int(entry["step"])
+            if "eval_loss" in entry:
+                curves.setdefault("validation", []).append((step, self.figures(entry)[self.metric]))
+            elif "loss" in entry:
+                curves.setdefault("task_loss", []).append((step, entry.get("task_loss", entry["loss"])))
+                for key, value in entry.items():
+                    if key.startswith("distill."):
+                        curves.setdefault(key, []).append((step, value))
+        return curves
+
+
+class _Watch(TrainerCallback):
+    """Moves the bar of progress as the Trainer goes."""
+
+    def __init__(self, bar: tqdm, comparison: TrainerComparison) -> None:
+        self.bar, self.comparison, self.shown = bar, comparison, dict[str, float]()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.shown["loss"] = logs["loss"]
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        self.shown[self.comparison.metric] = self.comparison.figures(metrics or {})[self.comparison.metric]
+
+
+def bert(width: int, layers: int) -> tuple[str, dict[str, Any]]:
+    """A BERT of four heads: its name and its config."""
+    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=4 * width)
+    return f"BERT {layers} × {width}", dict(model_type="bert", **sizes, max_position_embeddings=64)
+
+
+def llama(width: int, layers: int) -> tuple[str, dict[str, Any]]:
+    """A Llama of four heads: its name and its config."""
+    sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * width)
+    return f"Llama {layers} × {width}", dict(model_type="llama", **sizes, max_position_embeddings=64)
+
+
+_SOFT = dict(temperature=4.0)
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    # Temperature and weight of the soft targets were tuned on the validation sentences with seed 100; the rest is the papers'.
+    "tinybert": dict(recipe=dict(type="tinybert", logits=2.0, **_SOFT)),
+    "minilm": dict(recipe="minilm", terms=[dict(type="SoftTargets", weight=2.0, **_SOFT)]),
+    "minilmv2": dict(recipe="minilmv2", terms=[dict(type="SoftTargets", weight=2.0, **_SOFT)]),
+    "distilbert": dict(recipe=dict(type="distilbert", soft=2.0, **_SOFT)),
+    "pkd": dict(recipe=dict(type="pkd", soft=2.0, **_SOFT)),
+    "mobilebert": dict(recipe="mobilebert"),
+    # What tinybert is without attention, hidden states and embeddings.
+    "soft_targets": dict(terms=[dict(type="SoftTargets", weight=2.0, **_SOFT)]),
+}
+TAGGERS = {name: recipe for name, recipe in CLASSIFIERS.items() if name != "pkd"}
+"""Without what looks at a sentence's first token alone."""
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    "gkd": dict(recipe="gkd"),
+    # The paper's 5 : 1 : 2, the last being the host's loss.
+    "distilbert": dict(recipe=dict(type="distilbert", soft=2.5, cosine=0.5)),
+}
+DEFAULT = ("tinybert",)
+
+SENTENCES = TrainerComparison(
+    dataset="docstring sentences",
+    recipe_task="classification",
+    told=dict(length=48),
+    teacher=bert(128, 4),
+    student=bert(32, 2),
+    rates=(5e-4, 2e-3),
+    recipes=CLASSIFIERS,
+    default=DEFAULT,
+    scores={"accuracy": ("eval_accuracy", 3), "macro_f1": ("eval_macro_f1", 3)},
+)
+TAGS = replace(
+    SENTENCES,
+    recipe_task="tokens",
+    recipes=TAGGERS,
+    scores={"span_f1": ("eval_span_f1", 3), "accuracy": ("eval_accuracy", 3)},
+    folder="tags",
+)
+LANGUAGE = TrainerComparison(
+    dataset="docstring text",
+    recipe_task="causal",
+    told=dict(length=64),
+    teacher=llama(128, 4),
+    student=llama(32, 2),
+    rates=(2e-3, 4e-3),
+    recipes=LANGUAGE_MODELS,
+    default=("gkd", "distilbert"),
+    scores={"perplexity": ("eval_perplexity", 2)},
+    vocabulary=2000,
+    batch_size=8,
+    folder="language_model",
+)
+
+
+def draw_attention(outcomes: Sequence[Outcome], text: str | list[str], path: Path) -> None:
+    """Draw the last layer's attention maps on one sentence: a row a model, a column a head."""
+    found = []
+    for outcome in outcomes:
+        folder = str(outcome.training.folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        model = AUTO_CLASSES[task_of(outcome.run.model)].from_pretrained(folder, attn_implementation="eager").eval()
+        inputs = tokenizer(text, return_tensors="pt", is_split_into_words=isinstance(text, list))
+        with torch.no_grad():
+            maps = model(**inputs, output_attentions=True).attentions[-1][0]
+        found.append((outcome.method, tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]), maps.numpy()))
+    heads = max(len(maps) for _, _, maps in found)
+    shape = (2.3 * heads + 0.8, 2.3 * len(found) + 0.5)
+    figure = Figure(figsize=shape, layout="constrained")
+    axes = figure.subplots(len(found), heads, squeeze=False)
+    last = len(found) - 1
+    for place, (row, (method, tokens, maps)) in enumerate(zip(axes, found, strict=True)):
+        for head, axis in enumerate(row):
+            if head >= len(maps):
+                axis.set_axis_off()
+                continue
+            axis.imshow(maps[head], cmap="viridis", vmin=0, vmax=maps.max())
+            axis.set_xticks(
+                range(len(tokens)), tokens if place == last else [""] * len(tokens), rotation=90, fontsize=6
+            )
+            axis.set_yticks(range(len(tokens)), tokens if head == 0 else [""] * len(tokens), fontsize=6)
+            axis.set_title(f"{method}, head {head + 1}", fontsize=8)
+    figure.suptitle("attention of the last layer: a row is what a token looks at", fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def own_set(root: Path, fraction: float) -> list[TrainerComparison]:
+    """Return the comparisons on a real set: sentences with a ``label`` are classified, ``tokens`` with ``tags`` are tagged.
+
+    Args:
+        root: a folder with ``train.jsonl`` and ``val.jsonl``, lines of ``{"text": …, "label": …}``, or with ``tokens`` (a list of
+            words) in place of ``text``, and ``tags`` (one a word) in place of ``label`` or beside it.
+        fraction: the share of the training set to use.
+
+    Raises:
+        DistillError: a file or the columns are not there.
+    """
+    for name in ("train.jsonl", "val.jsonl"):
+        if not (root / name).is_file():
+            raise DistillError(f"--data {root}: no {name}; a set has train.jsonl and val.jsonl")
+    columns = set.intersection(*(set(read(str(root / f"{name}.jsonl")).column_names) for name in ("train", "val")))
+    words = "tokens" in columns
+    if not words and "text" not in columns:
+        raise DistillError(f"--data {root}: train.jsonl and val.jsonl need a column 'text', or 'tokens'")
+    found = [*([SENTENCES] if "label" in columns else []), *([TAGS] if words and "tags" in columns else [])]
+    if not found:
+        raise DistillError(f"--data {root}: train.jsonl and val.jsonl need a column 'label', or 'tokens' and 'tags'")
+    found[0] = replace(found[0], folder="")
+    return [
+        replace(
+            each,
+            dataset=f"{root.name}, tags" if each.recipe_task == "tokens" else root.name,
+            told=dict(each.told, fraction=fraction),
+            splits=TWO_SPLITS,
+            tested="val split",
+        )
+        for each in found
+    ]
+
+
+def main(
+    out: str | Path = "runs/demo/nlp", data: str | None = None, fraction: float = 1.0, **settings: Any
+) -> list[Result]:
+    """Train everything, print the tables and write the files to ``out``; for the rest see :func:`kdgraft_bench.comparison.run`.
+
+    Args:
+        out: where results go; those of later comparisons go to folders in it.
+        data: a real set's folder (see :func:`own_set`) instead of the docstrings.
+        fraction: the share of a real set's training sentences to use, drawn with the seed.
+    """
+    if data is None:
+        return run([SENTENCES, LANGUAGE], lambda folder: write_sentences(folder, DATA), out, **settings)
+    root = Path(data)
+    with quiet():
+        comparisons = own_set(root, fraction)
+    return run(comparisons, lambda _: root, out, **settings)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep back the library's bars and remarks while the body runs."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        datasets.enable_progress_bars()
+        if bars:
+            transformers.logging.enable_progress_bar()

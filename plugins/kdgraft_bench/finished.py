@@ -1,0 +1,88 @@
+"""Finished trainings on disk: a demo that was interrupted goes on where it stopped, and several processes can share its folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from kdgraft.files import written_whole
+
+RECORD = "finished.json"
+
+
+@dataclass
+class Finished:
+    """The record of a finished training, as it stands in ``finished.json`` beside its checkpoint.
+
+    Attributes:
+        settings: :func:`digest` of everything that it depends on.
+        metrics: name -> value on the tested split.
+        curves: name -> (iteration, value).
+    """
+
+    settings: str
+    metrics: dict[str, float]
+    curves: dict[str, list[tuple[int, float]]]
+
+    @classmethod
+    def read(cls, folder: Path, settings: str) -> Finished | None:
+        """The training in ``folder`` if it had these settings, else ``None``."""
+        try:
+            found = json.loads((folder / RECORD).read_text())
+        except (OSError, ValueError):
+            return None
+        if found.get("settings") != settings:
+            return None
+        curves = {
+            name: [(int(step), float(value)) for step, value in points] for name, points in found["curves"].items()
+        }
+        return cls(settings, found["metrics"], curves)
+
+    def write(self, folder: Path) -> None:
+        """Writes ``finished.json``, all of it or nothing."""
+        with written_whole(folder / RECORD) as part:
+            part.write_text(json.dumps(asdict(self), indent=1))
+
+
+def describe(folder: Path) -> dict[str, str]:
+    """Describe the files of a dataset: their sizes, and a hash of the contents of those in JSON."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        if path.suffix in (".json", ".jsonl")
+        else str(path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def code(*packages: str) -> str:
+    """A hash of what the modules of these packages say, so that a loss that was changed is trained with anew."""
+    found = hashlib.sha256()
+    for package in packages:
+        (root,) = import_module(package).__path__
+        for path in sorted(Path(root).rglob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Holds the lock ``path``; waits for another process that holds it, and says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{what}: another process is at it; waiting for its result", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

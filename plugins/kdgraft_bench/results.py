@@ -1,0 +1,84 @@
+"""Result files and what is computed from them, the same for every task."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from kdgraft.errors import DistillError
+
+LOWER_IS_BETTER = frozenset({"perplexity"})
+"""Metrics that fall as a model gets better."""
+
+
+class Result(NamedTuple):
+    """One figure of one trained model; a row of ``results.csv``."""
+
+    task: str
+    dataset: str
+    model: str
+    method: str
+    seed: int
+    metric: str
+    value: float
+
+
+def write_results(results: Iterable[Result], path: str | Path) -> Path:
+    """Writes ``results.csv`` with the columns ``task,dataset,model,method,seed,metric,value``."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(list(results), columns=list(Result._fields)).to_csv(path, index=False)
+    return path
+
+
+def read_results(path: str | Path) -> list[Result]:
+    """Reads :func:`write_results`'s file."""
+    frame = pd.read_csv(path)
+    if list(frame.columns) != list(Result._fields):
+        raise DistillError(f"{path} has columns {list(frame.columns)}, not {list(Result._fields)}")
+    return [Result(*row) for row in frame.itertuples(index=False)]
+
+
+def mean_sd(values: Sequence[float], digits: int = 3) -> str:
+    """``"0.512 ± 0.004"`` (sample standard deviation); one value alone has no ±."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "–"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
+    """Share of the gap from plain student to teacher that a method closes, from the means over seeds.
+
+    NaN where there is none: where the teacher is no better than the plain student.
+    """
+
+    def mean(of: str) -> float:
+        return statistics.mean(r.value for r in results if r.method == of and r.metric == metric)
+
+    plain, teacher = mean("plain"), mean("teacher")
+    gap = plain - teacher if metric in LOWER_IS_BETTER else teacher - plain
+    return (mean(method) - plain) / (teacher - plain) if gap > 0 else math.nan
+
+
+def summary(results: Sequence[Result], metrics: Mapping[str, int]) -> list[dict[str, str]]:
+    """A row a method: mean ± sd over seeds of each metric (name -> digits)."""
+    rows = []
+    for method in dict.fromkeys(r.method for r in results):
+        mine = [r for r in results if r.method == method]
+        row = {"method": method, "model": mine[0].model}
+        for metric, digits in metrics.items():
+            row[metric] = mean_sd([r.value for r in mine if r.metric == metric], digits)
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    head = list(rows[0])
+    lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+    return "\n".join(lines + ["| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows])

@@ -1,0 +1,38 @@
+"""The benchmark times real steps of a real pair and of mmdet's own LD; here a small one."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from mmengine.config import Config
+from mmengine.registry import DefaultScope
+
+from kdgraft.errors import DistillError
+from kdgraft_bench.costs import det as costs
+from kdgraft_bench.mmdet_ld import mmdet_ld
+from support.det import STRIDES, detector
+
+
+def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, capsys):
+    student = mmdet_ld(detector(classes=80), "teacher.py", "teacher.pth")
+    for name, model in (("STUDENT", student), ("TEACHER", detector(classes=80, width=8, channels=16))):
+        path = tmp_path / f"{name}.py"
+        Config(dict(model=model)).dump(path)
+        monkeypatch.setattr(costs, name, str(path))
+    monkeypatch.setattr(costs, "SIZE", {"cpu": 2 * max(STRIDES)})
+    with DefaultScope.overwrite_default_scope("mmengine"):
+        rows = costs.main(pairs=2, out=str(tmp_path / "out"))
+        assert DefaultScope.get_current_instance().scope_name == "mmengine"
+    assert [row["step"] for row in rows] == ["plain", "teacher forward", "mmdet LD", *costs.RECIPES]
+    assert set(costs.PAPERS) < set(costs.RECIPES)
+    written = (tmp_path / "out" / "bench_cpu.md").read_text()
+    assert all(row["ms"] in written for row in rows)
+    assert all(0.2 < float(row["/ mmdet LD"].split()[0]) < 10 for row in rows[2:])
+    assert "plain + taps" in capsys.readouterr().out
+    assert logging.getLogger("kdgraft").isEnabledFor(logging.WARNING)
+
+
+def test_bench_refuses_an_unknown_device():
+    with pytest.raises(DistillError, match="device must be"):
+        costs.main(device="tpu")
