@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -17,11 +17,9 @@ from .batch import Batch
 from .errors import DistillError, WiringError
 from .sources import EnsembleRecording, combined
 from .taps import Recording, Tap
+from .wiring import Wiring
 
 Taps = str | Sequence[str]
-
-if TYPE_CHECKING:
-    from .terms import Wiring
 
 
 @dataclass
