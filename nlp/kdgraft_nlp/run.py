@@ -23,6 +23,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,30 @@ def train_recipe(
             return trainer, {}
         found = trainer.evaluate()
         trainer.save_metrics("eval", found)
-        return trainer, {key.removeprefix("eval_"): value for key, value in found.items() if _shown(key)}
+        return trainer, _shown(found)
+
+
+def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ()) -> dict[str, float]:
+    """Evaluates a saved student on the ``eval`` set of a recipe.
+
+    Args:
+        path: the recipe file; its student, teachers and terms do not count.
+        student: the folder that ``save_pretrained`` wrote, or a checkpoint's.
+        options: overrides of the recipe's entries, ``a.b=value``.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        DistillError: a mistake in the recipe, no such folder, or no ``eval`` set.
+    """
+    config = {**load(path, options), "student": str(student)}
+    config["tokenizer"] = tokenizer_folder(config) or config.get("tokenizer")
+    config |= dict.fromkeys(("teacher", "teachers", "recipe", "terms"))
+    if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
+        raise DistillError(f"{path} has no data.eval to evaluate the student on")
+    with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
+        return _shown(build({**config, "output": scratch}).evaluate())
 
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
@@ -282,5 +306,7 @@ def _outputs(found: Any) -> Any:
     return found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
 
 
-def _shown(key: str) -> bool:
-    return not any(word in key for word in ("runtime", "per_second", "epoch", "model_preparation"))
+def _shown(found: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation without its times."""
+    others = ("runtime", "per_second", "epoch", "model_preparation")
+    return {key.removeprefix("eval_"): value for key, value in found.items() if not any(word in key for word in others)}

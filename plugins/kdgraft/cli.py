@@ -1,4 +1,4 @@
-"""The command line: ``kdgraft train | check | export | list | plan | demo | bench``.
+"""The command line: ``kdgraft train | check | test | export | list | plan | demo | bench``.
 
 A user's mistake ends with one line on stderr and exit code 2.
 """
@@ -14,6 +14,7 @@ from pprint import pformat
 from typing import Any
 
 from . import __version__
+from .distributed import rank
 from .errors import DistillError, check_number, nearest
 from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
@@ -63,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(check)
     _add_trusted(check)
     check.set_defaults(run=_check)
+
+    test = commands.add_parser("test", help="evaluate a checkpoint of a plain or distilled student")
+    test.add_argument("config")
+    test.add_argument("checkpoint", help="a checkpoint's file, or the folder that a recipe's training saved")
+    _add_options(test)
+    _add_trusted(test)
+    test.set_defaults(run=_test)
 
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
@@ -145,6 +153,15 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     host_of(arguments.config).make_trainer().check(arguments.config, arguments.cfg_options, trusted=arguments.trusted)
+
+
+def _test(arguments: argparse.Namespace) -> None:
+    check_launch()
+    trainer = host_of(arguments.config).make_trainer()
+    found = trainer.test(arguments.config, arguments.checkpoint, arguments.cfg_options, trusted=arguments.trusted)
+    if rank() == 0:
+        for name, value in found.items():
+            print(f"{name:<{max(map(len, found))}}  {value:.4f}")
 
 
 def _plan(arguments: argparse.Namespace) -> None:

@@ -114,6 +114,11 @@ class HostTrainer(Protocol):
     def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> Any:
         """Builds everything and runs one step: ``kdgraft check``."""
 
+    def test(
+        self, config: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False
+    ) -> Mapping[str, float]:
+        """Evaluates a checkpoint of the plain or distilled student; its metrics: ``kdgraft test``."""
+
     def export(
         self,
         checkpoint: str | Path,

@@ -79,14 +79,9 @@ def check_terms(model: Mapping[str, Any], terms: Registry, recipes: Registry) ->
     refuse(mistakes)
 
 
-def missing_data(config: Config) -> list[str]:
-    """The files and folders of the training and validation sets that are not on this machine."""
-    found = [
-        f"{loader}: {path}"
-        for loader in ("train_dataloader", "val_dataloader")
-        for path in _data_files(config.get(loader))
-        if not path.exists()
-    ]
+def missing_data(config: Config, loaders: Sequence[str] = ("train_dataloader", "val_dataloader")) -> list[str]:
+    """The files and folders of the data sets (by default of training and validation) that are not on this machine."""
+    found = [f"{loader}: {path}" for loader in loaders for path in _data_files(config.get(loader)) if not path.exists()]
     return list(dict.fromkeys(found))
 
 

@@ -131,6 +131,24 @@ def test_a_masked_model_and_resume(data, tmp_path):
     assert first == {p.name: p.read_bytes() for p in (tmp_path / "out").glob("model.safetensors")}
 
 
+def test_a_saved_student_is_evaluated(data, tmp_path, capsys):
+    recipe, options = str(RECIPES / "classification.yaml"), ["--cfg-options", *data, *SMALL]
+    out = teacher("classification.yaml", data, tmp_path / "out", "training.save_strategy=epoch")
+    expected = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    for folder in (out, str(checkpoint)):
+        capsys.readouterr()
+        assert main(["test", recipe, folder, *options, "teacher=nowhere"]) == 0  # no teacher has to be there
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        found = {row[0]: float(row[1]) for row in rows if len(row) == 2}
+        assert found.keys() == {"loss", "accuracy", "macro_f1"}
+        assert all(value == pytest.approx(expected[f"eval_{name}"], abs=5e-5) for name, value in found.items())
+    fails(capsys, ["test", recipe, "nowhere", *options], "no student at nowhere")
+    fails(capsys, ["test", "nowhere.yaml", out], "recipe file not found: nowhere.yaml")
+    fails(capsys, ["test", recipe, out, *options, "data.eval=null"], "has no data.eval to evaluate the student on")
+    fails(capsys, ["test", recipe, out, "--trusted", *options], "--trusted is for configs of MMDetection")
+
+
 def test_toml_csv_and_a_saved_dataset(data, tmp_path):
     import tomllib  # noqa: F401
     from datasets import load_dataset
