@@ -1,6 +1,7 @@
 """What the plugins of this distribution tell the command line, apart from them so that reading it imports no framework."""
 
 from kdgraft.hosts import Host
+from kdgraft.registry import RECIPES, TERMS, Registry
 
 DET = Host(
     "det",
@@ -12,6 +13,14 @@ DET = Host(
     demo="kdgraft_det.demo",
     bench="kdgraft_det.bench",
     data="COCO's json",
+    terms=Registry(
+        "term",
+        "kdgraft.det.terms",
+        parent=TERMS,
+        refused={"LogitMatching": "dense class outputs need valid anchors and an order of classes: use SoftTargets"},
+        home="kdgraft_det:TERMS",
+    ),
+    recipes=Registry("recipe", "kdgraft.det.recipes", parent=RECIPES, home="kdgraft_det:RECIPES"),
 )
 SEG = Host(
     "seg",
@@ -23,6 +32,17 @@ SEG = Host(
     demo="kdgraft_seg.demo",
     bench="kdgraft_seg.bench",
     data="mmseg's layout",
+    terms=Registry(
+        "term",
+        "kdgraft.seg.terms",
+        parent=TERMS,
+        refused=dict.fromkeys(
+            ("SoftTargets", "LogitMatching"),
+            "ignored pixels, padding and the order of classes need care here: use PixelSoftTargets",
+        ),
+        home="kdgraft_seg:TERMS",
+    ),
+    recipes=Registry("recipe", "kdgraft.seg.recipes", parent=RECIPES, home="kdgraft_seg:RECIPES"),
 )
 NLP = Host(
     "nlp",
@@ -33,5 +53,25 @@ NLP = Host(
     demo="kdgraft_nlp.demo",
     bench="kdgraft_nlp.bench",
     data="jsonl",
+    terms=Registry(
+        "term",
+        "kdgraft.nlp.terms",
+        parent=TERMS,
+        refused={
+            "ChannelWise": "it compares maps (B, C, H, W); use HiddenStates",
+            "MaskedGeneration": "it generates maps (B, C, H, W); use HiddenStates",
+            "LogitMatching": "use SoftTargets with a high temperature",
+        },
+        home="kdgraft_nlp:TERMS",
+    ),
+    recipes=Registry("recipe", "kdgraft.nlp.recipes", parent=RECIPES, home="kdgraft_nlp:RECIPES"),
 )
-TORCH = Host("torch", package="kdgraft", framework="torch", trainer="kdgraft.plain:TRAINER", suffixes=(".py",))
+TORCH = Host(
+    "torch",
+    package="kdgraft",
+    framework="torch",
+    trainer="kdgraft.plain:TRAINER",
+    suffixes=(".py",),
+    terms=TERMS,
+    recipes=RECIPES,
+)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +13,7 @@ from mmengine.config import Config
 
 from kdgraft.errors import DistillError, nearest
 from kdgraft.isolation import isolated_rng
+from kdgraft.listing import written
 from kdgraft.registry import RECIPES, TERMS, Registry, expand_recipe
 from kdgraft.taps import Tap
 
@@ -96,16 +95,6 @@ def _known(config: Config, plugin: str, kind: Kind) -> list[str] | None:
     group = f"kdgraft.{plugin.removeprefix('kdgraft_')}.{kind.lower()}"
     points = (point.name for point in entry_points(group=group))
     return list(dict.fromkeys((*_CORE[kind], *written(plugin, kind), *points)))
-
-
-def written(plugin: str, kind: Kind) -> list[str]:
-    """The names that a package's own files register, read without importing its host framework."""
-    spec = find_spec(plugin)
-    if spec is None or spec.origin is None:
-        return []
-    pattern = re.compile(rf'^@{kind}\.register(?:\("(\w+)"\))?\n(?:@.*\n)*(?:class|def) (\w+)', re.MULTILINE)
-    files = sorted(Path(spec.origin).parent.rglob("*.py"))
-    return [name or target for file in files for name, target in pattern.findall(file.read_text(encoding="utf-8"))]
 
 
 def _of_term(spec: Any, known: list[str] | None) -> Iterator[str]:

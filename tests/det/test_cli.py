@@ -26,7 +26,7 @@ from det_support import (
 )
 from det_zoo import zoo
 from kdgraft.cli import main
-from kdgraft_mm.outline import written
+from kdgraft.listing import written
 
 ROOT = Path(__file__).parents[2]
 
