@@ -45,6 +45,7 @@ from kdgraft.errors import DistillError
 from kdgraft.files import held
 from kdgraft.launching import waiting
 from kdgraft.registry import call
+from kdgraft.telling import said_aloud
 
 from .checkpoints import newest_first
 from .collator import DistillCollator
@@ -102,7 +103,8 @@ def train(
         if not any(folder.is_dir() for folder in first):
             said = f"{resume} is no checkpoint's folder" if first else f"there is no checkpoint in {config['output']}"
             raise DistillError(f"nothing to resume: {said}")
-    trainer, metrics = train_recipe(config, resume, partial)
+    with said_aloud():
+        trainer, metrics = train_recipe(config, resume, partial)
     if metrics:
         print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(f"student in {config['output']}")

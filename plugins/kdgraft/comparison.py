@@ -137,7 +137,8 @@ def draw_curves(runs: Sequence[Outcome], metric: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    watched = [key for run in runs for key in run.curves if key.startswith("distill.") and "loss" not in key]
+    apart = (".loss", ".raw", ".weight")  # a critic's figures are the others
+    watched = [key for run in runs for key in run.curves if key.startswith("distill.") and not key.endswith(apart)]
     figure, axes = plt.subplots(1, 4 if watched else 3, figsize=(17 if watched else 13, 3.8))
     left, middle, right, *rest = axes
     for axis in (left, middle) if len(runs) > 10 else ():
@@ -151,7 +152,7 @@ def draw_curves(runs: Sequence[Outcome], metric: str, path: Path) -> None:
         if "validation" in run.curves:
             middle.plot(*zip(*run.curves["validation"], strict=True), marker=".", label=run.method)
         for key, points in run.curves.items():
-            if key.startswith("distill."):
+            if key.startswith("distill.") and not key.endswith(apart[1:]):
                 label = f"{run.method}: {key.removeprefix('distill.').removesuffix('.loss')}"
                 axis = right if key.endswith(".loss") else rest[0]
                 axis.plot(*zip(*points, strict=True), label=label)
