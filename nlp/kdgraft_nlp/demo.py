@@ -30,7 +30,7 @@ from kdgraft.errors import DistillError
 from kdgraft.report import Result
 
 from .data import encode, read_data
-from .run import build
+from .run import build, with_perplexity
 from .tasks import AUTO_CLASSES, task_of
 from .text import write_sentences
 from .trainer import DistillTrainer
@@ -87,7 +87,7 @@ class Part:
 
     def figures(self, found: Mapping[str, float]) -> dict[str, float]:
         """The metrics among what the Trainer's evaluation gave."""
-        known = {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 50.0))}
+        known = with_perplexity({"task": self.task}, found)
         return {metric: known[f"eval_{metric}"] for metric in self.digits}
 
 

@@ -23,6 +23,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -133,9 +134,25 @@ def train_recipe(
         trainer.save_model()
         if trainer.eval_dataset is None:
             return trainer, {}
-        found = trainer.evaluate()
+        found = with_perplexity(config, _last_evaluation(trainer) or trainer.evaluate())
         trainer.save_metrics("eval", found)
         return trainer, _shown(found)
+
+
+def _last_evaluation(trainer: DistillTrainer) -> dict[str, float] | None:
+    """The evaluation that the training ended with, where it is one of the model that was saved."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    step = trainer.state.global_step
+    entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return {key: value for key, value in entries[-1].items() if key != "step"} if entries else None
+
+
+def with_perplexity(config: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
+    """An evaluation's metrics, of a language model with ``eval_perplexity``: e to the loss of a token."""
+    if config["task"] not in ("causal", "masked"):
+        return dict(found)
+    return {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 50.0))}
 
 
 def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ()) -> dict[str, float]:
@@ -158,7 +175,7 @@ def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ())
     if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
         raise DistillError(f"{path} has no data.eval to evaluate the student on")
     with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
-        return _shown(build({**config, "output": scratch}).evaluate())
+        return _shown(with_perplexity(config, build({**config, "output": scratch}).evaluate()))
 
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
