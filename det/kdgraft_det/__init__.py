@@ -9,6 +9,7 @@ from .cross_head import CrossHead  # noqa: E402
 from .dense_heads import HEADS, DenseHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
+from .reader import DetReader as READER  # noqa: E402, N814
 from .recipes import (  # noqa: E402
     chen2017,
     combined,
@@ -24,6 +25,7 @@ from .registry import RECIPES, TERMS  # noqa: E402
 
 __all__ = [
     "HEADS",
+    "READER",
     "RECIPES",
     "TERMS",
     "BoundedRegression",

@@ -1,8 +1,5 @@
 """Detection's own terms and recipes, on top of the core's."""
 
-from kdgraft.registry import RECIPES as CORE_RECIPES
-from kdgraft.registry import TERMS as CORE_TERMS
-from kdgraft.registry import Registry
+from kdgraft_hosts import DET
 
-TERMS = Registry("term", "kdgraft.det.terms", parent=CORE_TERMS)
-RECIPES = Registry("recipe", "kdgraft.det.recipes", parent=CORE_RECIPES)
+TERMS, RECIPES = DET.registries()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kdgraft_nlp.run import build
+from kdgraft_nlp.run import build, with_perplexity
 
 
 def main(
@@ -27,7 +27,7 @@ def main(
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
     data = dict(train=told.train, eval=told.eval, length=64)
-    more = dict(seed=told.seed, save_strategy="no", eval_strategy="epoch", disable_tqdm=True)
+    more = dict(seed=told.seed, save_strategy="no", disable_tqdm=True)
     if told.epochs is not None:
         more["num_train_epochs"] = told.epochs
 
@@ -36,11 +36,11 @@ def main(
         trainer = build(dict(task=task, data=data, student=model, training={**how, **more}, output=folder, **settings))
         trainer.train()
         trainer.save_model()
-        found = trainer.evaluate()
+        found = with_perplexity({"task": task}, trainer.evaluate())
         wanted = {
             k.removeprefix("eval_"): round(v, 4)
             for k, v in found.items()
-            if k.split("_")[-1] in ("loss", "accuracy", "f1")
+            if k.split("_")[-1] in ("loss", "accuracy", "f1", "perplexity")
         }
         print(f"{name}: {wanted}")
         return folder

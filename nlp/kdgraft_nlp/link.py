@@ -53,8 +53,8 @@ class Asked:
     def keep(self, step: StepInProgress, losses: Mapping[str, Tensor], peers: Mapping[str, Tensor]) -> None:
         """Takes in what came of a pass."""
         self.passes += 1
-        for key, value in losses.items():
-            adds_up = key in self.losses and key.endswith(".loss")
+        for key, value in {**losses, **step.figures}.items():
+            adds_up = key in self.losses and key.endswith((".loss", ".raw"))
             self.losses[key] = self.losses[key] + value if adds_up else value
         for name, value in peers.items():
             self.peers[name] = self.peers[name] + value if name in self.peers else value

@@ -42,6 +42,13 @@ class RecipeTrainer:
         _refuse_trust(trusted)
         run.check(config, options)
 
+    def test(
+        self, config: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False
+    ) -> Mapping[str, float]:
+        """Evaluates a saved student; see :func:`kdgraft_nlp.run.evaluate`."""
+        _refuse_trust(trusted)
+        return run.evaluate(config, checkpoint, options)
+
     def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
         """Refused: a saved student is a plain student already."""
         raise DistillError(

@@ -23,6 +23,8 @@
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from kdgraft.errors import DistillError
 from kdgraft.files import held
 from kdgraft.launching import waiting
 from kdgraft.registry import call
+from kdgraft.telling import said_aloud
 
 from .checkpoints import newest_first
 from .collator import DistillCollator
@@ -101,7 +104,8 @@ def train(
         if not any(folder.is_dir() for folder in first):
             said = f"{resume} is no checkpoint's folder" if first else f"there is no checkpoint in {config['output']}"
             raise DistillError(f"nothing to resume: {said}")
-    trainer, metrics = train_recipe(config, resume, partial)
+    with said_aloud():
+        trainer, metrics = train_recipe(config, resume, partial)
     if metrics:
         print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
     print(f"student in {config['output']}")
@@ -130,9 +134,48 @@ def train_recipe(
         trainer.save_model()
         if trainer.eval_dataset is None:
             return trainer, {}
-        found = trainer.evaluate()
+        found = with_perplexity(config, _last_evaluation(trainer) or trainer.evaluate())
         trainer.save_metrics("eval", found)
-        return trainer, {key.removeprefix("eval_"): value for key, value in found.items() if _shown(key)}
+        return trainer, _shown(found)
+
+
+def _last_evaluation(trainer: DistillTrainer) -> dict[str, float] | None:
+    """The evaluation that the training ended with, where it is one of the model that was saved."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    step = trainer.state.global_step
+    entries = [entry for entry in trainer.state.log_history if "eval_loss" in entry and entry["step"] == step]
+    return {key: value for key, value in entries[-1].items() if key != "step"} if entries else None
+
+
+def with_perplexity(config: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
+    """An evaluation's metrics, of a language model with ``eval_perplexity``: e to the loss of a token."""
+    if config["task"] not in ("causal", "masked"):
+        return dict(found)
+    return {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 50.0))}
+
+
+def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ()) -> dict[str, float]:
+    """Evaluates a saved student on the ``eval`` set of a recipe.
+
+    Args:
+        path: the recipe file; its student, teachers and terms do not count.
+        student: the folder that ``save_pretrained`` wrote, or a checkpoint's.
+        options: overrides of the recipe's entries, ``a.b=value``.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        DistillError: a mistake in the recipe, no such folder, or no ``eval`` set.
+    """
+    config = {**load(path, options), "student": str(student)}
+    config["tokenizer"] = tokenizer_folder(config) or config.get("tokenizer")
+    config |= dict.fromkeys(("teacher", "teachers", "recipe", "terms"))
+    if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
+        raise DistillError(f"{path} has no data.eval to evaluate the student on")
+    with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
+        return _shown(with_perplexity(config, build({**config, "output": scratch}).evaluate()))
 
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
@@ -282,5 +325,7 @@ def _outputs(found: Any) -> Any:
     return found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
 
 
-def _shown(key: str) -> bool:
-    return not any(word in key for word in ("runtime", "per_second", "epoch", "model_preparation"))
+def _shown(found: Mapping[str, float]) -> dict[str, float]:
+    """The metrics of an evaluation without its times."""
+    others = ("runtime", "per_second", "epoch", "model_preparation")
+    return {key.removeprefix("eval_"): value for key, value in found.items() if not any(word in key for word in others)}

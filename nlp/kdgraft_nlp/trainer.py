@@ -23,6 +23,7 @@ from kdgraft.isolation import eval_mode
 from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
 from kdgraft.sources.teacher import read_checkpoint
+from kdgraft.telling import announced
 
 from .checkpoints import STATE_FILE, to_resume, write_checksums
 from .collator import PREFIX, DistillCollator
@@ -31,6 +32,9 @@ from .registry import RECIPES
 from .student import graft, undistill
 
 logger = logging.getLogger("kdgraft")
+
+LATEST = (".dropped", ".weight")
+"""Endings of figures of which the log has the latest, and not the mean over steps."""
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -68,12 +72,13 @@ class Distilling(_Host):
             raise DistillError("host_weight belongs to a distillation; give it terms or a recipe")
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
         facts = _vocabularies(self, [teacher] if teachers is None else others)
+        self._recipe = recipe
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
         self._settings["chunk"] = _chunk_size(self, chunked)
         self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._totals: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
-        self._logged_steps = 0
+        self._logged_in: dict[str, set[int]] = {}
         self._last_step = 0
         self._host_checked = self._told_of_labels = False
         self._host_weight = float(host_weight)
@@ -132,9 +137,8 @@ class Distilling(_Host):
             return [], None
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.state.global_step < self._last_step:  # another run of the same trainer
-            self._logged, self._logged_steps = {}, 0
+            self._logged, self._logged_in = {}, {}
         self._last_step = self.state.global_step
-        self._logged_steps += 1
         self._totals = {}
         if self.distiller is not None and found[0]:
             self._totals = self._count(found[0], device)
@@ -248,18 +252,21 @@ class Distilling(_Host):
     def _keep(self, losses: Mapping[str, Tensor], host: Tensor, parts: int) -> None:
         for key, value in {**losses, "task_loss": host / parts}.items():
             value = value.detach().float()
-            last = key.endswith(".dropped")
+            last = key.endswith(LATEST)
             self._logged[key] = value if last or key not in self._logged else self._logged[key] + value
+            self._logged_in.setdefault(key, set()).add(self.state.global_step)
 
     def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
+        """Adds the figures of the steps since the last log: their means, of counts and weights the latest."""
         if "loss" in logs and self._logged:
-            steps = max(self._logged_steps, 1)
-            names = sorted(self._logged)
+            weights = {name: value.item() for name, value in self._logged.items() if name.endswith(".weight")}
+            names = sorted(self._logged.keys() - weights.keys())
             device = next(self.model.parameters()).device
             total = sum_over_ranks(torch.stack([self._logged[name] for name in names]).float().to(device))
             for name, value in zip(names, (total / world_size()).tolist(), strict=True):
-                logs[name] = value if name.endswith(".dropped") else value / steps
-            self._logged, self._logged_steps = {}, 0
+                logs[name] = value if name.endswith(LATEST) else value / len(self._logged_in[name])
+            logs.update(weights)
+            self._logged, self._logged_in = {}, {}
         super().log(logs, *args, **settings)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
@@ -308,6 +315,8 @@ class Distilling(_Host):
                 self.is_world_process_zero(),
             )
             self._anew, resume_from_checkpoint = frozenset(found), folder
+        if self.distiller is not None and self.is_world_process_zero():
+            logger.info(announced(self.distiller, self.model, self._recipe))
         try:
             return super().train(resume_from_checkpoint, *args, **settings)
         finally:

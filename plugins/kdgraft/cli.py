@@ -1,4 +1,4 @@
-"""The command line: ``kdgraft train | check | export | list | plan | demo | bench``.
+"""The command line: ``kdgraft train | check | test | export | list | plan | demo | bench``.
 
 A user's mistake ends with one line on stderr and exit code 2.
 """
@@ -17,9 +17,9 @@ from . import __version__
 from .errors import DistillError, check_number, nearest
 from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
+from .listing import explained
 from .plans import carry_out, read_plan
-from .registry import LOSSES, REGIONS, SCHEDULES, Registry
-from .sources import SOURCES
+from .registry import LOSSES, REGIONS, SCHEDULES, SOURCES, Registry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_trusted(check)
     check.set_defaults(run=_check)
 
+    test = commands.add_parser("test", help="evaluate a checkpoint of a plain or distilled student")
+    test.add_argument("config")
+    test.add_argument("checkpoint", help="a checkpoint's file, or the folder that a recipe's training saved")
+    _add_options(test)
+    _add_trusted(test)
+    test.set_defaults(run=_test)
+
     export = commands.add_parser("export", help="write the plain student: weights and config")
     export.add_argument("checkpoint")
     export.add_argument("out", help="the file of weights, student.pth; its config is written beside it, as student.py")
@@ -74,9 +81,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_trusted(export)
     export.set_defaults(run=_export)
 
-    listing = commands.add_parser("list", help="terms, losses, regions, sources, recipes …; or one recipe's terms")
-    listing.add_argument("recipe", nargs="?")
-    listing.set_defaults(run=lambda a: _show_recipe(a.recipe) if a.recipe else _list())
+    listing = commands.add_parser("list", help="terms, losses, regions, sources, recipes …; or all about one of them")
+    listing.add_argument("name", nargs="?", help="a term, a recipe …: its arguments, defaults and paper")
+    listing.set_defaults(run=lambda a: _show(a.name) if a.name else _list())
 
     plan = commands.add_parser(
         "plan", help="make the runs of a plan: teacher, assistant, student; what is finished stays"
@@ -147,6 +154,17 @@ def _check(arguments: argparse.Namespace) -> None:
     host_of(arguments.config).make_trainer().check(arguments.config, arguments.cfg_options, trusted=arguments.trusted)
 
 
+def _test(arguments: argparse.Namespace) -> None:
+    check_launch()
+    trainer = host_of(arguments.config).make_trainer()
+    found = trainer.test(arguments.config, arguments.checkpoint, arguments.cfg_options, trusted=arguments.trusted)
+    from .distributed import rank  # here, as the command line starts without torch
+
+    if rank() == 0:
+        for name, value in found.items():
+            print(f"{name:<{max(map(len, found))}}  {value:.4f}")
+
+
 def _plan(arguments: argparse.Namespace) -> None:
     carry_out(read_plan(arguments.plan), dry_run=arguments.dry_run)
 
@@ -166,46 +184,55 @@ def _export(arguments: argparse.Namespace) -> None:
     print(f"wrote {written[0]} and {written[1]}")
 
 
-def _list() -> None:
-    groups: list[tuple[str, Registry]] = [
-        ("losses", LOSSES),
-        ("regions", REGIONS),
-        ("schedules", SCHEDULES),
-        ("sources", SOURCES),
-    ]
+def _groups() -> tuple[list[tuple[str, Registry]], list[tuple[str, MissingHost]]]:
+    """All registries by title; and the hosts that are not installed."""
+    own = ("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES), ("sources", SOURCES)
+    groups: list[tuple[str, Registry]] = list(own)
+    missing: list[tuple[str, MissingHost]] = []
     for name, host in hosts().items():
         try:
-            found = host.plugin()
+            terms, recipes = host.registries()
         except MissingHost as error:
-            print(f"{name}: {error}\n")
+            missing.append((name, error))
             continue
-        groups += [(f"{name} terms", found.TERMS), (f"{name} recipes", found.RECIPES)]
-    width = max(len(name) for _, registry in groups for name in registry)
-    for title, registry in groups:
+        groups += [(f"{name} terms", terms), (f"{name} recipes", recipes)]
+    return groups, missing
+
+
+def _list() -> None:
+    groups, missing = _groups()
+    for name, error in missing:
+        print(f"{name}: {error}\n")
+    found = {title: registry.describe() for title, registry in groups}
+    width = max(len(name) for lines in found.values() for name in lines)
+    for title, lines in found.items():
         print(title)
-        for name, line in registry.describe().items():
+        for name, line in lines.items():
             print(f"  {name:<{width}}  {line}")
         print()
 
 
-def _show_recipe(name: str) -> None:
-    registries: dict[str, Registry] = {}
-    missing: list[MissingHost] = []
-    for task, host in hosts().items():
-        try:
-            registries[task] = host.plugin().RECIPES
-        except MissingHost as error:
-            missing.append(error)
-    found = [(task, registry) for task, registry in registries.items() if name in registry]
-    if not found:
-        known = dict.fromkeys(recipe for registry in registries.values() for recipe in registry)
-        if missing and not known:
-            raise missing[0]
-        raise DistillError(f"no recipe is called {name!r}{nearest(name, known)}")
-    for task, registry in found:
-        print(
-            f"# {task}: {registry.describe()[name]}\nterms = {pformat(registry.get(name)(), sort_dicts=False, width=100)}"
-        )
+def _show(name: str) -> None:
+    """Prints everything of this name: of a recipe what can be pasted into a config, of others their documentation."""
+    groups, missing = _groups()
+    titles: dict[int, list[str]] = {}
+    holders = {title: holder for title, registry in groups if (holder := registry.holder(name)) is not None}
+    for title, holder in holders.items():
+        titles.setdefault(id(holder), []).append(title)
+    if not holders:
+        if missing:
+            raise missing[0][1]
+        known = dict.fromkeys(known for _, registry in groups for known in registry.describe())
+        raise DistillError(f"no term, recipe or other part is called {name!r}{nearest(name, known)}")
+    for holder in {id(holder): holder for holder in holders.values()}.values():
+        target, where = holder.get(name), ", ".join(titles[id(holder)])
+        if holder.kind == "recipe":
+            print(
+                "".join(f"# {line}".rstrip() + "\n" for line in [f"{name} ({where})", *explained(target).splitlines()])
+            )
+            print(f"terms = {pformat(target(), sort_dicts=False, width=100)}")
+        else:
+            print(f"{name} ({where})\n\n{explained(target)}\n")
 
 
 def _bench(arguments: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ class DistillOutput:
         peers: what each peer returned, by its name; train them on the task's loss as well.
         host_share: what active terms leave to the task's own loss: 1, or 0 beside a ``SoftTargets`` with a ``hard_weight``.
         peer_shares: the same of the task's own loss of each peer.
+        figures: for a log: ``distill.<term>.raw``, the loss before its weight, and ``distill.<term>.weight``.
     """
 
     student: Any
@@ -34,6 +35,7 @@ class DistillOutput:
     peers: dict[str, Any] = field(default_factory=dict)
     host_share: float = 1.0
     peer_shares: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def loss(self) -> Tensor:
@@ -118,7 +120,7 @@ class Distiller(Engine):
         self.iteration += 1
         losses = step.losses()
         shares = {name: step.host_share(listener=name) for name in step.outputs}
-        return DistillOutput(output, losses, step.outputs, step.host_share(), shares)
+        return DistillOutput(output, losses, step.outputs, step.host_share(), shares, step.figures)
 
     def get_extra_state(self) -> dict[str, Any]:
         """The iterations done, for schedules, and what terms and sources hide; a part of ``state_dict``."""

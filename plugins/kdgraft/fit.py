@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from .distiller import Distiller
 from .errors import DistillError, check_number
 from .files import written_whole
 from .sources.teacher import load_strictly, read_checkpoint
+from .telling import announced
+
+logger = logging.getLogger("kdgraft")
 
 STATE = "fit.pt"
 """The name of the file in ``folder`` that a run resumes from."""
@@ -80,6 +84,8 @@ def fit(
     file = None if folder is None else Path(folder) / STATE
     if resume and file is not None and file.is_file():
         _load(file, model, made, fitted)
+    if isinstance(model, Distiller) and accelerator.is_main_process:
+        logger.info(announced(model, student))
     while fitted.epochs < epochs:
         if isinstance(model, Distiller):
             model.epoch = fitted.epochs

@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from .errors import DistillError, nearest
+from .registry import Registry
 
 logger = logging.getLogger("kdgraft")
 
@@ -114,6 +115,11 @@ class HostTrainer(Protocol):
     def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> Any:
         """Builds everything and runs one step: ``kdgraft check``."""
 
+    def test(
+        self, config: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False
+    ) -> Mapping[str, float]:
+        """Evaluates a checkpoint of the plain or distilled student; its metrics: ``kdgraft test``."""
+
     def export(
         self,
         checkpoint: str | Path,
@@ -148,6 +154,8 @@ class Host:
         checkpoints: suffixes of the checkpoints that ``kdgraft export`` hands to it.
         demo, bench: the modules behind ``kdgraft demo`` and ``kdgraft bench``, where there are some.
         data: the layout of a real dataset that the demo takes, where it takes one.
+        terms, recipes: the package's two registries, with their ``home``, so that what is in them can be listed without
+            importing it; a host without them is imported.
     """
 
     name: str
@@ -159,6 +167,16 @@ class Host:
     demo: str | None = None
     bench: str | None = None
     data: str | None = None
+    terms: Registry | None = None
+    recipes: Registry | None = None
+
+    def registries(self) -> tuple[Registry, Registry]:
+        """Its terms and its recipes; :class:`MissingHost` says what to install."""
+        require(self.framework, self.package)
+        if self.terms is not None and self.recipes is not None:
+            return self.terms, self.recipes
+        found = self.plugin()
+        return found.TERMS, found.RECIPES
 
     def plugin(self) -> ModuleType:
         """The plugin's package; :class:`MissingHost` says what to install."""

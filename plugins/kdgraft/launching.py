@@ -7,8 +7,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch.distributed import DistError
-
 from .errors import DistillError
 
 TIMEOUT = 1800
@@ -44,6 +42,8 @@ def waiting(seconds: float) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        from torch.distributed import DistError  # here, as the command line starts without torch
+
         if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
         if re.search(r"timed?[ -]?out", str(error), re.IGNORECASE):

@@ -110,6 +110,10 @@ class PlainTrainer:
         """Refused, as :meth:`train` is."""
         self.train(config)
 
+    def test(self, config: str, checkpoint: str, options: Sequence[str] = (), **told: Any) -> Mapping[str, float]:
+        """Refused, as :meth:`train` is."""
+        raise DistillError(f"{config} is a task of a plan, which evaluates it; see the metrics in the run's folder")
+
     def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
         """Refused: what :func:`~kdgraft.fit.fit` trains is the plain student."""
         raise DistillError(f"{checkpoint}: a plan's student is plain already, see student.pth in the run's folder")

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from importlib.metadata import entry_points
-from typing import Any, TypeVar, overload
+from collections.abc import Callable, Collection, Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, NoReturn, TypeVar, overload
 
 from .errors import DistillError, nearest
+from .listing import arguments_of, first_line, written
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -29,18 +31,22 @@ class Registry:
     Args:
         kind: what it holds, for messages: ``"term"``.
         group: the entry-point group that third parties use; loaded on the first look-up.
-        parent: where to look for a name that is not here; a task's registry sits on the core's, and may give its own meaning
-            to a name (detection's ``SoftTargets`` is the dense one).
-        refused: names of the parent that mean nothing here, with what to use instead.
+        parent: where to look for a name that is not here; a task's registry sits on the core's.
+        home: ``package:VARIABLE``: the package that registers names here, and what it calls this registry. It is imported on
+            the first look-up, and only read to describe what there is.
     """
 
     def __init__(
-        self, kind: str, group: str, parent: Registry | None = None, refused: Mapping[str, str] | None = None
+        self,
+        kind: str,
+        group: str,
+        parent: Registry | None = None,
+        home: str = "",
     ) -> None:
         self.kind = kind
         self.group = group
         self.parent = parent
-        self.refused = dict(refused or {})
+        self._package, _, self._variable = home.partition(":")
         self._own: dict[str, Callable[..., Any]] = {}
         self._broken: dict[str, Exception] = {}
         self._loaded = False
@@ -70,16 +76,27 @@ class Registry:
     def _add(self, name: str, item: Callable[..., Any]) -> None:
         present = self._own.get(name)
         if present is not None and present is not item:
-            raise DistillError(
-                f"{self.kind} {name!r} is registered by {present.__module__} already; "
-                f"register {item.__module__}.{item.__qualname__} under another name"
-            )
+            self._refuse(name, item, present.__module__)
         self._own[name] = item
+
+    def _refuse(self, name: str, item: Callable[..., Any], owner: str) -> NoReturn:
+        raise DistillError(
+            f"{self.kind} {name!r} is registered by {owner} already; "
+            f"register {item.__module__}.{item.__qualname__} under another name"
+        )
 
     def _load(self) -> None:
         if self._loaded:
             return
         self._loaded = True
+        if self._package:
+            try:
+                home = import_module(self._package)
+                for name in home.__all__:
+                    getattr(home, name)  # the core imports its public names when they are asked for
+            except BaseException:
+                self._loaded = False
+                raise
         for point in entry_points(group=self.group):
             try:
                 self._add(point.name, point.load())
@@ -92,7 +109,7 @@ class Registry:
         self._load()
         names = dict.fromkeys((*self._own, *self._broken))
         if self.parent is not None:
-            names.update(dict.fromkeys(name for name in self.parent if name not in self.refused))
+            names.update(dict.fromkeys(self.parent))
         return iter(names)
 
     def __contains__(self, name: object) -> bool:
@@ -102,14 +119,9 @@ class Registry:
         """The class or function of this name; a :class:`DistillError` names the nearest ones when there is none."""
         self._load()
         if name in self._broken:
-            error = self._broken[name]
-            raise DistillError(
-                f"{self.kind} {name!r} of an installed package cannot be loaded: {type(error).__name__}: {error}"
-            ) from error
+            raise DistillError(self._cannot(name, self._broken[name])) from self._broken[name]
         if name in self._own:
             return self._own[name]
-        if name in self.refused:
-            raise DistillError(f"{self.kind} {name!r} cannot be used here; {self.refused[name]}")
         if self.parent is not None and name in self.parent:
             return self.parent.get(name)
         raise DistillError(f"no {self.kind} is called {name!r}{nearest(name, self)}")
@@ -134,14 +146,35 @@ class Registry:
         return call(target, arguments, f"{self.kind} {getattr(target, '__name__', kind)}")
 
     def describe(self) -> dict[str, str]:
-        """Name -> first line of the docstring, or why it cannot be loaded."""
-        return {name: self._describe(name) for name in sorted(self)}
+        """Name -> first line of the docstring, or why it cannot be loaded; what is not imported yet is only read."""
+        inherited = {} if self.parent is None else self.parent.describe()
+        return dict(sorted({**inherited, **self._lines()}.items()))
 
-    def _describe(self, name: str) -> str:
+    def holder(self, name: str) -> Registry | None:
+        """The registry, this one or a parent, that a name of :meth:`describe` is found in."""
+        if name in self._lines():
+            return self
+        return None if self.parent is None else self.parent.holder(name)
+
+    def _lines(self) -> dict[str, str]:
+        """What :meth:`describe` says of the names that are here and not in the parent."""
+        read = written(self._package, self._variable)
+        points = {point.name: self._line(point, read) for point in entry_points(group=self.group)}
+        return {**read, **{name: first_line(item) for name, item in self._own.items()}, **points}
+
+    def _line(self, point: EntryPoint, read: Collection[str]) -> str:
         try:
-            return (inspect.getdoc(self.get(name)) or "").partition("\n")[0]
-        except DistillError as error:
-            return " ".join(str(error).split())
+            item = point.load()
+            if point.name in self._own:
+                self._add(point.name, item)
+            elif point.name in read:
+                self._refuse(point.name, item, self._package)
+            return first_line(item)
+        except Exception as error:
+            return " ".join(self._cannot(point.name, error).split())
+
+    def _cannot(self, name: str, error: Exception) -> str:
+        return f"{self.kind} {name!r} of an installed package cannot be loaded: {type(error).__name__}: {error}"
 
 
 def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
@@ -167,7 +200,7 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
         unknown = re.search(r"(?:unexpected keyword|multiple values for(?: keyword)?) argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in arguments or not isinstance(target, type):
             raise
-        others = [name for name in argument_names(target) if name != unknown[1]]
+        others = [name for name in arguments_of(target) if name != unknown[1]]
         raise DistillError(f"{what} takes no argument {unknown[1]!r}{nearest(unknown[1], others)}") from error
 
 
@@ -196,16 +229,9 @@ def check_told(terms: Any, recipe: Any, **given: Any) -> None:
         )
 
 
-def argument_names(target: type) -> list[str]:
-    """The arguments that a class and its bases name, without those that they pass on."""
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    found = [inspect.signature(vars(base)["__init__"]) for base in inspect.getmro(target) if "__init__" in vars(base)]
-    names = [p.name for signature in found for p in signature.parameters.values() if p.kind in named]
-    return [name for name in dict.fromkeys(names) if name != "self"]
-
-
-TERMS = Registry("term", "kdgraft.terms")
-LOSSES = Registry("loss", "kdgraft.losses")
-REGIONS = Registry("region", "kdgraft.regions")
-SCHEDULES = Registry("schedule", "kdgraft.schedules")
-RECIPES = Registry("recipe", "kdgraft.recipes")
+TERMS = Registry("term", "kdgraft.terms", home="kdgraft:TERMS")
+LOSSES = Registry("loss", "kdgraft.losses", home="kdgraft:LOSSES")
+REGIONS = Registry("region", "kdgraft.regions", home="kdgraft:REGIONS")
+SCHEDULES = Registry("schedule", "kdgraft.schedules", home="kdgraft:SCHEDULES")
+SOURCES = Registry("source", "kdgraft.sources", home="kdgraft:SOURCES")
+RECIPES = Registry("recipe", "kdgraft.recipes", home="kdgraft:RECIPES")

@@ -29,6 +29,8 @@ class StepInProgress:
         recordings: of each model by its name.
         outputs: what the run of each peer returned.
         dropped: the names of terms that were not finite, after :meth:`losses`.
+        figures: for the log, after :meth:`losses`: ``distill.<term>.weight``, on the CPU, and ``distill.<term>.raw``, the loss
+            before its weight, of each term that counts.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class StepInProgress:
         self.recordings: dict[str, Recording] = {}
         self.outputs: dict[str, Any] = {}
         self.dropped: set[str] = set()
+        self.figures: dict[str, Tensor] = {}
         self._ever_dropped = dropped
 
     @property
@@ -100,14 +103,16 @@ class StepInProgress:
         self.dropped, denominators = self._agree(ratios)
         result: dict[str, Tensor] = {}
         for term in self._terms:
-            key = f"distill.{term.name}.loss"
+            key, weight = f"distill.{term.name}.loss", term.weight_at(self.at)
+            self.figures[f"distill.{term.name}.weight"] = torch.tensor(weight)
             if term.name in ratios and term.name not in self.dropped:
                 whole = self._totals.get(term.name)
                 denominator = (
                     denominators[term.name] * self._parts if whole is None else whole.to(denominators[term.name])
                 )
                 share = divide(ratios[term.name].numerator, denominator).sum()
-                result[key] = share * (term.weight_at(self.at) * world_size())
+                result[key] = share * (weight * world_size())
+                self.figures[f"distill.{term.name}.raw"] = share.detach() * world_size()
             else:
                 result[key] = _idle(term, self.device)
         for name in self.dropped:

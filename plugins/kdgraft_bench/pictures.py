@@ -24,7 +24,10 @@ def draw_curves(runs: Mapping[str, Curves], metric: str, path: Path) -> None:
         metric: the name of the validation score.
         path: the picture to write.
     """
-    watched = [key for curves in runs.values() for key in curves if key.startswith("distill.") and "loss" not in key]
+    apart = (".loss", ".raw", ".weight")  # a critic's figures are the others
+    watched = [
+        key for curves in runs.values() for key in curves if key.startswith("distill.") and not key.endswith(apart)
+    ]
     figure = Figure(figsize=(17 if watched else 13, 3.8))
     axes = figure.subplots(1, 4 if watched else 3)
     left, middle, right, *rest = axes
@@ -38,7 +41,7 @@ def draw_curves(runs: Mapping[str, Curves], metric: str, path: Path) -> None:
         if "validation" in curves:
             middle.plot(*zip(*curves["validation"], strict=True), marker=".", label=method)
         for key, points in curves.items():
-            if key.startswith("distill."):
+            if key.startswith("distill.") and not key.endswith(apart[1:]):
                 label = f"{method}: {key.removeprefix('distill.').removesuffix('.loss')}"
                 axis = right if key.endswith(".loss") else rest[0]
                 axis.plot(*zip(*points, strict=True), label=label)

@@ -1,6 +1,7 @@
 """What the plugins of this distribution tell the command line, apart from them so that reading it imports no framework."""
 
 from kdgraft.hosts import Host
+from kdgraft.registry import RECIPES, TERMS, Registry
 
 DET = Host(
     "det",
@@ -12,6 +13,8 @@ DET = Host(
     demo="kdgraft_bench.demos.det",
     bench="kdgraft_bench.costs.det",
     data="COCO's json",
+    terms=Registry("term", "kdgraft.det.terms", parent=TERMS, home="kdgraft_det:TERMS"),
+    recipes=Registry("recipe", "kdgraft.det.recipes", parent=RECIPES, home="kdgraft_det:RECIPES"),
 )
 SEG = Host(
     "seg",
@@ -23,6 +26,8 @@ SEG = Host(
     demo="kdgraft_bench.demos.seg",
     bench="kdgraft_bench.costs.seg",
     data="mmseg's layout",
+    terms=Registry("term", "kdgraft.seg.terms", parent=TERMS, home="kdgraft_seg:TERMS"),
+    recipes=Registry("recipe", "kdgraft.seg.recipes", parent=RECIPES, home="kdgraft_seg:RECIPES"),
 )
 NLP = Host(
     "nlp",
@@ -33,5 +38,15 @@ NLP = Host(
     demo="kdgraft_bench.demos.nlp",
     bench="kdgraft_bench.costs.nlp",
     data="jsonl",
+    terms=Registry("term", "kdgraft.nlp.terms", parent=TERMS, home="kdgraft_nlp:TERMS"),
+    recipes=Registry("recipe", "kdgraft.nlp.recipes", parent=RECIPES, home="kdgraft_nlp:RECIPES"),
 )
-TORCH = Host("torch", package="kdgraft", framework="torch", trainer="kdgraft.plain:TRAINER", suffixes=(".py",))
+TORCH = Host(
+    "torch",
+    package="kdgraft",
+    framework="torch",
+    trainer="kdgraft.plain:TRAINER",
+    suffixes=(".py",),
+    terms=TERMS,
+    recipes=RECIPES,
+)

@@ -15,6 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from mmengine.logging import print_log
 from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
@@ -28,9 +29,11 @@ from kdgraft.readers import Reader
 from kdgraft.registry import Registry, check_told, expand_recipe
 from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Tap
+from kdgraft.telling import announced
 
 from .class_outputs import pairs_classes
 from .configs import MissingConfig, student_config
+from .link import Link
 from .log import tell_the_run
 from .resolution import Resolution
 from .sources import SourceView, build_sources, check_inheritance, check_scales, teacher_classes
@@ -139,7 +142,7 @@ class Graft(_Host, metaclass=Grafting):
                     problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
         # A plain attribute for what is no module; mmengine's modules take it as any object.
-        grafted.distill_link = _Link(HubLink(), views, problem, paths, pairing)
+        grafted.distill_link = Link(HubLink(), views, problem, paths, pairing, recipe)
         if engine is not None:
             hide_from_state_dict(engine)
         grafted.add_module("distiller", engine)
@@ -275,10 +278,17 @@ class Graft(_Host, metaclass=Grafting):
         with engine.step(self, batch, link.hub.step(), run, inputs.device) as step:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
         losses.update(step.losses(losses))
+        link.figures = step.figures
         for name, own in step.outputs.items():
             step.share_out(own, name)
             losses.update({f"peer.{name}.{key}": value for key, value in own.items()})
         return losses
+
+    def parse_losses(self, losses: Any) -> tuple[Tensor, dict[str, Any]]:
+        """The host's sum of the losses, and what it logs: ``distill.<term>.raw`` and ``.weight`` too."""
+        total, logged = super().parse_losses(losses)
+        logged.update(self.distill_link.take_figures())
+        return total, logged
 
     def init_weights(self) -> None:
         """The student's own initialisation, then what it inherits. Called when training starts: loads the teacher."""
@@ -320,6 +330,7 @@ class Graft(_Host, metaclass=Grafting):
             if isinstance(source, Teacher):
                 self._compare_classes(source, classes)
         link.ready = True
+        print_log(announced(self.distiller, self, link.recipe), "current")
 
     def _compare_classes(self, teacher: Teacher, classes: Any) -> None:
         """Finds out how a teacher's classes come into the student's order; refuses what takes them as they are."""
@@ -364,30 +375,6 @@ class Graft(_Host, metaclass=Grafting):
     def _reduced(self, inputs: Tensor, data_samples: Any, resolution: Resolution) -> tuple[Tensor, Any]:
         """The student's batch from the teacher's; nothing of the latter is changed."""
         raise NotImplementedError
-
-
-class _Link:
-    """What a graft holds beside its engine."""
-
-    def __init__(
-        self,
-        hub: HubLink,
-        views: dict[str, SourceView],
-        problem: DistillError | None,
-        inherit: tuple[str, ...],
-        pairing: set[str],
-    ) -> None:
-        self.hub, self.views, self._problem, self.inherit, self.pairing = hub, views, problem, inherit, pairing
-        self.ready = False
-
-    def raise_problem(self) -> None:
-        if self._problem is not None:
-            raise self._problem
-
-    @property
-    def resolution(self) -> Resolution | None:
-        """That of the sources with a resolution of their own: the pipeline delivers theirs."""
-        return next((view.resolution for view in self.views.values() if view.resolution is not None), None)
 
 
 def _where(error: Exception) -> str:

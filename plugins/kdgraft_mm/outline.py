@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import entry_points
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +13,11 @@ from mmengine.config import Config
 
 from kdgraft.errors import DistillError, nearest
 from kdgraft.isolation import isolated_rng
+from kdgraft.listing import written
+from kdgraft.readers import Reader
 from kdgraft.registry import RECIPES, TERMS, Registry, expand_recipe
 from kdgraft.taps import Tap
+from kdgraft.terms import build_terms
 
 from .configs import config_file
 
@@ -57,7 +58,7 @@ def check_outline(config: Config, plugin: str) -> None:
     refuse([*dict.fromkeys((*mistakes, *_of_files(config)))])
 
 
-def check_terms(model: Mapping[str, Any], terms: Registry, recipes: Registry) -> None:
+def check_terms(model: Mapping[str, Any], terms: Registry, recipes: Registry, reader: type[Reader]) -> None:
     """Builds every term once, to find what is wrong with its arguments before any model is built.
 
     Raises:
@@ -73,20 +74,15 @@ def check_terms(model: Mapping[str, Any], terms: Registry, recipes: Registry) ->
             mistakes.append(str(error))
         for spec in specs:
             try:
-                terms.build(spec)
+                build_terms([spec], terms, reader)
             except DistillError as error:
                 mistakes.append(str(error))
     refuse(mistakes)
 
 
-def missing_data(config: Config) -> list[str]:
-    """The files and folders of the training and validation sets that are not on this machine."""
-    found = [
-        f"{loader}: {path}"
-        for loader in ("train_dataloader", "val_dataloader")
-        for path in _data_files(config.get(loader))
-        if not path.exists()
-    ]
+def missing_data(config: Config, loaders: Sequence[str] = ("train_dataloader", "val_dataloader")) -> list[str]:
+    """The files and folders of the data sets (by default of training and validation) that are not on this machine."""
+    found = [f"{loader}: {path}" for loader in loaders for path in _data_files(config.get(loader)) if not path.exists()]
     return list(dict.fromkeys(found))
 
 
@@ -101,16 +97,6 @@ def _known(config: Config, plugin: str, kind: Kind) -> list[str] | None:
     group = f"kdgraft.{plugin.removeprefix('kdgraft_')}.{kind.lower()}"
     points = (point.name for point in entry_points(group=group))
     return list(dict.fromkeys((*_CORE[kind], *written(plugin, kind), *points)))
-
-
-def written(plugin: str, kind: Kind) -> list[str]:
-    """The names that a package's own files register, read without importing its host framework."""
-    spec = find_spec(plugin)
-    if spec is None or spec.origin is None:
-        return []
-    pattern = re.compile(rf'^@{kind}\.register(?:\("(\w+)"\))?\n(?:@.*\n)*(?:class|def) (\w+)', re.MULTILINE)
-    files = sorted(Path(spec.origin).parent.rglob("*.py"))
-    return [name or target for file in files for name, target in pattern.findall(file.read_text(encoding="utf-8"))]
 
 
 def _of_term(spec: Any, known: list[str] | None) -> Iterator[str]:

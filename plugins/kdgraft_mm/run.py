@@ -122,7 +122,8 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
         raise DistillError(f"config {path}: {kind} is not imported; add custom_imports = dict(imports=['{plugin}'])")
     if plugin is not None:
         with config_mistakes(path):
-            check_terms(config.model, sys.modules[plugin].TERMS, sys.modules[plugin].RECIPES)
+            package = sys.modules[plugin]
+            check_terms(config.model, package.TERMS, package.RECIPES, package.READER)
     config.setdefault("default_scope", "mmseg" if kind == "DistilledSegmentor" else "mmdet")
     return config
 
@@ -212,7 +213,7 @@ def train_config(
         resumes: a checkpoint to resume has to be there.
         trusted, partial: see :func:`train`.
     """
-    with held(config.work_dir), safe_loading(trusted), waiting(_timeout(config)):
+    with held(config.work_dir), safe_loading(trusted), waiting(timeout_of(config)):
         if config.get("resume") and not config.get("load_from"):
             config.load_from = newest_checkpoint(config, trusted=trusted, partial=partial)
             if config.load_from is None and resumes:
@@ -231,7 +232,8 @@ def train_config(
     return runner
 
 
-def _timeout(config: Config) -> float:
+def timeout_of(config: Config) -> float:
+    """Seconds that a process of a run waits for the others."""
     return (config.get("env_cfg") or {}).get("dist_cfg", {}).get("timeout", TIMEOUT)
 
 
@@ -242,7 +244,7 @@ def make_runner(config: Config) -> Runner:
         if not torch.cuda.is_available():
             # mmengine would set a CUDA device and give DDP a device id; neither exists on a CPU.
             if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=timedelta(seconds=_timeout(config)))
+                dist.init_process_group("gloo", timeout=timedelta(seconds=timeout_of(config)))
             wrapper = dict(
                 type="MMDistributedDataParallel",
                 device_ids=None,
@@ -300,7 +302,7 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
         print_rows([row._asdict() for row in rows], title=f"{type(model).__name__}: wiring")
         with config_mistakes(path):
             runner.optim_wrapper = runner.build_optim_wrapper(runner.optim_wrapper)
-        with config_mistakes(path), _data_on_this_machine(config):
+        with config_mistakes(path), data_on_this_machine(config, "the wiring above holds; the first step was not run"):
             loader = runner.train_loop.dataloader
             if runner.param_schedulers is not None:
                 runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
@@ -315,7 +317,7 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
         for counter in ("iter", "epoch"):  # what a train loop writes and some heads read
             runner.message_hub.update_info(counter, 0)
         with isolated_rng():
-            with _data_on_this_machine(config):
+            with data_on_this_machine(config, "the wiring above holds; the first step was not run"):
                 drawn = next(iter(loader))
             data = model.data_preprocessor(drawn, True)
             losses = model(**data, mode="loss")
@@ -329,14 +331,18 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
 
 
 @contextmanager
-def _data_on_this_machine(config: Config) -> Iterator[None]:
-    """Says which files of the data sets are missing, where reading them fails for that."""
+def data_on_this_machine(config: Config, said: str, *loaders: str) -> Iterator[None]:
+    """Names the files of the data sets that are missing, where reading them fails for that.
+
+    Args:
+        config: whose data sets are read.
+        said: the consequence, for the message.
+        loaders: the entries of the sets that are read; by default those of training and validation.
+    """
     try:
         yield
     except (OSError, AssertionError) as error:
-        missing = missing_data(config)
+        missing = missing_data(config, loaders) if loaders else missing_data(config)
         if not missing:
             raise
-        raise DistillError(
-            f"the wiring above holds; the first step was not run, as its data is not on this machine: {', '.join(missing)}"
-        ) from error
+        raise DistillError(f"{said}, as its data is not on this machine: {', '.join(missing)}") from error

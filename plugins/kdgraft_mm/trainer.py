@@ -14,7 +14,7 @@ from kdgraft.errors import DistillError
 from kdgraft.hosts import Job, TrainedModel
 from kdgraft.terms import WiringRow
 
-from . import run
+from . import evaluation, run
 from .checkpoints import export_student
 from .configs import is_distilled, load_config, type_name
 from .resuming import newest_checkpoint
@@ -58,6 +58,12 @@ class MMTrainer:
     def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:
         """Builds everything and runs one step; see :func:`kdgraft_mm.run.check`."""
         return run.check(config, options, trusted=trusted)
+
+    def test(
+        self, config: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False
+    ) -> Mapping[str, float]:
+        """Evaluates a checkpoint; see :func:`kdgraft_mm.evaluation.evaluate`."""
+        return evaluation.evaluate(config, checkpoint, options, trusted=trusted)
 
     def export(
         self,

@@ -5,12 +5,14 @@ from kdgraft.hosts import require
 require("mmseg", "kdgraft_seg")
 
 from .adversarial import AdversarialMask  # noqa: E402
+from .reader import SegReader as READER  # noqa: E402, N814
 from .recipes import cirkd, cwd, ifvd, skd  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .relations import ClassPrototypes, CrossImageRelations  # noqa: E402
 from .segmentor import DistilledSegmentor  # noqa: E402
 
 __all__ = [
+    "READER",
     "RECIPES",
     "TERMS",
     "AdversarialMask",

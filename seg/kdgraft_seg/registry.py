@@ -1,8 +1,5 @@
 """Segmentation's own terms and recipes, on top of the core's."""
 
-from kdgraft.registry import RECIPES as CORE_RECIPES
-from kdgraft.registry import TERMS as CORE_TERMS
-from kdgraft.registry import Registry
+from kdgraft_hosts import SEG
 
-TERMS = Registry("term", "kdgraft.seg.terms", parent=CORE_TERMS)
-RECIPES = Registry("recipe", "kdgraft.seg.recipes", parent=CORE_RECIPES)
+TERMS, RECIPES = SEG.registries()

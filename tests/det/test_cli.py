@@ -13,7 +13,7 @@ from mmengine.config import Config
 
 import kdgraft_det
 from kdgraft.cli import main
-from kdgraft_mm.outline import written
+from kdgraft.listing import written
 from support.commands import refused
 from support.det import (
     CLASSES,

@@ -106,6 +106,24 @@ def test_a_distilled_step_leaves_the_random_stream_and_the_hosts_losses_alone(te
     assert_same(results[0][2], results[1][2])  # batch norm's running statistics moved alike
 
 
+def test_raw_values_and_weights_are_logged_apart(distilled_run):
+    scalars = distilled_run.runner.message_hub.log_scalars
+    for name in TERM_NAMES:
+        loss, raw, weight = (scalars[f"train/distill.{name}.{key}"].data[0] for key in ("loss", "raw", "weight"))
+        assert len(loss) == len(raw) == len(weight) == 4
+        np.testing.assert_allclose(raw * weight, loss, rtol=1e-5)
+    term = distilled_run.runner.model.distiller.terms["class_main"]
+    assert set(scalars["train/distill.class_main.weight"].data[0]) == {term.weight} == {0.125}
+
+
+def test_the_log_says_once_what_is_distilled(tmp_path, scenes, teacher_model, teacher_checkpoint):
+    model = distilled(detector(), teacher_model, teacher_checkpoint, recipe="ld")
+    run(runner_config(model, scenes, tmp_path, iters=2, log_level="INFO"))
+    (log,) = tmp_path.rglob("*.log")
+    (line,) = (line for line in log.read_text().splitlines() if "distilling" in line)
+    assert f"distilling GFL ({teacher_checkpoint}) into GFL with ld: ld_main, ld_vlr, class_main" in line
+
+
 def test_every_term_trains_through_the_runner(distilled_run):
     runner = distilled_run.runner
     logged = {key.removeprefix("train/") for key in runner.message_hub.log_scalars}
@@ -114,7 +132,7 @@ def test_every_term_trains_through_the_runner(distilled_run):
     for name in TERM_NAMES:
         assert all(value > 0 for value in history(runner, f"distill.{name}.loss"))
     # What the host sums is what it logs: its own losses and ours.
-    parts = [history(runner, name) for name in logged if name.startswith(("loss_", "distill."))]
+    parts = [history(runner, name) for name in logged if name.startswith("loss_") or name.endswith(".loss")]
     np.testing.assert_allclose(np.sum(parts, 0), history(runner, "loss"), rtol=1e-5)
     found = momentum(runner)
     for name, parameter in runner.model.named_parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from kdgraft_nlp.data import read, train_tokenizer
 from kdgraft_nlp.run import build, train
 from kdgraft_nlp.scores import spans, tag_scores
 from kdgraft_nlp.settings import load
+from kdgraft_nlp.trainer import DistillTrainer
 from support import nlp as support
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,60 @@ def test_a_masked_model_and_resume(data, tmp_path):
     checkpoint = min((tmp_path / "out").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
     assert main([*command[:2], "--resume", str(checkpoint), *command[2:]]) == 0
     assert first == {p.name: p.read_bytes() for p in (tmp_path / "out").glob("model.safetensors")}
+
+
+@pytest.mark.parametrize(("strategy", "evaluations"), [("epoch", 3), ("steps", 3), ("'no'", 1)])
+def test_a_language_model_ends_with_perplexity_from_one_evaluation(
+    strategy, evaluations, data, tmp_path, capsys, monkeypatch
+):
+    done = []
+    evaluate = DistillTrainer.evaluate
+    monkeypatch.setattr(DistillTrainer, "evaluate", lambda *a, **k: done.append(1) or evaluate(*a, **k))
+    options = ["training.max_steps=6", "training.eval_steps=2", f"training.eval_strategy={strategy}", "chunked=false"]
+    teacher("language_model.yaml", data, tmp_path / "out", "training.num_train_epochs=1", *options)
+    assert len(done) == evaluations  # that at the end of the training is the last one
+    found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert found["eval_perplexity"] == pytest.approx(math.exp(found["eval_loss"]))
+    assert f"perplexity {found['eval_perplexity']:.4f}" in capsys.readouterr().out
+    assert (
+        main(["test", str(RECIPES / "language_model.yaml"), str(tmp_path / "out"), "--cfg-options", *data, *SMALL]) == 0
+    )
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("perplexity"))
+    assert float(line.split()[1]) == pytest.approx(found["eval_perplexity"], abs=1e-3)
+
+
+def test_the_best_model_is_evaluated_again(data, tmp_path):
+    best = [
+        "training.load_best_model_at_end=true",
+        "training.save_strategy=epoch",
+        "training.metric_for_best_model=accuracy",
+    ]
+    teacher("classification.yaml", data, tmp_path / "out", *best, "training.num_train_epochs=2")
+    found = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    state = json.loads(
+        max((tmp_path / "out").glob("checkpoint-*/trainer_state.json"), key=os.path.getmtime).read_text()
+    )
+    assert found["eval_accuracy"] == state["best_metric"]
+
+
+def test_a_saved_student_is_evaluated(data, tmp_path, capsys):
+    recipe, options = str(RECIPES / "classification.yaml"), ["--cfg-options", *data, *SMALL]
+    out = teacher("classification.yaml", data, tmp_path / "out", "training.save_strategy=epoch")
+    expected = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    for folder in (out, str(checkpoint)):
+        capsys.readouterr()
+        assert main(["test", recipe, folder, *options, "teacher=nowhere"]) == 0  # no teacher has to be there
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        found = {row[0]: float(row[1]) for row in rows if len(row) == 2}
+        assert found.keys() == {"loss", "accuracy", "macro_f1"}
+        assert all(value == pytest.approx(expected[f"eval_{name}"], abs=5e-5) for name, value in found.items())
+    support.refused(capsys, ["test", recipe, "nowhere", *options], "no student at nowhere")
+    support.refused(capsys, ["test", "nowhere.yaml", out], "recipe file not found: nowhere.yaml")
+    support.refused(
+        capsys, ["test", recipe, out, *options, "data.eval=null"], "has no data.eval to evaluate the student on"
+    )
+    support.refused(capsys, ["test", recipe, out, "--trusted", *options], "--trusted is for configs of MMDetection")
 
 
 def test_toml_csv_and_a_saved_dataset(data, tmp_path):

@@ -211,6 +211,24 @@ def test_every_term_is_logged_and_adds_up(tmp_path):
     assert len(history(trainer, "task_loss")) == 2
 
 
+def test_raw_values_and_weights_are_logged_apart(tmp_path, caplog):
+    stop = dict(type="Stop", end=1)  # counts in one step of the first two
+    terms = [SoftTargets(weight=0.5), HiddenStates(weight=2.0, schedule=stop)]
+    with caplog.at_level("INFO", logger="kdgraft"):
+        trainer = trained(tmp_path, terms, logging_steps=2, gradient_accumulation_steps=2)
+    first, second = (entry for entry in trainer.state.log_history if "loss" in entry)
+    for entry in (first, second):
+        assert entry["distill.soft_targets.weight"] == 0.5
+        assert entry["distill.soft_targets.loss"] == pytest.approx(0.5 * entry["distill.soft_targets.raw"], rel=1e-5)
+    # The mean of a loss over two steps, of which it is 0 in one; of a raw value over the steps that have one.
+    assert first["distill.hidden_states.loss"] == pytest.approx(first["distill.hidden_states.raw"], rel=1e-5)
+    assert first["distill.hidden_states.raw"] > 0 and first["distill.hidden_states.weight"] == 0
+    assert "distill.hidden_states.raw" not in second
+    said = [record.getMessage() for record in caplog.records if "distilling" in record.getMessage()]
+    kind = "BertForSequenceClassification"
+    assert said == [f"distilling {kind} into {kind} with soft_targets, hidden_states"]
+
+
 def test_a_schedule_counts_optimizer_steps(tmp_path):
     ramp = dict(type="WarmUp", end=4)
     trainer = trained(
@@ -610,7 +628,7 @@ def test_figures_of_a_second_run_and_after_resuming(tmp_path):
     for found in (trainer, resumed):
         entries = [entry for entry in found.state.log_history if "task_loss" in entry]
         for entry in entries if found is trainer else entries[-1:]:
-            parts = [v for k, v in entry.items() if k.startswith("distill.") or k == "task_loss"]
+            parts = [v for k, v in entry.items() if k.endswith(".loss") or k == "task_loss"]
             assert sum(parts) == pytest.approx(entry["loss"], rel=1e-3)
 
 

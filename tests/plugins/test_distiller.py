@@ -240,6 +240,22 @@ def test_a_step_written_by_hand():
     assert same(model.student.state_dict(), plain.state_dict())  # the running statistics
 
 
+def test_figures_are_each_losss_raw_value_and_weight_apart():
+    ramp = dict(type="WarmUp", end=4)
+    model = distiller(dict(type="SoftTargets", weight=0.5), dict(type="Hint", tap="layer1", weight=2, schedule=ramp))
+    for step in range(3):
+        out = model.train()(X)
+        weights = {"soft_targets": 0.5, "hint": 2 * step / 4}
+        for name, weight in weights.items():
+            assert out.figures[f"distill.{name}.weight"].item() == weight
+        assert ("distill.hint.raw" in out.figures) == (step > 0)  # at weight 0 it is not computed
+        raw = {name: out.figures.get(f"distill.{name}.raw", torch.zeros(())) for name in weights}
+        assert raw["soft_targets"] > 0 and not any(value.requires_grad for value in out.figures.values())
+        for name, weight in weights.items():
+            torch.testing.assert_close(out.losses[f"distill.{name}.loss"], raw[name] * weight)
+        assert not any("loss" in key for key in out.figures)  # hosts add up whatever is called so
+
+
 def test_gradients_in_double_precision():
     torch.manual_seed(0)
     mine, theirs = nn.Sequential(nn.Linear(3, 2), nn.Tanh()), nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))

@@ -22,10 +22,18 @@ def test_import(module: str):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("module", ["kdgraft", "kdgraft.cli", "kdgraft_hosts"])
+def test_the_command_line_starts_without_torch(module: str):
+    program = f"import sys, {module}; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
+
+
 def test_everything_that_is_promised_is_there():
     import kdgraft
 
     assert len(set(kdgraft.__all__)) == len(kdgraft.__all__)
+    assert len(kdgraft.__all__) > 30
     for name in kdgraft.__all__:
         assert getattr(kdgraft, name) is not None
 
@@ -37,9 +45,9 @@ MAY: dict[str, set[str]] = {
     "kdgraft": set(),
     "kdgraft_hosts": {"kdgraft"},
     "kdgraft_mm": {"kdgraft"} | MM,
-    "kdgraft_det": {"kdgraft", "kdgraft_mm", "mmdet"} | MM,
-    "kdgraft_seg": {"kdgraft", "kdgraft_mm", "mmseg"} | MM,
-    "kdgraft_nlp": {"kdgraft", "transformers"},
+    "kdgraft_det": {"kdgraft", "kdgraft_hosts", "kdgraft_mm", "mmdet"} | MM,
+    "kdgraft_seg": {"kdgraft", "kdgraft_hosts", "kdgraft_mm", "mmseg"} | MM,
+    "kdgraft_nlp": {"kdgraft", "kdgraft_hosts", "transformers"},
     "kdgraft_bench": {"kdgraft"},
 }
 # Modules of kdgraft_bench named after a host import it, and are imported for it alone.

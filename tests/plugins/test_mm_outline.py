@@ -10,6 +10,7 @@ import pytest
 from mmengine.config import Config
 
 from kdgraft import DistillError
+from kdgraft.readers import Reader
 from kdgraft.registry import RECIPES, TERMS, Registry
 from kdgraft_mm.outline import check_outline, check_terms, missing_data, refuse
 from kdgraft_mm.run import read_config
@@ -97,12 +98,12 @@ def test_arguments_of_all_terms_are_told_at_once():
         dict(type="SoftTargets", temperature=0, schedule="WarmUp"),
     ]
     with pytest.raises(DistillError) as error:
-        check_terms(dict(terms=terms, recipe="nothing"), TERMS, RECIPES)
+        check_terms(dict(terms=terms, recipe="nothing"), TERMS, RECIPES, Reader)
     assert str(error.value).startswith("3 mistakes: (1) no recipe is called 'nothing'")
     assert "(2) term FeatureImitation takes no argument 'wieght'; did you mean 'weight'?" in str(error.value)
     assert "(3) schedule WarmUp: missing a required argument: 'end'" in str(error.value)
-    check_terms(dict(terms=[dict(type="Hint", tap="a")]), TERMS, RECIPES)
-    check_terms(dict(terms=None), TERMS, RECIPES)
+    check_terms(dict(terms=[dict(type="Hint", tap="a")]), TERMS, RECIPES, Reader)
+    check_terms(dict(terms=None), TERMS, RECIPES, Reader)
 
 
 def test_nothing_is_refused_where_nothing_is_wrong():

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from kdgraft import LOSSES, REGIONS, SCHEDULES, TERMS, DistillError, Registry
+from kdgraft.cli import main
 from kdgraft.errors import nearest
+from kdgraft.listing import arguments_of, explained
 
 
 class Widget:
@@ -130,7 +134,7 @@ def test_describe():
 
 def test_what_the_core_registers():
     assert {"FeatureImitation", "Hint", "SoftTargets", "LogitMatching"} <= set(TERMS)
-    assert {"soft_targets", "binary_soft_targets", "logit_matching", "hint", "localization"} <= set(LOSSES)
+    assert {"soft_targets", "logit_matching", "hint", "cosine"} <= set(LOSSES)
     assert {"all", "foreground"} <= set(REGIONS)
 
 
@@ -226,6 +230,135 @@ def test_list_shows_the_rest_beside_a_broken_entry_point(tmp_path: Path):
     assert "cannot be loaded: ModuleNotFoundError" in lines["theirs"]
     assert "squared or absolute feature error" in lines["hint"]
     assert "Traceback" not in done.stdout + done.stderr
+
+
+HOME = '''
+from kdgraft.registry import Registry
+
+GADGETS = Registry("gadget", "gadgets.theirs", home="their_home:GADGETS")
+
+@GADGETS.register
+class Lamp:
+    "A lamp."
+
+@GADGETS.register("lamp_of")
+def make(size: int = 3):
+    """A lamp of a size.
+
+    More.
+    """
+'''
+
+
+def test_names_are_read_and_imported_alike(tmp_path: Path):
+    """What a package registers is read from its source; entry points beside it, one of which clashes."""
+    (tmp_path / "their_home").mkdir()
+    (tmp_path / "their_home" / "__init__.py").write_text("from .all import *\n__all__ = ['GADGETS']\n")
+    (tmp_path / "their_home" / "all.py").write_text(HOME)
+    info = tmp_path / "their_home-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-home\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[gadgets.theirs]\nmore = decimal:Decimal\nLamp = decimal:Context\n")
+    program = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+from kdgraft.registry import Registry
+read = Registry("gadget", "gadgets.theirs", home="their_home:GADGETS").describe()
+assert "their_home" not in sys.modules
+from their_home import GADGETS
+assert list(GADGETS) == ["Lamp", "lamp_of", "more"]
+told = {{name: line.replace("their_home.all", "their_home") for name, line in GADGETS.describe().items()}}
+print(told == read, *read.items(), sep="\\n")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    same, lamp, lamp_of, more = done.stdout.splitlines() or [done.stderr] * 4
+    assert lamp.startswith(
+        "('Lamp', \"gadget 'Lamp' of an installed package cannot be loaded: DistillError: gadget 'Lamp' is"
+    )
+    assert lamp_of == "('lamp_of', 'A lamp of a size.')"
+    assert more.startswith("('more', ")
+    assert same == "True"
+
+
+NAMES = """
+import sys
+from kdgraft.cli import _groups
+read = {title: registry.describe() for title, registry in _groups()[0]}
+heavy = {"torch", "mmengine", "mmdet", "mmseg", "transformers"} & set(sys.modules)
+assert not heavy, heavy
+for title, registry in _groups()[0]:
+    registered = {name: registry.get(name).__doc__.strip().splitlines()[0] for name in registry}
+    assert registered == read[title], (title, registered, read[title])
+    print(title, len(registered))
+"""
+
+
+@pytest.mark.skipif(
+    any(find_spec(host) is None for host in ("mmdet", "mmseg", "transformers")), reason="needs all hosts"
+)
+def test_list_imports_nothing_and_says_what_importing_registers():
+    done = subprocess.run([sys.executable, "-c", NAMES], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts = {
+        title: int(count) for title, _, count in (line.rpartition(" ") for line in done.stdout.splitlines()[-12:])
+    }
+    assert set(counts) == {"losses", "regions", "schedules", "sources"} | {
+        f"{host} {kind}" for host in ("det", "seg", "nlp", "torch") for kind in ("terms", "recipes")
+    }
+    assert counts["losses"] > 5 and counts["torch terms"] > 10 and counts["det terms"] > 2 and counts["nlp recipes"] > 5
+
+
+def test_list_explains_one_name(capsys: pytest.CaptureFixture[str]):
+    """A term with its paper, its arguments and defaults, those of its bases among them."""
+    assert main(["list", "LogitMatching"]) == 0
+    said = capsys.readouterr().out
+    assert re.match(r"LogitMatching \(.*torch terms\)\n\nSquared error on the logits", said)
+    assert "arXiv 1312.6184" in said
+    assert "    weight = 1.0    factor on the loss, >= 0." in said.splitlines()
+    assert "    source = 'teacher'    the name of the source that it listens to." in said.splitlines()
+    for name, part in (
+        ("hint", "norm = "),
+        ("foreground", "each box weighs 1"),
+        ("WarmUp", "    end"),
+        ("Itself", "momentum = "),
+    ):
+        assert main(["list", name]) == 0
+        assert part in capsys.readouterr().out
+    assert main(["list", "Hitn"]) == 2
+    assert "no term, recipe or other part is called 'Hitn'; did you mean 'Hint'" in capsys.readouterr().err
+
+
+def test_arguments_that_a_class_settles_are_none_of_its_own():
+    class Base:
+        """A base.
+
+        Args:
+            size, depth: of it.
+            colour: of its paint,
+                in two lines.
+        """
+
+        def __init__(self, *, size: int = 2, depth: int = 1, colour: str = "red") -> None: ...
+
+    class Settled(Base):
+        """Something.
+
+        Args:
+            colour: see :class:`Base`.
+            length: how long.
+
+        Returns:
+            nothing.
+        """
+
+        def __init__(self, length: float, **settings: object) -> None:
+            super().__init__(size=3, **settings)
+
+    assert arguments_of(Settled) == {"length": "", "depth": " = 1", "colour": " = 'red'"}
+    assert explained(Settled) == (
+        "Something.\n\nArguments:\n    length    how long.\n    depth = 1    of it.\n"
+        "    colour = 'red'    of its paint, in two lines."
+    )
 
 
 def test_a_third_party_s_term_in_a_distiller(distribution: Path):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import golden
 from kdgraft import (
+    LOSSES,
     Batch,
     Constant,
     Distiller,
@@ -24,7 +25,7 @@ from kdgraft import (
     WarmUp,
     WiringError,
 )
-from kdgraft.losses import binary_soft_targets, channel_wise, hint, logit_matching, pearson, soft_targets
+from kdgraft.losses import binary_soft_targets, channel_wise, hint, localization, logit_matching, pearson, soft_targets
 from kdgraft.regions import foreground_weights
 from kdgraft.terms import ChannelWise, PearsonImitation, ReverseKL, build_terms
 
@@ -118,7 +119,8 @@ def test_wrong_name(name: str):
         ),
         (dict(type="FeatureImitation", tap="a", loss="hints"), "no loss is called 'hints'; did you mean 'hint'"),
         (dict(type="FeatureImitation", tap="a", loss=dict(type="hint", nrom="l1")), "loss hint takes no 'nrom'"),
-        (dict(type="FeatureImitation", tap="a", loss="localization"), "loss localization must take dim and reduction"),
+        (dict(type="FeatureImitation", tap="a", loss=localization), "loss localization must take dim and reduction"),
+        (dict(type="FeatureImitation", tap="a", loss="localization"), "no loss is called 'localization'"),
         (
             dict(type="FeatureImitation", tap="a", loss=3),
             "loss must be a name, a dict with a type, or a function; got 3",
@@ -322,6 +324,24 @@ def test_hint_with_an_adapter():
     assert distiller(EXAMPLE).loss.item() == pytest.approx(golden.HINT_REGRESSOR, rel=1e-5)
 
 
+@pytest.mark.parametrize("name", list(LOSSES))
+def test_every_loss_that_is_registered_can_be_named_on_features(name: str):
+    student, teacher = (x.float() for x in golden.features())
+    expected = LOSSES.get(name)(student, teacher, dim=1)
+    torch.testing.assert_close(one(student, teacher, FeatureImitation("parts.a", adapter="none", loss=name)), expected)
+
+
+def test_a_loss_of_any_two_widths_waives_the_check_of_channels():
+    def strength(s: Tensor, t: Tensor, *, dim: int, reduction: str) -> Tensor:
+        return (s.square().mean(dim) - t.square().mean(dim)).abs()
+
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 3, 4, 4), torch.randn(2, 5, 4, 4)
+    term = FeatureImitation("parts.a", adapter="any", loss=strength)
+    expected = (student.square().mean(1) - teacher.square().mean(1)).abs().mean()
+    torch.testing.assert_close(one(student, teacher, term), expected)
+
+
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
@@ -480,7 +500,7 @@ def test_a_loss_on_features_gives_a_value_a_position(shape):
     with pytest.raises(
         WiringError, match=r"one value a position, \(2.*here, and this one gives \(3,\); take another.*PearsonImitation"
     ):
-        distil({"a": tensor}, {"a": tensor}, FeatureImitation("parts.a", loss="pearson"))
+        distil({"a": tensor}, {"a": tensor}, FeatureImitation("parts.a", loss=pearson))
 
 
 def test_pearson_imitation_of_equal_channels_has_no_adapter():

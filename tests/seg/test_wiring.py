@@ -154,7 +154,7 @@ def test_check_prints_the_wiring_and_leaves_nothing_behind(file_of, capsys, tmp_
         "critic wgan-gp",
         "1×11×16×16",
         "ConvAdapter 32→64",
-        "valid",
+        "all",
         "16→32→32, memory 11 classes",
     ):
         assert cell in said, cell

@@ -14,14 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DistillError
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
 Adversary = Literal["wgan-gp", "lsgan", "hinge"]
 ADVERSARIES = ("wgan-gp", "lsgan", "hinge")
 
 
-@LOSSES.register
 def critic_loss(real: Tensor, fake: Tensor, kind: Adversary = "wgan-gp", *, reduction: Reduction = "mean") -> Tensor:
     r"""What the critic minimises.
 
@@ -46,7 +44,6 @@ def critic_loss(real: Tensor, fake: Tensor, kind: Adversary = "wgan-gp", *, redu
     return reduce_loss(items, None, reduction)
 
 
-@LOSSES.register
 def adversarial(fake: Tensor, kind: Adversary = "wgan-gp", *, reduction: Reduction = "mean") -> Tensor:
     r"""What the student minimises: :math:`-D(s)`, or :math:`(D(s) - 1)^2` for ``"lsgan"``.
 

@@ -12,14 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DistillError
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, upcast
 from .scale import unit
 
 Pool = Literal["average", "max"]
 
 
-@LOSSES.register
 def pairwise_affinity(
     student: Tensor,
     teacher: Tensor,

@@ -9,11 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
 
-@LOSSES.register
 def attention_scores(
     student_scores: Tensor,
     teacher_scores: Tensor,
@@ -40,7 +38,6 @@ def attention_scores(
     return reduce_loss((upcast(student_scores) - upcast(teacher_scores)).square(), weight, reduction)
 
 
-@LOSSES.register
 def attention_distributions(
     student_scores: Tensor,
     teacher_scores: Tensor,

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor
 
 from ..errors import check_number
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
 
-@LOSSES.register
 def bounded_regression(
     student_boxes: Tensor,
     teacher_boxes: Tensor,

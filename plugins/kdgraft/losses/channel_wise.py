@@ -8,12 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 from .soft_targets import check_temperature
 
 
-@LOSSES.register
 def channel_wise(
     student: Tensor,
     teacher: Tensor,

@@ -10,12 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DistillError
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, upcast
 from .scale import bounded
 
 
-@LOSSES.register
 def class_prototypes(
     student: Tensor, teacher: Tensor, labels: Tensor, *, ignore_index: int = 255, reduction: Reduction = "mean"
 ) -> Tensor:

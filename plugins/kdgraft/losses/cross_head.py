@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..registry import LOSSES
 from .reduction import Reduction, divide, reduce_loss, same_shape, upcast
 
 
-@LOSSES.register
 def focused_entropy(
     student_logits: Tensor,
     teacher_logits: Tensor,

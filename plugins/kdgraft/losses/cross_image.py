@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, upcast
 from .scale import unit
 from .soft_targets import check_temperature, soft_targets
 
 
-@LOSSES.register
 def pixel_relations(
     student: Tensor,
     teacher: Tensor,
@@ -57,7 +55,6 @@ def pixel_relations(
     return reduce_loss(items, weight, reduction)
 
 
-@LOSSES.register
 def memory_relations(
     student: Tensor,
     teacher: Tensor,

@@ -42,7 +42,6 @@ def dist_between_classes(
     return reduce_loss(items * temperature**2, weight, reduction)
 
 
-@LOSSES.register
 def dist_within_classes(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ..regions.foreground import BOXES_AT_ONCE
-from ..registry import LOSSES
 from .hint import hint
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 from .soft_targets import check_temperature
@@ -75,7 +74,6 @@ def _foreground(boxes: Tensor, padded_size: tuple[int, int], feature: Tensor) ->
     return best
 
 
-@LOSSES.register
 def focal_features(
     student: Tensor,
     teacher: Tensor,
@@ -108,7 +106,6 @@ def focal_features(
     return reduce_loss(items.flatten(1).sum(1), None, reduction)
 
 
-@LOSSES.register
 def focal_attention(
     student: Tensor,
     teacher: Tensor,

@@ -10,12 +10,10 @@ from typing import Literal
 from torch import Tensor
 
 from ..errors import DistillError
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss
 from .soft_targets import soft_targets
 
 
-@LOSSES.register
 def localization(
     student_edges: Tensor,
     teacher_edges: Tensor,

@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ..registry import LOSSES
 from .hint import hint
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
@@ -29,7 +28,6 @@ class FeatureGenerator(nn.Module):
         return generated
 
 
-@LOSSES.register
 def masked_generation(
     student: Tensor,
     teacher: Tensor,

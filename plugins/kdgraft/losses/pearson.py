@@ -10,12 +10,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..registry import LOSSES
 from .correlation import correlation_over_items
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
 
-@LOSSES.register
 def pearson(
     student_features: Tensor,
     teacher_features: Tensor,

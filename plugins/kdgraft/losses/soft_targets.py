@@ -48,7 +48,6 @@ def soft_targets(
     return reduce_loss(items, weight, reduction)
 
 
-@LOSSES.register
 def binary_soft_targets(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from ..registry import LOSSES
 from .attention_maps import attention_distributions
 from .reduction import Reduction, upcast
 
 
-@LOSSES.register
 def token_relations(
     student_vectors: Tensor,
     teacher_vectors: Tensor,

@@ -10,11 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import DistillError
-from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, upcast
 
 
-@LOSSES.register
 def universal_logits(
     student_logits: Tensor,
     teacher_logits: Tensor,

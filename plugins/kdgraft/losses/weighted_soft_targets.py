@@ -56,7 +56,6 @@ def weighted_soft_targets(
     return reduce_loss(items, weight, reduction)
 
 
-@LOSSES.register
 def weighted_binary_soft_targets(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -1,9 +1,10 @@
 """Who teaches: a frozen teacher, several, a peer that trains too, the student itself."""
 
+from ..registry import SOURCES
 from .base import STUDENT, Source
 from .cached import Cached
 from .ensemble import Ensemble, EnsembleRecording, combined
-from .gather import SOURCES, gather_sources
+from .gather import gather_sources
 from .itself import Itself
 from .peer import Peer
 from .teacher import Teacher

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import DistillError, WiringError, check_number
 from ..losses.reduction import upcast
+from ..registry import SOURCES
 from ..taps import Recording
 from .base import Source
 
@@ -18,6 +19,7 @@ Mean = Literal["arithmetic", "geometric"]
 Kind = Literal["softmax", "sigmoid", "value"]
 
 
+@SOURCES.register
 class Ensemble(Source):
     """Teaches the mean of what several teachers predict (Hinton et al. 2015, arXiv 1503.02531, section 1).
 

@@ -6,14 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import DistillError
-from ..registry import Registry
+from ..registry import SOURCES
 from .base import Source
-from .ensemble import Ensemble
-from .itself import Itself
-
-SOURCES = Registry("source", "kdgraft.sources")
-SOURCES.register(Ensemble)
-SOURCES.register(Itself)
 
 
 def gather_sources(

@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import DistillError, check_share
+from ..registry import SOURCES
 from ..schedules import Step
 from ..taps import Recorder, Recording
 from .base import STUDENT, Source
 from .teacher import Teacher
 
 
+@SOURCES.register
 class Itself(Source):
     """The student's own recording of the same pass, without gradient: deeper layers teach earlier ones.
 

@@ -150,7 +150,7 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return state
 
 
-def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
+def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str, owner: str = "teacher") -> None:
     """Loads every key or nothing; names of older versions count where the model's own modules convert them.
 
     Raises:
@@ -177,4 +177,4 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     except RuntimeError as error:
         model.load_state_dict(before)
         said = "; ".join(found) or str(error).replace("\n", " ")
-        raise DistillError(f"checkpoint {source} does not fit the teacher {type(model).__name__}; {said}") from None
+        raise DistillError(f"checkpoint {source} does not fit the {owner} {type(model).__name__}; {said}") from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..distributed import total_over_ranks, world_size
 from ..errors import DistillError, WiringError, check_flag, check_number, check_share, nearest
+from ..listing import arguments_of
 from ..losses import (
     Ratio,
     binary_soft_targets,
@@ -28,7 +29,7 @@ from ..losses import (
 )
 from ..losses.soft_targets import check_temperature
 from ..readers import Pairs, Reader, Scores
-from ..registry import TERMS, argument_names
+from ..registry import TERMS
 from ..taps import Recording
 from .base import Term, Wiring, check_choice, mean_of
 
@@ -67,7 +68,7 @@ class ScoreTerm(Term):
         ]
         for key in self.where:
             if key not in takes:
-                known = [*argument_names(type(self)), *takes]
+                known = [*arguments_of(type(self)), *takes]
                 raise DistillError(f"term {type(self).__name__} takes no argument {key!r}{nearest(key, known)}")
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:

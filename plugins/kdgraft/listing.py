@@ -1,0 +1,126 @@
+"""Names and their documentation, as ``kdgraft list`` shows them."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+
+@cache
+def written(package: str, variable: str) -> dict[str, str]:
+    """The names that a package's own files register, read without importing it or the host framework that it needs.
+
+    Args:
+        package: the package, such as ``"kdgraft_det"``.
+        variable: the registry's name in it, such as ``"TERMS"``.
+
+    Returns:
+        The first line of the docstring by name; nothing where the package's sources are not there.
+    """
+    spec = find_spec(package) if package else None
+    if spec is None or spec.origin is None:
+        return {}
+    files = sorted(Path(spec.origin).parent.rglob("*.py"))
+    texts = (path.read_text(encoding="utf-8") for path in files)
+    return {name: line for text in texts if f"@{variable}.register" in text for name, line in _names(text, variable)}
+
+
+def _names(text: str, variable: str) -> Iterator[tuple[str, str]]:
+    """Name and first line of each class or function of a file under ``@VARIABLE.register`` or ``@VARIABLE.register("name")``."""
+    for node in ast.parse(text).body:
+        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            continue
+        for decorator in node.decorator_list:
+            named = decorator.args[0] if isinstance(decorator, ast.Call) and decorator.args else None
+            function = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if ast.unparse(function) == f"{variable}.register":
+                name = named.value if isinstance(named, ast.Constant) else node.name
+                yield str(name), (ast.get_docstring(node) or "").partition("\n")[0]
+
+
+def first_line(target: Any) -> str:
+    """The first line of a docstring."""
+    return (inspect.getdoc(target) or "").partition("\n")[0]
+
+
+def explained(target: Callable[..., Any]) -> str:
+    """The documentation of a class or function: what it is, its paper, and each argument with its default.
+
+    Arguments that a class hands on to its bases are among them.
+    """
+    told, described = "", dict[str, str]()
+    for part in inspect.getmro(target) if isinstance(target, type) else (target,):
+        if part.__module__.startswith("torch.") or part is object:
+            break
+        before, own = _sections(part)
+        told = told or before
+        for name, said in own.items():
+            if name not in described or described[name].startswith("see :class:"):
+                described[name] = said
+    lines = [f"    {name}{value}    {described.get(name, '')}".rstrip() for name, value in arguments_of(target).items()]
+    return "\n".join([told, "", *(["Arguments:", *lines] if lines else ["No arguments."])])
+
+
+def arguments_of(target: Callable[..., Any]) -> dict[str, str]:
+    """The arguments that a function, or a class and its bases, takes by name: `` = default``, or nothing for one without."""
+    found: dict[str, str] = {}
+    settled = {"self"}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    for part in _parts(target):
+        function = vars(part).get("__init__") if isinstance(part, type) else part
+        if function is None:
+            continue
+        parameters = [p for p in inspect.signature(function).parameters.values() if p.kind in named]
+        taken = {p.name: "" if p.default is p.empty else f" = {_value(p.default)}" for p in parameters}
+        found.update({name: value for name, value in taken.items() if name not in settled and name not in found})
+        settled |= _settled(function)
+    return found
+
+
+def _parts(target: Callable[..., Any]) -> Iterator[Any]:
+    """A function; or a class and those of its bases whose arguments it takes."""
+    if not isinstance(target, type):
+        yield target
+        return
+    for base in inspect.getmro(target):
+        if base.__module__.startswith("torch.") or base is object:
+            return
+        yield base
+        own = vars(base).get("__init__")
+        if own is not None and not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(own).parameters.values()):
+            return
+
+
+def _settled(function: Any) -> set[str]:
+    """The arguments that an ``__init__`` gives its base itself, so that they are none of its own."""
+    try:
+        tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function)))
+    except (OSError, TypeError, SyntaxError):
+        return set()
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "super().__init__"]
+    return {keyword.arg for call in calls for keyword in call.keywords if keyword.arg is not None}
+
+
+def _value(default: Any) -> str:
+    return default.__name__ if inspect.isroutine(default) or isinstance(default, type) else repr(default)
+
+
+def _sections(part: Any) -> tuple[str, dict[str, str]]:
+    """A docstring without its sections on arguments and results, and what it says of each argument."""
+    text = inspect.cleandoc(part.__doc__ or "")
+    told, *sections = re.split(
+        r"^(Args|Returns|Raises|Example|Examples|Yields|Attributes)::?\n", text, flags=re.MULTILINE
+    )
+    described: dict[str, str] = {}
+    for title, section in zip(sections[::2], sections[1::2], strict=True):
+        if title == "Args":
+            for entry in re.split(r"\n(?=\S)", inspect.cleandoc(section)):
+                names, _, said = entry.partition(": ")
+                described.update(dict.fromkeys(re.split(r",\s*", names), " ".join(said.split())))
+    return told.strip(), described

@@ -1,0 +1,65 @@
+"""``kdgraft test``: the host's own evaluation of a checkpoint, as its ``tools/test.py`` does it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+
+import torch
+from mmengine.config import Config
+
+from kdgraft.errors import DistillError
+from kdgraft.launching import waiting
+from kdgraft.sources.teacher import load_strictly, read_checkpoint, weights_of
+
+from .checkpoints import SAFE_TYPES
+from .configs import plain_config
+from .resuming import safe_loading
+from .run import config_mistakes, data_on_this_machine, make_runner, read_config, timeout_of, unwrapped
+
+
+def evaluate(path: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False) -> dict[str, float]:
+    """Evaluates a checkpoint of the plain or distilled student on the config's test set.
+
+    Args:
+        path: the plain or distilled config. Without a test set its validation set is used.
+        checkpoint: the file, of a training or of ``kdgraft export``; it has to fit the student.
+        options: ``KEY=VALUE`` overrides.
+        trusted: read a checkpoint that holds arbitrary pickled objects.
+
+    Returns:
+        The metrics that the config's evaluator computes.
+
+    Raises:
+        DistillError: a mistake in the config, a checkpoint that cannot be read or does not fit, or missing data.
+    """
+    config = plain_config(read_config(path, options))
+    _choose_set(config, path)
+    weights = weights_of(read_checkpoint(checkpoint, trusted=trusted, safe_types=SAFE_TYPES))
+    with tempfile.TemporaryDirectory() as scratch, safe_loading(trusted), waiting(timeout_of(config)):
+        config.work_dir, config.experiment_name = scratch, f"test {scratch}"
+        config.log_level = "WARNING"
+        config.load_from, config.resume = str(checkpoint), False
+        with config_mistakes(path):
+            runner = make_runner(config)
+        load_strictly(unwrapped(runner.model), weights, str(checkpoint), "student")
+        with config_mistakes(path), data_on_this_machine(config, "the student was not evaluated", "test_dataloader"):
+            _ = runner.test_loop  # builds the data set and its evaluator
+        with torch.no_grad():
+            return {name: float(value) for name, value in runner.test().items()}
+
+
+def _choose_set(config: Config, path: str) -> None:
+    """Has the validation set tested where there is no test set.
+
+    Raises:
+        DistillError: the config has neither.
+    """
+    if config.get("test_dataloader") is None:
+        for part in ("dataloader", "evaluator"):
+            config[f"test_{part}"] = config.get(f"val_{part}")
+        config.test_cfg = dict(type="TestLoop")
+    if config.get("test_dataloader") is None or config.get("test_evaluator") is None:
+        raise DistillError(
+            f"{path} has no test set and no validation set with an evaluator; add test_dataloader and test_evaluator"
+        )
