@@ -2,6 +2,7 @@
 #
 #   make demo               teacher, plain student, distilled students on embedded data; a table and pictures
 #   make test               the default tests        make test-slow, make test-gpu: opt-in ones
+#   make test-core          the tests of the core, without any host, in an environment of its own: nothing to compile
 #   make lint typecheck     ruff, mypy
 #   make bench-det bench-seg bench-nlp   what distilling costs
 #
@@ -30,7 +31,7 @@ MMCV_upstream := mmcv
 MM_upstream := mmengine mmdet mmsegmentation ftfy regex
 CONSTRAINTS := -c constraints/common.txt -c constraints/$(STACK).txt -c $(VENV)/torch.txt
 
-.PHONY: env demo test test-slow test-gpu lint typecheck format bench-det bench-seg bench-nlp clean
+.PHONY: env demo test test-core test-slow test-gpu lint typecheck format bench-det bench-seg bench-nlp clean
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.ready
@@ -55,11 +56,20 @@ $(VENV)/.ready: $(VENV)/.mmcv pyproject.toml constraints/common.txt
 	$(PIP) install --quiet --no-build-isolation -e '.[nlp,dev]' $(CONSTRAINTS)
 	touch $@
 
+# Torch alone, as users of plain PyTorch have it: no mm stack, no transformers.
+$(VENV)/.core: $(TORCH_STAMP) pyproject.toml constraints/common.txt
+	$(PIP) install --quiet --no-build-isolation -e '.[test]' -c constraints/common.txt -c $(VENV)/torch.txt
+	touch $@
+
 demo: env
 	$(BIN)/python -m kdgraft demo $(TASK) --seeds $(SEEDS) --recipes $(RECIPES) --device $(DEVICE)
 
 test: env
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
+
+test-core:
+	$(MAKE) --no-print-directory STACK=core .venv-core/.core
+	.venv-core/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal tests/plugins $(PYTEST_ARGS)
 
 test-slow: env
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
@@ -82,4 +92,4 @@ bench-det bench-seg bench-nlp: bench-%: env
 	KINETO_LOG_LEVEL=5 $(BIN)/python -m kdgraft bench $* --device $(DEVICE)
 
 clean:
-	rm -rf .venv .venv-upstream runs work_dirs build
+	rm -rf .venv .venv-upstream .venv-core runs work_dirs build

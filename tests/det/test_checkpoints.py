@@ -211,8 +211,12 @@ def test_ema_runs_resume_exactly(tmp_path, scenes, model, update_buffers):
 
 
 def test_the_best_checkpoint_is_a_plain_student_too(tmp_path, scenes, model):
-    hooks = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=2, save_best="coco/bbox_mAP"))
+    hooks = dict(checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=1, save_best="coco/bbox_mAP"))
     cycle = dict(type="IterBasedTrainLoop", max_iters=2, val_interval=1)
     run(runner_config(model, scenes, tmp_path, iters=2, default_hooks=hooks, train_cfg=cycle))
     (best,) = tmp_path.glob("best_*.pth")
-    build(detector()).load_state_dict(read(best)["state_dict"], strict=True)
+    state = dict(read(best)["state_dict"])
+    assert_same(state, dict(read(tmp_path / best.name[best.name.index("iter_") :])["state_dict"]))
+    plain = build(detector())
+    plain.load_state_dict(state, strict=True)
+    assert_same(state, dict(plain.state_dict()))

@@ -346,7 +346,10 @@ def test_student_and_teacher_keep_their_own_caps():
 
 @pytest.mark.parametrize("name", ["cap", "routers", "both"])
 def test_heads_are_found_in_half_precision(name):
-    graft(odd(name, 1).bfloat16(), odd(name, 2).bfloat16(), ["ForwardKL"], chunk=8)
+    student = graft(odd(name, 1).bfloat16(), odd(name, 2).bfloat16(), ["ForwardKL"], chunk=8).train()
+    exact = graft(odd(name, 1).bfloat16().float(), odd(name, 2).bfloat16().float(), ["ForwardKL"], chunk=8).train()
+    batch = support.collate(support.samples(4, "causal"))
+    torch.testing.assert_close(support.loss_of(student, batch), support.loss_of(exact, batch), rtol=0.1, atol=0)
 
 
 def test_chunks_beside_terms_on_layers_alone():

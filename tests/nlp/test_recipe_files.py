@@ -196,11 +196,16 @@ def test_a_students_config_is_looked_into(student, said, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "student",
-    [dict(BERT, attn_implementation="eager"), dict(model_type="llama", rope_theta=500.0)],
+    ("student", "taken"),
+    [
+        (dict(BERT, attn_implementation="eager"), lambda config: config._attn_implementation == "eager"),
+        (dict(BERT, model_type="llama", rope_theta=500.0), lambda config: config.rope_parameters["rope_theta"] == 500),
+    ],
 )
-def test_what_configs_take_besides_is_no_mistake(student, tmp_path):
-    check_settings(recipe(tmp_path, labelled("a", "b"), student=student))
+def test_what_configs_take_besides_is_no_mistake(student, taken, tmp_path):
+    settings = recipe(tmp_path, labelled("a", "b"), student=student)
+    check_settings(settings)
+    assert taken(build(settings).model.config)
 
 
 def test_all_mistakes_are_told_at_once_before_models_and_data(tmp_path, monkeypatch):

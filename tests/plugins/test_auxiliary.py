@@ -137,6 +137,8 @@ def test_the_critic_computes_in_float32_under_autocast():
             learned = found.network(half.detach().float())
         assert F.linear(SAMPLES, SAMPLES).dtype == torch.bfloat16  # the autocast is on
     assert judged.dtype == learned.dtype == torch.float32
+    torch.testing.assert_close(judged, found.network(half.float()))
+    torch.testing.assert_close(learned, judged)
 
 
 def test_what_it_judges_learns_and_the_critic_does_not():

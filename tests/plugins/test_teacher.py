@@ -63,9 +63,13 @@ def test_a_deep_copy_shares_it():
 
 
 def test_moves_and_converts():
-    teacher = Teacher(net())
-    teacher.apply(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    model = net()
+    double = lambda tensor: tensor.double() if tensor.is_floating_point() else tensor  # noqa: E731
+    expected = {name: double(value) for name, value in model.state_dict().items()}
+    teacher = Teacher(model)
+    teacher.apply(double)
     assert teacher.model[0].weight.dtype is torch.float64
+    torch.testing.assert_close(dict(teacher.model.state_dict()), expected, rtol=0, atol=0)
 
 
 def test_a_placed_one_stays_as_it_is():

@@ -173,7 +173,11 @@ def test_the_best_checkpoint_is_a_plain_student_too(tmp_path, scenes, model):
     cfg.default_hooks.checkpoint.save_best = "mIoU"
     run(cfg)
     (best,) = tmp_path.glob("best_*.pth")
-    build(segmentor()).load_state_dict(read(best)["state_dict"], strict=True)
+    state = dict(read(best)["state_dict"])
+    assert_same(state, dict(read(tmp_path / best.name[best.name.index("iter_") :])["state_dict"]))
+    plain = build(segmentor())
+    plain.load_state_dict(state, strict=True)
+    assert_same(state, dict(plain.state_dict()))
 
 
 @pytest.fixture(scope="module")

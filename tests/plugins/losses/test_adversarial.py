@@ -203,6 +203,7 @@ def test_mix_takes_the_samples_type():
     real, fake, mix, weight = golden.dense.critic()
     value = gradient_penalty(smooth(weight.float()), real.float(), fake.float(), mix)
     assert value.dtype is torch.float32
+    torch.testing.assert_close(value.double(), gradient_penalty(smooth(weight), real, fake, mix), rtol=1e-5, atol=0)
 
 
 def test_penalty_of_an_empty_batch_is_0_with_a_live_graph():

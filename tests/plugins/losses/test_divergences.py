@@ -216,7 +216,7 @@ def test_a_class_that_one_rules_out_stays_finite(name: str):
         logits[side][..., 2] = -math.inf
         student, teacher = logits
         value = EVERY[name](student.requires_grad_(), teacher)
-        assert value.isfinite()
+        assert 0 < value < -math.log(0.1)  # the bound of a skewed KL, above that of the JSD
         assert gradient(value, student).isfinite().all()
 
 

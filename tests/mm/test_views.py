@@ -61,7 +61,10 @@ def test_the_same_normalisation_is_the_very_same_tensor():
 
 def test_half_precision_stays():
     view = TeacherView(preprocessor(), preprocessor((10.0, 20.0, 30.0)))
-    assert view(torch.zeros(3, 3, 8, 8, dtype=torch.bfloat16), SIZES).dtype == torch.bfloat16
+    inputs = torch.randn(3, 3, 8, 8).bfloat16()
+    found = view(inputs, SIZES)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), view(inputs.float(), SIZES), rtol=0.05, atol=0.05)
 
 
 def test_other_numbers_of_channels_are_refused():

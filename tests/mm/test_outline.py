@@ -78,6 +78,7 @@ def test_names_of_modules_that_are_not_imported_yet_are_left_alone(model: dict[s
     model["terms"] = ["TheirTerm"]
     config = Config(dict(model=model, custom_imports=dict(imports=["kdgraft_det", "their_terms"])))
     check_outline(config, "kdgraft_det")
+    assert said(model).startswith("no term is called 'TheirTerm'")  # with nothing else to import, nobody registers it
 
 
 def test_names_that_a_test_or_a_notebook_registered_count(model: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
@@ -108,6 +109,8 @@ def test_arguments_of_all_terms_are_told_at_once():
 
 def test_nothing_is_refused_where_nothing_is_wrong():
     refuse([])
+    with pytest.raises(DistillError, match=r"^a$"):
+        refuse(["a"])
 
 
 def test_missing_data(tmp_path: Path):
