@@ -10,7 +10,8 @@ from kdgraft.batch import Batch
 from kdgraft.errors import check_number
 from kdgraft.losses import Ratio, bounded_regression, weighted_ratio
 from kdgraft.taps import Recording
-from kdgraft.terms import Term, Wiring, check_choice, mean_of
+from kdgraft.terms import Term, check_choice, mean_of
+from kdgraft.wiring import Wiring
 
 from .heads import Heads
 from .predictions import HEAD_NAMES, HeadName, find_heads

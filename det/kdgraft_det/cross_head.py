@@ -22,7 +22,8 @@ from kdgraft.errors import WiringError, check_number
 from kdgraft.losses import Ratio, align_scale, focused_entropy, localization
 from kdgraft.regions import All
 from kdgraft.taps import Recording, Tap, shadow
-from kdgraft.terms import Term, Wiring
+from kdgraft.terms import Term
+from kdgraft.wiring import Wiring
 
 from .dense import check_sigmoid
 from .dense_heads import DenseHead, dense_head

@@ -13,7 +13,7 @@ from kdgraft.errors import WiringError
 from kdgraft.readers import Pairs
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 
 from .dense_heads import DenseHead, dense_head, reads_proposals
 from .heads import Anchors, Heads, in_students_order, same_box_coder, same_number_of_classes

@@ -20,7 +20,7 @@ from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
 from kdgraft.readers import Pairs
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 from kdgraft_mm.class_outputs import scores_classes
 
 Anchors = Literal["all", "main", "vlr"]

@@ -12,7 +12,8 @@ from kdgraft.losses import Ratio, localization, weighted_ratio
 from kdgraft.losses.soft_targets import check_temperature
 from kdgraft.sources import combined
 from kdgraft.taps import Recording
-from kdgraft.terms import Term, Wiring
+from kdgraft.terms import Term
+from kdgraft.wiring import Wiring
 
 from .dense import DenseHeads, distribution_bins
 from .heads import same_box_coder

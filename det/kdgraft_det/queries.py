@@ -14,7 +14,7 @@ from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
 from kdgraft.readers import Pairs
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 
 from .heads import Anchors, Heads, in_students_order, known_head, same_number_of_classes
 

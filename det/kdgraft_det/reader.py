@@ -11,7 +11,7 @@ from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.readers import Compared, Pairs, Reader, Scores
 from kdgraft.taps import Recording
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 
 from .heads import Anchors, Heads
 from .predictions import HEAD_NAMES, HeadName, find_heads

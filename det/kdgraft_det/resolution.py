@@ -13,7 +13,7 @@ from mmengine.structures import InstanceData, PixelData
 from torch import Tensor
 
 from kdgraft.errors import WiringError
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 from kdgraft_mm.resolution import Resolution, Size, nearest_positions
 
 

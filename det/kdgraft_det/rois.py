@@ -17,7 +17,7 @@ from kdgraft.errors import WiringError
 from kdgraft.readers import Pairs
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 
 from .heads import (
     Anchors,

@@ -4,7 +4,7 @@ from kdgraft.hosts import require
 
 require("transformers", "kdgraft_nlp")
 
-from kdgraft.terms import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, SkewedKL, SoftTargets  # noqa: E402
+from kdgraft import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, SkewedKL, SoftTargets  # noqa: E402
 
 from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402

@@ -15,7 +15,8 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, attention_distributions, attention_scores, cosine, hint, patient, token_relations
 from kdgraft.sources import STUDENT
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Term, Wiring, check_choice, mean_of
+from kdgraft.terms import Term, check_choice, mean_of
+from kdgraft.wiring import Wiring
 
 from .attention import METHOD, AttentionCall, Layer, Stack, attention_call, drops_layers, layer_pairs, stacks
 from .packing import first_of_each, per_text

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from kdgraft.errors import WiringError
 from kdgraft.losses import universal_logits
 from kdgraft.readers import Pairs
-from kdgraft.terms import ScoreTerm, Wiring, check_choice
+from kdgraft.terms import ScoreTerm, check_choice
+from kdgraft.wiring import Wiring
 
 from .reader import OutputScores, Where
 from .registry import TERMS

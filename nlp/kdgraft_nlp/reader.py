@@ -12,7 +12,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.readers import Compared, Pairs, Reader, Scores
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 
 from .chunked import head_of
 from .predictions import (

@@ -8,29 +8,21 @@ from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, SOURCES, TERMS, Regis
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
 from .sources import Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recorder, Recording, Tap
-from .terms import (
+from .terms.base import TapTerm, Term
+from .terms.features import ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
+from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
+from .terms.predictions import (
     DIST,
-    ChannelWise,
-    FeatureImitation,
-    FeatureTerm,
-    FocalGlobal,
     ForwardKL,
     GeneralizedJSD,
-    Hint,
     LogitMatching,
-    MapTerm,
-    MaskedGeneration,
-    PairwiseAffinity,
-    PearsonImitation,
-    PerImageTerm,
     ReverseKL,
     ScoreTerm,
     SkewedKL,
     SoftTargets,
-    TapTerm,
     TemperedTerm,
-    Term,
 )
+from .terms.relations import MapTerm, PairwiseAffinity
 
 __version__: str
 

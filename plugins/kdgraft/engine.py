@@ -25,7 +25,8 @@ from .sources import STUDENT, Ensemble, Itself, Source
 from .sources.base import check_names
 from .step import StepInProgress
 from .taps import NeverFired, Recorder, Recording, Tap
-from .terms import Term, Wiring, WiringRow, build_terms
+from .terms import Term, build_terms
+from .wiring import Wiring, WiringRow
 
 logger = logging.getLogger("kdgraft")
 

@@ -74,6 +74,8 @@ class Scores(ABC):
     reading: Any = None
     host_losses: Sequence[str] = ()
     background: bool = False
+    labelled: bool = False
+    """Whether only items with a label count, where the reader knows of integer labels (−100: none)."""
     no_single_class: str = "; use SoftTargets"
     """What a message adds where a term needs one distribution over all classes, and these are independent."""
     independent: bool | None = False
@@ -157,7 +159,7 @@ class Reader:
 
 
 class TapScores(Scores):
-    """Class scores ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)`` as tapped; items whose integer label is −100 do not count."""
+    """Class scores ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)`` as tapped."""
 
     def __init__(self, reader: Reader, taps: tuple[Sequence[Tap], Sequence[Tap]]) -> None:
         self.reader, self.taps = reader, taps
@@ -177,7 +179,7 @@ class TapScores(Scores):
         found = []
         for s, t in in_students_order(self.reader, self.taps, student, teacher):
             labels, items = batch.labels, s.select(class_dim(s), 0).shape
-            known = isinstance(labels, Tensor) and labels.shape == items and not labels.is_floating_point()
+            known = self.labelled and isinstance(labels, Tensor) and labels.shape == items
             one = s.shape[class_dim(s)] == 1
             found.append(Pairs(s, t, labels != -100 if known else None, dim=class_dim(s), independent=one))
         return found

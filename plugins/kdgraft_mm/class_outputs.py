@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kdgraft.taps import Tap
-from kdgraft.terms import TapTerm, Term, Wiring
+from kdgraft.terms import TapTerm, Term
+from kdgraft.wiring import Wiring
 
 Reads = Callable[[Any, Tap, Tensor], bool]
 """Whether the channels of a tensor that a tap of a model reads stand for classes."""

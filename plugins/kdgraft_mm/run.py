@@ -28,7 +28,7 @@ from kdgraft.launching import TIMEOUT, waiting
 from kdgraft.resuming import lost_terms
 from kdgraft.schedules import Constant
 from kdgraft.tables import print_rows
-from kdgraft.terms import WiringRow
+from kdgraft.wiring import WiringRow
 
 from .configs import PLUGINS, load_config, type_name
 from .graft import Graft

@@ -12,7 +12,7 @@ from mmengine.runner import Runner, find_latest_checkpoint
 
 from kdgraft.errors import DistillError
 from kdgraft.hosts import Job, TrainedModel
-from kdgraft.terms import WiringRow
+from kdgraft.wiring import WiringRow
 
 from . import evaluation, run
 from .checkpoints import export_student

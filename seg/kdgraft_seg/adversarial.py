@@ -15,7 +15,8 @@ from kdgraft.losses import Ratio, adversarial, weighted_ratio
 from kdgraft.losses.adversarial import ADVERSARIES, Adversary
 from kdgraft.registry import call
 from kdgraft.taps import Recording
-from kdgraft.terms import ScoreTerm, Wiring
+from kdgraft.terms import ScoreTerm
+from kdgraft.wiring import Wiring
 
 from .critic import Critic, Opponent
 from .registry import TERMS

@@ -16,7 +16,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.readers import Compared, Pairs, Reader, Scores, Taps, in_students_order, paired, parse_taps
 from kdgraft.regions import on_grid
 from kdgraft.taps import Recording, Tap
-from kdgraft.terms import Wiring
+from kdgraft.wiring import Wiring
 
 LOGITS = "decode_head"
 EMBEDDINGS = "decode_head.cls_seg():input"

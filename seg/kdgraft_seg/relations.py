@@ -24,7 +24,8 @@ from kdgraft.losses.scale import unit
 from kdgraft.losses.soft_targets import check_temperature
 from kdgraft.readers import Taps
 from kdgraft.taps import Recording
-from kdgraft.terms import MapTerm, Wiring, mean_of
+from kdgraft.terms import MapTerm, mean_of
+from kdgraft.wiring import Wiring
 
 from .reader import labels_on
 from .registry import TERMS

@@ -6,10 +6,9 @@ import pytest
 import torch
 import transformers
 
-from kdgraft import WiringError
+from kdgraft import Hint, WiringError
 from kdgraft.batch import Batch
 from kdgraft.taps import Tap
-from kdgraft.terms import Hint
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch
 from support import nlp as support

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdgraft import Distiller, DistillError
+from kdgraft import Distiller, DistillError, FeatureImitation
 from kdgraft.auxiliary import Auxiliary
 from kdgraft.losses.reduction import Ratio
-from kdgraft.terms import FeatureImitation
 from support.auxiliary_ranks import SAMPLES, STEPS, WHOLE, network, score, train
 from support.processes import found_by_two
 

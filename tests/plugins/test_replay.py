@@ -14,8 +14,9 @@ from kdgraft.engine import Replay
 from kdgraft.losses import Ratio
 from kdgraft.regions import All
 from kdgraft.taps import Tap
-from kdgraft.terms import Term, Wiring
+from kdgraft.terms import Term
 from kdgraft.terms.features import build_region, placed
+from kdgraft.wiring import Wiring
 
 
 class Head(nn.Module):

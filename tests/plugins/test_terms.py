@@ -11,13 +11,16 @@ import golden
 from kdgraft import (
     LOSSES,
     Batch,
+    ChannelWise,
     Constant,
     Distiller,
     DistillError,
     FeatureImitation,
     Hint,
     LogitMatching,
+    PearsonImitation,
     Region,
+    ReverseKL,
     SoftTargets,
     Step,
     Stop,
@@ -27,7 +30,7 @@ from kdgraft import (
 )
 from kdgraft.losses import binary_soft_targets, channel_wise, hint, localization, logit_matching, pearson, soft_targets
 from kdgraft.regions import foreground_weights
-from kdgraft.terms import ChannelWise, PearsonImitation, ReverseKL, build_terms
+from kdgraft.terms import build_terms
 
 
 class Emit(nn.Module):

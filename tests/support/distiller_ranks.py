@@ -12,10 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdgraft import Batch, Distiller, FeatureImitation, SoftTargets, WarmUp
+from kdgraft import Batch, Distiller, FeatureImitation, PearsonImitation, SoftTargets, WarmUp
 from kdgraft.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
 from kdgraft.losses import hint
-from kdgraft.terms import PearsonImitation
 from support.processes import WORLD, as_rank
 from support.tensors import gradients
 

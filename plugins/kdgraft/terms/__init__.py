@@ -1,47 +1,29 @@
-"""Terms: what is compared. A term is a name, a source, taps or a reader, an adapter, a region, a loss and a weight schedule."""
+"""Terms: what is compared. A term is a name, a source, taps or a reader, an adapter, a region, a loss and a weight schedule.
 
-from .base import TapTerm, Term, Wiring, WiringRow, build_terms, check_choice, mean_of, sum_of
-from .features import ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
-from .generation import FocalGlobal, MaskedGeneration, PerImageTerm
-from .predictions import (
-    DIST,
-    ForwardKL,
-    GeneralizedJSD,
-    LogitMatching,
-    ReverseKL,
-    ScoreTerm,
-    SkewedKL,
-    SoftTargets,
-    TemperedTerm,
-)
-from .relations import MapTerm, PairwiseAffinity
+The terms themselves are public names of :mod:`kdgraft`; here are the bases that other packages build on.
+"""
+
+from . import features, generation, predictions, relations
+from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
+from .features import FeatureTerm
+from .generation import PerImageTerm
+from .predictions import ScoreTerm, TemperedTerm
+from .relations import MapTerm
 
 __all__ = [
-    "DIST",
-    "ChannelWise",
-    "FeatureImitation",
     "FeatureTerm",
-    "FocalGlobal",
-    "ForwardKL",
-    "GeneralizedJSD",
-    "Hint",
-    "LogitMatching",
     "MapTerm",
-    "MaskedGeneration",
-    "PairwiseAffinity",
-    "PearsonImitation",
     "PerImageTerm",
-    "ReverseKL",
     "ScoreTerm",
-    "SkewedKL",
-    "SoftTargets",
     "TapTerm",
     "TemperedTerm",
     "Term",
-    "Wiring",
-    "WiringRow",
     "build_terms",
     "check_choice",
+    "features",
+    "generation",
     "mean_of",
+    "predictions",
+    "relations",
     "sum_of",
 ]

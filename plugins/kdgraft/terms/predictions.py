@@ -165,11 +165,12 @@ class SoftTargets(TemperedTerm):
         if hard_weight is not None:
             check_share("SoftTargets", "hard_weight", hard_weight)
             self.host_share = hard_weight
-        self.own_share = 1.0 if hard_weight is None else 1 - hard_weight
+        self.hard_weight, self.own_share = hard_weight, 1.0 if hard_weight is None else 1 - hard_weight
         self.focus, self.classes, self.background_weight = focus, classes, background_weight
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         super().prepare(student, teacher)
+        self.scores.labelled = self.hard_weight is not None  # hard and soft loss are of the same items
         if self.focus and self.scores.independent is False:
             raise WiringError(f"{self.name}: focus needs sigmoid classes, and these share one softmax")
         if self.background_weight is not None and not self.scores.background:
