@@ -307,8 +307,10 @@ def test_targets_reach_the_terms_that_want_them():
     model = distiller(SoftTargets(hard_weight=1.0)).train()
     out = model(X, targets=Y)
     torch.testing.assert_close(out.total(F.cross_entropy(out.student, Y)), F.cross_entropy(out.student, Y))
-    ignored = distiller(SoftTargets(4)).train()(X, targets=Y.masked_fill(Y[0] == Y, -100))
-    assert not torch.equal(ignored.loss, distiller(SoftTargets(4)).train()(X, targets=Y).loss)
+    some = Y.masked_fill(Y[0] == Y, -100)
+    for hard_weight, same in ((None, True), (0.5, False)):  # without a mix the teacher teaches what has no label, too
+        found = [distiller(SoftTargets(4, hard_weight=hard_weight)).train()(X, targets=y).loss for y in (some, Y)]
+        assert torch.equal(*found) is same
 
 
 def test_under_autocast():
