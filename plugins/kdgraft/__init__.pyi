@@ -22,7 +22,7 @@ from .terms.predictions import (
     SoftTargets,
     TemperedTerm,
 )
-from .terms.relations import MapTerm, PairwiseAffinity
+from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 
 __version__: str
 
@@ -34,6 +34,7 @@ __all__ = [
     "SCHEDULES",
     "SOURCES",
     "TERMS",
+    "AttentionTransfer",
     "Batch",
     "ChannelWise",
     "Constant",

@@ -255,5 +255,6 @@ BY_NAME: dict[str, Declared] = {
     **_adversary("wgan-gp"),
     **_adversary("lsgan"),
     **_adversary("hinge"),
+    "attention_transfer": masked(losses.attention_transfer, TWO_WIDTHS, (2,), lengths=False),
 }
 """By the name of a registered loss, and its settings after a blank."""

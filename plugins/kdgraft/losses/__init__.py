@@ -3,6 +3,7 @@
 from .adversarial import adversarial, critic_loss, gradient_penalty
 from .affinity import pairwise_affinity
 from .attention_maps import attention_distributions, attention_scores
+from .attention_transfer import attention_transfer
 from .bounded_regression import bounded_regression
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
@@ -30,6 +31,7 @@ __all__ = [
     "align_scale",
     "attention_distributions",
     "attention_scores",
+    "attention_transfer",
     "binary_soft_targets",
     "bounded_regression",
     "channel_wise",

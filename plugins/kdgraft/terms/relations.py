@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from ..batch import Batch
-from ..losses import Ratio, pairwise_affinity, weighted_ratio
+from ..losses import Ratio, attention_transfer, pairwise_affinity, weighted_ratio
 from ..losses.affinity import Pool, check_patch
 from ..registry import TERMS
 from ..taps import Recording
-from .base import Taps, mean_of
+from .base import Taps, check_choice, mean_of
 from .features import FeatureTerm
 
 
@@ -63,3 +63,34 @@ class PairwiseAffinity(MapTerm):
 
     def per_image(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
         return pairwise_affinity(student, teacher, patch=self.patch, pool=self.pool, valid=valid, reduction="none")
+
+
+@TERMS.register
+class AttentionTransfer(MapTerm):
+    """Attention transfer (AT) by activations: strengths of positions (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
+
+    Several taps weigh alike: the mean of their losses. The authors' code adds the groups of a residual network up, each with
+    weight 1000.
+
+    Args:
+        tap, region: see :class:`MapTerm`; a detector's pyramid or a segmentor's last stage by default.
+        variant: ``"code"`` or ``"paper"``; see :func:`kdgraft.losses.attention_transfer`.
+        weight: β, 1000 in the authors' code.
+    """
+
+    reads = "features"
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        variant: Literal["code", "paper"] = "code",
+        weight: float = 1000.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(tap, weight=weight, **settings)
+        check_choice(self, "variant", variant, ("code", "paper"))
+        self.variant = variant
+
+    def per_image(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        return attention_transfer(student, teacher, variant=self.variant, valid=valid, reduction="none")
