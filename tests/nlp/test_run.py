@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,7 +20,7 @@ from kdgraft.cli import main
 from kdgraft.files import held
 from kdgraft_nlp.data import read, train_tokenizer
 from kdgraft_nlp.run import build, train
-from kdgraft_nlp.scores import spans, tag_scores
+from kdgraft_nlp.scores import scores, spans, tag_scores
 from kdgraft_nlp.settings import load
 from kdgraft_nlp.trainer import DistillTrainer
 from support import nlp as support
@@ -269,6 +270,23 @@ def test_scripts(script, data, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("teacher:", "plain:", "distilled:"))]
     assert len(lines) == 3, done.stdout
+
+
+def test_scores_of_classes():
+    # By hand: of class 0 one of two is found, F1 = 2/3; of class 1 one is right of two found, one true, F1 = 2/3; class 2 occurs in
+    # the predictions alone and 3 in the labels alone, F1 = 0.
+    found = scores(np.array([0, 1, 1, 2]), np.array([0, 0, 1, 3]))
+    assert found == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 2 / 3) / 4)}
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = np.random.default_rng(0)
+    for classes, count in ((2, 7), (5, 60), (40, 30)):
+        predicted, labels = draw.integers(0, classes, (2, count))
+        labels[0] = -100  # a class that the training set has none of
+        expected = {
+            "accuracy": pytest.approx(metrics.accuracy_score(labels, predicted)),
+            "macro_f1": pytest.approx(metrics.f1_score(labels, predicted, average="macro", zero_division=0)),
+        }
+        assert scores(predicted, labels) == expected
 
 
 def test_spans_and_scores_by_hand():
