@@ -5,7 +5,7 @@
 ``data``         ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``text`` (or ``words``),
                  ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts; ``fraction``: the share of the
                  training set to use; ``length``: tokens
-``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train a WordPiece one on the training set, where neither the
+``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither the
                  student's nor the teacher's folder brings one
 ``student``      a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
 ``teacher``      a folder, or a source such as ``{type: Itself, momentum: 0.99}``; left out, the model trains alone (a teacher,
