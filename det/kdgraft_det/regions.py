@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from mmdet.structures.bbox import BaseBoxes
+from mmdet.structures.bbox import BaseBoxes, bbox_overlaps
 from torch import Tensor
 
 from kdgraft.errors import DistillError
@@ -87,11 +87,8 @@ def valuable_region(
 
 def _iou_and_diou(anchors: Tensor, boxes: Tensor, *, by_anchor: bool) -> tuple[Tensor, Tensor]:
     a, b = anchors[:, None], boxes[None]
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    area_a = (a[..., 2:] - a[..., :2]).prod(-1)
-    area_b = (b[..., 2:] - b[..., :2]).prod(-1)
-    iou = overlap / (area_a + area_b - overlap).clamp(min=1e-6)
+    iou = bbox_overlaps(anchors, boxes)
     enclosing = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).square().sum(-1)
     apart = ((a[..., :2] + a[..., 2:] - b[..., :2] - b[..., 2:]) / 2).square().sum(-1)
-    ratio = overlap / area_a.clamp(min=1e-6) if by_anchor else iou
+    ratio = bbox_overlaps(anchors, boxes, mode="iof") if by_anchor else iou
     return iou, ratio - apart / enclosing.clamp(min=1e-6)

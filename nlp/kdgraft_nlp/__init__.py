@@ -8,6 +8,7 @@ from kdgraft import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, S
 
 from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
+from .initialisation import init_from_teacher  # noqa: E402
 from .layers import AttentionMaps, Embeddings, HiddenStates, PatientStates, Relations  # noqa: E402
 from .logits import UniversalLogits  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "distilbert",
     "distill",
     "gkd",
+    "init_from_teacher",
     "minilm",
     "minilmv2",
     "mobilebert",

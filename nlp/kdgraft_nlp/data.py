@@ -10,7 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 from datasets import ClassLabel, Dataset
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kdgraft.errors import DistillError
@@ -216,11 +216,17 @@ def _end(tokenizer: Any) -> int:
 def train_tokenizer(
     texts: Any, vocab_size: int = 4000, length: int = 128, pairs: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A lower-case WordPiece tokenizer with BERT's special tokens; for pairs it also tells the two texts apart."""
-    tokenizer = Tokenizer(models.WordPiece(_learned_pieces(list(texts), vocab_size), unk_token="[UNK]"))
+    """A lower-case byte-level BPE tokenizer with BERT's special tokens; for pairs it also tells the two texts apart.
+
+    It is the same in every process. Pieces with a prefix (WordPiece) or suffix, and unigrams, are not: the library numbers them in
+    the order of a hash map, and equally frequent ones go by these numbers.
+    """
+    tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.add_special_tokens(list(SPECIAL))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    learned = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False)
+    tokenizer.train_from_iterator(texts, learned)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
@@ -231,25 +237,6 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, model_max_length=length, model_input_names=inputs, **names
     )
-
-
-def _learned_pieces(texts: Sequence[str], vocab_size: int) -> dict[str, int]:
-    """The pieces that WordPiece learns of texts, the same in every process.
-
-    The library numbers the characters that continue words as it meets them in a hash map, another order in each process, and
-    merges that are equally frequent go by these numbers. Given in front, as if special, they have one order.
-    """
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    continuing: set[str] = set()
-    for text in texts:
-        for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(tokenizer.normalizer.normalize_str(text)):
-            continuing.update(word[1:])
-    first = [*SPECIAL, *(f"##{character}" for character in sorted(continuing))]
-    learned = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first, show_progress=False)
-    tokenizer.train_from_iterator(texts, learned)
-    return tokenizer.get_vocab()
 
 
 def _names(column: Texts) -> list[str]:

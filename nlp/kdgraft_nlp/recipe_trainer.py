@@ -70,7 +70,9 @@ class RecipeTrainer:
         recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None}
         recipe |= {"teacher": None, "teachers": None}  # the plan says who teaches
         recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}
-        if job.teachers:
+        if not job.teachers:
+            recipe.pop("init_from", None)
+        else:
             teachers = {name: _teacher(given) for name, given in job.teachers.items()}
             recipe |= {"teacher": teachers["teacher"]} if list(teachers) == ["teacher"] else {"teachers": teachers}
         if job.start is not None:

@@ -5,13 +5,14 @@
 ``data``         ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``text`` (or ``words``),
                  ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts; ``fraction``: the share of the
                  training set to use; ``length``: tokens
-``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train a WordPiece one on the training set, where neither the
+``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither the
                  student's nor the teacher's folder brings one
 ``student``      a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
 ``teacher``      a folder, or a source such as ``{type: Itself, momentum: 0.99}``; left out, the model trains alone (a teacher,
                  or the plain student)
 ``teachers``     several by name instead, which the terms' ``source`` says; ``{a: large, b: larger}``, and a source of others:
                  ``{teacher: {type: Ensemble, members: [a, b]}, …}``
+``init_from``    layers of the teacher that the student starts from, ``[1, 3, 5]``; see :func:`~kdgraft_nlp.init_from_teacher`
 ``recipe``       a recipe's name, or ``{type: name, …}``
 ``terms``        a list of terms beside it
 ``host_weight``  the share of the host's own loss under a teacher, 1 by default
@@ -171,7 +172,7 @@ def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ())
     """
     config = {**load(path, options), "student": str(student)}
     config["tokenizer"] = tokenizer_folder(config) or config.get("tokenizer")
-    config |= dict.fromkeys(("teacher", "teachers", "recipe", "terms"))
+    config |= dict.fromkeys(("teacher", "teachers", "init_from", "recipe", "terms"))
     if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
         raise DistillError(f"{path} has no data.eval to evaluate the student on")
     with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
@@ -222,7 +223,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     length = told.get("length") or 128
     encoded = {split: encode(task, found, tokenizer, columns, names, length) for split, found in sets.items()}
     student = _model(config["student"], task, tokenizer, names)
-    settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms")}
+    settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
     taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
         trainer = DistillTrainer(

@@ -41,6 +41,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "student": ((str, Path, Mapping), "a folder, or a config such as {model_type: bert, hidden_size: 64}"),
     "teacher": ((str, Path, Mapping), "a folder, or a source such as {type: Itself, momentum: 0.99}"),
     "teachers": ((Mapping,), "folders by name, such as {a: large, b: larger}"),
+    "init_from": ((list, tuple, Mapping), "a list of the teacher's layers, such as [1, 3, 5]"),
     "recipe": ((str, Mapping), "a name, or {type: name, …}"),
     "terms": ((list, tuple), "a list of names, or of {type: name, …}"),
     "host_weight": ((int, float), "a number >= 0"),
@@ -205,6 +206,8 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
     taught = [config.get("teacher"), config.get("teachers")]
     if all(given is None for given in taught) and (config.get("recipe") or config.get("terms")):
         told.append("a recipe or terms need teacher: the folder of a trained model")
+    if all(given is None for given in taught) and config.get("init_from") is not None:
+        told.append("init_from needs teacher, whose layers the student starts from")
     if any(given is not None for given in taught) and config.get("recipe") is None and config.get("terms") is None:
         told.append("a teacher is given, and nothing says what to learn; name terms or a recipe, or leave it out")
     if fine.get("host_weight") is not None:

@@ -28,6 +28,7 @@ from .attention import AttentionRecorder
 from .cache import TeacherCache
 from .chunked import Tail, head_of
 from .heads import check_heads
+from .initialisation import init_from_teacher
 from .layers import refuse_dropped_layers
 from .link import LABELS, Link, link_of, tie, untie
 from .passes import no_loss, run_student
@@ -157,6 +158,7 @@ def graft(
     facts: Mapping[str, Any] | None = None,
     chunk: int | None = None,
     cache: TeacherCache | None = None,
+    init_from: Any = None,
 ) -> Any:
     """Grafts the engine on a student, in place.
 
@@ -171,6 +173,7 @@ def graft(
             the tokenizer).
         chunk: tokens at a time for losses on a causal model's logits; ``None``: all at once.
         cache: of the teacher's outputs, for batches with sample ids.
+        init_from: layers of the teacher that the student starts from; see :func:`~kdgraft_nlp.init_from_teacher`.
 
     Returns:
         The student that was given.
@@ -190,6 +193,8 @@ def graft(
         )
     with isolated_rng():
         sources = build_sources(teacher, teachers, student, cache) if terms else {}
+    if init_from is not None:
+        init_from_teacher(student, _one_model(sources), init_from)
     link = Link(task_of(student), accepted(student))
     kind: Any = student.__class__
     student.__class__ = _graft_class(kind)
@@ -212,6 +217,17 @@ def graft(
         engine.to(next(student.parameters()).device)
     student.add_module("distiller", engine)
     return given
+
+
+def _one_model(sources: Mapping[str, Source]) -> Any:
+    """The model of the one frozen teacher; raises a :class:`DistillError` where there is another source, or none."""
+    (source,) = sources.values() if len(sources) == 1 else (None,)
+    if not isinstance(source, Teacher):
+        raise DistillError(
+            "init_from takes layers of one frozen teacher: give teacher=… and terms; of another model "
+            "init_from_teacher(student, model, layers=…) takes them beforehand"
+        )
+    return source.model
 
 
 def _of_classes(engine: Engine) -> dict[str, Source]:

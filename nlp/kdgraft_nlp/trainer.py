@@ -60,11 +60,12 @@ class Distilling(_Host):
         chunked: bool | int = False,
         host_weight: float = 1.0,
         teachers: Mapping[str, Any] | None = None,
+        init_from: Any = None,
     ) -> None:
         """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
-        check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run)
+        check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run, init_from=init_from)
         _refuse_hosts(self)
         check_number("host_weight", "the host's share", host_weight, 0)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
@@ -74,6 +75,7 @@ class Distilling(_Host):
         facts = _vocabularies(self, [teacher] if teachers is None else others)
         self._recipe = recipe
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
+        self._settings["init_from"] = init_from
         self._settings["chunk"] = _chunk_size(self, chunked)
         self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._totals: dict[str, Tensor] = {}
@@ -399,6 +401,8 @@ class DistillTrainer(Distilling, Trainer):
         host_weight: what the host's own loss is multiplied by. It is 0 for batches without labels.
         teachers: several sources by name, instead of ``teacher``; a term's ``source`` names the one it listens to. Peers are
             saved beside the student, in ``peers/<name>``.
+        init_from: layers of the teacher that the student starts from, ``[1, 3, 5]``; see
+            :func:`~kdgraft_nlp.init_from_teacher`.
 
     Example::
 
@@ -418,10 +422,11 @@ class DistillTrainer(Distilling, Trainer):
         chunked: bool | int = False,
         host_weight: float = 1.0,
         teachers: Mapping[str, Any] | None = None,
+        init_from: Any = None,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self.start_distilling(teacher, terms, recipe, dry_run, chunked, host_weight, teachers)
+        self.start_distilling(teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from)
 
 
 @cache
@@ -439,12 +444,13 @@ def distill(
     chunked: bool | int = False,
     host_weight: float = 1.0,
     teachers: Mapping[str, Any] | None = None,
+    init_from: Any = None,
 ) -> Any:
     """Lets a trainer that you already have distil: any Trainer or subclass of it, before ``train()``.
 
     Args:
         trainer: it is changed and handed back; its own ``compute_loss``, callbacks and so on stay in force.
-        teacher, terms, recipe, dry_run, chunked, host_weight, teachers: as for :class:`DistillTrainer`.
+        teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from: as for :class:`DistillTrainer`.
     """
     if not isinstance(trainer, Trainer):
         raise DistillError(f"distill takes a transformers.Trainer, got {type(trainer).__name__}")
@@ -453,7 +459,8 @@ def distill(
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
-        Distilling.start_distilling(trainer, teacher, terms, recipe, dry_run, chunked, host_weight, teachers)  # type: ignore[arg-type]
+        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from)
+        Distilling.start_distilling(trainer, *told)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = before
         raise

@@ -145,11 +145,11 @@ def test_two_columns_are_pairs(tmp_path):
     tokens = trainer.processing_class.convert_ids_to_tokens(trainer.train_dataset[1]["input_ids"])
     assert tokens == [
         "[CLS]",
-        "red",
-        "cat",
+        "Ġred",
+        "Ġcat",
         "[SEP]",
-        "dog",
-        "1",
+        "Ġdog",
+        "Ġ1",
         "[SEP]",
     ]  # words of both columns are in the vocabulary
     assert trainer.train_dataset[1]["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]

@@ -8,7 +8,6 @@ are of the test split. ``--data DIR`` takes real sentences (``train.jsonl``, ``v
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from kdgraft.errors import DistillError
 from kdgraft.registry import expand_recipe
 from kdgraft_nlp import RECIPES, DistillTrainer
 from kdgraft_nlp.data import encode, read
-from kdgraft_nlp.run import build
+from kdgraft_nlp.run import build, with_perplexity
 from kdgraft_nlp.tasks import AUTO_CLASSES, task_of
 
 from ..comparison import TWO_SPLITS, Comparison, Outcome, Training, run
@@ -71,7 +70,7 @@ class TrainerComparison(Comparison):
         return "text", "label" if self.recipe_task == "classification" else None
 
     def figures(self, found: Mapping[str, Any]) -> dict[str, float]:
-        return super().figures({**found, "eval_perplexity": math.exp(min(found["eval_loss"], 50.0))})
+        return super().figures(with_perplexity({"task": self.recipe_task}, found))
 
     def sets(self, data: Path, split: str = "test") -> dict[str, Dataset]:
         """Read the sets ``train``, ``eval`` and ``test``; words are joined where texts are wanted."""
