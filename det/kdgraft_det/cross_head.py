@@ -20,8 +20,9 @@ from kdgraft.batch import Batch
 from kdgraft.distributed import total_over_ranks
 from kdgraft.errors import WiringError, check_number
 from kdgraft.losses import Ratio, align_scale, focused_entropy, localization
+from kdgraft.recorder import shadow
 from kdgraft.regions import All
-from kdgraft.taps import Recording, Tap, shadow
+from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term
 from kdgraft.wiring import Wiring
 

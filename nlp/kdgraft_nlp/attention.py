@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from kdgraft.errors import WiringError
-from kdgraft.taps import Listener, Recorder, Recording, Site, Tap
+from kdgraft.recorder import Listener, Recorder
+from kdgraft.taps import Recording, Site, Tap
 
 METHOD = "attention"
 """The tap ``<module>.attention()`` reads what an attention module hands to its kernel."""

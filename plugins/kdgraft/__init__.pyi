@@ -3,11 +3,12 @@ from .distiller import Distiller, DistillOutput
 from .engine import Engine
 from .errors import DistillError, UnsafeCheckpoint, WiringError
 from .readers import Pairs, Reader, Scores
+from .recorder import Recorder
 from .regions import FineGrained, Region
 from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, SOURCES, TERMS, Registry
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
 from .sources import Ensemble, Itself, Peer, Source, Teacher
-from .taps import Recorder, Recording, Tap
+from .taps import Recording, Tap
 from .terms.base import TapTerm, Term
 from .terms.features import ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,40 +16,20 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .errors import DistillError, WiringError, nearest
-from .isolation import eval_mode, isolated_rng, own_random_stream
+from .isolation import isolated_rng, own_random_stream
 from .readers import Reader
+from .recorder import Recorder
 from .registry import TERMS, Registry
+from .rehearsal import Rehearsal, Replay, RunSource, members, same_shapes, taps_of
 from .schedules import Step
 from .sources import STUDENT, Ensemble, Itself, Source
 from .sources.base import check_names
 from .step import StepInProgress
-from .taps import NeverFired, Recorder, Recording, Tap
+from .taps import NeverFired, Recording, Tap
 from .terms import Term, build_terms
 from .wiring import Wiring, WiringRow
 
 logger = logging.getLogger("kdgraft")
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-RunSource = Callable[[Source], Any]
-"""Runs a source's model on the step's batch, in the source's own view of it."""
-
-
-@dataclass(frozen=True)
-class Replay:
-    """A part of a teacher that runs on what the *student* drew (its proposals): after the student, on the same calls.
-
-    Attributes:
-        path: the module; a teacher's taps in it are recorded in the replay, not in the teacher's own pass.
-        student_taps: what the replay needs of the student's pass.
-        teacher_taps: what it needs of the teacher's own pass.
-        run: ``(teacher's model, student's recording, teacher's recording, batch)``; calls the part.
-    """
-
-    path: str
-    student_taps: Sequence[Tap]
-    teacher_taps: Sequence[Tap]
-    run: Callable[[nn.Module, Recording, Recording, Batch], None]
 
 
 class Engine(nn.Module):
@@ -87,9 +66,7 @@ class Engine(nn.Module):
         self.peers = nn.ModuleDict({name: source.model for name, source in self.sources.items() if source.trains})
         self.dropped = dict.fromkeys(self.terms, 0)
         self.recorder, self.reader = recorder, reader
-        self._recorders: dict[str, Recorder] = {}
-        self._replay: Replay | None = None
-        self._replayers: dict[str, Recorder] = {}
+        self._rehearsal = Rehearsal((), {}, recorder, None)
 
     def _check_members(self) -> None:
         for name, source in self.sources.items():
@@ -165,16 +142,16 @@ class Engine(nn.Module):
         models = {STUDENT: student} | {name: self.sources[name].model for name in self._leaves}
         for term in self.all_terms:
             self._prepare(term, models)
-        self._replay = replay if self._replayed(replay) else None
+        self._rehearsal = Rehearsal(self.all_terms, self.sources, self.recorder, replay)
         found: dict[str, Wiring] = {}
         with isolated_rng(), torch.no_grad(), self._naming_terms():
-            recordings = self._rehearse(models, run_student, run_source)
+            recordings = self._rehearsal.run(models, run_student, run_source)
             self._tell_of_frozen(recordings)
             outside = () if replay is None else (replay.path,)
             with torch.enable_grad():
                 for term in self.all_terms:
                     ours, theirs = recordings[term.listener], [recordings[name] for name in self.members(term.source)]
-                    _same_shapes(term, theirs)
+                    same_shapes(term, theirs)
                     found[term.name] = Wiring(
                         models[term.listener],
                         models[theirs[0].model],
@@ -221,75 +198,11 @@ class Engine(nn.Module):
 
     def members(self, source: str) -> tuple[str, ...]:
         """The names of the models that a source is made of."""
-        return (STUDENT,) if source == STUDENT else self.sources[source].members
+        return members(self.sources, source)
 
     def taps(self, model: str) -> list[Tap]:
-        """What the terms read of one model."""
-        found: list[Tap] = []
-        for term in self.all_terms:
-            found += term.student_taps if term.listener == model else ()
-            found += term.teacher_taps if model in self.members(term.source) else ()
-        return found
-
-    def _replayed(self, replay: Replay | None) -> list[str]:
-        """The sources of which some term taps what has to be replayed."""
-        if replay is None:
-            return []
-        found = []
-        for term in self.all_terms:
-            for name in self.members(term.source):
-                if name == STUDENT or not any(tap.below(replay.path) for tap in term.teacher_taps):
-                    continue
-                if self.sources[name].trains:
-                    raise WiringError(
-                        f"{term.name}: {name!r} trains on proposals of its own, so that it cannot be compared on the "
-                        f"student's; tap what comes before '{replay.path}'"
-                    )
-                found.append(name)
-        return list(dict.fromkeys(found))
-
-    def _rehearse(
-        self, models: Mapping[str, nn.Module], run_student: Callable[[], Any], run_source: RunSource
-    ) -> dict[str, Recording]:
-        """Makes the recorders and runs every model once."""
-        replay, replayed = self._replay, self._replayed(self._replay)
-        found: dict[str, Recording] = {}
-        for name, model in models.items():
-            taps = self.taps(name)
-            if replay is not None and name == STUDENT:
-                taps += replay.student_taps
-            if replay is not None and name in replayed:
-                taps = [*(tap for tap in taps if not tap.below(replay.path)), *replay.teacher_taps]
-            recorder = self._recorder(model, name, taps)
-            self._recorders[name] = recorder
-            run = run_student if name == STUDENT else lambda name=name: run_source(self.sources[name])  # type: ignore[misc]
-            if name == STUDENT or self.sources[name].trains:
-                found[name] = _rehearsed(recorder, model, run)
-            else:
-                found[name] = self.sources[name].rehearse(recorder, run)
-            if name != STUDENT:
-                self.sources[name].marked(found[name])
-        for name in replayed:
-            assert replay is not None
-            inside = [tap for tap in self.taps(name) if tap.below(replay.path)]
-            self._replayers[name] = self._recorder(models[name], name, inside)
-            part = self._replayers[name].rehearse(
-                models[name],
-                lambda name=name: replay.run(models[name], found[STUDENT], found[name], Batch()),  # type: ignore[misc]
-            )
-            found[name] = found[name].joined(part)
-        return found
-
-    def _recorder(self, model: nn.Module, name: str, taps: Sequence[Tap]) -> Recorder:
-        owner = name if name in (STUDENT, "teacher") else f"source {name!r}"
-        for term in self.all_terms:
-            own = [*term.student_taps] if term.listener == name else []
-            own += term.teacher_taps if name in self.members(term.source) else ()
-            try:
-                self.recorder(model, own, owner, name)
-            except WiringError as error:
-                raise WiringError(f"{term.name}: {error}") from None
-        return self.recorder(model, taps, owner, name)
+        """The taps that the terms have on one model."""
+        return taps_of(model, self.all_terms, self.sources)
 
     def _tell_of_frozen(self, recordings: Mapping[str, Recording]) -> None:
         """Warns about terms whose student features are frozen: only their adapters would learn."""
@@ -323,7 +236,7 @@ class Engine(nn.Module):
     @property
     def replays(self) -> bool:
         """Whether some term taps the part of a teacher that is replayed."""
-        return self._replay is not None
+        return self._rehearsal.replay is not None
 
     def active(self, at: Step) -> list[Term]:
         """The terms whose weight is not 0 at this step."""
@@ -391,17 +304,17 @@ class Engine(nn.Module):
             if name in heard and not source.trains:
                 current.recordings[name] = self.record(name, run_source, current.batch, current.device)
         if STUDENT in heard:
-            with self._recorders[STUDENT].record(student) as recording:
+            with self._rehearsal.recorders[STUDENT].record(student) as recording:
                 current.recordings[STUDENT] = recording
                 yield current
         else:
             yield current
         for name in self.peers:
             source = self.sources[name]
-            with own_random_stream(), self._recorders[name].record(source.model) as recording:
+            with own_random_stream(), self._rehearsal.recorders[name].record(source.model) as recording:
                 current.outputs[name] = run_source(source)
             current.recordings[name] = source.marked(recording)
-        for name in heard & self._replayers.keys():
+        for name in heard & self._rehearsal.replayers.keys():
             self._run_replay(current, name)
 
     def record(self, name: str, run_source: RunSource, batch: Batch, device: torch.device) -> Recording:
@@ -411,15 +324,15 @@ class Engine(nn.Module):
         """
         source = self.sources[name]
         with own_random_stream():
-            found = source.record(self._recorders[name], lambda: run_source(source), batch, device)
+            found = source.record(self._rehearsal.recorders[name], lambda: run_source(source), batch, device)
         return source.marked(found)
 
     def _run_replay(self, current: StepInProgress, name: str) -> None:
         """Runs what of a teacher works on the student's proposals."""
-        assert self._replay is not None
-        replay, model, first = self._replay, self.sources[name].model, current.recordings[name]
+        replay, model, first = self._rehearsal.replay, self.sources[name].model, current.recordings[name]
+        assert replay is not None
         with own_random_stream(), self.sources[name].context(current.device.type):
-            part = self._replayers[name].record_prefix(
+            part = self._rehearsal.replayers[name].record_prefix(
                 model, lambda: replay.run(model, current.recordings[STUDENT], first, current.batch)
             )
         current.recordings[name] = first.joined(part)
@@ -474,31 +387,3 @@ class Engine(nn.Module):
         for source in self.sources.values():
             source.apply(fn)
         return self
-
-
-def _rehearsed(recorder: Recorder, model: nn.Module, run: Callable[[], Any]) -> Recording:
-    """A dry run, with gradient, of a model that trains."""
-    with eval_mode(model):
-        for module in model.modules():
-            # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
-            module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
-        with torch.enable_grad():
-            return recorder.rehearse(model, run)
-
-
-def _same_shapes(term: Term, members: Sequence[Recording]) -> None:
-    """Raises a :class:`WiringError` unless an ensemble's members predict tensors of the same shapes."""
-    if len(members) < 2:
-        return
-    for tap in term.teacher_taps:
-        shapes = {m.model: [tuple(t.shape) for t in m.tensors(tap)] for m in members if m.calls(tap)}
-        first, *others = shapes or [""]
-        for other in others:
-            if shapes[other] != shapes[first]:
-                counts = tuple(f"{len(shapes[name])} tensors" for name in (other, first))
-                pairs = zip(shapes[other], shapes[first], strict=False)
-                theirs, ours = next(((x, y) for x, y in pairs if x != y), counts)
-                raise WiringError(
-                    f"{term.name}: '{tap}' gives {theirs} in {other!r} and {ours} in {first!r}; the members of an Ensemble "
-                    "must predict alike"
-                )

@@ -237,7 +237,7 @@ def test_what_is_in_the_padding_of_the_maps_changes_nothing(kind, teachers):
 
         def scribble(step, amount=amount):
             for recording, keys in ((step.recordings["student"], "convs"), (step.recordings["teacher"], "bbox_head")):
-                for (path, _), seen in recording._seen.items():
+                for (path, _), seen in recording.seen.items():
                     if path.startswith("bbox_head") and keys in path and (keys == "convs" or path == keys):
                         outputs = seen.values.get("output", [])
                         outputs[:] = [_in_padding(value, amount) for value in outputs]

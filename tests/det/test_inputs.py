@@ -34,7 +34,7 @@ def _scribble(model, batch, amount):
 
     def scribble(step):
         for recording in (step.recordings["student"], step.recordings["teacher"]):
-            for seen in recording._seen.values():
+            for seen in recording.seen.values():
                 outputs = seen.values.get("output", [])
                 outputs[:] = [_in_padding(value, data["inputs"].shape[-2:], amount) for value in outputs]
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kdgraft.errors import DistillError, UnsafeCheckpoint, WiringError
-from kdgraft.taps import Recorder, Tap, _tensors
+from kdgraft.recorder import Recorder
+from kdgraft.taps import Tap, _tensors
 from kdgraft_det import DistilledDetector
 from kdgraft_det.heads import reads_classes
 from support.det import (

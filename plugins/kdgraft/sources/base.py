@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import DistillError
+from ..recorder import Recorder
 from ..schedules import Step
-from ..taps import Recorder, Recording
+from ..taps import Recording
 
 STUDENT = "student"
 """The name of the student's own recording among those of the sources."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..errors import DistillError
-from ..taps import Recorder, Recording, Tap
+from ..recorder import Recorder
+from ..taps import Recording, Tap
 from .teacher import Teacher
 
 

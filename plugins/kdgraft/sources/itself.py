@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..errors import DistillError, check_share
+from ..recorder import Recorder
 from ..registry import SOURCES
 from ..schedules import Step
-from ..taps import Recorder, Recording
+from ..taps import Recording
 from .base import STUDENT, Source
 from .teacher import Teacher
 

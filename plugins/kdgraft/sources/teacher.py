@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..errors import DistillError, UnsafeCheckpoint
 from ..files import check_intact
-from ..taps import Recorder, Recording
+from ..recorder import Recorder
+from ..taps import Recording
 from .base import Source
 
 Precision = Literal["inherit", "fp32", "bf16", "fp16"]

@@ -1,0 +1,169 @@
+"""The rehearsal: one dry run of all models, which makes what records each of them in every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batch import Batch
+from .errors import WiringError
+from .isolation import eval_mode
+from .recorder import Recorder
+from .sources import STUDENT, Source
+from .taps import Recording, Tap
+from .terms import Term
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+RunSource = Callable[[Source], Any]
+"""Runs a source's model on the step's batch, in the source's own view of it."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A part of a teacher that runs on what the *student* drew (its proposals): after the student, on the same calls.
+
+    Attributes:
+        path: the module; a teacher's taps in it are recorded in the replay, not in the teacher's own pass.
+        student_taps: what the replay needs of the student's pass.
+        teacher_taps: what it needs of the teacher's own pass.
+        run: ``(teacher's model, student's recording, teacher's recording, batch)``; calls the part.
+    """
+
+    path: str
+    student_taps: Sequence[Tap]
+    teacher_taps: Sequence[Tap]
+    run: Callable[[nn.Module, Recording, Recording, Batch], None]
+
+
+class Rehearsal:
+    """Makes the recorders of the student and of every source, and runs each model once.
+
+    Args:
+        terms: the terms, with their taps settled.
+        sources: the sources by name.
+        recorder: the class that records a model.
+        replay: the part of a teacher that runs on what the student drew.
+
+    Attributes:
+        recorders: what records each model's own pass, by the model's name.
+        replayers: what records the replayed part of a teacher, by the teacher's name.
+        replay: the part that is replayed; ``None`` where no term taps it.
+    """
+
+    def __init__(
+        self,
+        terms: Sequence[Term],
+        sources: Mapping[str, Source],
+        recorder: type[Recorder],
+        replay: Replay | None,
+    ) -> None:
+        self._terms, self._sources, self._recorder_class = terms, sources, recorder
+        self.recorders: dict[str, Recorder] = {}
+        self.replayers: dict[str, Recorder] = {}
+        self._replayed = [] if replay is None else self._sources_replayed(replay)
+        self.replay = replay if self._replayed else None
+
+    def _sources_replayed(self, replay: Replay) -> list[str]:
+        """The sources of which some term taps what has to be replayed."""
+        found = []
+        for term in self._terms:
+            for name in members(self._sources, term.source):
+                if name == STUDENT or not any(tap.below(replay.path) for tap in term.teacher_taps):
+                    continue
+                if self._sources[name].trains:
+                    raise WiringError(
+                        f"{term.name}: {name!r} trains on proposals of its own, so that it cannot be compared on the "
+                        f"student's; tap what comes before '{replay.path}'"
+                    )
+                found.append(name)
+        return list(dict.fromkeys(found))
+
+    def run(
+        self, models: Mapping[str, nn.Module], run_student: Callable[[], Any], run_source: RunSource
+    ) -> dict[str, Recording]:
+        """Make the recorders, run every model once, and return what was recorded by the model's name."""
+        replay = self.replay
+        found: dict[str, Recording] = {}
+        for name, model in models.items():
+            taps = taps_of(name, self._terms, self._sources)
+            if replay is not None and name == STUDENT:
+                taps += replay.student_taps
+            if replay is not None and name in self._replayed:
+                taps = [*(tap for tap in taps if not tap.below(replay.path)), *replay.teacher_taps]
+            recorder = self._recorder(model, name, taps)
+            self.recorders[name] = recorder
+            run = run_student if name == STUDENT else lambda name=name: run_source(self._sources[name])  # type: ignore[misc]
+            if name == STUDENT or self._sources[name].trains:
+                found[name] = _rehearsed(recorder, model, run)
+            else:
+                found[name] = self._sources[name].rehearse(recorder, run)
+            if name != STUDENT:
+                self._sources[name].marked(found[name])
+        for name in self._replayed:
+            assert replay is not None
+            inside = [tap for tap in taps_of(name, self._terms, self._sources) if tap.below(replay.path)]
+            self.replayers[name] = self._recorder(models[name], name, inside)
+            part = self.replayers[name].rehearse(
+                models[name],
+                lambda name=name: replay.run(models[name], found[STUDENT], found[name], Batch()),  # type: ignore[misc]
+            )
+            found[name] = found[name].joined(part)
+        return found
+
+    def _recorder(self, model: nn.Module, name: str, taps: Sequence[Tap]) -> Recorder:
+        owner = name if name in (STUDENT, "teacher") else f"source {name!r}"
+        for term in self._terms:
+            own = [*term.student_taps] if term.listener == name else []
+            own += term.teacher_taps if name in members(self._sources, term.source) else ()
+            try:
+                self._recorder_class(model, own, owner, name)
+            except WiringError as error:
+                raise WiringError(f"{term.name}: {error}") from None
+        return self._recorder_class(model, taps, owner, name)
+
+
+def members(sources: Mapping[str, Source], source: str) -> tuple[str, ...]:
+    """The names of the models that a source is made of."""
+    return (STUDENT,) if source == STUDENT else sources[source].members
+
+
+def taps_of(model: str, terms: Sequence[Term], sources: Mapping[str, Source]) -> list[Tap]:
+    """The taps that terms have on one model."""
+    found: list[Tap] = []
+    for term in terms:
+        found += term.student_taps if term.listener == model else ()
+        found += term.teacher_taps if model in members(sources, term.source) else ()
+    return found
+
+
+def _rehearsed(recorder: Recorder, model: nn.Module, run: Callable[[], Any]) -> Recording:
+    """A dry run, with gradient, of a model that trains."""
+    with eval_mode(model):
+        for module in model.modules():
+            # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
+            module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
+        with torch.enable_grad():
+            return recorder.rehearse(model, run)
+
+
+def same_shapes(term: Term, members: Sequence[Recording]) -> None:
+    """Raises a :class:`WiringError` unless an ensemble's members predict tensors of the same shapes."""
+    if len(members) < 2:
+        return
+    for tap in term.teacher_taps:
+        shapes = {m.model: [tuple(t.shape) for t in m.tensors(tap)] for m in members if m.calls(tap)}
+        first, *others = shapes or [""]
+        for other in others:
+            if shapes[other] != shapes[first]:
+                counts = tuple(f"{len(shapes[name])} tensors" for name in (other, first))
+                pairs = zip(shapes[other], shapes[first], strict=False)
+                theirs, ours = next(((x, y) for x, y in pairs if x != y), counts)
+                raise WiringError(
+                    f"{term.name}: '{tap}' gives {theirs} in {other!r} and {ours} in {first!r}; the members of an Ensemble "
+                    "must predict alike"
+                )
