@@ -18,6 +18,7 @@ from .logit_matching import logit_matching
 from .masked_generation import masked_generation
 from .pearson import pearson
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
+from .relations import relations
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
 from .states import cosine, patient
 from .token_relations import token_relations
@@ -56,6 +57,7 @@ __all__ = [
     "pearson",
     "pixel_relations",
     "reduce_loss",
+    "relations",
     "reverse_kl",
     "skewed_kl",
     "soft_targets",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import DistillError
 from .reduction import Reduction, reduce_loss, upcast
+from .relations import dot, relations, squared_difference
 from .scale import unit
 
 Pool = Literal["average", "max"]
@@ -93,9 +94,9 @@ def pool_nodes(maps: Tensor, patch: int | float, pool: Pool, valid: Tensor | Non
 
 def _squared_difference(s: Tensor, t: Tensor) -> Tensor:
     """The squared Frobenius norm of ``s sᵀ - t tᵀ`` for each image, by whichever way holds less."""
-    with torch.autocast(s.device.type, enabled=False):  # it would multiply in half precision
-        if s.shape[1] <= max(s.shape[2], t.shape[2]):
-            return (s @ s.transpose(1, 2) - t @ t.transpose(1, 2)).square().sum((1, 2))
-        # Large sums that nearly cancel: double precision, on C×C numbers.
-        parts = [(a.transpose(1, 2) @ b).double().square().sum((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
-        return (parts[0] - 2 * parts[1] + parts[2]).clamp(min=0).to(s.dtype)
+    if s.shape[1] <= max(s.shape[2], t.shape[2]):
+        return relations(s, t, dot, squared_difference).sum(1)
+    # Large sums that nearly cancel: double precision, on C×C numbers.
+    s, t = s.transpose(1, 2), t.transpose(1, 2)
+    parts = [dot(a, b).double().square().sum((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
+    return (parts[0] - 2 * parts[1] + parts[2]).clamp(min=0).to(s.dtype)

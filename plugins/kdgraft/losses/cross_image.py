@@ -5,12 +5,11 @@ Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segment
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..errors import DistillError
 from .reduction import Reduction, reduce_loss, upcast
-from .scale import unit
+from .relations import cosine, divergence, relations
 from .soft_targets import check_temperature, soft_targets
 
 
@@ -41,17 +40,19 @@ def pixel_relations(
         )
     check_temperature(temperature)
     other_student, other_teacher, other_valid = others if others is not None else (student, teacher, valid)
-    s, t = (
-        _similarity(_only(a, valid), _only(b, other_valid))
-        for a, b in ((student, other_student), (teacher, other_teacher))
+    compared = None if other_valid is None else (other_valid > 0)[None, :, None, :]
+    items = relations(
+        _only(student, valid),
+        _only(teacher, valid),
+        lambda own, other: _across_images(own, other) / temperature,
+        divergence,
+        others=(_only(other_student, other_valid), _only(other_teacher, other_valid)),
+        valid=compared,
     )
     weight = None if valid is None else (valid > 0)[:, None, :]
-    if other_valid is not None:
-        outside = (other_valid <= 0)[None, :, None, :]
-        s, t = (x.masked_fill(outside, -2.0 - 100 * temperature) for x in (s, t))  # e^-100 of any cosine's weight
-        has_any = (~outside).any(3)
+    if compared is not None:
+        has_any = compared.any(3)
         weight = has_any if weight is None else weight & has_any
-    items = soft_targets(s, t, temperature, reduction="none") / temperature**2
     return reduce_loss(items, weight, reduction)
 
 
@@ -84,9 +85,7 @@ def memory_relations(
         )
     if len(memory) == 0:
         return reduce_loss(upcast(student).sum(1) * 0, None, reduction)
-    remembered = unit(upcast(memory), 1)
-    with torch.autocast(remembered.device.type, enabled=False):
-        s, t = (unit(upcast(x), 1) @ remembered.T / contrast_temperature for x in (student, teacher))
+    s, t = (cosine(x, memory) / contrast_temperature for x in (student, teacher))
     return soft_targets(s, t, temperature, reduction=reduction)
 
 
@@ -96,7 +95,7 @@ def _only(features: Tensor, valid: Tensor | None) -> Tensor:
     return features if valid is None else features.masked_fill((valid <= 0)[..., None], 0)
 
 
-def _similarity(a: Tensor, b: Tensor) -> Tensor:
-    """Cosines between all rows of all images: ``(B, N, C), (B', M, C) -> (B, B', N, M)``."""
-    with torch.autocast(a.device.type, enabled=False):  # it would multiply in half precision
-        return torch.einsum("inc,jmc->ijnm", unit(a, 2), unit(b, 2))
+def _across_images(items: Tensor, others: Tensor) -> Tensor:
+    """Cosines of all rows of all images: ``(B, N, C), (B', M, C) -> (B, B', N, M)``."""
+    found = cosine(items.flatten(0, 1), others.flatten(0, 1))
+    return found.view(*items.shape[:2], *others.shape[:2]).transpose(1, 2)

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from ..errors import DistillError
-from .attention_maps import attention_distributions
-from .reduction import Reduction, upcast
+from .reduction import Reduction, reduce_loss, upcast
+from .relations import divergence, dot, relations
 
 
 def token_relations(
@@ -40,17 +39,12 @@ def token_relations(
         weight: weights that broadcast to ``(B, R, L)``.
         reduction: over the R·L rows of each sequence.
     """
-    return attention_distributions(
-        relation_scores(student_vectors, heads, "student"),
-        relation_scores(teacher_vectors, heads, "teacher"),
-        valid=valid,
-        weight=weight,
-        reduction=reduction,
-    )
+    both = _parts(student_vectors, heads, "student"), _parts(teacher_vectors, heads, "teacher")
+    return reduce_loss(relations(*both, _scaled_dot, divergence, valid=valid), weight, reduction)
 
 
-def relation_scores(vectors: Tensor, heads: int, owner: str) -> Tensor:
-    """``(B, L, D)`` -> ``(B, R, L, L)``: AAᵀ/√(D/R) of each of R parts.
+def _parts(vectors: Tensor, heads: int, owner: str) -> Tensor:
+    """``(B, L, D) -> (B, R, L, D/R)``.
 
     Raises:
         DistillError: R does not divide the width.
@@ -58,6 +52,8 @@ def relation_scores(vectors: Tensor, heads: int, owner: str) -> Tensor:
     batch, length, width = vectors.shape
     if heads < 1 or width % heads:
         raise DistillError(f"token_relations: {heads} relation heads do not divide the {owner}'s width {width}")
-    parts = upcast(vectors).view(batch, length, heads, width // heads).transpose(1, 2)
-    with torch.autocast(vectors.device.type, enabled=False):
-        return parts @ parts.transpose(-1, -2) / math.sqrt(width // heads)
+    return upcast(vectors).view(batch, length, heads, width // heads).transpose(1, 2)
+
+
+def _scaled_dot(parts: Tensor, others: Tensor) -> Tensor:
+    return dot(parts, others) / math.sqrt(parts.shape[-1])
