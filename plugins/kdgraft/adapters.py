@@ -1,4 +1,4 @@
-"""Adapters: make the student's tensor comparable with the teacher's. Sized by the dry run; nobody types channel numbers."""
+"""Adapters make the student's tensor comparable with the teacher's; the dry run determines their channel numbers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ AdapterKind = Literal["auto", "conv1x1", "linear", "none", "any"]
 class ConvAdapter(nn.Module):
     """1×1 convolution to the teacher's channels, then a bilinear resize to the teacher's grid where the grids differ.
 
-    Shapes: ``(B, C_s, H, W) -> (B, C_t, H_t, W_t)``. Also worth having where the channels match: Chen et al. 2017, table 4,
-    gain 1.1 mAP from it (hint 56.9, with adapter 58.0).
+    Shapes: ``(B, C_s, H, W) -> (B, C_t, H_t, W_t)``. The adapter helps even where the channels match: Chen et al. 2017, table 4,
+    report a gain of 1.1 mAP (hint 56.9, with adapter 58.0).
     """
 
     def __init__(self, student_channels: int, teacher_channels: int, *, align_corners: bool = False) -> None:
@@ -26,7 +26,7 @@ class ConvAdapter(nn.Module):
         self.align_corners = align_corners
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The student's map in the teacher's space; ``teacher`` gives the grid alone."""
+        """Map the student's features into the teacher's space; only the grid of ``teacher`` is used."""
         projected = self.project(student.to(self.project.weight.dtype))
         return resize_to(projected, teacher.shape[-2:], align_corners=self.align_corners)
 
@@ -35,14 +35,14 @@ class ConvAdapter(nn.Module):
 
 
 class LinearAdapter(nn.Module):
-    """Linear map of the last dimension to the teacher's width: ``(…, C_s) -> (…, C_t)``, as for tokens."""
+    """Linear map of the last dimension, such as a token's, to the teacher's width: ``(…, C_s) -> (…, C_t)``."""
 
     def __init__(self, student_width: int, teacher_width: int) -> None:
         super().__init__()
         self.project = nn.Linear(student_width, teacher_width)
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The student's vectors in the teacher's space."""
+        """Map the student's vectors into the teacher's space."""
         return self.project(student.to(self.project.weight.dtype))
 
     def extra_repr(self) -> str:
@@ -50,14 +50,14 @@ class LinearAdapter(nn.Module):
 
 
 class NoAdapter(nn.Module):
-    """Nothing to learn; a bilinear resize where the grids of two maps differ."""
+    """Adapter without parameters: a bilinear resize where the grids of two maps differ."""
 
     def __init__(self, *, align_corners: bool = False) -> None:
         super().__init__()
         self.align_corners = align_corners
 
     def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The student's tensor on the teacher's grid."""
+        """Return the student's tensor on the teacher's grid."""
         if student.ndim != 4:
             return student
         return resize_to(student, teacher.shape[-2:], align_corners=self.align_corners)
@@ -66,17 +66,17 @@ class NoAdapter(nn.Module):
 def build_adapter(
     kind: AdapterKind, student: Tensor, teacher: Tensor, where: str, *, align_corners: bool = False
 ) -> nn.Module:
-    """The adapter between two tensors of the dry run.
+    """Build the adapter between two tensors of the dry run.
 
     Args:
-        kind: ``"auto"`` takes a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``; ``"none"`` and
-            ``"any"`` learn nothing, and the latter leaves the channels as they are where they differ.
-        student, teacher: the dry run's tensors; the adapter lies where the student's does.
+        kind: ``"auto"`` builds a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``; ``"none"`` and
+            ``"any"`` have no parameters, and ``"any"`` accepts channels that differ.
+        student, teacher: the tensors of the dry run; the adapter is placed on the student's device.
         where: the term and its taps, for messages.
-        align_corners: of the resize of maps, as the host resizes them.
+        align_corners: passed to the resize of maps; set it as the host does.
 
     Raises:
-        WiringError: tensors that this adapter cannot bring together.
+        WiringError: an adapter of this kind cannot make the tensors comparable.
     """
     shapes = f"{where}: student {tuple(student.shape)}, teacher {tuple(teacher.shape)}"
     if student.ndim != teacher.ndim:
@@ -104,13 +104,13 @@ def build_adapter(
 
 
 def adapter_label(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:
-    """The words of ``kdgraft check`` for an adapter."""
+    """Describe an adapter for ``kdgraft check``."""
     resized = student.ndim == 4 and student.shape[-2:] != teacher.shape[-2:]
     return f"{type(adapter).__name__} {adapter.extra_repr()}".strip() + (", resize" if resized else "")
 
 
 def resize_to(maps: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
-    """Bilinear resize of ``(B, C, H, W)`` to ``size``; the same tensor where it has that size."""
+    """Resize maps ``(B, C, H, W)`` bilinearly to ``size``; a tensor of that size is returned unchanged."""
     if maps.shape[-2:] == tuple(size):
         return maps
     return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=align_corners)

@@ -1,4 +1,4 @@
-"""Networks that are trained beside the student: critics, discriminators, paraphrasers."""
+"""Auxiliary networks, which are trained beside the student: critics, discriminators, paraphrasers."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ A = TypeVar("A", bound="Auxiliary")
 
 
 class Auxiliary:
-    """A network with its optimizer, out of sight of everything that walks the student's modules.
+    """A network with its own optimizer, hidden from everything that traverses the student's modules.
 
-    It is no ``nn.Module``: DDP, the student's optimizer, EMA and ``state_dict`` never meet it. It averages its gradients over
-    the processes itself, computes in float32 whatever the autocast, and skips a step whose loss or gradient is not finite on
-    any process. A deep copy (an EMA model) shares it. A term keeps it in ``auxiliaries``, where it moves and is saved with it.
+    It is not an ``nn.Module``, so DDP, the student's optimizer, EMA and ``state_dict`` do not see it. It averages its gradients
+    over the processes itself, computes in float32 under any autocast, and skips a step whose loss or gradient is not finite on
+    any process. A deep copy (an EMA model) shares it. A term keeps it in ``auxiliaries``, and moves and saves it from there.
 
     Args:
-        network: the network.
-        lr, betas, weight_decay: of its Adam.
+        network: the network to train.
+        lr, betas, weight_decay: settings of its Adam optimizer.
 
     Attributes:
-        random: random numbers of its own, in the checkpoint too.
-        skipped: how many steps were not finite.
+        random: its own random number generator, which the checkpoint includes.
+        skipped: number of steps that were skipped because they were not finite.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Auxiliary:
 
     @contextmanager
     def learning(self, device_type: str) -> Iterator[None]:
-        """The context of :meth:`step`: training mode, with gradient, in float32; the first time all processes start alike."""
+        """Enter training mode with gradients in float32 for :meth:`step`; on first use, synchronise the weights over processes."""
         if not self._shared:
             copy_from_first_rank(self.network)
             self._shared = True
@@ -51,15 +51,15 @@ class Auxiliary:
             yield
 
     def step(self, loss: Tensor, count: int, figures: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One step of the optimizer; every process must make it.
+        """Take one step of the optimizer; every process must call it.
 
         Args:
-            loss: summed over this process's samples.
-            count: how many there are.
-            figures: further sums over them.
+            loss: the sum of the losses of this process's samples.
+            count: the number of these samples.
+            figures: further sums over the samples, to be logged.
 
         Returns:
-            The means of ``figures`` over the samples of all processes; nothing where the step was skipped.
+            The means of ``figures`` over the samples of all processes; empty if the step was skipped.
         """
         parameters = list(self.network.parameters())
         gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
@@ -77,13 +77,13 @@ class Auxiliary:
         return dict(zip(figures, (total[-len(sums) : -1] / everyone).unbind(), strict=True))
 
     def judge(self, inputs: Tensor) -> Tensor:
-        """What the network makes of ``inputs``, in float32, with a gradient to them alone."""
+        """Apply the network to ``inputs`` in float32, with gradients to the inputs only."""
         self.network.eval().requires_grad_(False)
         with torch.autocast(inputs.device.type, enabled=False):
             return self.network(inputs.float())
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Moves the network, as ``nn.Module._apply`` does, and the optimizer's state with it."""
+        """Move the network, as ``nn.Module._apply`` does, together with the optimizer's state."""
         self.network._apply(function)
         for state in self.optimizer.state.values():
             for key, value in state.items():
@@ -91,7 +91,7 @@ class Auxiliary:
                     state[key] = function(value)
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint: network, optimizer, random state, count of skipped steps."""
+        """Return the state for a checkpoint: network, optimizer, random state, number of skipped steps."""
         return {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -100,15 +100,17 @@ class Auxiliary:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state`.
+        """Restore :meth:`state`.
 
         Raises:
-            DistillError: the state is that of another network.
+            DistillError: the state belongs to a different network.
         """
         own, given = self.network.state_dict(), state["network"]
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in given.items()}:
             kind = type(self.network).__name__.lower()
-            raise DistillError(f"the checkpoint to resume holds another {kind}; resume with the one it was made with")
+            raise DistillError(
+                f"the checkpoint to resume holds another {kind}; resume with the settings it was made with"
+            )
         self.network.load_state_dict(given)
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.load(state["random"])

@@ -1,4 +1,4 @@
-"""Batches: what regions, readers and terms may know of one."""
+"""The batch as regions, readers and terms see it."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Samples:
-    """Which samples a batch holds, for teachers whose outputs are kept.
+    """Identities of the samples in a batch, for teachers whose outputs are cached.
 
     Attributes:
-        ids: what tells them apart, the same in every epoch.
-        inputs: what the teacher is given of the batch, so that other inputs under one id are noticed.
+        ids: one identifier per sample, the same in every epoch.
+        inputs: the teacher's inputs, by which the cache detects that an id now stands for other inputs.
     """
 
     ids: Sequence[Any]
@@ -28,17 +28,19 @@ class Samples:
 
 @dataclass
 class Batch:
-    """What regions and terms may know of a batch. Pixels are those of the padded network input.
+    """Facts about a batch for regions and terms. Coordinates are pixels of the padded network input.
+
+    A field is ``None`` where the host does not provide it.
 
     Attributes:
-        padded_size: (height, width) of the network input, or ``None`` where there is no such thing.
-        image_sizes: per image its (height, width) inside the padded input, top left; ``None`` when nothing is padded.
-        boxes: per image ``(n, 4)`` as x1, y1, x2, y2; ``None`` when the host has none.
-        labels: whatever the host calls labels: per image ``(n,)``, or one tensor; ``(B, H, W)`` classes of pixels.
-        valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding; ``None`` when the host has no such thing.
-        tokens: ``(B, L)``, true for the tokens of sequences that are not padding; ``None`` when the host has no such thing.
-        samples: which samples the batch holds; ``None`` when the host has no such thing.
-        extra: anything that only one host's terms look at.
+        padded_size: (height, width) of the network input.
+        image_sizes: (height, width) of each image, which lies at the top left of the padded input; ``None`` without padding.
+        boxes: ground truth of each image, ``(n, 4)`` as x1, y1, x2, y2.
+        labels: the host's labels: ``(n,)`` per image, or one tensor, such as the classes of pixels ``(B, H, W)``.
+        valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding.
+        tokens: ``(B, L)``, true for tokens that are not padding.
+        samples: the identities of the samples.
+        extra: values that only the terms of one host read.
     """
 
     padded_size: tuple[int, int] | None = None
@@ -51,14 +53,14 @@ class Batch:
     extra: dict[Any, Any] = field(default_factory=dict)
 
     def once(self, key: tuple[Any, ...], make: Callable[[], T]) -> T:
-        """What ``make`` gives, made once a batch for a key; what it reads of a recording puts ``recording.model`` in the key."""
+        """Return ``make()``, computed once per batch and key; include ``recording.model`` in the key if it reads a recording."""
         if key not in self.extra:
             self.extra[key] = make()
         found: T = self.extra[key]
         return found
 
     def at(self, tap: Tap, feature: Tensor) -> Batch:
-        """Return the batch as it looks where ``feature`` was tapped; for hosts whose models hold several sequences.
+        """Return the batch of the sequence that ``feature`` belongs to, for models that process several sequences.
 
         Raises:
             WiringError: the host cannot tell which positions of ``feature`` are padding.

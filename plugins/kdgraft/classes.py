@@ -1,4 +1,4 @@
-"""Class names of student and teacher: compared by name, brought into one order."""
+"""Alignment of the student's and the teacher's classes by their names."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ logger = logging.getLogger("kdgraft")
 def class_order(
     student: Any, teacher: Any, sides: tuple[str, str] = ("training set", "teacher's checkpoint")
 ) -> Tensor | None:
-    """Indices that put the teacher's classes in the student's order.
+    """Return indices that put the teacher's classes in the student's order.
 
     Args:
-        student, teacher: class names in order, or ``None`` where they are not known.
-        sides: where each side's names stand, for messages.
+        student, teacher: class names in order, or ``None`` if they are not known.
+        sides: where the names of each side come from, for messages.
 
     Returns:
-        ``None`` when the order is the same, or when one side does not know its class names (said in a warning).
+        The indices; ``None`` if the order is the same, or, with a warning, if one side does not name its classes.
 
     Raises:
-        WiringError: the names differ.
+        WiringError: the sets of names differ.
     """
     if not student or not teacher:
         side = sides[0] if not student else sides[1]
-        logger.warning("the %s does not name its classes; taking student's and teacher's classes to be the same", side)
+        logger.warning(
+            "the %s does not name its classes; assuming that student and teacher have the same classes", side
+        )
         return None
     student, teacher = list(student), list(teacher)
     if student == teacher:
@@ -40,6 +42,6 @@ def class_order(
         extra = [name for name in teacher if name not in student]
         raise WiringError(
             f"the teacher was trained on other classes: it lacks {missing[:5]}, and has {extra[:5]} that the student lacks; "
-            "drop the terms on class outputs, or use a teacher of the same classes"
+            "remove the terms on class outputs, or use a teacher of the same classes"
         )
     return torch.tensor([teacher.index(name) for name in student])

@@ -1,6 +1,6 @@
 """The command line: ``kdgraft train | check | test | export | list | plan | demo | bench``.
 
-A user's mistake ends with one line on stderr and exit code 2.
+A mistake of the user's ends the command with one line on stderr and exit code 2.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .registry import LOSSES, REGIONS, SCHEDULES, SOURCES, Registry
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit code."""
+    """Run a command and return its exit code."""
     arguments = _parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -46,15 +46,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config")
     train.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/CONFIG'S NAME)")
     train.add_argument(
-        "--resume", nargs="?", const="auto", help="go on from this checkpoint, or from the newest complete one"
+        "--resume", nargs="?", const="auto", help="resume from this checkpoint, or from the newest complete one"
     )
-    train.add_argument("--amp", action="store_true", help="mixed precision")
+    train.add_argument("--amp", action="store_true", help="train in mixed precision")
     train.add_argument("--seed", type=int, help="random seed")
     wait = f"seconds that a process waits for the others before all stop (default: the config's, or {TIMEOUT})"
     train.add_argument("--timeout", type=float, metavar="SECONDS", help=wait)
     _add_options(train)
     _add_trusted(train)
-    lost = "with --resume: begin anew what of the checkpoint is missing or damaged (optimizer, schedulers, terms)"
+    lost = "with --resume: reset the parts that the checkpoint lacks or that are damaged (optimizer, schedulers, terms)"
     train.add_argument("--partial", action="store_true", help=lost)
     train.set_defaults(run=_train)
 
@@ -71,48 +71,59 @@ def _parser() -> argparse.ArgumentParser:
     _add_trusted(test)
     test.set_defaults(run=_test)
 
-    export = commands.add_parser("export", help="write the plain student: weights and config")
+    export = commands.add_parser("export", help="write the weights and the config of the plain student")
     export.add_argument("checkpoint")
-    export.add_argument("out", help="the file of weights, student.pth; its config is written beside it, as student.py")
     export.add_argument(
-        "--peer", metavar="NAME", help="write this peer, which trained beside the student, instead of it"
+        "out", help="the file for the weights, such as student.pth; the config is written beside it, as student.py"
     )
-    export.add_argument("--force", action="store_true", help="overwrite the two files where they are there already")
+    export.add_argument(
+        "--peer", metavar="NAME", help="write this peer, which was trained beside the student, instead of the student"
+    )
+    export.add_argument("--force", action="store_true", help="overwrite the two files if they exist")
     _add_trusted(export)
     export.set_defaults(run=_export)
 
-    listing = commands.add_parser("list", help="terms, losses, regions, sources, recipes …; or all about one of them")
-    listing.add_argument("name", nargs="?", help="a term, a recipe …: its arguments, defaults and paper")
+    listing = commands.add_parser(
+        "list", help="list terms, losses, regions, sources, recipes …, or document one of them"
+    )
+    listing.add_argument("name", nargs="?", help="a term, a recipe …, whose arguments, defaults and paper are shown")
     listing.set_defaults(run=lambda a: _show(a.name) if a.name else _list())
 
     plan = commands.add_parser(
-        "plan", help="make the runs of a plan: teacher, assistant, student; what is finished stays"
+        "plan", help="carry out the runs of a plan, such as teacher, assistant, student; finished runs are kept"
     )
     plan.add_argument("plan", metavar="PLAN.toml")
-    plan.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    plan.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     plan.set_defaults(run=_plan)
 
-    demo = commands.add_parser("demo", help="teacher, plain and distilled students on embedded data")
+    demo = commands.add_parser("demo", help="train a teacher, plain and distilled students on embedded data")
     demo.add_argument(
         "task", nargs="?", default="all", choices=["all", *(name for name, host in hosts().items() if host.demo)]
     )
-    demo.add_argument("--seeds", type=int, default=1, help="how many seeds to train and average (default: 1)")
-    demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names with commas between")
-    demo.add_argument("--iterations", type=int, help="of every training (default: the task's own)")
-    demo.add_argument("--first-seed", type=int, default=0, help="the first of them (default: 0)")
-    demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune on, with other seeds")
-    layouts = "; ".join(f"{name}: {host.data}" for name, host in hosts().items() if host.data)
-    demo.add_argument("--data", help=f"a real dataset's folder instead ({layouts})")
+    demo.add_argument("--seeds", type=int, default=1, help="number of seeds to train and average over (default: 1)")
+    demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names separated by commas")
+    demo.add_argument("--iterations", type=int, help="iterations of every training (default: the task's own)")
+    demo.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default: 0)")
     demo.add_argument(
-        "--fraction", type=float, help="the share of --data's training set to use, where the demo can (default: 1)"
+        "--split",
+        default="test",
+        choices=["val", "test"],
+        help="the split to evaluate on: 'val' to tune, with other seeds",
+    )
+    layouts = "; ".join(f"{name}: {host.data}" for name, host in hosts().items() if host.data)
+    demo.add_argument("--data", help=f"train on the real dataset in this folder instead ({layouts})")
+    demo.add_argument(
+        "--fraction",
+        type=float,
+        help="fraction of the training set of --data to use, if the demo supports it (default: 1)",
     )
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     demo.set_defaults(run=_demo)
 
-    bench = commands.add_parser("bench", help="what distilling costs: step times and memory")
+    bench = commands.add_parser("bench", help="measure what distillation costs in step time and memory")
     bench.add_argument("task", choices=[name for name, host in hosts().items() if host.bench])
-    bench.add_argument("--pairs", type=int, default=30, help="interleaved rounds (default: 30)")
+    bench.add_argument("--pairs", type=int, default=30, help="number of interleaved rounds (default: 30)")
     bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
     bench.set_defaults(run=_bench)
@@ -124,7 +135,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_trusted(parser: argparse.ArgumentParser) -> None:
-    told = "run what a checkpoint holds beside tensors and literals; only for files that you made"
+    told = "load checkpoints that hold more than tensors and literals, which may run code; only for files that you made"
     parser.add_argument("--trusted", action="store_true", help=told)
 
 
@@ -134,7 +145,7 @@ def _train(arguments: argparse.Namespace) -> None:
         raise DistillError(f"--seed must be a whole number from 0 to {2**32 - 1}, got {seed}")
     check_launch()
     if arguments.partial and not arguments.resume:
-        raise DistillError("--partial belongs to --resume: it says that a checkpoint need not be complete")
+        raise DistillError("--partial belongs to --resume: it accepts a checkpoint that is not complete")
     if arguments.timeout is not None:
         check_number("train", "--timeout", arguments.timeout, 1)
     host_of(arguments.config).make_trainer().train(
@@ -158,7 +169,7 @@ def _test(arguments: argparse.Namespace) -> None:
     check_launch()
     trainer = host_of(arguments.config).make_trainer()
     found = trainer.test(arguments.config, arguments.checkpoint, arguments.cfg_options, trusted=arguments.trusted)
-    from .distributed import rank  # here, as the command line starts without torch
+    from .distributed import rank  # imported here, so that the command line starts without torch
 
     if rank() == 0:
         for name, value in found.items():
@@ -185,7 +196,7 @@ def _export(arguments: argparse.Namespace) -> None:
 
 
 def _groups() -> tuple[list[tuple[str, Registry]], list[tuple[str, MissingHost]]]:
-    """All registries by title; and the hosts that are not installed."""
+    """Return all registries by title, and the errors of the hosts that are not installed."""
     own = ("losses", LOSSES), ("regions", REGIONS), ("schedules", SCHEDULES), ("sources", SOURCES)
     groups: list[tuple[str, Registry]] = list(own)
     missing: list[tuple[str, MissingHost]] = []
@@ -213,7 +224,7 @@ def _list() -> None:
 
 
 def _show(name: str) -> None:
-    """Prints everything of this name: of a recipe what can be pasted into a config, of others their documentation."""
+    """Print the terms of a recipe, ready to be pasted into a config, or the documentation of another part of this name."""
     groups, missing = _groups()
     titles: dict[int, list[str]] = {}
     holders = {title: holder for title, registry in groups if (holder := registry.holder(name)) is not None}

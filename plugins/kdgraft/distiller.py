@@ -1,4 +1,4 @@
-"""Distillation in plain PyTorch: one module around the student and whoever teaches it."""
+"""Distillation in plain PyTorch: one module around the student and its sources."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from .sources.base import share_parameters
 
 @dataclass
 class DistillOutput:
-    """What :class:`Distiller` returns.
+    """The result of a call of :class:`Distiller`.
 
     Attributes:
-        student: what the student returned.
+        student: the student's output.
         losses: the weighted distillation losses by name.
-        peers: what each peer returned, by its name; train them on the task's loss as well.
-        host_share: what active terms leave to the task's own loss: 1, or 0 beside a ``SoftTargets`` with a ``hard_weight``.
-        peer_shares: the same of the task's own loss of each peer.
-        figures: for a log: ``distill.<term>.raw``, the loss before its weight, and ``distill.<term>.weight``.
+        peers: the output of each peer by name; train the peers on the task's loss as well.
+        host_share: factor that active terms leave to the task's own loss: 1 unless a ``SoftTargets`` has a ``hard_weight``.
+        peer_shares: the same factor for the task's own loss of each peer.
+        figures: values for a log: ``distill.<term>.raw``, the loss before its weight, and ``distill.<term>.weight``.
     """
 
     student: Any
@@ -39,35 +39,28 @@ class DistillOutput:
 
     @property
     def loss(self) -> Tensor:
-        """The sum of the distillation losses, 0 where there are none; add the task's own loss to it."""
+        """The sum of the distillation losses, 0 without any; add the task's own loss to it."""
         values = [value for name, value in self.losses.items() if name.endswith(".loss")]
         return torch.stack(values).sum() if values else torch.zeros(())
 
     def total(self, task_loss: Tensor) -> Tensor:
-        """The task's own loss, as far as terms leave it to count, and the distillation losses."""
+        """Return the task's own loss times :attr:`host_share` plus the distillation losses."""
         return self.host_share * task_loss + self.loss
 
 
 class Distiller(Engine):
     """Distillation in plain PyTorch: one module around student and teacher.
 
-    Train ``distiller.parameters()`` (the student's and the adapters'), wrap the distiller in DDP or
-    ``accelerator.prepare``, save ``distiller.student``. A call in eval mode runs the student alone. Iterations are counted and
-    saved with ``state_dict``; for schedules by epoch set ``distiller.epoch``, also after resuming.
+    Train ``distiller.parameters()`` (those of the student and of the adapters), wrap the distiller in DDP or
+    ``accelerator.prepare``, and save ``distiller.student``. In eval mode a call runs the student alone. The distiller counts its
+    iterations and saves them with ``state_dict``; for schedules by epoch set ``distiller.epoch``, also after resuming.
 
     Args:
         student: the model to train.
-        teacher: the model to learn from, which is put in eval mode and frozen; or any :class:`~kdgraft.Source`.
+        teacher: the model to learn from, which is frozen in eval mode; or any :class:`~kdgraft.Source`.
         terms: names, dicts or :class:`~kdgraft.Term` instances.
-        example: one small input for the dry run: a tensor, or a tuple or dict of arguments. Moved to nothing: it must be where
-            the models are.
-        teachers: several of them by name, instead of ``teacher``; a term's ``source`` says which one it listens to.
-
-    Example::
-
-        distiller = Distiller(student, teacher, terms=[SoftTargets(temperature=4), Hint("layer3")], example=x)
-        out = distiller(x)
-        out.total(F.cross_entropy(out.student, y)).backward()
+        example: a small input for the dry run, on the device of the models: a tensor, or a tuple or dict of arguments.
+        teachers: several teachers by name, instead of ``teacher``; the ``source`` of a term selects one of them.
     """
 
     def __init__(
@@ -102,10 +95,10 @@ class Distiller(Engine):
         )
 
     def forward(self, *args: Any, targets: Any = None, batch: Batch | None = None, **kwargs: Any) -> DistillOutput:
-        """Runs every source and the student on the same input.
+        """Run every source and the student on the same input.
 
         Args:
-            args, kwargs: go to all models.
+            args, kwargs: arguments of all models.
             targets: labels, for terms that mix hard and soft targets.
             batch: sizes, boxes and so on, for terms with a region.
         """
@@ -123,13 +116,13 @@ class Distiller(Engine):
         return DistillOutput(output, losses, step.outputs, step.host_share(), shares, step.figures)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """The iterations done, for schedules, and what terms and sources hide; a part of ``state_dict``."""
+        """Return the number of iterations and the hidden state of terms and sources, which ``state_dict`` includes."""
         state = self.live_state()
         kept = {key: state[key] for key in ("hidden", "sources") if state[key]}
         return {"iteration": self.iteration, **kept}
 
     def set_extra_state(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`get_extra_state`."""
+        """Restore :meth:`get_extra_state`."""
         self.iteration = int(state["iteration"])
         self.load_beyond_modules(state)
 

@@ -1,6 +1,6 @@
-"""The little that the core needs of several processes: their number, sums over them, and one state for all.
+"""Helpers for training on several processes: their number, sums over them, and a common state.
 
-Works with any launcher that sets up ``torch.distributed``: accelerate, torchrun, mmengine.
+They work with any launcher that sets up ``torch.distributed``: accelerate, torchrun, mmengine.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 
 def world_size() -> int:
-    """Number of processes that train together; 1 without ``torch.distributed``."""
+    """Return the number of processes that train together; 1 without ``torch.distributed``."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 @torch.no_grad()
 def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of ``values`` over all processes, without gradient; every process must call it in the same order."""
+    """Sum ``values`` over all processes, without gradient; every process must call it in the same order."""
     if world_size() == 1:
         return values
     values = values.detach().clone()
@@ -26,7 +26,7 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def total_over_ranks(values: Tensor) -> Tensor:
-    """The sum of ``values`` over all processes, with gradient: what a process adds reaches the losses of all."""
+    """Sum ``values`` over all processes, with gradient: a process receives the gradients of the losses of all processes."""
     if world_size() == 1:
         return values
     from torch.distributed.nn import functional
@@ -35,7 +35,7 @@ def total_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_over_ranks(values: Tensor) -> Tensor:
-    """``(B, …)`` of every process in one, in the order of ranks and with gradient; the shapes must be equal."""
+    """Concatenate ``(B, …)`` of all processes in the order of ranks, with gradient; the shapes must be equal."""
     if world_size() == 1:
         return values
     from torch.distributed.nn import functional
@@ -45,7 +45,7 @@ def gather_over_ranks(values: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
-    """``(N, …)`` of every process in one, without gradient, in the order of ranks; N may differ."""
+    """Concatenate ``(N, …)`` of all processes in the order of ranks, without gradient; N may differ."""
     if world_size() == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
@@ -59,16 +59,16 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_from_first_rank(module: nn.Module) -> None:
-    """Gives every process the parameters and buffers of the first one, as DDP does when it wraps a model."""
+    """Copy the parameters and buffers of the first process to all others, as DDP does when it wraps a model."""
     if world_size() > 1:
         for tensor in (*module.parameters(), *module.buffers()):
             dist.broadcast(tensor, 0)
 
 
 class SharedRandom:
-    """Random numbers of a term's own: the host's random state is left alone, and a resumed run goes on where it was.
+    """Random numbers for a term, drawn without touching the host's random state; a resumed run continues the sequence.
 
-    Made under the seed of the run; on several processes all follow the first one.
+    The seed is drawn from the random state at construction; all processes use the seed of the first one.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class SharedRandom:
         self._generator: torch.Generator | None = None
 
     def of_all_ranks(self) -> torch.Generator:
-        """Draws the same on every process, as long as each draws as often and as much."""
+        """Return a generator that draws the same numbers on every process, as long as all processes draw equally much."""
         if self._generator is None:
             seed = torch.tensor([self._seed if rank() == 0 else 0])
             nccl = world_size() > 1 and dist.get_backend() == "nccl"
@@ -84,17 +84,17 @@ class SharedRandom:
         return self._generator
 
     def of_this_rank(self) -> torch.Generator:
-        """Draws differently on every process; every process must ask for one as often."""
+        """Return a generator that draws different numbers on every process; all processes must call this equally often."""
         seed = int(torch.randint(2**31, (), generator=self.of_all_ranks()))
         return torch.Generator().manual_seed(seed + rank())
 
     def state(self) -> Tensor:
-        """For a checkpoint, which the first process saves alone: no exchange, also before the first draw."""
+        """Return the state for a checkpoint; the first process may call this alone, as no communication takes place."""
         generator = self._generator or torch.Generator().manual_seed(self._seed)
         return generator.get_state()
 
     def load(self, state: Tensor) -> None:
-        """Restores :meth:`state`."""
+        """Restore :meth:`state`."""
         self._generator = torch.Generator()
         self._generator.set_state(state.cpu())
 
@@ -103,5 +103,5 @@ class SharedRandom:
 
 
 def rank() -> int:
-    """Number of this process; 0 without ``torch.distributed``."""
+    """Return the rank of this process; 0 without ``torch.distributed``."""
     return dist.get_rank() if world_size() > 1 else 0

@@ -1,4 +1,4 @@
-"""Files and folders that outlive a run: written whole or not at all, checked for damage, held by one run at a time."""
+"""Files and folders of runs: atomic writes, a check for damage, and a lock for one run at a time."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ LOCK = ".kdgraft.lock"
 
 
 def digest(settings: Any) -> str:
-    """A hash of settings of any plain types, whatever the order of their keys."""
+    """Return a hash of settings of plain types, independent of the order of their keys."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
-    """Gives a file beside ``path`` to write to, and renames it to ``path`` when the body ends without an error.
+    """Yield a temporary file beside ``path``, and rename it to ``path`` when the body ends without an error.
 
     Raises:
-        DistillError: the disk is full or the place cannot be written to; ``path`` is as it was.
+        DistillError: the disk is full or the folder cannot be written to; ``path`` is unchanged.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         yield part
         os.replace(part, path)
-    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError where its file cannot be written
+    except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if it cannot write its file
         if isinstance(error, RuntimeError) and not isinstance(error.__context__, OSError):
             raise
         said = getattr(error, "strerror", None) or getattr(error.__context__, "strerror", None) or error
@@ -45,9 +45,9 @@ def written_whole(path: str | Path) -> Iterator[Path]:
 
 
 def check_intact(path: str | Path) -> None:
-    """Compares what ``torch.save`` wrote with the checksums that it wrote along: reading alone notices few flipped bits.
+    """Verify a file of ``torch.save`` against its own checksums; loading alone detects few flipped bits.
 
-    Files of other formats, and of a ``torch.save`` that was told to leave the checksums out, pass.
+    Files of other formats, and those that were saved without checksums, pass.
 
     Raises:
         DistillError: the file is damaged.
@@ -58,7 +58,7 @@ def check_intact(path: str | Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.CRC:  # torch.serialization.set_crc32_options(False) writes 0
-                    with archive.open(entry) as record:
+                    with archive.open(entry) as record:  # reading to the end verifies the checksum
                         while record.read(1 << 20):
                             pass
     except Exception as error:  # a damaged archive raises nearly anything
@@ -67,12 +67,12 @@ def check_intact(path: str | Path) -> None:
 
 @contextmanager
 def held(folder: str | Path) -> Iterator[None]:
-    """Holds a folder for this run; of several processes the first one does it for all.
+    """Lock a folder for this run; the first of several processes holds the lock for all.
 
-    The lock belongs to the process: one that died, however, holds nothing.
+    The operating system releases the lock when the process ends, however it ends.
 
     Raises:
-        DistillError: another run is at work in the folder.
+        DistillError: another run is using the folder.
     """
     if int(os.environ.get("RANK", "0")):
         yield
@@ -84,7 +84,7 @@ def held(folder: str | Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise DistillError(
-            f"another run is at work in {folder}; wait for its end, or give this one a folder of its own (--work-dir)"
+            f"another run is at work in {folder}; wait until it ends, or give this one its own folder (--work-dir)"
         ) from None
     try:
         yield

@@ -1,4 +1,4 @@
-"""A training loop for plain PyTorch, short enough to be copied into a script; on several processes through accelerate."""
+"""A training loop for plain PyTorch, short enough to copy into a script; accelerate runs it on several processes."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ STATE = "fit.pt"
 """The name of the file in ``folder`` that a run resumes from."""
 
 TaskLoss = Callable[[Any, Any], Tensor]
-"""The task's own loss of ``(what the model returned, the batch's targets)``."""
+"""The task's own loss, called with ``(the model's output, the batch's targets)``."""
 
 
 @dataclass
 class Fitted:
-    """What :func:`fit` returns.
+    """The result of :func:`fit`.
 
     Attributes:
         model: the trained student, without its distiller.
-        epochs: how many epochs it was trained for in all.
-        history: the mean loss of each epoch, and what ``evaluate`` returned after it.
+        epochs: number of epochs that it was trained for in total.
+        history: for each epoch the mean loss and the metrics that ``evaluate`` returned.
     """
 
     model: nn.Module
@@ -56,24 +56,27 @@ def fit(
     folder: str | Path | None = None,
     resume: bool = False,
 ) -> Fitted:
-    """Trains a distiller, or a plain model, on batches of ``(inputs, targets)``.
+    """Train a distiller, or a plain model, on batches of ``(inputs, targets)``.
 
-    After each epoch everything that the next one depends on is written to ``folder``: weights, optimizer, the state of terms and
-    sources, and the random state of every process. A run that was stopped and is resumed gives the weights of one that was not,
-    bit for bit. Peers are trained on the same loss as the student.
+    After each epoch the full training state is written to ``folder``: weights, optimizer, the state of terms and sources, and the
+    random state of every process. A run that is interrupted and resumed ends with the same weights, bit for bit, as one without
+    interruption. Peers are trained on the same loss as the student.
 
     Args:
         model: a :class:`~kdgraft.Distiller`, or the plain student or teacher.
-        loader: batches; of a ``DataLoader`` each process gets its share.
+        loader: yields the batches; a ``DataLoader`` is sharded over the processes.
         loss: the task's own loss, a mean over the batch.
-        epochs: how many in all, those before resuming included.
-        optimizer: over the parameters of ``model``; AdamW with its defaults when left out.
-        evaluate: metrics of the student, in eval mode, after each epoch; on the first process.
-        folder: where the state goes; nothing is written when left out.
-        resume: go on from ``folder`` where there is a state in it.
+        epochs: total number of epochs, including those before resuming.
+        optimizer: an optimizer of the parameters of ``model``; AdamW with its defaults if omitted.
+        evaluate: computes metrics of the student, in eval mode, after each epoch on the first process.
+        folder: the folder of the training state; nothing is written if omitted.
+        resume: resume from the state in ``folder`` if there is one.
+
+    Returns:
+        The trained student with its history.
 
     Raises:
-        DistillError: the state to resume is of another model or other terms.
+        DistillError: the state to resume belongs to another model or other terms.
     """
     check_number("fit", "epochs", epochs, 1, whole=True)
     accelerator = Accelerator()
@@ -111,7 +114,7 @@ def fit(
 
 
 def _loss(model: nn.Module, inputs: Any, targets: Any, loss: TaskLoss) -> Tensor:
-    """The task's loss and the distillation's, of the student and of its peers."""
+    """Compute the sum of the task's and the distillation losses of the student and of its peers."""
     plain = model.module if hasattr(model, "module") else model
     if not isinstance(plain, Distiller):
         return loss(model(inputs), targets)
@@ -121,7 +124,7 @@ def _loss(model: nn.Module, inputs: Any, targets: Any, loss: TaskLoss) -> Tensor
 
 
 def _save(file: Path, model: nn.Module, optimizer: Any, fitted: Fitted, accelerator: Accelerator) -> None:
-    """Writes the state beside the old one and takes its place: a run that is killed here keeps the old one."""
+    """Write the state to a temporary file and replace the old one, which a run that is killed here keeps."""
     randoms = gather_object([_random_state()])
     if accelerator.is_main_process:
         state = {
@@ -144,7 +147,7 @@ def _load(file: Path, model: nn.Module, optimizer: Any, fitted: Fitted) -> None:
         raise DistillError(f"cannot resume from {file}: it lacks {', '.join(lacking)}; remove it to start again")
     randoms, rank = state["random"], torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if rank >= len(randoms):
-        raise DistillError(f"cannot resume from {file}: it was made by {len(randoms)} processes; start as many")
+        raise DistillError(f"cannot resume from {file}: it was written by {len(randoms)} processes; start as many")
     load_strictly(model, state["model"], str(file))
     optimizer.load_state_dict(state["optimizer"])
     fitted.epochs, fitted.history = state["epochs"], state["history"]

@@ -1,4 +1,4 @@
-"""A saved student is a plain student: the distiller is a child of it and leaves no trace in its ``state_dict``."""
+"""Hiding the distiller, a child module of the student, from the ``state_dict``: a saved student is a plain student."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def hide_from_state_dict(module: nn.Module) -> None:
-    """Makes a child module leave no trace in its parents' ``state_dict`` and ask for nothing when one is loaded."""
+    """Remove a child module from the ``state_dict`` of its parents, and from the keys that loading one requires."""
 
     def drop(_: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
         for key in [key for key in state if key.startswith(prefix)]:
@@ -19,7 +19,7 @@ def hide_from_state_dict(module: nn.Module) -> None:
                 del described[key]
 
     def keep(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        # Loading hands every child its own values, so that none is missing.
+        # Loading gives the child its own values back, so that no key is missing.
         tensors = {**dict(owner.named_parameters()), **dict(owner.named_buffers())}
         state.update({prefix + name: tensor.detach() for name, tensor in tensors.items()})
 
@@ -28,6 +28,6 @@ def hide_from_state_dict(module: nn.Module) -> None:
 
 
 def own_children(copied: nn.Module) -> None:
-    """Gives a shallow copy of a module its own mapping of children, so that one can be deleted without the original losing it."""
+    """Copy the mapping of children of a shallow module copy, so that deleting a child leaves the original intact."""
     members = vars(copied)
     members["_modules"] = dict(members["_modules"])

@@ -1,7 +1,7 @@
-"""Hosts: the frameworks that students train in, found by entry point.
+"""Hosts, the frameworks in which students train, discovered through entry points.
 
-A plugin names its host in the entry-point group ``kdgraft.hosts``, a :class:`Host`; the command line and plans know no host by
-name.
+A plugin registers a :class:`Host` in the entry-point group ``kdgraft.hosts``; neither the command line nor plans refer to a host
+by name.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ COMMANDS = {
     "mmengine": _MM.format(package="onedl-mmdetection==3.5.1"),
     "transformers": 'pip install "kdgraft[nlp]"',
 }
-"""How each framework is installed."""
+"""The commands that install each framework."""
 
 
 class MissingHost(DistillError, ImportError):
-    """A plugin was asked for whose host framework is not installed."""
+    """The framework that a requested plugin needs is not installed."""
 
 
 def installed(framework: str) -> bool:
-    """Whether the host framework can be imported."""
+    """Return true if the host framework can be imported."""
     return find_spec(framework) is not None
 
 
 def require(framework: str, plugin: str) -> None:
-    """Raises :class:`MissingHost` with the commands to install it when the host framework is missing."""
+    """Raise :class:`MissingHost`, with the installation commands, unless the host framework is installed."""
     if not installed(framework):
         command = COMMANDS.get(framework, f"pip install {framework}")
         raise MissingHost(f"{plugin} needs {framework}, which is not installed; install torch first, then: {command}")
@@ -55,12 +55,12 @@ def require(framework: str, plugin: str) -> None:
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A finished run, as another run can use it.
+    """The result of a finished run, for use by other runs.
 
     Attributes:
-        config: builds the plain model in its host.
-        weights: a file or folder with its weights.
-        metrics: what the host measured in the end.
+        config: the config from which the host builds the plain model.
+        weights: the file or folder of its weights.
+        metrics: the final metrics that the host measured.
     """
 
     config: str
@@ -70,17 +70,17 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be made.
+    """A run to carry out.
 
     Attributes:
-        config: what is trained.
-        options: overrides of its entries, by dotted key.
-        folder: where everything of the run goes.
+        config: the config to train.
+        options: overrides of its entries by dotted key.
+        folder: the folder for all files of the run.
         seed: its random seed.
-        teachers: who teaches, by source name: a finished run, or a table as the host takes it.
+        teachers: the teachers by source name: a finished run, or a table in the host's own format.
         terms, recipe: the distillation; without teachers the model trains alone.
-        start: the run whose weights it starts from.
-        resume: whether it was begun before, and goes on from its newest checkpoint if it has one.
+        start: the run whose weights initialise the model.
+        resume: true if the run was begun before; it then resumes from its newest checkpoint, if there is one.
     """
 
     config: str
@@ -95,7 +95,7 @@ class Job:
 
 
 class HostTrainer(Protocol):
-    """How a host trains (:attr:`Host.trainer`)."""
+    """Interface to the training of a host (:attr:`Host.trainer`)."""
 
     def train(
         self,
@@ -110,15 +110,15 @@ class HostTrainer(Protocol):
         trusted: bool = False,
         partial: bool = False,
     ) -> Any:
-        """Trains a config: ``kdgraft train``."""
+        """Train a config: ``kdgraft train``."""
 
     def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> Any:
-        """Builds everything and runs one step: ``kdgraft check``."""
+        """Build everything and run one step: ``kdgraft check``."""
 
     def test(
         self, config: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False
     ) -> Mapping[str, float]:
-        """Evaluates a checkpoint of the plain or distilled student; its metrics: ``kdgraft test``."""
+        """Evaluate a checkpoint of the plain or distilled student and return its metrics: ``kdgraft test``."""
 
     def export(
         self,
@@ -129,33 +129,33 @@ class HostTrainer(Protocol):
         trusted: bool = False,
         force: bool = False,
     ) -> Sequence[Path]:
-        """Writes the plain student of a checkpoint, or a peer that trained beside it: ``kdgraft export``."""
+        """Write the plain student of a checkpoint, or one of its peers, and return the files: ``kdgraft export``."""
 
     def reads(self, config: str) -> bool:
-        """Whether the host trains a config like this."""
+        """Return true if the host can train this config."""
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
-        """Plain data that a training of this config depends on: the whole config, wherever its files lie."""
+        """Return the whole config as plain data, independent of file paths; it identifies the settings of a run."""
 
     def carry_out(self, job: Job) -> TrainedModel:
-        """Makes one run."""
+        """Carry out one run."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """What a plugin tells of its host; nothing of it is imported before it is asked for.
+    """Description of a host by its plugin, whose modules are imported only when they are needed.
 
     Attributes:
-        name: as users write it: ``"det"``.
-        package: the plugin's package, which has ``TERMS`` and ``RECIPES``.
-        framework: the package that it needs.
-        trainer: where its :class:`HostTrainer` is, ``module:name``.
-        suffixes: of the configs that it trains.
-        checkpoints: suffixes of the checkpoints that ``kdgraft export`` hands to it.
-        demo, bench: the modules behind ``kdgraft demo`` and ``kdgraft bench``, where there are some.
-        data: the layout of a real dataset that the demo takes, where it takes one.
-        terms, recipes: the package's two registries, with their ``home``, so that what is in them can be listed without
-            importing it; a host without them is imported.
+        name: the name that users write, such as ``"det"``.
+        package: the plugin's package, which defines ``TERMS`` and ``RECIPES``.
+        framework: the package that the plugin requires.
+        trainer: location of its :class:`HostTrainer`, ``module:name``.
+        suffixes: suffixes of the configs that it trains.
+        checkpoints: suffixes of the checkpoints that ``kdgraft export`` passes to it.
+        demo, bench: the modules behind ``kdgraft demo`` and ``kdgraft bench``, if the host has them.
+        data: layout of the real datasets that the demo accepts, if it does.
+        terms, recipes: the package's two registries with their ``home``, so that their contents can be listed without an import;
+            without them the package is imported.
     """
 
     name: str
@@ -171,7 +171,7 @@ class Host:
     recipes: Registry | None = None
 
     def registries(self) -> tuple[Registry, Registry]:
-        """Its terms and its recipes; :class:`MissingHost` says what to install."""
+        """Return the registries of terms and recipes; :class:`MissingHost` says what to install."""
         require(self.framework, self.package)
         if self.terms is not None and self.recipes is not None:
             return self.terms, self.recipes
@@ -179,22 +179,22 @@ class Host:
         return found.TERMS, found.RECIPES
 
     def plugin(self) -> ModuleType:
-        """The plugin's package; :class:`MissingHost` says what to install."""
+        """Import the plugin's package; :class:`MissingHost` says what to install."""
         return self._module(self.package)
 
     def make_trainer(self) -> HostTrainer:
-        """How it trains; imports the framework."""
+        """Return the host's trainer; this imports the framework."""
         module, _, name = self.trainer.partition(":")
         found: HostTrainer = getattr(self._module(module), name)
         return found
 
     def demonstration(self) -> ModuleType:
-        """The module behind ``kdgraft demo``; its ``main`` runs it."""
+        """Import the module behind ``kdgraft demo``, whose ``main`` runs the demo."""
         assert self.demo is not None
         return self._module(self.demo)
 
     def measurement(self) -> ModuleType:
-        """The module behind ``kdgraft bench``; its ``main`` runs it."""
+        """Import the module behind ``kdgraft bench``, whose ``main`` runs the benchmark."""
         assert self.bench is not None
         return self._module(self.bench)
 
@@ -205,12 +205,12 @@ class Host:
 
 @cache
 def hosts() -> Mapping[str, Host]:
-    """The hosts of all installed plugins by name."""
+    """Return the hosts of all installed plugins by name."""
     found: dict[str, Host] = {}
     for point in entry_points(group=GROUP):
         try:
             host = point.load()
-        except Exception as error:  # whatever a third party's module raises, the others stay usable
+        except Exception as error:  # the other hosts stay usable, whatever a third party's module raises
             logger.warning("host %s cannot be used: %s: %s", point.name, type(error).__name__, error)
             continue
         if isinstance(host, Host):
@@ -221,25 +221,25 @@ def hosts() -> Mapping[str, Host]:
 
 
 def host_named(name: str) -> Host:
-    """The host of this name; a :class:`DistillError` names the nearest ones when there is none."""
+    """Return the host of this name; a :class:`DistillError` suggests similar names if there is none."""
     if name not in hosts():
         raise DistillError(f"no host is called {name!r}{nearest(name, hosts())}")
     return hosts()[name]
 
 
 def host_of(config: str) -> Host:
-    """The host that trains a config.
+    """Return the host that trains a config.
 
     Raises:
-        DistillError: none does.
-        MissingHost: the one that would is not installed.
+        DistillError: no host trains it.
+        MissingHost: the host that may train it is not installed.
     """
     suffix = Path(config if "::" in config else config.split(":")[0]).suffix
     return _first(suffix, "trains", config, "suffixes", lambda host: host.make_trainer().reads(config))
 
 
 def host_of_checkpoint(checkpoint: str) -> Host:
-    """The host that exports a checkpoint; raises as :func:`host_of` does."""
+    """Return the host that exports a checkpoint; raises the errors of :func:`host_of`."""
     return _first(Path(checkpoint).suffix, "exports", checkpoint, "checkpoints", lambda host: True)
 
 
@@ -250,7 +250,7 @@ def _first(suffix: str, verb: str, what: str, suffixes: str, takes: Callable[[Ho
         if takes(host):
             return host
     if len(here) < len(candidates):
-        next(host for host in candidates if host not in here).plugin()  # says what to install
+        next(host for host in candidates if host not in here).plugin()  # raises MissingHost
     known = ", ".join(
         f"{'/'.join(getattr(host, suffixes))} ({host.name})" for host in hosts().values() if getattr(host, suffixes)
     )

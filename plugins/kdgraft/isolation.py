@@ -1,4 +1,4 @@
-"""What distillation does beside the host without leaving a trace: random state, train/eval modes."""
+"""Isolation of the host from distillation: contexts that restore random states and train/eval modes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import nn
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:
-    """Runs its body on a copy of the random state of torch (CPU and every initialised GPU), numpy and ``random``.
+    """Run the body on a copy of the random state of torch (CPU and every initialised GPU), numpy and ``random``.
 
-    What the body draws depends on the seed as usual; what is drawn after it is as if it had never run.
+    Numbers drawn in the body depend on the seed as usual; numbers drawn after it are as if it had never run.
     """
     python_state, numpy_state = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
@@ -29,19 +29,19 @@ def isolated_rng() -> Iterator[None]:
 
 @contextmanager
 def own_random_stream() -> Iterator[None]:
-    """Runs its body on random numbers of its own, drawn from a seed that follows from the surrounding random state.
+    """Run the body on a random stream of its own, whose seed is derived from the surrounding random state.
 
-    Nothing that is drawn after it changes, and it draws none of what its surroundings are about to draw. The same surrounding
-    state gives the same numbers, so that a resumed run repeats them.
+    Numbers drawn after the body do not change, and the body does not draw the numbers that the surrounding code will draw. The
+    same surrounding state gives the same numbers, so that a resumed run repeats them.
     """
     gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     with isolated_rng():
         drawn = int(torch.randint(2**31, (), device="cpu"))
-        # Where all that is drawn is drawn on GPUs, only their offsets tell one step from the next.
+        # A host that draws on GPUs only changes nothing but their offsets from one step to the next.
         seed = (drawn + sum(generator.get_offset() for generator in gpus)) % 2**31
         random.seed(seed)
         np.random.seed(seed)
-        # Not torch.manual_seed: it would also seed GPUs that are set up later, when this body is long over.
+        # torch.manual_seed would also seed GPUs that are initialised later, after this body has ended.
         for generator in (torch.default_generator, *gpus):
             generator.manual_seed(seed)
         yield
@@ -49,7 +49,7 @@ def own_random_stream() -> Iterator[None]:
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Puts every submodule in eval mode for its body and restores each one's own flag after it."""
+    """Put every submodule in eval mode for the body, and restore the mode of each afterwards."""
     flags = [(child, child.training) for child in module.modules()]
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Names and their documentation, as ``kdgraft list`` shows them."""
+"""Names in registries and their documentation, as ``kdgraft list`` shows them."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from typing import Any
 
 @cache
 def written(package: str, variable: str) -> dict[str, str]:
-    """The names that a package's own files register, read without importing it or the host framework that it needs.
+    """Return the names that a package's files register, without importing the package or the framework that it needs.
 
     Args:
         package: the package, such as ``"kdgraft_det"``.
         variable: the registry's name in it, such as ``"TERMS"``.
 
     Returns:
-        The first line of the docstring by name; nothing where the package's sources are not there.
+        The first line of the docstring by name; empty if the package's sources are not available.
     """
     spec = find_spec(package) if package else None
     if spec is None or spec.origin is None:
@@ -32,7 +32,7 @@ def written(package: str, variable: str) -> dict[str, str]:
 
 
 def _names(text: str, variable: str) -> Iterator[tuple[str, str]]:
-    """Name and first line of each class or function of a file under ``@VARIABLE.register`` or ``@VARIABLE.register("name")``."""
+    """Yield name and first line of each definition under ``@VARIABLE.register`` or ``@VARIABLE.register("name")``."""
     for node in ast.parse(text).body:
         if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             continue
@@ -45,14 +45,14 @@ def _names(text: str, variable: str) -> Iterator[tuple[str, str]]:
 
 
 def first_line(target: Any) -> str:
-    """The first line of a docstring."""
+    """Return the first line of a docstring."""
     return (inspect.getdoc(target) or "").partition("\n")[0]
 
 
 def explained(target: Callable[..., Any]) -> str:
-    """The documentation of a class or function: what it is, its paper, and each argument with its default.
+    """Return the documentation of a class or function, and each argument with its default.
 
-    Arguments that a class hands on to its bases are among them.
+    The arguments include those that a class passes on to its bases.
     """
     told, described = "", dict[str, str]()
     for part in inspect.getmro(target) if isinstance(target, type) else (target,):
@@ -68,7 +68,7 @@ def explained(target: Callable[..., Any]) -> str:
 
 
 def arguments_of(target: Callable[..., Any]) -> dict[str, str]:
-    """The arguments that a function, or a class and its bases, takes by name: `` = default``, or nothing for one without."""
+    """Return the arguments of a function, or of a class and its bases, by name: `` = default``, or ``""`` without a default."""
     found: dict[str, str] = {}
     settled = {"self"}
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -84,7 +84,7 @@ def arguments_of(target: Callable[..., Any]) -> dict[str, str]:
 
 
 def _parts(target: Callable[..., Any]) -> Iterator[Any]:
-    """A function; or a class and those of its bases whose arguments it takes."""
+    """Yield a function, or a class and those of its bases whose arguments it accepts."""
     if not isinstance(target, type):
         yield target
         return
@@ -98,7 +98,7 @@ def _parts(target: Callable[..., Any]) -> Iterator[Any]:
 
 
 def _settled(function: Any) -> set[str]:
-    """The arguments that an ``__init__`` gives its base itself, so that they are none of its own."""
+    """Return the arguments that an ``__init__`` sets itself in the call of its base, so that callers cannot."""
     try:
         tree = ast.parse(inspect.cleandoc("\n" + inspect.getsource(function)))
     except (OSError, TypeError, SyntaxError):
@@ -112,7 +112,7 @@ def _value(default: Any) -> str:
 
 
 def _sections(part: Any) -> tuple[str, dict[str, str]]:
-    """A docstring without its sections on arguments and results, and what it says of each argument."""
+    """Split a docstring into its text without sections, and the description of each argument."""
     text = inspect.cleandoc(part.__doc__ or "")
     told, *sections = re.split(
         r"^(Args|Returns|Raises|Example|Examples|Yields|Attributes)::?\n", text, flags=re.MULTILINE

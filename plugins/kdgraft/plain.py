@@ -1,4 +1,4 @@
-"""The host of plain PyTorch: what ``kdgraft plan`` trains is a function that returns a :class:`Task`."""
+"""The host of plain PyTorch, in which ``kdgraft plan`` trains a function that returns a :class:`Task`."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Task:
     """A training in plain PyTorch.
 
     Attributes:
-        model: the model to train; of a distilled run the student.
-        loader: batches of ``(inputs, targets)``.
+        model: the model to train; the student of a distilled run.
+        loader: yields batches of ``(inputs, targets)``.
         loss: the task's own loss of (output, targets).
-        epochs: how many.
-        optimizer: made from the parameters to train; AdamW by default.
-        evaluate: metrics of the model after each epoch.
+        epochs: number of epochs.
+        optimizer: builds the optimizer from the parameters to train; AdamW by default.
+        evaluate: computes metrics of the model after each epoch.
     """
 
     model: nn.Module
@@ -50,16 +50,16 @@ class PlainTrainer:
     """Trains :class:`Task` functions, named ``file.py:function``; a :class:`kdgraft.hosts.HostTrainer`."""
 
     def reads(self, config: str) -> bool:
-        """Whether it names a function: ``file.py:function``."""
+        """Return true if the config names a function, ``file.py:function``."""
         return "::" not in config and ":" in config
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
-        """What the file says, the function's name and its arguments."""
+        """Return the file's text, the function's name and its arguments."""
         file, _, name = config.rpartition(":")
         return [Path(file).read_text(encoding="utf-8") if Path(file).is_file() else file, name, dict(options)]
 
     def carry_out(self, job: Job) -> TrainedModel:
-        """Makes one run with :func:`~kdgraft.fit.fit`; one process at a time works in its folder."""
+        """Carry out one run with :func:`~kdgraft.fit.fit`, and lock its folder meanwhile."""
         with held(job.folder):
             return self._fit(job)
 
@@ -101,21 +101,21 @@ class PlainTrainer:
         seed: int | None = None,
         **told: Any,
     ) -> None:
-        """Refused: a script of one's own trains in plain PyTorch; only plans run tasks."""
+        """Raise a :class:`DistillError`: only plans run tasks; other training in plain PyTorch is a script of the user's."""
         raise DistillError(
             f"{config} is a task of a plan; put it in one ([runs.student] config = {config!r}) and run kdgraft plan"
         )
 
     def check(self, config: str, options: Sequence[str] = (), **told: Any) -> None:
-        """Refused, as :meth:`train` is."""
+        """Raise a :class:`DistillError`, as :meth:`train` does."""
         self.train(config)
 
     def test(self, config: str, checkpoint: str, options: Sequence[str] = (), **told: Any) -> Mapping[str, float]:
-        """Refused, as :meth:`train` is."""
+        """Raise a :class:`DistillError`, as :meth:`train` does."""
         raise DistillError(f"{config} is a task of a plan, which evaluates it; see the metrics in the run's folder")
 
     def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
-        """Refused: what :func:`~kdgraft.fit.fit` trains is the plain student."""
+        """Raise a :class:`DistillError`: :func:`~kdgraft.fit.fit` saves the plain student already."""
         raise DistillError(f"{checkpoint}: a plan's student is plain already, see student.pth in the run's folder")
 
 
@@ -123,7 +123,7 @@ TRAINER = PlainTrainer()
 
 
 def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
-    """A teacher from a finished run, from ``{config, checkpoint}``, or what the distiller takes as it is."""
+    """Build a teacher from a finished run or ``{config, checkpoint}``; return other tables for the distiller to build."""
     if isinstance(given, TrainedModel):
         given = {"config": given.config, "checkpoint": given.weights}
     if "config" not in given:
@@ -135,10 +135,10 @@ def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
 
 
 def _task(config: str, options: Mapping[str, Any]) -> Task:
-    """Calls the function that a config names.
+    """Call the function that a config names.
 
     Raises:
-        DistillError: there is no such file or function, or it returns something else.
+        DistillError: there is no such file or function, or it does not return a :class:`Task`.
     """
     file, _, name = config.rpartition(":")
     path = Path(file)

@@ -1,6 +1,6 @@
-"""Readers: a host's knowledge of the tensors of its models.
+"""Readers, which interpret the tensors of a host's models.
 
-A term of the core asks its reader where a tensor is tapped, what a tapped value holds, and for aligned pairs of predictions, so
+A term of the core asks its reader where to tap a tensor, what a tapped value contains, and for aligned pairs of predictions, so
 that one class of terms serves every host.
 """
 
@@ -24,16 +24,16 @@ Taps = str | Sequence[str]
 
 @dataclass
 class Pairs:
-    """Aligned predictions of two models: class scores or numbers, such as boxes, at the same items.
+    """Aligned predictions of two models for the same items: class scores, or numbers such as boxes.
 
     Attributes:
         student, teacher: logits ``(…, C, …)`` with the classes at ``dim``, in the student's order of classes; or boxes ``(K, 4)``.
-        weight: the items' weights, of the shape without ``dim``; ``None`` where all count alike.
-        target: the truth, of the shape of the predictions, where the host has it beside them.
-        count: what the sum over items is divided by, where that is not the sum of weights.
+        weight: weights of the items, of the shape without ``dim``; ``None`` for equal weights.
+        target: the ground truth, of the shape of the predictions, if the host provides it.
+        count: the divisor of the sum over items, if it is not the sum of the weights.
         dim: the axis of the classes.
-        independent: each class is right or wrong on its own (a sigmoid each), rather than one of them right (softmax).
-        mean: whether the host's own loss takes the mean over independent classes, rather than their sum.
+        independent: true for independent classes (a sigmoid each), false for exclusive ones (a softmax).
+        mean: true if the host's own loss averages over independent classes, rather than adding them up.
     """
 
     student: Tensor
@@ -47,7 +47,7 @@ class Pairs:
 
 
 class Compared(NamedTuple):
-    """A line for ``kdgraft check``: the dry run's tensors, or texts about them, and their taps."""
+    """One compared pair for ``kdgraft check``: the tensors of the dry run, or texts about them, and their taps."""
 
     student: Any
     teacher: Any
@@ -57,15 +57,15 @@ class Compared(NamedTuple):
 
 
 class Scores(ABC):
-    """How the class scores of two models are read as aligned pairs.
+    """Base of classes that read the class scores of two models as aligned pairs.
 
     Attributes:
-        taps: what it reads of (student, teacher).
-        compares_classes: whether both models must have the same class names.
-        averages: whether several teachers predict at the same items, so that their mean means something.
-        reading: how the teacher is read, beside the taps.
-        host_losses: the host's own losses of these scores, by name; empty: all its losses.
-        background: whether no object is a class: the last one of a softmax, the complement of each independent class.
+        taps: the taps of (student, teacher) that are read.
+        compares_classes: true if both models must have the same class names.
+        averages: true if several teachers predict for the same items, so that their predictions can be averaged.
+        reading: settings, beside the taps, with which the teacher is read.
+        host_losses: names of the host's own losses of these scores; empty for all its losses.
+        background: true if "no object" is a class: the last one of a softmax, or the complement of each independent class.
     """
 
     taps: tuple[Sequence[Tap], Sequence[Tap]]
@@ -75,66 +75,67 @@ class Scores(ABC):
     host_losses: Sequence[str] = ()
     background: bool = False
     labelled: bool = False
-    """Whether only items with a label count, where the reader knows of integer labels (−100: none)."""
+    """True if only items with a label count, for readers that know integer labels (−100 marks items without one)."""
     no_single_class: str = "; use SoftTargets"
-    """What a message adds where a term needs one distribution over all classes, and these are independent."""
+    """Advice that completes the message of a term that needs exclusive classes when these are independent."""
     independent: bool | None = False
-    """Whether classes are independent; ``None`` where only the batch can tell."""
+    """True for independent classes; ``None`` if that is only known for each batch."""
 
     @abstractmethod
     def wire(self, wiring: Wiring) -> list[Compared]:
-        """Check what the dry run recorded, and say what is compared.
+        """Check the recordings of the dry run, and list the compared pairs.
 
         Raises:
-            WiringError: the two models' scores cannot be compared.
+            WiringError: the scores of the two models cannot be compared.
         """
 
     @abstractmethod
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
-        """The aligned scores of a step, an entry for each tap or stage; entries weigh alike."""
+        """Return the aligned scores of a step, one entry per tap or stage; all entries have equal weight."""
 
     def count(self, batch: Batch) -> Tensor | None:
-        """The denominator of a step, from the batch alone; ``None`` where only the pass can tell."""
+        """Return the denominator of a step, computed from the batch alone; ``None`` if it depends on the predictions."""
         return None
 
 
 class Reader:
-    """Reads the models of one term. The base is that of plain PyTorch, which knows nothing of its models.
+    """Interprets the tensors of both models for one term; this base serves plain PyTorch and assumes nothing about the models.
 
-    It is made anew for each term and pair of models before the dry run, and keeps no module, so that none is copied with the term.
+    A new reader is built for each term and pair of models before the dry run. It must not keep a module, which would be copied
+    with the term.
 
     Args:
-        student, teacher: the model that learns and the one that is listened to.
+        student, teacher: the model that learns and the model that it imitates.
         term: the term's name, for messages.
 
     Attributes:
-        reading: how the teacher is read, beside the taps; the members of an Ensemble must be read alike.
+        reading: settings, beside the taps, with which the teacher is read; equal for all members of an Ensemble.
     """
 
     default_taps: ClassVar[Mapping[str, str]] = {"scores": ""}
-    """The host's taps for ``"features"``, class ``"scores"`` and ``"embeddings"``, the features that a classifier is given."""
+    """The host's default taps for ``"features"``, class ``"scores"`` and ``"embeddings"``, the input of the classifier."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         self.term = term
         self.reading: Any = None
 
     def settle(self, tap: Tap, model: nn.Module) -> Tap:
-        """The tap that a model of this kind has for what the user means."""
+        """Translate a tap as the user wrote it into the tap of this model."""
         return tap
 
     def tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
-        """The tensors that a term compares of a tap."""
+        """Return the tensors of a tap that a term compares."""
         return recording.tensors(tap)
 
     def reads_scores(self, tap: Tap) -> bool:
-        """Whether a tap reads class scores whose order of classes is known."""
+        """Return true if a tap reads class scores whose order of classes is known."""
         return False
 
     def check_classes(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
         """Raise a :class:`WiringError` unless both tensors score the same number of classes."""
 
     def align_corners(self, tap: Tap) -> bool:
-        """Whether the host resizes what a student's tap reads with aligned corners."""
+        """Return true if the host resizes the maps of this tap of the student with aligned corners."""
         return False
 
     def scores(
@@ -146,9 +147,10 @@ class Reader:
         student_tap: Taps | None = None,
         teacher_tap: Taps | None = None,
     ) -> Scores:
-        """The reader of class scores. Its keywords are those that terms on predictions take in this host.
+        """Return the reader of class scores; its keywords are the arguments of terms on predictions in this host.
 
         Args:
+            student, teacher: the models.
             tap, student_tap, teacher_tap: logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
         """
         default = self.default_taps["scores"]
@@ -170,8 +172,8 @@ class TapScores(Scores):
         for s, t, s_tap, t_tap in found:
             if s.shape != t.shape:
                 raise WiringError(
-                    f"{self.reader.term}: student {s_tap} {tuple(s.shape)} and teacher {t_tap} {tuple(t.shape)} must agree; "
-                    "class logits are compared class by class"
+                    f"{self.reader.term}: student {s_tap} {tuple(s.shape)} and teacher {t_tap} {tuple(t.shape)} must agree, "
+                    "as class logits are compared class by class; tap scores of the same classes"
                 )
         return [Compared(s, t, (s_tap, t_tap)) for s, t, s_tap, t_tap in found]
 
@@ -188,10 +190,10 @@ class TapScores(Scores):
 def paired(
     reader: Reader, taps: tuple[Sequence[Tap], Sequence[Tap]], student: Recording, teacher: Recording
 ) -> list[tuple[Tensor, Tensor, Tap, Tap]]:
-    """The tensors of both models side by side, each with its tap.
+    """Return the tensors of both models in pairs, each with its tap.
 
     Raises:
-        WiringError: the taps yield different numbers of tensors.
+        WiringError: the taps of the two models yield different numbers of tensors.
     """
     left, right = (
         [(tensor, tap) for tap in own for tensor in reader.tensors(recording, tap)]
@@ -209,7 +211,7 @@ def paired(
 def in_students_order(
     reader: Reader, taps: tuple[Sequence[Tap], Sequence[Tap]], student: Recording, teacher: Recording
 ) -> list[tuple[Tensor, Tensor]]:
-    """Class scores side by side, the teacher's in the student's order of classes; of an Ensemble their mean."""
+    """Return pairs of class scores, the teacher's in the student's order of classes; for an Ensemble the mean of its members."""
     members = teacher.members if isinstance(teacher, EnsembleRecording) else [teacher]
     pairs = {member.model: paired(reader, taps, student, member) for member in members}
     found = []
@@ -224,21 +226,21 @@ def in_students_order(
 
 
 def parse_taps(taps: Any) -> list[Tap]:
-    """Taps from one text, or a list of them."""
+    """Parse one tap or a list of taps."""
     if isinstance(taps, (list, tuple)) and not taps:
         raise DistillError("a term needs at least one tap, got an empty list")
     return [Tap.parse(tap) for tap in (taps if isinstance(taps, (list, tuple)) else [taps])]
 
 
 def class_dim(tensor: Tensor) -> int:
-    """The axis of classes or channels: of maps ``(B, C, H, W)`` the second, else the last."""
+    """Return the axis of classes or channels: 1 for maps ``(B, C, H, W)``, −1 otherwise."""
     return 1 if tensor.ndim == 4 else -1
 
 
 def in_order(scores: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
-    """The teacher's class scores, classes along ``dim``, in the student's order of classes.
+    """Reorder the teacher's class scores, with classes along ``dim``, into the student's order of classes.
 
-    One channel scores the second of two classes; in the other order that is its negative.
+    A single channel scores the second of two classes, so that the reverse order negates it.
     """
     if order is None:
         return scores

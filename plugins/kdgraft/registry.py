@@ -1,4 +1,4 @@
-"""Names for config files: terms, losses, regions, schedules and recipes, open to third parties.
+"""Registries of the names in config files: terms, losses, regions, schedules and recipes, open to third parties.
 
 A third-party package adds to a registry either with the decorator::
 
@@ -7,7 +7,7 @@ A third-party package adds to a registry either with the decorator::
     @TERMS.register
     class MyTerm(Term): ...
 
-or, without being imported by anyone, through an entry point of the registry's group (``kdgraft.terms`` and so on).
+or through an entry point of the registry's group (``kdgraft.terms`` and so on), which needs no import of the package.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class Registry:
     """Maps a name to a class or a function.
 
     Args:
-        kind: what it holds, for messages: ``"term"``.
-        group: the entry-point group that third parties use; loaded on the first look-up.
-        parent: where to look for a name that is not here; a task's registry sits on the core's.
-        home: ``package:VARIABLE``: the package that registers names here, and what it calls this registry. It is imported on
-            the first look-up, and only read to describe what there is.
+        kind: the kind of its entries, such as ``"term"``, for messages.
+        group: the entry-point group for third parties; loaded on the first look-up.
+        parent: the registry to search for names that are missing here; a task's registry extends the core's.
+        home: ``package:VARIABLE``: the package that registers names here, and the name of this registry in it. The first look-up
+            imports the package; descriptions are read from its sources without an import.
     """
 
     def __init__(
@@ -57,10 +57,10 @@ class Registry:
     def register(self, target: str) -> Callable[[T], T]: ...
 
     def register(self, target: T | str) -> T | Callable[[T], T]:
-        """Decorator: ``@TERMS.register`` or ``@TERMS.register("name")``.
+        """Register a class or function; used as ``@TERMS.register`` or ``@TERMS.register("name")``.
 
         Raises:
-            DistillError: the name is taken by something else.
+            DistillError: the name is already registered for another object.
         """
         if isinstance(target, str):
             name = target
@@ -93,7 +93,7 @@ class Registry:
             try:
                 home = import_module(self._package)
                 for name in home.__all__:
-                    getattr(home, name)  # the core imports its public names when they are asked for
+                    getattr(home, name)  # the core imports its public names on first access
             except BaseException:
                 self._loaded = False
                 raise
@@ -101,9 +101,7 @@ class Registry:
             try:
                 self._add(point.name, point.load())
             except Exception as error:
-                self._broken[point.name] = (
-                    error  # said to whoever asks for it; the others' names are of use all the same
-                )
+                self._broken[point.name] = error  # raised when this name is looked up; the other names stay usable
 
     def __iter__(self) -> Iterator[str]:
         self._load()
@@ -116,7 +114,7 @@ class Registry:
         return name in list(self)
 
     def get(self, name: str) -> Callable[..., Any]:
-        """The class or function of this name; a :class:`DistillError` names the nearest ones when there is none."""
+        """Return the class or function of this name; a :class:`DistillError` suggests similar names if there is none."""
         self._load()
         if name in self._broken:
             raise DistillError(self._cannot(name, self._broken[name])) from self._broken[name]
@@ -127,10 +125,10 @@ class Registry:
         raise DistillError(f"no {self.kind} is called {name!r}{nearest(name, self)}")
 
     def build(self, spec: Any, **defaults: Any) -> Any:
-        """Builds from ``"name"`` or ``dict(type="name", …)``; anything else (an instance) is handed back as it is.
+        """Build an object from ``"name"`` or ``dict(type="name", …)``; anything else, such as an instance, is returned as it is.
 
         Raises:
-            DistillError: an unknown name, or an argument that the class does not take.
+            DistillError: the name is unknown, or the class does not accept an argument.
         """
         if isinstance(spec, str):
             spec = {"type": spec}
@@ -146,18 +144,18 @@ class Registry:
         return call(target, arguments, f"{self.kind} {getattr(target, '__name__', kind)}")
 
     def describe(self) -> dict[str, str]:
-        """Name -> first line of the docstring, or why it cannot be loaded; what is not imported yet is only read."""
+        """Return the first line of each name's docstring, or the reason why it cannot be loaded, without importing ``home``."""
         inherited = {} if self.parent is None else self.parent.describe()
         return dict(sorted({**inherited, **self._lines()}.items()))
 
     def holder(self, name: str) -> Registry | None:
-        """The registry, this one or a parent, that a name of :meth:`describe` is found in."""
+        """Return the registry, this one or a parent, that holds a name of :meth:`describe`."""
         if name in self._lines():
             return self
         return None if self.parent is None else self.parent.holder(name)
 
     def _lines(self) -> dict[str, str]:
-        """What :meth:`describe` says of the names that are here and not in the parent."""
+        """Return the part of :meth:`describe` for the names of this registry without its parent."""
         read = written(self._package, self._variable)
         points = {point.name: self._line(point, read) for point in entry_points(group=self.group)}
         return {**read, **{name: first_line(item) for name, item in self._own.items()}, **points}
@@ -178,10 +176,10 @@ class Registry:
 
 
 def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) -> Any:
-    """Calls ``target(**arguments)``; an argument that it does not take, or lacks, is a :class:`DistillError`."""
+    """Call ``target(**arguments)``; an unknown or missing argument raises a :class:`DistillError` that begins with ``what``."""
     try:
         signature = inspect.signature(target)
-    except ValueError:  # some of Python's own types have none
+    except ValueError:  # some built-in types have no signature
         raise DistillError(f"{what} cannot be built from a config") from None
     parameters = signature.parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
@@ -195,8 +193,8 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
     try:
         return target(**arguments)
     except TypeError as error:
-        # A class that hands what it does not know on to its bases finds out there.
-        # So does one that settles an argument of its base itself.
+        # A class that passes unknown arguments on to its bases fails only there,
+        # and so does one that sets an argument of its base itself.
         unknown = re.search(r"(?:unexpected keyword|multiple values for(?: keyword)?) argument '(\w+)'", str(error))
         if unknown is None or unknown[1] not in arguments or not isinstance(target, type):
             raise
@@ -205,7 +203,7 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
 
 
 def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
-    """The terms that a recipe stands for: ``"name"`` or ``dict(type="name", …)`` to change its settings; ``None``: none."""
+    """Return the terms of a recipe: ``"name"``, or ``dict(type="name", …)`` with settings; ``None`` stands for no terms."""
     if recipe is None:
         return []
     spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe) if isinstance(recipe, Mapping) else {}
@@ -216,10 +214,10 @@ def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
 
 
 def check_told(terms: Any, recipe: Any, **given: Any) -> None:
-    """Refuses arguments of a distillation, a teacher above all, without anything that says what to learn.
+    """Raise a :class:`DistillError` for arguments of a distillation, such as a teacher, without terms or a recipe.
 
     Args:
-        terms, recipe: what the user gave; an empty list of terms is an answer, ``None`` is none.
+        terms, recipe: the user's settings; an empty list of terms counts as given, ``None`` does not.
         given: the arguments by their names.
     """
     name = next((name for name, value in given.items() if value is not None), None)

@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped, and what a checkpoint has of it."""
+"""Comparison of the state that a resumed run needs with the state in a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from .engine import Engine
 
 
 def lost_terms(engine: Engine, state: Mapping[str, Any] | None) -> list[str]:
-    """The terms that would start anew from a checkpoint: those with parameters or hidden state that it has nothing of.
+    """Return the terms whose parameters or hidden state a checkpoint lacks, and which would therefore start anew.
 
     Args:
-        state: the :meth:`~kdgraft.Engine.live_state` in the checkpoint; ``None`` where there is none.
+        engine: the wired engine.
+        state: the :meth:`~kdgraft.Engine.live_state` in the checkpoint; ``None`` if there is none.
     """
     own = engine.live_state()
     given = state or {}

@@ -1,4 +1,4 @@
-"""The weight of a term over training, as a factor in [0, 1]-like units on the term's own weight.
+"""Schedules: factors, usually in [0, 1], on the weight of a term over training.
 
 Every schedule is a pure function of the step, so that a resumed run needs no state.
 """
@@ -17,27 +17,27 @@ Shape = Literal["linear", "cosine"]
 
 
 class Step(NamedTuple):
-    """Where training stands: optimizer-loop iterations and epochs done before this step, both from 0."""
+    """The position in training: the numbers of iterations and epochs completed before this step."""
 
     iteration: int = 0
     epoch: int = 0
 
 
 class Schedule:
-    """Base: a constant factor of 1."""
+    """Base of schedules: a constant factor of 1. A subclass overrides :meth:`__call__`."""
 
     def __call__(self, step: Step) -> float:
-        """The factor at this step."""
+        """Return the factor at this step."""
         return 1.0
 
     @property
     def largest(self) -> float:
-        """The largest factor that it ever gives."""
+        """The largest factor over all steps."""
         return 1.0
 
     @property
     def by_epoch(self) -> bool:
-        """Whether it counts epochs."""
+        """True if the schedule counts epochs rather than iterations."""
         return getattr(self, "by", "iter") == "epoch"
 
     def __repr__(self) -> str:
@@ -57,7 +57,7 @@ class Ramp(Schedule):
         begin, end: in iterations or epochs (``by``), from 0, ``begin <= end``.
         start, final: factors >= 0 at the two ends.
         shape: ``"linear"``, or ``"cosine"`` for half a cosine wave (flat at both ends).
-        by: ``"iter"`` or ``"epoch"``.
+        by: the unit, ``"iter"`` or ``"epoch"``.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Ramp(Schedule):
 
 @SCHEDULES.register
 class WarmUp(Ramp):
-    """From nothing (or ``start``) to the full weight at ``end``."""
+    """From 0 (or ``start``) at ``begin`` up to the full weight at ``end``."""
 
     def __init__(
         self, end: int, begin: int = 0, *, start: float = 0.0, shape: Shape = "linear", by: By = "iter"
@@ -118,7 +118,7 @@ class Decay(Ramp):
 
 @SCHEDULES.register
 class Stop(Schedule):
-    """The full weight before ``end``, nothing from there on (ESKD, Cho & Hariharan 2019, arXiv 1910.01348)."""
+    """The full weight before ``end``, 0 from then on (ESKD, Cho & Hariharan 2019, arXiv 1910.01348)."""
 
     def __init__(self, end: int, *, by: By = "iter") -> None:
         _check_counts("Stop", end=end)
@@ -131,7 +131,7 @@ class Stop(Schedule):
 
 
 class Product(Schedule):
-    """Several schedules at once, multiplied: a warm-up and a stop."""
+    """The product of several schedules, such as a warm-up and a stop."""
 
     def __init__(self, parts: Sequence[Schedule]) -> None:
         self.parts = list(parts)
@@ -149,7 +149,7 @@ class Product(Schedule):
 
 
 def build_schedule(spec: Any) -> Schedule:
-    """``None``, a name, ``dict(type="WarmUp", end=500)``, a list of these (multiplied) or a :class:`Schedule`."""
+    """Build a schedule from ``None``, a name, ``dict(type="WarmUp", end=500)``, a list to multiply, or a :class:`Schedule`."""
     if spec is None:
         return Constant()
     if isinstance(spec, (list, tuple)):
@@ -157,8 +157,8 @@ def build_schedule(spec: Any) -> Schedule:
     schedule = SCHEDULES.build(spec)
     if not isinstance(schedule, Schedule):
         raise DistillError(
-            f"a schedule is a name, a dict with a type, or a list of these; got {spec!r} (a function is none: make it the "
-            "__call__ of a subclass of kdgraft.Schedule)"
+            f"a schedule is a name, a dict with a type, or a list of these; got {spec!r}; make a function the "
+            "__call__ of a subclass of kdgraft.Schedule"
         )
     return schedule
 

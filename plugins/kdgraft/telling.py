@@ -1,4 +1,4 @@
-"""The line by which a run says what it does."""
+"""The log line that summarises a run."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .sources import Ensemble, Source
 
 
 def announced(engine: Engine, student: nn.Module, recipe: Any = None) -> str:
-    """``"distilling GFL (r101.pth) into GFL with ld: ld_main, ld_vlr"``: from whom, into what, by which terms.
+    """Summarise a distillation: ``"distilling GFL (r101.pth) into GFL with ld: ld_main, ld_vlr"``.
 
     Args:
         engine: the wired engine.
-        student: what learns.
+        student: the model that learns.
         recipe: a recipe's name, or ``dict(type=name, …)``.
     """
     several = len(engine.sources) > 1
@@ -44,7 +44,7 @@ def _class(model: nn.Module) -> str:
 
 @contextmanager
 def said_aloud() -> Iterator[None]:
-    """Has what the suite says at level INFO written to stderr in the body, unless the user's program has set up logging."""
+    """Log the suite's INFO messages to stderr in the body, unless the user's program has configured logging."""
     logger = logging.getLogger("kdgraft")
     if logger.hasHandlers() or logger.level != logging.NOTSET:
         yield

@@ -1,4 +1,4 @@
-"""Wirings: what a term is wired to in the dry run, and how ``kdgraft check`` tells it."""
+"""Wirings: the models and recordings to which a term is wired in the dry run, and the rows that ``kdgraft check`` prints."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .taps import Recording, Tap
 
 @dataclass
 class Wiring:
-    """What a term is wired to: both models, what the dry run recorded, and which :class:`Batch` fields the host fills.
+    """The two models of a term, their recordings of the dry run, and the fields of :class:`Batch` that the host fills.
 
-    The student is whoever listens, the teacher whoever is listened to.
+    The student is the model that learns, the teacher the model that it imitates; in the twin of a term on a peer they swap roles.
     """
 
     student: nn.Module
@@ -25,14 +25,14 @@ class Wiring:
     teacher_recording: Recording
     fields: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What else the host knows before training that its own terms ask for."""
+    """Further facts that the host knows before training, for its own terms."""
     holder: Source | None = None
-    """The source of the teacher's recording, for terms that run parts of its model: deep copies share a frozen one."""
+    """The source of the teacher's recording, for terms that run parts of its model; deep copies share a frozen one."""
     outside: tuple[str, ...] = ()
-    """Modules whose maps are no pictures of the image (heads on regions of interest)."""
+    """Modules whose maps do not cover the image, such as heads on regions of interest."""
 
     def in_image(self, tap: Tap) -> bool:
-        """Whether the positions of what a tap reads lie in the image, so that a region can place them."""
+        """Return true if the positions of a tap's maps correspond to places in the image, as regions require."""
         return not any(tap.below(path) for path in self.outside)
 
 

@@ -1,4 +1,4 @@
-"""What the plugins of this distribution tell the command line, apart from them so that reading it imports no framework."""
+"""Hosts of the plugins in this distribution, in a package of their own so that importing them imports no framework."""
 
 from kdgraft.hosts import Host
 from kdgraft.registry import RECIPES, TERMS, Registry

@@ -438,8 +438,8 @@ ROI_TAP = "roi_head.bbox_head:input"
             dict(type="FeatureImitation", tap="roi_head.mask_head:input"),
             "the student's mask head has no RoI extractor of its own",
         ),
-        (FASTER, FASTER, dict(type="FocalGlobal", tap=ROI_TAP), "this loss is one of images"),
-        (FASTER, FASTER, dict(type="MaskedGeneration", tap=ROI_TAP), "this loss is one of images"),
+        (FASTER, FASTER, dict(type="FocalGlobal", tap=ROI_TAP), "this loss compares images"),
+        (FASTER, FASTER, dict(type="MaskedGeneration", tap=ROI_TAP), "this loss compares images"),
     ],
 )
 def test_what_does_not_compare_is_refused_in_one_line(student, teacher, term, message):

@@ -104,7 +104,7 @@ def test_an_infinity_on_padding_reaches_nothing():
 def test_what_has_no_place_among_the_tokens_is_refused():
     query = "bert.encoder.layer.0.attention.self.attention()[query]"
     with pytest.raises(
-        WiringError, match=r"hint: region 'all' cannot leave the padding out of .* tap states \(B, L, C\)"
+        WiringError, match=r"hint: region 'all' cannot exclude the padding of .* tap states \(B, L, C\)"
     ):
         pair("bert", [Hint(query)])
     ids = torch.ones(2, 6, dtype=torch.long)

@@ -226,7 +226,7 @@ def test_other_settings_in_a_folder_are_refused(folder: Path):
     said(path)
     changed = plan(folder, PLAN.replace("temperature = 2", "temperature = 3"))
     with pytest.raises(
-        DistillError, match=r"assistant/seed0 holds a run of other settings.*remove it, or give the plan another out"
+        DistillError, match=r"assistant/seed0 holds a run with other settings.*remove it, or give the plan another out"
     ):
         said(changed)
     record = json.loads((folder / "out/teacher/seed0/finished.json").read_text())
@@ -246,7 +246,7 @@ def test_other_settings_in_a_folder_are_refused(folder: Path):
         ("seeds = []\n[runs.a]\nconfig = 'x.py:f'\n", "seeds must be a list of different whole numbers"),
         ("seeds = [1, 1]\n[runs.a]\nconfig = 'x.py:f'\n", "seeds must be a list of different whole numbers"),
         ("seeds = [-1]\n[runs.a]\nconfig = 'x.py:f'\n", "a seed must be a whole number >= 0, got -1"),
-        ("[runs.a]\nconfig = 'x.py:f'\nteacher = 'b'\nterms = ['SoftTargets']\n", "a needs 'b', which is no run"),
+        ("[runs.a]\nconfig = 'x.py:f'\nteacher = 'b'\nterms = ['SoftTargets']\n", "a needs 'b', which is not a run"),
         (
             "[runs.a]\nconfig = 'x.py:f'\nteacher = 'b'\n[runs.b]\nconfig = 'x.py:f'\n",
             "a teacher needs terms or a recipe",
@@ -257,7 +257,7 @@ def test_other_settings_in_a_folder_are_refused(folder: Path):
             "these runs wait for each other: ",
         ),
         ("[runs.a]\nconfig = 'x.py:f'\nteacher = 1\nterms = ['SoftTargets']\n", "must be a run's name or a table"),
-        ("[runs.'a b']\nconfig = 'x.py:f'\n", "a run's name is letters"),
+        ("[runs.'a b']\nconfig = 'x.py:f'\n", "a run's name must be letters"),
         ("runs = 3", "has no runs"),
         ("[runs", "cannot read plan"),
     ],

@@ -92,7 +92,7 @@ def test_a_schedule_shows_its_settings():
         (dict(type="Ramp", end=5, final=float("inf")), "Ramp: final must be a number >= 0, got inf"),
         (
             dict(type="Ramp", end=5, final=1e39),
-            "final must be a number >= 0, got 1e+39, which is more than float32 holds",
+            "final must be a number >= 0, got 1e+39, which exceeds the range of float32",
         ),
         (dict(type="Ramp", end=5, final=10**400), "final must be a number >= 0"),
         (dict(type="Ramp", end=5, start="a"), "Ramp: start must be a number >= 0, got 'a'"),

@@ -311,7 +311,7 @@ def test_what_cannot_be_meant_is_refused():
     with pytest.raises(DistillError, match="no term listens to 'b'"):
         build(teachers=dict(teacher=net(4, 1), b=net(4, 2)))
     for name in ("student", "my_loss", "a.b", ""):
-        with pytest.raises(DistillError, match="a source's name is"):
+        with pytest.raises(DistillError, match="a source's name must be"):
             build(teachers={name: net(4, 1)})
     with pytest.raises(DistillError, match=r"teachers\['a'\] must be a model or a Source, got int"):
         build(teachers=dict(a=3))

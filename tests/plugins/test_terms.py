@@ -86,7 +86,7 @@ def test_wrong_weight(weight: object):
 def test_a_weight_that_its_schedule_makes_too_large():
     steep = dict(type="Ramp", end=5, final=1e30)
     with pytest.raises(
-        DistillError, match=r"weight times the schedule's largest factor .*1e\+60, which is more than float32"
+        DistillError, match=r"weight times the schedule's largest factor .*1e\+60, which exceeds the range of float32"
     ):
         SoftTargets(weight=1e30, schedule=steep)
     with pytest.raises(DistillError, match="weight times the schedule's largest factor must be a number >= 0"):
@@ -96,7 +96,7 @@ def test_a_weight_that_its_schedule_makes_too_large():
 
 @pytest.mark.parametrize("name", ["", "a.b", "a b", "a-b"])
 def test_wrong_name(name: str):
-    with pytest.raises(DistillError, match="a name is letters, digits and underscores"):
+    with pytest.raises(DistillError, match="a name must be letters, digits and underscores"):
         SoftTargets(name=name)
 
 
@@ -175,7 +175,7 @@ def test_terms_of_one_name_are_numbered_and_none_is_lost():
 
 def test_one_term_listed_twice():
     term = SoftTargets()
-    with pytest.raises(DistillError, match="lists one SoftTargets twice"):
+    with pytest.raises(DistillError, match="lists the same SoftTargets twice"):
         build_terms([term, term])
 
 
@@ -501,7 +501,7 @@ def test_channel_wise_takes_maps_alone():
 def test_a_loss_on_features_gives_a_value_a_position(shape):
     tensor = torch.ones(shape)
     with pytest.raises(
-        WiringError, match=r"one value a position, \(2.*here, and this one gives \(3,\); take another.*PearsonImitation"
+        WiringError, match=r"one value per position, \(2.*here, but this one gives \(3,\); use another.*PearsonImitation"
     ):
         distil({"a": tensor}, {"a": tensor}, FeatureImitation("parts.a", loss=pearson))
 

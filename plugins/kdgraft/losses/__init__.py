@@ -1,4 +1,4 @@
-"""The losses: one method a file, each a pure function that says its shapes, units, reduction and source."""
+"""The losses, one method per file: pure functions that document their shapes, units, reduction and source."""
 
 from .adversarial import adversarial, critic_loss, gradient_penalty
 from .affinity import pairwise_affinity

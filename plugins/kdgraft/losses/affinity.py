@@ -32,21 +32,21 @@ def pairwise_affinity(
 
     .. math:: \frac{1}{N^2} \sum_{i,j} (a^s_{ij} - a^t_{ij})^2, \qquad a_{ij} = \frac{f_i^\top f_j}{\|f_i\| \|f_j\|}
 
-    A node is a patch of positions, pooled. The N×N affinities are never built when there are more nodes than channels: with the
+    A node is a patch of positions, pooled. If there are more nodes than channels, the N×N affinities are not built: with the
     unit vectors in rows, :math:`\|SS^\top - TT^\top\|_F^2 = \|S^\top S\|_F^2 - 2\|S^\top T\|_F^2 + \|T^\top T\|_F^2`, which
-    holds C×C numbers an image whatever its resolution. The gradient passes through the norms, which the authors' code takes
-    for constants.
+    needs C×C numbers per image at any resolution. The gradient passes through the norms, which the authors' code treats as
+    constants.
 
     Args:
         student, teacher: features ``(B, C, H, W)`` on one grid; the numbers of channels may differ.
-        patch: side of a node in positions; a fraction (``0.5``) is one of the map's height and width. The paper pools 2×2
-            patches, the authors' code halves of the map with ``pool="max"``.
+        patch: side of a node in positions, or, as a float, a fraction of the map's height and width. The paper pools patches of
+            2×2 positions; the authors' code pools halves of the map with ``pool="max"``.
         pool: ``"average"`` or ``"max"`` over the valid positions of a patch.
-        valid: ``(B, H, W)``, true where a position takes part. Nodes without one do not count.
-        reduction: over images (those without a node do not count); ``"none"`` gives ``(B,)``.
+        valid: ``(B, H, W)``, true for the positions to include. Nodes without one are excluded.
+        reduction: over images (those without a node are excluded); ``"none"`` gives ``(B,)``.
 
     Raises:
-        DistillError: the grids differ, or a patch smaller than one position.
+        DistillError: the grids differ, or ``patch`` is neither a whole number >= 1 nor a fraction.
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise DistillError(
@@ -60,7 +60,7 @@ def pairwise_affinity(
 
 
 def check_patch(patch: int | float, pool: str) -> None:
-    """Raises a :class:`DistillError` unless ``patch`` is a whole number from 1 or a fraction below 1."""
+    """Raise a :class:`DistillError` unless ``patch`` is an int >= 1 or a float in (0, 1), and ``pool`` is known."""
     fine = not isinstance(patch, bool) and (
         (isinstance(patch, int) and patch >= 1) or (isinstance(patch, float) and 0 < patch < 1)
     )
@@ -73,7 +73,7 @@ def check_patch(patch: int | float, pool: str) -> None:
 
 
 def pool_nodes(maps: Tensor, patch: int | float, pool: Pool, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Unit vectors of the nodes ``(B, N, C)``, 0 where a node has no valid position, and which have one ``(B, N)``."""
+    """Return unit vectors of the nodes ``(B, N, C)``, 0 for nodes without a valid position, and 1 for nodes with one ``(B, N)``."""
     height, width = maps.shape[-2:]
     kernel = (patch, patch) if isinstance(patch, int) else (max(int(height * patch), 1), max(int(width * patch), 1))
     kernel = (min(kernel[0], height), min(kernel[1], width))
@@ -93,10 +93,10 @@ def pool_nodes(maps: Tensor, patch: int | float, pool: Pool, valid: Tensor | Non
 
 
 def _squared_difference(s: Tensor, t: Tensor) -> Tensor:
-    """The squared Frobenius norm of ``s sᵀ - t tᵀ`` for each image, by whichever way holds less."""
+    """Compute the squared Frobenius norm of ``s sᵀ - t tᵀ`` for each image, in the way that needs less memory."""
     if s.shape[1] <= max(s.shape[2], t.shape[2]):
         return relations(s, t, dot, squared_difference).sum(1)
-    # Large sums that nearly cancel: double precision, on C×C numbers.
+    # Large sums nearly cancel, so that double precision is needed (for C×C numbers).
     s, t = s.transpose(1, 2), t.transpose(1, 2)
     parts = [dot(a, b).double().square().sum((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
     return (parts[0] - 2 * parts[1] + parts[2]).clamp(min=0).to(s.dtype)

@@ -23,16 +23,16 @@ def attention_scores(
 
     .. math:: (A_s - A_t)^2
 
-    The paper's code zeroes padded entries in both and then averages over all of them, padding included, so that its loss
-    shrinks as a batch is padded; here entries at weight 0 do not count.
+    The paper's code sets padded entries to zero in both models and averages over all entries, including padding, so that its loss
+    shrinks with more padding; here entries with weight 0 are excluded.
 
     Args:
-        student_scores, teacher_scores: ``(B, H, L, L)``, or any one shape: QKᵀ/√d.
-        weight: entry weights that broadcast to the scores; masked entries at 0.
+        student_scores, teacher_scores: QKᵀ/√d, ``(B, H, L, L)`` or any other common shape.
+        weight: entry weights that broadcast to the scores; 0 for masked entries.
         reduction: over entries.
     """
     same_shape(student_scores, teacher_scores, "attention_scores")
-    if weight is not None:  # before the square: what stands at masked entries may be infinite
+    if weight is not None:  # before the square, as masked entries may be infinite
         masked = (weight == 0).expand_as(student_scores)
         student_scores, teacher_scores = student_scores.masked_fill(masked, 0), teacher_scores.masked_fill(masked, 0)
     return reduce_loss((upcast(student_scores) - upcast(teacher_scores)).square(), weight, reduction)
@@ -52,7 +52,8 @@ def attention_distributions(
 
     Args:
         student_scores, teacher_scores: ``(…, Q, K)``, the same shape: scores before the softmax.
-        valid: which keys a query may attend to, broadcasts to the scores; ``None`` for all. A query without any gives 0.
+        valid: true for the keys that a query may attend to; broadcasts to the scores; ``None`` for all. A query without keys
+            gives 0.
         weight: query weights that broadcast to ``(…, Q)``.
         reduction: over queries.
     """
@@ -66,7 +67,7 @@ def attention_distributions(
 
 
 def masked_log_softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Log-softmax over the valid entries of the last dimension; finite everywhere, whatever stands at the others."""
+    """Compute the log-softmax over the valid entries of the last dimension; the result is finite everywhere."""
     if valid is None:
         return scores.log_softmax(-1)
     return scores.masked_fill(~valid.bool(), torch.finfo(scores.dtype).min).log_softmax(-1)

@@ -1,4 +1,4 @@
-"""Teacher-bounded regression: learn the true box until the student is better than its teacher.
+"""Teacher-bounded regression: the student regresses to the true box until it is better than its teacher.
 
 Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017,
 equation 4.
@@ -26,12 +26,12 @@ def bounded_regression(
 
     .. math:: L_b = \|R_s - y\|_2^2 \;\text{ if }\; \|R_s - y\|_2^2 + m > \|R_t - y\|_2^2, \text{ else } 0
 
-    The teacher's box is no target: it may point the wrong way. It is the bound from which on the student is left alone. A bound
-    that is no number gives none either. A truth that is infinite, such as the logarithm of a box's width of 0, is left out.
+    The teacher's box may point in the wrong direction, so it is not a target but a bound: a student that is better than the bound
+    has no loss. A bound of NaN makes the loss NaN. An infinite truth, such as the logarithm of a box's width of 0, is excluded.
 
     Args:
-        student_boxes, teacher_boxes, targets: ``(…, D)`` in one unit, that of the box coder; the same shape.
-        margin: m >= 0, by which the student has to be better; unpublished, 0 by default.
+        student_boxes, teacher_boxes, targets: ``(…, D)`` in the units of the box coder; the same shape.
+        margin: m >= 0, by which the student must be better than the teacher; the paper does not state its value.
         weight: item weights that broadcast to ``(…,)``.
         reduction: over items.
     """
@@ -42,6 +42,6 @@ def bounded_regression(
     difference = student - truth
     bound = (teacher - truth).square().sum(-1)
     free = difference.detach().square().sum(-1) + margin <= bound
-    # The difference is masked, not its square: of a box without width, infinitely far for both, 0 · inf would be left in the gradient.
+    # Mask the difference, not its square: for a box of width 0, infinitely far for both, the gradient would contain 0 · inf.
     items = difference.masked_fill(free[..., None], 0).square().sum(-1)
     return reduce_loss(torch.where(bound.isnan(), bound, items), weight, reduction)

@@ -28,8 +28,8 @@ def channel_wise(
     Args:
         student, teacher: logits or features ``(B, C, H, W)``, the same shape.
         temperature: T > 0.
-        valid: ``(B, H, W)``, true (or above 0) where a position takes part; every position by default.
-        reduction: over images and channels; ``"none"`` gives ``(B, C)``. Images without a valid position do not count.
+        valid: ``(B, H, W)``, true (or > 0) for the positions to include; all by default.
+        reduction: over images and channels; ``"none"`` gives ``(B, C)``. Images without a valid position are excluded.
 
     Raises:
         DistillError: the shapes differ or T <= 0.
@@ -45,7 +45,7 @@ def channel_wise(
 
 
 def _log_distribution(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Log-softmax over valid positions; 0 (not minus infinity, whose gradient is NaN) elsewhere."""
+    """Compute the log-softmax over valid positions; 0 (not minus infinity, whose gradient is NaN) elsewhere."""
     if valid is None:
         return scores.log_softmax(2)
     outside = (valid.flatten(1) <= 0)[:, None]

@@ -1,4 +1,4 @@
-"""Intra-class feature variation: how far each pixel's feature lies from its class's prototype.
+"""Intra-class feature variation: the similarity of each pixel's feature to the prototype of its class.
 
 Wang, Zhou, Jiang, Bai, Xu, "Intra-class Feature Variation Distillation for Semantic Segmentation" (IFVD), ECCV 2020.
 """
@@ -26,7 +26,7 @@ def class_prototypes(
     Args:
         student, teacher: features ``(B, C, H, W)`` on one grid; the numbers of channels may differ.
         labels: classes ``(B, H, W)`` on the same grid.
-        ignore_index: pixels of this label take no part.
+        ignore_index: the label of pixels to exclude.
         reduction: over the pixels that are not ignored; ``"none"`` gives ``(B, H, W)``. (The authors divide by all pixels.)
 
     Raises:
@@ -45,7 +45,7 @@ def class_prototypes(
 
 
 def _groups(labels: Tensor, valid: Tensor) -> Tensor:
-    """A number for each (image, class); ignored pixels are a group of their own."""
+    """Assign each pixel the number of its (image, class); ignored pixels form a group of their own."""
     classes = int(labels.masked_fill(~valid, 0).max()) + 2 if labels.numel() else 1
     own = labels.masked_fill(~valid, classes - 1)
     image = torch.arange(len(labels), device=labels.device).view(-1, 1, 1)

@@ -1,4 +1,4 @@
-"""Pearson correlation that stays finite: constants correlate with nothing, and no square overflows."""
+"""Pearson correlation that stays finite: the correlation of constants is 0, and no square overflows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .scale import power_of_two
 
 
 class Centred(NamedTuple):
-    """Values less their mean, the sum of the squared means, and what both were divided by before they were squared."""
+    """Centred values, the sum of the squared means, and the scale by which the values were divided first."""
 
     values: Tensor
     squared_means: Tensor
@@ -23,12 +23,12 @@ class Centred(NamedTuple):
 def correlation_over_items(
     p: Tensor, q: Tensor, weight: Tensor | None = None, total: Callable[[Tensor], Tensor] = lambda part: part
 ) -> tuple[Tensor, Tensor]:
-    """The correlation of each column over the rows, ``(C,)``, and the sum of the rows' weights, ``(1,)``.
+    """Return the correlation ``(C,)`` of each column over the rows, and the sum ``(1,)`` of the rows' weights.
 
     Args:
-        p, q: ``(N, C)``.
-        weight: ``(N,)``.
-        total: sums a tensor over processes (with its gradient), to correlate over the rows of all of them.
+        p, q: the values ``(N, C)``.
+        weight: weights of the rows ``(N,)``.
+        total: sums a tensor over processes, with gradient, to correlate over the rows of all processes.
     """
     w = torch.ones_like(p[:, :1]) if weight is None else weight[:, None].to(p.dtype)
     count = total(w.sum(0))
@@ -37,7 +37,7 @@ def correlation_over_items(
 
 
 def _centred(x: Tensor, w: Tensor, count: Tensor, total: Callable[[Tensor], Tensor]) -> Centred:
-    # Divided before it is summed: of rows close to what float32 can hold even the sum would overflow.
+    # Divide before summing: the sum of rows near the limit of float32 would overflow.
     scale = power_of_two(total((x.detach().abs() / max(len(x), 1)).sum(0)))
     x = x / scale
     mean = divide(total((w * x).sum(0)), count)
@@ -47,12 +47,12 @@ def _centred(x: Tensor, w: Tensor, count: Tensor, total: Callable[[Tensor], Tens
 def correlation(
     first: Centred, second: Centred, dim: int, total: Callable[[Tensor], Tensor] = lambda part: part
 ) -> Tensor:
-    """Constant values correlate with nothing: 0, gradient 0. So do values that hardly vary before they are scaled."""
+    """Return the correlation along ``dim``; 0, with gradient 0, for values that are constant or hardly vary before scaling."""
     (p, p_means, p_scale), (q, q_means, q_scale) = first, second
     pq, pp, qq = (total((a * b).sum(dim)) for a, b in ((p, q), (p, p), (q, q)))
-    # What rounding leaves of a constant is none. Not clamp(): the gradient would be q divided by next to nothing.
+    # Rounding errors of a constant are no variation. With clamp() the gradient would be q divided by a tiny number.
     rounding = (8 * torch.finfo(p.dtype).eps) ** 2
-    # NaN is not below anything: it is no constant, and shows in the value, so that the term is dropped.
+    # Comparisons with NaN are false, so that it does not count as constant but reaches the value, and the term is dropped.
     constant = (pp <= rounding * p_means) | (qq <= rounding * q_means)
     constant |= (pp * qq).detach().sqrt() * (p_scale * q_scale) <= 1e-8
     return pq.masked_fill(constant, 0) / (pp * qq).masked_fill(constant, 1).sqrt()

@@ -1,4 +1,4 @@
-"""Cross-head distillation (CrossKD): the student's features in the teacher's statistics, and the loss on classes.
+"""Cross-head distillation (CrossKD): rescaling of the student's features to the teacher's statistics, and the loss on classes.
 
 Wang, Chen, Zheng, Li, Cheng, Hou, "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024, arXiv 2306.11369.
 """
@@ -21,15 +21,14 @@ def focused_entropy(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Binary cross-entropy of independent sigmoid classes, focused on where they differ; 0 where they agree (CrossKD 2024).
+    r"""Binary cross-entropy of independent classes, weighted by the difference of the probabilities (CrossKD 2024).
 
     .. math:: |p_s - p_t|\,\mathrm{BCE}(p_s, p_t)
 
-    As in the authors' code the factor has a gradient of its own, unlike that of
-    :func:`~kdgraft.losses.binary_soft_targets`.
+    As in the authors' code the factor has a gradient too, unlike that of :func:`~kdgraft.losses.binary_soft_targets`.
 
     Args:
-        student_logits, teacher_logits: any one shape, one logit per class.
+        student_logits, teacher_logits: one logit per class, of any common shape.
         weight: element weights that broadcast to the logits.
         reduction: over elements.
     """
@@ -45,17 +44,17 @@ def align_scale(
     valid: Tensor | None = None,
     total: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Tensor:
-    r"""The student's features with the teacher's mean and standard deviation, channel by channel.
+    r"""Return the student's features with the teacher's mean and standard deviation, channel by channel.
 
     .. math:: \frac{s - \mu_s}{\sigma_s + 10^{-6}}\,\sigma_t + \mu_t
 
-    as the authors' code has it, over all valid positions of the batch; a channel that is constant in the student becomes
-    :math:`\mu_t`, without gradient. Invalid positions are the teacher's, so that those of the student reach nothing.
+    as in the authors' code, over all valid positions of the batch; a channel that is constant in the student becomes
+    :math:`\mu_t`, without gradient. Invalid positions take the teacher's values, so that the student's have no effect.
 
     Args:
         student_features, teacher_features: ``(B, C, H, W)``; the same shape.
-        valid: ``(B, H, W)`` of 0 and 1; all without.
-        total: sums a tensor over processes (with its gradient), for the statistics of all of them.
+        valid: ``(B, H, W)`` of 0 and 1; all valid by default.
+        total: sums a tensor over processes, with gradient, for statistics over all processes.
     """
     same_shape(student_features, teacher_features, "align_scale")
     s, t = upcast(student_features), upcast(teacher_features)
@@ -63,14 +62,14 @@ def align_scale(
     s, known = (x.masked_fill(inside == 0, 0) for x in (s, t))
     count = total(inside.sum())
     (mean, std), (teacher_mean, teacher_std) = (_moments(x, inside, count, total) for x in (s, known))
-    # What rounding leaves of a constant is none, and must not be divided by.
+    # Rounding errors of a constant are no variation, and must not be a divisor.
     constant = std <= 8 * torch.finfo(s.dtype).eps * mean.abs()
     scaled = ((s - mean) / (std + 1e-6)).masked_fill(constant, 0) * teacher_std + teacher_mean
     return torch.where(inside == 0, t, scaled)
 
 
 def _moments(maps: Tensor, inside: Tensor, count: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and (unbiased) standard deviation ``(1, C, 1, 1)``, the latter without gradient where it is 0."""
+    """Return mean and (unbiased) standard deviation ``(1, C, 1, 1)``, the latter without gradient where it is 0."""
     mean = divide(total(maps.sum((0, 2, 3), keepdim=True)), count)
     squares = total(((maps - mean).square() * inside).sum((0, 2, 3), keepdim=True))
     variance = squares / (count - 1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""Cross-image relations: how pixels relate to pixels of other images, in the batch and in a memory.
+"""Cross-image relations: similarities of pixels to those of other images, in the batch and in a memory.
 
 Yang et al., "Cross-Image Relational Knowledge Distillation for Semantic Segmentation" (CIRKD), CVPR 2022, arXiv 2204.06986.
 """
@@ -24,15 +24,15 @@ def pixel_relations(
 ) -> Tensor:
     r"""Mini-batch pixel-to-pixel relations (Yang et al. 2022).
 
-    For every pair of images (i, j) and every pixel of i: the KL of its softmax over the cosines to all pixels of j, mean over
-    pixels and pairs. As in the authors' code a pair may be of one image with itself, and there is no factor T².
+    For every pair of images (i, j) and every pixel of i, the KL compares the softmax over its cosines to all pixels of j; the
+    loss is the mean over pixels and pairs. As in the authors' code i may equal j, and there is no factor T².
 
     Args:
-        student, teacher: features ``(B, N, C)``, N pixels or pooled nodes an image; the numbers of channels may differ.
+        student, teacher: features ``(B, N, C)``, N pixels or pooled nodes per image; the numbers of channels may differ.
         temperature: τ > 0.
-        valid: ``(B, N)``, above 0 where a pixel takes part; others are neither compared nor compared with.
+        valid: ``(B, N)``, > 0 for the pixels to include, on either side of a comparison.
         others: student, teacher and valid of the images j; the same images by default.
-        reduction: over (i, j, pixel of i), without the images j that have no valid pixel; ``"none"`` gives ``(B, B', N)``.
+        reduction: over (i, j, pixel of i), without images j that have no valid pixel; ``"none"`` gives ``(B, B', N)``.
     """
     if student.shape[:2] != teacher.shape[:2]:
         raise DistillError(
@@ -65,17 +65,17 @@ def memory_relations(
     temperature: float = 1.0,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Relations to remembered embeddings of pixels or regions (Yang et al. 2022).
+    r"""Relations to stored embeddings of pixels or regions (Yang et al. 2022).
 
-    For each pixel the KL of its softmax over the cosines to all of the memory, divided by τ and by T, times T².
+    For each pixel, the KL compares the softmax over its cosines to all of the memory, divided by τ and by T; it is scaled by T².
 
     Args:
-        student: pixels ``(N, C)`` in the teacher's space (projected).
+        student: pixels ``(N, C)``, projected into the teacher's space.
         teacher: the same pixels ``(N, C)``.
-        memory: ``(M, C)`` of the teacher's embeddings.
+        memory: stored embeddings ``(M, C)`` of the teacher.
         contrast_temperature: τ; 0.1 in the authors' code.
         temperature: T; 1 in the authors' scripts.
-        reduction: over pixels; without any, or with an empty memory, 0 with a live graph.
+        reduction: over pixels; without pixels, or with an empty memory, the loss is 0 with a live graph.
     """
     check_temperature(contrast_temperature)
     if student.shape != teacher.shape or memory.shape[1:] != teacher.shape[1:]:
@@ -90,12 +90,12 @@ def memory_relations(
 
 
 def _only(features: Tensor, valid: Tensor | None) -> Tensor:
-    """The features, 0 where not valid: what stands there (it may be infinite) must not reach the gradient."""
+    """Set invalid features to 0, as their values, which may be infinite, must not reach the gradient."""
     features = upcast(features)
     return features if valid is None else features.masked_fill((valid <= 0)[..., None], 0)
 
 
 def _across_images(items: Tensor, others: Tensor) -> Tensor:
-    """Cosines of all rows of all images: ``(B, N, C), (B', M, C) -> (B, B', N, M)``."""
+    """Compute the cosines of all rows of all images: ``(B, N, C), (B', M, C) -> (B, B', N, M)``."""
     found = cosine(items.flatten(0, 1), others.flatten(0, 1))
     return found.view(*items.shape[:2], *others.shape[:2]).transpose(1, 2)

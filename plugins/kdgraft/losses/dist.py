@@ -27,7 +27,7 @@ def dist_between_classes(
 ) -> Tensor:
     r"""DIST, inter-class: 1 - Pearson correlation of the class probabilities of each item (Huang et al. 2022).
 
-    Times T², as for soft targets. For a dense map every *pixel* is an item.
+    The loss is scaled by T², as for soft targets. In a dense map every *pixel* is an item.
 
     Args:
         student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``.
@@ -57,8 +57,8 @@ def dist_within_classes(
     Args:
         student_logits, teacher_logits, temperature, dim: as for :func:`dist_between_classes`.
         weight: item weights, of the shape without ``dim``.
-        reduction: over classes; ``"none"`` gives ``(C,)``. Zero when all weights are.
-        total: sums a tensor over processes (with its gradient), to correlate over the items of all of them.
+        reduction: over classes; ``"none"`` gives ``(C,)``. The loss is 0 if all weights are 0.
+        total: sums a tensor over processes, with gradient, to correlate over the items of all processes.
     """
     p, q = (
         x.reshape(-1, x.shape[-1]) for x in _probabilities(student_logits, teacher_logits, temperature, dim, weight)
@@ -71,7 +71,7 @@ def dist_within_classes(
 def _probabilities(
     student: Tensor, teacher: Tensor, temperature: float, dim: int, weight: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Of both, ``(…, C)``. Items at weight 0 are uniform: what stands there must not reach the gradient."""
+    """Return both models' probabilities ``(…, C)``; items with weight 0 are uniform, so that they do not reach the gradient."""
     same_shape(student, teacher, "dist")
     check_temperature(temperature)
     s, t = (upcast(x).movedim(dim, -1) for x in (student, teacher))

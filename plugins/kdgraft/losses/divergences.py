@@ -28,13 +28,13 @@ def reverse_kl(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Reverse KL: the student puts no mass where the teacher has none (mode seeking; MiniLLM 2023).
+    r"""Reverse KL: penalises the student's mass where the teacher has none (mode seeking; MiniLLM 2023).
 
     .. math:: \mathrm{KL}(p_s^T \,\|\, p_t^T)
 
     Args:
         student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``, the same shape.
-        temperature: T > 0, divides both logits. There is no factor T², as in the papers on language models.
+        temperature: T > 0, divides both logits. As in the papers on language models there is no factor T².
         dim: the class dimension.
         weight: item weights that broadcast to the shape without ``dim``.
         reduction: over items.
@@ -58,8 +58,8 @@ def generalized_jsd(
 
     .. math:: \beta\,\mathrm{KL}(p_t \| m) + (1-\beta)\,\mathrm{KL}(p_s \| m),\quad m = \beta p_t + (1-\beta) p_s
 
-    Bounded; divided by β it tends to the forward KL for β → 0, divided by 1 − β to the reverse one for β → 1. At the very ends
-    it *is* that KL, as in the usual implementations (the formula itself is 0 there).
+    It is bounded; divided by β it tends to the forward KL for β → 0, divided by 1 − β to the reverse KL for β → 1. At β = 0 and
+    β = 1 it *is* that KL, as in the usual implementations (the formula gives 0 there).
 
     Args:
         student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``, the same shape.
@@ -91,7 +91,7 @@ def skewed_kl(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Skewed KL: against a mixture that holds a little of the first distribution, so that it stays bounded (DistiLLM 2024).
+    r"""Skewed KL: KL to a mixture with a small share of the first distribution, which bounds it (DistiLLM 2024).
 
     .. math:: \mathrm{KL}(p_t \,\|\, \alpha p_t + (1-\alpha) p_s), \quad
               \text{reverse: } \mathrm{KL}(p_s \,\|\, \alpha p_s + (1-\alpha) p_t)
@@ -100,12 +100,12 @@ def skewed_kl(
         student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``, the same shape.
         alpha: in [0, 1); 0 is the plain KL.
         temperature: T > 0, divides both logits; no factor T².
-        reverse: the student's distribution comes first.
+        reverse: take the student's distribution, rather than the teacher's, as the first one.
         dim, weight, reduction: as in :func:`reverse_kl`.
     """
     check_share("alpha", alpha)
     if alpha == 1:
-        raise DistillError("skewed_kl: alpha must be below 1, where the loss is 0 whatever the student says")
+        raise DistillError("skewed_kl: alpha must be below 1, where the loss would be 0 for any student")
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature, dim, "skewed_kl")
     first, second = (student, teacher) if reverse else (teacher, student)
     if alpha:
@@ -114,7 +114,7 @@ def skewed_kl(
 
 
 def check_share(name: str, value: float) -> None:
-    """Raises a :class:`DistillError` unless the value is in [0, 1]."""
+    """Raise a :class:`DistillError` unless the value is in [0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
         raise DistillError(f"{name} must be in [0, 1], got {value!r}")
 
@@ -124,13 +124,13 @@ def _log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     same_shape(student, teacher, loss)
     check_temperature(temperature)
-    # −∞ is a logit that some models give to tokens that cannot be; the gradient of logaddexp(−∞, −∞) is NaN.
+    # Some models give impossible tokens the logit −∞; the gradient of logaddexp(−∞, −∞) is NaN.
     logs = (F.log_softmax(upcast(logits) / temperature, dim) for logits in (student, teacher))
     found = [log.clamp(min=torch.finfo(log.dtype).min / 4) for log in logs]
     return found[0], found[1]
 
 
 def _kl(first: Tensor, second: Tensor, dim: int) -> Tensor:
-    """KL(first ‖ second) of log-probabilities; a class that both give probability 0 adds nothing."""
+    """Compute KL(first ‖ second) from log-probabilities; a class with probability 0 in both adds nothing."""
     p = first.exp()
     return (p * (first - second).masked_fill(p == 0, 0)).sum(dim)

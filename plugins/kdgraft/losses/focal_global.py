@@ -1,8 +1,8 @@
-"""Focal and global distillation: attention-weighted features, foreground and background apart, and a global relation.
+"""Focal and global distillation: attention-weighted features, separated into foreground and background, and a global relation.
 
 Yang, Li, Jiang, Gong, Yuan, Zhao, Yuan, "Focal and Global Knowledge Distillation for Detectors" (FGD), CVPR 2022,
-arXiv 2111.11837. In all of it ``valid`` is ``(B, H, W)``, above 0 where a position takes part (every one by default): the
-authors let padding count as background and in the softmax, which is the same where nothing is padded.
+arXiv 2111.11837. In all functions ``valid`` is ``(B, H, W)``, > 0 for the positions to include (all by default). The authors
+include padding as background and in the softmax; without padding both are the same.
 """
 
 from __future__ import annotations
@@ -39,15 +39,17 @@ def channel_attention(features: Tensor, temperature: float = 0.5, *, valid: Tens
 def box_scales(
     boxes: Sequence[Tensor], padded_size: tuple[int, int], feature: Tensor, *, valid: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Scale masks of foreground and background, each ``(B, H, W)`` in float32.
+    """Compute the scale masks of foreground and background, each ``(B, H, W)`` in float32.
 
-    A position in boxes weighs 1 / cells of the smallest of them; the others weigh 1 / their number in the image. As in the
-    authors' code a box holds the cells from floor(low) to ceil(high), both included, and cells beyond the map count in its area.
+    A position inside boxes has weight 1 / (cells of the smallest of them); the others have weight 1 / (their number in the image).
+    As in the authors' code a box consists of the cells from floor(low) to ceil(high), inclusive, and its area includes cells
+    beyond the map.
 
     Args:
-        boxes: per image ``(n, 4)``: x1, y1, x2, y2 in pixels of the padded input.
+        boxes: boxes of each image, ``(n, 4)``: x1, y1, x2, y2 in pixels of the padded input.
         padded_size: (height, width) of the padded input, which the map covers. (The authors scale by the image's own size.)
-        feature: the map ``(B, C, H, W)`` whose grid is meant.
+        feature: a map ``(B, C, H, W)`` on the grid of the masks.
+        valid: ``(B, H, W)``; positions that are 0 have weight 0 in both masks.
     """
     foreground = torch.stack([_foreground(found, padded_size, feature) for found in boxes])
     background = (foreground == 0).to(foreground.dtype)
@@ -83,7 +85,7 @@ def focal_features(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Focal distillation (FGD; Yang et al. 2022): squared error under scale and the teacher's attention.
+    r"""Focal distillation (FGD; Yang et al. 2022): squared error weighted by scale and the teacher's attention.
 
     .. math:: \sum_{c,i} M_i A^S_i A^C_c (t_{ci} - s_{ci})^2
 
@@ -91,7 +93,7 @@ def focal_features(
         student, teacher: ``(B, C, H, W)``, the same shape.
         scale: ``(B, H, W)``: M = α · foreground + β · background of :func:`box_scales`.
         temperature: T > 0 of the attentions.
-        valid: ``(B, H, W)``; positions at 0 take no part.
+        valid: ``(B, H, W)``; positions that are 0 are excluded.
         reduction: over images; ``"none"`` gives ``(B,)``.
 
     Raises:
@@ -121,7 +123,7 @@ def focal_attention(
     Args:
         student, teacher: ``(B, C, H, W)``, the same shape.
         temperature: T > 0.
-        valid: ``(B, H, W)``; positions at 0 take no part.
+        valid: ``(B, H, W)``; positions that are 0 are excluded.
         reduction: over images; ``"none"`` gives ``(B,)``.
 
     Raises:
@@ -137,10 +139,10 @@ def focal_attention(
 
 
 class GlobalContext(nn.Module):
-    """GcBlock without its sum: what an image's attention-pooled context adds to all of its positions.
+    """GcBlock without its residual sum: the attention-pooled context that is added to all positions of an image.
 
-    A learned softmax over the valid positions pools; conv – layer norm – ReLU – conv follows, the last one 0 at the start, as in
-    the authors' code. ``(B, C, H, W) -> (B, C, 1, 1)``.
+    A learned softmax over the valid positions pools the map; conv – layer norm – ReLU – conv follows, and the last convolution is
+    initialised to 0, as in the authors' code. ``(B, C, H, W) -> (B, C, 1, 1)``.
     """
 
     def __init__(self, channels: int) -> None:
@@ -156,7 +158,7 @@ class GlobalContext(nn.Module):
             nn.init.zeros_(constant)
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """``features`` must be finite everywhere, also where not valid."""
+        """Compute the context; ``features`` must be finite everywhere, including invalid positions."""
         share = _softmax(self.attend(features).flatten(1), valid)
         context = torch.bmm(features.flatten(2), share[:, :, None])
         added: Tensor = self.add(context[..., None])
@@ -166,8 +168,8 @@ class GlobalContext(nn.Module):
 class GlobalRelation(nn.Module):
     r"""Global distillation (FGD; Yang et al. 2022): :math:`\sum (R_t(t) - R_s(s))^2`, a learned GcBlock for each.
 
-    Both blocks are trained with the student, as in the authors' code. Computes in the precision of its parameters, also under
-    autocast.
+    Both blocks are trained with the student, as in the authors' code. The module computes in the precision of its parameters, even
+    under autocast.
     """
 
     def __init__(self, channels: int) -> None:
@@ -178,7 +180,7 @@ class GlobalRelation(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, reduction: Reduction = "mean"
     ) -> Tensor:
-        """Maps ``(B, C, H, W)`` of one shape; reduction over images, ``"none"`` gives ``(B,)``."""
+        """Compute the loss of maps ``(B, C, H, W)`` of the same shape, reduced over images; ``"none"`` gives ``(B,)``."""
         same_shape(student, teacher, "global relation")
         dtype = self.student.attend.weight.dtype
         with torch.autocast(student.device.type, enabled=False):
@@ -189,20 +191,20 @@ class GlobalRelation(nn.Module):
 
 
 def _inside(features: Tensor, valid: Tensor | None) -> Tensor:
-    """The features, 0 where not valid: what stands there (it may be infinite) must not reach the gradient."""
+    """Set invalid features to 0, as their values, which may be infinite, must not reach the gradient."""
     features = upcast(features)
     return features if valid is None else features.masked_fill((valid <= 0)[:, None], 0)
 
 
 def _count(maps: Tensor, valid: Tensor | None) -> Tensor:
-    """Valid positions of each image, ``(B,)``."""
+    """Count the valid positions of each image, ``(B,)``."""
     if valid is None:
         return maps.new_full((len(maps),), float(maps.shape[-2] * maps.shape[-1]))
     return (valid.flatten(1) > 0).sum(1).to(maps.dtype)
 
 
 def _softmax(scores: Tensor, valid: Tensor | None) -> Tensor:
-    """Softmax of ``(B, N)`` over the valid positions, 0 elsewhere."""
+    """Compute the softmax of ``(B, N)`` over the valid positions; 0 elsewhere."""
     if valid is None:
         return scores.softmax(1)
     outside = valid.flatten(1) <= 0

@@ -29,8 +29,8 @@ def hint(
 
     .. math:: (r(s) - t)^2 \quad\text{or}\quad |r(s) - t|
 
-    The adapter :math:`r` is applied before. Without weights this is torch's ``mse_loss``; the paper's
-    :math:`\tfrac12\|\cdot\|^2` differs by a constant factor that the term's weight absorbs.
+    The adapter :math:`r` is applied beforehand. Without weights this equals torch's ``mse_loss``; the paper's
+    :math:`\tfrac12\|\cdot\|^2` differs by a constant factor, which the term's weight absorbs.
 
     Args:
         student_features, teacher_features: ``(B, C, H, W)``, or ``(…, C)`` with ``dim=-1``; the same shape.

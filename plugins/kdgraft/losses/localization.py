@@ -31,8 +31,8 @@ def localization(
         student_edges, teacher_edges: logits ``(…, n + 1)`` of the distribution of an edge's distance over its bins
             0 … n (``reg_max``), the same shape; usually ``(boxes, 4, n + 1)``.
         temperature: T > 0; 10 in the paper.
-        variant: ``"code"`` takes the *mean* over bins, as the authors' code (and mmdet's) does; the published weight 0.25
-            belongs to it, which is why it is the default here. ``"paper"`` takes the sum, n + 1 times as much.
+        variant: ``"code"`` takes the *mean* over bins, as the authors' code (and mmdet's) does; it is the default because the
+            published weight 0.25 refers to it. ``"paper"`` takes the sum, which is n + 1 times as large.
         weight: edge weights that broadcast to the shape without the bins.
         reduction: over edges.
     """

@@ -25,13 +25,14 @@ def logit_matching(
 
     .. math:: \tfrac12 (z_s - z_t)^2
 
-    The mean over classes (not the sum) makes it the limit of :func:`~kdgraft.losses.soft_targets` for
+    With the mean (not the sum) over classes it is the limit of :func:`~kdgraft.losses.soft_targets` for
     :math:`T \to \infty`, whose gradient is :math:`(z_s - z_t)/C` for zero-mean logits.
 
     Args:
         student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``, the same shape.
-        center: subtract each item's mean logit first: softmax ignores it, so a difference of means then costs nothing and
-            the limit holds for any logits.
+        center: subtract each item's mean logit first. As in a softmax, a difference of the means then has no effect, and the
+            limit holds for any logits.
+        dim: the class dimension.
         weight: item weights that broadcast to the shape without ``dim``.
         reduction: over items.
     """

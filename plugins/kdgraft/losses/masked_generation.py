@@ -1,4 +1,4 @@
-"""Masked generation: the student's features, with positions left out, must still generate the teacher's.
+"""Masked generation: a generator restores the teacher's features from the student's masked ones.
 
 Yang, Li, Shao, Shi, Yuan, Yuan, "Masked Generative Distillation" (MGD), ECCV 2022, arXiv 2205.01529.
 """
@@ -14,7 +14,7 @@ from .reduction import Reduction, reduce_loss, same_shape, upcast
 
 
 class FeatureGenerator(nn.Module):
-    """3×3 convolution, ReLU, 3×3 convolution at one width: ``(B, C, H, W) -> (B, C, H, W)``."""
+    """Generator of a 3×3 convolution, ReLU and a 3×3 convolution of equal width: ``(B, C, H, W) -> (B, C, H, W)``."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -22,7 +22,7 @@ class FeatureGenerator(nn.Module):
         self.leave = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
-        """An image's padding is to both convolutions what lies beyond the map: 0 where ``valid`` ``(B, H, W)`` is."""
+        """Generate features; both convolutions treat positions where ``valid`` ``(B, H, W)`` is 0 as zero padding."""
         hidden = self.enter(_inside(features.to(self.enter.weight.dtype), valid)).relu()
         generated: Tensor = self.leave(_inside(hidden, valid))
         return generated
@@ -37,17 +37,17 @@ def masked_generation(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Masked generation (MGD; Yang et al. 2022): squared error of what is generated, summed over an image.
+    r"""Masked generation (MGD; Yang et al. 2022): squared error of the generated features, summed over an image.
 
     .. math:: \sum_{c,i} (t_{ci} - G(s \odot M)_{ci})^2
 
-    over all positions, whether they were left out or not.
+    over all positions, masked or not.
 
     Args:
         student, teacher: ``(B, C, H, W)``, the same shape.
         generator: G, a :class:`FeatureGenerator`; called with the masked map and ``valid``.
-        keep: M, ``(B, H, W)``: true where the generator may see the student's features.
-        valid: ``(B, H, W)``, above 0 where a position takes part; every position by default.
+        keep: M, ``(B, H, W)``: true where the generator sees the student's features.
+        valid: ``(B, H, W)``, > 0 for the positions to include; all by default.
         reduction: over images; ``"none"`` gives ``(B,)``.
 
     Raises:

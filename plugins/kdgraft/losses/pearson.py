@@ -1,4 +1,4 @@
-"""Pearson imitation (PKD): features that correlate, whatever their scale.
+"""Pearson imitation (PKD): correlation of features, independent of their scale.
 
 Cao, Zhang, Liu, Li, Xu, "PKD: General Distillation Framework for Object Detectors via Pearson Correlation Coefficient",
 NeurIPS 2022, arXiv 2207.02039.
@@ -27,15 +27,15 @@ def pearson(
 
     .. math:: 1 - r = \tfrac{1}{2 N} \sum_i (\hat s_i - \hat t_i)^2, \qquad \hat x = (x - \mu_x) / \sigma_x
 
-    so that neither the scale nor the offset of a channel matters. A channel that is constant in either model correlates with
-    nothing: 1, without gradient. So does one that hardly varies at all (product of the two squared sums at most 1e-16).
+    so that neither the scale nor the offset of a channel matters. The loss of a channel that is constant in either model is 1,
+    without gradient, as is that of a channel that hardly varies (product of the two squared sums at most 1e-16).
 
     Args:
         student_features, teacher_features: ``(B, C, H, W)``, or ``(…, C)`` with ``dim=-1``; the same shape.
         dim: the channel dimension.
-        weight: position weights, of the shape without ``dim``; positions at weight 0 take no part.
-        reduction: over channels; ``"none"`` gives ``(C,)``. Zero when all weights are.
-        total: sums a tensor over processes (with its gradient), to correlate over the positions of all of them.
+        weight: position weights, of the shape without ``dim``; positions with weight 0 are excluded.
+        reduction: over channels; ``"none"`` gives ``(C,)``. The loss is 0 if all weights are 0.
+        total: sums a tensor over processes, with gradient, to correlate over the positions of all processes.
     """
     same_shape(student_features, teacher_features, "pearson")
     s, t = (upcast(x).movedim(dim, -1) for x in (student_features, teacher_features))

@@ -1,4 +1,4 @@
-"""What every loss shares: fp32 under autocast, and a weighted reduction that never makes a NaN of an empty batch."""
+"""Helpers of all losses: fp32 under autocast, and a weighted reduction that gives 0, not NaN, for an empty batch."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ Reduction = Literal["none", "sum", "mean"]
 
 
 class Ratio(NamedTuple):
-    """A loss before its division: the sum over this process, and what it has to be divided by.
+    """A loss as numerator, the sum over this process, and denominator.
 
-    Kept apart so that several processes divide by their common denominator. Both have shape ``(K,)``, or ``()`` for
-    K = 1: K parts that are divided separately and then added (the levels of a pyramid). The numerator carries the
-    gradient; the denominator none.
+    They are kept apart so that several processes divide by their common denominator. Both have shape ``(K,)``, or ``()`` for
+    K = 1: K parts, such as the levels of a pyramid, are divided separately and then added. Only the numerator carries a
+    gradient.
     """
 
     numerator: Tensor
     denominator: Tensor
 
     def value(self) -> Tensor:
-        """The loss on this process alone: the sum of the K quotients; 0 with a live graph where a denominator is 0."""
+        """Return the loss of this process alone: the sum of the K quotients; 0 with a live graph where a denominator is 0."""
         return divide(self.numerator, self.denominator).sum()
 
 
 def divide(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """``numerator / denominator``, and the numerator itself (an empty sum: 0 with its graph) where that would be 0/0."""
+    """Return ``numerator / denominator``, or the numerator (an empty sum, 0 with its graph) where the denominator is 0."""
     return numerator / torch.where(denominator == 0, torch.ones_like(denominator), denominator)
 
 
 def upcast(tensor: Tensor) -> Tensor:
-    """Half precisions to float32; float32 and float64 stay."""
+    """Convert half precisions to float32; leave float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def same_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
-    """Raises a :class:`DistillError` unless the two shapes are equal (broadcasting hides mistakes here)."""
+    """Raise a :class:`DistillError` unless the two shapes are equal, as broadcasting would hide mistakes."""
     if student.shape != teacher.shape:
         raise DistillError(
             f"{loss}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must have the same shape"
@@ -47,9 +47,9 @@ def same_shape(student: Tensor, teacher: Tensor, loss: str) -> None:
 
 
 def weighted_ratio(values: Tensor, weight: Tensor | None = None) -> Ratio:
-    """Sum of ``weight * values`` over sum of ``weight`` (their number without weights).
+    """Return the sum of ``weight * values`` and the sum of ``weight`` (the number of values without weights).
 
-    Values at weight 0 take no part, not even when they are infinite.
+    Values with weight 0 are excluded, even if they are infinite.
     """
     if weight is None:
         return Ratio(values.sum(), values.new_full((), float(values.numel())))
@@ -58,13 +58,13 @@ def weighted_ratio(values: Tensor, weight: Tensor | None = None) -> Ratio:
 
 
 def reduce_loss(values: Tensor, weight: Tensor | None = None, reduction: Reduction = "mean") -> Tensor:
-    """Reduces a loss per item.
+    """Reduce a loss per item.
 
     Args:
         values: loss per item, any shape.
         weight: item weights that broadcast to ``values``, or ``None``.
-        reduction: ``"none"`` (weighted values), ``"sum"``, or ``"mean"`` = sum(w·v) / sum(w). Without a single item, or
-            with all weights 0, sum and mean are 0 with a live graph.
+        reduction: ``"none"`` (weighted values), ``"sum"``, or ``"mean"`` = sum(w·v) / sum(w). Without any item, or with all
+            weights 0, sum and mean are 0 with a live graph.
     """
     if reduction == "none":
         return values if weight is None else values.masked_fill(weight.expand_as(values) == 0, 0) * weight

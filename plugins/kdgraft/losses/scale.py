@@ -1,4 +1,4 @@
-"""Sizes of numbers, for losses that do not depend on it: brings features into a range whose squares float32 can hold."""
+"""Rescaling of features, for losses that are independent of their scale, so that their squares do not overflow float32."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 
 @torch.no_grad()
 def power_of_two(size: Tensor) -> Tensor:
-    """The largest power of two that is no larger than each number: dividing by it rounds nothing.
+    """Return the largest power of two that does not exceed each number; division by it causes no rounding.
 
-    1 for 0, and for what is not finite, which must stay visible in the loss.
+    The result is 1 for 0, and for numbers that are not finite, which must stay visible in the loss.
     """
     exponent = torch.frexp(size).exponent - 1
     return torch.ldexp(torch.ones_like(size), exponent).masked_fill(~size.isfinite() | (size <= 0), 1)
 
 
 def bounded(vectors: Tensor, dim: int) -> Tensor:
-    """Vectors divided by a power of two, so that no entry is 2 or more; smaller ones are left as they are.
+    """Divide vectors by a power of two so that all entries are below 2; leave smaller vectors as they are.
 
     Args:
         vectors: any shape, with the channels at ``dim``.
@@ -28,5 +28,5 @@ def bounded(vectors: Tensor, dim: int) -> Tensor:
 
 
 def unit(vectors: Tensor, dim: int, eps: float = 1e-12) -> Tensor:
-    """Vectors of length 1, whatever their length before; those shorter than ``eps`` stay shorter."""
+    """Normalise vectors of any size to length 1; vectors shorter than ``eps`` stay shorter."""
     return F.normalize(bounded(vectors, dim), dim=dim, eps=eps)

@@ -27,7 +27,7 @@ def soft_targets(
 
     .. math:: T^2 \, \mathrm{KL}(p_t^T \,\|\, p_s^T)
 
-    The factor :math:`T^2` keeps the gradient's size when :math:`T` changes: per logit it is :math:`T (q_i - p_i)`, which
+    The factor :math:`T^2` keeps the size of the gradient independent of :math:`T`: per logit it is :math:`T (q_i - p_i)`, which
     for large :math:`T` tends to that of :func:`~kdgraft.losses.logit_matching`.
 
     Args:
@@ -61,14 +61,13 @@ def binary_soft_targets(
 
     .. math:: T^2 |p_t - p_s|^\gamma \, \mathrm{KL}(\sigma_t \,\|\, \sigma_s)
 
-    The KL of the two Bernoulli distributions (binary cross-entropy less the teacher's entropy, so that equal outputs give
-    0), per element and unreduced over classes.
+    This is binary cross-entropy less the teacher's entropy, so that equal outputs give 0; it is not reduced over classes.
 
     Args:
-        student_logits, teacher_logits: any one shape, one logit per class.
+        student_logits, teacher_logits: one logit per class, of any common shape.
         temperature: T > 0, divides both logits; the factor T² as in :func:`soft_targets`.
-        focus: :math:`\gamma \ge 0`; above 0 the elements on which the two agree count little, without a gradient through
-            the factor, as in CrossKD (arXiv 2306.11369) with 1.
+        focus: :math:`\gamma \ge 0`; values above 0 reduce the weight of elements on which the two agree, without a gradient
+            through the factor; 1 as in CrossKD (arXiv 2306.11369).
         weight: element weights that broadcast to the logits.
         reduction: over elements.
     """
@@ -95,19 +94,20 @@ def mixed_targets(
     dim: int = -1,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Hard and soft targets mixed.
+    r"""Mixture of hard and soft targets.
 
     .. math:: \lambda\,\mathrm{CE}(y, p_s) + (1-\lambda)\,T^2\,\mathrm{KL}(p_t^T\|p_s^T)
 
-    The paper finds a *considerably lower* weight on the hard loss best.
+    The paper recommends a *considerably lower* weight on the hard loss.
 
     Args:
         student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``.
-        labels: class indices of the shape without ``dim``; items at ``ignore_index`` count in neither part.
-        temperature: of the soft part; the hard part is at 1.
+        labels: class indices of the shape without ``dim``.
+        temperature: temperature of the soft part; that of the hard part is 1.
         hard_weight: λ in [0, 1].
+        ignore_index: the label of items that both parts exclude.
         dim: the class dimension.
-        reduction: over the items that are not ignored; 0 with a live graph when there are none.
+        reduction: over the items that are not ignored; 0 with a live graph if there are none.
     """
     check_share("mixed_targets", "hard_weight", hard_weight)
     valid = (labels != ignore_index).to(upcast(student_logits).dtype)
@@ -118,7 +118,7 @@ def mixed_targets(
 
 
 class SoftTargetsLoss(nn.Module):
-    """Holds the settings of :func:`soft_targets`, and of :func:`mixed_targets` when it is given labels."""
+    """Module with the settings of :func:`soft_targets`, or of :func:`mixed_targets` if labels are given."""
 
     def __init__(self, temperature: float = 4.0, *, hard_weight: float = 0.1) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class SoftTargetsLoss(nn.Module):
         self.temperature, self.hard_weight = temperature, hard_weight
 
     def forward(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Soft targets alone, or mixed with the hard loss when ``labels`` are given; a scalar."""
+        """Return the soft targets' loss, or its mixture with the hard loss if ``labels`` are given; a scalar."""
         if labels is None:
             return soft_targets(student_logits, teacher_logits, self.temperature)
         return mixed_targets(
@@ -136,7 +136,7 @@ class SoftTargetsLoss(nn.Module):
 
 
 def check_temperature(temperature: float) -> None:
-    """Raises a :class:`DistillError` unless the temperature is above 0, and float32 holds its square and its inverse."""
+    """Raise a :class:`DistillError` unless the temperature is > 0, and its square and inverse square fit in float32."""
     if not is_number(temperature) or temperature <= 0:
         raise DistillError(f"temperature must be > 0, got {temperature!r}")
     if not 1 / FLOAT32_MAX <= temperature**2 <= FLOAT32_MAX:

@@ -1,4 +1,4 @@
-"""Hidden states: by direction (DistilBERT) and as normalised vectors (patient distillation).
+"""Hidden states, compared by direction (DistilBERT) or as normalised vectors (patient distillation).
 
 Sanh et al., "DistilBERT", 2019, arXiv 1910.01108, section 2 (cosine loss); Sun et al., "Patient Knowledge Distillation for BERT
 Model Compression", 2019, arXiv 1908.09355, equation 7. The squared error of TinyBERT and MobileBERT is :func:`hint`.

@@ -1,4 +1,4 @@
-"""Token relations: how the queries, keys or values of a sequence relate to each other (MiniLM, MiniLMv2).
+"""Token relations: similarities between the queries, keys or values of a sequence (MiniLM, MiniLMv2).
 
 Wang et al., "MiniLM", 2020, arXiv 2002.10957, equation 6; Wang et al., "MiniLMv2", 2021, arXiv 2012.15828, equations 5 to 7.
 """
@@ -28,14 +28,14 @@ def token_relations(
     .. math:: \mathrm{KL}\!\left(\mathrm{softmax}\frac{A_t A_t^\top}{\sqrt{d_t}} \,\Big\|\,
               \mathrm{softmax}\frac{A_s A_s^\top}{\sqrt{d_s}}\right)
 
-    The vectors are cut into ``heads`` equal parts, so that the two models may have other numbers of attention heads and other
-    widths.
+    The vectors are split into ``heads`` equal parts, so that the numbers of attention heads and the widths of the two models may
+    differ.
 
     Args:
-        student_vectors: ``(B, L, D_s)``, all heads side by side.
+        student_vectors: ``(B, L, D_s)``, with all heads concatenated.
         teacher_vectors: ``(B, L, D_t)``.
-        heads: R, which has to divide both widths.
-        valid: which tokens a token may be related to, broadcasts to ``(B, R, L, L)``; ``None`` for all.
+        heads: R, which must divide both widths.
+        valid: true for the tokens to which a token may be related; broadcasts to ``(B, R, L, L)``; ``None`` for all.
         weight: weights that broadcast to ``(B, R, L)``.
         reduction: over the R·L rows of each sequence.
     """
@@ -44,7 +44,7 @@ def token_relations(
 
 
 def _parts(vectors: Tensor, heads: int, owner: str) -> Tensor:
-    """``(B, L, D) -> (B, R, L, D/R)``.
+    """Cut the width into R parts: ``(B, L, D) -> (B, R, L, D/R)``.
 
     Raises:
         DistillError: R does not divide the width.

@@ -1,4 +1,4 @@
-"""Universal logit distillation: logits over different vocabularies.
+"""Universal logit distillation: comparison of logits over different vocabularies.
 
 Boizard et al., "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs", 2024, arXiv 2402.12030,
 equation 5.
@@ -20,12 +20,12 @@ def universal_logits(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Universal logit distillation (ULD): L1 between the sorted probabilities, whatever the vocabularies (2024).
+    r"""Universal logit distillation (ULD): L1 distance of the sorted probabilities, for any two vocabularies (2024).
 
     .. math:: \sum_i \left| p_s^{(i)} - p_t^{(i)} \right|
 
-    Both probabilities are sorted downwards, the shorter list filled up with zeros: the Wasserstein distance between the two
-    under a uniform cost.
+    Both lists of probabilities are sorted in descending order, and the shorter one is padded with zeros. This is the Wasserstein
+    distance between the two under a uniform cost.
 
     Args:
         student_logits: ``(…, V_s)``.

@@ -1,4 +1,4 @@
-"""Soft targets in which some classes count more: detectors' background, which is most of what they see.
+"""Soft targets with class weights, for the background of detectors, which dominates their predictions.
 
 Chen, Choi, Yu, Han, Chandraker, "Learning Efficient Object Detection Models with Knowledge Distillation", NeurIPS 2017,
 equation 3.
@@ -30,13 +30,13 @@ def weighted_soft_targets(
 
     .. math:: -T^2 \sum_c w_c \, p_{t,c}^T \log p_{s,c}^T
 
-    A cross-entropy, as in the paper, not a KL: where student and teacher agree it is not 0, and with unlike weights its
+    As in the paper this is a cross-entropy, not a KL: it is not 0 where student and teacher agree, and with unequal weights its
     minimum is at :math:`p_s \propto w\,p_t`.
 
     Args:
         student_logits, teacher_logits: ``(…, C, …)`` with the classes at ``dim``, the same shape.
         temperature: T > 0; 1 in the paper.
-        class_weight: ``(C,)``; all alike by default.
+        class_weight: weights ``(C,)`` of the classes; equal by default.
         dim: the class dimension.
         weight: item weights that broadcast to the shape without ``dim``.
         reduction: over items.
@@ -51,7 +51,7 @@ def weighted_soft_targets(
                 f"weighted_soft_targets: class_weight {tuple(class_weight.shape)} must have {target.shape[-1]} entries"
             )
         target = target * class_weight.to(target)
-    # A class that the student rules out altogether (log 0) counts only where the teacher does not.
+    # A class to which the student gives probability 0 (log 0) counts only if the teacher's probability is not 0.
     items = -(target * log_student.masked_fill(target == 0, 0)).sum(-1) * temperature**2
     return reduce_loss(items, weight, reduction)
 
@@ -65,14 +65,14 @@ def weighted_binary_soft_targets(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Background-weighted soft cross-entropy of sigmoid classes, each with a background of its own (after Chen et al. 2017).
+    r"""Background-weighted soft cross-entropy of independent classes, each with its own background (after Chen et al. 2017).
 
     .. math:: -T^2 \big( p_t \log p_s + w_{bg} (1 - p_t) \log (1 - p_s) \big)
 
     which is :func:`weighted_soft_targets` of the two classes "this one" and "background".
 
     Args:
-        student_logits, teacher_logits: any one shape, one logit per class.
+        student_logits, teacher_logits: one logit per class, of any common shape.
         temperature: T > 0.
         background_weight: :math:`w_{bg} > 0`.
         weight: element weights that broadcast to the logits.

@@ -1,4 +1,4 @@
-"""Carrying out a plan: what is finished is not repeated, what was interrupted goes on."""
+"""Carrying out a plan: finished runs are not repeated, interrupted ones are resumed."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from ..hosts import Host, Job, TrainedModel, host_named, host_of
 from .plan import Plan, PlannedRun
 
 RECORD = "finished.json"
-"""Beside a run's files: what it was made of and what came of it."""
+"""The file beside a run's results that records its settings and the trained model."""
 BEGUN = "begun.json"
 
 
 def carry_out(
     plan: Plan, *, dry_run: bool = False, tell: Callable[[str], None] = print
 ) -> dict[tuple[str, int], TrainedModel]:
-    """Makes every run of a plan that is not finished, in order; one that was interrupted goes on where it stopped.
+    """Carry out every unfinished run of a plan in order; an interrupted run is resumed.
 
     Args:
-        plan: what to run.
-        dry_run: say what would be done, and do nothing.
-        tell: what is given a line for each run.
+        plan: the plan.
+        dry_run: report what would be done, and do nothing.
+        tell: function that is called with a line for each run.
 
     Returns:
-        The finished runs by name and seed; those that are there already in a dry run.
+        The finished runs by name and seed; in a dry run those that were finished before.
 
     Raises:
-        DistillError: a run's folder holds one of other settings.
+        DistillError: a run's folder holds a run with other settings.
     """
     settled = {run.name: _host(run) for run in plan.runs}
     digests: dict[tuple[str, int], str] = {}
@@ -84,7 +84,7 @@ def _host(run: PlannedRun) -> Host:
 
 
 def _finished(folder: Path, settings: str) -> TrainedModel | None:
-    """What came of the run in a folder, ``None`` where it is not finished."""
+    """Return the trained model of the run in a folder; ``None`` if the run is not finished."""
     record = _read(folder / RECORD)
     if record is None:
         return None
@@ -98,7 +98,7 @@ def _finished(folder: Path, settings: str) -> TrainedModel | None:
 
 
 def _begun(folder: Path, settings: str) -> bool:
-    """Whether a run of these settings was begun in a folder."""
+    """Return true if a run with these settings was begun in the folder."""
     record = _read(folder / BEGUN)
     if record is None:
         return False
@@ -109,7 +109,7 @@ def _begun(folder: Path, settings: str) -> bool:
 def _same(folder: Path, record: Mapping[str, Any], settings: str) -> None:
     if record.get("settings") != settings:
         raise DistillError(
-            f"{folder} holds a run of other settings (its config, terms, teacher or seed); remove it, or give the plan another out"
+            f"{folder} holds a run with other settings (config, terms, teacher or seed); remove it, or give the plan another out"
         )
 
 

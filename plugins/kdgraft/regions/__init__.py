@@ -1,4 +1,4 @@
-"""Regions: which positions count, and how much."""
+"""Regions: weights over the positions at which features are compared."""
 
 from .base import All, Region, on_grid, token_weights, valid_positions
 from .fine_grained import FineGrained

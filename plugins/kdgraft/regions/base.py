@@ -1,8 +1,8 @@
 """Regions: weights over the positions of a feature map.
 
-A region sees the batch in the frame of the network's *padded* input: a feature map of ``(H, W)`` positions covers the padded
-height and width, so that is what boxes are scaled by. (Scaling by the unpadded size shifts every box; a known defect elsewhere.)
-Of sequences it sees which tokens count.
+A region works in the coordinates of the network's *padded* input: a feature map of ``(H, W)`` positions covers the padded height
+and width, by which boxes are therefore scaled. (Scaling by the unpadded size, a known defect elsewhere, shifts every box.) For
+sequences it uses the mask of the tokens that count.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from ..registry import REGIONS
 
 
 class Region:
-    """Base: weights ``(B, H, W)`` for a map ``(B, C, H, W)``, or ``None`` for 1 everywhere.
+    """Base of regions: weights ``(B, H, W)`` for a map ``(B, C, H, W)``, or ``None`` for 1 everywhere.
 
-    ``needs`` names the fields of :class:`Batch` without which the region means nothing; checked when the term is built.
+    ``needs`` names the fields of :class:`Batch` that the region requires; this is checked when the term is built.
     """
 
     needs: frozenset[str] = frozenset()
 
     def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor | None:
-        """The weights on the grid of ``feature``, whose model sees the images at ``scale`` times the student's size."""
+        """Return the weights on the grid of ``feature``, whose model sees the images at ``scale`` times the student's size."""
         raise NotImplementedError
 
 
 @REGIONS.register("all")
 class All(Region):
-    """Every position that counts, all alike.
+    """Every position that counts, with equal weight.
 
-    Of sequences these are the tokens that are no padding; of maps the positions whose centre is a pixel that the host counts
-    (neither padding nor labelled to be ignored) or, where the host counts all pixels, lies in the image.
+    For sequences these are the tokens that are not padding; for maps the positions whose centre is a pixel that the host counts
+    (neither padding nor ignored) or, if the host counts all pixels, lies in the image.
     """
 
     def __call__(self, batch: Batch, feature: Tensor, scale: float = 1.0) -> Tensor | None:
@@ -49,27 +49,27 @@ class All(Region):
 
 
 def token_weights(tokens: Tensor, feature: Tensor) -> Tensor | None:
-    """1 for tokens that count, else 0, in the layout of what was tapped; ``None`` for one vector ``(B, C)`` a sequence.
+    """Return 1 for tokens that count, else 0, in the layout of ``feature``; ``None`` for one vector ``(B, C)`` per sequence.
 
     Args:
         tokens: ``(B, L)``, true for tokens that count.
-        feature: states ``(B, L, C)``, those of all sequences in one list ``(B·L, C)``, or ``(B, C)``.
+        feature: states ``(B, L, C)``, flattened states ``(B·L, C)`` of all sequences, or vectors ``(B, C)``.
 
     Raises:
-        WiringError: ``feature`` has another layout, so that nobody knows where its padding is.
+        WiringError: ``feature`` has another layout, in which the padding is unknown.
     """
     if feature.ndim == 2 and len(feature) == len(tokens):
         return None
     if feature.ndim > 3 or feature.shape[:-1] not in (tokens.shape, (tokens.numel(),)):
         raise WiringError(
             f"a tensor {tuple(feature.shape)} does not lie on the {tuple(tokens.shape)} tokens of the batch, so that its padding "
-            "cannot be left out; tap states (B, L, C) of tokens"
+            "cannot be excluded; tap states (B, L, C) of tokens"
         )
     return tokens.reshape(feature.shape[:-1]).to(torch.float32)
 
 
 def on_grid(pixels: Tensor, size: Sequence[int]) -> Tensor:
-    """Labels or masks ``(B, H, W)`` on a smaller or larger grid ``size``: each position takes the pixel at its centre."""
+    """Resample labels or masks ``(B, H, W)`` to a grid ``size``: each position takes the value of the pixel at its centre."""
     if pixels.shape[-2:] == tuple(size):
         return pixels
     y, x = (
@@ -82,7 +82,7 @@ def on_grid(pixels: Tensor, size: Sequence[int]) -> Tensor:
 def valid_positions(
     image_sizes: Sequence[tuple[int, int]], padded_size: tuple[int, int], feature: Tensor
 ) -> Tensor | None:
-    """1 where a position's centre lies inside the image, else 0: ``(B, H, W)``; ``None`` when no image is padded."""
+    """Return ``(B, H, W)``, 1 where a position's centre lies inside the image, else 0; ``None`` if no image is padded."""
     if all(tuple(size) == tuple(padded_size) for size in image_sizes):
         return None
     height, width = feature.shape[-2:]

@@ -1,4 +1,4 @@
-"""The region near objects: positions whose anchors come close to the best that any anchor does for an object.
+"""The region near objects: positions with an anchor whose IoU with an object is close to the best of all anchors.
 
 Wang, Yuan, Zhang, Feng, "Distilling Object Detectors with Fine-Grained Feature Imitation" (FGFI), CVPR 2019, arXiv 1906.03609.
 """
@@ -20,7 +20,7 @@ from .foreground import BOXES_AT_ONCE
 
 
 class _Level(NamedTuple):
-    """A grid of anchors: its rows and columns, its stride (x, y) in pixels, and the anchors ``(A, 4)`` of position (0, 0)."""
+    """A grid of anchors: rows and columns, the stride (x, y) in pixels, and the anchors ``(A, 4)`` of position (0, 0)."""
 
     size: tuple[int, int]
     stride: tuple[float, float]
@@ -29,21 +29,21 @@ class _Level(NamedTuple):
 
 @REGIONS.register("fine_grained")
 class FineGrained(Region):
-    """Positions near objects (FGFI; Wang et al., CVPR 2019), all alike.
+    """Positions near objects, with equal weight (FGFI; Wang et al., CVPR 2019).
 
-    For each box the threshold is a share of the best IoU that any anchor has with it; a position belongs to the region when one
-    of its anchors has more with some box. The best is taken over the levels of the whole pyramid, so that a box marks the levels
-    that can detect it. (The paper and its authors' code have one level.) Positions in the padding weigh 0, and their anchors
-    are not the best.
+    The threshold of each box is a fraction of the best IoU that any anchor has with it; a position belongs to the region if the
+    IoU of one of its anchors with some box exceeds that box's threshold. The best IoU is taken over all levels of the pyramid, so
+    that a box marks the levels that can detect it. (The paper and its authors' code have one level.) Positions in the padding have
+    weight 0, and their anchors do not count for the best IoU.
 
-    The anchors are the student's own where the host gives them as ``batch.extra["base_anchors"]``: per level its stride (x, y)
-    and the anchors ``(A, 4)`` around position (0, 0), or ``None``, which stands for squares of ``scale`` strides (as do maps
-    whose grid is no level's) in these ratios.
+    The host may give the student's anchors as ``batch.extra["base_anchors"]``: for each level its stride (x, y) and the anchors
+    ``(A, 4)`` around position (0, 0). Where these are ``None``, and for maps whose grid is that of no level, the anchors are
+    boxes with sides of ``scale`` strides in the given ratios.
 
     Args:
-        threshold: ψ in [0, 1], the share of the best IoU; 0.5 in the paper.
-        scale: side of the squares in strides, where the host has no anchors.
-        ratios: height / width of what they are stretched to at equal area.
+        threshold: ψ in [0, 1], the fraction of the best IoU; 0.5 in the paper.
+        scale: side of the default anchors in strides.
+        ratios: aspect ratios, height / width, of the default anchors at equal area.
     """
 
     needs = frozenset({"boxes"})
@@ -66,7 +66,7 @@ class FineGrained(Region):
         boxes = torch.cat([found.to(device=feature.device, dtype=torch.float32) for found in batch.boxes])
         image = torch.arange(len(batch.boxes)).repeat_interleave(torch.tensor([len(found) for found in batch.boxes]))
         image = image.to(feature.device)
-        # The anchors are the student's, also where a larger teacher's map has finer positions.
+        # The anchors are the student's, even if the map of a teacher with larger inputs has a finer grid.
         size = tuple(round(side / scale) for side in feature.shape[-2:])
         own, levels = self._levels(batch, feature, (size[0], size[1]))
         threshold = self.threshold * self._best(batch, boxes, image, levels)
@@ -81,7 +81,7 @@ class FineGrained(Region):
         return mask if valid is None else mask * valid
 
     def _levels(self, batch: Batch, feature: Tensor, size: tuple[int, int]) -> tuple[_Level, list[_Level]]:
-        """The level of this grid and all levels; a grid that is none of them is one more."""
+        """Return the level of this grid and all levels; a grid that matches no level is appended as one."""
         assert batch.padded_size is not None
         height, width = batch.padded_size
         levels = [
@@ -106,7 +106,7 @@ class FineGrained(Region):
         return torch.cat([centre - half, centre + half], 1)
 
     def _best(self, batch: Batch, boxes: Tensor, image: Tensor, levels: Sequence[_Level]) -> Tensor:
-        """The best IoU of each box of the batch with any anchor of a valid position, ``(n,)``; found once for all maps of a step."""
+        """Return the best IoU ``(n,)`` of each box with any anchor of a valid position, computed once for all maps of a step."""
 
         def find() -> Tensor:
             best = boxes.new_zeros(len(boxes))
@@ -123,13 +123,13 @@ class FineGrained(Region):
 
 
 def _parts(boxes: Tensor) -> list[slice]:
-    """All boxes of the batch, so many at a time that memory does not grow with their number."""
+    """Split the boxes of the batch into slices of a fixed size, so that memory does not grow with their number."""
     at_once = 4 * BOXES_AT_ONCE
     return [slice(first, first + at_once) for first in range(0, len(boxes), at_once)]
 
 
 def best_overlaps(boxes: Tensor, level: _Level) -> Tensor:
-    """The best IoU of each box ``(n, 4)`` with the anchors of each position: ``(n, H, W)``."""
+    """Return the best IoU of each box ``(n, 4)`` with the anchors of each position: ``(n, H, W)``."""
     height, width = level.size
     best = boxes.new_zeros(len(boxes), height, width)
     x1, y1, x2, y2 = (edge[:, None] for edge in boxes.unbind(1))
@@ -146,7 +146,7 @@ def best_overlaps(boxes: Tensor, level: _Level) -> Tensor:
 
 
 def _valid(batch: Batch, level: _Level, place: Tensor) -> Tensor | None:
-    """Which positions of a level lie in the images, ``(B, H, W)``, or ``None`` for all."""
+    """Return 1 for positions of a level that lie in the images, ``(B, H, W)``; ``None`` if all do."""
     if batch.image_sizes is None or batch.padded_size is None:
         return None
     return valid_positions(batch.image_sizes, batch.padded_size, place.new_empty(level.size))

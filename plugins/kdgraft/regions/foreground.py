@@ -1,4 +1,4 @@
-"""The region on objects, each of which weighs the same."""
+"""The region on objects, which gives each object the same total weight."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from .base import Region
 
 @REGIONS.register("foreground")
 class Foreground(Region):
-    """Positions on a ground-truth box; each box weighs 1 in total, so that small objects count as much as large ones.
+    """Positions on ground-truth boxes; each box has a total weight of 1, so that small objects count as much as large ones.
 
-    Overlapped positions belong to the smallest box; a box that smaller ones hide altogether weighs nothing.
+    Where boxes overlap, a position belongs to the smallest; a box that smaller ones cover completely has no weight.
     """
 
     needs = frozenset({"boxes"})
@@ -29,23 +29,23 @@ class Foreground(Region):
 
 
 BOXES_AT_ONCE = 16
-"""How many boxes of an image are compared with all positions at a time, so that memory does not grow with the number of boxes."""
+"""Number of boxes per image to compare with all positions at a time; memory does not grow with the number of boxes."""
 
 
 @torch.no_grad()
 def foreground_weights(boxes: Sequence[Tensor], padded_size: tuple[int, int], feature: Tensor) -> Tensor:
-    """Area-normalised foreground weights.
+    """Compute foreground weights that are normalised by area.
 
-    A box covers every position that it touches, at least one. Where boxes overlap, the smallest wins. A box spreads a weight
-    of 1 evenly over the positions that it won; the background weighs 0.
+    A box covers every position that it touches, at least one. Where boxes overlap, the smallest owns the position. A box spreads
+    a weight of 1 evenly over the positions that it owns; the background has weight 0.
 
     Args:
-        boxes: per image ``(n, 4)``: x1, y1, x2, y2 in pixels of the padded input.
+        boxes: boxes of each image, ``(n, 4)``: x1, y1, x2, y2 in pixels of the padded input.
         padded_size: (height, width) of the padded input.
-        feature: the map ``(B, C, H, W)`` whose grid is meant.
+        feature: a map ``(B, C, H, W)`` on the grid of the weights.
 
     Returns:
-        ``(B, H, W)``, float32.
+        The weights ``(B, H, W)`` in float32.
     """
     height, width = feature.shape[-2:]
     device = feature.device
@@ -77,7 +77,7 @@ def foreground_weights(boxes: Sequence[Tensor], padded_size: tuple[int, int], fe
 
 
 def _touched(low: Tensor, high: Tensor, stride: float, count: int) -> Tensor:
-    """Which of ``count`` cells of ``stride`` pixels the intervals touch: ``(B, n) -> (B, n, count)``, at least one each."""
+    """Mark those of ``count`` cells of ``stride`` pixels that each interval touches, at least one: ``(B, n) -> (B, n, count)``."""
     first = (low / stride).floor().clamp(0, count - 1)
     last = torch.maximum((high / stride).ceil() - 1, first).clamp(max=count - 1)
     cells = torch.arange(count, device=low.device)

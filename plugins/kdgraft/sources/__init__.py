@@ -1,4 +1,4 @@
-"""Who teaches: a frozen teacher, several, a peer that trains too, the student itself."""
+"""Sources of supervision: a frozen teacher, an ensemble, a peer that trains too, the student itself."""
 
 from ..registry import SOURCES
 from .base import STUDENT, Source

@@ -1,4 +1,4 @@
-"""Sources: who a term listens to."""
+"""Sources: the models that terms imitate."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ STUDENT = "student"
 
 
 class Source:
-    """Base of everything that a term can listen to.
+    """Base of all sources that a term can imitate.
 
-    It is no ``nn.Module``, so that no ``state_dict``, EMA, optimizer or DDP ever meets it. In each step the engine calls
+    It is not an ``nn.Module``, so that ``state_dict``, EMA, optimizers and DDP do not see it. In each step the engine calls
     :meth:`begin`, then :meth:`record` before the student runs, and marks the recording with :attr:`class_order` and
     :attr:`scale`.
 
     Attributes:
-        name: what terms call it; ``"teacher"`` unless the host was given several.
-        class_order: indices that put its classes in the student's order; ``None`` when the order is the same.
-        scale: its input size over the student's.
-        model: what is recorded. A source that is made of others has none.
+        name: the name by which terms refer to it; ``"teacher"`` unless the host was given several sources.
+        class_order: indices that put its classes in the student's order; ``None`` if the order is the same.
+        scale: the ratio of its input size to the student's.
+        model: the model to record. A source that combines others has none.
     """
 
     trains = False
-    """Whether its parameters are trained beside the student's."""
+    """True if its parameters are trained beside the student's."""
 
     model: nn.Module
 
@@ -45,57 +45,57 @@ class Source:
 
     @property
     def members(self) -> tuple[str, ...]:
-        """The names of the models whose recordings it is made of; its own where it has one."""
+        """The names of the sources whose recordings it combines; its own name if it has a model."""
         return (self.name,)
 
     def load(self) -> None:
-        """Reads weights that are not there yet. Called when training starts."""
+        """Read weights that are not loaded yet; called when training starts."""
 
     def begin(self, student: nn.Module, at: Step) -> None:
-        """Called when a step starts, with the student as the optimizer left it."""
+        """Prepare for a step; called when it starts, after the optimizer has updated the student."""
 
     def context(self, device_type: str) -> AbstractContextManager[Any]:
-        """The context, such as an autocast, that its forward runs in."""
+        """Return the context, such as an autocast, in which its forward pass runs."""
         return nullcontext()
 
     def rehearse(self, recorder: Recorder, run: Callable[[], Any]) -> Recording:
-        """Records the dry run."""
+        """Record the dry run."""
         self.model.eval()
         return recorder.rehearse(self.model, run)
 
     def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
-        """Runs the model without gradient, no further than the last tap, and returns what was tapped."""
+        """Run the model without gradient, as far as the last tap, and return the recording."""
         with self.context(device.type):
             return recorder.record_prefix(self.model, run)
 
     def marked(self, recording: Recording) -> Recording:
-        """The recording with this source's class order and scale."""
+        """Set this source's class order and scale on a recording, and return it."""
         recording.class_order, recording.scale = self.class_order, self.scale
         return recording
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs of it; see :meth:`load_state`."""
+        """Return the state that a resumed run needs; see :meth:`load_state`."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`state`."""
+        """Restore :meth:`state`."""
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts what it holds, as ``nn.Module._apply`` does."""
+        """Move or convert its tensors, as ``nn.Module._apply`` does."""
         if self.class_order is not None:
             self.class_order = function(self.class_order)
 
 
 def share_parameters(student: nn.Module, other: nn.Module) -> bool:
-    """Whether two models have a trained parameter in common."""
+    """Return true if the two models share a parameter that is trained."""
     trained = {id(p) for p in student.parameters() if p.requires_grad}
     return any(id(p) in trained for p in other.parameters())
 
 
 def check_names(sources: Mapping[str, Source]) -> None:
-    """Raises a :class:`DistillError` for a source's name that could not be logged or that means something else."""
+    """Raise a :class:`DistillError` for a source's name that cannot be logged or is reserved."""
     for name in sources:
         if not isinstance(name, str) or not name.isidentifier() or name == STUDENT or "loss" in name:
             raise DistillError(
-                f"a source's name is letters, digits and underscores, not 'student' and without 'loss' in it; got {name!r}"
+                f"a source's name must be letters, digits and underscores, not 'student' and without 'loss' in it; got {name!r}"
             )

@@ -1,4 +1,4 @@
-"""A teacher whose outputs are kept."""
+"""A teacher whose outputs are cached."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from .teacher import Teacher
 
 
 class Store(Protocol):
-    """Keeps what a teacher's taps gave, by sample."""
+    """Stores the tapped outputs of a teacher by sample."""
 
     def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Recording | None:
-        """What is kept of these samples; ``None`` unless that is everything."""
+        """Return the stored recording of these samples; ``None`` unless all outputs of all samples are stored."""
 
     def lacks(self, ids: Sequence[Any], taps: Sequence[Tap]) -> str | None:
-        """The first of these samples of which something is not there; ``None`` where all is."""
+        """Describe the first of these samples that lacks an output; return ``None`` if none does."""
 
     def example(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Recording:
-        """What a dry run of the teacher would record, as far as shapes go."""
+        """Return a recording with the shapes that a dry run of the teacher would give."""
 
     def store(
         self, ids: Sequence[Any], inputs: Mapping[str, Tensor], recording: Recording, taps: Sequence[Tap]
     ) -> None:
-        """Keeps what the taps gave."""
+        """Store the tapped outputs of these samples."""
 
 
 class Cached(Teacher):
-    """A teacher that runs only for samples whose outputs are not in a store yet.
+    """A teacher that runs only for samples whose outputs are not stored yet.
 
-    The host says in ``batch.samples`` which samples a batch holds; a batch without it runs the teacher.
+    The host identifies the samples in ``batch.samples``; without them the teacher runs.
 
     Args:
-        teacher: the teacher; shared.
-        store: what keeps its outputs.
-        absent: there is no teacher, ``teacher`` stands in for it without weights: what the store lacks is an error.
+        teacher: the teacher, whose model is shared.
+        store: the store of its outputs.
+        absent: true if ``teacher`` is a stand-in without weights; an output that the store lacks is then an error.
     """
 
     def __init__(self, teacher: Teacher, store: Store, *, absent: bool = False) -> None:
         vars(self).update(vars(teacher))
         self.store, self.absent = store, absent
         self.example: Mapping[str, Tensor] = {}
-        """The inputs of the dry run, where there is no teacher to run on them."""
+        """The inputs of the dry run, for a teacher that is absent."""
 
     def rehearse(self, recorder: Recorder, run: Callable[[], Any]) -> Recording:
         return self.store.example(self.example, recorder.taps) if self.absent else super().rehearse(recorder, run)
@@ -61,7 +61,7 @@ class Cached(Teacher):
         if self.absent:
             sample = None if samples is None else self.store.lacks(samples.ids, recorder.taps)
             raise DistillError(
-                f"the cache has nothing of sample {sample}, and there is no teacher to ask; give teacher=…, so that it can be added"
+                f"the cache has no outputs of sample {sample}, and there is no teacher; give teacher=… to compute them"
             )
         found = super().record(recorder, run, batch, device)
         if samples is not None:

@@ -1,4 +1,4 @@
-"""Several teachers as one: the mean of their predictions."""
+"""An ensemble of teachers as one source: the mean of their predictions."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Kind = Literal["softmax", "sigmoid", "value"]
 
 @SOURCES.register
 class Ensemble(Source):
-    """Teaches the mean of what several teachers predict (Hinton et al. 2015, arXiv 1503.02531, section 1).
+    """The mean of the predictions of several teachers (Hinton et al. 2015, arXiv 1503.02531, section 1).
 
-    Only terms on predictions can listen to it; for features take one of its members.
+    Only terms on predictions can use it; a term on features uses one of its members.
 
     Args:
-        members: the names of the sources that it is made of, two or more.
-        mean: ``"arithmetic"``: of probabilities, at temperature 1; ``"geometric"``: of probabilities, normalised, which is the
-            mean of logits. Boxes are averaged as numbers in both.
-        weights: one for each member, > 0, normalised to 1; all alike by default.
+        members: the names of the sources to combine, two or more.
+        mean: ``"arithmetic"``: the mean of the probabilities at temperature 1; ``"geometric"``: their normalised geometric mean,
+            which is the mean of the logits. Boxes are averaged as numbers in both cases.
+        weights: one weight > 0 per member, normalised to a sum of 1; equal by default.
     """
 
     def __init__(
@@ -53,12 +53,12 @@ class Ensemble(Source):
         return self._members
 
     def of(self, recordings: Sequence[Recording]) -> EnsembleRecording:
-        """The recording of the ensemble from those of its members."""
+        """Combine the recordings of the members into the ensemble's."""
         return EnsembleRecording(self.name, recordings, self)
 
 
 class EnsembleRecording(Recording):
-    """Stands for the recordings of an ensemble's members; read it with :func:`combined`."""
+    """The recordings of an ensemble's members; read it with :func:`combined`."""
 
     def __init__(self, model: str, members: Sequence[Recording], ensemble: Ensemble) -> None:
         super().__init__("teacher", {}, set(), model)
@@ -66,22 +66,23 @@ class EnsembleRecording(Recording):
 
     def __getitem__(self, tap: Any) -> Any:
         raise WiringError(
-            f"'{tap}': an Ensemble gives predictions alone, not what single modules return; take one of its members, "
+            f"'{tap}': an Ensemble has predictions only, no outputs of single modules; use one of its members, "
             f"source={self.members[0].model!r}"
         )
 
 
 def combined(source: Recording, read: Callable[[Recording], Tensor], kind: Kind, dim: int = -1) -> Tensor:
-    """What a source predicts: read from its recording, or the mean of what its members predict.
+    """Return the predictions of a source: those of its model, or the mean over its members.
 
     Args:
-        source: of one model, or of an :class:`Ensemble`.
-        read: gives a member's logits or numbers, in the student's order of classes; the shapes must be equal.
-        kind: ``"softmax"``: logits of one distribution along ``dim``; ``"sigmoid"``: of independent classes; ``"value"``: numbers.
-        dim: where the classes are, for ``"softmax"``.
+        source: the recording of a model or of an :class:`Ensemble`.
+        read: reads a member's logits or numbers in the student's order of classes; all must have the same shape.
+        kind: ``"softmax"`` for logits of exclusive classes along ``dim``, ``"sigmoid"`` for logits of independent classes,
+            ``"value"`` for numbers.
+        dim: the axis of the classes, for ``"softmax"``.
 
     Returns:
-        Logits or numbers of the same shape; of an arithmetic mean of softmaxes the logarithms of the probabilities.
+        Logits or numbers of the same shape; log-probabilities for an arithmetic mean of softmaxes.
     """
     if not isinstance(source, EnsembleRecording):
         return read(source)

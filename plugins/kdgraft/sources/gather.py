@@ -1,4 +1,4 @@
-"""Sources from what a user gives: a model, a dict of a config, several by name."""
+"""Building sources from the user's arguments: a model, a dict from a config, or several of them by name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .base import Source
 def gather_sources(
     teacher: Any, teachers: Mapping[str, Any] | None, build: Callable[[str, Any], Source]
 ) -> dict[str, Source]:
-    """The sources by name.
+    """Return the sources by name.
 
     Args:
-        teacher: the one that is called ``"teacher"``: a :class:`Source`, ``dict(type="Itself", …)`` or another registered one,
-            or what ``build`` takes.
-        teachers: several by name, instead of ``teacher``.
-        build: makes a source of ``(what to call it in messages, what a host's users give: a model, a config, a folder)``.
+        teacher: the source to be named ``"teacher"``: a :class:`Source`, a dict with a registered type, such as
+            ``dict(type="Itself", …)``, or an argument for ``build``.
+        teachers: several of these by name, instead of ``teacher``.
+        build: builds a source from ``(its name in messages, the host's own kind of argument: a model, a config, a folder)``.
 
     Raises:
-        DistillError: none is given, or both ways at once.
+        DistillError: both arguments are given, or ``teachers`` is not a dict of sources.
     """
     if teacher is not None and teachers is not None:
         raise DistillError("give teacher=…, or several as teachers=dict(a=…, b=…), not both")

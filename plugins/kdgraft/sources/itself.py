@@ -22,14 +22,14 @@ from .teacher import Teacher
 
 @SOURCES.register
 class Itself(Source):
-    """The student's own recording of the same pass, without gradient: deeper layers teach earlier ones.
+    r"""The student's own recording of the same pass, without gradient: deeper layers teach earlier ones.
 
     With a momentum it is the moving average of the student (mean teacher; Tarvainen & Valpola 2017, arXiv 1703.01780):
     a frozen copy in eval mode, which starts as the student does and follows it after each step of the optimizer,
-    :math:`\\bar\\theta \\leftarrow m \\bar\\theta + (1 - m) \\theta`. Buffers, such as running statistics, are copied.
+    :math:`\bar\theta \leftarrow m \bar\theta + (1 - m) \theta`. Buffers, such as running statistics, are copied.
 
     Args:
-        momentum: m in [0, 1); ``None``: the recording itself.
+        momentum: m in [0, 1); ``None`` for the student's recording itself.
     """
 
     def __init__(self, momentum: float | None = None) -> None:
@@ -47,15 +47,15 @@ class Itself(Source):
         return (STUDENT,) if self.momentum is None else (self.name,)
 
     def adopt(self, student: nn.Module) -> None:
-        """Makes the copy that the average is kept in; the engine calls it before the dry run."""
+        """Create the copy that holds the average; the engine calls this before the dry run."""
         if self.momentum is not None:
             self._copy = Teacher(copy.deepcopy(student))
             self.model = self._copy.model
-            self._seen = None  # of a new student it starts anew
+            self._seen = None  # the average of a new student starts anew
 
     @torch.no_grad()
     def begin(self, student: nn.Module, at: Step) -> None:
-        if self._copy is None or self._seen == at.iteration:  # a later part of an accumulated batch
+        if self._copy is None or self._seen == at.iteration:  # not the first part of an accumulated batch
             return
         momentum = 0.0 if self._seen is None else self.momentum or 0.0
         ours = dict(student.named_parameters())

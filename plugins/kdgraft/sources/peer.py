@@ -1,4 +1,4 @@
-"""A peer: a second student, which learns beside the first one and teaches it."""
+"""A peer: a second student that learns beside the first one and teaches it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .base import Source
 class Peer(Source):
     """A second model that trains on the host's own loss, while it and the student imitate each other.
 
-    Deep mutual learning (Zhang et al. 2018, arXiv 1706.00384): every term that listens to a peer has a mirrored twin in which
-    the peer listens to the student; either side is a constant for the other. The engine owns the model, so that the host's
-    optimizer trains it; no checkpoint of the student has its weights, they travel with the distillation's state.
+    Deep mutual learning (Zhang et al. 2018, arXiv 1706.00384): every term on a peer has a mirrored twin in which the peer imitates
+    the student; in each, the imitated predictions carry no gradient. The engine owns the model, so that the host's optimizer
+    trains it; its weights are saved with the state of the distillation, not in checkpoints of the student.
 
     Args:
-        model: the second student; it shares no parameter with the first.
+        model: the second student; it must not share parameters with the first.
     """
 
     trains = True

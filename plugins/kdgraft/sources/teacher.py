@@ -1,4 +1,4 @@
-"""The teacher: frozen, in eval mode, without gradient, and invisible to everything that walks a student's modules."""
+"""The teacher: frozen, in eval mode, without gradient, and hidden from everything that traverses a student's modules."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Teacher(Source):
     """A frozen model in eval mode.
 
-    A deep copy shares it. It moves when the module that owns it does, unless it is ``placed``.
+    A deep copy shares the model. It moves together with the module that owns it, unless it is ``placed``.
 
     Args:
-        model: the teacher; it is put in eval mode and its parameters stop requiring gradients.
-        checkpoint: a file with its weights, loaded strictly when :meth:`load` is called (by the host when training starts,
-            so that a model built for inference never touches the file); ``None`` when the model has its weights already.
-        precision: what it computes in: ``"inherit"`` follows the host's autocast; ``"bf16"`` and ``"fp16"`` autocast the
-            teacher alone, ``"fp32"`` keeps it out of the host's autocast.
-        trusted: read the checkpoint even when it holds arbitrary pickled objects. Only for files that you made.
-        safe_types: further harmless types to allow in the checkpoint (a host's own).
+        model: the teacher; it is put in eval mode and its parameters are frozen.
+        checkpoint: a file with its weights; :meth:`load`, which the host calls when training starts, loads it strictly, so that a
+            model built for inference never reads the file. ``None`` if the model has its weights already.
+        precision: ``"inherit"`` follows the host's autocast; ``"bf16"`` and ``"fp16"`` use an autocast for the teacher alone;
+            ``"fp32"`` disables the host's autocast for it.
+        trusted: load the checkpoint even if it holds arbitrary pickled objects. Only for files that you made.
+        safe_types: further harmless types to allow in the checkpoint, such as a host's own.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class Teacher(Source):
         self._trusted, self._safe_types = trusted, tuple(safe_types)
 
     def load(self) -> None:
-        """Reads the checkpoint, once.
+        """Read the checkpoint, unless it was read before.
 
         Raises:
-            DistillError: no such file, or weights that do not fit; the message lists the keys.
-            UnsafeCheckpoint: more in the file than tensors and known harmless types.
+            DistillError: the file is missing, or its weights do not fit; the message lists the keys.
+            UnsafeCheckpoint: the file holds more than tensors and known harmless types.
         """
         if self.loaded:
             return
@@ -73,11 +73,11 @@ class Teacher(Source):
 
     @property
     def placed(self) -> bool:
-        """Whether the weights have places of their own: a ``device_map`` put them there, or they are on no device at all."""
+        """True if the weights must not be moved: a ``device_map`` placed them, or they are on the meta device."""
         return bool(getattr(self.model, "hf_device_map", None)) or any(p.is_meta for p in self.model.parameters())
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Moves or converts the model, as ``nn.Module._apply`` does; one that is placed is left as it is."""
+        """Move or convert the model, as ``nn.Module._apply`` does, unless it is ``placed``."""
         super().apply(function)
         if not self.placed:
             self.model._apply(function)
@@ -88,14 +88,14 @@ class Teacher(Source):
         return found.to(device) if self.placed else found
 
     def context(self, device_type: str) -> AbstractContextManager[Any]:
-        """The autocast that the teacher's forward runs in."""
+        """Return the autocast in which the teacher's forward pass runs."""
         if self.precision == "inherit":
             return nullcontext()
         dtype = _DTYPES.get(self.precision, torch.bfloat16)
         return torch.autocast(device_type, dtype=dtype, enabled=self.precision in _DTYPES)
 
     def ensure_eval(self) -> None:
-        """Back to eval mode if anything switched the model, or a part of it."""
+        """Put the model back in eval mode if any of its modules is in training mode."""
         if any(module.training for module in self.model.modules()):
             self.model.eval()
 
@@ -106,10 +106,10 @@ class Teacher(Source):
 def read_checkpoint(
     path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = (), map_location: Any = "cpu"
 ) -> dict[str, Any]:
-    """Reads a checkpoint with ``weights_only=True``.
+    """Read a checkpoint with ``weights_only=True``, unless it is ``trusted``.
 
     Raises:
-        DistillError: the file is missing, damaged or no checkpoint.
+        DistillError: the file is missing, damaged or not a checkpoint.
         UnsafeCheckpoint: it holds other types than tensors, plain containers and ``safe_types``.
     """
     file = Path(path).expanduser()
@@ -123,7 +123,7 @@ def read_checkpoint(
     except Exception as error:
         text = str(error)
         if "Unsupported operand" in text:
-            raise DistillError(f"cannot read checkpoint {path}: it is no file that torch.save writes") from None
+            raise DistillError(f"cannot read checkpoint {path}: it was not written by torch.save") from None
         if "weights_only" in text or "Unsupported" in text or "Weights only" in text:
             raise unsafe(f"checkpoint {path}", text) from None
         raise DistillError(
@@ -135,16 +135,16 @@ def read_checkpoint(
 
 
 def unsafe(checkpoint: str, said: str) -> UnsafeCheckpoint:
-    """What to raise where torch refuses to read a checkpoint with ``weights_only=True`` and says why at length."""
+    """Build the error for a checkpoint that torch refuses to load with ``weights_only=True``, from torch's long message."""
     reason = next((line.strip() for line in said.splitlines() if "GLOBAL" in line or "nsupported" in line), "")
     return UnsafeCheckpoint(
-        f"{checkpoint} holds objects that loading would execute ({reason[:160]}); if you made it yourself, say --trusted, of "
-        "a teacher trusted=True beside it"
+        f"{checkpoint} holds objects that loading would execute ({reason[:160]}); if you made it yourself, pass --trusted, or "
+        "trusted=True beside a teacher's checkpoint"
     )
 
 
 def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The weights in a checkpoint: under ``state_dict``, ``model`` or at its top; ``module.`` prefixes of DDP removed."""
+    """Return the weights of a checkpoint, from ``state_dict``, ``model`` or its top level, without DDP's ``module.`` prefix."""
     state = next((checkpoint[k] for k in ("state_dict", "model") if isinstance(checkpoint.get(k), dict)), checkpoint)
     if state and all(key.startswith("module.") for key in state):
         state = {key[len("module.") :]: value for key, value in state.items()}
@@ -152,10 +152,10 @@ def weights_of(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str, owner: str = "teacher") -> None:
-    """Loads every key or nothing; names of older versions count where the model's own modules convert them.
+    """Load all keys or none; key names of older versions are accepted if the model's own modules convert them.
 
     Raises:
-        DistillError: missing, unexpected or differently shaped keys, all in one line, and the model is unchanged.
+        DistillError: keys are missing, unexpected or of another shape; the message lists them, and the model is unchanged.
     """
     own = model.state_dict()
     problems = {

@@ -1,6 +1,6 @@
-"""Terms: what is compared. A term is a name, a source, taps or a reader, an adapter, a region, a loss and a weight schedule.
+"""Terms: each combines a name, a source, taps or a reader, an adapter, a region, a loss and a weight schedule.
 
-The terms themselves are public names of :mod:`kdgraft`; here are the bases that other packages build on.
+The terms themselves are public names of :mod:`kdgraft`; this package exports the bases that other packages extend.
 """
 
 from . import features, generation, predictions, relations

@@ -1,4 +1,4 @@
-"""Terms: name + taps + adapter + region + loss + weight schedule."""
+"""Base classes of terms, and building terms from configs."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ from ..wiring import Wiring, WiringRow
 
 
 class Term(nn.Module):
-    """Base of all terms. A subclass names its taps in ``__init__``, checks and sizes itself in :meth:`wire` and computes.
+    """Base of all terms: a subclass declares its taps, builds its trainable parts in :meth:`wire` and implements :meth:`forward`.
 
     Args:
         weight: factor on the loss, >= 0.
-        schedule: of the weight over training; see :func:`kdgraft.schedules.build_schedule`.
-        name: how it is logged and how its parameters are called; the class name in snake case by default.
-        source: the name of the source that it listens to.
+        schedule: schedule of the weight over training; see :func:`kdgraft.schedules.build_schedule`.
+        name: name of the term in logs and of its parameters; the class name in snake case by default.
+        source: the name of the source that the student imitates.
     """
 
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
     compares_classes = False
-    """Whether the term compares class outputs, so that both models must have the same class names."""
+    """True if the term compares class outputs, so that both models must have the same class names."""
     hears_ensembles = False
-    """Whether the term reads predictions through :func:`~kdgraft.sources.combined`, so that an Ensemble can be its source."""
+    """True if the term reads predictions through :func:`~kdgraft.sources.combined`, so that its source may be an Ensemble."""
     reading: Any = None
-    """Beside its taps, how the term reads its source; the members of an Ensemble must be read alike. Set by :meth:`prepare`."""
+    """Settings, beside the taps, with which the source is read; equal for all members of an Ensemble. :meth:`prepare` sets it."""
     host_losses: Sequence[str] = ()
-    """Which of the host's own losses the term takes a share of; empty: all of them."""
+    """Names of the host's own losses that the term reduces; empty for all of them."""
     host_share: float = 1.0
-    """What those losses count while the term is active."""
+    """Factor on those losses while the term is active."""
     reader: Reader
-    """Reads the tensors of both models as their host means them. Set by the engine, before :meth:`prepare`."""
+    """Interprets the tensors of both models. The engine sets it before :meth:`prepare`."""
     listener = STUDENT
-    """The name of the model that learns: the student, or in the twin of a term on a peer that peer."""
+    """The name of the model that learns: the student, or, in the twin of a term on a peer, the peer."""
 
     def __init__(
         self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None, source: str = "teacher"
@@ -63,23 +63,23 @@ class Term(nn.Module):
         )
         if not isinstance(self.name, str) or not re.fullmatch(r"\w+", self.name) or hasattr(nn.ModuleDict, self.name):
             raise DistillError(
-                f"{kind}: a name is letters, digits and underscores, and not a method's, got {self.name!r}"
+                f"{kind}: a name must be letters, digits and underscores, and not that of a method, got {self.name!r}"
             )
         if "loss" in self.name:
             raise DistillError(
-                f"{kind}: a name must not contain 'loss' (hosts add up whatever is called so), got {self.name!r}"
+                f"{kind}: a name must not contain 'loss' (hosts add up all values with such names), got {self.name!r}"
             )
         if not isinstance(source, str):
             raise DistillError(f"{kind}: source must be the name of a source, got {source!r}")
         self.source = source
         self.auxiliaries: dict[str, Auxiliary] = {}
-        """Networks that the term trains itself, beside the student."""
+        """Networks that the term trains with their own optimizers, beside the student."""
         self.rows: list[WiringRow] = []
         self.monitor: dict[str, Tensor] = {}
-        """Figures of the last step that are logged as ``distill.<term>.<key>`` and are no losses; no key contains "loss"."""
+        """Figures of the last step, logged as ``distill.<term>.<key>``; no key may contain "loss"."""
 
     def mirrored(self) -> Term:
-        """The twin in which the source listens to the student; made before either is wired."""
+        """Return the twin term in which the source imitates the student; call it before either term is wired."""
         twin = copy.deepcopy(self)
         twin.listener, twin.source = self.source, STUDENT
         twin.student_taps, twin.teacher_taps = self.teacher_taps, self.student_taps
@@ -87,11 +87,11 @@ class Term(nn.Module):
         return twin
 
     def hidden_state(self) -> dict[str, Any]:
-        """What a resumed run needs beyond parameters and buffers: an optimizer, a random state, a counter."""
+        """Return state beyond parameters and buffers that a resumed run needs: an optimizer, a random state, a counter."""
         return {name: auxiliary.state() for name, auxiliary in self.auxiliaries.items()}
 
     def load_hidden_state(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`hidden_state`."""
+        """Restore :meth:`hidden_state`."""
         for name, auxiliary in self.auxiliaries.items():
             auxiliary.load(state[name])
 
@@ -102,34 +102,34 @@ class Term(nn.Module):
         return self
 
     def weight_at(self, step: Step) -> float:
-        """The weight at this step."""
+        """Return the weight at this step."""
         return self.weight * self.schedule(step)
 
     def check_settings(self, reader: type[Reader]) -> None:
-        """Raise a :class:`DistillError` for a setting that means nothing in the host of this reader."""
+        """Raise a :class:`DistillError` for a setting that the host of this reader does not support."""
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        """Looks at both models before the dry run: settles taps that depend on them, refuses what it can refuse already."""
+        """Inspect both models before the dry run: set the taps that depend on them, and reject unsuitable models."""
 
     def wire(self, wiring: Wiring) -> None:
-        """Checks this student and teacher and builds the trainable parts. Called once.
+        """Check the recordings of the dry run and build the trainable parts; called once.
 
         Raises:
-            WiringError: this term cannot work on them; says why.
+            WiringError: the term does not work on these models; the message says why.
         """
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        """This process's sum and count of the loss, before the weight."""
+        """Compute this process's sum and count of the loss, before the weight is applied."""
         raise NotImplementedError
 
     def count(self, batch: Batch) -> Tensor | None:
-        """The denominator that :meth:`forward` will give, from the batch alone; ``None`` where only the pass can tell."""
+        """Return the denominator of :meth:`forward`, computed from the batch alone; ``None`` if it depends on the predictions."""
         return None
 
     def row(
         self, student: Any, teacher: Any, *, taps: tuple[Tap, Tap], adapter: str = "–", region: str = "–"
     ) -> WiringRow:
-        """A line for ``kdgraft check``; ``student`` and ``teacher`` are tensors or texts."""
+        """Build a row for ``kdgraft check``; ``student`` and ``teacher`` are tensors or texts."""
         schedule = "" if type(self.schedule).__name__ == "Constant" else f" × {self.schedule!r}"
         return WiringRow(
             self.name,
@@ -144,15 +144,15 @@ class Term(nn.Module):
 
 
 class TapTerm(Term):
-    """A term that compares tapped tensors one to one.
+    """Base of terms that compare tapped tensors in pairs.
 
     Args:
-        tap: one tap or several, on both models; ``student_tap`` and ``teacher_tap`` where the two differ. Where the host has a
-            tap of its own for what the term reads, that is the default.
+        tap: one tap or several, on both models; by default the host's tap for :attr:`reads`, if it has one.
+        student_tap, teacher_tap: the taps of each model, where they differ.
     """
 
     reads: str | None = None
-    """Which of the host's default taps the term takes; see :attr:`kdgraft.readers.Reader.default_taps`."""
+    """Key of the default taps in :attr:`kdgraft.readers.Reader.default_taps`; ``None`` if the user must give taps."""
 
     def __init__(
         self,
@@ -188,21 +188,24 @@ class TapTerm(Term):
         self.reading = self.reader.reading
 
     def pairs(self, student: Recording, teacher: Recording) -> list[tuple[Tensor, Tensor, Tap, Tap]]:
-        """The tensors of both models side by side, each with its tap.
+        """Return the tensors of both models in pairs, each with its tap.
 
         Raises:
-            WiringError: the taps yield different numbers of tensors.
+            WiringError: the taps of the two models yield different numbers of tensors.
         """
         return paired(self.reader, (self.student_taps, self.teacher_taps), student, teacher)
 
 
 def build_terms(specs: Sequence[Any], registry: Registry = TERMS, reader: type[Reader] = Reader) -> list[Term]:
-    """Terms from a list of names, dicts and instances; a second term of one name becomes ``name_2``.
+    """Build terms from a list of names, dicts and instances; a second term of the same name is renamed to ``name_2``.
 
     Args:
         specs: the list.
-        registry: where names are looked up.
-        reader: the host's, which says what else terms on predictions take.
+        registry: the registry in which names are looked up.
+        reader: the host's reader, which defines further arguments of terms on predictions.
+
+    Raises:
+        DistillError: an entry is not a term, or has a setting that the host does not support.
     """
     if isinstance(specs, (str, dict)) or not isinstance(specs, Sequence):
         raise DistillError(f"terms must be a list, got {specs!r}")
@@ -213,7 +216,7 @@ def build_terms(specs: Sequence[Any], registry: Registry = TERMS, reader: type[R
             raise DistillError(f"a term is a name, a dict with a type, or a Term; got {spec!r}")
         term.check_settings(reader)
         if any(term is other for other in terms.values()):
-            raise DistillError(f"terms lists one {type(term).__name__} twice; build a second one")
+            raise DistillError(f"terms lists the same {type(term).__name__} twice; build a second one")
         stem, number = term.name, 1
         while term.name in terms:
             number += 1
@@ -223,19 +226,19 @@ def build_terms(specs: Sequence[Any], registry: Registry = TERMS, reader: type[R
 
 
 def mean_of(ratios: Sequence[Ratio]) -> Ratio:
-    """The mean of several losses, each with its own denominator."""
+    """Return the mean of several losses, each with its own denominator."""
     numerators, denominators = sum_of(ratios)
     return Ratio(numerators / len(ratios), denominators)
 
 
 def sum_of(ratios: Sequence[Ratio]) -> Ratio:
-    """The sum of several losses, each with its own denominator."""
+    """Return the sum of several losses, each with its own denominator."""
     numerators, denominators = zip(*ratios, strict=True)
     return Ratio(torch.stack(numerators), torch.stack(denominators))
 
 
 def check_choice(term: Term, name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises a :class:`DistillError` unless a setting of a term is one of these."""
+    """Raise a :class:`DistillError` unless a setting of a term is one of ``choices``."""
     if value not in choices:
         raise DistillError(f"{type(term).__name__}: {name} must be one of {', '.join(choices)}, got {value!r}")
 

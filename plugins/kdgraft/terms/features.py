@@ -1,4 +1,4 @@
-"""Terms on features: the student's pass through an adapter to the teacher's, and a region says which positions count."""
+"""Terms on features: an adapter maps the student's features to the teacher's space, and a region weighs the positions."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from .base import Taps, TapTerm, Term, Wiring, mean_of, sum_of
 
 
 class FeatureTerm(TapTerm):
-    """Base of terms on features: taps, adapters, a region and the alignment of both models' tensors, but no loss.
+    """Base of terms on features: taps, adapters, a region and the alignment of both models' tensors, without a loss.
 
-    A subclass computes its loss in :meth:`forward` from what :meth:`aligned` gives.
+    A subclass computes its loss in :meth:`forward` from the tensors that :meth:`aligned` yields.
 
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
-        adapter: ``"auto"``, ``"conv1x1"``, ``"linear"``, ``"none"`` (equal channels) or ``"any"`` (channels as they are, for a loss
-            that takes any two widths); sized by the dry run, one for each tensor.
-        region: ``"all"`` (without padding and what the host does not count), ``"foreground"`` where the host has boxes, or a third
-            party's.
+        adapter: ``"auto"``, ``"conv1x1"``, ``"linear"``, ``"none"`` (equal channels) or ``"any"`` (no adapter, for a loss that
+            accepts any two widths); each tensor has its own, sized by the dry run.
+        region: ``"all"`` (without padding and ignored positions), ``"foreground"`` if the host has boxes, or another registered
+            region.
     """
 
     adapts_always = False
-    """Whether ``adapter="auto"`` builds an adapter also where the channels agree."""
+    """True if ``adapter="auto"`` builds an adapter even where the channels agree."""
     only_maps = False
-    """Whether the term takes maps ``(B, C, H, W)`` alone."""
+    """True if the term accepts only maps ``(B, C, H, W)``."""
 
     def __init__(
         self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
@@ -66,22 +66,22 @@ class FeatureTerm(TapTerm):
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter=label, region=self.region_name))
 
     def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
-        """Raise a :class:`WiringError` where the term cannot compare two tensors, before an adapter is built."""
+        """Raise a :class:`WiringError` if the term cannot compare the two tensors; called before the adapter is built."""
 
     def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
-        """Raise a :class:`WiringError` where the term cannot compare the adapted tensor with the teacher's."""
+        """Raise a :class:`WiringError` if the term cannot compare the adapted tensor with the teacher's."""
 
     def aligned(
         self, student: Recording, teacher: Recording, batch: Batch
     ) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """Yield, tensor by tensor, the adapted student's, the teacher's, and the region's weights of the positions."""
+        """Yield for each tapped tensor the student's after its adapter, the teacher's, and the weights of the positions."""
         pairs = self.pairs(student, teacher)
         for adapter, (s, t, _, t_tap), in_image in zip(self.adapters, pairs, self.placed, strict=True):
             if self.compares_classes:
                 t = in_order(t, teacher.class_order, class_dim(t))
             weight = self.region(batch.at(t_tap, t), t, teacher.scale) if in_image else None
             if weight is not None:
-                # Nothing outside the region may reach the gradient, not even an infinity (0 · inf is NaN).
+                # Values outside the region must not reach the gradient, not even an infinity (0 · inf is NaN).
                 t = t.masked_fill((weight == 0).unsqueeze(class_dim(t)), 0)
             yield adapter(s, t), t, weight
 
@@ -90,13 +90,13 @@ class FeatureTerm(TapTerm):
 class FeatureImitation(FeatureTerm):
     """The student's features imitate the teacher's through an adapter, on a region, by any loss per position.
 
-    With the defaults this is FitNets' hint (arXiv 1412.6550) with Chen et al.'s (NeurIPS 2017) adapter, on every position.
-    Several tensors (the levels of a pyramid) weigh alike: the mean of their losses.
+    The defaults give FitNets' hint (arXiv 1412.6550) with the adapter of Chen et al. (NeurIPS 2017), on every position. The loss
+    of several tensors, such as the levels of a pyramid, is the mean of their losses.
 
     Args:
         tap, student_tap, teacher_tap, adapter, region: see :class:`FeatureTerm`.
-        loss: a registered loss or a function that takes ``(student, teacher, dim=…, reduction="none")`` and returns a value
-            per position; ``dict(type="hint", norm="l1")`` sets its arguments.
+        loss: a registered loss, or a function of ``(student, teacher, dim=…, reduction="none")`` that returns a value per
+            position; ``dict(type="hint", norm="l1")`` sets its arguments.
     """
 
     adapts_always = True
@@ -110,8 +110,8 @@ class FeatureImitation(FeatureTerm):
         places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
         if found != places:
             raise WiringError(
-                f"{self.name}: a loss on features gives one value a position, {tuple(places)} here, and this one gives "
-                f"{tuple(found)}; take another, or a term of its own (PearsonImitation, ChannelWise)"
+                f"{self.name}: a loss on features gives one value per position, {tuple(places)} here, but this one gives "
+                f"{tuple(found)}; use another loss, or a term that includes its loss (PearsonImitation, ChannelWise)"
             )
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
@@ -129,15 +129,15 @@ class Hint(FeatureImitation):
 
 @TERMS.register
 class PearsonImitation(FeatureTerm):
-    """Features that correlate with the teacher's, channel by channel, whatever their scale (PKD; Cao et al. 2022, arXiv 2207.02039).
+    """Pearson correlation with the teacher's features, channel by channel, at any scale (PKD; Cao et al. 2022, arXiv 2207.02039).
 
-    The correlation is over all positions of the batch, on several processes over those of all of them. The losses of several
-    tensors add up, as the authors' do: their weights, 6 for Faster R-CNN and 10 for RetinaNet, stand before each level.
+    The correlation is over all positions of the batch, including those of other processes. The losses of several tensors are
+    added, as in the authors' code: their weights, 6 for Faster R-CNN and 10 for RetinaNet, apply to each level.
 
     Args:
         tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
-        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
-        region: see :class:`FeatureTerm`; positions at weight 0 take no part.
+        adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
+        region: see :class:`FeatureTerm`; positions with weight 0 are excluded.
     """
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
@@ -145,7 +145,7 @@ class PearsonImitation(FeatureTerm):
 
     def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
         dim = class_dim(teacher)
-        share = 1 / world_size()  # every process computes the same
+        share = 1 / world_size()  # every process computes the same value
         value = pearson(student, teacher, dim=dim, weight=weight, total=total_over_ranks)
         return Ratio(value * share, value.new_full((), share))
 
@@ -154,14 +154,14 @@ class PearsonImitation(FeatureTerm):
 class ChannelWise(FeatureTerm):
     """Channel-wise distillation (CWD): each channel's softmax over positions (Shu et al. 2021, arXiv 2011.13256).
 
-    Several taps weigh alike: the mean of their losses. For class scores of segmentors the authors take weight 3 and
-    temperature 4, for features of detectors weight 10 and temperature 1.
+    The loss of several taps is the mean of their losses. The authors use weight 3 and temperature 4 for class scores of
+    segmentors, weight 10 and temperature 1 for features of detectors.
 
     Args:
         tap: maps ``(B, C, H, W)``: features, or class scores, which are the host's default.
         temperature: T > 0.
-        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
-        region: see :class:`FeatureTerm`; positions at weight 0 take no part.
+        adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
+        region: see :class:`FeatureTerm`; positions with weight 0 are excluded.
     """
 
     reads = "scores"
@@ -177,7 +177,7 @@ class ChannelWise(FeatureTerm):
         scores = [self.reader.reads_scores(tap) for tap in (*self.student_taps, *self.teacher_taps)]
         if any(scores) and not all(scores):
             raise DistillError(
-                "ChannelWise: class scores and features are not compared in one term; add a term for each"
+                "ChannelWise: one term cannot compare both class scores and features; add a term for each"
             )
         self.compares_classes = all(scores)
 
@@ -212,7 +212,7 @@ def _loss_function(spec: Any) -> Callable[..., Tensor]:
 
 
 def build_region(spec: Any, term: Term) -> tuple[Region, str]:
-    """A region from its name, a dict or an instance, and what to call it."""
+    """Build a region from its name, a dict or an instance; return it with its name."""
     region = REGIONS.build(spec)
     if not isinstance(region, Region):
         raise DistillError(
@@ -222,23 +222,25 @@ def build_region(spec: Any, term: Term) -> tuple[Region, str]:
 
 
 def check_region(term: Term, region: Region, name: str, wiring: Wiring) -> None:
-    """Raises a :class:`WiringError` where the host does not give what the region needs."""
+    """Raise a :class:`WiringError` unless the host provides the fields that the region needs."""
     missing = region.needs - wiring.fields
     if missing:
-        raise WiringError(f"{term.name}: region {name!r} needs {', '.join(sorted(missing))}, not given here")
+        raise WiringError(
+            f"{term.name}: region {name!r} needs {', '.join(sorted(missing))}, not given here; use region='all'"
+        )
 
 
 def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wiring: Wiring) -> bool:
-    """Whether a region has to place what is tapped in the image; maps of proposals count alike in region ``"all"``.
+    """Return true if the region has to locate the tapped positions in the image; region ``"all"`` weighs proposals equally.
 
     Raises:
-        WiringError: the region has to, and cannot.
+        WiringError: the region cannot locate them.
     """
     if isinstance(region, All) and not wiring.in_image(tap):
         return False
     if "tokens" in wiring.fields and teacher.ndim > 3:
         raise WiringError(
-            f"{term.name}: region {name!r} cannot leave the padding out of {tap} {tuple(teacher.shape)}; tap states (B, L, C) of "
+            f"{term.name}: region {name!r} cannot exclude the padding of {tap} {tuple(teacher.shape)}; tap states (B, L, C) of "
             "tokens"
         )
     needed = not isinstance(region, All) or "image_sizes" in wiring.fields
@@ -251,7 +253,7 @@ def placed(term: Term, region: Region, name: str, teacher: Tensor, tap: Tap, wir
 
 
 def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
-    """Raises a :class:`WiringError` unless both tensors are maps."""
+    """Raise a :class:`WiringError` unless both tensors are maps."""
     if student.ndim != 4 or teacher.ndim != 4:
         raise WiringError(
             f"{term.name}: {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)} must be maps "

@@ -1,4 +1,4 @@
-"""Terms that have a trainable module per map and add up an image's squared errors, as MGD's and FGD's authors do."""
+"""Terms with a trainable module per map that add up the squared errors of an image, as the authors of MGD and FGD do."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from .features import FeatureTerm
 
 
 class PerImageTerm(FeatureTerm):
-    """Base: a loss per image, divided by the number of images; several maps (the levels of a pyramid) add up.
+    """Base of terms with a loss per image: the mean over images, added up over maps such as the levels of a pyramid.
 
-    An image without a position that counts is not counted.
+    Images without a position that counts are not included in the mean.
 
-    A subclass builds its module for a map in :meth:`build_module` and computes in :meth:`per_image`.
+    A subclass builds its module for a map in :meth:`build_module` and computes the loss in :meth:`per_image`.
     """
 
     reads = "features"
@@ -39,8 +39,8 @@ class PerImageTerm(FeatureTerm):
     def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
         if not wiring.in_image(teacher_tap):
             raise WiringError(
-                f"{self.name}: {teacher_tap} yields maps of proposals, and this loss is one of images; tap a stage or the neck, "
-                "or take FeatureImitation"
+                f"{self.name}: {teacher_tap} yields maps of proposals, but this loss compares images; tap a stage or the neck, "
+                "or use FeatureImitation"
             )
 
     def wire(self, wiring: Wiring) -> None:
@@ -56,30 +56,30 @@ class PerImageTerm(FeatureTerm):
         return sum_of(ratios)
 
     def build_module(self, channels: int) -> nn.Module:
-        """The trainable part for a map of so many teacher's channels."""
+        """Build the trainable part for a map with this number of the teacher's channels."""
         raise NotImplementedError
 
     def per_image(
         self, module: nn.Module, student: Tensor, teacher: Tensor, valid: Tensor | None, batch: Batch
     ) -> Tensor:
-        """``(B,)`` from the adapted student's map and the teacher's, both ``(B, C, H, W)``; ``valid`` ``(B, H, W)`` or ``None``."""
+        """Compute the losses ``(B,)`` of the adapted student's and the teacher's maps ``(B, C, H, W)``; ``valid`` ``(B, H, W)``."""
         raise NotImplementedError
 
 
 @TERMS.register
 class MaskedGeneration(PerImageTerm):
-    """The student's features, some positions left out at random, must generate the teacher's (MGD; Yang et al. 2022, 2205.01529).
+    """Generation of the teacher's features from the student's randomly masked ones (MGD; Yang et al. 2022, 2205.01529).
 
     Squared errors are summed over channels and positions, divided by the number of images, and added up over maps, as the
     authors do; their weights are 2e-5 at ``mask_ratio`` 0.65 for one-stage detectors, 5e-7 at 0.45 for two-stage ones and 2e-5 at
-    0.75 for segmentation. What is left out is drawn from a random stream of the term's own, image by image in the order of ranks,
-    so that two processes of two images leave out what one of four does.
+    0.75 for segmentation. The masks are drawn from a random stream of the term's own, image by image in the order of ranks, so
+    that two processes with two images each use the same masks as one process with four.
 
     Args:
         tap: maps ``(B, C, H, W)``; a detector's pyramid (``"neck[*]"``) by default.
-        mask_ratio: share of the positions that the generator does not see, in [0, 1].
-        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
-        region: see :class:`FeatureTerm`; positions at weight 0 take no part, the others all alike.
+        mask_ratio: fraction of the positions that are masked, in [0, 1].
+        adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
+        region: see :class:`FeatureTerm`; positions with weight 0 are excluded, the others have equal weight.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class MaskedGeneration(PerImageTerm):
         return masked_generation(student, teacher, module, self._keep(teacher), valid=valid, reduction="none")
 
     def _keep(self, maps: Tensor) -> Tensor:
-        """Where the generator sees the student's features, ``(B, H, W)``; each image's draw has a seed of its own."""
+        """Draw the mask ``(B, H, W)``, true where the generator sees the student's features; each image has its own seed."""
         seed = int(torch.randint(2**31, (), generator=self._random.of_all_ranks()))
         first = rank() * len(maps)
         drawn = [
@@ -119,20 +119,20 @@ class MaskedGeneration(PerImageTerm):
 
 @TERMS.register
 class FocalGlobal(PerImageTerm):
-    """Features of objects and background apart, under the teacher's attention, and their global relation (FGD; 2111.11837).
+    """Attention-weighted features, with foreground and background separated, and their global relation (FGD; 2111.11837).
 
-    Yang et al., CVPR 2022. Sums over channels and positions, divided by the number of images and added up over the levels of the
-    pyramid, as in the authors' code. The defaults are theirs for RetinaNet and GFL. Their two-stage detectors have ``alpha`` 5e-5,
-    ``beta`` 2.5e-5, ``gamma`` 5e-5 and ``lambda_`` 5e-7. Padding takes no part (in their code it is background).
+    Yang et al., CVPR 2022. Errors are summed over channels and positions, divided by the number of images and added up over the
+    levels of the pyramid, as in the authors' code. The defaults are theirs for RetinaNet and GFL; for two-stage detectors they use
+    ``alpha`` 5e-5, ``beta`` 2.5e-5, ``gamma`` 5e-5 and ``lambda_`` 5e-7. Padding is excluded (in their code it is background).
 
     Args:
         tap: maps ``(B, C, H, W)``; a detector's pyramid (``"neck[*]"``) by default.
         temperature: T > 0 of the attentions.
-        alpha, beta: of the squared errors on foreground and background; see :func:`kdgraft.losses.focal_global.box_scales`.
-        gamma: of the attentions' absolute errors.
-        lambda_: of the relation's squared errors, for which a small trainable block stands on either side of each map.
-        adapter: for channels that differ; ``"auto"`` is none where they agree and a 1×1 convolution where they do not.
-        weight: of all four.
+        alpha, beta: weights of the squared errors on foreground and background; see :func:`kdgraft.losses.focal_global.box_scales`.
+        gamma: weight of the attentions' absolute errors.
+        lambda_: weight of the global relation's squared errors; each model has a small trainable block for it on each map.
+        adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
+        weight: factor on the sum of the four parts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Terms on class scores. The host's reader pairs the scores of both models; the terms compare them item by item."""
+"""Terms on class scores: the host's reader pairs the scores of both models, and the terms compare them item by item."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ class ScoreTerm(Term):
     """Base of terms that compare class scores item by item; a subclass computes the loss per item in :meth:`compare`.
 
     Args:
-        where: which scores are compared, in the words of the host: ``tap`` in plain PyTorch, ``tap`` and ``grid`` in segmentation,
+        where: arguments of the host that select the scores: ``tap`` in plain PyTorch, ``tap`` and ``grid`` in segmentation,
             ``head``, ``anchors`` and ``activation`` in detection, ``tokens`` in Hugging Face models.
     """
 
     compares_classes = True
     hears_ensembles = True
     in_chunks = True
-    """Whether the loss is a sum over items that a host may compute chunk by chunk with :meth:`compare`."""
+    """True if the loss is a sum over items, which a host may compute in chunks with :meth:`compare`."""
     takes_independent = False
-    """Whether the loss has a form for classes that are right or wrong each on its own."""
+    """True if the loss is also defined for independent classes."""
     scores: Scores
 
     def __init__(
@@ -78,14 +78,14 @@ class ScoreTerm(Term):
         self.reading, self.host_losses = self.scores.reading, self.scores.host_losses
 
     def read(self, student: nn.Module, teacher: nn.Module) -> Scores:
-        """The scores that the term compares; the host's own by default."""
+        """Return the scores that the term compares; the host's own by default."""
         self.check_settings(type(self.reader))
         return self.reader.scores(student, teacher, **self.where)
 
     def no_independent(self) -> str:
-        """The message for a term that compares one distribution over all classes."""
+        """Return the message for independent classes in a term that needs exclusive ones."""
         return (
-            f"{self.name} compares one distribution over all classes, and these models score each class on its own"
+            f"{self.name} compares one distribution over all classes, but these models score each class on its own"
             f"{self.scores.no_single_class}"
         )
 
@@ -101,14 +101,14 @@ class ScoreTerm(Term):
         return mean_of([self.ratio(pairs) for pairs in self.scores.pairs(student, teacher, batch)])
 
     def ratio(self, pairs: Pairs) -> Ratio:
-        """The sum of the loss over items, and what it is divided by."""
+        """Return the sum of the loss over items, and its divisor."""
         if pairs.independent and not self.takes_independent:
             raise DistillError(self.no_independent())
         items = self.compare(pairs)
         return weighted_ratio(items, pairs.weight) if pairs.count is None else Ratio(items.sum(), pairs.count)
 
     def compare(self, pairs: Pairs) -> Tensor:
-        """The loss per item, of the shape of the scores without the axis of classes; weights are applied afterwards."""
+        """Return the loss per item, of the shape of the scores without the axis of classes; weights are applied afterwards."""
         raise NotImplementedError
 
 
@@ -125,20 +125,20 @@ class TemperedTerm(ScoreTerm):
 class SoftTargets(TemperedTerm):
     r"""Soft targets: :math:`T^2\,\mathrm{KL}(p_t^T \| p_s^T)` of class scores (Hinton et al. 2015, arXiv 1503.02531).
 
-    Where each class is right or wrong on its own (the sigmoids of dense detection heads, multi-label models, one output for two
-    classes) the KL is that of Bernoulli distributions. The loss is divided as the host's own reader says: by the number of items
-    that count, or what stands for it. Several taps or stages weigh alike.
+    For independent classes (the sigmoids of dense detection heads, multi-label models, one output for two classes) the KL is that
+    of Bernoulli distributions. The host's reader defines the divisor: usually the number of items that count. The loss of several
+    taps or stages is the mean of their losses.
 
     Args:
-        temperature: T > 0, with the factor T². Image classifiers are usually taught at 4, text classifiers at 2, language models,
-            detectors and segmentors at 1.
-        hard_weight: μ in μ·hard + (1 − μ)·soft: the host's own loss of these classes counts μ and this term 1 − μ, as far as a
-            schedule lets the term count. ``None`` leaves the host's loss alone and adds this term.
-        focus: γ of the factor :math:`|p_t - p_s|^\gamma`, for independent classes alone; 1 in CrossKD.
-        classes: ``"sum"`` or ``"mean"`` of the KL over classes; ``None``: the sum over those of a softmax, and over independent
-            classes as the host's own loss has it.
-        background_weight: weighs the background's part of the *cross-entropy*, other classes 1: 1.5 in Chen et al. (NeurIPS 2017,
-            eq. 3). Of an independent class the background is its complement. ``None`` compares by KL.
+        temperature: T > 0, with the factor T². Usual values are 4 for image classifiers, 2 for text classifiers, and 1 for
+            language models, detectors and segmentors.
+        hard_weight: μ in μ·hard + (1 − μ)·soft: the host's own loss of these classes has weight μ and this term 1 − μ, as far as
+            the schedule has activated the term. ``None`` adds this term to the unchanged loss of the host.
+        focus: γ of the factor :math:`|p_t - p_s|^\gamma`, for independent classes only; 1 in CrossKD.
+        classes: ``"sum"`` or ``"mean"`` of the KL over classes; ``None`` takes the sum over exclusive classes, and the reduction of
+            the host's own loss over independent ones.
+        background_weight: weight of the background in a *cross-entropy*, other classes 1: 1.5 in Chen et al. (NeurIPS 2017,
+            eq. 3). The background of an independent class is its complement. ``None`` compares by KL.
         where: see :class:`ScoreTerm`.
     """
 
@@ -172,7 +172,9 @@ class SoftTargets(TemperedTerm):
         super().prepare(student, teacher)
         self.scores.labelled = self.hard_weight is not None  # hard and soft loss are of the same items
         if self.focus and self.scores.independent is False:
-            raise WiringError(f"{self.name}: focus needs sigmoid classes, and these share one softmax")
+            raise WiringError(
+                f"{self.name}: focus needs sigmoid classes, but these share one softmax; leave focus out"
+            )
         if self.background_weight is not None and not self.scores.background:
             raise WiringError(f"{self.name}: these scores have no background to weigh; leave background_weight out")
 
@@ -204,7 +206,7 @@ class LogitMatching(ScoreTerm):
     """Squared error on the logits, the high-temperature limit of soft targets (Ba & Caruana 2014, arXiv 1312.6184).
 
     Args:
-        center: leave a difference of the mean logit out, as softmax does.
+        center: ignore a difference of the mean logits, as softmax does.
         where: see :class:`ScoreTerm`.
     """
 
@@ -217,9 +219,7 @@ class LogitMatching(ScoreTerm):
 
     def compare(self, pairs: Pairs) -> Tensor:
         if pairs.independent and self.center:
-            raise DistillError(
-                f"{self.name}: center=True means nothing for classes that are right or wrong each on its own"
-            )
+            raise DistillError(f"{self.name}: center=True is not defined for independent classes; leave center out")
         return logit_matching(pairs.student, pairs.teacher, center=self.center, dim=pairs.dim, reduction="none")
 
 
@@ -227,7 +227,7 @@ class LogitMatching(ScoreTerm):
 class DIST(TemperedTerm):
     """DIST: correlation of class probabilities between the classes of an item and within each class (Huang et al. 2022, 2205.10536).
 
-    The second part relates items to each other: over all that count in the batch, on several processes over those of all.
+    The second part relates all items that count in the batch to each other, including those of other processes.
 
     Args:
         beta, gamma: weights of the two parts, inter-class and intra-class.
@@ -245,7 +245,7 @@ class DIST(TemperedTerm):
 
     def ratio(self, pairs: Pairs) -> Ratio:
         between = super().ratio(replace(pairs, count=None))
-        share = 1 / world_size()  # every process computes the same second part
+        share = 1 / world_size()  # every process computes the same value of the second part
         both, dim, weight = (pairs.student, pairs.teacher), pairs.dim, pairs.weight
         within = dist_within_classes(*both, self.temperature, dim=dim, weight=weight, total=total_over_ranks)
         return Ratio(
@@ -259,7 +259,7 @@ class DIST(TemperedTerm):
         return Ratio(torch.cat(numerators) / len(found), torch.cat(denominators))
 
     def count(self, batch: Batch) -> Tensor | None:
-        return None  # of two parts with denominators of their own
+        return None  # the two parts have their own denominators
 
     def compare(self, pairs: Pairs) -> Tensor:
         return dist_between_classes(pairs.student, pairs.teacher, self.temperature, dim=pairs.dim, reduction="none")
@@ -276,7 +276,7 @@ class ForwardKL(TemperedTerm):
 
 @TERMS.register
 class ReverseKL(TemperedTerm):
-    """KL(student ‖ teacher), which seeks modes (MiniLLM, arXiv 2306.08543)."""
+    """KL(student ‖ teacher), which is mode-seeking (MiniLLM, arXiv 2306.08543)."""
 
     def compare(self, pairs: Pairs) -> Tensor:
         return reverse_kl(pairs.student, pairs.teacher, self.temperature, dim=pairs.dim, reduction="none")
@@ -308,7 +308,7 @@ class SkewedKL(TemperedTerm):
 
     Args:
         alpha: share of the first distribution in the mixture, in [0, 1).
-        reverse: the student's distribution comes first.
+        reverse: take the student's distribution, rather than the teacher's, as the first one.
         temperature: T > 0.
         where: see :class:`ScoreTerm`.
     """

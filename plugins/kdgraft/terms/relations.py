@@ -1,4 +1,4 @@
-"""Terms on how positions relate to each other, for maps of any two widths: no adapter."""
+"""Terms on the relations between positions, for maps of any two widths and therefore without an adapter."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .features import FeatureTerm
 
 
 class MapTerm(FeatureTerm):
-    """Base of terms that compare maps of any two widths: no adapter; the student's maps are resized to the teacher's grid.
+    """Base of terms on maps of any two widths, without an adapter; the student's maps are resized to the teacher's grid.
 
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)``.
-        region: see :class:`~kdgraft.terms.FeatureTerm`; positions at weight 0 take no part, the others all alike.
+        region: see :class:`~kdgraft.terms.FeatureTerm`; positions with weight 0 are excluded, the others have equal weight.
     """
 
     only_maps = True
@@ -29,7 +29,7 @@ class MapTerm(FeatureTerm):
         super().__init__(tap, adapter="any", **settings)
 
     def per_image(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
-        """The loss of each image, ``(B,)``, on one grid; ``valid`` ``(B, H, W)`` or ``None`` for all positions."""
+        """Compute the loss ``(B,)`` of each image from maps on the same grid; ``valid`` is ``(B, H, W)`` or ``None`` for all."""
         raise NotImplementedError
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
@@ -45,12 +45,12 @@ class MapTerm(FeatureTerm):
 class PairwiseAffinity(MapTerm):
     """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, section 3.2), weight 10 in the paper.
 
-    An image holds min(N², C²) numbers, N nodes and C channels; see :func:`kdgraft.losses.pairwise_affinity`.
+    It needs memory for min(N², C²) numbers per image of N nodes and C channels; see :func:`kdgraft.losses.pairwise_affinity`.
 
     Args:
         patch: side of a node in positions (2 in the paper), or a fraction of the map (0.5 in the authors' code).
         pool: ``"average"``, or ``"max"`` as in the authors' code.
-        tap: maps ``(B, C, H, W)``; the features that the classifier is given by default, where the host has one.
+        tap: maps ``(B, C, H, W)``; by default the input of the classifier, if the host has one.
         region: see :class:`MapTerm`.
     """
 
