@@ -1,7 +1,6 @@
-# Chen et al. (NeurIPS 2017) for two stages: Faster R-CNN R101 teaches R50, on the pyramid, in the proposal network and on the
-# proposals that the student samples.
-_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+"""Chen et al. (NeurIPS 2017) for two stages: Faster R-CNN R101 teaches R50, on the pyramid, in the RPN and on the student's sampled proposals."""
 
+_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "faster_rcnn_r101_fpn_2x_coco_bbox_mAP-0.398_20200504_210455-1d2dac9c.pth"
 

@@ -1,8 +1,10 @@
-# A teacher that sees more (Chen et al., NeurIPS 2017, section 4.3): one architecture, the teacher at 1333×800, the student at half of
-# it. The training pipeline is the base's and delivers the teacher's images; the student's are made of them. The student's test
-# pipeline has its own size. (The proposal network is left out: its anchors lie on other grids.)
-_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+"""A teacher at a higher resolution (Chen et al., NeurIPS 2017, section 4.3): 1333×800 for the teacher, half of it for the student.
 
+The training pipeline is the base's and delivers the teacher's images, from which the student's are made. The student's test
+pipeline has its own size. (The region proposal network is not distilled, as its anchors lie on different grids.)
+"""
+
+_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "faster_rcnn_r50_fpn_1x_coco_20200130-047c8118.pth"
 student_size = (667, 400)

@@ -1,7 +1,9 @@
-# Your own data in COCO format, with your own classes. Set the variables, train the teacher first (a plain GFL-R50 with the
-# same classes: mmdet's config with the same data), then this.
-_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+"""Your own data in COCO format, with your own classes.
 
+Set the variables, train the teacher first (a plain GFL-R50: mmdet's config with the same data and classes), then this config.
+"""
+
+_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 data_root = "data/custom/"
 train_annotations = "annotations/instances_train.json"
 val_annotations = "annotations/instances_val.json"
@@ -11,14 +13,13 @@ classes = ("first", "second", "third")  # as the annotation files name them
 teacher_checkpoint = "teacher.pth"
 
 custom_imports = dict(imports=["kdgraft_det"], allow_failed_imports=False)
-head = dict(num_classes=len(classes))
 model = dict(
     type="DistilledDetector",
     student=_base_.model.type,
     backbone=dict(depth=18, init_cfg=dict(checkpoint="torchvision://resnet18")),
     neck=dict(in_channels=[64, 128, 256, 512]),
-    bbox_head=head,
-    # The teacher is the base's own GFL-R50 with these classes; a whole model may stand here as well as a config's path.
+    bbox_head=dict(num_classes=len(classes)),
+    # The teacher is the base's own GFL-R50 with these classes; config takes a whole model as well as a path.
     teacher=dict(
         config=dict(_base_.model, bbox_head=dict(_base_.model.bbox_head, num_classes=len(classes))),
         checkpoint=teacher_checkpoint,

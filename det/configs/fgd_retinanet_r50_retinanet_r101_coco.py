@@ -1,6 +1,6 @@
-# FGD's published pair: RetinaNet-R101 teaches RetinaNet-R50, which takes over its pyramid and head (the inheriting strategy).
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
+"""FGD's published pair: RetinaNet-R101 teaches RetinaNet-R50, which inherits its pyramid and head (the inheriting strategy)."""
 
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "retinanet_r101_fpn_2x_coco_20200131-5560aee8.pth"
 

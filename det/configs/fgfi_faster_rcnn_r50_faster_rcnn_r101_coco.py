@@ -1,6 +1,6 @@
-# Fine-grained imitation (FGFI) on the pyramid: Faster R-CNN-R101 teaches Faster R-CNN-R50, near the anchors of its RPN.
-_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
+"""Fine-grained imitation (FGFI) on the pyramid: Faster R-CNN-R101 teaches Faster R-CNN-R50, near the anchors of its RPN."""
 
+_base_ = "mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "faster_rcnn_r101_fpn_2x_coco_bbox_mAP-0.398_20200504_210455-1d2dac9c.pth"
 

@@ -1,6 +1,6 @@
-# ATSS predicts box edges as numbers, so there is no localization to distil: features and classes are.
-_base_ = "mmdet::atss/atss_r50_fpn_1x_coco.py"
+"""ATSS-R101 teaches ATSS-R50: features and classes, as box edges that are predicted as numbers have no distributions to distil."""
 
+_base_ = "mmdet::atss/atss_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "atss_r101_fpn_1x_20200825-dfcadd6f.pth"
 

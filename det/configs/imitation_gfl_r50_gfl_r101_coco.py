@@ -1,6 +1,6 @@
-# Foreground feature imitation on the pyramid, with class soft targets: GFL-R101 teaches GFL-R50.
-_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+"""Foreground feature imitation on the pyramid, with class soft targets: GFL-R101 teaches GFL-R50."""
 
+_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
 

@@ -1,6 +1,6 @@
-# Across backbone families: a convolutional teacher (GFL-R101) teaches a transformer student (GFL on PVT-Tiny).
-_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+"""Across backbone families: a convolutional teacher (GFL-R101) teaches a transformer student (GFL on PVT-Tiny)."""
 
+_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
 student_pretrained = "https://github.com/whai362/PVT/releases/download/v2/pvt_tiny.pth"

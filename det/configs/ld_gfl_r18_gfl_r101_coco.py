@@ -1,6 +1,6 @@
-# LD's published pair: GFL-R101 (24 epochs, multi-scale) teaches GFL-R18 (12 epochs). arXiv 2102.12252, table 3.
-_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
+"""LD's published pair: GFL-R101 (24 epochs, multi-scale) teaches GFL-R18 (12 epochs). arXiv 2102.12252, table 3."""
 
+_base_ = "mmdet::gfl/gfl_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "gfl_r101_fpn_mstrain_2x_coco_20200629_200126-dd12f847.pth"
 

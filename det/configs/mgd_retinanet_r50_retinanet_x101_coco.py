@@ -1,6 +1,6 @@
-# MGD's published pair: RetinaNet-X101 teaches RetinaNet-R50, which takes over its pyramid and head.
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
+"""MGD's published pair: RetinaNet-X101 teaches RetinaNet-R50, which inherits its pyramid and head."""
 
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_2x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "retinanet_x101_64x4d_fpn_mstrain_3x_coco_20210719_051838-022c2187.pth"
 

@@ -1,6 +1,6 @@
-# Across families (PKD, arXiv 2207.02039): FCOS R101 teaches RetinaNet R50; both have strides 8 to 128, and every level has weight 10.
-_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
+"""Across detector families (PKD, arXiv 2207.02039): FCOS R101 teaches RetinaNet R50; both have strides 8 to 128, and each level has weight 10."""
 
+_base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 data_root = "data/coco/"
 teacher_checkpoint = "fcos_r101_caffe_fpn_gn-head_1x_coco-0e37b982.pth"
 

@@ -1,4 +1,4 @@
-"""Where the ground truth puts the positives of a dense head, and the regions of priors around them."""
+"""The assignment of ground truth to the priors of a dense head, and the regions of priors that follow from it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .regions import valuable_region
 
 @dataclass
 class Assignment:
-    """Where the student's own assigner put the ground truth; all levels in one row of N priors (anchors or points).
+    """Result of the student's own assigner, with the N priors (anchors or points) of all levels in one row.
 
     Attributes:
-        labels: ``(B, N)``, the background being ``num_classes``.
-        given: ``(B, N)`` priors that the host gave its assigner, which counts an image's padding up to the size divisor
-            as image.
-        assigned: ``(B, N)`` those of them that were neither ignored (RetinaNet's between two thresholds) nor left out
-            of a sample (RPN's).
-        inside: ``(B, N)`` priors whose centre lies in the image itself.
-        anchors: ``(N, 4)`` in pixels; of a point the point itself, twice.
-        strides: ``(N,)`` pixels between the positions of a level.
-        num_per_level: how many of the N each level has.
-        num_classes: number of foreground classes.
-        targets: ``(B, N, 4)`` as the host's ``get_targets`` has them; they mean something at positives alone.
+        labels: ``(B, N)`` classes; ``num_classes`` is the background.
+        given: ``(B, N)`` mask of the priors that the host gives to its assigner. The host counts the padding up to the size
+            divisor as image.
+        assigned: ``(B, N)`` mask of those of them that are neither ignored (in RetinaNet between two thresholds) nor left out
+            of the sample (in RPN).
+        inside: ``(B, N)`` mask of the priors whose centre lies in the image itself.
+        anchors: ``(N, 4)`` boxes in pixels; for a point its coordinates, twice.
+        strides: ``(N,)`` distances between the positions of a level, in pixels.
+        num_per_level: the number of priors of each level.
+        num_classes: the number of foreground classes.
+        targets: ``(B, N, 4)`` as returned by the host's ``get_targets``; only defined at positives.
     """
 
     labels: Tensor
@@ -44,18 +44,19 @@ class Assignment:
 
     @property
     def valid(self) -> Tensor:
-        """``(B, N)`` assigned priors whose centre lies in the image itself."""
+        """``(B, N)`` mask of assigned priors whose centre lies in the image itself."""
         return self.assigned & self.inside
 
     @property
     def positive(self) -> Tensor:
-        """``(B, N)`` priors that hold an object."""
+        """``(B, N)`` mask of priors that are assigned to an object."""
         return (self.labels >= 0) & (self.labels < self.num_classes) & self.valid
 
     def weights(self, anchors: Anchors, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
-        """``(B, N)``: 1 on ``"all"`` valid priors or on the positives (``"main"``), the IoU in the ``"vlr"``.
+        """Return weights ``(B, N)``: 1 at ``"all"`` valid priors or at the positives (``"main"``), the IoU in the ``"vlr"``.
 
-        The last lies below the positives, where some assigners ignore: it is taken from all priors that the host gave.
+        The ``"vlr"`` has lower IoUs than the positives, at which some assigners ignore priors. It is therefore chosen among all
+        priors that the host gives to its assigner.
         """
         if anchors == "all":
             return self.valid.float()
@@ -71,7 +72,7 @@ class Assignment:
         return batch.once(("vlr", variant, id(self)), find)
 
     def _valuable(self, given: Tensor, boxes: Tensor, variant: Literal["paper", "code"]) -> Tensor:
-        # The thresholds are an assigner's, so they are taken from the anchors that it gets, padding and all.
+        # The thresholds are those of an assigner, so they are computed from the anchors that it gets, including the padding's.
         weights = self.anchors.new_zeros(len(self.anchors))
         counts = torch.stack([level.sum() for level in given.split(self.num_per_level)]).tolist()
         weights[given] = valuable_region(self.anchors[given], counts, boxes, variant=variant)

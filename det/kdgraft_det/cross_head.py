@@ -1,4 +1,4 @@
-"""Cross-head distillation: the student's head features go through the teacher's remaining head.
+"""Cross-head distillation: the student's head features pass through the remaining layers of the teacher's head.
 
 Wang et al., "CrossKD: Cross-Head Knowledge Distillation for Object Detection", CVPR 2024, arXiv 2306.11369.
 """
@@ -35,28 +35,27 @@ from .resolution import same_resolution
 
 @TERMS.register
 class CrossHead(Term):
-    r"""The student's head features, read by the teacher's remaining head, predict what the teacher does (CrossKD).
+    r"""Cross-head distillation (CrossKD): the student's head features pass through the teacher's last head layers.
 
-    The output of a convolution of each tower is given the teacher's mean and standard deviation
-    (:func:`~kdgraft.losses.align_scale`), and where the teacher's activation is a ReLU passes one again; then it runs
-    through what follows in the *teacher's* tower, frozen. (The authors' code keeps the output before the ReLU, but that
-    ReLU works in place on what was kept.) What comes out imitates the teacher's own outputs on every anchor whose position
-    lies in the image:
+    The output of a convolution of each of the student's towers is normalised to the teacher's mean and standard deviation
+    (:func:`~kdgraft.losses.align_scale`), passes a ReLU if that is the teacher's activation, and then passes the remaining
+    layers of the *teacher's* tower, which are frozen. (The authors' code records the output before the ReLU, but that ReLU works
+    in place on the recorded tensor.) These predictions imitate the teacher's own at every anchor whose position lies in the image:
 
     * classes by :func:`~kdgraft.losses.focused_entropy`, summed and divided by the student's positives (at least 1 an
-      image, as mmdet counts them). YOLOX's classes are joined with its objectness to the score that it ranks by.
+      image, as mmdet counts them). The classes and the objectness of YOLOX are joined to the score that it ranks by.
     * boxes weighted by the teacher's best class score: with distributions the KL of an edge summed over its bins, mean over
       edges, divided by the sum of weights; other boxes by GIoU, divided by the positives.
 
-    Both denominators are summed over all processes, and so are the statistics. Student and teacher may have heads of different
-    kinds, numbers of convolutions and classes, as both outputs are the teacher's. The authors' code leaves out RetinaNet's
-    anchors between its two thresholds; for FCOS it takes the IoU loss, divides by the sum of the centre-ness and has the
-    weights 0.4 and 0.75 and ``reused=2``; for ATSS it adds the centre-ness of positives.
+    Both denominators are summed over all processes, and so are the statistics. The heads of student and teacher may differ in
+    kind, in the number of convolutions and in their classes, as both outputs are the teacher's. The authors' code leaves out
+    RetinaNet's anchors between its two thresholds. For FCOS it uses the IoU loss, divides by the sum of the centre-ness, and has
+    the weights 0.4 and 0.75 and ``reused=2``. For ATSS it adds the centre-ness of positives.
 
     Args:
-        reused: how many of the last convolutions of each tower are the teacher's; with all of them, what is aligned is the pyramid.
+        reused: the number of last convolutions of each tower that are the teacher's; if these are all, the pyramid is aligned.
         classes, boxes: weights of the two parts; ``boxes`` is by default 4 with distributions and 1 without, as published.
-        adapter: for towers of different widths; ``"auto"`` is none where they agree and a 1×1 convolution where not.
+        adapter: for towers of different widths; ``"auto"`` is none for equal widths and a 1×1 convolution otherwise.
     """
 
     def __init__(
@@ -80,6 +79,7 @@ class CrossHead(Term):
         self.region = All()
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Find the towers of both heads, and refuse heads that have none or too few convolutions."""
         models = {"student": student, "teacher": teacher}
         self._ours, self._theirs = (self._read(model, owner) for owner, model in models.items())
         self._student_towers, self._teacher_towers = (self._tower_taps(model, o) for o, model in models.items())
@@ -119,6 +119,7 @@ class CrossHead(Term):
         return taps
 
     def wire(self, wiring: Wiring) -> None:
+        """Build an adapter for each pair of tower outputs, and refuse models that predict on different grids."""
         assert wiring.holder is not None
         same_resolution(wiring, self.name)
         self.holder = wiring.holder
@@ -142,8 +143,9 @@ class CrossHead(Term):
                 )
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        """Return the loss on classes and the loss on boxes, each with its own denominator."""
         found = self._cross(student, teacher, batch)[: len(self._outputs)]
-        # Nothing in the padding may reach the gradient: what is equal there says nothing.
+        # The padding must not reach the gradient: equal values there have no loss.
         outputs, targets = (
             [[self._blanked(level, batch) for level in levels] for levels in pair]
             for pair in (found, [teacher.tensors(tap) for tap in self._outputs])
@@ -154,7 +156,7 @@ class CrossHead(Term):
         ).sum()
         trust = torch.cat([self._trust(t, out, batch) for t, out in zip(wanted, outputs[1], strict=True)], 1)
         boxes = (self._box_items(outputs[1], targets[1]).masked_fill(trust == 0, 0) * trust).sum()
-        # The anchors that the student's own assigner gave an object, at least 1 an image.
+        # The number of anchors that the student's own assigner gave an object, at least 1 an image.
         labels = self._ours.assignment(student, batch).labels
         positives = ((labels >= 0) & (labels < self._ours.num_classes)).sum(1).clamp(min=1).sum().to(boxes)
         shares = torch.stack([positives, trust.sum() if self.bins else positives])
@@ -166,12 +168,12 @@ class CrossHead(Term):
 
     @property
     def _outputs(self) -> tuple[Tap, ...]:
-        """What the teacher's head gives that is compared; an objectness apart belongs to the classes."""
+        """The compared outputs of the teacher's head; a separate objectness comes last and belongs to the classes."""
         classes, *objectness = self._theirs.class_taps
         return (classes, self._theirs.boxes, *objectness)
 
     def _cross(self, student: Recording, teacher: Recording, batch: Batch) -> Any:
-        """What the teacher's head makes of the student's features: its outputs, each a list of levels."""
+        """Return the outputs of the teacher's head on the student's features, each a list of levels."""
         adapters = iter(self.adapters)
         with ExitStack() as stack:
             towers = zip(_towers(self._head), self._student_towers, self._teacher_towers, strict=True)
@@ -183,11 +185,11 @@ class CrossHead(Term):
                 for _, convs in _levels(self._head, name):
                     self._enter(stack, convs, entering)
             with self.holder.context(levels[0].device.type):
-                # The head only passes these on to the convolutions that are left out.
+                # The head only passes these levels on to the convolutions that are skipped.
                 return self._head(levels)
 
     def _enter(self, stack: ExitStack, convs: Sequence[Any], entering: Iterator[Tensor]) -> None:
-        """Lets a tower's features enter it behind the convolutions that are left out."""
+        """Replace the skipped convolutions of a tower, so that the given features enter behind them."""
         skipped = convs[: len(convs) - self.reused]
         if not skipped:
             first = convs[0].forward
@@ -199,7 +201,7 @@ class CrossHead(Term):
         stack.callback(shadow(skipped[-1], "forward", lambda _: F.relu(next(entering)) if relu else next(entering)))
 
     def _scores(self, outputs: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """Per level the class logits ``(B, N, C)``."""
+        """Return the class logits ``(B, N, C)`` of each level."""
         counts = self._counts(outputs[0])
         found, *objectness = (
             [in_rows(level, n) for level, n in zip(levels, counts, strict=True)]
@@ -217,7 +219,7 @@ class CrossHead(Term):
         return level if inside is None else level.masked_fill((inside == 0)[:, None], 0)
 
     def _trust(self, scores: Tensor, level: Tensor, batch: Batch) -> Tensor:
-        """``(B, N)``: the teacher's best class score at a level's anchors, 0 where their position lies in the padding."""
+        """Return the teacher's best class score ``(B, N)`` at a level's anchors, 0 for positions in the padding."""
         best = scores.amax(-1).sigmoid()
         inside = self.region(batch, level)
         if inside is None:
@@ -225,7 +227,7 @@ class CrossHead(Term):
         return (best.unflatten(1, (inside[0].numel(), -1)) * inside.flatten(1)[..., None]).flatten(1)
 
     def _box_items(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-        """``(B, N)``: the distance of two boxes."""
+        """Return the distance of two boxes, ``(B, N)``."""
         if self.bins:
             counts = self._counts(outputs)
             s, t = (
@@ -244,12 +246,12 @@ _TOWERS = (("cls_convs", "reg_convs"), ("multi_level_cls_convs", "multi_level_re
 
 
 def _towers(head: Any) -> tuple[str, str]:
-    """The names of a head's two lists of convolutions, of classes and of boxes."""
+    """Return the names of a head's two lists of convolutions, for classes and for boxes."""
     return next(names for names in _TOWERS if hasattr(head, names[0]))
 
 
 def _levels(head: Any, tower: str) -> list[tuple[str, Any]]:
-    """A tower's convolutions under their path: once where the levels share them, else once a level."""
+    """Return the convolutions of a tower with their path: one entry if the levels share them, else one a level."""
     convs = getattr(head, tower)
     if any(isinstance(own, (nn.ModuleList, nn.Sequential)) for own in convs):
         return [(f"{tower}.{level}", own) for level, own in enumerate(convs)]

@@ -1,4 +1,4 @@
-"""Two dense heads that are compared: whether they predict the same thing, and their predictions side by side."""
+"""Two dense heads: checks that their predictions can be compared, and the aligned predictions."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ class DenseHeads(Heads):
         self.anchors = ("all", "main") if self.student.flags is None else ("all", "main", "vlr")
 
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
+        """Return the class logits ``(K, C)`` of both heads at the K chosen anchors of the batch."""
         assignment = self.student.assignment(student, batch)
         weights = assignment.weights(anchors, batch)
         chosen = weights > 0
@@ -55,6 +56,7 @@ class DenseHeads(Heads):
         return [Pairs(logits, targets, weight=pick_weights(weights, chosen, assignment.num_per_level))]
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the boxes ``(K, 4)`` of both heads and the true ones at the K positives of the batch."""
         assignment = self.student.assignment(student, batch)
         chosen = assignment.positive
         boxes = self.student.regression(student, chosen)
@@ -67,15 +69,18 @@ class DenseHeads(Heads):
         return [Pairs(boxes, theirs, target=target)]
 
     def check_classes(self, term: str) -> None:
+        """Raise a :class:`WiringError` unless both heads have equally many sigmoid classes."""
         for head in (self.student, self.teacher):
             check_sigmoid(head, term)
         same_number_of_classes(self.student.channels, self.teacher.channels, term)
 
     @property
     def box_reading(self) -> Any:  # type: ignore[override]
+        """The reading of the teacher's boxes."""
         return self.teacher.reading
 
     def check_boxes(self, term: str) -> None:
+        """Raise a :class:`WiringError` unless both heads predict boxes in one unit and with one coder."""
         if self.student.unit != self.teacher.unit:
             raise WiringError(
                 f"{term}: the student's {self.student.kind} predicts boxes in {self.student.unit}, the teacher's "
@@ -85,6 +90,7 @@ class DenseHeads(Heads):
             same_box_coder(self.student, self.teacher, term)
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
+        """Return the outputs of each level."""
         same_resolution(wiring, term)
         ours, theirs = (getattr(head, kind) for head in (self.student, self.teacher))
         recorded = zip(wiring.student_recording.tensors(ours), wiring.teacher_recording.tensors(theirs), strict=True)
@@ -92,7 +98,7 @@ class DenseHeads(Heads):
 
 
 def same_grid(student: DenseHead, teacher: DenseHead, term: str) -> None:
-    """Raises a :class:`WiringError` unless two heads predict on the same strides, and on the same anchors if both have some."""
+    """Raise a :class:`WiringError` unless two heads have the same strides and, if both have anchors, the same anchors."""
     if student.strides != teacher.strides:
         raise WiringError(
             f"{term}: student and teacher predict on different strides, {student.strides} and {teacher.strides}; "
@@ -115,9 +121,9 @@ def same_grid(student: DenseHead, teacher: DenseHead, term: str) -> None:
 
 
 def anchor_levels(model: Any) -> list[tuple[tuple[float, float], Tensor | None]]:
-    """What anchors the model's first stage has: per level its stride (x, y) and base anchors ``(A, 4)`` around position (0, 0).
+    """Return the stride (x, y) and the base anchors ``(A, 4)`` around position (0, 0) of each level of a model's first stage.
 
-    ``None`` in place of the anchors for heads on points; no level at all where neither generator is mmdet's (DETR has none).
+    Heads on points have ``None`` in place of the anchors. The list is empty if no generator is mmdet's own (DETR has none).
     """
     for name in ("rpn_head", "bbox_head"):
         generator = getattr(getattr(model, name, None), "prior_generator", None)
@@ -128,13 +134,13 @@ def anchor_levels(model: Any) -> list[tuple[tuple[float, float], Tensor | None]]
 
 
 def check_sigmoid(head: DenseHead, term: str) -> None:
-    """Raises a :class:`WiringError` unless a head's classes are a sigmoid each."""
+    """Raise a :class:`WiringError` unless a head has a sigmoid for each class."""
     if not head.sigmoid:
         raise WiringError(f"{term}: the {head.owner}'s {head.kind} has softmax classes; this term needs sigmoid ones")
 
 
 def distribution_bins(head: DenseHead, term: str) -> int:
-    """Number of bins of a head that predicts box edges as distributions.
+    """Return the number of bins of a head that predicts box edges as distributions.
 
     Raises:
         WiringError: the head predicts plain numbers.

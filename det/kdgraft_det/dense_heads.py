@@ -1,4 +1,4 @@
-"""Dense heads: what they predict, how it is read, and which classes of heads can be read."""
+"""Readers of dense heads, one for each class of heads whose predictions can be compared."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ HEADS = Registry("head", "kdgraft.det.heads")
 
 @HEADS.register("ATSSHead")
 class DenseHead:
-    """How one kind of dense head is read. No module is kept, so that none is registered or copied.
+    """Reads one kind of dense head. It keeps no module, so that none is registered or copied.
 
-    The base reads heads that give class logits and ``"deltas"`` of anchors, and whose ``get_targets`` gives lists per level of
-    (anchors, labels, weights, targets, …), as ATSS does.
+    The base class reads heads that predict class logits and ``"deltas"`` of anchors, and whose ``get_targets`` returns lists per
+    level of (anchors, labels, weights, targets, …), such as ATSS.
     """
 
     unit: ClassVar[str] = "deltas"
     """Boxes are compared in the box coder's ``"deltas"``, or as edges in ``"strides"``."""
     distributions: ClassVar[bool] = False
-    """Whether edges are predicted as distributions over bins."""
+    """True where the head predicts edges as distributions over bins."""
     first: ClassVar[int] = 1
-    """Where labels stand in what ``get_targets`` returns; weights and targets follow."""
+    """Index of the labels in the return value of ``get_targets``; weights and targets follow them."""
     losses: ClassVar[tuple[str, ...]] = ("loss_cls",)
 
     def __init__(self, head: Any, path: str, owner: str) -> None:
@@ -58,36 +58,36 @@ class DenseHead:
 
     @property
     def class_taps(self) -> tuple[Tap, ...]:
-        """What :meth:`logits` reads."""
+        """The taps that :meth:`logits` reads."""
         return (self.classes,)
 
     @property
     def assignment_taps(self) -> tuple[Tap, ...]:
-        """What :meth:`assignment` reads."""
+        """The taps that :meth:`assignment` reads."""
         return (self.classes, self.targets) if self.flags is None else (self.classes, self.targets, self.flags)
 
     def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
-        """Class logits ``(K, C)`` at chosen priors."""
+        """Return the class logits ``(K, C)`` at the chosen priors."""
         return pick(recording.tensors(self.classes), chosen, self.num_priors)
 
     def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
-        """Boxes ``(K, 4)`` in this head's unit from what it predicts, ``trains`` or not, at K priors with these centres and strides."""
+        """Return boxes ``(K, 4)`` in this head's unit, given its outputs at K priors (in training mode if ``trains``)."""
         return picked
 
     @property
     def reading(self) -> tuple[Any, ...]:
-        """What :meth:`regression` depends on: how edges are predicted, and from which centres."""
+        """The properties of the head that :meth:`regression` depends on: its decoding of edges and its centres."""
         first = self.generator.grid_priors([(1, 1)] * len(self.strides), device="cpu")
         return type(self).edges, self.bins, [level.tolist() for level in first] if self.unit == "strides" else None
 
     def true_edges(self, targets: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:
-        """The host's targets ``(K, 4)`` in this head's unit."""
+        """Return the host's targets ``(K, 4)`` in this head's unit."""
         if self.unit == "strides":
             return targets / strides[:, None]
         return self.bbox_coder.encode(anchors, targets) if self.decoded_targets else targets  # type: ignore[union-attr]
 
     def regression(self, recording: Recording, chosen: Tensor) -> Tensor:
-        """Boxes ``(K, 4)`` in this head's unit at chosen priors; its points may lie elsewhere in a cell than another head's."""
+        """Return boxes ``(K, 4)`` in this head's unit at the chosen priors, decoded from the head's own points in a cell."""
         levels = recording.tensors(self.boxes)
         anchors, strides, counts = self.priors(levels)
         places = in_order_of_pick(chosen, counts)
@@ -96,7 +96,7 @@ class DenseHead:
         return self.edges(picked, centres, strides[places], recording.training)
 
     def decoded(self, levels: Sequence[Tensor]) -> Tensor:
-        """All boxes ``(B, N, 4)``, x1, y1, x2, y2 in pixels of the padded input, from the second output; not clipped."""
+        """Return all boxes ``(B, N, 4)``, x1, y1, x2, y2 in pixels of the padded input, from the second output; not clipped."""
         anchors, strides, counts = self.priors(levels)
         rows = torch.cat([in_rows(level, n) for level, n in zip(levels, counts, strict=True)], 1)
         places = torch.cat([anchors, strides[:, None]], 1).repeat(len(rows), 1)
@@ -106,7 +106,7 @@ class DenseHead:
         return pixels.view(*rows.shape[:2], 4)
 
     def priors(self, levels: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
-        """Anchors ``(N, 4)``, strides ``(N,)`` and the number of priors of each level, for the grids of these maps."""
+        """Return the anchors ``(N, 4)``, the strides ``(N,)`` and the number of priors of each level on the grids of these maps."""
         found = self.generator.grid_priors([level.shape[-2:] for level in levels], device=levels[0].device)
         counts = [len(level) for level in found]
         strides = torch.cat([level.new_full((n,), s) for level, n, s in zip(found, counts, self.strides, strict=True)])
@@ -114,12 +114,12 @@ class DenseHead:
         return anchors.float(), strides.float(), counts
 
     def assigned(self, recording: Recording, images: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Labels, whether they count, and targets: ``(B, N)``, ``(B, N)``, ``(B, N, 4)``."""
+        """Return the labels ``(B, N)``, the mask of those that count ``(B, N)``, and the targets ``(B, N, 4)``."""
         labels, weights, targets = recording[self.targets][self.first : self.first + 3]
         return row_of(labels, images), row_of(weights, images) > 0, row_of(targets, images, 4)
 
     def given(self, recording: Recording, anchors: Tensor, batch: Batch) -> Tensor:
-        """Anchors that the host hands to its assigner, ``(B, N)``: on the image and its padding, within the border."""
+        """Return the mask ``(B, N)`` of the anchors that the host gives to its assigner: on image and padding, inside the border."""
         assert self.flags is not None and batch.image_sizes is not None
         flags = recording[self.flags]  # get_targets may have joined the levels in place
         rows = [torch.cat(levels) if isinstance(levels, list) else levels for levels in flags]
@@ -127,7 +127,7 @@ class DenseHead:
         return torch.stack([anchor_inside_flags(anchors, row, size, self.allowed_border) for row, size in pairs])
 
     def assignment(self, recording: Recording, batch: Batch) -> Assignment:
-        """The assignment of this step, made once for all terms."""
+        """Return the assignment of this step, computed once for all terms."""
 
         def make() -> Assignment:
             assert batch.image_sizes is not None
@@ -144,37 +144,37 @@ class DenseHead:
 
 @HEADS.register("RetinaHead")
 @HEADS.register("AnchorHead")
-class _Anchors(DenseHead):
-    """RetinaNet and RPN: targets come without anchors."""
+class _RetinaNet(DenseHead):
+    """RetinaNet: ``get_targets`` returns no anchors."""
 
     first = 0
 
 
 @HEADS.register("RPNHead")
-class _Proposals(_Anchors):
-    """RPN: names its loss itself."""
+class _RPN(_RetinaNet):
+    """RPN: like RetinaNet, with a loss of another name."""
 
     losses = ("loss_rpn_cls",)
 
 
 @HEADS.register("GFLHead")
-class _Distributions(DenseHead):
-    """GFL: edges as distributions of their distance in strides."""
+class _GFL(DenseHead):
+    """GFL: edges are distributions over their distance in strides."""
 
     unit = "strides"
     distributions = True
 
     def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         bins = torch.arange(self.bins, device=picked.device, dtype=picked.dtype)
-        # Not a matrix product, which autocast computes in bfloat16: off by up to 0.03 strides.
+        # Autocast computes a matrix product in bfloat16, with errors of up to 0.03 strides.
         distances = (F.softmax(picked.unflatten(1, (4, self.bins)), -1) * bins).sum(-1)
         return edges_of(centres / strides[:, None], distances)
 
 
 @HEADS.register("RTMDetSepBNHead")
 @HEADS.register("RTMDetHead")
-class _Distances(DenseHead):
-    """RTMDet: distances to the four edges in pixels."""
+class _RTMDet(DenseHead):
+    """RTMDet: distances to the four edges, in pixels."""
 
     unit = "strides"
 
@@ -183,8 +183,8 @@ class _Distances(DenseHead):
 
 
 @HEADS.register("FCOSHead")
-class _Points(_Distances):
-    """FCOS: distances in pixels, or in strides while it trains; targets in the same, image after image."""
+class _FCOS(_RTMDet):
+    """FCOS: distances in pixels, or in strides while it trains; targets in the same unit, image after image."""
 
     def __init__(self, head: Any, path: str, owner: str) -> None:
         super().__init__(head, path, owner)
@@ -208,21 +208,18 @@ class _Points(_Distances):
 
 
 @HEADS.register("TOODHead")
-class _Aligned(DenseHead):
-    """TOOD: scores and boxes as they are, boxes in strides."""
+class _TOOD(DenseHead):
+    """TOOD: the outputs are probabilities, and boxes in strides."""
 
     unit = "strides"
 
     def logits(self, recording: Recording, chosen: Tensor) -> Tensor:
         return super().logits(recording, chosen).float().logit(eps=1e-6)
 
-    def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
-        return picked
-
 
 @HEADS.register("YOLOXHead")
-class _Objects(DenseHead):
-    """YOLOX: a class counts together with the objectness; boxes are a centre's offset and the logarithm of a size."""
+class _YOLOX(DenseHead):
+    """YOLOX: a class score is multiplied by the objectness; boxes are the offset of a centre and the logarithm of a size."""
 
     unit = "strides"
     losses = ("loss_cls", "loss_obj")
@@ -262,10 +259,10 @@ _PREDICTED = (*_FORWARD, "predict_by_feat", "_predict_by_feat_single")
 
 
 def dense_head(head: Any, path: str, owner: str, term: str) -> DenseHead:
-    """A model's dense head as terms read it.
+    """Return the reader of a model's dense head.
 
     Raises:
-        WiringError: it is of no kind that this suite knows; says what works without.
+        WiringError: there is no reader for this class of heads; the message names terms that need none.
     """
     check_upright(head, owner, term)
     kinds = [kind for kind in type(head).__mro__ if kind.__name__ in HEADS]
@@ -281,5 +278,5 @@ def dense_head(head: Any, path: str, owner: str, term: str) -> DenseHead:
 
 
 def reads_proposals(head: DenseHead) -> bool:
-    """Whether a head is a network of proposals, which knows objects alone."""
-    return isinstance(head, _Proposals)
+    """Return true for a region proposal network, whose only class is "object"."""
+    return isinstance(head, _RPN)

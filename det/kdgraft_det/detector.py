@@ -1,4 +1,4 @@
-"""``DistilledDetector``: what a config names to distil a detector of MMDetection."""
+"""``DistilledDetector``: the model type of a config that distils a detector of MMDetection."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from .rois import REPLAY, check_masks, check_samplers
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """CondInst's loss without its exchange between processes, for what it does beside: the dry run is on CPUs, a teacher's loss unread."""
+    """Keep CondInst's loss from communicating between processes: it runs for its side effects, also in the dry run on a CPU."""
     before = condinst_head.reduce_mean
     condinst_head.reduce_mean = lambda tensor: tensor
     try:
@@ -48,7 +48,7 @@ def _alone() -> Iterator[None]:
 class DistilledDetector(Graft):
     """A detector that learns from a teacher; an instance of the student's own class.
 
-    In a config, eight lines::
+    In a config::
 
         custom_imports = dict(imports=['kdgraft_det'])
         model = dict(
@@ -87,8 +87,8 @@ class DistilledDetector(Graft):
     def _raw_outputs(cls, model: Any, inputs: Tensor, samples: Any) -> Any:
         if not isinstance(model, SingleStageInstanceSegmentor) or not model.with_bbox:
             return super()._raw_outputs(model, inputs, samples)
-        # The masks are those of the boxes' positives, which only the boxes' loss finds; the host's own way to these outputs runs
-        # the head of boxes twice, and its training once.
+        # Masks are predicted for the positives of the box head, which only its loss finds. The host's own code for these outputs
+        # runs the box head twice, but once in training.
         features = model.extract_feat(inputs)
         with _alone():
             model.bbox_head.loss(features, samples)

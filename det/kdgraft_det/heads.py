@@ -1,7 +1,7 @@
-"""Heads of detectors as terms on predictions read them: the same places in student's and teacher's heads, of whatever kind.
+"""Pairs of detection heads, as terms on predictions read them: aligned class scores and boxes of student and teacher.
 
-A :class:`Heads` is made of two heads of one kind (dense, on regions of interest, or on queries) before the dry run. It says which
-taps it needs and pairs class logits, and boxes with their targets.
+A :class:`Heads` is built from two heads of one kind (dense heads, RoI heads, or heads on queries) before the dry run. It names the
+taps that it needs, and pairs class logits, and boxes with their targets.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ class Heads(ABC):
     """Two heads of one kind.
 
     Attributes:
-        classes: of the student, background left out.
-        class_taps, box_taps: what pairs of classes and of boxes need of (student, teacher).
+        classes: the student's number of classes without the background.
+        class_taps, box_taps: the taps of (student, teacher) that pairs of classes and of boxes need.
         host_losses: the host's own class losses, by name.
     """
 
     softmax: ClassVar[bool] = False
-    """Softmax over classes and background (the last), rather than a sigmoid each."""
+    """True for a softmax over classes and background (the last one), false for a sigmoid for each class."""
     anchors: tuple[Anchors, ...] = ("all", "main")
-    """The sets of anchors (or proposals, or queries) that mean something on this head, its default first."""
+    """The sets of anchors (or proposals, or queries) that this kind of head supports, the default first."""
     averages: bool = True
-    """Whether several teachers predict at the same places, so that their mean means something."""
+    """True where several teachers predict at the same places, so that their predictions can be averaged."""
     proposes: bool = False
-    """A network of proposals, which knows objects alone."""
+    """True for a region proposal network, whose only class is "object"."""
     boxes_by_class: bool = False
-    """Whether which of the teacher's boxes is taken depends on its classes, so that both have to have the same."""
+    """True where the choice among the teacher's boxes depends on its classes, so that both heads need the same classes."""
     class_reading: Any = None
     box_reading: Any = None
-    """How the teacher's classes and boxes are read, beside the taps."""
+    """The reading of the teacher's classes and boxes, beside the taps: the members of an Ensemble need the same one."""
 
     classes: int
     class_taps: tuple[Sequence[Tap], Sequence[Tap]]
@@ -56,31 +56,31 @@ class Heads(ABC):
 
     @abstractmethod
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
-        """Class logits ``(K, C)`` at a set of anchors; one entry a stage, which weigh alike."""
+        """Return class logits ``(K, C)`` at a set of anchors: one entry a stage, with equal weights."""
 
     @abstractmethod
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
-        """Boxes ``(K, 4)`` where the student's assigner put an object, with their targets; one entry a stage."""
+        """Return boxes ``(K, 4)`` and their targets at the positives of the student's assigner: one entry a stage."""
 
     @abstractmethod
     def check_classes(self, term: str) -> None:
-        """Raises a :class:`WiringError` unless both heads predict classes alike."""
+        """Raise a :class:`WiringError` unless the class scores of both heads can be compared."""
 
     @abstractmethod
     def check_boxes(self, term: str) -> None:
-        """Raises a :class:`WiringError` unless both heads' boxes are in one unit."""
+        """Raise a :class:`WiringError` unless the boxes of both heads can be compared."""
 
     @abstractmethod
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        """What was compared in the dry run, for ``kdgraft check``.
+        """Return the compared outputs of the dry run with their taps, for ``kdgraft check``.
 
         Raises:
-            WiringError: with a teacher of its own resolution the two do not predict at the same places.
+            WiringError: the teacher has its own resolution, so that the two predict at different places.
         """
 
 
 def same_number_of_classes(student: int, teacher: int, term: str) -> None:
-    """Raises a :class:`WiringError` unless both predict equally many classes."""
+    """Raise a :class:`WiringError` unless both predict equally many classes."""
     if student != teacher:
         raise WiringError(
             f"{term}: the student predicts {student} classes, the teacher {teacher}; train both on the same classes"
@@ -88,7 +88,7 @@ def same_number_of_classes(student: int, teacher: int, term: str) -> None:
 
 
 def same_box_coder(student: Any, teacher: Any, term: str) -> None:
-    """Raises a :class:`WiringError` unless two heads code boxes alike."""
+    """Raise a :class:`WiringError` unless two heads have the same box coder."""
     left, right = student.bbox_coder, teacher.bbox_coder
     if type(left) is not type(right) or vars(left) != vars(right):
         raise WiringError(
@@ -98,7 +98,7 @@ def same_box_coder(student: Any, teacher: Any, term: str) -> None:
 
 
 def check_upright(head: Any, owner: str, term: str) -> None:
-    """Raises a :class:`WiringError` where a head predicts other boxes than upright ones: its anchors are others as well."""
+    """Raise a :class:`WiringError` for a head whose boxes, and therefore anchors, are not upright."""
     size = getattr(getattr(head, "bbox_coder", None), "encode_size", 4)
     if size != 4:
         raise WiringError(
@@ -110,11 +110,14 @@ def check_upright(head: Any, owner: str, term: str) -> None:
 def known_head(
     head: Any, kinds: Sequence[type], owner: str, *, trained: Sequence[str], predicted: Sequence[str]
 ) -> type | None:
-    """The first of ``kinds`` whose methods a head has unchanged: one that is overridden may mean anything.
+    """Return the first of ``kinds`` whose methods a head has unchanged, as an overridden method may change its outputs' meaning.
 
     Args:
-        trained: methods that a head is trained by.
-        predicted: methods that it predicts by. They tell what a teacher's outputs mean, however it was trained.
+        head: the head.
+        kinds: classes of heads.
+        owner: ``"student"`` or ``"teacher"``.
+        trained: methods that the training of a head uses.
+        predicted: methods that the prediction uses. They define a teacher's outputs, however it was trained.
     """
     for methods in [trained] if owner == "student" else [trained, predicted]:
         own = [method for method in methods if hasattr(head, method)]
@@ -125,13 +128,13 @@ def known_head(
 
 
 _SCORES_FIRST = (AnchorHead, AnchorFreeHead, DETRHead, SABLRetinaHead, YOLOXHead, BBoxHead)
-"""Heads whose first output scores classes; the second predicts boxes, and what follows knows objects alone."""
+"""Heads whose first output is class scores; the second is boxes, and the others do not depend on classes."""
 
 
 def reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
-    """Whether the channels of what a tap reads stand for classes: what a head says of them, and the layer that says it.
+    """Return true where the channels of a tapped tensor stand for classes: a head's class outputs, and its last layer for them.
 
-    A network of proposals knows objects alone, and so does a mask head with one mask for all classes.
+    A region proposal network has no classes, and neither has a mask head with one mask for all classes.
     """
     if tap.below("rpn_head"):
         return False
@@ -148,7 +151,7 @@ def reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
 
 
 def in_students_order(logits: Tensor, order: Tensor | None) -> Tensor:
-    """Teacher's class logits ``(K, C)`` or ``(K, C + 1)`` in the student's order; a background stays last."""
+    """Return the teacher's class logits ``(K, C)`` or ``(K, C + 1)`` in the student's order; a background stays last."""
     if order is None:
         return logits
     background = torch.arange(len(order), logits.shape[1], device=order.device)

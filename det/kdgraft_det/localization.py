@@ -28,16 +28,16 @@ class LocalizationDistillation(Term):
 
     .. math:: \sum_i w_i \tfrac14 \sum_e \mathrm{LD}_{ie} \Big/ \sum_i w_i
 
-    over these anchors i and their four edges e. On the main region (the positives) :math:`w` is the student's
-    best class score, on the valuable localization region it is the IoU. The weight sum is taken over the whole batch and all
-    processes, so that the loss does not grow with either. The authors' code (and mmdet's ``LDHead``) leaves that division
-    out: there, the published weight 0.25 multiplies a sum over all positives, of a mean over bins. On COCO, with the three
-    images of 800 pixels that a GPU has there, 1.2 is about as strong here on the main region, 2.6 on the other.
+    over the anchors i of a region and their four edges e. On the main region (the positives), :math:`w` is the student's
+    best class score; on the valuable localization region it is the IoU. The sum of weights is taken over the whole batch and all
+    processes, so that the loss grows with neither. The authors' code (and mmdet's ``LDHead``) does not divide: there the
+    published weight 0.25 multiplies a sum over all positives of a mean over bins. On COCO, with three images of 800 pixels
+    a GPU, a weight of 1.2 has about the same effect here on the main region, and 2.6 on the other.
 
     Args:
         temperature: T > 0, 10 in the paper.
         anchors: ``"main"`` or ``"vlr"``; the paper's full method has a term for each.
-        variant: ``"paper"`` sums over bins, ``"code"`` takes their mean; see :func:`kdgraft.losses.localization`.
+        variant: ``"paper"`` sums over bins, ``"code"`` averages them; see :func:`kdgraft.losses.localization`.
         vlr_variant: see :func:`kdgraft_det.regions.valuable_region`.
     """
 
@@ -66,6 +66,7 @@ class LocalizationDistillation(Term):
         self.temperature, self.anchors, self.variant, self.vlr_variant = temperature, anchors, variant, vlr_variant
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Find the two dense heads, and refuse those without distributions of the same bins."""
         heads = find_heads(student, teacher, "auto", self.name)
         if not isinstance(heads, DenseHeads):
             raise WiringError(
@@ -82,10 +83,12 @@ class LocalizationDistillation(Term):
         self.student_taps, self.teacher_taps = heads.box_taps
 
     def wire(self, wiring: Wiring) -> None:
+        """List the compared box outputs for ``kdgraft check``."""
         for s, t, s_tap, t_tap in self.heads.shapes(wiring, "boxes", self.name):
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), region=self.anchors))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        """Return the weighted mean of the divergence over the anchors of the region."""
         ours, theirs = self.heads.student, self.heads.teacher
         assignment = ours.assignment(student, batch)
         weights = assignment.weights(self.anchors, batch, self.vlr_variant)

@@ -1,4 +1,4 @@
-"""Which heads a term on predictions compares: by name, or the one that gives the detections."""
+"""The choice of the two heads that a term on predictions compares."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ HEAD_NAMES = get_args(HeadName)
 
 
 def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: str) -> Heads:
-    """The heads of this name; ``"auto"`` takes the one that predicts the boxes in the end.
+    """Return the heads of this name; ``"auto"`` is the head that predicts the final detections.
 
     Raises:
-        WiringError: a model has no such head, or none that this suite can read, or the two do not predict the same.
+        WiringError: a model has no such head, the head cannot be read, or the two predict different things.
     """
     if which == "auto":
         which = "roi_head" if hasattr(student, "roi_head") else "bbox_head"

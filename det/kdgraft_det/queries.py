@@ -1,4 +1,4 @@
-"""Heads on object queries (DETR and its kin): student's and teacher's query for the same object, matched through the truth."""
+"""Heads on object queries (DETR and its variants): the ground truth matches the two models' queries for the same object."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _READ = dict(
 
 
 def has_queries(head: nn.Module) -> bool:
-    """Whether a head predicts from object queries."""
+    """Return true for a head that predicts from object queries."""
     return isinstance(head, DETRHead)
 
 
 class QueryHeads(Heads):
     """The last decoder layers of two DETR-type models.
 
-    Queries have no order and no place in common. The student's own Hungarian matching gives each object one of the student's
-    queries and, asked again, one of the teacher's; these two are compared.
+    The two models' queries share neither order nor place. The student's own Hungarian matching assigns one of the student's
+    queries to each object and, in a second run, one of the teacher's; these two are compared.
     """
 
     anchors = ("main",)
@@ -57,50 +57,48 @@ class QueryHeads(Heads):
         self.class_taps = self.box_taps = (_CLASSES, _BOXES), (_CLASSES, _BOXES)
 
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
+        """Return the class logits ``(K, C)`` of both queries of each of the K objects."""
         ours, theirs, _ = self._matched(student, teacher, batch)
         return [Pairs(ours[0], theirs[0])]
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the boxes ``(K, 4)`` of both queries of each object and the true one, as fractions of the image."""
         ours, theirs, truth = self._matched(student, teacher, batch)
         return [Pairs(ours[1], theirs[1], target=truth)]
 
     def check_classes(self, term: str) -> None:
+        """Raise a :class:`WiringError` unless both heads have equally many classes."""
         same_number_of_classes(self.classes, self.teacher_classes, term)
 
     def check_boxes(self, term: str) -> None:
-        """Both are centre and size as shares of the image; matching them to the truth takes the classes too."""
+        """Raise a :class:`WiringError` unless both heads have equally many classes, which the matching of boxes uses too."""
         self.check_classes(term)
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
+        """Return the outputs of the last decoder layers."""
         tap = _CLASSES if kind == "classes" else _BOXES
         return [(wiring.student_recording[tap][-1], wiring.teacher_recording[tap][-1], tap, tap)]
 
     def _matched(
         self, student: Recording, teacher: Recording, batch: Batch
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-        """(class logits, boxes) of the student and of the teacher at each object's queries, and the true boxes."""
+        """Return (class logits, boxes) of the student and of the teacher at each object's queries, and the true boxes."""
 
         def match() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
             assert batch.boxes is not None and batch.image_sizes is not None
-            outputs = [
-                (
-                    recording[_CLASSES][-1][:, -count:],
-                    recording[_BOXES][-1][:, -count:],
-                )  # DINO's denoising queries go first
+            outputs = [  # without DINO's denoising queries, which come first
+                (recording[_CLASSES][-1][:, -count:], recording[_BOXES][-1][:, -count:])
                 for recording, count in zip((student, teacher), self.queries, strict=True)
             ]
             theirs = outputs[1][0].flatten(0, 1)
             outputs[1] = in_students_order(theirs, teacher.class_order).view_as(outputs[1][0]), outputs[1][1]
             sides: list[list[tuple[Tensor, Tensor]]] = [[], []]
             truths = []
-            for image, (boxes, labels, size) in enumerate(
-                zip(batch.boxes, batch.labels, batch.image_sizes, strict=True)
-            ):
+            images = zip(batch.boxes, batch.labels, batch.image_sizes, strict=True)
+            for image, (boxes, labels, size) in enumerate(images):
                 pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
-                found = [
-                    self._queries(classes[image], places[image], boxes, labels, size) for classes, places in outputs
-                ]
-                both = (found[0] >= 0) & (found[1] >= 0)  # with more objects than queries some have none
+                found = [self._queries(scores[image], places[image], boxes, labels, size) for scores, places in outputs]
+                both = (found[0] >= 0) & (found[1] >= 0)  # with more objects than queries, some objects have none
                 for side, (classes, places), queries in zip(sides, outputs, found, strict=True):
                     side.append((classes[image][queries[both]], places[image][queries[both]]))
                 truths.append(bbox_xyxy_to_cxcywh(boxes[both] / pixels))
@@ -114,9 +112,9 @@ class QueryHeads(Heads):
 
     @torch.no_grad()
     def _queries(self, classes: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
-        """The query of each object, -1 where it has none: ``(objects,)``."""
+        """Return the query of each object, ``(objects,)``, and -1 for an object without one."""
         pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
-        # What is not finite drops the term later; scipy would end the run.
+        # Non-finite values would make scipy end the run here. They cause the engine to drop the term later.
         scores, places = (torch.nan_to_num(part.float()) for part in (classes, boxes))
         predicted = InstanceData(scores=scores, bboxes=bbox_cxcywh_to_xyxy(places) * pixels)
         assigned = self.assigner.assign(

@@ -1,4 +1,4 @@
-"""Reads detectors: the pyramid by default, and the class outputs of any head: dense, on regions of interest, on queries."""
+"""Reader of detectors: features of the pyramid, and class outputs of dense heads, RoI heads and heads on queries."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Activation = Literal["auto", "sigmoid", "softmax"]
 
 
 class DetReader(Reader):
-    """Knows the pyramid and the heads of both detectors."""
+    """Reads the pyramid and the heads of two detectors."""
 
     default_taps: ClassVar = {"features": "neck[*]"}
 
@@ -33,25 +33,25 @@ class DetReader(Reader):
         activation: Activation = "auto",
         anchors: Anchors | None = None,
     ) -> Scores:
-        """Class outputs of a head.
+        """Return the reader of a head's class outputs.
 
         Args:
-            head: ``"bbox_head"``, ``"rpn_head"`` (of a two-stage detector) or ``"roi_head"``; ``"auto"`` is that which gives the
-                detections.
-            activation: ``"sigmoid"`` (independent classes, as dense heads and DETR are trained), or ``"softmax"`` across the
-                classes as LD's class distillation takes it (Zheng et al. 2022: T = 2, mean over classes, weight 10, main
-                region). RoI heads are trained with a softmax over classes and background, and are compared so.
-            anchors: the anchors, proposals or queries that count.
+            student: the student.
+            teacher: the teacher.
+            head: ``"bbox_head"``, ``"rpn_head"`` (of a two-stage detector) or ``"roi_head"``. ``"auto"`` is the head that predicts
+                the final detections.
+            activation: ``"sigmoid"`` for independent classes, as dense heads and DETR are trained, or ``"softmax"`` over the
+                classes, as in LD's class distillation (Zheng et al. 2022: T = 2, mean over classes, weight 10, main region). RoI
+                heads are trained and compared with a softmax over classes and background.
+            anchors: the anchors, proposals or queries that count; by default ``"all"``, and ``"main"`` for queries.
 
-                * ``"all"``: of a dense head all valid anchors, divided by the sum of the teacher's best class scores, which is the
-                  number of objects as the teacher sees them; unlike the number of positives it is never 0. Of a head that
-                  samples its anchors (RPN) the mean over those that it sampled. Of an RoI head that over the student's sampled
-                  proposals, on which the teacher's head is run too.
-                * ``"main"`` (the positives) and ``"vlr"`` (weighted by IoU, dense heads with anchors; also those that the
-                  assigner ignores or that are not sampled): divided by the sum of weights. Of a DETR-type model, whose queries
-                  stand for no place, the two queries that are matched to the same object.
-
-                ``"all"`` by default, ``"main"`` for queries.
+                * ``"all"``: for a dense head all valid anchors, divided by the sum of the teacher's best class scores. This sum is
+                  the teacher's estimate of the number of objects and, unlike the number of positives, never 0. For a head that
+                  samples its anchors (RPN) the mean over the sampled ones. For an RoI head the mean over the student's sampled
+                  proposals, on which the teacher's head runs too.
+                * ``"main"`` (the positives) and ``"vlr"`` (dense heads with anchors, weighted by IoU, including anchors that the
+                  assigner ignores or does not sample): divided by the sum of weights. For a DETR-type model, whose queries have no
+                  fixed place, the two queries that are matched to the same object.
         """
         for name, value, choices in (
             ("head", head, HEAD_NAMES),
@@ -65,7 +65,7 @@ class DetReader(Reader):
 
 
 class HeadScores(Scores):
-    """The class logits of two heads of one kind. A cascade's stages weigh alike."""
+    """The class logits of two heads of one kind. The stages of a cascade have equal weights."""
 
     def __init__(self, heads: Heads, term: str, activation: Activation, anchors: Anchors | None) -> None:
         self.term, self.heads = term, heads
@@ -76,7 +76,7 @@ class HeadScores(Scores):
         self.anchors = self.heads.anchors[0] if anchors is None else anchors
         if self.anchors not in self.heads.anchors:
             raise WiringError(
-                f"{term}: anchors={anchors!r} means nothing on this head; take one of {', '.join(self.heads.anchors)}"
+                f"{term}: this head has no anchors={anchors!r}; use one of {', '.join(self.heads.anchors)}"
             )
         if self.heads.softmax and activation == "sigmoid":
             raise WiringError(f"{term}: an RoI head's classes share one softmax; leave activation out")
@@ -84,9 +84,11 @@ class HeadScores(Scores):
         self.background = self.heads.softmax or self.independent
 
     def wire(self, wiring: Wiring) -> list[Compared]:
+        """Return the compared class outputs of each level or stage."""
         shapes = self.heads.shapes(wiring, "classes", self.term)
         return [Compared(s, t, (s_tap, t_tap), self.anchors) for s, t, s_tap, t_tap in shapes]
 
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the aligned class logits of a step, one entry a stage."""
         found = self.heads.class_pairs(student, teacher, batch, self.anchors)
         return [replace(pairs, independent=bool(self.independent)) for pairs in found]

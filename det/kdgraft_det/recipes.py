@@ -1,4 +1,4 @@
-"""Recipes: lists of terms under one name. ``kdgraft list NAME`` prints one, to be edited in a config."""
+"""Recipes: lists of terms under one name. ``kdgraft list NAME`` prints a recipe, so that it can be edited in a config."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ def ld(
 ) -> list[dict[str, Any]]:
     """LD (CVPR 2022): box distributions on the main and the valuable region, class distillation on the positives.
 
-    The defaults are as strong as the published weights on COCO. Those stand before sums over the three images of a GPU, divided by
-    the numbers of bins (0.25 and 0.25 / 4), and before a mean over 80 classes (10); these before means over positions and sums over
-    bins and classes, and hold for any number of any of them.
+    On COCO the default weights have the effect of the published ones. The published weights multiply sums over the three images of
+    a GPU, divided by the numbers of bins (0.25 and 0.25 / 4), and a mean over 80 classes (10). The weights here multiply means over
+    positions and sums over bins and classes, and do not depend on any of these numbers.
 
     Args:
-        main, vlr, classes: the weights of the three terms.
-        temperature: of the box distributions; the classes' is 2.
-        schedule: of all three weights.
+        main: the weight of the distributions in the main region.
+        vlr: the weight of the distributions in the valuable region.
+        classes: the weight of the soft targets.
+        temperature: the temperature of the distributions; that of the classes is 2.
+        schedule: the schedule of all three weights.
     """
     edges = dict(type="LocalizationDistillation", temperature=temperature)
     terms: list[dict[str, Any]] = [
@@ -37,11 +39,7 @@ def ld(
 def imitation(
     weight: float = 1.0, tap: str = "neck[*]", region: str = "foreground", schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """Hint on the pyramid through 1×1 adapters (Chen et al., NeurIPS 2017), on the objects: every box weighs the same.
-
-    Args:
-        weight, tap, region, schedule: those of its one term.
-    """
+    """Hint on the pyramid through 1×1 adapters (Chen et al., NeurIPS 2017), inside the objects: every box has the same weight."""
     return [dict(type="FeatureImitation", tap=tap, region=region, weight=weight, schedule=schedule)]
 
 
@@ -49,16 +47,9 @@ def imitation(
 def combined(
     main: float = 0.22, vlr: float = 0.22, classes: float = 0.5, features: float = 6.0, schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """``ld`` and ``imitation`` together, with weights tuned on the demo's validation scenes.
-
-    Args:
-        main, vlr, classes, features: the weights of the four terms.
-        schedule: of all of them.
-    """
-    return [
-        *ld(main=main, vlr=vlr, classes=classes, schedule=schedule),
-        *imitation(weight=features, schedule=schedule),
-    ]
+    """``ld`` and ``imitation`` together, with the weights of the four terms tuned on the demo's validation scenes."""
+    terms = ld(main=main, vlr=vlr, classes=classes, schedule=schedule)
+    return [*terms, *imitation(weight=features, schedule=schedule)]
 
 
 @RECIPES.register
@@ -71,15 +62,16 @@ def chen2017(
     tap: str = "neck[*]",
     schedule: Any = None,
 ) -> list[dict[str, Any]]:
-    """Chen et al. (NeurIPS 2017): hint on every position, weighted soft classes mixed with the hard ones, bounded boxes.
+    """Chen et al. (NeurIPS 2017): hint at every position, weighted soft classes mixed with the hard ones, bounded boxes.
 
     Args:
-        features, boxes: γ and ν, the weights of hint and bounded regression.
+        features: γ, the weight of the hint.
+        boxes: ν, the weight of the bounded regression.
         hard_weight: μ of μ·hard + (1 − μ)·soft; not published, 0.8 in a re-implementation.
-        background_weight: of the soft classes.
-        two_stage: the same on the region proposal network, as the paper has it for Faster R-CNN.
-        tap: where the hint is.
-        schedule: of all terms.
+        background_weight: the weight of the background in the soft classes.
+        two_stage: add the same terms on the region proposal network, as in the paper for Faster R-CNN.
+        tap: the tap of the hint.
+        schedule: the schedule of all terms.
     """
     heads = (("classes", "boxes", "auto"), ("rpn_classes", "rpn_boxes", "rpn_head"))
     terms: list[dict[str, Any]] = [dict(type="Hint", tap=tap, weight=features)]
@@ -94,10 +86,8 @@ def chen2017(
 def pkd(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
     """PKD (NeurIPS 2022): the pyramid's channels correlate with the teacher's, whatever their scale.
 
-    Args:
-        weight: before each level's loss, which add up: 10 for one-stage detectors (the paper's for RetinaNet), 6 for two-stage
-            ones. The authors' configs tap four of the pyramid's five levels, ``neck[*]`` all of them.
-        tap, schedule: those of its one term.
+    The losses of the levels add up. The published weight is 10 for one-stage detectors (RetinaNet) and 6 for two-stage ones. The
+    authors' configs tap four of the pyramid's five levels; ``neck[*]`` taps all of them.
     """
     return [dict(type="PearsonImitation", name="pkd", tap=tap, weight=weight, schedule=schedule)]
 
@@ -114,10 +104,7 @@ def fgd(
 ) -> list[dict[str, Any]]:
     """FGD (CVPR 2022) on the pyramid, with the published weights for one-stage detectors.
 
-    Two-stage ones have alpha 5e-5, beta 2.5e-5, gamma 5e-5 and lambda_ 5e-7.
-
-    Args:
-        temperature, alpha, beta, gamma, lambda_, tap, schedule: those of its one term.
+    The published weights for two-stage detectors are alpha 5e-5, beta 2.5e-5, gamma 5e-5 and lambda_ 5e-7.
     """
     weights = dict(alpha=alpha, beta=beta, gamma=gamma, lambda_=lambda_)
     return [dict(type="FocalGlobal", name="fgd", tap=tap, temperature=temperature, **weights, schedule=schedule)]
@@ -129,10 +116,7 @@ def mgd(
 ) -> list[dict[str, Any]]:
     """MGD (ECCV 2022) on the pyramid, with the published weight for one-stage detectors.
 
-    Two-stage ones have weight 5e-7 and mask_ratio 0.45.
-
-    Args:
-        weight, mask_ratio, tap, schedule: those of its one term.
+    The published settings for two-stage detectors are weight 5e-7 and mask_ratio 0.45.
     """
     return [dict(type="MaskedGeneration", name="mgd", tap=tap, mask_ratio=mask_ratio, weight=weight, schedule=schedule)]
 
@@ -141,15 +125,10 @@ def mgd(
 def fgfi(
     weight: float = 1.28, threshold: float = 0.5, tap: str = "neck[*]", schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """FGFI (CVPR 2019): imitation through 1×1 adapters at the positions whose anchors come near an object.
+    """FGFI (CVPR 2019): imitation through 1×1 adapters at the positions whose anchors are near an object (``threshold`` is ψ).
 
-    The paper's loss is 0.01 · Σ I (r(s) - t)² / (2 ΣI), summed over channels; ours is the mean over channels, so that the paper's
-    weight is 0.01 · C / 2: 1.28 for pyramids of 256 channels. Where there are several levels, each has its own ΣI, and they weigh
-    alike.
-
-    Args:
-        weight, tap, schedule: those of its one term.
-        threshold: ψ of its region.
+    The paper's loss is 0.01 · Σ I (r(s) - t)² / (2 ΣI), summed over channels. The loss here is the mean over channels, so that the
+    paper's weight is 0.01 · C / 2: 1.28 for pyramids of 256 channels. Each level has its own ΣI, and all levels have equal weights.
     """
     region = dict(type="fine_grained", threshold=threshold)
     return [dict(type="FeatureImitation", tap=tap, region=region, weight=weight, name="fgfi", schedule=schedule)]
@@ -157,14 +136,13 @@ def fgfi(
 
 @RECIPES.register
 def crosskd(weight: float = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
-    """CrossKD (CVPR 2024, arXiv 2306.11369): the teacher's last convolutions read the student's head features.
+    """CrossKD (CVPR 2024, arXiv 2306.11369): the student's head features pass through the teacher's last convolutions.
 
-    Args:
-        weight, reused, schedule: those of its one term, in which boxes weigh 4 (distributions) or 1 and classes 1.
+    Within the term boxes have the weight 4 (distributions) or 1, and classes 1.
     """
     return [dict(type="CrossHead", name="crosskd", weight=weight, reused=reused, schedule=schedule)]
 
 
 def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:
-    """The terms with one schedule for all, where there is one."""
+    """Return the terms, with the schedule in each of them if there is one."""
     return terms if schedule is None else [{**term, "schedule": schedule} for term in terms]

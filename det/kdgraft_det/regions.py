@@ -1,4 +1,4 @@
-"""Where objects are: upright boxes around them, and the valuable localization region around their anchors."""
+"""Regions of objects: upright boxes around the ground truth, and the valuable localization region of their anchors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from kdgraft.errors import DistillError
 
 
 def enclosing_boxes(boxes: Tensor | BaseBoxes) -> Tensor:
-    """The upright boxes ``(n, 4)`` around ground truth of any kind, as x1, y1, x2, y2.
+    """Return the upright boxes ``(n, 4)`` around ground truth boxes of any kind, as x1, y1, x2, y2.
 
     Args:
         boxes: boxes of a type that mmdet can convert to ``"hbox"``; or a tensor ``(n, 4)`` of upright boxes, ``(n, 5)`` of
-            rotated ones (centre, width, height and angle in radians, as all of mm has them) or ``(n, 8)`` of four corners.
+            rotated ones (centre, width, height and angle in radians, as in all mm packages) or ``(n, 8)`` of four corners.
 
     Raises:
-        DistillError: they are nothing of this.
+        DistillError: the boxes are of another kind.
     """
     if isinstance(boxes, BaseBoxes):
         return boxes.convert_to("hbox").tensor
@@ -53,15 +53,17 @@ def valuable_region(
 ) -> Tensor:
     r"""Valuable localization region (VLR) of one image; Zheng et al., CVPR 2022, arXiv 2102.12252, algorithm 1.
 
-    An anchor belongs to it when :math:`\gamma\,\alpha_{pos} \le \mathrm{DIoU} < \alpha_{pos}` for some box, where
-    :math:`\alpha_{pos}` is ATSS's threshold of that box: mean plus standard deviation of the IoU of the ``topk`` anchors
-    nearest to its centre on each level. Positives may belong to it too, as in the authors' code.
+    An anchor belongs to the region if :math:`\gamma\,\alpha_{pos} \le \mathrm{DIoU} < \alpha_{pos}` for some box, where
+    :math:`\alpha_{pos}` is ATSS's threshold for that box: mean plus standard deviation of the IoU of the ``topk`` anchors
+    nearest to its centre on each level. Positives may belong to the region too, as in the authors' code.
 
     Args:
         anchors: ``(N, 4)`` as x1, y1, x2, y2 in pixels, level by level.
-        num_per_level: how many of the N each level has.
-        boxes: ``(G, 4)`` ground truth, the same units.
-        variant: ``"paper"`` takes the true DIoU; ``"code"`` divides the overlap by the *anchor's* area, as the authors' code
+        num_per_level: the number of anchors of each level.
+        boxes: ``(G, 4)`` ground truth, in the same format.
+        gamma: the lower threshold as a fraction of the upper one.
+        topk: the number of nearest anchors on each level.
+        variant: ``"paper"`` uses the true DIoU; ``"code"`` divides the overlap by the *anchor's* area, as the authors' code
             does in its ``diou`` mode.
 
     Returns:
@@ -72,7 +74,7 @@ def valuable_region(
     iou, diou = _iou_and_diou(anchors, boxes, by_anchor=variant == "code")
     centres = (anchors[:, :2] + anchors[:, 2:]) / 2
     box_centres = (boxes[:, :2] + boxes[:, 2:]) / 2
-    # Not by matrix multiplication: it is off by a third of a pixel at a thousand, and another anchor comes in.
+    # By matrix multiplication, the error at a thousand pixels is a third of a pixel, which lets another anchor in.
     distance = torch.cdist(centres, box_centres, compute_mode="donot_use_mm_for_euclid_dist")
     candidates, start = [], 0
     for count in num_per_level:

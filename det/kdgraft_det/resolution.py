@@ -1,8 +1,8 @@
-"""Ground truth at the student's resolution, where the pipeline delivers the teacher's."""
+"""Ground truth at the student's resolution, made from samples at the teacher's."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from kdgraft_mm.resolution import Resolution, Size, nearest_positions
 
 
 def same_resolution(wiring: Wiring, term: str) -> None:
-    """Raises a :class:`WiringError` where student and teacher see images of different sizes."""
+    """Raise a :class:`WiringError` if student and teacher see images of different sizes."""
     scale = wiring.teacher_recording.scale
     if scale != 1:
         raise WiringError(
@@ -28,12 +28,13 @@ def same_resolution(wiring: Wiring, term: str) -> None:
 
 
 def reduced_sample(sample: DetDataSample, resolution: Resolution, padded: Size, preprocessor: Any) -> DetDataSample:
-    """A new sample: boxes, masks and sizes divided by the scale; the given one stays as it is.
+    """Return a new sample with boxes, masks and sizes divided by the scale; the given sample stays unchanged.
 
     Args:
-        sample: as the host's ``data_preprocessor`` leaves it, at the teacher's resolution.
+        sample: a sample after the host's ``data_preprocessor``, at the teacher's resolution.
+        resolution: the relation between the two resolutions.
         padded: (height, width) of the student's padded batch.
-        preprocessor: the student's ``data_preprocessor``, which says what masks are padded to and with what.
+        preprocessor: the student's ``data_preprocessor``, which defines the padding of masks.
     """
     scale = float(resolution.scale)
     image = sample.metainfo["img_shape"][:2]
@@ -45,27 +46,22 @@ def reduced_sample(sample: DetDataSample, resolution: Resolution, padded: Size, 
     small.set_metainfo(meta)
     for key, value in sample.items():
         if isinstance(value, InstanceData):
-            setattr(small, key, _instances(value, resolution, image, _Padding.of_masks(preprocessor, padded)))
+            setattr(small, key, _instances(value, resolution, image, _padding(preprocessor, "mask", 0, padded)))
         elif isinstance(value, PixelData):
-            setattr(small, key, _pixels(value, resolution, image, _Padding.of_pixels(preprocessor, padded)))
+            setattr(small, key, _pixels(value, resolution, image, _padding(preprocessor, "seg", 255, padded)))
     return small
 
 
-class _Padding:
-    """The size that labels of pixels are padded to, ``None`` for the image's own, and their value there."""
+class _Padding(NamedTuple):
+    """The padded size of masks or labels, ``None`` if they are not padded, and the value of the padding."""
 
-    def __init__(self, size: Size | None, value: int) -> None:
-        self.size, self.value = size, value
+    size: Size | None
+    value: int
 
-    @classmethod
-    def of_masks(cls, preprocessor: Any, padded: Size) -> _Padding:
-        padding = padded if getattr(preprocessor, "pad_mask", False) else None
-        return cls(padding, int(getattr(preprocessor, "mask_pad_value", 0)))
 
-    @classmethod
-    def of_pixels(cls, preprocessor: Any, padded: Size) -> _Padding:
-        padding = padded if getattr(preprocessor, "pad_seg", False) else None
-        return cls(padding, int(getattr(preprocessor, "seg_pad_value", 255)))
+def _padding(preprocessor: Any, kind: str, value: int, padded: Size) -> _Padding:
+    size = padded if getattr(preprocessor, f"pad_{kind}", False) else None
+    return _Padding(size, int(getattr(preprocessor, f"{kind}_pad_value", value)))
 
 
 def _instances(found: InstanceData, resolution: Resolution, image: Size, padding: _Padding) -> InstanceData:
@@ -77,7 +73,7 @@ def _instances(found: InstanceData, resolution: Resolution, image: Size, padding
             small.bboxes = boxes.clone()
             small.bboxes.rescale_((1 / scale, 1 / scale))
         else:
-            angle = 4 if boxes.shape[-1] == 5 else boxes.shape[-1]  # of rotated boxes, the same at every size
+            angle = 4 if boxes.shape[-1] == 5 else boxes.shape[-1]  # the angle of a rotated box does not change
             small.bboxes = torch.cat([boxes[:, :angle] / scale, boxes[:, angle:]], 1)
     if "masks" in found:
         small.masks = reduced_masks(found.masks, resolution, image, padding)
@@ -87,7 +83,7 @@ def _instances(found: InstanceData, resolution: Resolution, image: Size, padding
 def reduced_masks(
     masks: BitmapMasks | PolygonMasks, resolution: Resolution, image: Size, padding: _Padding
 ) -> BitmapMasks | PolygonMasks:
-    """Masks of an image of (height, width) ``image``: each pixel takes the one at its centre, polygons are divided."""
+    """Reduce the masks of an image of (height, width) ``image``: bitmaps by their nearest pixels, polygons by division."""
     size = resolution.reduced(image)
     if isinstance(masks, PolygonMasks):
         scale = float(resolution.scale)

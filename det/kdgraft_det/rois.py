@@ -1,4 +1,4 @@
-"""Heads on regions of interest: the teacher's run on the student's proposals, after the student has drawn them."""
+"""RoI heads: the teacher's head runs on the student's proposals, after the student has sampled them."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ _MASKS_DRAWN = Tap.parse(f"{ROI_HEAD}._mask_forward():inputs")
 
 
 def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch) -> None:
-    """The teacher's RoI head on its own pyramid and the student's regions, stage by stage.
+    """Run the teacher's RoI head on its own pyramid and on the student's regions, stage by stage.
 
     Raises:
-        WiringError: the two RoI heads are not called alike.
+        WiringError: the two RoI heads take different arguments.
     """
     scale = recorded.scale
     head, pyramid = teacher.roi_head, recorded[_FEATURES]
     runs = [(_BOXES_DRAWN, head._bbox_forward)]
     if head.with_mask and not getattr(
         head, "share_roi_extractor", False
-    ):  # of a shared one the host hands on features, not regions
+    ):  # a shared one is given features, not regions
         runs.append((_MASKS_DRAWN, head._mask_forward))
     for tap, run in runs:
-        # Without objects no mask is predicted, and a detector of boxes predicts none at all.
+        # A student without masks, or in a step without objects, predicts no masks.
         drawn = student[tap] if student.calls(tap) else []
         for arguments in drawn if isinstance(drawn, list) else [drawn]:
             _same_call(run, head, arguments)
@@ -60,7 +60,7 @@ def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch)
 
 
 def _same_call(run: Callable[..., Any], head: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises a :class:`WiringError` unless the teacher's head takes the student's call, and nothing else of the student's."""
+    """Raise a :class:`WiringError` unless the teacher's head can repeat the student's call on its own features."""
     takes, known = list(inspect.signature(run).parameters), {"x", "rois", "stage"}
     more = [name for name, value in arguments.items() if name not in known and value is not None]
     if set(arguments) - set(takes) or ("stage" in takes) != ("stage" in arguments):
@@ -76,11 +76,11 @@ def _same_call(run: Callable[..., Any], head: Any, arguments: Mapping[str, Any])
 
 
 REPLAY = Replay(ROI_HEAD, (_BOXES_DRAWN, _MASKS_DRAWN), (_FEATURES,), _replay)
-"""What of a two-stage teacher runs on the student's proposals: its whole RoI head, boxes and masks."""
+"""The part of a two-stage teacher that runs on the student's proposals: its whole RoI head, boxes and masks."""
 
 
 def check_masks(roi_head: Any, distiller: Engine) -> None:
-    """Raises a :class:`WiringError` where a teacher's mask head would have to run on what the student does not draw for it."""
+    """Raise a :class:`WiringError` if a term taps the teacher's mask head, and the student draws no regions for it."""
     taps = [tap for term in distiller.all_terms for tap in term.teacher_taps if tap.below(f"{ROI_HEAD}.mask_head")]
     if taps and getattr(roi_head, "share_roi_extractor", False):
         raise WiringError(
@@ -90,7 +90,7 @@ def check_masks(roi_head: Any, distiller: Engine) -> None:
 
 
 def check_samplers(roi_head: Any) -> None:
-    """Raises a :class:`WiringError` where a student's sampler runs the RoI head itself, to find hard proposals."""
+    """Raise a :class:`WiringError` for a student whose sampler runs the RoI head itself, to find hard proposals."""
     samplers = getattr(roi_head, "bbox_sampler", None)
     for sampler in samplers if isinstance(samplers, (list, tuple)) else [samplers]:
         for part in (sampler, getattr(sampler, "pos_sampler", None), getattr(sampler, "neg_sampler", None)):
@@ -102,7 +102,7 @@ def check_samplers(roi_head: Any) -> None:
 
 
 class RoIHeads(Heads):
-    """Two RoI heads on the student's sampled proposals; a cascade's stages weigh alike."""
+    """Two RoI heads on the student's sampled proposals. The stages of a cascade have equal weights."""
 
     softmax = True
 
@@ -124,6 +124,7 @@ class RoIHeads(Heads):
         self.host_losses = tuple(f"s{i}.loss_cls" for i in range(len(stages))) if cascade else ("loss_cls",)
 
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
+        """Return the class logits ``(K, C + 1)`` of both heads at the K sampled proposals of each stage."""
         found = []
         for stage in range(len(self.outputs)):
             logits = _seen(student, self.outputs, stage)[0]
@@ -137,6 +138,7 @@ class RoIHeads(Heads):
         return found
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the deltas ``(K, 4)`` of both heads and the true ones at the K positive proposals of each stage."""
         found = []
         for stage in range(len(self.outputs)):
             labels, _, targets, _ = _seen(student, self.targets, stage)
@@ -152,9 +154,11 @@ class RoIHeads(Heads):
         return found
 
     def check_classes(self, term: str) -> None:
+        """Raise a :class:`WiringError` unless both heads have equally many classes."""
         same_number_of_classes(self.heads[0][0].num_classes, self.heads[1][0].num_classes, term)
 
     def check_boxes(self, term: str) -> None:
+        """Raise a :class:`WiringError` unless both heads are trained on the deltas of the same box coder."""
         if self.boxes_by_class:
             self.check_classes(term)
         for ours, theirs in zip(*self.heads, strict=True):
@@ -166,13 +170,14 @@ class RoIHeads(Heads):
                 )
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
+        """Return the outputs of each stage."""
         place = 0 if kind == "classes" else 1
         recordings = wiring.student_recording, wiring.teacher_recording
         return [(*(recording[tap][place] for recording in recordings), tap, tap) for tap in self.outputs]
 
 
 def _seen(recording: Recording, taps: Sequence[Tap], stage: int) -> Sequence[Tensor]:
-    """What a stage gave; of a stage that the host left out (no proposals left), no rows of what the first one gave."""
+    """Return the outputs of a stage; for a stage that the host skipped (no proposals left) no rows of the first one's."""
     if recording.calls(taps[stage]):
         found: Sequence[Tensor] = recording[taps[stage]]
         return found
@@ -180,14 +185,14 @@ def _seen(recording: Recording, taps: Sequence[Tap], stage: int) -> Sequence[Ten
 
 
 class _Plain:
-    """What is needed of a box head, without its module."""
+    """The properties of a box head that pairs need, without its module."""
 
     def __init__(self, head: Any) -> None:
         self.num_classes, self.bbox_coder = head.num_classes, head.bbox_coder
         self.agnostic, self.decoded_targets = head.reg_class_agnostic, head.reg_decoded_bbox
 
     def boxes(self, predicted: Tensor, rows: Tensor, labels: Tensor, order: Tensor | None) -> Tensor:
-        """What the coder decodes ``(K, 4)``, of the true class where there is one for each class."""
+        """Return the deltas ``(K, 4)`` of chosen rows, those of the true class if the head predicts a box for each class."""
         if self.agnostic:
             return predicted[rows]
         wanted = labels if order is None else order[labels]
@@ -195,7 +200,7 @@ class _Plain:
 
 
 def same_stages(student: nn.Module, teacher: nn.Module, term: str) -> None:
-    """Raises a :class:`WiringError` unless both RoI heads have as many stages."""
+    """Raise a :class:`WiringError` unless both RoI heads have equally many stages."""
     counts = [getattr(head, "num_stages", 1) for head in (student, teacher)]
     if counts[0] != counts[1]:
         raise WiringError(

@@ -1,1 +1,1 @@
-"""What the MMDetection and MMSegmentation plugins share because both hosts live on mmengine."""
+"""Code that the MMDetection and MMSegmentation plugins share because both hosts are built on mmengine."""

@@ -1,4 +1,4 @@
-"""Checkpoints of mmengine: what is harmless in them, and exporting the plain student."""
+"""Checkpoints of mmengine: the types that are safe to load, and the export of the plain student."""
 
 from __future__ import annotations
 
@@ -18,31 +18,26 @@ from .state import KEY
 
 
 def _numpy_types() -> list[Any]:
-    makers = [
-        value.__reduce__()[0] for value in (np.zeros(0), np.float64(0))
-    ]  # what pickle calls for an array, a scalar
-    dtypes = {
-        type(np.dtype(kind))
-        for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "S", "U")
-    }
-    return [np.ndarray, np.dtype, *makers, *dtypes]
+    makers = [value.__reduce__()[0] for value in (np.zeros(0), np.float64(0))]  # pickle calls them to make the values
+    kinds = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?", "S", "U")
+    return [np.ndarray, np.dtype, *makers, *{type(np.dtype(kind)) for kind in kinds}]
 
 
 class _History(HistoryBuffer):
-    """Becomes a log history that a file holds, without the methods that the file has for it."""
+    """A log history read from a file, without the methods that the file names for it."""
 
     def __setstate__(self, state: Any) -> None:
         state.pop("statistics_methods", None)
         super().__init__()
         self.__dict__.update(state)
-        self.__class__ = HistoryBuffer  # what saves it again writes mmengine's own class
+        self.__class__ = HistoryBuffer  # so that saving it again writes mmengine's own class
 
 
 def _no_attribute(*_: Any) -> None:
-    """Stands for ``getattr``, by which a pickled history names its statistics methods; allowing the real one would be no safety."""
+    """Replace ``getattr``, which a pickled history calls to find its statistics methods and which would not be safe to allow."""
 
 
-# What mmengine's own checkpoints contain beside tensors: log histories, which are numpy arrays with a little around them.
+# Besides tensors, mmengine's own checkpoints contain log histories, which are numpy arrays in a small wrapper.
 SAFE_TYPES: tuple[Any, ...] = (
     (_History, "mmengine.logging.history_buffer.HistoryBuffer"),
     (_no_attribute, "builtins.getattr"),
@@ -53,23 +48,22 @@ SAFE_TYPES: tuple[Any, ...] = (
 def export_student(
     checkpoint: str | Path, out: str | Path, *, peer: str | None = None, trusted: bool = False, force: bool = False
 ) -> tuple[Path, Path]:
-    """Writes the plain student, or a peer: weights, with the plain config in ``meta``, and that config beside them as ``.py``.
+    """Write the plain student, or a peer: weights with the plain config in ``meta``, and that config beside them as ``.py``.
 
-    From a checkpoint of an EMA run these are the student's averaged weights, as mmengine stores them; a peer is not averaged.
+    The checkpoint of an EMA run yields the student's averaged weights, as mmengine stores them; a peer is not averaged.
 
     Args:
-        checkpoint: one of a distilled run.
-        out: where to write, ``student.pth``.
+        checkpoint: a checkpoint of a distilled run.
+        out: the file to write, such as ``student.pth``.
         peer: the name of the peer to write instead of the student.
-        trusted: read a checkpoint that holds arbitrary pickled objects, or a config that is more than literals or that
-            is a file.
-        force: overwrite files that are there.
+        trusted: read a checkpoint with arbitrary pickled objects, and a config that is a file or holds more than literals.
+        force: overwrite existing files.
 
     Returns:
-        The two files written: both, or in case of an error none.
+        The two files. In case of an error neither of them is written.
 
     Raises:
-        DistillError: the checkpoint cannot be read or holds no config or no such peer, or a file is there already.
+        DistillError: the checkpoint cannot be read or holds no config or no such peer, or a file exists already.
     """
     out = Path(out)
     if out.suffix == ".py" or out.is_dir() or out.resolve() == Path(checkpoint).expanduser().resolve():
@@ -102,7 +96,7 @@ def export_student(
 
 
 def _peer_weights(source: dict[str, Any], peer: str, name: str) -> dict[str, Any]:
-    """A peer's weights in a checkpoint's live state."""
+    """Return a peer's weights from a checkpoint's live state."""
     found: Any = source
     for key in ("message_hub", "runtime_info", KEY, "sources", peer, "model"):
         found = found.get(key) if isinstance(found, dict) else None

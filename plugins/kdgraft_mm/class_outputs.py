@@ -1,4 +1,4 @@
-"""Class outputs among what taps read: recognised by their number of channels, whatever the layer is called."""
+"""Class outputs among tapped tensors, recognised by their number of channels, whatever the name of the layer."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from kdgraft.terms import TapTerm, Term
 from kdgraft.wiring import Wiring
 
 Reads = Callable[[Any, Tap, Tensor], bool]
-"""Whether the channels of a tensor that a tap of a model reads stand for classes."""
+"""(model, tap, tensor) -> true where the channels of the tapped tensor stand for classes."""
 
 
 def pairs_classes(term: Term, wiring: Wiring, reads: Reads) -> bool:
-    """Whether a term on features is tapped at class outputs, whose order of classes it does not know."""
+    """Return true for a term on features that is tapped at class outputs and does not know the order of their classes."""
     if term.compares_classes or not isinstance(term, TapTerm):
         return False
     pairs = term.pairs(wiring.student_recording, wiring.teacher_recording)
@@ -24,11 +24,12 @@ def pairs_classes(term: Term, wiring: Wiring, reads: Reads) -> bool:
 
 
 def scores_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
-    """Whether a tapped tensor has as many channels as the class outputs of the head that it is read in.
+    """Return true where a tapped tensor has as many channels as the class outputs of the head around its tap.
 
     Args:
-        tap: of ``model``; only what a module or method returns can be an output.
-        tensor: what the tap read: ``(B, C, H, W)`` or ``(…, C)``.
+        model: the tapped model.
+        tap: a tap of ``model``; only a return value of a module or a method counts as an output.
+        tensor: the tapped tensor, ``(B, C, H, W)`` or ``(…, C)``.
     """
     head = head_of(model, tap)
     if tap.side != "output" or head is None or getattr(head, "class_agnostic", False):
@@ -37,11 +38,11 @@ def scores_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
 
 
 def head_of(model: Any, tap: Tap) -> Any:
-    """The innermost module around what is tapped that has a number of classes, or ``None``; the model itself does not count."""
+    """Return the innermost module around a tap, other than the model, that has a number of classes; ``None`` if none has."""
     parts = tap.path.split(".") if tap.path else []
     for end in range(len(parts), 0, -1):
         module = model.get_submodule(".".join(parts[:end]))
-        if isinstance(module, nn.ModuleList):  # the stages of a cascade are alike
+        if isinstance(module, nn.ModuleList):  # the stages of a cascade have the same classes
             module = next(iter(module), None)
         classes = getattr(module, "num_classes", None)
         if isinstance(classes, int) and classes > 0:
@@ -50,10 +51,10 @@ def head_of(model: Any, tap: Tap) -> Any:
 
 
 def _class_channels(head: Any) -> set[int]:
-    """Numbers of channels by which a head may say something of each class: once a position, or once for each of its priors."""
+    """Return the possible numbers of channels of a head's class outputs: for one prior, and for all priors of a position."""
     classes: int = head.num_classes
     if getattr(head, "out_channels", None) == 1:
-        return {1}  # one score tells two classes apart
+        return {1}  # one score separates two classes
     if getattr(head, "custom_cls_channels", False):
         widths = {head.loss_cls.get_cls_channels(classes)}
     elif hasattr(head, "num_attrib"):
@@ -61,7 +62,7 @@ def _class_channels(head: Any) -> set[int]:
     elif hasattr(head, "cls_out_channels"):
         widths = {head.cls_out_channels}
     else:
-        widths = {classes, classes + 1}  # a background may be scored as well
+        widths = {classes, classes + 1}  # the background may have a score as well
     if not getattr(head, "reg_class_agnostic", True):
         widths.add(getattr(head.bbox_coder, "encode_size", 4) * classes)
     priors = getattr(head, "num_base_priors", 1)

@@ -1,4 +1,4 @@
-"""Configs of mm projects: finding them, and turning a distilled one back into the plain student's."""
+"""Configs of mm projects: find and read them, and turn a distilled config back into the plain student's."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from mmengine.utils import is_installed
 from kdgraft.errors import DistillError, UnsafeCheckpoint, nearest
 
 PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
-"""What registers the models that configs name."""
+"""The type of a distilled model -> the package that registers it."""
 _OURS = ("student", "teacher", "teachers", "terms", "recipe", "inherit", "dry_run_size")
 
 
-# mmengine takes 'mmseg::…' to the distribution mmsegmentation; installed under the fork's name it would not be found, and the
-# module of the same name is.
+# mmengine looks up 'mmseg::…' in the distribution mmsegmentation. It does not find the fork, whose distribution has another
+# name, but it does find the module.
 if not is_installed(config_utils.MODULE2PACKAGE["mmseg"]):
     config_utils.MODULE2PACKAGE["mmseg"] = "mmseg"
 
 
 class MissingConfig(DistillError):
-    """A config file that is not there: an error when training starts, none of a model built for inference."""
+    """A config file is missing. This is an error when training starts, but not when a model is built for inference."""
 
 
 def load_config(source: Any, *, imports: bool = True) -> Config:
-    """A config from a path, ``"mmdet::gfl/gfl_r50_fpn_1x_coco.py"``, a dict or a :class:`Config`.
+    """Return the config of a source.
 
     Args:
-        source: see above.
-        imports: whether a file's ``custom_imports`` are imported.
+        source: a path, a name such as ``"mmdet::gfl/gfl_r50_fpn_1x_coco.py"``, a dict or a :class:`Config`.
+        imports: import the modules that a file lists in ``custom_imports``.
 
     Raises:
-        MissingConfig: no such file.
+        MissingConfig: the file does not exist.
     """
     if isinstance(source, Config):
         return source
@@ -47,10 +47,10 @@ def load_config(source: Any, *, imports: bool = True) -> Config:
 
 
 def config_file(source: str) -> Path:
-    """The file of a config named by its path or as ``"mmdet::…"``.
+    """Return the file of a config that is named by its path or as ``"mmdet::…"``.
 
     Raises:
-        MissingConfig: no such file.
+        MissingConfig: the file does not exist.
     """
     path = Path(_packaged(source) if "::" in source else source).expanduser()
     if not path.is_file():
@@ -67,10 +67,10 @@ def _packaged(name: str) -> str:
 
 
 def model_of(config: Config) -> ConfigDict:
-    """The ``model`` entry, with the top-level ``data_preprocessor`` in it as the Runner puts it there.
+    """Return the ``model`` entry, with the top-level ``data_preprocessor`` moved into it as the Runner does.
 
     Raises:
-        DistillError: the config has none.
+        DistillError: the config has no ``model``.
     """
     if not isinstance(config.get("model"), Mapping):
         raise DistillError(f"config {config.filename or ''} has no 'model' with a type and its settings")
@@ -81,18 +81,35 @@ def model_of(config: Config) -> ConfigDict:
 
 
 def type_name(model: Mapping[str, Any]) -> str:
-    """The bare name of a ``model`` entry's type: of ``"GFL"``, ``"mmdet.GFL"``, a dotted path, or the class itself."""
+    """Return the bare name of a ``model`` entry's type, given as ``"GFL"``, ``"mmdet.GFL"``, a dotted path or the class."""
     kind = model.get("type")
     return str(getattr(kind, "__name__", kind)).rpartition(".")[2]
 
 
 def is_distilled(model: Mapping[str, Any]) -> bool:
-    """Whether a ``model`` entry is one of this suite's, or of a plugin built like it."""
+    """Return true for a ``model`` entry of this suite, or of a plugin that is built like it."""
     return type_name(model).startswith("Distilled") and "student" in model
 
 
+def scope_of(config: Config) -> str:
+    """Return the registry scope of the host that trains a config.
+
+    It is the config's ``default_scope``. In the scope of a project on top of a host it follows from the model's type, and is
+    MMDetection's unless that says otherwise.
+    """
+    if config.get("default_scope") in ("mmdet", "mmseg"):
+        return str(config.default_scope)
+    return "mmseg" if type_name(config.get("model") or {}) == "DistilledSegmentor" else "mmdet"
+
+
+def imported_names(config: Config) -> list[str]:
+    """Return the modules that a config lists in ``custom_imports``."""
+    names = (config.get("custom_imports") or {}).get("imports", [])
+    return [names] if isinstance(names, str) else list(names)
+
+
 def plain_model(model: ConfigDict) -> ConfigDict:
-    """The student's own ``model`` entry: the same one when it is not a distilled model."""
+    """Return the student's own ``model`` entry, or the entry itself when it is not a distilled model."""
     if not is_distilled(model):
         return model
     rest = {key: value for key, value in model.items() if key not in (*_OURS, "type")}
@@ -100,10 +117,10 @@ def plain_model(model: ConfigDict) -> ConfigDict:
 
 
 def student_config(student: Any, rest: Mapping[str, Any]) -> ConfigDict:
-    """The student's model from ``student=`` (a type, or a whole model) and the entries beside it.
+    """Return the student's ``model`` entry from ``student=`` (a type or a whole model) and the entries beside it.
 
     Raises:
-        DistillError: ``student`` is a whole model and entries stand beside it as well.
+        DistillError: ``student`` is a whole model, and there are entries beside it as well.
     """
     if not isinstance(student, Mapping):
         return ConfigDict(type=student, **rest)
@@ -120,33 +137,29 @@ def student_config(student: Any, rest: Mapping[str, Any]) -> ConfigDict:
 
 
 def plain_config(config: Config) -> Config:
-    """The config of the undistilled student, free of this suite."""
+    """Return the config of the plain student, which does not mention this suite."""
     plain = Config(config.to_dict())
     plain.model = plain_model(plain.model)
-    imports = plain.get("custom_imports")
-    if imports:
-        names = imports.get("imports", [])
-        names = [names] if isinstance(names, str) else names
-        kept = [name for name in names if name.partition(".")[0] not in PLUGINS.values()]
-        if kept:
-            plain.custom_imports = {**imports, "imports": kept}
-        else:
-            plain.pop("custom_imports")
+    kept = [name for name in imported_names(plain) if name.partition(".")[0] not in PLUGINS.values()]
+    if kept:
+        plain.custom_imports = {**plain.custom_imports, "imports": kept}
+    elif plain.get("custom_imports"):
+        plain.pop("custom_imports")
     return plain
 
 
 def peer_config(config: Config, peer: str, source: str, *, files: bool = False) -> Config:
-    """The plain config of a distilled run in which a peer stands in the student's place.
+    """Return the plain config of a distilled run, with a peer in the student's place.
 
     Args:
-        config: of the run.
+        config: the config of the run.
         peer: the peer's name among the run's teachers.
-        source: what the config comes from, for messages.
-        files: also read a peer's config that is a file, which executes it.
+        source: the origin of the config, for messages.
+        files: also read, and thereby execute, a peer's config that is a file.
 
     Raises:
         DistillError: the run has no such peer.
-        UnsafeCheckpoint: its config is a file, and ``files`` is false.
+        UnsafeCheckpoint: the peer's config is a file, and ``files`` is false.
     """
     model = config.get("model") or {}
     given = dict(model.get("teachers") or {"teacher": model.get("teacher")}) if is_distilled(model) else {}
@@ -164,10 +177,10 @@ def peer_config(config: Config, peer: str, source: str, *, files: bool = False) 
 
 
 class _Literals(ast.NodeTransformer):
-    """Turns the two spellings of mmengine's config texts that are no literals into ones."""
+    """Replaces the two notations in mmengine's config texts that are not literals by literals."""
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        """``dict(a=1)`` and ``dict({'a': 1})``."""
+        """Replace ``dict(a=1)`` and ``dict({'a': 1})`` by dict literals."""
         self.generic_visit(node)
         entries, named = [arg for arg in node.args if isinstance(arg, ast.Dict)], [k.arg for k in node.keywords]
         if not isinstance(node.func, ast.Name) or node.func.id != "dict" or entries != node.args or None in named:
@@ -176,21 +189,21 @@ class _Literals(ast.NodeTransformer):
         return ast.Dict(keys, [*(v for entry in entries for v in entry.values), *(k.value for k in node.keywords)])
 
     def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
-        """A class by its path, as mmengine writes ``type=`` of a config that held the class: its path as text."""
+        """Replace the dotted path of a class, which mmengine writes for ``type=`` where a config holds the class, by its text."""
         path = ast.unparse(node)
         return ast.Constant(path) if all(part.isidentifier() for part in path.split(".")) else node
 
 
 def literal_config(text: str, source: str) -> Config:
-    """The config that a checkpoint carries as text, read without running or importing anything.
+    """Read the config that a checkpoint carries as text, without executing or importing anything.
 
     Args:
         text: assignments, as :attr:`mmengine.Config.pretty_text` writes them.
-        source: what it comes from, for the message.
+        source: the origin of the text, for the message.
 
     Raises:
-        UnsafeCheckpoint: anything in it but assignments of literals.
-        DistillError: it is no config.
+        UnsafeCheckpoint: the text holds more than assignments of literals.
+        DistillError: the text is not a config.
     """
     entries: dict[str, Any] = {}
     try:
@@ -215,12 +228,12 @@ def literal_config(text: str, source: str) -> Config:
 
 
 def executed_config(text: str, source: str) -> Config:
-    """The config in ``text``, run as the code that it is: only for what the user trusts.
+    """Read the config in ``text`` by executing it as code. Use this only for files that the user trusts.
 
     Raises:
-        DistillError: it does not run.
+        DistillError: the code raises an error.
     """
     try:
         return Config.fromstring(text, file_format=".py")
-    except Exception as error:  # whatever code can raise
+    except Exception as error:  # the code can raise anything
         raise DistillError(f"the config in {source} cannot be read: {type(error).__name__}: {error}") from error

@@ -1,4 +1,4 @@
-"""``kdgraft test``: the host's own evaluation of a checkpoint, as its ``tools/test.py`` does it."""
+"""``kdgraft test``: the host's own evaluation of a checkpoint, as in its ``tools/test.py``."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .run import config_mistakes, data_on_this_machine, make_runner, read_config
 
 
 def evaluate(path: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False) -> dict[str, float]:
-    """Evaluates a checkpoint of the plain or distilled student on the config's test set.
+    """Evaluate a checkpoint of the plain or distilled student on the config's test set.
 
     Args:
-        path: the plain or distilled config. Without a test set its validation set is used.
-        checkpoint: the file, of a training or of ``kdgraft export``; it has to fit the student.
+        path: the plain or distilled config. If it has no test set, its validation set is used.
+        checkpoint: a file of a training or of ``kdgraft export``. It has to fit the student.
         options: ``KEY=VALUE`` overrides.
-        trusted: read a checkpoint that holds arbitrary pickled objects.
+        trusted: read a checkpoint with arbitrary pickled objects.
 
     Returns:
         The metrics that the config's evaluator computes.
 
     Raises:
-        DistillError: a mistake in the config, a checkpoint that cannot be read or does not fit, or missing data.
+        DistillError: the config has a mistake, the checkpoint cannot be read or does not fit, or the data is missing.
     """
     config = plain_config(read_config(path, options))
     _choose_set(config, path)
@@ -44,13 +44,13 @@ def evaluate(path: str, checkpoint: str, options: Sequence[str] = (), *, trusted
             runner = make_runner(config)
         load_strictly(unwrapped(runner.model), weights, str(checkpoint), "student")
         with config_mistakes(path), data_on_this_machine(config, "the student was not evaluated", "test_dataloader"):
-            _ = runner.test_loop  # builds the data set and its evaluator
+            _ = runner.test_loop  # this builds the data set and its evaluator
         with torch.no_grad():
             return {name: float(value) for name, value in runner.test().items()}
 
 
 def _choose_set(config: Config, path: str) -> None:
-    """Has the validation set tested where there is no test set.
+    """Put the validation set in the place of the test set where the config has none.
 
     Raises:
         DistillError: the config has neither.

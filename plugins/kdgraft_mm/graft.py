@@ -1,7 +1,7 @@
-"""The graft: a built student gets a subclass of its own class, with the distiller as a child module.
+"""The graft: a built student becomes an instance of a subclass of its own class, with the distiller as a child module.
 
-As with torch's ``fully_shard``, the model stays an instance of the student's class. Everything that the host does to its own
-models (initialise, wrap, average, save, validate, infer) it does to the student; only ``loss`` in training is extended.
+As with torch's ``fully_shard``, the model stays an instance of the student's class. The host treats the student as any model of
+its own (it initialises, wraps, averages, saves, validates and infers); only ``loss`` does more, and only in training.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kdgraft.telling import announced
 
 from .class_outputs import pairs_classes
 from .configs import MissingConfig, student_config
-from .link import Link
+from .context import GraftContext
 from .log import tell_the_run
 from .resolution import Resolution
 from .sources import SourceView, build_sources, check_inheritance, check_scales, teacher_classes
@@ -49,16 +49,17 @@ class DryRunFailed(WiringError):
     """A model cannot run on the example of the dry run."""
 
 
-class Grafting(ABCMeta):
-    """Calling a graft class builds the student and returns *it*, grafted."""
+class GraftMeta(ABCMeta):
+    """Metaclass of grafts: calling a graft class builds the student and returns *the student*, grafted."""
 
     def __call__(cls, *args: Any, **settings: Any) -> Any:
+        """Build and return the grafted student."""
         return cls.build(*args, **settings)  # type: ignore[attr-defined]
 
 
 @cache
 def _graft_class(graft: Any, student: Any) -> Any:
-    return Grafting(f"Distilled{student.__name__}", (graft, student), {"__module__": graft.__module__})
+    return GraftMeta(f"Distilled{student.__name__}", (graft, student), {"__module__": graft.__module__})
 
 
 if TYPE_CHECKING:
@@ -67,17 +68,17 @@ else:
     _Host = object
 
 
-class Graft(_Host, metaclass=Grafting):
+class Graft(_Host, metaclass=GraftMeta):
     """Base of ``DistilledDetector`` and ``DistilledSegmentor``."""
 
-    # Underscored: on the built model they must not stand before the student's own submodules.
+    # The underscores keep these names from hiding the student's own submodules on the built model.
     _models: ClassVar[MMRegistry]
     _terms: ClassVar[Registry]
     _recipes: ClassVar[Registry]
     _reader: ClassVar[type[Reader]]
     _fields: ClassVar[frozenset[str]] = frozenset()
     _replay: ClassVar[Replay | None] = None
-    _scales: ClassVar[bool] = False  # whether the teacher may have its own resolution
+    _scales: ClassVar[bool] = False  # true where the teacher may have its own resolution
 
     distiller: Engine | None
 
@@ -93,31 +94,27 @@ class Graft(_Host, metaclass=Grafting):
         dry_run_size: int | None = None,
         **model: Any,
     ) -> Any:
-        """Builds the student as the host would and grafts the distiller on.
+        """Build the student as the host would, and graft the distiller onto it.
 
         Args:
-            student: the student's type, with the rest of its model beside (``**model``), or its whole model.
-            teacher: ``dict(config=…, checkpoint=…)``; see :func:`~kdgraft_mm.sources.build_teacher`. With ``scale=2.0`` the training pipeline delivers
-                the teacher's images, and the student is trained on the same view at half their size.
+            student: the student's type, with the rest of its model beside it (``**model``), or its whole model.
+            teacher: ``dict(config=…, checkpoint=…)``; see :func:`~kdgraft_mm.sources.build_teacher`. With ``scale=2.0`` the
+                training pipeline delivers the teacher's images, and the student is trained on the same view at half their size.
             teachers: several sources by name, instead of ``teacher``: each as there, or ``dict(type="Ensemble", members=["a",
                 "b"])``, ``dict(type="Peer", config=…)``, ``dict(type="Itself", momentum=0.999)``. A term listens to the one
-                that its ``source`` names, to ``"teacher"`` by default.
+                that its ``source`` names, by default to ``"teacher"``.
             terms: a list of terms.
-            recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings; its terms come before ``terms``.
-            inherit: modules whose weights the student takes over from the teacher before training, where the two are alike: a
-                path or a list of them, such as ``"bbox_head"`` (the inheriting strategy of FGD, arXiv 2111.11837).
+            recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings. Its terms come before ``terms``.
+            inherit: modules of equal shapes whose weights the student takes over from the teacher before training: a path or a
+                list of them, such as ``"bbox_head"`` (the inheriting strategy of FGD, arXiv 2111.11837).
             dry_run_size: side of the square input of the dry run, in pixels. By default 128, or 256 or 512 where a model cannot
-                run on so little (900 queries need as many positions).
+                run on so few pixels (900 queries need as many positions).
+            **model: the other entries of the student's model.
         """
         tell_the_run()
-        if dry_run_size is not None:
-            check_number(cls.__name__, "dry_run_size", dry_run_size, 1, whole=True)
         if student is None:
             raise DistillError(f"{cls.__name__} needs student=…: the type of the model beside it, or a whole model")
-        if not isinstance(terms, (list, tuple, type(None))):
-            raise DistillError(f"terms must be a list, got {terms!r}")
-        if not isinstance(inherit, (str, list, tuple)):
-            raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")
+        cls._check_settings(terms, inherit, dry_run_size)
         check_told(terms, recipe, teacher=teacher, teachers=teachers)
         paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
         grafted = cls._models.build(student_config(student, model))
@@ -127,37 +124,45 @@ class Graft(_Host, metaclass=Grafting):
             raise DistillError(
                 "inherit takes weights from the teacher of a distillation; give it terms or a recipe as well"
             )
-        engine, views, problem = None, {}, None
-        pairing: set[str] = set()
+        engine, context = None, GraftContext(HubLink(), {}, None, paths, set(), recipe)
         with isolated_rng():
             if specs:
                 try:
                     sources = build_sources(teacher, teachers, cls._models)
-                    views = {name: SourceView(grafted, source) for name, source in sources.items()}
+                    context.views = {name: SourceView(grafted, source) for name, source in sources.items()}
                     cls._check_student(grafted)
-                    engine, pairing = cls._engine(grafted, sources, specs, dry_run_size)
+                    engine, context.pairing = cls._engine(grafted, sources, specs, dry_run_size)
                     cls._check_wired(grafted, engine)
                     check_inheritance(grafted, sources, paths)
                 except MissingConfig as error:
-                    problem = error
+                    context.problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
-        # A plain attribute for what is no module; mmengine's modules take it as any object.
-        grafted.distill_link = Link(HubLink(), views, problem, paths, pairing, recipe)
+        grafted.distill_context = context  # no module, so that no state_dict contains it
         if engine is not None:
             hide_from_state_dict(engine)
         grafted.add_module("distiller", engine)
         return grafted
 
     @classmethod
+    def _check_settings(cls, terms: Any, inherit: Any, dry_run_size: Any) -> None:
+        """Raise a :class:`DistillError` for an argument of the wrong type."""
+        if dry_run_size is not None:
+            check_number(cls.__name__, "dry_run_size", dry_run_size, 1, whole=True)
+        if not isinstance(terms, (list, tuple, type(None))):
+            raise DistillError(f"terms must be a list, got {terms!r}")
+        if not isinstance(inherit, (str, list, tuple)):
+            raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")
+
+    @classmethod
     def expand(cls, recipe: Any) -> list[Any]:
-        """The terms of a recipe."""
+        """Return the terms of a recipe."""
         return expand_recipe(recipe, cls._recipes)
 
     @classmethod
     def _engine(
         cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int | None
     ) -> tuple[Engine, set[str]]:
-        """An engine wired by a dry run on the smallest of some sizes that the models can run on; see :meth:`_wired`."""
+        """Return an engine, wired by a dry run at the smallest size that the models can run on; see :meth:`_wired`."""
         *smaller, largest = DRY_RUN_SIZES if size is None else (size,)
         for side in smaller:
             with suppress(DryRunFailed):
@@ -166,10 +171,10 @@ class Graft(_Host, metaclass=Grafting):
 
     @classmethod
     def _wired(cls, student: Any, sources: dict[str, Source], specs: list[Any], size: int) -> tuple[Engine, set[str]]:
-        """An engine wired by a dry run on ``size`` × ``size`` pixels; of a source on ``scale`` times as many a side.
+        """Return an engine, wired by a dry run on ``size`` × ``size`` pixels, and ``scale`` times as many a side for sources.
 
         Returns:
-            The engine, and the names of the terms on features that are tapped at class outputs, whose order they do not know.
+            The engine, and the names of the terms on features that are tapped at class outputs and do not know their order.
         """
         engine = Engine(sources, specs, cls._terms, reader=cls._reader)
         channels = channels_of(student.data_preprocessor)
@@ -182,7 +187,7 @@ class Graft(_Host, metaclass=Grafting):
             side = example.shape[-1]
             try:
                 if all(tap.below("backbone") or tap.below("neck") for tap in taps):
-                    return model.extract_feat(example)  # untrained heads find a thousand objects to look at
+                    return model.extract_feat(example)  # untrained heads would process a thousand objects
                 return cls._raw_outputs(model, example, cls._example_samples(side))
             except (DistillError, torch.OutOfMemoryError):
                 raise
@@ -215,84 +220,84 @@ class Graft(_Host, metaclass=Grafting):
 
     @classmethod
     def _check_student(cls, student: Any) -> None:
-        """Raises a :class:`WiringError` for a student that cannot be distilled whatever the terms."""
+        """Raise a :class:`WiringError` for a student that no term can distil."""
 
     @classmethod
     def _check_wired(cls, student: Any, engine: Engine) -> None:
-        """Raises a :class:`WiringError` for terms that the student's own settings rule out."""
+        """Raise a :class:`WiringError` for terms that the student's own settings rule out."""
 
     @classmethod
     def _given(cls, student: Any) -> frozenset[str]:
-        """The fields of :class:`Batch` that a batch of this student fills."""
+        """Return the fields of :class:`Batch` that a batch of this student fills."""
         return cls._fields
 
     @classmethod
     def _example_samples(cls, size: int) -> Any:
-        """Data samples of the dry run's one image, with ground truth in it."""
+        """Return the data samples of the dry run's single image, with ground truth."""
         return None
 
     @classmethod
     def _raw_outputs(cls, model: Any, inputs: Tensor, samples: Any) -> Any:
-        """Runs a model as far as its heads' outputs, without losses and without post-processing."""
+        """Run a model up to its heads' outputs, without losses and without post-processing."""
         return model(inputs, samples, mode="tensor")
 
     @classmethod
     def _trains(cls, model: Any, example: Tensor) -> bool:
-        """Whether a model that cannot be run otherwise computes its losses."""
+        """Return true for a model that can compute its losses, although it cannot run otherwise."""
         try:
             model.loss(example, cls._example_samples(example.shape[-1]))
         except Exception:
             return False
         return True
 
-    # What the host calls.
+    # The host calls the following methods.
 
     def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
-        """The host's losses, and in training ``distill.<term>.loss`` beside them.
+        """Return the host's losses and, in training, ``distill.<term>.loss`` beside them.
 
-        Where the teacher has a resolution of its own, the batch is in training the teacher's, and the host's losses those of
-        the reduced one.
+        Where the teacher has its own resolution, a training batch has the teacher's resolution, and the host's losses are those
+        of the reduced batch.
         """
-        link = self.distill_link
+        context = self.distill_context
         delivered = inputs, data_samples
-        if self.training and link.resolution is not None:
-            inputs, data_samples = self._reduced(inputs, data_samples, link.resolution)
+        if self.training and context.resolution is not None:
+            inputs, data_samples = self._reduced(inputs, data_samples, context.resolution)
         if self.distiller is None or not self.training or not torch.is_grad_enabled():
             if self.training:
-                link.raise_problem()
+                context.raise_problem()
             return super().loss(inputs, data_samples)  # type: ignore[misc]
         engine = self.distiller
-        link.hub.sync(engine)
-        if not link.ready:
+        context.hub.sync(engine)
+        if not context.ready:
             self.start_distilling()
         reduced = inputs, data_samples
 
         def run(source: Source) -> Any:
-            view, samples = link.views[source.name](delivered, reduced)
+            view, samples = context.views[source.name](delivered, reduced)
             model: Any = source.model
             return model.loss(view, samples) if source.trains else self._raw_outputs(model, view, samples)
 
         def batch(model: Any) -> Batch:
             return self._batch(*reduced, model)
 
-        with engine.step(self, batch, link.hub.step(), run, inputs.device) as step:  # type: ignore[arg-type]
+        with engine.step(self, batch, context.hub.step(), run, inputs.device) as step:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
         losses.update(step.losses(losses))
-        link.figures = step.figures
+        context.figures = step.figures
         for name, own in step.outputs.items():
             step.share_out(own, name)
             losses.update({f"peer.{name}.{key}": value for key, value in own.items()})
         return losses
 
     def parse_losses(self, losses: Any) -> tuple[Tensor, dict[str, Any]]:
-        """The host's sum of the losses, and what it logs: ``distill.<term>.raw`` and ``.weight`` too."""
+        """Return the host's sum of the losses, and its log with ``distill.<term>.raw`` and ``.weight`` in addition."""
         total, logged = super().parse_losses(losses)
-        logged.update(self.distill_link.take_figures())
+        logged.update(self.distill_context.take_figures())
         return total, logged
 
     def init_weights(self) -> None:
-        """The student's own initialisation, then what it inherits. Called when training starts: loads the teacher."""
-        self.distill_link.raise_problem()
+        """Load the teacher, initialise the student as the host does, and copy the modules that it inherits."""
+        self.distill_context.raise_problem()
         if self.distiller is not None:
             self.distiller.load()
         with self._without_distiller():
@@ -301,26 +306,26 @@ class Graft(_Host, metaclass=Grafting):
             with isolated_rng():
                 for peer in self.distiller.peers.values():
                     peer.init_weights()  # type: ignore[operator]
-            for path in self.distill_link.inherit:
+            for path in self.distill_context.inherit:
                 theirs = self.distiller.teacher.model.get_submodule(path).state_dict()
                 self.get_submodule(path).load_state_dict(theirs)  # type: ignore[attr-defined]
 
     def start_distilling(self, classes: Any = None) -> None:
-        """What needs the teacher's weights or the training set, before the first step: loads it, compares class names.
+        """Load the teacher and compare class names. This happens before the first step, as it needs weights and training set.
 
         Args:
-            classes: the student's class names; those of the Runner's training set by default.
+            classes: the student's class names; by default those of the Runner's training set.
 
         Raises:
-            DistillError: the teacher's file is missing or does not fit, or its classes are others.
+            DistillError: the teacher's file is missing or does not fit, or the teacher has other classes.
         """
-        link = self.distill_link
-        link.raise_problem()
+        context = self.distill_context
+        context.raise_problem()
         if self.distiller is None:
             return
         self.distiller.load()
         terms = self.distiller.all_terms
-        still = [term.name for term in terms if term.schedule.by_epoch and link.hub.info("max_epochs") == 1]
+        still = [term.name for term in terms if term.schedule.by_epoch and context.hub.info("max_epochs") == 1]
         if still:
             raise DistillError(
                 f"{', '.join(still)}: a schedule by='epoch' never moves in a run of one epoch, which is what "
@@ -329,34 +334,34 @@ class Graft(_Host, metaclass=Grafting):
         for source in self.distiller.sources.values():
             if isinstance(source, Teacher):
                 self._compare_classes(source, classes)
-        link.ready = True
-        print_log(announced(self.distiller, self, link.recipe), "current")
+        context.ready = True
+        print_log(announced(self.distiller, self, context.recipe), "current")
 
     def _compare_classes(self, teacher: Teacher, classes: Any) -> None:
-        """Finds out how a teacher's classes come into the student's order; refuses what takes them as they are."""
-        link, engine = self.distill_link, self.distiller
+        """Find the permutation of a teacher's classes into the student's order; refuse terms that cannot apply it."""
+        context, engine = self.distill_context, self.distiller
         assert engine is not None
         terms = [term for term in engine.all_terms if teacher.name in engine.members(term.source)]
-        paired = [term.name for term in terms if term.name in link.pairing]
-        if not (link.inherit or paired or any(term.compares_classes for term in terms)):
+        paired = [term.name for term in terms if term.name in context.pairing]
+        if not (context.inherit or paired or any(term.compares_classes for term in terms)):
             return
-        meta = link.hub.info("dataset_meta") or {}
+        meta = context.hub.info("dataset_meta") or {}
         teacher.class_order = class_order(classes or meta.get("classes"), teacher_classes(teacher))
-        if link.inherit and teacher.class_order is not None:
+        if context.inherit and teacher.class_order is not None:
             raise DistillError(
                 "inherit takes over the teacher's outputs as they are, and its classes stand in another order than the "
                 "student's; leave inherit out, or bring the data set's classes into the teacher's order"
             )
         if paired and teacher.class_order is not None:
             raise WiringError(
-                f"{', '.join(paired)}: tapped at class outputs, whose channels are compared one by one, and the "
-                "teacher's classes stand in another order than the student's; use SoftTargets there (of a segmentor "
-                "SoftTargets), or bring the data set's classes into the teacher's order"
+                f"{', '.join(paired)}: tapped at class outputs, whose channels are compared one by one, and the teacher's classes "
+                "stand in another order than the student's; use SoftTargets there, or bring the data set's classes into the "
+                "teacher's order"
             )
 
     @staticmethod
     def _reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
-        """Whether the channels of what a tap reads stand for classes."""
+        """Return true where the channels of a tapped tensor stand for classes."""
         return False
 
     @contextmanager
@@ -368,16 +373,16 @@ class Graft(_Host, metaclass=Grafting):
             self.distiller = distiller
 
     def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
-        """What terms may know of the batch of a model, the student by default; each task adds its own."""
+        """Return the data that terms may use of a batch of a model, by default the student; each task adds its own."""
         height, width = inputs.shape[-2:]
         return Batch(padded_size=(height, width), image_sizes=image_sizes(data_samples))
 
     def _reduced(self, inputs: Tensor, data_samples: Any, resolution: Resolution) -> tuple[Tensor, Any]:
-        """The student's batch from the teacher's; nothing of the latter is changed."""
+        """Return the student's batch, made from the teacher's, which stays unchanged."""
         raise NotImplementedError
 
 
 def _where(error: Exception) -> str:
-    """The line that raised, of an error that says nothing."""
+    """Describe the line that raised an error, for errors without a message."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return f"{last.line} in {last.name}, {last.filename}"

@@ -8,16 +8,17 @@ from mmengine.logging import MMLogger
 
 
 class RunLog(logging.Handler):
-    """Hands records on to whatever the Runner that was made last writes to: the console and its log file."""
+    """Passes records on to the handlers of the latest Runner: the console and its log file."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Pass one record on to the handlers whose level admits it."""
         for handler in MMLogger.get_current_instance().handlers:
             if record.levelno >= handler.level:
                 handler.handle(record)
 
 
 def tell_the_run() -> None:
-    """Has the suite's warnings written as mmengine's own are."""
+    """Send the suite's warnings to the handlers that write mmengine's own messages."""
     logger = logging.getLogger("kdgraft")
     if not any(isinstance(handler, RunLog) for handler in logger.handlers):
         logger.addHandler(RunLog())

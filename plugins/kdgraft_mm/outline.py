@@ -1,4 +1,4 @@
-"""What can be said of a distilled config before anything is imported, built or read: its names, its taps and its files."""
+"""Checks of a distilled config before anything is imported, built or read: its names, its taps and its files."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from kdgraft.registry import RECIPES, TERMS, Registry, expand_recipe
 from kdgraft.taps import Tap
 from kdgraft.terms import build_terms
 
-from .configs import config_file
+from .configs import config_file, imported_names
 
 Kind = Literal["TERMS", "RECIPES"]
 _CORE = {"TERMS": TERMS, "RECIPES": RECIPES}
 
 
 def refuse(mistakes: Sequence[str]) -> None:
-    """Raises all mistakes as one :class:`DistillError`; does nothing where there are none."""
+    """Raise one :class:`DistillError` that lists all mistakes, if there are any."""
     if len(mistakes) == 1:
         raise DistillError(mistakes[0])
     if mistakes:
@@ -35,14 +35,14 @@ def refuse(mistakes: Sequence[str]) -> None:
 
 
 def check_outline(config: Config, plugin: str) -> None:
-    """Checks names, the notation of taps and files, without an import.
+    """Check names, the notation of taps, and files, without importing anything.
 
     Args:
-        config: a config whose ``model`` is this suite's.
+        config: a config whose ``model`` is one of this suite's.
         plugin: the package that registers its terms and recipes, such as ``"kdgraft_det"``.
 
     Raises:
-        DistillError: all mistakes at once.
+        DistillError: the config has mistakes; the message lists all of them.
     """
     model = config.model
     mistakes: list[str] = []
@@ -59,10 +59,10 @@ def check_outline(config: Config, plugin: str) -> None:
 
 
 def check_terms(model: Mapping[str, Any], terms: Registry, recipes: Registry, reader: type[Reader]) -> None:
-    """Builds every term once, to find what is wrong with its arguments before any model is built.
+    """Build every term once, to find mistakes in its arguments before any model is built.
 
     Raises:
-        DistillError: all mistakes at once.
+        DistillError: there are mistakes; the message lists all of them.
     """
     mistakes: list[str] = []
     given = model.get("terms")
@@ -81,18 +81,17 @@ def check_terms(model: Mapping[str, Any], terms: Registry, recipes: Registry, re
 
 
 def missing_data(config: Config, loaders: Sequence[str] = ("train_dataloader", "val_dataloader")) -> list[str]:
-    """The files and folders of the data sets (by default of training and validation) that are not on this machine."""
+    """Return the files and folders of the data sets (by default of training and validation) that do not exist."""
     found = [f"{loader}: {path}" for loader in loaders for path in _data_files(config.get(loader)) if not path.exists()]
     return list(dict.fromkeys(found))
 
 
 def _known(config: Config, plugin: str, kind: Kind) -> list[str] | None:
-    """Names that a config may use; ``None`` where only an import tells."""
+    """Return the names that a config may use, or ``None`` where only an import would tell them."""
     module = sys.modules.get(plugin)
     if module is not None:
         return list(getattr(module, kind))
-    imports = (config.get("custom_imports") or {}).get("imports", ())
-    if {imports} - {plugin} if isinstance(imports, str) else set(imports) - {plugin}:
+    if set(imported_names(config)) - {plugin}:
         return None  # another module may register names
     group = f"kdgraft.{plugin.removeprefix('kdgraft_')}.{kind.lower()}"
     points = (point.name for point in entry_points(group=group))
@@ -133,12 +132,12 @@ def _of_files(config: Config) -> Iterator[str]:
 
 
 def _is_missing(path: Any) -> bool:
-    """Whether it is the path of a file that is not here; addresses and other schemes are the host's to find."""
+    """Return true for the path of a file that does not exist; the host looks up addresses and other schemes."""
     return isinstance(path, str) and path != "" and "://" not in path and not Path(path).expanduser().is_file()
 
 
 def _data_files(entry: Any) -> Iterator[Path]:
-    """What a data set's config names as its annotations and folders, also inside those that wrap others."""
+    """Yield the annotation files and folders that a data set's config names, also inside data sets that wrap others."""
     if isinstance(entry, (list, tuple)):
         for item in entry:
             yield from _data_files(item)
@@ -148,7 +147,7 @@ def _data_files(entry: Any) -> Iterator[Path]:
     prefixes = entry.get("data_prefix")
     for name in (entry.get("ann_file"), *(prefixes.values() if isinstance(prefixes, Mapping) else ())):
         if isinstance(name, str) and name and "://" not in name:
-            with suppress(TypeError):  # a root that is no path is the host's to refuse
+            with suppress(TypeError):  # the host refuses a root that is not a path
                 yield Path(root) / name
     for value in entry.values():
         yield from _data_files(value)

@@ -1,8 +1,8 @@
-"""A teacher at its own input resolution: the pipeline delivers its images, the student gets the same view reduced.
+"""A teacher at its own input resolution: the pipeline delivers its images, and the student gets the same view reduced.
 
 Chen et al., NeurIPS 2017, section 4.3 (a teacher of 688 pixels for a student of 344); FunMatch, arXiv 2106.05237. Both models
-see one view: every image's content is reduced by exactly the same factor, and the two padded inputs correspond exactly, so that
-boxes and feature maps of one are those of the other times the scale.
+see one view: the content of every image is reduced by exactly the same factor, and the two padded inputs correspond exactly.
+The teacher's boxes and feature maps are therefore the student's times the scale.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _LARGEST = 16
 
 
 def teacher_scale(spec: Any) -> Fraction:
-    """The scale that ``teacher=dict(…, scale=…)`` asks for, as a ratio of small whole numbers; 1 by default.
+    """Return the scale of ``teacher=dict(…, scale=…)`` as a ratio of small whole numbers; 1 by default.
 
-    Both inputs are padded to multiples of a divisor, and correspond exactly only where the scale is such a ratio: the larger its
-    denominator, the more padding. Within a thousandth the nearest one is taken, so that 1.333 is 4/3.
+    Both inputs are padded to multiples of a divisor and correspond exactly only if the scale is such a ratio. A larger
+    denominator needs more padding. The scale is rounded to the nearest ratio within a thousandth, so that 1.333 is 4/3.
 
     Raises:
-        DistillError: no number from 1 to 16, or no ratio with a denominator up to 16.
+        DistillError: the scale is not a number from 1 to 16, or not a ratio with a denominator up to 16.
     """
     value = spec.get("scale", 1) if isinstance(spec, Mapping) else 1
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= _LARGEST:
@@ -48,12 +48,12 @@ def teacher_scale(spec: Any) -> Fraction:
 
 @dataclass(frozen=True)
 class Resolution:
-    """How the student's input follows from the teacher's.
+    """The relation of the student's input to the teacher's.
 
     Attributes:
         scale: the teacher's size over the student's, > 1.
-        divisor, teacher_divisor: what each input's padded size is a multiple of.
-        pad_value: what fills the student's padding, after normalising.
+        divisor, teacher_divisor: the student's and the teacher's padded sizes are multiples of these.
+        pad_value: the value of the student's padding, after the normalisation.
     """
 
     scale: Fraction
@@ -63,22 +63,22 @@ class Resolution:
 
     @classmethod
     def of(cls, scale: Fraction, student: nn.Module, teacher: nn.Module) -> Resolution:
-        """From the two models' ``data_preprocessor``."""
+        """Return the relation between the inputs of two models, given their ``data_preprocessor``."""
         divisor, teacher_divisor = (int(getattr(owner, "pad_size_divisor", 1)) for owner in (student, teacher))
         return cls(scale, divisor, teacher_divisor, float(getattr(student, "pad_value", 0)))
 
     def reduced(self, size: Sequence[int]) -> Size:
-        """The student's (height, width) of an image: the last pixel may lie in it in part."""
+        """Return the student's (height, width) of an image, rounded up: the image may cover the last pixel only in part."""
         return math.ceil(size[0] / self.scale), math.ceil(size[1] / self.scale)
 
     def pad_shape(self, size: Sequence[int]) -> Size:
-        """A student's image padded by itself, as its ``data_preprocessor`` counts ``pad_shape``."""
+        """Return the padded size of one image of the student, as its ``data_preprocessor`` computes ``pad_shape``."""
         return _multiple(size[0], self.divisor), _multiple(size[1], self.divisor)
 
     def padded(self, sizes: Sequence[Sequence[int]]) -> Size:
-        """The student's padded input for these sizes of its images.
+        """Return the size of the student's padded input, given the sizes of its images.
 
-        The smallest whose sides are multiples of its divisor, and times the scale multiples of the teacher's.
+        It is the smallest size whose sides are multiples of the student's divisor, and times the scale of the teacher's.
         """
         step = self.teacher_divisor * self.scale.denominator
         step = self.divisor * (step // math.gcd(step, self.divisor * self.scale.numerator))
@@ -86,15 +86,16 @@ class Resolution:
         return _multiple(height, step), _multiple(width, step)
 
     def enlarged(self, padded: Sequence[int]) -> Size:
-        """The teacher's padded input for the student's :meth:`padded` one: exactly ``scale`` times as large."""
+        """Return the size of the teacher's padded input: exactly ``scale`` times the student's :meth:`padded` one."""
         return int(padded[0] * self.scale), int(padded[1] * self.scale)
 
     @torch.no_grad()
     def student_inputs(self, inputs: Tensor, sizes: Sequence[Size]) -> Tensor:
-        """The student's batch from the teacher's ``(B, C, H, W)``, each image's own part reduced apart from its padding.
+        """Return the student's batch ``(B, C, h, w)``. Each image is reduced without its padding.
 
         Args:
-            sizes: (height, width) of each of the teacher's images, top left in ``inputs``.
+            inputs: the teacher's batch ``(B, C, H, W)``.
+            sizes: (height, width) of each of the teacher's images, which lie at the top left of ``inputs``.
         """
         small = [self.reduced(size) for size in sizes]
         height, width = self.padded(small)
@@ -104,19 +105,19 @@ class Resolution:
         return batch
 
     def teacher_inputs(self, view: Tensor, padded: Size, pad_value: float) -> Tensor:
-        """The teacher's view padded (or its padding cut) to correspond to the student's ``padded`` input."""
+        """Pad the teacher's view, or cut its padding, so that it corresponds to the student's ``padded`` input."""
         height, width = self.enlarged(padded)
         return F.pad(view, (0, width - view.shape[3], 0, height - view.shape[2]), value=pad_value)
 
 
 def reduce_image(image: Tensor, scale: Fraction) -> Tensor:
-    """An image ``(C, H, W)`` reduced to ``(C, ⌈H/scale⌉, ⌈W/scale⌉)``: antialiased bilinear, in float32.
+    """Reduce an image ``(C, H, W)`` to ``(C, ⌈H/scale⌉, ⌈W/scale⌉)``: antialiased bilinear, in float32.
 
-    Pixel i of the result is centred on ``(i + 0.5)·scale`` of the image, also where the scale does not divide its size; the last
-    pixel then sees the image's border repeated.
+    Pixel i of the result is centred at ``(i + 0.5)·scale`` of the image, even if the scale does not divide its size. The border
+    of the image is then repeated for the last pixel.
     """
     height, width = (math.ceil(side / scale) for side in image.shape[-2:])
-    more = math.ceil(2 * scale)  # for one pixel more than needed: interpolate rounds its output size down
+    more = math.ceil(2 * scale)  # enough for one more pixel, as interpolate rounds its output size down
     extended = F.pad(image[None].float(), (0, more, 0, more), mode="replicate")
     small = F.interpolate(
         extended, scale_factor=float(1 / scale), mode="bilinear", antialias=True, recompute_scale_factor=False
@@ -125,13 +126,13 @@ def reduce_image(image: Tensor, scale: Fraction) -> Tensor:
 
 
 def nearest_positions(size: int, scale: Fraction) -> Tensor:
-    """Which of ``size`` pixels lies at the centre of each of the ``⌈size/scale⌉`` reduced ones."""
+    """Return, for each of the ``⌈size/scale⌉`` reduced pixels, the index of the pixel (of ``size``) at its centre."""
     centres = (torch.arange(math.ceil(size / scale), dtype=torch.float64) + 0.5) * float(scale)
     return centres.long().clamp(max=size - 1)
 
 
 def samples_padded_to(samples: Sequence[Any], padded: Size) -> list[Any]:
-    """Copies of data samples that tell of a padded input of another size."""
+    """Return copies of data samples whose metadata describe a padded input of another size."""
     copies = [sample.new() for sample in samples]
     for copy in copies:
         copy.set_metainfo(dict(batch_input_shape=padded, pad_shape=padded))

@@ -1,4 +1,4 @@
-"""Reading what the host reads: safely, and to resume the newest checkpoint that is whole."""
+"""Safe loading of the checkpoints that the host reads, and the choice of the newest complete one to resume."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ logger = logging.getLogger("kdgraft")
 
 @contextmanager
 def safe_loading(trusted: bool = False) -> Iterator[None]:
-    """Has mmengine execute nothing in any checkpoint that it reads in the body: to resume, to start from, of a backbone.
+    """Keep mmengine from executing code in any checkpoint (to resume, to start from, of a backbone) that the body loads.
 
-    The fork reads with ``weights_only=True`` and, where a file holds more, reads it again without. (Upstream fails there.)
+    The fork loads with ``weights_only=True`` and, if a file contains more, loads it again without. (Upstream fails there.)
 
     Args:
         trusted: leave the host as it is.
@@ -59,7 +59,7 @@ def safe_loading(trusted: bool = False) -> Iterator[None]:
 
 
 def lacking(checkpoint: Mapping[str, Any], config: Config) -> list[str]:
-    """What a checkpoint lacks for a run of ``config`` to go on as if it had never stopped."""
+    """Return the parts that a checkpoint lacks for a run of ``config`` to continue as if it had never stopped."""
     wanted = config.get("param_scheduler") or []
     schedulers = checkpoint.get("param_schedulers")
     short = isinstance(schedulers, list) and isinstance(wanted, list) and len(schedulers) < len(wanted)
@@ -69,7 +69,7 @@ def lacking(checkpoint: Mapping[str, Any], config: Config) -> list[str]:
 
 
 def is_resumable(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint has what the host cannot resume without."""
+    """Return true for a checkpoint with all entries that the host needs to resume."""
     meta, hub = checkpoint.get("meta"), checkpoint.get("message_hub")
     return (
         isinstance(meta, dict)
@@ -81,35 +81,28 @@ def is_resumable(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def newest_checkpoint(config: Config, *, trusted: bool = False, partial: bool = False) -> str | None:
-    """The checkpoint to go on from in ``config.work_dir``: the one that ``last_checkpoint`` names, else the newest on disk.
+    """Return the checkpoint to resume in ``config.work_dir``: the one that ``last_checkpoint`` names, else the newest on disk.
 
-    Files that are damaged or lack something are passed over, with a line in the log.
+    Files that are damaged or incomplete are skipped, with a line in the log.
 
     Args:
-        trusted: read files that hold arbitrary pickled objects.
-        partial: take one that lacks a part where none is whole.
+        config: the config of the run.
+        trusted: read files with arbitrary pickled objects.
+        partial: accept an incomplete file if no file is complete.
 
     Returns:
-        ``None`` where there is no file at all.
+        The file or address; ``None`` if there is no file at all.
 
     Raises:
-        DistillError: there are files, and none of them will do.
+        DistillError: there are files, but none of them can be resumed.
     """
     work_dir = Path(config.work_dir)
     pointer = work_dir / "last_checkpoint"
     named = pointer.read_text().strip() if pointer.is_file() else ""
     if "://" in named:
         return named
-    folders = [work_dir]
-    out_dir = (config.get("default_hooks") or {}).get("checkpoint", {}).get("out_dir")
-    if out_dir:
-        folders.append(Path(out_dir) / work_dir.name)  # as CheckpointHook does
-    found = {path for folder in folders for path in folder.glob("*.pth")}
-    files = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
-    if named and Path(named).is_file():
-        files = [Path(named), *(path for path in files if path.resolve() != Path(named).resolve())]
-    passed, lame = [], None
-    for path in files:
+    passed, incomplete = [], None
+    for path in _checkpoint_files(config, named):
         try:
             checkpoint = read_checkpoint(path, trusted=trusted, safe_types=SAFE_TYPES)
         except UnsafeCheckpoint:
@@ -119,21 +112,34 @@ def newest_checkpoint(config: Config, *, trusted: bool = False, partial: bool = 
             continue
         lost = lacking(checkpoint, config)
         if not lost:
-            return _told(path, passed, str(path) == named)
+            return _chosen(path, passed, str(path) == named)
         passed.append(f"{path} lacks {' and '.join(lost)}")
-        if lame is None and is_resumable(checkpoint):
-            lame = path
-    if partial and lame is not None:
-        return _told(lame, passed, str(lame) == named)
+        if incomplete is None and is_resumable(checkpoint):
+            incomplete = path
+    if partial and incomplete is not None:
+        return _chosen(incomplete, passed, str(incomplete) == named)
     if passed:
         raise DistillError(
-            f"nothing to resume: no checkpoint in {work_dir} is whole ({'; '.join(passed[:3])}); start anew in another folder"
-            + ("" if lame is None else f", or say --partial to go on from {lame}")
+            f"nothing to resume: no checkpoint in {work_dir} is complete ({'; '.join(passed[:3])}); start anew in another folder"
+            + ("" if incomplete is None else f", or say --partial to go on from {incomplete}")
         )
     return None
 
 
-def _told(path: Path, passed: list[str], named: bool) -> str:
+def _checkpoint_files(config: Config, named: str) -> list[Path]:
+    """Return a run's checkpoints, the one of this name first, then from the newest to the oldest."""
+    work_dir = Path(config.work_dir)
+    out_dir = (config.get("default_hooks") or {}).get("checkpoint", {}).get("out_dir")
+    folders = [work_dir, *([Path(out_dir) / work_dir.name] if out_dir else [])]  # as CheckpointHook does
+    found = {path for folder in folders for path in folder.glob("*.pth")}
+    files = sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    if not named or not Path(named).is_file():
+        return files
+    return [Path(named), *(path for path in files if path.resolve() != Path(named).resolve())]
+
+
+def _chosen(path: Path, passed: list[str], named: bool) -> str:
+    """Return the path, and log the reasons for choosing it unless it was the first choice."""
     if passed or not named:
         why = "; ".join(passed) or "last_checkpoint does not name it"
         logger.warning("going on from %s (%s)", path, why)

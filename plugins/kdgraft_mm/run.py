@@ -30,7 +30,7 @@ from kdgraft.schedules import Constant
 from kdgraft.tables import print_rows
 from kdgraft.wiring import WiringRow
 
-from .configs import PLUGINS, load_config, type_name
+from .configs import PLUGINS, load_config, scope_of, type_name
 from .graft import Graft
 from .outline import check_outline, check_terms, missing_data
 from .resuming import is_resumable, lacking, newest_checkpoint, safe_loading
@@ -40,29 +40,29 @@ MISTAKES = (
     *(SyntaxError, LookupError, TypeError, ValueError, AssertionError, ImportError, AttributeError, OSError),
     *(RuntimeError, ArithmeticError),
 )
-"""What hosts raise over a config that is wrong."""
+"""Exceptions that hosts raise for a mistake in a config."""
 
 
 class Outset(Hook):
-    """Compares what is to be resumed with what is to be trained, before the host does, and sees whether training has begun.
+    """Compares a resumed checkpoint with the model to train before the host does, and notes the start of training.
 
     Args:
-        trusted: let the host run the config that an old checkpoint carries.
-        partial: go on from a checkpoint that lacks a part of the run's state.
+        trusted: let the host execute the config that an old checkpoint carries.
+        partial: continue from a checkpoint that lacks a part of the run's state.
     """
 
     begun = False
     trained = False
-    """Whether an iteration was made: of a run that is resumed at its end none is."""
+    """True after the first iteration. A run that is resumed at its end makes none."""
 
     def __init__(self, trusted: bool = False, partial: bool = False) -> None:
         self._trusted, self._partial = trusted, partial
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict[str, Any]) -> None:
-        """Raises a :class:`DistillError` where a resumed checkpoint was made with other terms, or lacks what it needs.
+        """Raise a :class:`DistillError` if a resumed checkpoint was made with other terms or is incomplete.
 
-        torch would otherwise find that its optimizer's parameters are others, and not say why; what is missing, the host
-        starts anew in silence.
+        Otherwise torch would find different parameters in its optimizer and not say why, and the host would silently
+        initialise the missing parts.
         """
         if not runner.cfg.get("resume"):
             return
@@ -88,22 +88,24 @@ class Outset(Hook):
             )
 
     def before_train(self, runner: Any) -> None:
+        """Note that training has begun."""
         self.begun = True
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Note that an iteration was made."""
         self.trained = True
 
 
 def unwrapped(model: Any) -> Any:
-    """A model without what distributes it."""
+    """Return a model without the wrapper that distributes it."""
     return model.module if is_model_wrapper(model) else model
 
 
 def read_config(path: str, options: Sequence[str] = ()) -> Config:
-    """A config file with ``KEY=VALUE`` overrides.
+    """Read a config file, apply ``KEY=VALUE`` overrides, import its modules and check it.
 
     Raises:
-        DistillError: no such file, or an override that is no ``KEY=VALUE``.
+        DistillError: the file does not exist, an override is not ``KEY=VALUE``, or the config has a mistake.
     """
     with config_mistakes(path):
         config = load_config(path, imports=False)
@@ -124,12 +126,12 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
         with config_mistakes(path):
             package = sys.modules[plugin]
             check_terms(config.model, package.TERMS, package.RECIPES, package.READER)
-    config.setdefault("default_scope", "mmseg" if kind == "DistilledSegmentor" else "mmdet")
+    config.setdefault("default_scope", scope_of(config))
     return config
 
 
 def _parsed(option: str) -> tuple[str, Any]:
-    """Key and value of ``KEY=VALUE``."""
+    """Return key and value of ``KEY=VALUE``."""
     key, equals, value = option.partition("=")
     if not equals or not key:
         raise DistillError(f"--cfg-options takes KEY=VALUE, got {option!r}")
@@ -146,14 +148,14 @@ def _parsed(option: str) -> tuple[str, Any]:
 
 @contextmanager
 def config_mistakes(path: str) -> Iterator[None]:
-    """Turns what mmengine raises over a wrong config (its own traceback kept as the cause) into one line."""
+    """Turn an error that mmengine raises for a mistake in a config into one line, with the original error as its cause."""
     try:
         yield
     except DistillError:
         raise
     except MISTAKES as error:
         said = error.args[0] if isinstance(error, KeyError) and error.args else error
-        if str(error) == "need at least one array to concatenate":  # a dataset of mmengine's that filtered all it had
+        if str(error) == "need at least one array to concatenate":  # mmengine's dataset has filtered out all images
             said = "no image of the training set is left; are metainfo.classes the names in its annotation file?"
         raise DistillError(f"config {path}: {type(error).__name__}: {said}") from error
 
@@ -170,21 +172,21 @@ def train(
     trusted: bool = False,
     partial: bool = False,
 ) -> Runner:
-    """Trains a config as the host's own ``tools/train.py`` does; under ``accelerate launch`` on all its processes.
+    """Train a config as the host's own ``tools/train.py`` does; under ``accelerate launch`` on all its processes.
 
     Args:
         path: the config file.
         options: ``KEY=VALUE`` overrides.
-        work_dir: where checkpoints and logs go; one run at a time.
-        resume: a checkpoint, or ``"auto"`` for the newest whole one in ``work_dir``.
-        amp: mixed precision, on a GPU.
-        seed: random seed; the config's own by default.
-        timeout: seconds that a process waits for the others; ``env_cfg.dist_cfg.timeout``, or half an hour, by default.
-        trusted: read checkpoints that hold arbitrary pickled objects.
+        work_dir: the folder of checkpoints and logs, which one run uses at a time.
+        resume: a checkpoint, or ``"auto"`` for the newest complete one in ``work_dir``.
+        amp: train with mixed precision, on a GPU.
+        seed: the random seed; by default the config's own.
+        timeout: seconds that a process waits for the others; by default ``env_cfg.dist_cfg.timeout``, or half an hour.
+        trusted: read checkpoints with arbitrary pickled objects.
         partial: resume from a checkpoint that lacks a part of the run's state.
 
     Raises:
-        DistillError: a mistake in the config, a checkpoint that will not do, or another run in ``work_dir``.
+        DistillError: the config has a mistake, the checkpoint cannot be used, or another run uses ``work_dir``.
     """
     config = read_config(path, options)
     config.work_dir = work_dir or config.get("work_dir") or str(Path("work_dirs") / Path(path).stem)
@@ -205,13 +207,14 @@ def train(
 def train_config(
     config: Config, path: str, resumes: bool = False, *, trusted: bool = False, partial: bool = False
 ) -> Runner:
-    """Trains a config that was read, in its ``work_dir``, which one run holds at a time.
+    """Train a config that was read, in its ``work_dir``, which one run uses at a time.
 
     Args:
-        config: what to train.
-        path: what messages call it.
-        resumes: a checkpoint to resume has to be there.
-        trusted, partial: see :func:`train`.
+        config: the config to train.
+        path: the name of the config in messages.
+        resumes: refuse to start if there is no checkpoint to resume.
+        trusted: see :func:`train`.
+        partial: see :func:`train`.
     """
     with held(config.work_dir), safe_loading(trusted), waiting(timeout_of(config)):
         if config.get("resume") and not config.get("load_from"):
@@ -227,18 +230,18 @@ def train_config(
         except MISTAKES as error:
             if outset.begun:
                 raise
-            with config_mistakes(path):  # the Runner builds loops, optimizer and schedulers late
+            with config_mistakes(path):  # the Runner builds loops, optimizer and schedulers only now
                 raise error
     return runner
 
 
 def timeout_of(config: Config) -> float:
-    """Seconds that a process of a run waits for the others."""
+    """Return the seconds that a process of a run waits for the others."""
     return (config.get("env_cfg") or {}).get("dist_cfg", {}).get("timeout", TIMEOUT)
 
 
 def make_runner(config: Config) -> Runner:
-    """A Runner for this process: set up for several when a launcher started several."""
+    """Return a Runner for this process, set up for distributed training when a launcher started several processes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         config.launcher = "pytorch"
         if not torch.cuda.is_available():
@@ -252,16 +255,16 @@ def make_runner(config: Config) -> Runner:
                 find_unused_parameters=config.get("find_unused_parameters", False),
             )
             config.model_wrapper_cfg = {**wrapper, **config.get("model_wrapper_cfg", {})}
-            config.pop("sync_bn", None)  # would make SyncBN of BN once more
+            config.pop("sync_bn", None)  # it would convert BN to SyncBN again
             return _OnCPUs.from_cfg(config)
     return Runner.from_cfg(config)
 
 
 class _OnCPUs(Runner):
-    """The Runner of one of several processes on CPUs: SyncBN, which asks for GPUs, is BN over each process's own images.
+    """The Runner of one of several processes on CPUs: SyncBN, which needs GPUs, becomes BN over each process's own images.
 
-    Models make SyncBN of their norms by themselves too (RTMDet), so it is the model that is looked at and not its config. (On one
-    process mmengine itself makes BN of it.)
+    Some models (RTMDet) build SyncBN themselves, so that the built model is converted rather than its config. (On one process
+    mmengine itself converts it to BN.)
     """
 
     def build_model(self, model: Any) -> torch.nn.Module:
@@ -269,26 +272,26 @@ class _OnCPUs(Runner):
 
 
 def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:
-    """Builds everything, prints the wiring, and runs one training step on one batch of the training set without updating.
+    """Build everything, print the wiring, and run one training step on one batch of the training set without an update.
 
-    The step runs every term at its full weight, whatever its schedule begins with. The wiring needs no data set: where that is
-    not on this machine, it is printed all the same.
+    The step computes every term at its full weight, whatever weight its schedule starts with. The wiring needs no data set and
+    is printed even if the data is not on this machine.
 
     Args:
         path: the config file.
         options: ``KEY=VALUE`` overrides.
-        trusted: read checkpoints that hold arbitrary pickled objects.
+        trusted: read checkpoints with arbitrary pickled objects.
 
     Returns:
-        The rows of the table.
+        The rows of the wiring table.
 
     Raises:
-        DistillError: whatever would stop training before its first step.
+        DistillError: training would stop before its first step.
     """
     config = read_config(path, options)
     with safe_loading(trusted), tempfile.TemporaryDirectory() as scratch:
         config.work_dir = scratch
-        # mmengine names a Runner's log and pictures after the second it is made in: a training of the same second would write here.
+        # mmengine names a Runner's log and pictures after the second it is made in: a training started then would write here too.
         config.experiment_name = f"check {scratch}"
         config.log_level = "WARNING"
         with config_mistakes(path):
@@ -306,15 +309,15 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
             loader = runner.train_loop.dataloader
             if runner.param_schedulers is not None:
                 runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
-            _ = runner.val_loop  # builds the validation set and its evaluator, where there is one
+            _ = runner.val_loop  # this builds the validation set and its evaluator, if the config has them
         classes = (getattr(loader.dataset, "metainfo", None) or {}).get("classes")
         model.init_weights()
         model.start_distilling(classes)
         model.train()
         if model.distiller is not None:
             for term in model.distiller.all_terms:
-                term.schedule = Constant()  # a warm-up starts at weight 0, where a term is not computed at all
-        for counter in ("iter", "epoch"):  # what a train loop writes and some heads read
+                term.schedule = Constant()  # a warm-up starts at weight 0, at which a term is not computed at all
+        for counter in ("iter", "epoch"):  # a train loop writes them, and some heads read them
             runner.message_hub.update_info(counter, 0)
         with isolated_rng():
             with data_on_this_machine(config, "the wiring above holds; the first step was not run"):
@@ -325,19 +328,19 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
             total.backward()
         print_rows([{"loss": k, "first step": f"{v.item():.4g}"} for k, v in values.items()], title="one step")
         for handler in [h for h in runner.logger.handlers if isinstance(h, logging.FileHandler)]:
-            runner.logger.removeHandler(handler)  # or a model built later in this process writes to a closed file
+            runner.logger.removeHandler(handler)  # so that no later model of this process writes to a closed file
             handler.close()
     return rows
 
 
 @contextmanager
 def data_on_this_machine(config: Config, said: str, *loaders: str) -> Iterator[None]:
-    """Names the files of the data sets that are missing, where reading them fails for that.
+    """Turn an error in the body into one that names the missing files of the data sets, if there are any.
 
     Args:
-        config: whose data sets are read.
+        config: the config whose data sets the body reads.
         said: the consequence, for the message.
-        loaders: the entries of the sets that are read; by default those of training and validation.
+        *loaders: the dataloader entries that the body reads; by default those of training and validation.
     """
     try:
         yield

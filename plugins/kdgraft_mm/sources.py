@@ -1,4 +1,4 @@
-"""Sources of mmengine's models: built from configs, each with its own view of the student's batch."""
+"""Sources with models of mmengine, built from configs, each with its own view of the student's batch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry as MMRegistry
+from mmengine.utils import import_modules_from_strings
 from torch import Tensor
 
 from kdgraft.errors import DistillError, WiringError, check_flag, nearest
@@ -24,11 +25,11 @@ Batched = tuple[Tensor, Any]
 
 
 class SourceView:
-    """How one source sees the student's batch: its normalisation, and its resolution where that is its own.
+    """One source's view of the student's batch: in its normalisation and, if the source has its own, in its resolution.
 
     Args:
         student: the student.
-        source: one with a model of its own, or made of others, which sees nothing itself.
+        source: a source with its own model. One without (an ensemble of others, or the student itself) needs no view.
     """
 
     def __init__(self, student: Any, source: Source) -> None:
@@ -42,11 +43,11 @@ class SourceView:
             self.resolution = Resolution.of(Fraction(source.scale).limit_denominator(1000), ours, theirs)
 
     def __call__(self, delivered: Batched, reduced: Batched) -> Batched:
-        """The source's batch.
+        """Return the source's batch.
 
         Args:
-            delivered: what the pipeline delivered.
-            reduced: the student's batch; the same where no source has a resolution of its own.
+            delivered: the batch that the pipeline delivered.
+            reduced: the student's batch, which is the same one if no source has its own resolution.
         """
         inputs, samples = reduced if self.resolution is None else delivered
         if self._view is None:
@@ -60,11 +61,11 @@ class SourceView:
 
 
 def build_sources(teacher: Any, teachers: Any, models: MMRegistry) -> dict[str, Source]:
-    """The sources of a config by name.
+    """Return the sources of a config by name.
 
     Args:
-        teacher: one, as in :func:`build_teacher`, or a dict of another type.
-        teachers: several by name.
+        teacher: a single source, as in :func:`build_teacher`, or a dict of another type.
+        teachers: several sources by name.
         models: the host's model registry.
     """
     return gather_sources(teacher, teachers, lambda name, spec: _build(name, spec, models))
@@ -77,13 +78,14 @@ def _build(name: str, spec: Any, models: MMRegistry) -> Source:
 
 
 def check_scales(owner: str, teacher: Any, teachers: Any, scales: bool, distils: bool) -> None:
-    """Raises a :class:`DistillError` for resolutions of sources' own that cannot be had.
+    """Raise a :class:`DistillError` for resolutions of sources that are not possible.
 
     Args:
-        owner: the graft, for messages.
-        teacher, teachers: as in :func:`build_sources`.
-        scales: whether the host can reduce the delivered batch for the student.
-        distils: whether there are terms.
+        owner: the name of the graft, for messages.
+        teacher: see :func:`build_sources`.
+        teachers: see :func:`build_sources`.
+        scales: true where the host can reduce the delivered batch for the student.
+        distils: true where there are terms.
     """
     specs = [teacher, *(teachers.values() if isinstance(teachers, Mapping) else ())]
     found = {teacher_scale(spec) for spec in specs} - {Fraction(1)}
@@ -106,7 +108,7 @@ def check_scales(owner: str, teacher: Any, teachers: Any, scales: bool, distils:
 
 
 def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[str, ...]) -> None:
-    """Raises a :class:`WiringError` unless student and teacher have modules of the same shapes at these paths."""
+    """Raise a :class:`WiringError` unless student and teacher have modules of the same shapes at these paths."""
     if paths and (len(sources) > 1 or not all(isinstance(source, Teacher) for source in sources.values())):
         raise WiringError(f"inherit takes weights from one teacher, and there are {', '.join(sources)}; leave it out")
     for path in paths:
@@ -127,18 +129,18 @@ def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[
 
 
 def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teacher:
-    """Builds a teacher's architecture; its weights are read when training starts.
+    """Build a teacher's architecture. Its weights are read when training starts.
 
     Args:
         spec: ``dict(config=…, checkpoint=…)`` with ``config`` a path, ``"mmdet::…"``, a model or a whole config, and
             optionally ``precision`` and ``trusted`` (see :class:`kdgraft.Teacher`) and ``scale`` (see
             :meth:`~kdgraft_mm.graft.Graft.build`).
         models: the host's model registry.
-        name: what messages call it.
+        name: the name of the teacher in messages.
 
     Raises:
-        DistillError: something is missing or misspelt.
-        MissingConfig: the config file is not there.
+        DistillError: an argument is missing or misspelt.
+        MissingConfig: the config file does not exist.
     """
     known = ("config", "checkpoint", "precision", "trusted", "scale")
     spec = _checked(name, spec, known, ("config", "checkpoint"))
@@ -156,7 +158,7 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
 
 
 def _checked(name: str, spec: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> Mapping[str, Any]:
-    """A source's dict with these keys alone; raises a :class:`DistillError` for any other."""
+    """Return a source's dict; raise a :class:`DistillError` for a key that is unknown or missing."""
     if not isinstance(spec, Mapping):
         raise DistillError(f"{name} must be dict(config=…, checkpoint=…), got {spec!r}")
     for key in spec:
@@ -172,13 +174,11 @@ def _model(spec: Mapping[str, Any], models: MMRegistry) -> Any:
     config = load_config(spec["config"])
     imports = config.get("custom_imports")
     if imports and not config.filename:
-        from mmengine.utils import import_modules_from_strings
-
         import_modules_from_strings(**imports)
     return revert_sync_batchnorm(models.build(model_of(Config(config.to_dict()))))
 
 
 def teacher_classes(teacher: Teacher) -> Any:
-    """The class names that the teacher's checkpoint records, or ``None``."""
+    """Return the class names that the teacher's checkpoint records, or ``None``."""
     meta = teacher.meta.get("dataset_meta") or teacher.meta
     return meta.get("classes") or meta.get("CLASSES")

@@ -1,22 +1,21 @@
-"""MMDetection and MMSegmentation as hosts: how the command line and plans train in them."""
+"""MMDetection and MMSegmentation as hosts in which the command line and plans train."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
-from mmengine.runner import Runner, find_latest_checkpoint
+from mmengine.runner import find_latest_checkpoint
 
 from kdgraft.errors import DistillError
 from kdgraft.hosts import Job, TrainedModel
-from kdgraft.wiring import WiringRow
 
-from . import evaluation, run
+from . import run
 from .checkpoints import export_student
-from .configs import is_distilled, load_config, type_name
+from .configs import imported_names, is_distilled, load_config, scope_of
+from .evaluation import evaluate
 from .resuming import newest_checkpoint
 
 STUDENT = "student.pth"
@@ -25,7 +24,7 @@ STUDENT = "student.pth"
 
 @dataclass(frozen=True)
 class MMTrainer:
-    """How a host on mmengine trains; a :class:`kdgraft.hosts.HostTrainer`.
+    """Trains in a host that is built on mmengine; a :class:`kdgraft.hosts.HostTrainer`.
 
     Attributes:
         scope: the host's registry scope.
@@ -37,67 +36,27 @@ class MMTrainer:
     kind: str
     plugin: str
 
-    def train(
-        self,
-        config: str,
-        options: Sequence[str] = (),
-        work_dir: str | None = None,
-        resume: str | None = None,
-        amp: bool = False,
-        seed: int | None = None,
-        *,
-        timeout: float | None = None,
-        trusted: bool = False,
-        partial: bool = False,
-    ) -> Runner:
-        """Trains a config; see :func:`kdgraft_mm.run.train`."""
-        return run.train(
-            config, options, work_dir, resume, amp, seed, timeout=timeout, trusted=trusted, partial=partial
-        )
-
-    def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:
-        """Builds everything and runs one step; see :func:`kdgraft_mm.run.check`."""
-        return run.check(config, options, trusted=trusted)
-
-    def test(
-        self, config: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False
-    ) -> Mapping[str, float]:
-        """Evaluates a checkpoint; see :func:`kdgraft_mm.evaluation.evaluate`."""
-        return evaluation.evaluate(config, checkpoint, options, trusted=trusted)
-
-    def export(
-        self,
-        checkpoint: str | Path,
-        out: str | Path,
-        *,
-        peer: str | None = None,
-        trusted: bool = False,
-        force: bool = False,
-    ) -> Sequence[Path]:
-        """Writes the plain student, or a peer; see :func:`kdgraft_mm.checkpoints.export_student`."""
-        return export_student(checkpoint, out, peer=peer, trusted=trusted, force=force)
+    train = staticmethod(run.train)
+    check = staticmethod(run.check)
+    test = staticmethod(evaluate)
+    export = staticmethod(export_student)
 
     def reads(self, config: str) -> bool:
-        """Whether it is a config of this host: by its default scope, else (of a project on top) by the model's type, else MMDetection's."""
+        """Return true for a config of this host; see :func:`kdgraft_mm.configs.scope_of`."""
         if "::" not in config and ":" in config:
             return False
         with run.config_mistakes(config):
-            found = load_config(config, imports=False)
-            kind = type_name(found.get("model") or {})
-        scope = found.get("default_scope")
-        if scope not in ("mmdet", "mmseg"):
-            scope = "mmseg" if kind == "DistilledSegmentor" else "mmdet"
-        return scope == self.scope
+            return scope_of(load_config(config, imports=False)) == self.scope
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
-        """The whole config with its bases, overrides in it."""
+        """Return the whole config with its bases and the overrides."""
         return self._config(config, options).to_dict()
 
     def carry_out(self, job: Job) -> TrainedModel:
-        """Trains through the Runner, and writes the plain student beside its checkpoints.
+        """Train through the Runner, and write the plain student beside its checkpoints.
 
         Raises:
-            DistillError: the config is distilled already and the run has teachers of its own.
+            DistillError: the config is distilled already, and the job names teachers as well.
         """
         config = self._config(job.config, job.options)
         config.work_dir = str(job.folder)
@@ -111,8 +70,8 @@ class MMTrainer:
         runner = run.train_config(config, job.config)
         trained = any(hook.trained for hook in runner.hooks if isinstance(hook, run.Outset))
         if not trained and config.get("val_cfg"):
-            # It was killed after its last checkpoint, which the host saves before it validates. Not Runner.val(), by which
-            # hooks begin anew: an average of weights from those of the last step.
+            # The run was killed after its last checkpoint, which the host saves before it validates. Runner.val() would restart
+            # hooks: an average of weights would start from those of the last step.
             runner.val_loop.run()
         checkpoint = find_latest_checkpoint(str(job.folder))
         if checkpoint is None:
@@ -134,7 +93,7 @@ class MMTrainer:
         return found
 
     def _distil(self, config: Config, job: Job) -> None:
-        """Makes the model a distilled one."""
+        """Turn the config's model into a distilled one."""
         if is_distilled(config.model):
             raise DistillError(f"{job.config} is distilled already; give the plan the plain student's config")
         student = config.model
@@ -149,10 +108,8 @@ class MMTrainer:
             given["recipe"] = job.recipe
         kind = student.pop("type")
         config.model = dict(student, type=self.kind, student=kind, **given)
-        imports = dict(config.get("custom_imports") or {})
-        names = imports.get("imports", [])
-        names = [names] if isinstance(names, str) else list(names)
-        config.custom_imports = {**imports, "imports": list(dict.fromkeys([*names, self.plugin]))}
+        names = list(dict.fromkeys([*imported_names(config), self.plugin]))
+        config.custom_imports = {**(config.get("custom_imports") or {}), "imports": names}
         __import__(self.plugin)
 
 

@@ -1,4 +1,4 @@
-"""The teacher's view of the student's batch: the same pixels in the teacher's own normalisation and channel order."""
+"""The teacher's view of the student's batch: the same pixels with the teacher's normalisation and channel order."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from kdgraft.errors import WiringError
 
 
 class TeacherView:
-    """Turns the student's preprocessed batch into the teacher's.
+    """Converts the student's preprocessed batch into the teacher's.
 
-    Both preprocessors see the same raw pixels, so the way from one to the other is affine per channel, with a swap of channels
-    where one of them converts BGR to RGB. Padding, which hosts fill after normalising, gets the teacher's fill value.
+    Both preprocessors see the same raw pixels, so the conversion is affine per channel, with a swap of channels where only one
+    of them converts BGR to RGB. Padding, which hosts fill after the normalisation, gets the teacher's fill value.
 
     Args:
-        student, teacher: the two models' ``data_preprocessor``.
+        student: the student's ``data_preprocessor``.
+        teacher: the teacher's.
 
     Raises:
-        WiringError: different numbers of channels.
+        WiringError: the two normalise different numbers of channels.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
@@ -43,7 +44,7 @@ class TeacherView:
         self.identity = self.same_pixels and same_pad
 
     def __call__(self, inputs: Tensor, image_sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """The teacher's batch ``(B, C, H, W)``; the very same tensor where the two normalisations agree."""
+        """Return the teacher's batch ``(B, C, H, W)``, which is the same tensor where the two normalisations agree."""
         if self.identity:
             return inputs
         view = inputs.flip(1) if self.swap else inputs
@@ -61,17 +62,17 @@ class TeacherView:
 
 
 def channels_of(preprocessor: nn.Module) -> int:
-    """How many channels a model's images have."""
+    """Return the number of channels of a model's images."""
     return len(_normalisation(preprocessor)[0])
 
 
 def image_sizes(samples: Any) -> list[tuple[int, int]]:
-    """(height, width) of each image inside the padded batch."""
+    """Return (height, width) of each image inside the padded batch."""
     return [tuple(sample.metainfo["img_shape"][:2]) for sample in samples]
 
 
 def _normalisation(preprocessor: Any) -> tuple[Tensor, Tensor, bool]:
-    """Mean, standard deviation (float32, in the order of the normalised channels) and whether channels are swapped."""
+    """Return mean and standard deviation (float32, in the order of the normalised channels), and true if channels are swapped."""
     swap = bool(getattr(preprocessor, "_channel_conversion", getattr(preprocessor, "channel_conversion", False)))
     if not getattr(preprocessor, "_enable_normalize", hasattr(preprocessor, "mean")):
         return torch.zeros(3), torch.ones(3), swap

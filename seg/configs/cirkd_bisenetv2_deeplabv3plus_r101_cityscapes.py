@@ -1,6 +1,6 @@
-# Across families: a DeepLabV3+ of ResNet-101 teaches the real-time BiSeNetV2. The recipe is CIRKD's, arXiv 2204.06986.
-_base_ = "mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py"
+"""Across model families: DeepLabV3+ on ResNet-101 teaches the real-time BiSeNetV2. The recipe is CIRKD's, arXiv 2204.06986."""
 
+_base_ = "mmseg::bisenetv2/bisenetv2_fcn_4xb4-160k_cityscapes-1024x1024.py"
 data_root = "data/cityscapes/"
 teacher_checkpoint = "deeplabv3plus_r101-d8_512x1024_80k_cityscapes_20200606_114143-068fcfe9.pth"
 

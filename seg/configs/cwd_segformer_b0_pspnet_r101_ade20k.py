@@ -1,6 +1,6 @@
-# A convolutional teacher (PSPNet-R101) teaches a transformer student (SegFormer-B0) on ADE20K.
-_base_ = "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py"
+"""A convolutional teacher (PSPNet-R101) teaches a transformer student (SegFormer-B0) on ADE20K."""
 
+_base_ = "mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py"
 data_root = "data/ade/ADEChallengeData2016"
 teacher_checkpoint = "pspnet_r101-d8_512x512_160k_ade20k_20200615_100650-967c316f.pth"
 

@@ -1,7 +1,9 @@
-# Your own data in mmseg's layout, with your own classes (255 in a mask is ignored). Set the variables, train the teacher first (a
-# plain FCN-R50 with the same classes: mmseg's config with the same data), then this.
-_base_ = "mmseg::fcn/fcn_r50-d8_4xb2-80k_cityscapes-512x1024.py"
+"""Your own data in mmseg's layout, with your own classes (255 in a mask is ignored).
 
+Set the variables, train the teacher first (a plain FCN-R50: mmseg's config with the same data and classes), then this config.
+"""
+
+_base_ = "mmseg::fcn/fcn_r50-d8_4xb2-80k_cityscapes-512x1024.py"
 data_root = "data/custom/"
 train_images, train_masks = "img_dir/train", "ann_dir/train"
 val_images, val_masks = "img_dir/val", "ann_dir/val"
@@ -20,7 +22,7 @@ model = dict(
     backbone=dict(depth=18),
     decode_head=dict(in_channels=512, channels=128, num_classes=len(classes)),
     auxiliary_head=dict(in_channels=256, channels=64, num_classes=len(classes)),
-    # The teacher is the base's own FCN-R50 with these classes; a whole model may stand here as well as a config's path.
+    # The teacher is the base's own FCN-R50 with these classes; config takes a whole model as well as a path.
     teacher=dict(
         config=dict(
             _base_.model,

@@ -1,6 +1,6 @@
-# Structured KD's published pair: PSPNet-R101 teaches PSPNet-R18 on Cityscapes. arXiv 1903.04197.
-_base_ = "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py"
+"""Structured KD's published pair: PSPNet-R101 teaches PSPNet-R18 on Cityscapes. arXiv 1903.04197."""
 
+_base_ = "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py"
 data_root = "data/cityscapes/"
 teacher_checkpoint = "pspnet_r101-d8_512x1024_80k_cityscapes_20200606_112211-e1e1100f.pth"
 

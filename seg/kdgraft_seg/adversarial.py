@@ -1,4 +1,4 @@
-"""``AdversarialMask``: the student's masks shall pass for the teacher's before a critic that learns to tell them apart."""
+"""``AdversarialMask``: a critic learns to distinguish the student's masks from the teacher's, and the student to prevent it."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from .registry import TERMS
 class AdversarialMask(ScoreTerm):
     """Adversarial mask discriminator: holistic distillation of Structured KD (Liu et al. 2019, section 3.3), weight 0.1.
 
-    In every training step the critic first learns, on detached class probabilities, to score the teacher's masks higher than
-    the student's; then the student's loss is how badly its masks score. Positions that do not count are 0 in both masks; images
-    without any that counts take no part. The critic and its optimizer belong to no module: they are in no ``state_dict``, and
-    travel in the checkpoint beside the student.
+    In each training step the critic first learns, on detached class probabilities, to give the teacher's masks higher scores than
+    the student's. Then the student's loss rewards high scores of its own masks. Positions that do not count are 0 in both masks;
+    images without a position that counts are left out. The critic and its optimizer belong to no module: no ``state_dict``
+    contains them, and they travel in the checkpoint beside the student.
 
-    Self-attention holds (H·W)² numbers an image, H and W those of the masks divided by 8 and 16 (the default critic): little on
-    the grid of the scores, much with ``grid="labels"`` on large crops; take ``critic=dict(attention=0)`` there.
+    Self-attention needs (H·W)² numbers an image, where H and W are those of the masks divided by 8 and 16 (the default critic).
+    This is little on the grid of the scores, but much with ``grid="labels"`` on large crops; use ``critic=dict(attention=0)``.
 
-    With gradient accumulation the critic makes its steps on every micro-batch. Logged beside the loss: ``critic`` (what the
-    critic minimises, without the penalty), ``gap`` (mean score of the teacher's masks less the student's), ``penalty``, and
-    ``skipped`` (critic steps that were not finite, skipped on all processes together) once there is one.
+    With gradient accumulation the critic makes its steps on each micro-batch. The log has, beside the loss, ``critic`` (the
+    critic's loss without the penalty), ``gap`` (mean score of the teacher's masks minus the student's), ``penalty``, and
+    ``skipped`` (the number of non-finite critic steps, skipped by all processes together) once there is one.
 
     Args:
         kind: ``"wgan-gp"``, ``"lsgan"`` or ``"hinge"``.
-        penalty: factor on the gradient penalty; 10 for ``"wgan-gp"`` and 0 for the others by default.
-        condition_on_image: let the critic see the image too, resized to the masks' grid (the paper; its code does not).
+        penalty: factor on the gradient penalty; by default 10 for ``"wgan-gp"`` and 0 for the others.
+        condition_on_image: give the critic the image too, resized to the masks' grid (as in the paper, but not in its code).
         critic: settings of :class:`~kdgraft_seg.critic.Critic`: ``channels``, ``attention``, ``spectral_norm``.
-        lr, betas, weight_decay: of the critic's Adam (betas of Gulrajani et al. 2017).
+        lr, betas, weight_decay: settings of the critic's Adam (betas of Gulrajani et al. 2017).
         steps: critic steps per step of the student.
         tap, grid: see :meth:`kdgraft_seg.reader.SegReader.scores`.
     """
@@ -83,6 +83,7 @@ class AdversarialMask(ScoreTerm):
         )
 
     def wire(self, wiring: Wiring) -> None:
+        """Build the critic for the number of classes, and refuse more than one map."""
         super().wire(wiring)
         if len(self.rows) != 1:
             raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
@@ -94,6 +95,7 @@ class AdversarialMask(ScoreTerm):
         self.rows[0] = self.rows[0]._replace(adapter=f"critic {self.kind}, {size / 1e6:.2g} M")
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        """Train the critic on detached masks, and return its judgement of the student's masks as the loss."""
         (pairs,) = self.scores.pairs(student, teacher, batch)
         valid = pairs.weight
         assert valid is not None
@@ -110,7 +112,7 @@ class AdversarialMask(ScoreTerm):
         return opponent
 
     def _masks(self, scores: Tensor, valid: Tensor, batch: Batch) -> Tensor:
-        """Class probabilities with the image's channels where asked for, 0 where a position does not count."""
+        """Return the class probabilities, with the image's channels if the critic sees them; 0 where a position does not count."""
         scores = scores.float()
         masks = scores.softmax(1) if scores.shape[1] > 1 else scores.sigmoid()
         if self.condition_on_image:

@@ -1,7 +1,7 @@
-"""The critic of adversarial distillation: the network that scores masks, and its training beside the student's.
+"""The critic of adversarial distillation: a network that scores masks, and its training beside the student's.
 
 Liu et al., "Structured Knowledge Distillation for Semantic Segmentation", CVPR 2019, arXiv 1903.04197, section 3.3 and the
-authors' code; the layers are SAGAN's (Zhang et al. 2018, arXiv 1805.08318).
+authors' code; the layers are those of SAGAN (Zhang et al. 2018, arXiv 1805.08318).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from kdgraft.losses.adversarial import Adversary, critic_loss, gradient_penalty
 
 
 class SelfAttention(nn.Module):
-    """Self-attention over positions, added with a factor γ that starts at 0 (SAGAN): ``(B, C, H, W)`` to the same shape.
+    """Self-attention over positions, added with a factor γ that starts at 0 (SAGAN).
 
-    It holds (H·W)² numbers an image.
+    It maps ``(B, C, H, W)`` to the same shape and holds (H·W)² numbers an image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -34,24 +34,25 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, maps: Tensor) -> Tensor:
+        """Return maps of the same shape ``(B, C, H, W)``."""
         query, key, value = (layer(maps).flatten(2) for layer in (self.query, self.key, self.value))
         attention = (query.transpose(1, 2) @ key).softmax(2)
         return maps + self.gamma * (value @ attention.transpose(1, 2)).view_as(maps)
 
 
 class Critic(nn.Module):
-    """Scores masks: ``(B, C, H, W)`` to ``(B,)``, each sample alone (nothing is normalised over the batch).
+    """Scores masks, each sample independently of the others (nothing is normalised over the batch).
 
-    4×4 convolutions of stride 2 with LeakyReLU 0.1, self-attention after the last two, a 3×3 convolution to one channel and
-    the mean over its positions. (The authors' last convolution is 4×4 without padding and presumes masks of 65×65; their
-    batch normalisation of the input would tie the samples together, which the gradient penalty forbids.) Masks of less than
-    2 ** len(channels) positions a side are padded with 0.
+    The layers are 4×4 convolutions of stride 2 with LeakyReLU 0.1, self-attention after the last two, a 3×3 convolution to one
+    channel, and the mean over positions. (The authors' last convolution is 4×4 without padding and assumes masks of 65×65. Their
+    batch normalisation of the input would make samples depend on each other, which the gradient penalty does not allow.) Masks
+    with less than 2 ** len(channels) positions a side are padded with 0.
 
     Args:
-        in_channels: classes, and 3 more when the critic sees the image.
-        channels: of each convolution.
-        attention: after how many of the last convolutions there is self-attention.
-        spectral_norm: of the strided convolutions, as in the authors' code.
+        in_channels: the number of classes, plus 3 if the critic sees the image.
+        channels: the width of each convolution.
+        attention: the number of last convolutions that self-attention follows.
+        spectral_norm: normalise the weights of the strided convolutions spectrally, as in the authors' code.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Critic(nn.Module):
         self.smallest = 2 ** len(channels)
 
     def forward(self, masks: Tensor) -> Tensor:
+        """Return the scores ``(B,)`` of masks ``(B, C, H, W)``."""
         height, width = masks.shape[-2:]
         if min(height, width) < self.smallest:
             masks = F.pad(masks, (0, max(self.smallest - width, 0), 0, max(self.smallest - height, 0)))
@@ -85,7 +87,7 @@ class Critic(nn.Module):
 
 
 class Opponent(Auxiliary):
-    """A critic that learns to tell the teacher's masks from the student's.
+    """A critic that learns to distinguish the teacher's masks from the student's.
 
     Args:
         critic: the network.
@@ -103,15 +105,19 @@ class Opponent(Auxiliary):
 
     @property
     def critic(self) -> nn.Module:
-        """The network that scores."""
+        """The network that scores masks."""
         return self.network
 
     def learn(self, real: Tensor, fake: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
-        """Some steps of the critic on one batch; every process must call it. Returns what to log, averages over all samples.
+        """Train the critic for ``steps`` steps on one batch. All processes must call this together.
 
         Args:
-            real, fake: the teacher's and the student's masks ``(B, C, H, W)``; B is the same on all processes.
-            present: ``(B,)``, which samples take part; all by default.
+            real: the teacher's masks ``(B, C, H, W)``; B is the same on all processes.
+            fake: the student's masks, of the same shape.
+            present: ``(B,)`` mask of the samples to use; by default all.
+
+        Returns:
+            Figures to log, averaged over all samples.
         """
         if present is None:
             present = torch.ones(len(real), dtype=torch.bool, device=real.device)
@@ -133,7 +139,7 @@ class Opponent(Auxiliary):
         return self.step(loss, len(real), figures)
 
     def _mixing(self, present: Tensor) -> Tensor:
-        """A share in [0, 1) for each sample that takes part: on several processes, slices of one draw for all samples."""
+        """Return a random share in [0, 1) for each sample that is used; all processes take slices of one common draw."""
         count = len(present)
         everyone = torch.rand(count * world_size(), generator=self.random.of_all_ranks())
         return everyone[count * rank() : count * (rank() + 1)].to(present.device)[present]

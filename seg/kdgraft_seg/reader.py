@@ -1,4 +1,4 @@
-"""Reads segmentors: where class scores and features are, on which grid two models meet, which pixels count."""
+"""Reader of segmentors: class scores and features of the decode head, on a common grid, at the pixels that count."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from kdgraft.wiring import Wiring
 
 LOGITS = "decode_head"
 EMBEDDINGS = "decode_head.cls_seg():input"
-"""The features that the classifier is given, before its dropout."""
+"""The input features of the classifier, before its dropout."""
 
 Grid = Literal["teacher", "labels"]
-# Heads that return several maps, some only in training: which of them is the one that counts.
+# Heads that return several maps, some only in training -> the index of the map with the final class scores.
 _MAIN_OUTPUT = {"PIDHead": 1, "DDRHead": 0, "EncHead": 0, "DAHead": 0, "IterativeDecodeHead": -1}
 
 
 def main_head(model: Any) -> Any:
-    """The decode head, of a cascade the last one."""
+    """Return the decode head, or the last one of a cascade."""
     head = model.decode_head
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
 def scores_pixels(model: Any) -> bool:
-    """Whether a segmentor predicts the classes of pixels; an estimator of depths predicts none, and knows no label to ignore."""
+    """Return true for a segmentor that predicts classes of pixels; a depth estimator does not, and has no label to ignore."""
     return not isinstance(model, DepthEstimator) and hasattr(main_head(model), "ignore_index")
 
 
 def reads_scores(tap: Tap) -> bool:
-    """Whether a tap reads what a decode head returns."""
+    """Return true for a tap of a decode head's output."""
     return re.fullmatch(r"decode_head(\.\d+)?", tap.path) is not None and tap.method == "forward" and not tap.input
 
 
 class SegReader(Reader):
-    """Knows the decode heads of both models; its taps lead to the last head of a cascade."""
+    """Reads the decode heads of two segmentors. Its taps refer to the last head of a cascade."""
 
     default_taps: ClassVar = {"features": "backbone[-1]", "scores": LOGITS, "embeddings": EMBEDDINGS}
 
@@ -65,11 +65,13 @@ class SegReader(Reader):
         self.reading = _MAIN_OUTPUT.get(self.heads["teacher"]), self.corners["teacher"]
 
     def settle(self, tap: Tap, model: Any) -> Tap:
+        """Return the tap of the last head of a cascade for a default tap of the decode head."""
         if tap.text not in (LOGITS, EMBEDDINGS) or not isinstance(model.decode_head, nn.ModuleList):
             return tap
         return Tap.parse(tap.text.replace("decode_head", f"decode_head.{len(model.decode_head) - 1}"))
 
     def tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        """Return the tapped tensors; of a head with several outputs only the final class scores."""
         if reads_scores(tap):
             return self._scores(recording, tap)
         if tap.method == "cls_seg" and not recording.calls(tap):
@@ -83,7 +85,7 @@ class SegReader(Reader):
         return super().tensors(recording, tap)
 
     def _scores(self, recording: Recording, tap: Tap) -> list[Tensor]:
-        """The one of a head's outputs that counts."""
+        """Return the final class scores among a head's outputs."""
         value, head = recording[tap], self.heads[recording.owner]
         if isinstance(value, (tuple, list)) and not tap.index and head in _MAIN_OUTPUT:
             return [value[_MAIN_OUTPUT[head]]]
@@ -95,12 +97,15 @@ class SegReader(Reader):
         return super().tensors(recording, tap)
 
     def reads_scores(self, tap: Tap) -> bool:
+        """Return true for a tap of a decode head's output."""
         return reads_scores(tap)
 
     def align_corners(self, tap: Tap) -> bool:
+        """Return true for class scores of a student whose head aligns corners."""
         return reads_scores(tap) and self.corners["student"]
 
     def check_classes(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
+        """Raise a :class:`WiringError` unless both tensors score the same number of classes."""
         for side, kind in self.no_classes:
             raise WiringError(
                 f"{self.term}: the {side}, a {kind}, scores no classes of pixels; distil features "
@@ -116,13 +121,15 @@ class SegReader(Reader):
     def scores(  # type: ignore[override]  # each host has settings of its own
         self, student: nn.Module, teacher: nn.Module, *, tap: Taps = LOGITS, grid: Grid = "teacher"
     ) -> Scores:
-        """Class scores of pixels.
+        """Return the reader of the pixels' class scores.
 
         Args:
-            tap: the scores ``(B, C, H, W)``; the decode head's by default.
-            grid: where student and teacher meet. ``"teacher"``: the student's scores are resized to the teacher's grid, and a
-                position counts as the pixel at its centre does. ``"labels"``: both are resized to the labels' grid, as the host
-                does for its own loss. Both resize as the host does: bilinear, with the head's own ``align_corners``.
+            student: the student.
+            teacher: the teacher.
+            tap: the scores ``(B, C, H, W)``; by default the decode head's.
+            grid: the common grid. ``"teacher"`` resizes the student's scores to the teacher's grid, on which a position counts if
+                the pixel at its centre does. ``"labels"`` resizes both to the labels' grid, as the host does for its own loss.
+                Both resize like the host: bilinear, with the head's own ``align_corners``.
         """
         if grid not in ("teacher", "labels"):
             raise DistillError(f"{self.term}: grid must be 'teacher' or 'labels', got {grid!r}")
@@ -132,12 +139,13 @@ class SegReader(Reader):
 
 
 class PixelScores(Scores):
-    """Class scores ``(B, C, H, W)`` of both models on one grid; pixels that are ignored or padding do not count."""
+    """Class scores ``(B, C, H, W)`` of both models on one grid; ignored pixels and padding do not count."""
 
     def __init__(self, reader: SegReader, taps: tuple[Sequence[Tap], Sequence[Tap]], grid: Grid) -> None:
         self.reader, self.taps, self.grid, self.reading = reader, taps, grid, reader.reading
 
     def wire(self, wiring: Wiring) -> list[Compared]:
+        """Return the compared scores, and refuse tensors that are not maps of the same classes."""
         found = []
         for s, t, s_tap, t_tap in paired(self.reader, self.taps, wiring.student_recording, wiring.teacher_recording):
             if s.ndim != 4 or t.ndim != 4:
@@ -152,13 +160,14 @@ class PixelScores(Scores):
         return found
 
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the aligned class scores of a step, one entry a tap, 0 where a pixel does not count."""
         found = []
         for s, t in in_students_order(self.reader, self.taps, student, teacher):
             size = t.shape[-2:] if self.grid == "teacher" else batch.labels.shape[-2:]
             s = resize_to(s, size, align_corners=self.reader.corners["student"])
             t = resize_to(t, size, align_corners=self.reader.corners["teacher"])
             valid = counted(batch, size)
-            # Nothing at a pixel that does not count may reach the gradient, not even an infinity (0 · inf is NaN).
+            # A pixel that does not count must not reach the gradient, not even with an infinity (0 · inf is NaN).
             outside = ~valid[:, None]
             both = s.masked_fill(outside, 0), t.masked_fill(outside, 0)
             found.append(Pairs(*both, weight=valid, dim=1, independent=s.shape[1] == 1))
@@ -166,11 +175,11 @@ class PixelScores(Scores):
 
 
 def counted(batch: Batch, size: Sequence[int]) -> Tensor:
-    """The positions of a grid that count: true where the pixel at the centre is neither ignored nor padding, ``(B, H, W)``."""
+    """Return the mask ``(B, H, W)`` of a grid's positions whose centre pixel is neither ignored nor padding."""
     assert batch.valid is not None
     return on_grid(batch.valid, size)
 
 
 def labels_on(batch: Batch, size: Sequence[int]) -> Tensor:
-    """The labels on a grid, -1 where a position does not count."""
+    """Return the labels ``(B, H, W)`` on a grid, -1 where a position does not count."""
     return on_grid(batch.labels, size).masked_fill(~counted(batch, size), -1)

@@ -1,4 +1,4 @@
-"""Recipes: lists of terms under one name. ``kdgraft list NAME`` prints one, to be edited in a config."""
+"""Recipes: lists of terms under one name. ``kdgraft list NAME`` prints a recipe, so that it can be edited in a config."""
 
 from __future__ import annotations
 
@@ -24,28 +24,20 @@ def skd(
     """Structured KD (CVPR 2019): soft targets of every pixel, pair-wise affinities, and a critic of whole masks.
 
     Args:
-        pixel, pair, adversarial: the weights of the three terms; a term at 0 is left out. (The authors' code takes 1 for the
-            pair-wise term, with other pooling.)
+        pixel: the weight of the soft targets. A term with weight 0 is left out.
+        pair: the weight of the affinities. (The authors' code has the weight 1, with other pooling.)
+        adversarial: the weight of the critic's judgement.
         critic: settings of ``AdversarialMask``.
-        schedule: of all three weights.
+        schedule: the schedule of all three weights.
     """
-    return _terms(
-        [
-            dict(type="SoftTargets", weight=pixel),
-            dict(type="PairwiseAffinity", weight=pair),
-            {"type": "AdversarialMask", "weight": adversarial, **(critic or {})},
-        ],
-        schedule,
-    )
+    masks = {"type": "AdversarialMask", "weight": adversarial, **(critic or {})}
+    terms = [dict(type="SoftTargets", weight=pixel), dict(type="PairwiseAffinity", weight=pair), masks]
+    return _terms(terms, schedule)
 
 
 @RECIPES.register
 def cwd(weight: float = 3.0, temperature: float = 4.0, schedule: Any = None) -> list[dict[str, Any]]:
-    """CWD (ICCV 2021): each class's scores as a distribution over positions.
-
-    Args:
-        weight, temperature, schedule: those of its one term.
-    """
+    """CWD (ICCV 2021): the scores of each class as a distribution over positions."""
     return _terms([dict(type="ChannelWise", weight=weight, temperature=temperature)], schedule)
 
 
@@ -57,21 +49,18 @@ def ifvd(
     critic: Mapping[str, Any] | None = None,
     schedule: Any = None,
 ) -> list[dict[str, Any]]:
-    """IFVD (ECCV 2020): how far pixels lie from their class's prototype, with soft targets and a critic.
+    """IFVD (ECCV 2020): similarities of pixels to the prototypes of their classes, with soft targets and a critic.
 
     Args:
-        pixel, prototype, adversarial: the weights of the three terms; a term at 0 is left out.
+        pixel: the weight of the soft targets. A term with weight 0 is left out.
+        prototype: the weight of the similarities.
+        adversarial: the weight of the critic's judgement.
         critic: settings of ``AdversarialMask``.
-        schedule: of all three.
+        schedule: the schedule of all three weights.
     """
-    return _terms(
-        [
-            dict(type="SoftTargets", weight=pixel),
-            dict(type="ClassPrototypes", weight=prototype),
-            {"type": "AdversarialMask", "weight": adversarial, **(critic or {})},
-        ],
-        schedule,
-    )
+    masks = {"type": "AdversarialMask", "weight": adversarial, **(critic or {})}
+    terms = [dict(type="SoftTargets", weight=pixel), dict(type="ClassPrototypes", weight=prototype), masks]
+    return _terms(terms, schedule)
 
 
 @RECIPES.register
@@ -87,25 +76,18 @@ def cirkd(
 
     Args:
         soft: the weight of the soft targets (temperature 1).
-        pixel, memory_pixel, memory_region: the weights of the three kinds of relations.
+        pixel: the weight of the relations to pixels of the batch.
+        memory_pixel: the weight of the relations to remembered pixels.
+        memory_region: the weight of the relations to remembered regions.
         relations: further settings of ``CrossImageRelations``.
-        schedule: of all of them.
+        schedule: the schedule of all weights.
     """
     weights = dict(pixel=pixel, memory_pixel=memory_pixel, memory_region=memory_region)
-    return _terms(
-        [
-            dict(type="SoftTargets", weight=soft),
-            {"type": "CrossImageRelations", "weight": float(any(weights.values())), **weights, **(relations or {})},
-        ],
-        schedule,
-    )
+    related = {"type": "CrossImageRelations", "weight": float(any(weights.values())), **weights, **(relations or {})}
+    return _terms([dict(type="SoftTargets", weight=soft), related], schedule)
 
 
 @RECIPES.register
 def mgd(weight: float = 2e-5, mask_ratio: float = 0.75, schedule: Any = None) -> list[dict[str, Any]]:
-    """MGD (ECCV 2022) on the backbone's last map, with the published settings for segmentation.
-
-    Args:
-        weight, mask_ratio, schedule: those of its one term.
-    """
+    """MGD (ECCV 2022) on the backbone's last map, with the published settings for segmentation."""
     return _terms([dict(type="MaskedGeneration", name="mgd", weight=weight, mask_ratio=mask_ratio)], schedule)

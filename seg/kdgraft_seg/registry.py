@@ -1,4 +1,4 @@
-"""Segmentation's own terms and recipes, on top of the core's."""
+"""Registries of segmentation's own terms and recipes, which extend the core's."""
 
 from kdgraft_hosts import SEG
 

@@ -1,4 +1,4 @@
-"""Terms on how pixels relate: to each other, to their class, to pixels of other images."""
+"""Terms on the relations of pixels: to the prototype of their class, and to pixels of other images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LabelledTerm(MapTerm):
     """Base of the terms that group pixels by their class.
 
     Args:
-        tap: maps ``(B, C, H, W)``; the features that the classifier is given by default.
+        tap: maps ``(B, C, H, W)``; by default the input features of the classifier.
     """
 
     reads = "embeddings"
@@ -44,6 +44,7 @@ class LabelledTerm(MapTerm):
         super().__init__(tap, region="all", **settings)
 
     def wire(self, wiring: Wiring) -> None:
+        """Wire the term, and refuse a student that is trained without classes of pixels."""
         if "labels" not in wiring.fields:
             raise WiringError(
                 f"{self.name}: needs classes of pixels, and the student, a {type(wiring.student).__name__}, is trained without; "
@@ -54,13 +55,14 @@ class LabelledTerm(MapTerm):
 
 @TERMS.register
 class ClassPrototypes(LabelledTerm):
-    """Class prototypes: each pixel's cosine to its class's mean feature (IFVD; Wang et al., ECCV 2020), weight 200 there.
+    """Class prototypes: each pixel's cosine to its class's mean feature (IFVD; Wang et al., ECCV 2020, with weight 200).
 
     Args:
         tap: see :class:`LabelledTerm`.
     """
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        """Return the mean over maps of the squared difference of cosines, each over its labelled positions."""
         ratios = []
         for s, t, valid in self.aligned(student, teacher, batch):
             items = class_prototypes(s, t, labels_on(batch, t.shape[-2:]), ignore_index=-1, reduction="none")
@@ -70,29 +72,29 @@ class ClassPrototypes(LabelledTerm):
 
 @TERMS.register
 class CrossImageRelations(LabelledTerm):
-    """Cross-image relations: pixels to pixels of the batch, and to remembered pixels and regions (CIRKD; Yang et al. 2022).
+    """Cross-image relations of pixels to pixels of the batch and to remembered pixels and regions (CIRKD; Yang et al. 2022).
 
-    Three parts, each a KL of a pixel's softmax over cosines: to the pixels of every image of the batch (both models' own
-    features, no adapter), to a memory of the teacher's pixels and to one of its regions (class means of an image), the
-    student's pixels projected by a small learned head. The memories hold each class's latest embeddings, taken from pixels of
-    that class alone (the authors' code permutes among a class's number of pixels but indexes the whole image).
+    The term has three parts, each a KL of a pixel's softmax over cosines: to the pixels of every image of the batch (with both
+    models' own features, without an adapter), to a memory of the teacher's pixels, and to a memory of its regions (class means of
+    an image). A small learned head projects the student's pixels for the memories, which hold each class's latest embeddings. These
+    are taken from pixels of that class only (the authors' code permutes the number of a class's pixels but indexes the whole image).
 
-    The batch's part pools the map to at most ``nodes`` positions and holds B² · nodes² numbers; a comparison with a memory holds
-    ``anchors`` · ``contrast``. The memories hold classes · (``pixels_per_class`` + ``regions_per_class``) · C numbers, C the
-    teacher's channels (27 MB for 19 classes and 512 channels, 215 MB for 150), on the device and in every checkpoint; the
-    authors' code keeps more. None of it grows with the resolution; what does is the two maps themselves.
+    The batch's part pools the map to at most ``nodes`` positions and needs B² · nodes² numbers; a comparison with a memory needs
+    ``anchors`` · ``contrast``. The memories hold classes · (``pixels_per_class`` + ``regions_per_class``) · C numbers, where C is
+    the number of the teacher's channels (27 MB for 19 classes and 512 channels, 215 MB for 150), on the device and in every
+    checkpoint; the authors' code keeps more. Only the two maps themselves grow with the resolution.
 
-    On several processes the memories take in the images of all of them, as the authors' code does; the batch's part compares the
-    images of one process unless ``across_ranks``, as the authors' code does too (its gathering is commented out).
+    On several processes the memories receive the images of all of them. The batch's part compares the images of one process unless
+    ``across_ranks``. The authors' code does the same (its gathering is commented out).
 
     Args:
         pixel, memory_pixel, memory_region: weights of the parts (1, 0.1 and 0.1 in the paper).
         temperature: τ of all three.
-        nodes: positions an image has at most in the batch's part.
-        anchors: pixels of a process's batch that are compared with the memories, drawn anew each step.
-        contrast: remembered embeddings that they are compared with, drawn anew each step.
-        pixels_per_class, regions_per_class: size of the memories.
-        new_pixels: pixels of each class and image that enter the memory.
+        nodes: the maximum number of positions of an image in the batch's part.
+        anchors: the number of pixels of a process's batch to compare with the memories, drawn anew in each step.
+        contrast: the number of remembered embeddings to compare them with, drawn anew in each step.
+        pixels_per_class, regions_per_class: the size of the memories.
+        new_pixels: the number of pixels of each class and image that enter the memory.
         across_ranks: compare with the images of all processes in the batch's part.
         tap: see :class:`LabelledTerm`; one map.
     """
@@ -133,12 +135,13 @@ class CrossImageRelations(LabelledTerm):
         self._random = SharedRandom()
 
     def wire(self, wiring: Wiring) -> None:
+        """Wire the term on one map, and build the projection and the memories if a part needs them."""
         super().wire(wiring)
         if len(self.rows) != 1:
             raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
         ((s, t, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
         if not any(self.weights[1:]):
-            return  # what is not used must not be in the model: DDP would miss its gradients
+            return  # DDP would miss the gradients of a projection that is not used
         classes = int(wiring.student.num_classes)  # type: ignore[arg-type]  # the labels are the student's
         self.allocate(s.shape[1], t.shape[1], classes, s.device)
         self.rows[0] = self.rows[0]._replace(
@@ -146,18 +149,19 @@ class CrossImageRelations(LabelledTerm):
         )
 
     def allocate(self, student: int, teacher: int, classes: int, device: torch.device) -> None:
-        """The projection between these numbers of channels, and empty memories."""
+        """Create the projection from ``student`` to ``teacher`` channels, and empty memories."""
         self.project = nn.Sequential(nn.Linear(student, teacher), nn.ReLU(), nn.Linear(teacher, teacher)).to(device)
         self.register_buffer("pixels", torch.zeros(classes, self.pixels_per_class, teacher, device=device))
         self.register_buffer("regions", torch.zeros(classes, self.regions_per_class, teacher, device=device))
         self.register_buffer("seen", torch.zeros(2, classes, dtype=torch.long, device=device))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        """Return the three parts on the aligned maps."""
         ((s, t, _),) = self.aligned(student, teacher, batch)
         return self.relate(s, t, labels_on(batch, t.shape[-2:]))
 
     def relate(self, s: Tensor, t: Tensor, labels: Tensor) -> Ratio:
-        """The three parts on maps ``(B, C, H, W)`` of one grid, with labels ``(B, H, W)`` that are -1 where nothing counts."""
+        """Return the three parts on maps ``(B, C, H, W)``, given labels ``(B, H, W)`` that are -1 where a pixel does not count."""
         valid = labels >= 0
         parts = [self._batch(s, t, valid)]
         if any(self.weights[1:]):
@@ -180,7 +184,7 @@ class CrossImageRelations(LabelledTerm):
 
     def _memory(self, s: Tensor, t: Tensor, valid: Tensor) -> list[Ratio]:
         chosen = valid.flatten().nonzero()[:, 0]
-        own = self._random.of_this_rank()  # on every process, whether it draws or not
+        own = self._random.of_this_rank()  # on every process, even if it does not draw
         if len(chosen) > self.anchors:
             chosen = chosen[torch.randperm(len(chosen), generator=own)[: self.anchors].to(chosen.device)]
         s, t = (_at(maps, chosen) for maps in (s, t))
@@ -195,15 +199,15 @@ class CrossImageRelations(LabelledTerm):
             items = memory_relations(
                 s, t, memory.flatten(0, 1)[held], contrast_temperature=self.temperature, reduction="none"
             )
-            # No anchor, or nothing to compare with: a sum of nothing.
+            # Without anchors or embeddings the sum has no items.
             ratios.append(Ratio(items.sum(), items.new_full((), float(len(items) if len(held) else 0))))
         return ratios
 
     @torch.no_grad()
     def _remember(self, t: Tensor, labels: Tensor) -> None:
-        """Takes this step's pixels and regions in: each process picks its own, all take in those of all, in one order."""
+        """Store this step's pixels and regions. Each process chooses its own, and all store those of all in the same order."""
         classes = len(self.pixels)
-        # An infinity of a teacher in half precision would stay in the memory for long.
+        # An infinity of a teacher in half precision would stay in the memory for a long time.
         kept = (labels >= 0) & (labels < classes) & t.isfinite().all(1)
         position = kept.flatten().nonzero()[:, 0]
         image = torch.arange(len(labels), device=labels.device).view(-1, 1, 1)
@@ -221,7 +225,7 @@ class CrossImageRelations(LabelledTerm):
 
     @staticmethod
     def _enqueue(memory: Tensor, seen: Tensor, features: Tensor, classes: Tensor) -> None:
-        """Writes each class's newcomers after its latest ones, round and round."""
+        """Write each class's new embeddings behind its latest ones, as in a ring buffer."""
         order = classes.argsort(stable=True)
         order = order[_number_in_group(classes[order]) < memory.shape[1]]
         features, classes = features[order], classes[order]
@@ -229,14 +233,16 @@ class CrossImageRelations(LabelledTerm):
         seen += torch.bincount(classes, minlength=len(memory))
 
     def hidden_state(self) -> dict[str, Any]:
+        """Return the state of the random numbers."""
         return {"random": self._random.state()}
 
     def load_hidden_state(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`hidden_state`."""
         self._random.load(state["random"])
 
 
 def _number_in_group(group: Tensor) -> Tensor:
-    """0, 1, 2 … within each run of equal numbers of a sorted ``(N,)``."""
+    """Return 0, 1, 2 … within each run of equal numbers of a sorted ``(N,)``."""
     if len(group) == 0:
         return group
     _, counts = group.unique_consecutive(return_counts=True)
@@ -245,6 +251,6 @@ def _number_in_group(group: Tensor) -> Tensor:
 
 
 def _at(maps: Tensor, positions: Tensor) -> Tensor:
-    """The vectors of a map ``(B, C, H, W)`` at flat positions of ``(B, H, W)``: ``(N, C)``."""
+    """Return the vectors ``(N, C)`` of a map ``(B, C, H, W)`` at N flat positions of ``(B, H, W)``."""
     size = maps.shape[-2] * maps.shape[-1]
     return maps.flatten(2)[positions // size, :, positions % size]

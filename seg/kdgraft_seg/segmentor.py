@@ -1,4 +1,4 @@
-"""``DistilledSegmentor``: what a config names to distil a segmentor of MMSegmentation."""
+"""``DistilledSegmentor``: the model type of a config that distils a segmentor of MMSegmentation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .registry import RECIPES, TERMS
 class DistilledSegmentor(Graft):
     """A segmentor that learns from a teacher; an instance of the student's own class.
 
-    In a config, eight lines::
+    In a config::
 
         custom_imports = dict(imports=['kdgraft_seg'])
         model = dict(

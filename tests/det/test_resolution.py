@@ -59,7 +59,7 @@ def delivered(model, batch):
 
 
 def reduced(model, data):
-    return model._reduced(data["inputs"], data["data_samples"], model.distill_link.resolution)
+    return model._reduced(data["inputs"], data["data_samples"], model.distill_context.resolution)
 
 
 def smooth(height: int, width: int) -> np.ndarray:

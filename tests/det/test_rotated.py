@@ -183,6 +183,6 @@ def test_the_angle_is_the_same_at_every_size(tmp_path):
         | dict(teacher=dict(config=detector(), checkpoint=checkpoint, scale=2))
     )
     data = model.data_preprocessor(rotated_batch("tensor"), True)
-    _, small = model._reduced(data["inputs"], data["data_samples"], model.distill_link.resolution)
+    _, small = model._reduced(data["inputs"], data["data_samples"], model.distill_context.resolution)
     expected = turned(UPRIGHT[1]) / torch.tensor([2.0, 2, 2, 2, 1])
     torch.testing.assert_close(small[1].gt_instances.bboxes, expected)

@@ -125,7 +125,7 @@ def test_a_schedule_at_0_leaves_the_hosts_loss_whole(teacher_model, teacher_chec
     with torch.no_grad():
         host = losses(model, raw_batch())["loss_cls"].item()
     for iteration, share in ((0, 1.0), (2, 0.25)):
-        monkeypatch.setattr(model.distill_link.hub, "step", lambda iteration=iteration: Step(iteration, 0))
+        monkeypatch.setattr(model.distill_context.hub, "step", lambda iteration=iteration: Step(iteration, 0))
         assert losses(model, raw_batch())["loss_cls"].item() == pytest.approx(share * host, rel=1e-6)
 
 

@@ -233,7 +233,9 @@ def test_a_mistake_leaves_the_registry_usable(teacher):
             id="end is a text",
         ),
         pytest.param(
-            dict(terms=[dict(type="SoftTargets", name="keys")]), ("not that of a method, got 'keys'",), id="name of a method"
+            dict(terms=[dict(type="SoftTargets", name="keys")]),
+            ("not that of a method, got 'keys'",),
+            id="name of a method",
         ),
         pytest.param(
             dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region=5)]), ("a region is a name",), id="region"

@@ -501,7 +501,8 @@ def test_channel_wise_takes_maps_alone():
 def test_a_loss_on_features_gives_a_value_a_position(shape):
     tensor = torch.ones(shape)
     with pytest.raises(
-        WiringError, match=r"one value per position, \(2.*here, but this one gives \(3,\); use another.*PearsonImitation"
+        WiringError,
+        match=r"one value per position, \(2.*here, but this one gives \(3,\); use another.*PearsonImitation",
     ):
         distil({"a": tensor}, {"a": tensor}, FeatureImitation("parts.a", loss=pearson))
 

@@ -172,9 +172,7 @@ class SoftTargets(TemperedTerm):
         super().prepare(student, teacher)
         self.scores.labelled = self.hard_weight is not None  # hard and soft loss are of the same items
         if self.focus and self.scores.independent is False:
-            raise WiringError(
-                f"{self.name}: focus needs sigmoid classes, but these share one softmax; leave focus out"
-            )
+            raise WiringError(f"{self.name}: focus needs sigmoid classes, but these share one softmax; leave focus out")
         if self.background_weight is not None and not self.scores.background:
             raise WiringError(f"{self.name}: these scores have no background to weigh; leave background_weight out")
 
