@@ -31,7 +31,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "`MaskedGeneration`": dict(type="MaskedGeneration"),
     "`SoftTargets`": dict(type="SoftTargets"),
     "… `background_weight`, `hard_weight`": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.5),
-    "… region `vlr`": dict(type="SoftTargets", anchors="vlr"),
+    "… anchors `vlr`": dict(type="SoftTargets", anchors="vlr"),
     "… `head='rpn_head'`": dict(type="SoftTargets", head="rpn_head"),
     "`BoundedRegression`": _BOUNDED,
     "… `head='rpn_head'`, boxes": dict(_BOUNDED, head="rpn_head"),
@@ -41,7 +41,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 _ANCHORS = ("GFL", "ATSS", "RetinaNet", "TOOD")
 ONLY = {
     "… of RoIs": STAGED,
-    "… region `vlr`": _ANCHORS,
+    "… anchors `vlr`": _ANCHORS,
     "… `head='rpn_head'`": STAGED,
     "… `head='rpn_head'`, boxes": STAGED,
     "`LocalizationDistillation`": ("GFL",),
