@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import random
-import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +26,6 @@ from kdgraft import (
     WarmUp,
     WiringError,
 )
-from kdgraft.hosts import installed
 from kdgraft.losses import Ratio
 from kdgraft.terms import TapTerm
 from support.tensors import draw
@@ -572,46 +566,6 @@ def test_dropout_in_place_does_not_touch_what_is_tapped_before_it():
     rows = torch.sin(torch.arange(12.0)).reshape(4, 3)
     loss = distilled(rows).loss
     torch.testing.assert_close(loss, F.mse_loss(distilled.student[0](rows), distilled.teacher.model[0](rows)))
-
-
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-RUNNABLE = [code for code in PYTHON if "_base_" not in code]
-"""All but the configs of MMDetection and MMSegmentation, which tests/det and tests/seg build."""
-
-
-def run_program(code: str, folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-def example_of_the_readme(*words: str) -> str:
-    (example,) = [code for code in RUNNABLE if all(word in code for word in words)]
-    return example
-
-
-def test_the_readmes_example_runs_as_printed(tmp_path):
-    (example,) = [code for code in RUNNABLE if "Distiller(" in code and 'Hint("1"' in code]
-    run_program(example, tmp_path)
-    saved = torch.load(tmp_path / "student.pth")
-    assert set(saved) == {"0.weight", "0.bias", "4.weight", "4.bias"}
-
-
-@pytest.mark.parametrize("number", range(len(RUNNABLE)))
-def test_every_example_of_the_readme_runs_from_an_empty_folder(tmp_path, number):
-    if "transformers" in RUNNABLE[number] and not installed("transformers"):
-        pytest.skip("needs transformers")
-    run_program(RUNNABLE[number], tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} <= {"student.pth", "peer.pth", "run", "out", "student"}
-
-
-def test_the_readme_saves_peers_as_plain_as_the_student(tmp_path):
-    run_program(example_of_the_readme("Distiller(", "Peer("), tmp_path)
-    student, peer = (torch.load(tmp_path / name) for name in ("student.pth", "peer.pth"))
-    assert student.keys() == peer.keys() == {"0.weight", "0.bias", "2.weight", "2.bias"}
-    assert (len(student["0.bias"]), len(peer["0.bias"])) == (8, 12)
 
 
 class Sampling(Net):

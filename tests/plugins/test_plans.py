@@ -288,10 +288,9 @@ def test_a_task_is_for_plans_alone(folder: Path, capsys):
     assert TRAINER.reads("a.py:b") and not TRAINER.reads("a.py") and not TRAINER.reads("mmdet::a.py")
 
 
-def test_the_readmes_plan_runs_as_printed(tmp_path: Path, monkeypatch, capsys):
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (text,) = re.findall(r"```toml\n(.*?)```", readme, re.DOTALL)
-    (tasks,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import Task" in code]
+def test_the_plan_of_the_pages_runs_as_printed(tmp_path: Path, monkeypatch, capsys):
+    page = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+    text, tasks = (re.search(rf'title="{name}"\n(.*?)```', page, re.DOTALL)[1] for name in ("chain.toml", "tasks.py"))
     assert len(text.splitlines()) <= 15
     (tmp_path / "tasks.py").write_text(tasks)
     (tmp_path / "chain.toml").write_text(text)

@@ -1,27 +1,19 @@
-"""The configs in the READMEs build as printed, without data and without the teachers' weights."""
+"""The configs of the pages build as printed, without data and without the teachers' weights."""
 
 from __future__ import annotations
-
-import re
-from pathlib import Path
 
 import pytest
 from mmdet.registry import MODELS
 from mmengine.config import Config
 
 import support.det  # noqa: F401  sets mmdet's scope
+from support.pages import configs
 
-ROOT = Path(__file__).parents[2]
-BLOCKS = [
-    code
-    for file in (ROOT / "README.md", ROOT / "det" / "README.md")
-    for code in re.findall(r"```python\n(.*?)```", file.read_text(encoding="utf-8"), re.DOTALL)
-    if "_base_" in code and "kdgraft_det" in code
-]
+BLOCKS = configs("kdgraft_det")
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_a_config_of_the_readmes_builds_and_wires_every_term(tmp_path, number):
+def test_a_config_of_the_pages_builds_and_wires_every_term(tmp_path, number):
     file = tmp_path / "my_config.py"
     file.write_text(BLOCKS[number])
     config = Config.fromfile(file)
