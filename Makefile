@@ -3,7 +3,8 @@
 #   make demo               teacher, plain student, distilled students on embedded data; a table and pictures
 #   make test               the default tests        make test-slow, make test-gpu: opt-in ones
 #   make test-core          the tests of the core, without any host, in an environment of its own: nothing to compile
-#   make lint typecheck     ruff, mypy
+#   make lint typecheck     ruff, codespell, mypy
+#   make docs               the documentation as a site in build/docs
 #   make bench-det bench-seg bench-nlp   what distilling costs
 #
 #   STACK=upstream          the alternative mm stack, in an environment of its own
@@ -31,7 +32,7 @@ MMCV_upstream := mmcv
 MM_upstream := mmengine mmdet mmsegmentation ftfy regex
 CONSTRAINTS := -c constraints/common.txt -c constraints/$(STACK).txt -c $(VENV)/torch.txt
 
-.PHONY: env demo test test-core test-slow test-gpu lint typecheck format bench-det bench-seg bench-nlp clean
+.PHONY: env demo test test-core test-slow test-gpu lint typecheck format docs bench-det bench-seg bench-nlp clean
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.ready
@@ -80,6 +81,7 @@ test-gpu: env
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 typecheck: env
 	$(BIN)/mypy
@@ -87,6 +89,10 @@ typecheck: env
 format: env
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: env
+	$(BIN)/mkdocs build --quiet
+	@echo "build/docs/index.html"
 
 bench-det bench-seg bench-nlp: bench-%: env
 	KINETO_LOG_LEVEL=5 $(BIN)/python -m kdgraft bench $* --device $(DEVICE)
