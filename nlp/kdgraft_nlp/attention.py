@@ -353,21 +353,7 @@ def layer_pairs(spec: Any, students: int, teachers: int, who: str) -> list[tuple
         WiringError: a layer that is not there, or a rule that does not fit these depths.
     """
     if isinstance(spec, str):
-        if spec not in ("uniform", "last", "skip", "final"):
-            raise WiringError(f"{who}: layers is 'uniform', 'last', 'skip', 'final' or pairs of numbers, got {spec!r}")
-        if spec == "final":
-            return [(students - 1, teachers - 1)]
-        if students > teachers:
-            raise WiringError(
-                f"{who}: layers={spec!r} needs a teacher at least as deep as the student, got {teachers} and {students} "
-                "layers; give pairs, layers=[(student, teacher), …], or layers='final'"
-            )
-        if spec == "last":
-            return [(i, i + teachers - students) for i in range(students)]
-        pairs = [(i, math.ceil((i + 1) * teachers / students) - 1) for i in range(students)]
-        if spec == "skip" and students < 2:
-            raise WiringError(f"{who}: layers='skip' leaves out the final layer, and the student has no other")
-        return pairs[:-1] if spec == "skip" else pairs
+        return _pairs_by_rule(spec, students, teachers, who)
     if not isinstance(spec, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in spec) or not spec:
         raise WiringError(f"{who}: layers is a rule's name or pairs [(student, teacher), …], got {spec!r}")
     found = []
@@ -377,3 +363,21 @@ def layer_pairs(spec: Any, students: int, teachers: int, who: str) -> list[tuple
                 raise WiringError(f"{who}: the {owner} has layers 0 to {count - 1}, got {index!r} in {tuple(pair)}")
         found.append((pair[0] % students, pair[1] % teachers))
     return found
+
+
+def _pairs_by_rule(rule: str, students: int, teachers: int, who: str) -> list[tuple[int, int]]:
+    if rule not in ("uniform", "last", "skip", "final"):
+        raise WiringError(f"{who}: layers is 'uniform', 'last', 'skip', 'final' or pairs of numbers, got {rule!r}")
+    if rule == "final":
+        return [(students - 1, teachers - 1)]
+    if students > teachers:
+        raise WiringError(
+            f"{who}: layers={rule!r} needs a teacher at least as deep as the student, got {teachers} and {students} "
+            "layers; give pairs, layers=[(student, teacher), …], or layers='final'"
+        )
+    if rule == "last":
+        return [(i, i + teachers - students) for i in range(students)]
+    if rule == "skip" and students < 2:
+        raise WiringError(f"{who}: layers='skip' leaves out the final layer, and the student has no other")
+    pairs = [(i, math.ceil((i + 1) * teachers / students) - 1) for i in range(students)]
+    return pairs[:-1] if rule == "skip" else pairs

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kdgraft.errors import DistillError
 
-from .settings import FILES, LABELLED, check_file, one_line
+from .checks import one_line
+from .settings import FILES, LABELLED, check_file
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 Texts = str | Sequence[str]

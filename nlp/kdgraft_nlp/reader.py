@@ -183,9 +183,9 @@ class OutputScores(Scores):
     def pair_weight(self, tokens: Tokens) -> Tensor | None:
         """The predictions that count, of aligned tokens the pairs: ``(B, L)``."""
         weight = self.weight(tokens, tokens.student)
-        if tokens.pairs is None or weight is None:
+        if tokens.pairs is None or tokens.paired is None or weight is None:
             return weight
-        return take(weight, tokens.pairs[..., 0]) & (tokens.pairs >= 0).all(-1)
+        return take(weight, tokens.pairs[..., 0]) & tokens.paired
 
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         tokens, found = tokens_of(batch), []
@@ -244,15 +244,11 @@ class OutputScores(Scores):
     def per_token(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Pairs:
         """The logits ``(n, C)`` of the tokens that count."""
         weight = self.pair_weight(tokens)
-        if tokens.pairs is not None:
-            student, teacher = take(student, tokens.pairs[..., 0]), take(teacher, tokens.pairs[..., 1])
-        return picked(student, teacher, weight)
+        return picked(*tokens.align(student, teacher), weight)
 
     def _answers(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Pairs:
-        real = tokens.student.real
-        if tokens.pairs is not None:
-            real = (tokens.pairs >= 0).all(-1)
-            student, teacher = take(student, tokens.pairs[..., 0]), take(teacher, tokens.pairs[..., 1])
+        student, teacher = tokens.align(student, teacher)
+        real = tokens.student.real if tokens.paired is None else tokens.paired
         if real is not None:
             low = torch.finfo(torch.float16).min
             student, teacher = student.masked_fill(~real, low), teacher.masked_fill(~real, low)

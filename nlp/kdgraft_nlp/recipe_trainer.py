@@ -10,8 +10,9 @@ from typing import Any
 from kdgraft.errors import DistillError, nearest
 from kdgraft.hosts import Job, TrainedModel
 
-from . import run, settings
+from . import run
 from .checkpoints import NothingComplete, newest_first
+from .recipe_files import load
 from .trainer import DistillTrainer
 
 logger = logging.getLogger("kdgraft")
@@ -61,12 +62,12 @@ class RecipeTrainer:
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
         """The recipe with its overrides in it, wherever its output goes."""
-        found = settings.load(config, [f"{key}={value}" for key, value in options.items()])
+        found = load(config, [f"{key}={value}" for key, value in options.items()])
         return {key: value for key, value in found.items() if key != "output"}
 
     def carry_out(self, job: Job) -> TrainedModel:
         """Trains into the run's folder, where the student is in the end too."""
-        recipe = settings.load(job.config, [f"{key}={value}" for key, value in job.options.items()])
+        recipe = load(job.config, [f"{key}={value}" for key, value in job.options.items()])
         recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None}
         recipe |= {"teacher": None, "teachers": None}  # the plan says who teaches
         recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}

@@ -50,11 +50,13 @@ from kdgraft.registry import call
 from kdgraft.telling import said_aloud
 
 from .checkpoints import newest_first
+from .checks import one_line
 from .collator import DistillCollator
 from .data import Texts, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
+from .recipe_files import load
 from .scores import number_scores, scores, tag_scores
-from .settings import TASKS, check_settings, load, one_line, tokenizer_folder
+from .settings import TASKS, check_settings, tokenizer_folder
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
 

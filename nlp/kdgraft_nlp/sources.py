@@ -14,6 +14,7 @@ from kdgraft.sources import Cached, Peer, Source, Teacher, gather_sources
 from kdgraft.sources.base import share_parameters
 
 from .cache import TeacherCache
+from .checks import check_folder, flat
 from .tasks import auto_class, base_of
 
 
@@ -52,7 +53,7 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
 
 def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
     if isinstance(given, (str, Path)):
-        given = _load(Path(given), student)
+        given = _load(given, student)
     if not isinstance(given, nn.Module):
         raise DistillError(f"{name} must be a model or a folder, got {given!r}")
     model = base_of(given)
@@ -63,11 +64,8 @@ def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
     return Teacher(model)
 
 
-def _load(folder: Path, student: nn.Module) -> nn.Module:
-    if not (folder / "config.json").is_file():
-        raise DistillError(
-            f"no teacher at {folder}: there is no config.json; give the folder that save_pretrained wrote"
-        )
+def _load(folder: str | Path, student: nn.Module) -> nn.Module:
+    check_folder("teacher", folder)
     loads = auto_class(student)
     if loads is None:
         raise DistillError(
@@ -76,7 +74,7 @@ def _load(folder: Path, student: nn.Module) -> nn.Module:
     try:
         model, found = loads.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DistillError(f"cannot load the teacher {folder}: {' '.join(str(error).split())[:300]}") from None
+        raise DistillError(f"cannot load the teacher {folder}: {flat(error)}") from None
     problems = [
         f"{len(found[kind])} {kind.removesuffix('_keys')}: {', '.join(str(key) for key in sorted(found[kind], key=str)[:4])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -83,6 +83,17 @@ class Tokens:
     samples: int = 0
     two_stacks: bool = False
 
+    @property
+    def paired(self) -> Tensor | None:
+        """``(B, P)`` boolean, false where ``pairs`` is filled up; ``None`` where the two are tokenised alike."""
+        return None if self.pairs is None else (self.pairs >= 0).all(-1)
+
+    def align(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both models' values per token, ``(B, L, …)``, at the paired tokens: ``(B, P, …)``."""
+        if self.pairs is None:
+            return student, teacher
+        return take(student, self.pairs[..., 0]), take(teacher, self.pairs[..., 1])
+
 
 VISION = frozenset({"vision_tower", "vision_model", "vision_encoder", "visual"})
 """What models of text and images call the part that reads images."""
