@@ -22,7 +22,7 @@ from .tokens import IGNORED
 Compare = Callable[[Tensor, Tensor], Tensor]
 
 
-class Tail(NamedTuple):
+class LogitTransform(NamedTuple):
     """What a model makes of its output layer's logits: ``cap · tanh(scale · logits / cap)``, ``scale · logits`` without a cap."""
 
     scale: float = 1.0
@@ -33,7 +33,7 @@ class Tail(NamedTuple):
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
 
-PLAIN = Tail()
+IDENTITY = LogitTransform()
 
 
 class Head(NamedTuple):
@@ -41,24 +41,24 @@ class Head(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    tail: Tail = PLAIN
+    transform: LogitTransform = IDENTITY
 
     def __call__(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
 
-def head_of(model: Any, tail: Tail = PLAIN) -> Head:
+def head_of(model: Any, transform: LogitTransform = IDENTITY) -> Head:
     """The output layer of a language model."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise WiringError(
             f"chunked=True needs a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
         )
-    return Head(layer.weight, layer.bias, tail)
+    return Head(layer.weight, layer.bias, transform)
 
 
-class Part(NamedTuple):
+class TokenLoss(NamedTuple):
     """One loss over tokens.
 
     Attributes:
@@ -79,7 +79,7 @@ def chunked_losses(
     hard_factor: Tensor,
     teacher_hidden: Tensor | None,
     teacher_head: Head | None,
-    parts: Sequence[Part],
+    parts: Sequence[TokenLoss],
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
     """The weighted total of all losses, and the sum of each.
@@ -98,7 +98,7 @@ def chunked_losses(
         The total, a scalar with gradient to ``hidden`` and ``head``; and, without gradient, the sums over tokens: of the
         cross-entropy first, then of each part.
     """
-    tensors = (hidden, head.weight, head.bias, head.tail)
+    tensors = (hidden, head.weight, head.bias, head.transform)
     total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
     return total, sums
 
@@ -112,12 +112,12 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tail: Tail,
+        transform: LogitTransform,
         targets: Tensor,
         hard_factor: Tensor,
         teacher_hidden: Tensor | None,
         teacher_head: Head | None,
-        parts: tuple[Part, ...],
+        parts: tuple[TokenLoss, ...],
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -136,11 +136,11 @@ class _Chunked(torch.autograd.Function):
             logits = head(states)
             given = None
             if teacher_hidden is not None and teacher_head is not None:
-                given = teacher_head.tail(teacher_head(teacher_hidden[index]).float())
+                given = teacher_head.transform(teacher_head(teacher_hidden[index]).float())
             with torch.enable_grad():
                 # In float32 whatever the model computes in: a loss scaler's factor comes too late for what underflows here.
                 leaf = logits.detach().float().requires_grad_()
-                final = tail(leaf)
+                final = transform(leaf)
                 values = [F.cross_entropy(final, targets[index], ignore_index=IGNORED, reduction="sum")]
                 for part in parts:
                     mine = part.counted[index]

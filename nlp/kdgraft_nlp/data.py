@@ -19,7 +19,7 @@ from .checks import one_line
 from .settings import FILES, LABELLED, check_file
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-Texts = str | Sequence[str]
+TextColumns = str | Sequence[str]
 """A column of texts (or of lists of words), or the two columns of pairs."""
 
 
@@ -55,7 +55,7 @@ def drawn(found: Dataset, fraction: float, seed: int) -> Dataset:
     return found.select(sorted(kept.tolist()))
 
 
-def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) -> tuple[Texts, str | None]:
+def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) -> tuple[TextColumns, str | None]:
     """The columns of texts and labels; :class:`DistillError` where a set has no such column."""
     entries = ("words", "tags") if task == "tokens" else ("text", "label")
     standard = ("tokens", "tags") if task == "tokens" else ("text", "label")
@@ -72,7 +72,7 @@ def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) 
     return text, label if task in LABELLED else None
 
 
-def texts_of(found: Dataset, column: Texts, *, words: bool = False) -> list[list[Any]]:
+def texts_of(found: Dataset, column: TextColumns, *, words: bool = False) -> list[list[Any]]:
     """The texts of each column, or its lists of words.
 
     Raises:
@@ -90,7 +90,7 @@ def texts_of(found: Dataset, column: Texts, *, words: bool = False) -> list[list
     return read
 
 
-def check_tags(found: Dataset, text: Texts, label: str) -> None:
+def check_tags(found: Dataset, text: TextColumns, label: str) -> None:
     """Raises a :class:`DistillError` unless every word has a tag."""
     (words,), tags = texts_of(found, text, words=True), _classes("tokens", found, label)
     for i, (some, own) in enumerate(zip(words, tags, strict=True)):
@@ -162,7 +162,7 @@ def encode(
     task: str,
     found: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    columns: tuple[Texts, str | None],
+    columns: tuple[TextColumns, str | None],
     names: Sequence[str] | None,
     length: int,
 ) -> Dataset:
@@ -240,7 +240,7 @@ def train_tokenizer(
     )
 
 
-def _names(column: Texts) -> list[str]:
+def _names(column: TextColumns) -> list[str]:
     return [column] if isinstance(column, str) else list(column)
 
 

@@ -20,7 +20,7 @@ from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
 
 from .collator import PREFIX, DistillCollator
-from .link import Asked, is_tied, link_of
+from .link import StudentStep, is_tied, link_of
 from .registry import RECIPES
 from .resuming import Resuming
 from .student import graft, undistill
@@ -159,33 +159,33 @@ class Distilling(Resuming):
         state, scales = self.state, self._host_scales(num_items_in_batch)
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
         factor = self._host_factor(num_items_in_batch)
-        asked = Asked(
+        step = StudentStep(
             Step(state.global_step, int(state.epoch or 0)),
             dict(inputs),  # a copy: losses take the labels out
             self._totals,
             parts,
             factor / (1 if scales else parts),
         )
-        with link_of(self.model).asking(asked):
+        with link_of(self.model).asking(step):
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not asked.passes:
+        if not step.passes:
             raise DistillError(
                 f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
             )
         self._distilled = True
-        loss, split = self._weighted(result[0] if return_outputs else result, asked), 1 if scales else parts
+        loss, split = self._weighted(result[0] if return_outputs else result, step), 1 if scales else parts
         # Peers train on the host's own loss, as the student does.
-        peers = {f"peer.{name}.loss": _times(value * factor, self._host_weight) for name, value in asked.peers.items()}
-        extra = torch.stack([value for key, value in asked.losses.items() if key.endswith(".loss")]).sum()
-        self._keep({**asked.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
-        asked.losses = {key: value.detach() for key, value in asked.losses.items()}
+        peers = {f"peer.{name}.loss": _times(value * factor, self._host_weight) for name, value in step.peers.items()}
+        extra = torch.stack([value for key, value in step.losses.items() if key.endswith(".loss")]).sum()
+        self._keep({**step.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
+        step.losses = {key: value.detach() for key, value in step.losses.items()}
         # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
         whole = sum(peers.values(), loss) + extra * split
         return (whole, result[1]) if return_outputs else whole
 
-    def _weighted(self, loss: Tensor, asked: Asked) -> Tensor:
+    def _weighted(self, loss: Tensor, step: StudentStep) -> Tensor:
         """The host's loss times its share; in chunks the model has weighted it already."""
-        if asked.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
+        if step.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
             self._told_of_labels = True
             logger.warning(
                 "the batches have no labels, so that the host's own loss is 0 and the student learns from the terms alone; "
@@ -193,7 +193,7 @@ class Distilling(Resuming):
             )
         if student_chunks(self.model):
             return loss
-        return _times(loss, self._host_weight * asked.host_share)
+        return _times(loss, self._host_weight * step.host_share)
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""

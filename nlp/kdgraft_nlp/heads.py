@@ -15,7 +15,7 @@ from kdgraft.errors import WiringError
 from kdgraft.isolation import eval_mode
 
 from .attention import STUDENT_FORWARD
-from .chunked import Tail, head_of
+from .chunked import LogitTransform, head_of
 from .tasks import accepted
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
@@ -26,7 +26,7 @@ ROUTERS = ("router_aux_loss_coef", "aux_loss_coef")
 """Figures of models or configs that the loss of the routers of a mixture of experts is multiplied by."""
 
 
-def check_heads(model: Any, inputs: Mapping[str, Any]) -> Tail:
+def check_heads(model: Any, inputs: Mapping[str, Any]) -> LogitTransform:
     """What a causal model makes of its output layer's logits.
 
     The model runs with logits of every size put in place of those of its output layer, so that a cap is seen before training
@@ -46,22 +46,22 @@ def check_heads(model: Any, inputs: Mapping[str, Any]) -> Tail:
         raise WiringError(f"chunked=True needs a causal model that takes logits_to_keep, which {name} does not")
     head_of(model)
     run = getattr(model, STUDENT_FORWARD, model)
-    with torch.no_grad(), eval_mode(model), _tried(model, _wide) as tried:
+    with torch.no_grad(), eval_mode(model), _replaced_logits(model, _wide) as trial:
         logits = run(**inputs)["logits"]
         kept = run(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=logits.device))
-    if not tried.goes_straight():
+    if not trial.goes_straight():
         raise WiringError(
             f"chunked=True: {name} changes its states before the output layer, or does not run its base model and output layer as "
             "modules; leave chunked out"
         )
-    tail = _tail(model, tried.given[0], logits)
-    if tail is None:
+    transform = _find_transform(model, trial.given[0], logits)
+    if transform is None:
         raise WiringError(
             f"chunked=True: {name} changes its logits after the output layer in a way that is not known here; leave chunked out"
         )
     if hasattr(model, STUDENT_FORWARD):
-        _check_loss(model, inputs, tail, router_loss(model, kept))
-    return tail
+        _check_loss(model, inputs, transform, router_loss(model, kept))
+    return transform
 
 
 def router_loss(model: Any, output: Any) -> Tensor | None:
@@ -75,16 +75,16 @@ def router_loss(model: Any, output: Any) -> Tensor | None:
     return None if factor is None else aux * factor
 
 
-def _check_loss(model: Any, inputs: Mapping[str, Any], tail: Tail, router: Tensor | None) -> None:
+def _check_loss(model: Any, inputs: Mapping[str, Any], transform: LogitTransform, router: Tensor | None) -> None:
     labels = inputs["input_ids"]
 
     def right(plain: Tensor) -> Tensor:
         following = labels.roll(-1, 1).to(plain.device)
         return 1e3 * F.one_hot(following, plain.shape[-1]).to(plain.dtype)
 
-    with torch.no_grad(), eval_mode(model), _tried(model, right) as tried:
+    with torch.no_grad(), eval_mode(model), _replaced_logits(model, right) as trial:
         own = model.plain_forward(**inputs, labels=labels)["loss"].double()
-    logits = tail(tried.given[0].float())
+    logits = transform(trial.given[0].float())
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).double()
     if router is not None:
         expected = expected + router.double()
@@ -95,15 +95,15 @@ def _check_loss(model: Any, inputs: Mapping[str, Any], tail: Tail, router: Tenso
         )
 
 
-def _tail(model: Any, given: Tensor, logits: Tensor) -> Tail | None:
+def _find_transform(model: Any, given: Tensor, logits: Tensor) -> LogitTransform | None:
     text = model.config.get_text_config(decoder=True)
     scales, caps = ([float(v) for n in names if (v := getattr(text, n, None))] for names in (SCALES, CAPS))
     close = 4 * torch.finfo(logits.dtype).eps
     for cap, scale in product([*caps, None], [*scales, *(1 / value for value in scales), 1.0]):
-        tail = Tail(scale, cap)
-        expected = tail(given.float())
+        transform = LogitTransform(scale, cap)
+        expected = transform(given.float())
         if expected.shape == logits.shape and torch.allclose(expected, logits.float(), rtol=close, atol=close * 1e-3):
-            return tail
+            return transform
     return None
 
 
@@ -115,7 +115,7 @@ def _wide(plain: Tensor) -> Tensor:
     return (sizes * signs).to(plain.dtype).expand_as(plain).contiguous()
 
 
-class _Tried:
+class _Trial:
     """What a model's output layer was given, and what was put in place of its logits."""
 
     def __init__(self) -> None:
@@ -135,21 +135,21 @@ class _Tried:
 
 
 @contextmanager
-def _tried(model: Any, make: Any) -> Iterator[_Tried]:
+def _replaced_logits(model: Any, make: Any) -> Iterator[_Trial]:
     """While the body runs the model, its output layer gives what ``make`` makes of its logits."""
-    tried = _Tried()
+    trial = _Trial()
 
     def instead(_: Any, args: tuple[Any, ...], plain: Tensor) -> Tensor:
-        tried.inputs.append(args[0])
-        tried.given.append(make(plain) if plain.numel() else plain)
-        return tried.given[-1]
+        trial.inputs.append(args[0])
+        trial.given.append(make(plain) if plain.numel() else plain)
+        return trial.given[-1]
 
     hooks = [
-        model.base_model.register_forward_hook(lambda _, args, output: tried.states.append(output[0])),
+        model.base_model.register_forward_hook(lambda _, args, output: trial.states.append(output[0])),
         model.get_output_embeddings().register_forward_hook(instead),
     ]
     try:
-        yield tried
+        yield trial
     finally:
         for hook in hooks:
             hook.remove()

@@ -14,17 +14,17 @@ from kdgraft.errors import DistillError
 from kdgraft.schedules import Step
 from kdgraft.step import StepInProgress
 
-from .chunked import PLAIN
+from .chunked import IDENTITY
 from .packing import marks_taken_by
 from .placing import inputs_for
 from .tasks import accepted, decoder_inputs, has_decoder
-from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, Frames, read_batch
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, FrameMask, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
 
 
 @dataclass
-class Asked:
+class StudentStep:
     """One step that a trainer asks of the student, and what came of it; the student may run several times in it.
 
     Attributes:
@@ -74,21 +74,21 @@ class Link:
         totals: the terms' denominators in steps that no trainer asks for, where a batch comes in parts.
         last: the latest step.
         chunk: tokens at a time, for losses in chunks.
-        tails: what student and teacher make of their output layers' logits, for losses in chunks.
+        transforms: what student and teacher make of their output layers' logits, for losses in chunks.
         host_weight: what the host's own loss is multiplied by.
     """
 
     def __init__(self, task: str, takes: set[str]) -> None:
         self.task, self.takes = task, takes
         self.sources: dict[str, set[str]] = {}
-        self.frames: tuple[Frames, Frames] = (None, None)
+        self.frames: tuple[FrameMask, FrameMask] = (None, None)
         self.hosted = False
-        self.asked: Asked | None = None
+        self.asked: StudentStep | None = None
         self.totals: dict[str, Tensor] = {}
-        self.last = Asked(Step())
+        self.last = StudentStep(Step())
         self.steps = 0
         self.chunk: int | None = None
-        self.tails = (PLAIN, PLAIN)
+        self.transforms = (IDENTITY, IDENTITY)
         self.host_weight = 1.0
 
     def know(self, name: str, model: nn.Module) -> None:
@@ -96,34 +96,34 @@ class Link:
         self.sources[name] = accepted(model)
 
     @contextmanager
-    def asking(self, asked: Asked) -> Iterator[Asked]:
+    def asking(self, step: StudentStep) -> Iterator[StudentStep]:
         """The passes in the body belong to one step of a trainer."""
-        self.asked = asked
+        self.asked = step
         try:
-            yield asked
+            yield step
         finally:
             self.asked = None
 
-    def next_step(self) -> Asked:
+    def next_step(self) -> StudentStep:
         """The step that a pass belongs to: the trainer's, or one of its own."""
-        self.last = self.asked if self.asked is not None else Asked(Step(self.steps), totals=self.totals)
+        self.last = self.asked if self.asked is not None else StudentStep(Step(self.steps), totals=self.totals)
         self.steps += self.asked is None or self.asked.passes == 0
         return self.last
 
-    def of_pass(self, inputs: Mapping[str, Any], asked: Asked) -> tuple[Batch, Mapping[str, Tensor]]:
+    def of_pass(self, inputs: Mapping[str, Any], step: StudentStep) -> tuple[Batch, Mapping[str, Tensor]]:
         """The batch that one pass of the student runs on, and the denominators that hold for it.
 
         A loss may run the student on each of several texts. The denominators were counted on the Trainer's batch and hold for a
         pass on that; another pass divides by its own. The Trainer's batch has the labels, which many losses take out before.
         """
-        if asked.inputs is None:
-            return self.read(inputs), asked.totals
-        whole = asked.inputs
+        if step.inputs is None:
+            return self.read(inputs), step.totals
+        whole = step.inputs
         shared = [
             name for name, value in inputs.items() if isinstance(value, Tensor) and name in whole and name not in LABELS
         ]
         if shared and all(whole[name] is inputs[name] for name in shared):
-            return self.read(whole), asked.totals
+            return self.read(whole), step.totals
         return self.read(inputs), {}
 
     def read(self, inputs: Mapping[str, Any]) -> Batch:

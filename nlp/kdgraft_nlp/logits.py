@@ -13,7 +13,7 @@ from kdgraft.readers import Pairs
 from kdgraft.terms import ScoreTerm, check_choice
 from kdgraft.wiring import Wiring
 
-from .reader import OutputScores, Where
+from .reader import CountedTokens, OutputScores
 from .registry import TERMS
 from .tasks import LANGUAGE_MODELS
 from .tokens import Tokens, take
@@ -33,7 +33,7 @@ class UniversalLogits(ScoreTerm):
 
     in_chunks = False
 
-    def __init__(self, align: Align = "position", *, tokens: Where = "auto", **settings: Any) -> None:
+    def __init__(self, align: Align = "position", *, tokens: CountedTokens = "auto", **settings: Any) -> None:
         super().__init__(**settings)
         check_choice(self, "align", align, ("position", "text"))
         self.align, self.tokens = align, tokens
@@ -50,7 +50,7 @@ class SortedScores(OutputScores):
 
     same_vocabulary = False
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: Where, align: Align) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: CountedTokens, align: Align) -> None:
         super().__init__(student, teacher, term, tokens, chunked=False)
         self.align = align
 

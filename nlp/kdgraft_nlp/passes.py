@@ -16,14 +16,14 @@ from kdgraft.losses import Ratio
 from kdgraft.step import StepInProgress
 from kdgraft.terms import ScoreTerm
 
-from .chunked import Part, chunked_losses, head_of
+from .chunked import TokenLoss, chunked_losses, head_of
 from .heads import router_loss
 from .link import link_of
 from .tokens import IGNORED
 
 
 @dataclass
-class Pass:
+class StudentPass:
     """A student that ran.
 
     Attributes:
@@ -39,10 +39,10 @@ class Pass:
         return step.losses()
 
 
-def run_student(student: Any, inputs: dict[str, Any]) -> Pass:
+def run_student(student: Any, inputs: dict[str, Any]) -> StudentPass:
     """Runs a student on the host's own loss, in chunks where its link says so."""
     if link_of(student).chunk is None:
-        return Pass(student, student.plain_forward(**inputs))
+        return StudentPass(student, student.plain_forward(**inputs))
     return _run_in_chunks(student, inputs)
 
 
@@ -71,7 +71,7 @@ def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
 
 
 @dataclass
-class ChunkedPass(Pass):
+class ChunkedPass(StudentPass):
     """A student that ran without logits.
 
     Attributes:
@@ -115,13 +115,20 @@ class ChunkedPass(Pass):
                 count = sum_over_ranks(_items(term, step).to(device)) * step.parts
             factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / link.last.host_factor
             scores: Any = term.scores
-            parts.append(Part(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
+            parts.append(TokenLoss(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
         if terms:
             teacher = self.student.distiller.teacher
             states = step.recordings[teacher.name][terms[0].teacher_taps[0]].flatten(0, 1)
-            head = head_of(teacher.model, link.tails[1])
+            head = head_of(teacher.model, link.transforms[1])
         whole, sums = chunked_losses(
-            self.hidden, head_of(self.student, link.tails[0]), self.targets, hard, states, head, parts, link.chunk or 1
+            self.hidden,
+            head_of(self.student, link.transforms[0]),
+            self.targets,
+            hard,
+            states,
+            head,
+            parts,
+            link.chunk or 1,
         )
         return whole, hard, sums
 

@@ -44,7 +44,7 @@ def check_layout(name: str, task: str, student: nn.Module, logits: Tensor) -> No
     )
 
 
-class Problem(NamedTuple):
+class ProblemTypes(NamedTuple):
     """The ``problem_type`` that each model's config names, or ``None``."""
 
     student: str | None = None
@@ -56,13 +56,15 @@ class Problem(NamedTuple):
         return self.student or self.teacher
 
 
-def problem_of(name: str, student: Any, teacher: Any) -> Problem:
+def problem_types_of(name: str, student: Any, teacher: Any) -> ProblemTypes:
     """What the two configs say of the outputs.
 
     Raises:
         WiringError: they disagree.
     """
-    found = Problem(*(getattr(getattr(model, "config", None), "problem_type", None) for model in (student, teacher)))
+    found = ProblemTypes(
+        *(getattr(getattr(model, "config", None), "problem_type", None) for model in (student, teacher))
+    )
     if found.student and found.teacher and found.student != found.teacher:
         raise WiringError(
             f"{name}: problem_type is {found.student} in the student's config and {found.teacher} in the teacher's; their "
@@ -71,12 +73,12 @@ def problem_of(name: str, student: Any, teacher: Any) -> Problem:
     return found
 
 
-def independent(name: str, problem: Problem, logits: Tensor, labels: Any) -> bool:
+def independent(name: str, problem: ProblemTypes, logits: Tensor, labels: Any) -> bool:
     """Whether each class is right or wrong on its own, told from the configs or, as the models do, from the labels.
 
     Args:
         name: the term, for messages.
-        problem: of :func:`problem_of`.
+        problem: of :func:`problem_types_of`.
         logits: of the student.
         labels: of the batch.
 

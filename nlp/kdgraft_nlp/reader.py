@@ -22,12 +22,12 @@ from .predictions import (
     counted_pixels,
     ignored_index,
     independent,
-    problem_of,
+    problem_types_of,
 )
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, task_of
-from .tokens import Side, Tokens, take, tokens_of
+from .tokens import ModelTokens, Tokens, take, tokens_of
 
-Where = Literal["auto", "valid", "labelled"]
+CountedTokens = Literal["auto", "valid", "labelled"]
 
 
 class HFReader(Reader):
@@ -38,7 +38,7 @@ class HFReader(Reader):
     """Whether the host computes terms on logits from hidden states, in chunks."""
 
     def scores(  # type: ignore[override]  # each host has settings of its own
-        self, student: nn.Module, teacher: nn.Module, *, tokens: Where = "auto"
+        self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"
     ) -> Scores:
         """The class scores of two models of one task.
 
@@ -77,7 +77,7 @@ class OutputScores(Scores):
         "config where the labels are shares of one class"
     )
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: Where, chunked: bool) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: CountedTokens, chunked: bool) -> None:
         if tokens not in ("auto", "valid", "labelled"):
             raise DistillError(f"{term}: tokens must be one of auto, valid, labelled, got {tokens!r}")
         self.name, self.task, self.chunked, other = term, task_of(student), chunked, task_of(teacher)
@@ -98,7 +98,7 @@ class OutputScores(Scores):
                 f"{type(student).__name__} does not; leave it out"
             )
         self.where = tokens if tokens != "auto" else "valid" if self.task in ("masked", "ctc") else "labelled"
-        self.problem = problem_of(self.name, student, teacher)
+        self.problem = problem_types_of(self.name, student, teacher)
         self.ignored_index = ignored_index(student) if self.task == "segmentation" else 255
         self.compares_classes = self.task not in (*LANGUAGE_MODELS, "choice", "ctc")
         self.independent = self.compares_classes and self.problem.named == MULTI_LABEL
@@ -164,7 +164,7 @@ class OutputScores(Scores):
             return "labelled pixels"
         return "sequences" if logits.ndim == 2 else f"{self.where} tokens"
 
-    def weight(self, tokens: Tokens, side: Side) -> Tensor | None:
+    def weight(self, tokens: Tokens, side: ModelTokens) -> Tensor | None:
         """The token predictions that count, ``(B, L)``."""
         if self.where == "labelled" and side.labelled is not None:
             return side.labelled

@@ -52,7 +52,7 @@ from kdgraft.telling import said_aloud
 from .checkpoints import newest_first
 from .checks import one_line
 from .collator import DistillCollator
-from .data import Texts, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
+from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
 from .recipe_files import load
 from .scores import number_scores, scores, tag_scores
@@ -61,7 +61,7 @@ from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
 
 
-class _Begun(TrainerCallback):
+class _FirstStep(TrainerCallback):
     """Sees whether a step was done."""
 
     done = False
@@ -129,10 +129,10 @@ def train_recipe(
     """
     with held(config["output"]):
         trainer = build(config)
-        begun = _Begun()
-        trainer.add_callback(begun)
+        first_step = _FirstStep()
+        trainer.add_callback(first_step)
         # What fails before the first step is done lies in the recipe; what fails later is no mistake of its author's.
-        with waiting(trainer.args.ddp_timeout), one_line("training", lambda: not begun.done):
+        with waiting(trainer.args.ddp_timeout), one_line("training", lambda: not first_step.done):
             trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, partial=partial)
         trainer.save_model()
         if trainer.eval_dataset is None:
@@ -283,7 +283,7 @@ def _collator(task: str, tokenizer: Any) -> Callable[..., Any]:
 
 
 def _tokenizer(
-    spec: Any, found: Dataset, column: Texts, task: str, config: Mapping[str, Any]
+    spec: Any, found: Dataset, column: TextColumns, task: str, config: Mapping[str, Any]
 ) -> PreTrainedTokenizerBase:
     if isinstance(spec, PreTrainedTokenizerBase):
         return spec

@@ -22,7 +22,7 @@ from .layers import LayerPairs, LayerTerm
 from .packing import first_of_each
 from .registry import TERMS
 from .tasks import accepted
-from .tokens import Side, tokens_of
+from .tokens import ModelTokens, tokens_of
 
 
 @TERMS.register
@@ -189,7 +189,7 @@ class PatientStates(HiddenStates):
             parts.append(Ratio(total, total.new_tensor(float(len(t)))))
         return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
 
-    def _first(self, states: Tensor, side: Side) -> Tensor:
+    def _first(self, states: Tensor, side: ModelTokens) -> Tensor:
         return first_of_each(states, side.of(self._stack_name), side.texts_of(self._stack_name))
 
 

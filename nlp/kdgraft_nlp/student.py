@@ -26,7 +26,7 @@ from kdgraft.terms import ScoreTerm
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
-from .chunked import Tail, head_of
+from .chunked import LogitTransform, head_of
 from .heads import check_heads
 from .initialisation import init_from_teacher
 from .layers import refuse_dropped_layers
@@ -73,23 +73,23 @@ class Grafted:
         asked = link.asked is not None or not link.hosted
         if engine is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(**own)
-        told, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
-        batch, totals = link.of_pass(inputs, told)
+        current, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
+        batch, totals = link.of_pass(inputs, current)
         # Before any model is listened to, which hides the arguments that its forward names.
-        theirs = _inputs_of_sources(link, engine, inputs, batch, told.at)
+        theirs = _inputs_of_sources(link, engine, inputs, batch, current.at)
 
         def run(source: Source) -> Any:
             return source.model(**theirs[source.name])
 
-        with engine.step(self, batch, told.at, run, device, totals=totals, parts=told.parts) as step:  # type: ignore[arg-type]
+        with engine.step(self, batch, current.at, run, device, totals=totals, parts=current.parts) as step:  # type: ignore[arg-type]
             ran = run_student(self, own)
         losses = ran.finish(step)
         peers = {
             name: (found["loss"] if "loss" in found else no_loss(found)) * step.host_share(listener=name)
             for name, found in step.outputs.items()
         }
-        told.keep(step, losses, peers)
-        told.without_loss = isinstance(ran.output, Mapping) and "loss" not in ran.output
+        current.keep(step, losses, peers)
+        current.without_loss = isinstance(ran.output, Mapping) and "loss" not in ran.output
         return _with_losses(ran.output, {**losses, **{f"peer.{name}.loss": value for name, value in peers.items()}})
 
 
@@ -268,7 +268,7 @@ def _wired(
     link.frames = frame_mask(student), frame_mask(teachers[0] if teachers else student)
     own = _without_labels(student, link.of_student(ours))
     if chunk is not None:
-        link.tails, link.chunk = _chunk(student, engine, own, theirs), chunk
+        link.transforms, link.chunk = _chunk(student, engine, own, theirs), chunk
     samples = tokens_of(link.read(ours)).size
 
     def run(source: Source) -> Any:
@@ -355,7 +355,7 @@ def _check_student(student: Any) -> None:
 
 def _chunk(
     student: Any, engine: Engine, ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]
-) -> tuple[Tail, Tail]:
+) -> tuple[LogitTransform, LogitTransform]:
     """Check that terms on logits can be computed in chunks; return what both models make of their output layers' logits."""
     if task_of(student) != "causal":
         raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
@@ -368,11 +368,11 @@ def _chunk(
             f"chunked=True needs the teacher's output layer where the student's is ({heads[0]}), and its weights are on "
             f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave chunked out"
         )
-    tails = check_heads(student, ours), check_heads(teacher.model, theirs[teacher.name])
+    transforms = check_heads(student, ours), check_heads(teacher.model, theirs[teacher.name])
     for term in engine.all_terms:
         if isinstance(term, ScoreTerm) and not term.in_chunks:
             raise WiringError(f"{term.name} cannot be computed in chunks of tokens; leave chunked out")
-    return tails
+    return transforms
 
 
 def _without_labels(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ SAMPLE_IDS = "sample_ids"
 
 
 @dataclass
-class Side:
+class ModelTokens:
     """The tokens of one model.
 
     Attributes:
@@ -77,8 +77,8 @@ class Tokens:
     """
 
     size: int
-    student: Side
-    teacher: Side
+    student: ModelTokens
+    teacher: ModelTokens
     pairs: Tensor | None = None
     samples: int = 0
     two_stacks: bool = False
@@ -135,10 +135,10 @@ def tokens_of(batch: Batch) -> Tokens:
     return batch.extra["tokens"]
 
 
-Frames = Callable[[Tensor], Tensor] | None
+FrameMask = Callable[[Tensor], Tensor] | None
 
 
-def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[Frames, Frames] = (None, None)) -> Batch:
+def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, FrameMask] = (None, None)) -> Batch:
     """A :class:`~kdgraft.Batch` from what a collator made.
 
     Args:
@@ -151,13 +151,13 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[Frames, Frame
     if not tensors:
         raise DistillError("the batch holds no tensors; the collator has to return a dict of them")
     given, pairs = inputs.get(TEACHER_INPUTS, {}), inputs.get(TOKEN_PAIRS)
-    student = _side(own, task, frames[0])
+    student = _model_tokens(own, task, frames[0])
     if given.get("input_ids") is not None:  # other tokens: nothing that the student's say holds of them
-        teacher = _side(given, task, frames[1])
+        teacher = _model_tokens(given, task, frames[1])
         if teacher.labelled is None and pairs is not None and teacher.real is not None:
             teacher.labelled = carried_over(student.labelled, pairs, teacher.real)
     else:
-        teacher = _side({**own, **given}, task, frames[1])
+        teacher = _model_tokens({**own, **given}, task, frames[1])
     if pairs is not None and student.texts is not None:
         raise DistillError("packed rows cannot be aligned across two tokenizers; leave packing out of the collator")
     samples = len(tensors[0])
@@ -194,7 +194,7 @@ def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor
     return found & (last > 0) & real
 
 
-def _side(inputs: Mapping[str, Any], task: str, frames: Frames) -> Side:
+def _model_tokens(inputs: Mapping[str, Any], task: str, frames: FrameMask) -> ModelTokens:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool) if ids is not None else None
     if task == "choice" and real is not None and real.ndim == 3:
@@ -216,7 +216,7 @@ def _side(inputs: Mapping[str, Any], task: str, frames: Frames) -> Side:
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()
     unknown = decoder is None and (task == "seq2seq" or "decoder_input_ids" in inputs)
-    return Side(real, decoder, labelled, unknown, texts)
+    return ModelTokens(real, decoder, labelled, unknown, texts)
 
 
 def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
