@@ -1,4 +1,4 @@
-"""Distillation for Hugging Face: wrap a Trainer, or a trainer that you already have."""
+"""Knowledge distillation for Hugging Face: subclass the Trainer, or wrap a trainer that you already have."""
 
 from kdgraft.hosts import require
 

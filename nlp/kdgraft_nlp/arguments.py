@@ -1,4 +1,4 @@
-"""Training arguments and a student's config in a recipe: checked by name, by type and by range before anything is built."""
+"""Checks of a recipe's training arguments and student config by name, type and range."""
 
 from __future__ import annotations
 
@@ -30,40 +30,40 @@ _LOWEST = {
     "eval_accumulation_steps": 1,
     "torch_empty_cache_steps": 1,
 }
-"""The least that arguments of a training can be, where TrainingArguments takes any number."""
+"""The minimum of training arguments of which TrainingArguments accepts any number."""
 _ELSEWHERE = {"output_dir": "write output: FOLDER, beside training", "resume_from_checkpoint": "use --resume"}
 _FROM_DATA = ("num_labels", "id2label", "label2id", "problem_type")
-"""What the task and the data say of a student."""
+"""Entries of a student's config that the task and the data determine."""
 _BY_KEYWORD = ("attn_implementation", "dtype", "torch_dtype", "rope_theta", "rope_scaling")
-"""What configs take by keyword and keep under another name."""
+"""Keywords that configs store under another name."""
 
 
 def training_mistakes(training: Mapping[str, Any]) -> list[str]:
-    """What is wrong with single training arguments; TrainingArguments looks at few of its values."""
+    """Return the mistakes in single training arguments; TrainingArguments itself checks few values."""
     hints = get_type_hints(TrainingArguments)
     known = [field.name for field in fields(TrainingArguments) if field.init]
     told = []
     for key, value in training.items():
         lowest = _LOWEST.get(str(key), -math.inf)
         if key in _ELSEWHERE:
-            told.append(f"training.{key} does not count here; {_ELSEWHERE[key]}")
+            told.append(f"training.{key} has no effect in a recipe; {_ELSEWHERE[key]}")
         elif key not in known:
             told.append(f"training takes no argument {key!r}{nearest(str(key), known)}")
         elif value is not None and not _typed(value, hints[key]):
-            told.append(f"training.{key} is {_named(hints[key])}, got {value!r}")
+            told.append(f"training.{key} must be {_named(hints[key])}, got {value!r}")
         elif isinstance(value, float) and not math.isfinite(value):
             told.append(f"training.{key} must be finite, got {value!r}")
         elif isinstance(value, (int, float)) and value < lowest:
             told.append(f"training.{key} must be >= {lowest:g}, got {value!r}")
     if training.get("max_steps") == 0 or (training.get("num_train_epochs") == 0 and not training.get("max_steps")):
-        told.append("training.max_steps and training.num_train_epochs must leave something to train")
+        told.append("training.max_steps or training.num_train_epochs must be greater than 0")
     if isinstance(training.get("seed"), int) and training["seed"] >= 2**32:
         told.append(f"training.seed must be < {2**32}, got {training['seed']}")
     return told
 
 
 def _typed(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; annotations that say more than the plain ones fit anything."""
+    """Return whether a value is of an annotated type; any value fits an annotation that is not a plain type."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         return any(_typed(value, part) for part in get_args(hint))
@@ -88,14 +88,14 @@ def training_arguments(config: Mapping[str, Any]) -> TrainingArguments:
 
 
 def check_student(spec: Mapping[str, Any], task: str | None) -> None:
-    """Names in a student's config, of its parts too; the configs themselves take any name in silence."""
+    """Check the names in a student's config and in its parts; the configs themselves accept any name."""
     if not isinstance(spec.get("model_type"), str):
         raise DistillError(
             "student is a folder, or a config such as {model_type: bert, hidden_size: 64, num_hidden_layers: 2}"
         )
     for name in _FROM_DATA:
         if name in spec:
-            raise DistillError(f"student.{name} comes from the task and the data; leave it out")
+            raise DistillError(f"student.{name} is set by the task and the data; leave it out")
     for name, value in spec.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise DistillError(f"student.{name} must be finite, got {value!r}")

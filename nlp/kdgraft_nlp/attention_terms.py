@@ -23,18 +23,18 @@ from .tokens import Tokens, take, tokens_of
 
 
 class AttentionTerm(LayerTerm):
-    """Base of terms on what attention modules hand to their kernels."""
+    """Base of terms on the inputs of attention kernels."""
 
     def _tap(self, layer: Layer) -> Tap:
         return Tap.parse(f"{layer.attention}.{METHOD}()")
 
     def calls(self, student: Recording, teacher: Recording) -> list[tuple[AttentionCall, AttentionCall]]:
-        """The calls of both models, a pair for each pair of layers that ran."""
+        """Return the attention calls of both models, one pair for each pair of layers that ran."""
         taps = [(self.student_taps[k], self.teacher_taps[k]) for k in self._ran(student)]
         return [(attention_call(student, s), attention_call(teacher, t)) for s, t in taps]
 
     def _valid(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> Tensor | None:
-        """``(B, 1 or H, Q, K)``: which pairs of real tokens attend to each other in both models; ``None`` for all."""
+        """Return the pairs of tokens that attend to each other in both models, ``(B, 1 or H, Q, K)``; ``None`` for all."""
         found: Tensor | None = None
         for k, (call, side) in enumerate(((s, tokens.student), (t, tokens.teacher))):
             queries, texts = side.of(self._stack_name), side.texts_of(self._stack_name)
@@ -42,7 +42,7 @@ class AttentionTerm(LayerTerm):
             own = call.allowed()
             if queries is not None and keys is not None:
                 own = _both(own, queries[:, None, :, None] & keys[:, None, None, :])
-            if texts is not None:  # kernels that are told where texts end get no mask
+            if texts is not None:  # kernels that are given the ends of texts get no mask
                 own = _both(own, texts[:, None, :, None] == texts[:, None, None, :])
             if own is None:
                 continue
@@ -61,8 +61,8 @@ class AttentionTerm(LayerTerm):
             for call, tap, owner in zip((s, t), taps, ("student", "teacher"), strict=True):
                 if call.query.shape[0] not in (1, wiring.facts["samples"]):
                     raise WiringError(
-                        f"{self.name}: the attention at '{tap}' of the {owner} runs on windows, not on whole samples; use HiddenStates "
-                        "or FeatureImitation"
+                        f"{self.name}: the attention at '{tap}' of the {owner} runs on windows, not on complete samples; use "
+                        "HiddenStates or FeatureImitation"
                     )
             self.check(s, t, pair)
             self.rows.append(self.row(_shape(s), _shape(t), taps=(taps[0], taps[1]), region="valid tokens"))
@@ -72,7 +72,7 @@ class AttentionTerm(LayerTerm):
         raise NotImplementedError
 
     def _scores(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """The scores of both models, ``(B, H, Q, K)`` each, at the paired tokens."""
+        """Return the scores of both models, ``(B, H, Q, K)``, at the paired tokens."""
         if tokens.pairs is None:
             return s.scores(), t.scores()
         ours, theirs = tokens.pairs.unbind(-1)
@@ -83,12 +83,12 @@ class AttentionTerm(LayerTerm):
 class AttentionMaps(AttentionTerm):
     """Attention maps of layers: scores before the softmax (TinyBERT, arXiv 1909.10351) or distributions (MobileBERT, 2004.02984).
 
-    Read while the models run sdpa or flash attention, before dropout; never needs ``attn_implementation="eager"``.
+    They are read before dropout while the models run sdpa or flash attention; ``attn_implementation="eager"`` is not needed.
 
     Args:
         layers: ``"uniform"``, ``"last"``, ``"skip"``, ``"final"`` or pairs.
         of: ``"scores"`` (squared error) or ``"distributions"`` (KL over the keys).
-        heads: ``"equal"`` (head by head), or ``"averaged"`` (the mean over heads of each), for other numbers of heads.
+        heads: ``"equal"`` (head by head), or ``"averaged"`` (the mean over heads), where the numbers of heads differ.
         stack: see :class:`LayerTerm`.
     """
 
@@ -109,7 +109,7 @@ class AttentionMaps(AttentionTerm):
 
     def wire(self, wiring: Wiring) -> None:
         super().wire(wiring)
-        # Where layers attend to windows, how many keys a token sees is known in the pass alone.
+        # Where layers attend to windows, the number of keys of a token depends on the pass.
         self.counts_ahead = not (_has_windows(wiring.student) or _has_windows(wiring.teacher))
 
     def check(self, s: AttentionCall, t: AttentionCall, pair: tuple[int, int]) -> None:
@@ -120,7 +120,7 @@ class AttentionMaps(AttentionTerm):
             )
         if s.causal != t.causal:
             raise WiringError(
-                f"{self.name}: one of student and teacher attends backwards only; maps cannot be compared"
+                f"{self.name}: only one of student and teacher is causal, so that maps cannot be compared; use HiddenStates"
             )
         self.causal = s.causal
 
@@ -145,14 +145,14 @@ class AttentionMaps(AttentionTerm):
         tokens = tokens_of(batch)
         parts = [self._compare(s, t, tokens) for s, t in self.calls(student, teacher)]
         if not self.counts_ahead and not self.drops_layers:
-            return mean_of(parts)  # layers may see windows of their own
+            return mean_of(parts)  # layers may have different windows
         return self._over_pairs(parts, attention_call(teacher, self.teacher_taps[0]).query)
 
     def _compare(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> Ratio:
         scores, targets = self._scores(s, t, tokens)
         valid = self._valid(s, t, tokens)
         if self.heads == "averaged":
-            # Distributions are averaged as such; the logarithm of their mean has it as its softmax.
+            # Distributions are averaged after the softmax; the softmax of the mean's logarithm is the mean.
             scores, targets = (self._averaged(x, valid) for x in (scores, targets))
         if self.of == "scores":
             items = attention_scores(scores, targets, reduction="none").mean(1)
@@ -175,15 +175,15 @@ class AttentionMaps(AttentionTerm):
 
 @TERMS.register
 class Relations(AttentionTerm):
-    """Relations between tokens: queries, keys, values among themselves (MiniLMv2, arXiv 2012.15828; MiniLM, arXiv 2002.10957).
+    """Relations among tokens' queries, keys or values (MiniLMv2, arXiv 2012.15828; MiniLM, arXiv 2002.10957).
 
-    Each sequence weighs alike; a sequence's loss is the mean over its tokens and relation heads.
+    All sequences have equal weight; a sequence's loss is the mean over its tokens and relation heads.
 
     Args:
-        layers: one pair by default: the final layers. MiniLMv2 takes an upper middle layer of a large teacher.
-        of: any of ``"query"``, ``"key"``, ``"value"``; with ``"attention"`` the attention distribution itself joins (MiniLM:
-            ``("attention", "value")``, which asks for equal numbers of heads).
-        heads: number of relation heads, which has to divide both widths; the teacher's number of attention heads by default.
+        layers: the pair of final layers by default. MiniLMv2 uses an upper middle layer of a large teacher.
+        of: any of ``"query"``, ``"key"``, ``"value"``; ``"attention"`` adds the attention distribution (MiniLM:
+            ``("attention", "value")``, which needs equal numbers of heads).
+        heads: the number of relation heads, which must divide both widths; the teacher's number of attention heads by default.
     """
 
     def __init__(
@@ -199,11 +199,11 @@ class Relations(AttentionTerm):
         for kind in of:
             check_choice(self, "of", kind, ("query", "key", "value", "attention"))
         if not of or self.stack == "cross":
-            raise WiringError(f"{self.name}: of names what is related, and relations of stack 'cross' have no meaning")
-        if heads is not None and set(of) == {"attention"}:
-            raise DistillError(
-                "Relations: heads are those of query, key and value; leave it out of of='attention' alone"
+            raise WiringError(
+                f"{self.name}: of must name at least one of query, key, value, and stack 'cross' has no relations"
             )
+        if heads is not None and set(of) == {"attention"}:
+            raise DistillError("Relations: heads applies to query, key and value; leave it out with of='attention'")
         self.of, self.heads = of, heads
 
     def check(self, s: AttentionCall, t: AttentionCall, pair: tuple[int, int]) -> None:
@@ -257,12 +257,12 @@ def _both(mask: Tensor | None, other: Tensor) -> Tensor:
 
 
 def _take_square(values: Tensor, positions: Tensor) -> Tensor:
-    """The values ``(B, H, Q, K)`` at some positions ``(B, P)`` of both queries and keys: ``(B, H, P, P)``."""
+    """Return the values ``(B, H, Q, K)`` at positions ``(B, P)`` of both queries and keys: ``(B, H, P, P)``."""
     return take(take(values, positions, 2), positions, 3)
 
 
 def _has_windows(model: nn.Module) -> bool:
-    """Whether some layers attend to a neighbourhood alone."""
+    """Return whether some layers attend to a neighbourhood only."""
     config = getattr(model, "config", None)
     names = ("sliding_window", "local_attention", "attention_chunk_size", "attention_window")
     return any(getattr(config, name, None) for name in names)

@@ -14,11 +14,11 @@ from kdgraft.errors import DistillError
 
 @contextmanager
 def one_line(entry: str, mistaken: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Turns what a host raises over a value of a recipe, whatever it is, into one line with the entry's name.
+    """Turn any error that a host raises over a user's value into a :class:`DistillError` of one line.
 
     Args:
-        entry: the name.
-        mistaken: asked after an error, whether it is the recipe's; others pass as they are.
+        entry: the name of the value, with which the line starts.
+        mistaken: called after an error; returns whether the value caused it. Other errors are raised unchanged.
     """
     try:
         yield
@@ -35,7 +35,7 @@ def flat(error: BaseException) -> str:
 
 
 def check_folder(entry: str, source: str | Path, file: str = "config.json") -> None:
-    """Raises a :class:`DistillError` unless a folder of ``save_pretrained`` is there, or a model of that name in the hub's cache."""
+    """Raise a :class:`DistillError` unless ``source`` is a folder of ``save_pretrained`` or a model in the hub's cache."""
     if (Path(source) / file).is_file():
         return
     cached = re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(source)) and not Path(source).exists()

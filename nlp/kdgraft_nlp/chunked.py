@@ -1,8 +1,8 @@
-"""Language-model losses without the logits: the hard cross-entropy and divergences, chunk by chunk, from hidden states.
+"""Language-model losses without stored logits: cross-entropy and divergences from hidden states, chunk by chunk.
 
-A causal language model's logits are tokens × vocabulary numbers, several times over with their gradients and the teacher's. Here
-each chunk of tokens goes through both output layers, all losses and their gradient before the next one; what is kept is the
-gradient of the hidden states and of the output layer.
+A causal language model's logits are tokens × vocabulary numbers, and their gradients and the teacher's logits need as many again.
+Here each chunk of tokens passes through both output layers, all losses and their gradients before the next chunk does; only the
+gradients of the hidden states and of the output layer are kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Compare = Callable[[Tensor, Tensor], Tensor]
 
 
 class LogitTransform(NamedTuple):
-    """What a model makes of its output layer's logits: ``cap · tanh(scale · logits / cap)``, ``scale · logits`` without a cap."""
+    """The change of logits after the output layer: ``cap · tanh(scale · logits / cap)``, or ``scale · logits`` without a cap."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -37,7 +37,7 @@ IDENTITY = LogitTransform()
 
 
 class Head(NamedTuple):
-    """An output layer: weight ``(V, H)``, bias ``(V,)`` or ``None``, and what becomes of its logits."""
+    """An output layer: weight ``(V, H)``, bias ``(V,)`` or ``None``, and the transform of its logits."""
 
     weight: Tensor
     bias: Tensor | None
@@ -49,7 +49,7 @@ class Head(NamedTuple):
 
 
 def head_of(model: Any, transform: LogitTransform = IDENTITY) -> Head:
-    """The output layer of a language model."""
+    """Return the output layer of a language model; a :class:`WiringError` is raised unless it is linear."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise WiringError(
@@ -59,12 +59,12 @@ def head_of(model: Any, transform: LogitTransform = IDENTITY) -> Head:
 
 
 class TokenLoss(NamedTuple):
-    """One loss over tokens.
+    """A loss that is a sum over tokens.
 
     Attributes:
-        compare: ``(n, V)`` of student and teacher -> ``(n,)``.
-        counted: ``(N,)`` boolean: which tokens count.
-        factor: what the sum over tokens is multiplied by in the total.
+        compare: maps logits ``(n, V)`` of student and teacher to losses ``(n,)``.
+        counted: ``(N,)`` boolean: the tokens that count.
+        factor: the factor of the sum over tokens in the total.
     """
 
     compare: Compare
@@ -82,21 +82,21 @@ def chunked_losses(
     parts: Sequence[TokenLoss],
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted total of all losses, and the sum of each.
+    """Compute the weighted total of all losses, and the sum of each.
 
     Args:
-        hidden: ``(N, H)``: the student's states under the output layer.
+        hidden: ``(N, H)``: the student's states before the output layer.
         head: the student's output layer.
         targets: ``(N,)``: the token that each state predicts; −100 for none.
-        hard_factor: what the sum of the cross-entropies is multiplied by in the total, 0-dimensional.
-        teacher_hidden: ``(N, H_t)``; ``None`` where no part compares with a teacher.
-        teacher_head: its output layer.
+        hard_factor: the factor of the sum of cross-entropies in the total, 0-dimensional.
+        teacher_hidden: ``(N, H_t)``; ``None`` where no loss compares with a teacher.
+        teacher_head: the teacher's output layer.
         parts: the divergences.
-        chunk: tokens at a time.
+        chunk: the number of tokens in a chunk.
 
     Returns:
-        The total, a scalar with gradient to ``hidden`` and ``head``; and, without gradient, the sums over tokens: of the
-        cross-entropy first, then of each part.
+        The total, a scalar with gradients to ``hidden`` and ``head``; and the sums over tokens without gradients: first that of
+        the cross-entropy, then that of each divergence.
     """
     tensors = (hidden, head.weight, head.bias, head.transform)
     total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
@@ -104,7 +104,7 @@ def chunked_losses(
 
 
 class _Chunked(torch.autograd.Function):
-    """Takes the gradient in the forward pass, where the chunk's logits are at hand."""
+    """The losses with gradients that are computed in the forward pass, while each chunk's logits exist."""
 
     @staticmethod
     def forward(
@@ -138,7 +138,7 @@ class _Chunked(torch.autograd.Function):
             if teacher_hidden is not None and teacher_head is not None:
                 given = teacher_head.transform(teacher_head(teacher_hidden[index]).float())
             with torch.enable_grad():
-                # In float32 whatever the model computes in: a loss scaler's factor comes too late for what underflows here.
+                # Float32 under any autocast: small gradients would underflow before the loss scaler's factor is applied.
                 leaf = logits.detach().float().requires_grad_()
                 final = transform(leaf)
                 values = [F.cross_entropy(final, targets[index], ignore_index=IGNORED, reduction="sum")]

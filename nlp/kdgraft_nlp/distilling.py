@@ -1,4 +1,4 @@
-"""The mixin that makes a Trainer distil: its step, its log, and the checks of the host that it is mixed into."""
+"""The mixin that adds distillation to a Trainer: its step, its log, and checks of the Trainer."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from .student import graft, undistill
 logger = logging.getLogger("kdgraft")
 
 LATEST = (".dropped", ".weight")
-"""Endings of figures of which the log has the latest, and not the mean over steps."""
+"""Suffixes of figures that are logged by their latest value instead of the mean over steps."""
 
 
 class Distilling(Resuming):
-    """What is mixed in before a Trainer class."""
+    """The mixin before a Trainer class that runs the distillation in its steps."""
 
     _signature_columns: Any
 
@@ -47,7 +47,7 @@ class Distilling(Resuming):
         teachers: Mapping[str, Any] | None = None,
         init_from: Any = None,
     ) -> None:
-        """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
+        """Graft the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
         check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run, init_from=init_from)
@@ -55,7 +55,7 @@ class Distilling(Resuming):
         check_number("host_weight", "the host's share", host_weight, 0)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         if host_weight != 1 and not specs:
-            raise DistillError("host_weight belongs to a distillation; give it terms or a recipe")
+            raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
         facts = _vocabularies(self, [teacher] if teachers is None else others)
         self._recipe = recipe
@@ -74,14 +74,14 @@ class Distilling(Resuming):
         if peers and _has_own_loss(self):
             undistill(self.model)
             raise DistillError(
-                "a peer trains on the loss that its model computes itself; leave out label smoothing and losses of your own"
+                "a peer trains on its model's own loss; leave out label smoothing and losses of your own"
             )
         self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
         self._new_parameters()
 
     def _graft(self, model: Any) -> None:
         settings = dict(self._settings)
-        # Terms are sized for one student; a copy for each leaves the given ones as they are.
+        # Terms are sized for one student: each student gets a copy, and the given terms stay unchanged.
         graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
         link = link_of(model)
         link.hosted, link.host_weight = True, self._host_weight
@@ -95,7 +95,7 @@ class Distilling(Resuming):
         return model
 
     def _new_parameters(self) -> None:
-        """Gives an optimizer that exists already the terms' parameters."""
+        """Add the terms' parameters to an optimizer that already exists."""
         optimizer = self.optimizer
         if optimizer is None or self.distiller is None:
             return
@@ -105,16 +105,14 @@ class Distilling(Resuming):
             return
         if getattr(self, "lr_scheduler", None) is not None:
             raise DistillError(
-                "the terms have parameters to train, and this trainer's optimizer and scheduler are made already; let the "
-                "Trainer make them, or give it the optimizer alone"
+                "the terms have trainable parameters, and this trainer already has an optimizer and a scheduler; pass neither, or "
+                "the optimizer only"
             )
         optimizer.add_param_group({"params": new})
 
-    # The step.
-
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         if self.state.global_step >= self.state.max_steps > 0:
-            # Resumed from the last step; where that is within an epoch, the host would make one more.
+            # Resumed from the last step; within an epoch the host would run one more.
             self.control.should_training_stop = True
             return [], None
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -127,13 +125,13 @@ class Distilling(Resuming):
         return found
 
     def _count(self, batches: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-        """Each term's items over the whole accumulated batch and all processes."""
+        """Return each term's number of items over the accumulated batch and all processes."""
         assert self.distiller is not None
         link = link_of(self.model)
         try:
             parts = [self.distiller.counts(link.read(batch)) for batch in batches]
         except DistillError:
-            return {}  # batches that a loss makes the model's inputs of; where it does not, the pass says what is wrong
+            return {}  # a loss may make the inputs from these batches; if not, the pass raises the error
         names = sorted(set.intersection(*(set(part) for part in parts)))
         if not names:
             return {}
@@ -145,8 +143,8 @@ class Distilling(Resuming):
         loss = super().training_step(model, inputs, *args, **settings)
         if self.distiller is not None and not self._distilled:
             raise DistillError(
-                f"{type(self).__name__}.compute_loss does not call the one that distils; call super().compute_loss(…), or make it a "
-                "Trainer's and hand that to distill(…)"
+                f"{type(self).__name__}.compute_loss skips the distillation; call super().compute_loss(…) in it, or pass a Trainer with it "
+                "to distill(…)"
             )
         return loss
 
@@ -161,7 +159,7 @@ class Distilling(Resuming):
         factor = self._host_factor(num_items_in_batch)
         step = StudentStep(
             Step(state.global_step, int(state.epoch or 0)),
-            dict(inputs),  # a copy: losses take the labels out
+            dict(inputs),  # a copy, as losses may remove the labels
             self._totals,
             parts,
             factor / (1 if scales else parts),
@@ -169,9 +167,7 @@ class Distilling(Resuming):
         with link_of(self.model).asking(step):
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not step.passes:
-            raise DistillError(
-                f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
-            )
+            raise DistillError(f"{type(self).__name__}.compute_loss did not run the model; run it there to distil")
         self._distilled = True
         loss, split = self._weighted(result[0] if return_outputs else result, step), 1 if scales else parts
         # Peers train on the host's own loss, as the student does.
@@ -179,24 +175,24 @@ class Distilling(Resuming):
         extra = torch.stack([value for key, value in step.losses.items() if key.endswith(".loss")]).sum()
         self._keep({**step.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
         step.losses = {key: value.detach() for key, value in step.losses.items()}
-        # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
+        # The Trainer divides unscaled losses by the number of micro-batches; the terms' losses are scaled already.
         whole = sum(peers.values(), loss) + extra * split
         return (whole, result[1]) if return_outputs else whole
 
     def _weighted(self, loss: Tensor, step: StudentStep) -> Tensor:
-        """The host's loss times its share; in chunks the model has weighted it already."""
+        """Return the host's loss times its share; a model that computes in chunks has already weighted it."""
         if step.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
             self._told_of_labels = True
             logger.warning(
-                "the batches have no labels, so that the host's own loss is 0 and the student learns from the terms alone; "
-                "host_weight=0 says that this is meant"
+                "the batches have no labels: the host's own loss is 0, and the student learns from the terms only; set host_weight=0 "
+                "to confirm this"
             )
         if student_chunks(self.model):
             return loss
         return _times(loss, self._host_weight * step.host_share)
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
-        """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
+        """Warn once where the host sums the losses of micro-batches that its model did not scale; the terms' are scaled."""
         parts = int(getattr(self, "current_gradient_accumulation_steps", 1) or 1) * world_size()
         if self._host_checked or parts == 1 or student_chunks(self.model):
             return
@@ -209,14 +205,14 @@ class Distilling(Resuming):
             losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
         if torch.equal(*losses) and self.is_world_process_zero():
             logger.warning(
-                "%s ignores num_items_in_batch, so that the Trainer adds its loss up over the %d parts of a batch (accumulated "
-                "batches and processes) instead of averaging it; the distillation losses are averaged",
+                "%s ignores num_items_in_batch, so the Trainer sums its loss over the %d parts of a batch (accumulated batches and "
+                "processes) instead of averaging it; the distillation losses are averaged",
                 type(student).__name__,
                 parts,
             )
 
     def _host_factor(self, num_items: Any) -> float:
-        """What the Trainer multiplies the model's loss by to make up for DDP's mean; its own rule."""
+        """Return the Trainer's factor of the model's loss against DDP's mean, by its own rule."""
         args = self.args
         accepts = self.model_accepts_loss_kwargs or self.compute_loss_func
         if not (args.average_tokens_across_devices and accepts and num_items is not None):
@@ -224,7 +220,7 @@ class Distilling(Resuming):
         return float(self.accelerator.num_processes)
 
     def _host_scales(self, num_items: Any) -> bool:
-        """Whether the Trainer takes the loss to be scaled over the accumulated batch already; its own rule."""
+        """Return whether the Trainer expects a loss that is scaled over the accumulated batch, by its own rule."""
         told = getattr(self, "loss_is_scaled_for_ga", None)
         if told is not None:
             return bool(told)
@@ -239,7 +235,7 @@ class Distilling(Resuming):
             self._logged_in.setdefault(key, set()).add(self.state.global_step)
 
     def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
-        """Adds the figures of the steps since the last log: their means, of counts and weights the latest."""
+        """Add the figures since the last log: means over steps, and the latest counts and weights."""
         if "loss" in logs and self._logged:
             weights = {name: value.item() for name, value in self._logged.items() if name.endswith(".weight")}
             names = sorted(self._logged.keys() - weights.keys())
@@ -253,7 +249,7 @@ class Distilling(Resuming):
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
         if is_tied(self.model):
-            inputs = link_of(self.model).of_student(inputs)  # generation hands every input on to the model
+            inputs = link_of(self.model).of_student(inputs)  # generation passes every input to the model
         return super().prediction_step(model, inputs, *args, **settings)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -268,23 +264,23 @@ class Distilling(Resuming):
 
 
 def _times(loss: Tensor, share: float) -> Tensor:
-    """A host's loss times its share; an infinite one times 0 would not be 0."""
+    """Return a host's loss times its share; for a share of 0 it is 0 even where the loss is infinite."""
     return loss * share if share else loss.flatten()[:0].sum()
 
 
 def student_chunks(model: Any) -> bool:
-    """Whether this student's losses are computed in chunks."""
+    """Return whether a student's losses are computed in chunks."""
     return link_of(model).chunk is not None
 
 
 def _refuse_hosts(trainer: Any) -> None:
     if is_tied(trainer.model):
         raise DistillError(
-            "this trainer's model is being distilled already; build a new one, or undistill(model) first"
+            "this trainer's model is already being distilled; build a new one, or undistill(model) first"
         )
     if trainer.args.n_gpu > 1:
         raise DistillError(
-            "one process cannot distil on several GPUs; start it with 'accelerate launch', one process a GPU"
+            "one process cannot distil on several GPUs; start one process per GPU with 'accelerate launch'"
         )
     for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
         if found:
@@ -298,21 +294,21 @@ def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
     check_number("chunked", "the number of tokens", size, 1, whole=True)
     if _has_own_loss(trainer):
         raise DistillError(
-            "chunked=True computes the cross-entropy itself: leave out label smoothing and losses of your own"
+            "chunked=True computes the cross-entropy itself; leave out label smoothing and losses of your own"
         )
     return size
 
 
 def _has_own_loss(trainer: Any) -> bool:
-    """Whether the host's loss is another than the one that the model computes by itself."""
+    """Return whether the host's loss differs from the model's own."""
     kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
     return trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
 
 
 def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
-    """What is known of the vocabularies before training."""
+    """Return the facts about the vocabularies for the wiring of terms."""
     collator = trainer.data_collator
-    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor's own
+    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor contains one
     if not isinstance(own, PreTrainedTokenizerBase):
         own = getattr(collator, "tokenizer", None)
     if not isinstance(own, PreTrainedTokenizerBase):

@@ -1,4 +1,4 @@
-"""What a causal model makes of its states: found by trying, because a config alone does not tell which of its figures are used."""
+"""The transform from states to logits of a causal model, found by running it: a config does not show the settings in use."""
 
 from __future__ import annotations
 
@@ -19,31 +19,32 @@ from .chunked import LogitTransform, head_of
 from .tasks import accepted
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""Figures of configs that logits are multiplied or divided by (Cohere; Granite, HyperCLOVA X; Falcon-H1; Muse)."""
+"""Settings of configs that multiply or divide logits (Cohere; Granite, HyperCLOVA X; Falcon-H1; Muse)."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""Figures of configs that logits are capped by (Gemma 2 and others; RecurrentGemma)."""
+"""Settings of configs that cap logits (Gemma 2 and others; RecurrentGemma)."""
 ROUTERS = ("router_aux_loss_coef", "aux_loss_coef")
-"""Figures of models or configs that the loss of the routers of a mixture of experts is multiplied by."""
+"""Settings of models or configs that multiply the loss of the routers of a mixture of experts."""
 
 
 def check_heads(model: Any, inputs: Mapping[str, Any]) -> LogitTransform:
-    """What a causal model makes of its output layer's logits.
+    """Return the transform of logits that a causal model applies after its output layer.
 
-    The model runs with logits of every size put in place of those of its output layer, so that a cap is seen before training
-    reaches it, and a student with the right tokens' logits far above the others, so that whatever is added to the cross-entropy
-    is seen, however little it is.
+    The model runs with logits of every magnitude in place of its output layer's, which shows a cap before training reaches it. A
+    student also runs with the correct tokens' logits far above the others, which shows any addition to the cross-entropy.
 
     Args:
         model: the student, grafted, or the teacher.
         inputs: one small batch.
 
     Raises:
-        WiringError: it cannot give states without logits, changes its states or logits in a way that is not known, or adds something
-            to the cross-entropy of the next token other than the loss of its routers.
+        WiringError: the model cannot return states without logits, changes its states or logits in an unknown way, or adds
+            something other than the loss of its routers to the cross-entropy of the next token.
     """
     name = type(model).__name__
     if "logits_to_keep" not in accepted(model):
-        raise WiringError(f"chunked=True needs a causal model that takes logits_to_keep, which {name} does not")
+        raise WiringError(
+            f"chunked=True needs a causal model with logits_to_keep, which {name} lacks; leave out chunked"
+        )
     head_of(model)
     run = getattr(model, STUDENT_FORWARD, model)
     with torch.no_grad(), eval_mode(model), _replaced_logits(model, _wide) as trial:
@@ -51,13 +52,13 @@ def check_heads(model: Any, inputs: Mapping[str, Any]) -> LogitTransform:
         kept = run(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=logits.device))
     if not trial.goes_straight():
         raise WiringError(
-            f"chunked=True: {name} changes its states before the output layer, or does not run its base model and output layer as "
-            "modules; leave chunked out"
+            f"chunked=True: {name} changes its states before the output layer, or does not call its base model and output layer as "
+            "modules; leave out chunked"
         )
     transform = _find_transform(model, trial.given[0], logits)
     if transform is None:
         raise WiringError(
-            f"chunked=True: {name} changes its logits after the output layer in a way that is not known here; leave chunked out"
+            f"chunked=True: {name} changes its logits after the output layer in an unknown way; leave out chunked"
         )
     if hasattr(model, STUDENT_FORWARD):
         _check_loss(model, inputs, transform, router_loss(model, kept))
@@ -65,7 +66,7 @@ def check_heads(model: Any, inputs: Mapping[str, Any]) -> LogitTransform:
 
 
 def router_loss(model: Any, output: Any) -> Tensor | None:
-    """What a mixture of experts adds to its loss for its routers; ``None`` for other models and with that switched off."""
+    """Return what a mixture of experts adds to its loss for its routers; ``None`` for other models, or where it is disabled."""
     aux = output.get("aux_loss")
     if not isinstance(aux, Tensor):
         return None
@@ -91,7 +92,7 @@ def _check_loss(model: Any, inputs: Mapping[str, Any], transform: LogitTransform
     if not torch.allclose(own, expected, rtol=1e-4, atol=1e-9):
         raise WiringError(
             f"chunked=True computes the cross-entropy of the next token and the loss of routers, and {type(model).__name__} adds "
-            "something of its own to it; leave chunked out"
+            "another loss; leave out chunked"
         )
 
 
@@ -108,7 +109,7 @@ def _find_transform(model: Any, given: Tensor, logits: Tensor) -> LogitTransform
 
 
 def _wide(plain: Tensor) -> Tensor:
-    """Logits of the same shape, from a thousandth to a thousand at every position, of both signs."""
+    """Return logits of the same shape, of magnitudes 0.001 to 1000 and both signs at every position."""
     count = plain.shape[-1]
     sizes = torch.logspace(-3, 3, count, device=plain.device)
     signs = 1 - 2 * (torch.arange(count, device=plain.device) % 2)
@@ -116,7 +117,7 @@ def _wide(plain: Tensor) -> Tensor:
 
 
 class _Trial:
-    """What a model's output layer was given, and what was put in place of its logits."""
+    """The inputs of a model's output layer, and the logits that replaced its output."""
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []
@@ -124,7 +125,7 @@ class _Trial:
         self.given: list[Tensor] = []
 
     def goes_straight(self) -> bool:
-        """Whether the output layer is given the states as they are, and they do not depend on which logits are kept."""
+        """Return whether the output layer gets the states unchanged, and they do not depend on the logits to keep."""
         if not self.inputs or len(self.states) != 2:
             return False
         first, second = self.states
@@ -136,7 +137,7 @@ class _Trial:
 
 @contextmanager
 def _replaced_logits(model: Any, make: Any) -> Iterator[_Trial]:
-    """While the body runs the model, its output layer gives what ``make`` makes of its logits."""
+    """Replace the output layer's logits by ``make(logits)`` while the body runs the model."""
     trial = _Trial()
 
     def instead(_: Any, args: tuple[Any, ...], plain: Tensor) -> Tensor:

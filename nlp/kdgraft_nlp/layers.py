@@ -1,4 +1,4 @@
-"""Base of the terms on layers of two models, and how LayerDrop concerns terms."""
+"""The base of terms on layers of two models, and the check of taps against LayerDrop."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ STACKS = ("auto", "layers", "encoder", "decoder", "cross")
 
 
 class LayerTerm(Term):
-    """Base of terms that compare layers of two models, found by themselves.
+    """Base of terms that find the layers of two models and compare them.
 
     Args:
-        layers: which layer learns from which; see :func:`~kdgraft_nlp.attention.layer_pairs`.
-        stack: of a model with an encoder and a decoder: ``"encoder"`` (``"auto"``), ``"decoder"`` or ``"cross"``.
+        layers: the pairs of layers; see :func:`~kdgraft_nlp.attention.layer_pairs`.
+        stack: for a model with an encoder and a decoder: ``"encoder"`` (``"auto"``), ``"decoder"`` or ``"cross"``.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LayerTerm(Term):
         ours, theirs = self._stack(student, "student"), self._stack(teacher, "teacher")
         if self.listener == STUDENT:
             self.pairs = layer_pairs(self.layers, len(ours), len(theirs), self.name)
-        else:  # what the user said is of the student and the peer: the same pairs, the other way round
+        else:  # a peer listens: the pairs are given as (student, peer)
             self.pairs = [(j, i) for i, j in layer_pairs(self.layers, len(theirs), len(ours), self.name)]
         self.student_taps = [self._tap(ours[i]) for i, _ in self.pairs]
         self.teacher_taps = [self._tap(theirs[j]) for _, j in self.pairs]
@@ -54,8 +54,8 @@ class LayerTerm(Term):
         found = stacks(model)
         if not found:
             raise WiringError(
-                f"{self.name}: {type(model).__name__} (the {owner}) has no layers with attention that can be listened to; "
-                "use SoftTargets, or FeatureImitation with taps of your own"
+                f"{self.name}: {type(model).__name__} (the {owner}) has no layers with attention that can be recorded; use "
+                "SoftTargets, or FeatureImitation with taps of your own"
             )
         name = self.stack
         if name == "auto":
@@ -66,48 +66,48 @@ class LayerTerm(Term):
         return found[name]
 
     def _tap(self, layer: Layer) -> Tap:
-        """Where a layer is read."""
+        """Return the tap of a layer."""
         return Tap.parse(layer.path)
 
     def _real(self, tokens: Tokens) -> Tensor | None:
-        """``(B, L)``: the tokens that count, in the student's positions or those of the pairs."""
+        """Return the tokens that count, ``(B, L)``, at the student's positions or at those of the pairs."""
         return tokens.student.of(self._stack_name) if tokens.paired is None else tokens.paired
 
     def count(self, batch: Batch) -> Tensor | None:
         return None if self.drops_layers else self._count(batch)
 
     def _count(self, batch: Batch) -> Tensor | None:
-        """The denominator of a step in which every layer runs, from the batch alone; ``None`` where only the pass can tell."""
+        """Return the denominator of a step that drops no layer, from the batch alone; ``None`` where it depends on the pass."""
         raise NotImplementedError
 
     def _ran(self, student: Recording) -> list[int]:
-        """The pairs whose layers ran in this step: all of them, unless the student drops layers."""
+        """Return the indices of the pairs whose layers ran in this step: all, unless the student drops layers."""
         return [k for k, tap in enumerate(self.student_taps) if not self.drops_layers or student.calls(tap)]
 
     def _over_pairs(self, parts: Sequence[Ratio], teacher: Tensor) -> Ratio:
-        """The mean over the pairs; where layers are dropped, over the items of the pairs that ran, here and on other processes."""
+        """Return the mean over the pairs; where layers are dropped, over the items of the pairs that ran in any process."""
         if not self.drops_layers:
             return Ratio(torch.stack([part.numerator for part in parts]).mean(), parts[0].denominator)
-        alive = [p.flatten()[:0].sum() for p in self.parameters()]  # also of adapters whose layer did not run
+        alive = [p.flatten()[:0].sum() for p in self.parameters()]  # keeps adapters of dropped layers in the graph
         zero = torch.stack(alive).sum() if alive else torch.zeros((), device=teacher.device)
         count = torch.zeros((), device=teacher.device)
         return Ratio(sum((p.numerator for p in parts), zero), sum((p.denominator for p in parts), count))
 
     def _lengths(self, tokens: Tokens, real: Tensor) -> Tensor:
-        """How many tokens of each text count: a value a row, or as many as packed rows hold texts."""
+        """Return the number of tokens that count in each text: ``(B,)``, or a value for each text of packed rows."""
         return per_text(real.long(), tokens.student.texts_of(self._stack_name))
 
 
 def refuse_dropped_layers(student: nn.Module, terms: Sequence[Term]) -> None:
-    """Refuse taps on layers that are left out now and then, of terms that need what they tap in every step.
+    """Refuse taps on layers that LayerDrop skips in some steps, for terms that need their taps in every step.
 
     Raises:
-        WiringError: names the term and the tap.
+        WiringError: a term taps such a layer.
     """
     for term in terms:
         for tap in () if isinstance(term, LayerTerm) else term.student_taps:
             if drops_layers(student, [tap]):
                 raise WiringError(
-                    f"{term.name}: LayerDrop leaves the layer of tap '{tap}' out of some steps; use HiddenStates, which then skips it, "
-                    "or set layerdrop to 0 in the student's config"
+                    f"{term.name}: LayerDrop skips the layer of tap '{tap}' in some steps; use HiddenStates, which leaves it out then, or "
+                    "set layerdrop to 0 in the student's config"
                 )

@@ -1,4 +1,4 @@
-"""Recipe files: YAML or TOML, with overrides from the command line."""
+"""Reading of recipe files, YAML or TOML, with overrides."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .checks import flat
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats: PyYAML takes ``2e-3`` for a text."""
+    """A loader with the floats of YAML 1.2; PyYAML's own reads ``2e-3`` as a string."""
 
 
 _Loader.add_implicit_resolver(
@@ -25,10 +25,10 @@ _Loader.add_implicit_resolver(
 
 
 def load(path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads a recipe file, YAML or TOML, and overrides entries by ``a.b=value``.
+    """Read a recipe file, YAML or TOML, and override its entries by options ``a.b=value``.
 
     Raises:
-        DistillError: no such file, not readable, or an option that is none.
+        DistillError: the file does not exist or cannot be read, or an option is malformed.
     """
     path = Path(path)
     if not path.is_file():
@@ -40,7 +40,7 @@ def load(path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DistillError(f"cannot read {path}: {flat(error)}") from None
     if not isinstance(config, dict):
-        raise DistillError(f"{path} holds no settings; it starts with 'task: classification' or the like")
+        raise DistillError(f"{path} holds no settings; start it with an entry such as 'task: classification'")
     for option in options:
         key, equals, value = option.partition("=")
         if not equals:

@@ -1,4 +1,4 @@
-"""What a distilling trainer adds to the Trainer's checkpoints, and how it resumes from them."""
+"""The distiller's state in the Trainer's checkpoints, and resuming from them."""
 
 from __future__ import annotations
 
@@ -26,32 +26,32 @@ else:
 
 
 class Resuming(_Host):
-    """Mixin before a Trainer class: checkpoints that hold the distiller's state beside the plain student."""
+    """The mixin before a Trainer class that saves the distiller's state beside the plain student and restores it."""
 
     model: Any
     _recipe: Any
     _settings: dict[str, Any]
     _anew: frozenset[str] = frozenset()
-    """Files of the checkpoint to resume whose states begin anew."""
+    """The files of the checkpoint to resume whose states start afresh."""
 
     @property
     def distiller(self) -> Engine | None:
-        """The distiller; ``None`` without terms, and once the model is undistilled."""
+        """The distiller; ``None`` without terms, or after :func:`~kdgraft_nlp.undistill`."""
         return getattr(self.model, "distiller", None)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, partial: bool = False, **settings: Any
     ) -> Any:
-        """Trains as the host does.
+        """Train as the host does.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder; ``True``: the newest complete one in ``output_dir``.
-            args, settings: as for the host's ``train``.
-            partial: resume also where states are missing or damaged (of optimizer, scheduler, random numbers, terms), and begin
-                these anew.
+            resume_from_checkpoint: the folder of a checkpoint; ``True``: the newest complete one in ``output_dir``.
+            *args, **settings: passed to the host's ``train``.
+            partial: resume even where states (of optimizer, scheduler, random numbers, terms) are missing or damaged, and start
+                these afresh.
 
         Raises:
-            DistillError: the checkpoint is not complete, or damaged.
+            DistillError: the checkpoint is incomplete or damaged.
         """
         self._anew = frozenset()
         if resume_from_checkpoint:
@@ -71,7 +71,7 @@ class Resuming(_Host):
             self._save_cache()
 
     def _states(self) -> list[str]:
-        """The files that a resumed run needs in a checkpoint, beside weights and the Trainer's own state."""
+        """Return the files that a resumed run needs in a checkpoint, beside the weights and the Trainer's own state."""
         processes = self.args.world_size
         found = ["optimizer.pt", "scheduler.pt"]
         found += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]

@@ -1,4 +1,4 @@
-"""Recipe files: read, and checked before data, tokenizers and models are touched. All that can be told is told at once."""
+"""Checks of a recipe before data, tokenizers and models are loaded. All mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TASKS = {
     "masked": "masked",
 }
 LABELLED = ("classification", "regression", "tokens")
-"""Tasks whose samples have a label."""
+"""The tasks whose samples have labels."""
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "task": ((str,), "a name"),
     "data": ((Mapping,), "a mapping, such as {train: train.jsonl}"),
@@ -43,7 +43,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "training": ((Mapping,), "a mapping of TrainingArguments, such as {max_steps: 100}"),
     "output": ((str, Path), "a folder"),
 }
-"""The entries of a recipe, with what each may be."""
+"""The entries of a recipe, with their types and a description of these."""
 DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "train": ((str, Path), "a file or a folder"),
     "eval": ((str, Path), "a file or a folder"),
@@ -55,13 +55,13 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "length": ((int,), "a whole number of tokens"),
 }
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
-"""Endings of data files, with what reads them."""
+"""The suffixes of data files, with the names of their readers in datasets."""
 METRICS = {
     "classification": ("accuracy", "macro_f1"),
     "regression": ("mse", "pearson"),
     "tokens": ("accuracy", "span_f1"),
 }
-"""What an evaluation gives beside the loss."""
+"""The metrics of an evaluation beside the loss."""
 
 
 def check_settings(config: Mapping[str, Any], *, files: bool = True) -> TrainingArguments:
@@ -118,7 +118,7 @@ def _check_data(task: str, data: Mapping[str, Any], files: bool, told: _Mistakes
 
 def _check_evaluation(task: str, arguments: TrainingArguments, evaluates: bool, told: _Mistakes) -> None:
     if arguments.eval_strategy != "no" and not evaluates:
-        told.append("training.eval_strategy evaluates, and there is no data.eval")
+        told.append("training.eval_strategy needs a set to evaluate on; add data.eval")
     best, known = arguments.metric_for_best_model, ("loss", *METRICS.get(task, ()))
     if best is not None and task in TASKS and best.removeprefix("eval_") not in known:
         told.append(f"training.metric_for_best_model is one of {', '.join(known)}; got {best!r}")
@@ -150,7 +150,7 @@ def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], told: _M
     if not taught and config.get("init_from") is not None:
         told.append("init_from needs teacher, whose layers the student starts from")
     if taught and config.get("recipe") is None and config.get("terms") is None:
-        told.append("a teacher is given, and nothing says what to learn; name terms or a recipe, or leave it out")
+        told.append("a teacher is given without terms or a recipe; name one, or leave out the teacher")
     if fine.get("host_weight") is not None:
         told.look(check_number, "host_weight", "the host's share", fine["host_weight"], 0)
     if fine.get("chunked") and fine["chunked"] is not True:
@@ -162,7 +162,7 @@ def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
 
 
 def _entries(owner: str, prefix: str, found: Mapping[Any, Any], known: Mapping[str, tuple[Any, str]]) -> list[str]:
-    """Names that mean nothing, and values of the wrong kind."""
+    """Return the mistakes in a mapping: unknown entries, and values of the wrong type."""
     told = []
     for key, value in found.items():
         if key not in known:
@@ -177,10 +177,10 @@ def _check_text(task: str, data: Mapping[str, Any]) -> None:
     if not isinstance(text, (list, tuple)):
         return
     if len(text) != 2 or not all(isinstance(column, str) for column in text):
-        raise DistillError(f"data.text is a column's name, or two for pairs of texts; got {text!r}")
+        raise DistillError(f"data.text must name a column, or two for pairs of texts; got {text!r}")
     if task not in ("classification", "regression"):
         raise DistillError(
-            f"data.text names two columns, and task {task} takes one; pairs are for classification and regression"
+            f"data.text names two columns, which only classification and regression take; name one for task {task}"
         )
 
 
@@ -193,7 +193,7 @@ def _check_amounts(task: str, data: Mapping[str, Any]) -> None:
 
 
 def check_file(split: str, source: Any) -> None:
-    """Raises a :class:`DistillError` unless a set's file or folder is there."""
+    """Raise a :class:`DistillError` unless the file or folder of a set exists and can be read."""
     if source is None and split == "train":
         raise DistillError("data needs train: a jsonl or csv file, or a folder that save_to_disk wrote")
     if not isinstance(source, (str, Path)):
@@ -210,7 +210,7 @@ def check_file(split: str, source: Any) -> None:
 
 
 def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
-    """The folder of the student, or else of a teacher, that brings a tokenizer."""
+    """Return the folder of the student, or else of a teacher, that contains a tokenizer."""
     teachers = config.get("teachers")
     several = teachers.values() if isinstance(teachers, Mapping) else ()
     for source in (config.get("student"), config.get("teacher"), *several):
@@ -224,7 +224,7 @@ def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
 
 
 def _check_terms(recipe: Any, terms: Any, told: _Mistakes) -> None:
-    """Check the recipe, and each term by itself: names, arguments, the notation of taps."""
+    """Check the recipe and each term by itself: names, arguments, the notation of taps."""
 
     def expanded() -> list[dict[str, Any]]:
         with one_line("recipe"):

@@ -1,4 +1,4 @@
-"""Terms on states: hidden states, embeddings, states of first tokens."""
+"""Terms on hidden states, embeddings and states of first tokens."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from .tokens import ModelTokens, tokens_of
 
 @TERMS.register
 class HiddenStates(LayerTerm):
-    """Hidden states of layers through a projection that sizes itself (TinyBERT, arXiv 1909.10351, equation 8).
+    """Hidden states of layers, through a projection of automatic size (TinyBERT, arXiv 1909.10351, equation 8).
 
-    The output of each layer, which for models that normalise first is the state before the final normalisation.
+    A layer's output is compared; in models with pre-normalisation it is the state before the final normalisation.
 
     Args:
         layers: ``"uniform"``, ``"last"``, ``"skip"``, ``"final"`` or pairs.
@@ -63,8 +63,8 @@ class HiddenStates(LayerTerm):
                 )
             if s.shape[1] != t.shape[1] and "labels" in wiring.fields and _sees_images(wiring.student):
                 raise WiringError(
-                    f"{self.name}: student and teacher cut images into {s.shape[1]} and {t.shape[1]} positions; use SoftTargets, or "
-                    "models of one patch size and image size"
+                    f"{self.name}: student and teacher split images into {s.shape[1]} and {t.shape[1]} positions; use SoftTargets, or "
+                    "models of the same patch size and image size"
                 )
             adapter = build_adapter(self.adapter_kind, s[:, :1], t[:, :1], f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
@@ -76,7 +76,7 @@ class HiddenStates(LayerTerm):
         return value[0] if isinstance(value, (tuple, list)) else value
 
     def _states(self, student: Recording, teacher: Recording) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
-        """The states of both models, of each pair of layers that ran, with the pair's adapter."""
+        """Yield the adapter and both models' states for each pair of layers that ran."""
         for k in self._ran(student):
             yield (
                 self.adapters[k],
@@ -97,8 +97,8 @@ class HiddenStates(LayerTerm):
             s, t = tokens.align(s, t)
             if s.shape[1] != t.shape[1]:
                 raise WiringError(
-                    f"{self.name}: student and teacher see {s.shape[1]} and {t.shape[1]} positions; give the collator "
-                    "teacher_tokenizer=… so that it can align them"
+                    f"{self.name}: student and teacher have {s.shape[1]} and {t.shape[1]} positions; pass teacher_tokenizer=… to the "
+                    "collator, which aligns them"
                 )
             if real is not None:
                 s, t = s[real], t[real]
@@ -118,7 +118,7 @@ _LOSSES: dict[str, Callable[..., Tensor]] = {"mse": hint, "cosine": cosine, "nor
 
 @TERMS.register
 class Embeddings(HiddenStates):
-    """The embedding layer's output: what the first layer is given (TinyBERT, arXiv 1909.10351, equation 9).
+    """The output of the embedding layer, which is the first layer's input (TinyBERT, arXiv 1909.10351, equation 9).
 
     Args:
         loss, adapter, stack: as in :class:`HiddenStates`.
@@ -137,8 +137,8 @@ class PatientStates(HiddenStates):
 
     Args:
         layers: ``"skip"`` (PKD-Skip), ``"last"``, ``"uniform"``, ``"final"`` or pairs.
-        variant: ``"paper"`` sums over channels, the authors' ``"code"`` takes the mean.
-        adapter: ``"none"``, the paper's, for equal widths; ``"auto"`` where they differ, a linear map.
+        variant: ``"paper"`` sums over channels, ``"code"`` takes the mean as the authors' code does.
+        adapter: by default ``"none"`` for equal widths, as in the paper, and a linear map where the widths differ.
     """
 
     def __init__(
@@ -150,9 +150,7 @@ class PatientStates(HiddenStates):
         **settings: Any,
     ) -> None:
         if "loss" in settings:
-            raise DistillError(
-                "PatientStates takes no argument 'loss': it compares normalised states; use HiddenStates"
-            )
+            raise DistillError("PatientStates takes no argument 'loss'; use HiddenStates for other losses")
         super().__init__(layers, adapter=adapter or "none", **settings)
         check_choice(self, "variant", variant, ("paper", "code"))
         self.adapter_given = adapter is not None

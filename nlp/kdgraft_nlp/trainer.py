@@ -1,4 +1,4 @@
-"""``DistillTrainer``: the Trainer, with a teacher; ``distill``: the same for a trainer that you already have."""
+"""``DistillTrainer``, the Trainer with a teacher, and ``distill``, the same for a trainer that you already have."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .distilling import Distilling
 
 
 class DistillTrainer(Distilling, Trainer):
-    """The Trainer with a teacher: everything that Trainer does, and the terms' losses beside the host's.
+    """The Trainer with a teacher: it adds the terms' losses to the host's loss.
 
     Args:
         model, args, …: as for :class:`transformers.Trainer`.
         teacher: a model, a :class:`~kdgraft.Source`, or the folder that ``save_pretrained`` wrote.
         terms: a list of names, dicts or terms.
-        recipe: a recipe's name, or ``dict(type=name, …)``; its terms come before ``terms``.
-        dry_run: one small batch that both models take; made from their configs by default.
+        recipe: the name of a recipe, or ``dict(type=name, …)``; its terms are put before ``terms``.
+        dry_run: one small batch for all models; made from their configs by default.
         chunked: for causal models with a large vocabulary: the host's cross-entropy and the divergences are computed together,
-            256 (or that many) tokens at a time, and no model's logits are ever held as a whole. Training steps then return no
-            logits. Not with label smoothing or a loss of your own.
-        host_weight: what the host's own loss is multiplied by. It is 0 for batches without labels.
-        teachers: several sources by name, instead of ``teacher``; a term's ``source`` names the one it listens to. Peers are
-            saved beside the student, in ``peers/<name>``.
-        init_from: layers of the teacher that the student starts from, ``[1, 3, 5]``; see
+            in chunks of 256 (or this many) tokens, and neither model's logits are stored. Training steps then return no logits.
+            Label smoothing and losses of your own are not supported.
+        host_weight: the factor of the host's own loss. Batches without labels have a host loss of 0.
+        teachers: several sources by name, instead of ``teacher``; a term's ``source`` names its source. Peers are saved beside
+            the student, in ``peers/<name>``.
+        init_from: layers of the teacher to initialise the student from, ``[1, 3, 5]``; see
             :func:`~kdgraft_nlp.init_from_teacher`.
 
     Example::
@@ -73,16 +73,19 @@ def distill(
     teachers: Mapping[str, Any] | None = None,
     init_from: Any = None,
 ) -> Any:
-    """Lets a trainer that you already have distil: any Trainer or subclass of it, before ``train()``.
+    """Add distillation to a trainer that you already have, an instance of Trainer or of a subclass, before ``train()``.
 
     Args:
-        trainer: it is changed and handed back; its own ``compute_loss``, callbacks and so on stay in force.
+        trainer: the trainer, changed in place; its own ``compute_loss`` and callbacks stay active.
         teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from: as for :class:`DistillTrainer`.
+
+    Returns:
+        The trainer.
     """
     if not isinstance(trainer, Trainer):
         raise DistillError(f"distill takes a transformers.Trainer, got {type(trainer).__name__}")
     if isinstance(trainer, Distilling):
-        raise DistillError("this trainer distils already; build a new one for other terms")
+        raise DistillError("this trainer already distils; build a new one for other terms")
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
