@@ -1,4 +1,4 @@
-"""What the three scripts share: their options, and three trainings in turn."""
+"""The options of the three scripts, and their three trainings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def main(
     training: Any,
     **distillation: Any,
 ) -> None:
-    """Trains a teacher (unless there is one), the plain student and the distilled one, and prints their scores."""
+    """Train a teacher (unless one is given), the plain student and the distilled student, and print their scores."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--train", required=True)
     parser.add_argument("--eval", required=True)

@@ -1,4 +1,4 @@
-"""Distillation for Hugging Face: wrap a Trainer, or a trainer that you already have."""
+"""Knowledge distillation for Hugging Face: subclass the Trainer, or wrap a trainer that you already have."""
 
 from kdgraft.hosts import require
 
@@ -6,13 +6,14 @@ require("transformers", "kdgraft_nlp")
 
 from kdgraft import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, SkewedKL, SoftTargets  # noqa: E402
 
+from .attention_terms import AttentionMaps, Relations  # noqa: E402
 from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
 from .initialisation import init_from_teacher  # noqa: E402
-from .layers import AttentionMaps, Embeddings, HiddenStates, PatientStates, Relations  # noqa: E402
 from .logits import UniversalLogits  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
+from .state_terms import Embeddings, HiddenStates, PatientStates  # noqa: E402
 from .student import undistill  # noqa: E402
 from .trainer import DistillTrainer, distill  # noqa: E402
 

@@ -1,9 +1,9 @@
-"""Attention under fast kernels: queries, keys and scores of the chosen layers while the model runs sdpa or flash.
+"""Attention under fast kernels: queries, keys and scores of the chosen layers while the model runs sdpa or flash attention.
 
-Models of Hugging Face look up the kernel of each attention module at every call. For the length of one recorded pass that
-look-up is listened to, so that a tap ``encoder.layer.3.attention.self.attention()`` yields what this module hands to its kernel
-(an :class:`AttentionCall`): before the softmax, before dropout, after rotary embeddings. The kernel stays the one that the model
-runs with, layers without a tap cost nothing, and nothing about the model or its config changes.
+Models of Hugging Face look up the kernel of each attention module at every call. During a recorded pass this lookup is
+intercepted, so that a tap ``encoder.layer.3.attention.self.attention()`` reads the inputs of the module's kernel (an
+:class:`AttentionCall`): before the softmax, before dropout, after rotary embeddings. The model keeps its own kernel, layers
+without a tap cost nothing, and neither the model nor its config is changed.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ from kdgraft.recorder import Listener, Recorder
 from kdgraft.taps import Recording, Site, Tap
 
 METHOD = "attention"
-"""The tap ``<module>.attention()`` reads what an attention module hands to its kernel."""
+"""The tap ``<module>.attention()`` reads the inputs that an attention module passes to its kernel."""
 
 STUDENT_FORWARD = "plain_forward"
-"""What a tap of the whole student listens to: its ``forward`` is the one that distils."""
+"""The method that a tap of the whole student records, since the student's ``forward`` is the one that distils."""
 
 Stack = Literal["layers", "encoder", "decoder", "cross"]
 
 
 class AttentionCall(NamedTuple):
-    """What an attention module hands to its kernel.
+    """The inputs that an attention module passes to its kernel.
 
     Attributes:
         query: ``(B, H, Q, d)``.
-        key, value: ``(B, H_kv, K, d)``; H_kv divides H (grouped heads).
-        mask: what the kernel is given: boolean (true: may attend), additive, or ``None``; broadcasts to ``(B, H, Q, K)``.
-        scaling: factor on QKᵀ.
+        key, value: ``(B, H_kv, K, d)``; H_kv divides H (grouped-query attention).
+        mask: boolean (true: may attend), additive, or ``None``; broadcasts to ``(B, H, Q, K)``.
+        scaling: the factor of QKᵀ.
         bias: added to the scaled scores (T5's position bias), or ``None``.
-        causal: a query attends to the keys up to its own position.
-        softcap: scores become ``softcap · tanh(scores / softcap)``; ``None`` for no such thing.
-        window: a query attends to keys less than so many positions away; ``None``: to all. A kernel with a mask has it in there.
+        causal: each query attends only to the keys up to its own position.
+        softcap: the scores become ``softcap · tanh(scores / softcap)``; ``None``: they are not capped.
+        window: each query attends only to keys less than this many positions away; ``None``: to all. A mask includes the window.
     """
 
     query: Tensor
@@ -58,11 +58,11 @@ class AttentionCall(NamedTuple):
 
     @property
     def heads(self) -> int:
-        """Number of query heads."""
+        """The number of query heads."""
         return self.query.shape[1]
 
     def scores(self) -> Tensor:
-        """Scores before mask and softmax, ``(B, H, Q, K)``, in at least float32."""
+        """Return the scores before mask and softmax, ``(B, H, Q, K)``, in at least float32."""
         query, key = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (self.query, self.key))
         batch, heads, length, width = query.shape
         groups = key.shape[1]
@@ -76,20 +76,18 @@ class AttentionCall(NamedTuple):
         return scores
 
     def vectors(self, which: str) -> Tensor:
-        """``"query"``, ``"key"`` or ``"value"`` with all heads side by side: ``(B, L, H·d)``."""
+        """Return ``"query"``, ``"key"`` or ``"value"`` with all heads side by side: ``(B, L, H·d)``."""
         return getattr(self, which).transpose(1, 2).flatten(2)
 
     def allowed(self) -> Tensor | None:
-        """Which keys each query may attend to as far as the kernel knows: broadcasts to ``(B, H, Q, K)``; ``None``: all."""
+        """Return the keys that the kernel lets each query attend to, broadcastable to ``(B, H, Q, K)``; ``None``: all."""
         queries, keys = self.query.shape[-2], self.key.shape[-2]
         found = None
         if self.mask is not None and self.mask.ndim == 4:
             low = torch.finfo(self.mask.dtype).min / 2 if self.mask.is_floating_point() else 0
             found = (self.mask if self.mask.dtype == torch.bool else self.mask > low)[..., :keys]
         shape, device = (queries, keys), self.query.device
-        if (
-            self.causal and found is None
-        ):  # a mask of its own says who attends to what; kernels then ask for nothing more
+        if self.causal and found is None:  # kernels that are given a mask ignore the causal flag
             found = torch.ones(shape, dtype=torch.bool, device=device).tril(keys - queries)
         if self.window is not None:
             away = torch.arange(queries, device=device)[:, None] + (keys - queries) - torch.arange(keys, device=device)
@@ -100,17 +98,17 @@ class AttentionCall(NamedTuple):
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer of a stack: its path, and that of its attention module."""
+    """A layer of a stack: its path, and the path of its attention module."""
 
     path: str
     attention: str
 
 
 def stacks(model: nn.Module) -> dict[str, list[Layer]]:
-    """The stacks of layers with attention in them, in order.
+    """Return the stacks of layers that contain attention, each in order.
 
     Returns:
-        ``layers`` for a model with one stack; ``encoder``, ``decoder`` and ``cross`` for one with two.
+        ``layers`` for a model with one stack; ``encoder``, ``decoder`` and ``cross`` for a model with two.
     """
     found: dict[str, dict[str, list[Layer]]] = {}
     lists = {name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -131,20 +129,20 @@ def stacks(model: nn.Module) -> dict[str, list[Layer]]:
 
 
 def _one_of(model: nn.Module, name: str, groups: dict[str, list[Layer]]) -> list[Layer]:
-    """The layers of the one list that a stack is, of a model with several towers that of its text."""
+    """Return the layers of a stack; where a model has several towers, the layers of its text tower."""
     if len(groups) == 1:
         return next(iter(groups.values()))
     text = [path for path in groups if any(word in path for word in ("language_model", "text_model", "decoder"))]
     if len(text) != 1:
         raise WiringError(
-            f"{type(model).__name__} has several stacks of layers ({', '.join(groups)}); terms on layers do not know which is "
-            "meant, use FeatureImitation with taps of your own"
+            f"{type(model).__name__} has several stacks of layers ({', '.join(groups)}), and terms on layers cannot "
+            "choose one; use FeatureImitation with taps of your own"
         )
     return groups[text[0]]
 
 
 def drops_layers(model: nn.Module, taps: Sequence[Tap]) -> bool:
-    """Whether training leaves out a tapped layer now and then (LayerDrop; Fan et al. 2019, arXiv 1909.11556)."""
+    """Return whether training skips a tapped layer in some steps (LayerDrop; Fan et al. 2019, arXiv 1909.11556)."""
     for tap in taps:
         parts = [*tap.path.split("."), *map(str, tap.index[:1])]
         for place in (n for n, part in enumerate(parts) if n and part.isdigit()):
@@ -158,7 +156,7 @@ def drops_layers(model: nn.Module, taps: Sequence[Tap]) -> bool:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this module attends in a way that can be listened to."""
+    """Return whether a module computes attention whose inputs can be recorded."""
     return _uses_interface(module) or _is_disentangled(module)
 
 
@@ -174,7 +172,7 @@ def _is_disentangled(module: nn.Module) -> bool:
 
 
 class AttentionRecorder(Recorder):
-    """Records ordinary taps, and what attention modules hand to their kernels."""
+    """A recorder of ordinary taps and of the inputs of attention kernels."""
 
     differentiable = frozenset({"forward", METHOD, STUDENT_FORWARD})
 
@@ -186,12 +184,12 @@ class AttentionRecorder(Recorder):
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
-            return super().resolve(model, tap)  # which says what is near
+            return super().resolve(model, tap)  # its error names the nearest paths
         if not is_attention(module):
             known = [layer.attention for layers in stacks(model).values() for layer in layers]
             raise WiringError(
-                f"{type(module).__name__} at '{tap.path}' of the {self.owner} is no attention module that can be listened to"
-                + (f"; these are: {', '.join(known[:6])}" if known else "")
+                f"{type(module).__name__} at '{tap.path}' of the {self.owner} is not an attention module that can be recorded"
+                + (f"; these can: {', '.join(known[:6])}" if known else "")
             )
         return [Site(module, tap.path, METHOD)]
 
@@ -204,7 +202,7 @@ class AttentionRecorder(Recorder):
 
 
 _heard: dict[int, Listener] = {}
-"""Attention modules that are listened to right now."""
+"""The listeners of the attention modules that are being recorded, by the module's id."""
 
 
 def _listen(module: nn.Module, hear: Listener) -> Callable[[], None]:
@@ -273,7 +271,7 @@ def _read(
 
 
 def _attach_disentangled(module: Any, hear: Listener) -> Callable[[], None]:
-    """DeBERTa attends by itself: its scores are QKᵀ and a term of relative positions, each from a method of the module."""
+    """Record DeBERTa, which looks up no kernel: two methods of the module return QKᵀ's inputs and a relative position bias."""
     before = vars(module).get("forward")
     forward = module.forward
 
@@ -310,7 +308,7 @@ def _attach_disentangled(module: Any, hear: Listener) -> Callable[[], None]:
 
 @contextmanager
 def _overheard(module: nn.Module, method: str) -> Iterator[list[Any]]:
-    """Collects what a method returns while the body runs."""
+    """Collect the return values of a method while the body runs."""
     original, found = getattr(module, method), []
 
     def listening(*args: Any, **kwargs: Any) -> Any:
@@ -325,51 +323,37 @@ def _overheard(module: nn.Module, method: str) -> Iterator[list[Any]]:
 
 
 def attention_call(recording: Recording, tap: Tap) -> AttentionCall:
-    """The one call that a tap heard.
+    """Return the single attention call that a tap recorded.
 
     Raises:
-        WiringError: the module ran more than once (layers that share it).
+        WiringError: the module ran more than once, because layers share it.
     """
     call = recording[tap]
     if not isinstance(call, AttentionCall):
         raise WiringError(
-            f"tap '{tap}' of the {recording.owner}: its attention runs more than once in a pass (layers that share "
-            "weights), so that its scores are not those of one layer; use HiddenStates or SoftTargets"
+            f"tap '{tap}' of the {recording.owner}: its attention runs more than once in a pass, because layers share "
+            "weights, and its scores do not belong to one layer; use HiddenStates or SoftTargets"
         )
     return call
 
 
 def layer_pairs(spec: Any, students: int, teachers: int, who: str) -> list[tuple[int, int]]:
-    """Which layer of the student learns from which of the teacher, both from 0.
+    """Return the pairs of a student's layer and the teacher's layer that it learns from, both counted from 0.
 
     Args:
         spec: ``"uniform"`` (every N/M-th layer, TinyBERT), ``"last"`` (the teacher's last layers, in order), ``"skip"`` (as
             uniform, without the final layer: PKD-Skip), ``"final"`` (the last layer alone, MiniLM), or pairs
             ``[(student, teacher), …]``, negative from the end.
-        students, teachers: how many layers they have.
-        who: the term, for messages.
+        students, teachers: the numbers of layers.
+        who: the name of the term, for messages.
 
     Raises:
-        WiringError: a layer that is not there, or a rule that does not fit these depths.
+        WiringError: a layer does not exist, or the rule does not fit these depths.
     """
     if isinstance(spec, str):
-        if spec not in ("uniform", "last", "skip", "final"):
-            raise WiringError(f"{who}: layers is 'uniform', 'last', 'skip', 'final' or pairs of numbers, got {spec!r}")
-        if spec == "final":
-            return [(students - 1, teachers - 1)]
-        if students > teachers:
-            raise WiringError(
-                f"{who}: layers={spec!r} needs a teacher at least as deep as the student, got {teachers} and {students} "
-                "layers; give pairs, layers=[(student, teacher), …], or layers='final'"
-            )
-        if spec == "last":
-            return [(i, i + teachers - students) for i in range(students)]
-        pairs = [(i, math.ceil((i + 1) * teachers / students) - 1) for i in range(students)]
-        if spec == "skip" and students < 2:
-            raise WiringError(f"{who}: layers='skip' leaves out the final layer, and the student has no other")
-        return pairs[:-1] if spec == "skip" else pairs
+        return _pairs_by_rule(spec, students, teachers, who)
     if not isinstance(spec, Sequence) or not all(isinstance(p, Sequence) and len(p) == 2 for p in spec) or not spec:
-        raise WiringError(f"{who}: layers is a rule's name or pairs [(student, teacher), …], got {spec!r}")
+        raise WiringError(f"{who}: layers must be the name of a rule or pairs [(student, teacher), …], got {spec!r}")
     found = []
     for pair in spec:
         for index, count, owner in zip(pair, (students, teachers), ("student", "teacher"), strict=True):
@@ -377,3 +361,21 @@ def layer_pairs(spec: Any, students: int, teachers: int, who: str) -> list[tuple
                 raise WiringError(f"{who}: the {owner} has layers 0 to {count - 1}, got {index!r} in {tuple(pair)}")
         found.append((pair[0] % students, pair[1] % teachers))
     return found
+
+
+def _pairs_by_rule(rule: str, students: int, teachers: int, who: str) -> list[tuple[int, int]]:
+    if rule not in ("uniform", "last", "skip", "final"):
+        raise WiringError(f"{who}: layers must be 'uniform', 'last', 'skip', 'final' or pairs of numbers, got {rule!r}")
+    if rule == "final":
+        return [(students - 1, teachers - 1)]
+    if students > teachers:
+        raise WiringError(
+            f"{who}: layers={rule!r} needs a teacher at least as deep as the student, got {teachers} and {students} "
+            "layers; give pairs, layers=[(student, teacher), …], or layers='final'"
+        )
+    if rule == "last":
+        return [(i, i + teachers - students) for i in range(students)]
+    if rule == "skip" and students < 2:
+        raise WiringError(f"{who}: layers='skip' leaves out the final layer, and the student has no other")
+    pairs = [(i, math.ceil((i + 1) * teachers / students) - 1) for i in range(students)]
+    return pairs[:-1] if rule == "skip" else pairs

@@ -1,7 +1,7 @@
-"""Cached teacher outputs: the teacher runs once a sample, however many epochs there are.
+"""Cached teacher outputs: the teacher runs once for each sample, whatever the number of epochs.
 
-Only for inputs that do not change: no random masking, no augmentation. (Beyer et al. 2022, arXiv 2106.05237, find that fixed
-teacher outputs under changing views are much worse than the teacher on the student's own view.)
+The cache is only for inputs that do not change: no random masking, no augmentation. Beyer et al. (2022, arXiv 2106.05237) find
+that fixed teacher outputs under changing views are much worse than the teacher's outputs on the student's own view.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .tasks import accepted
 
 TEACHER_FILE = "teacher.json"
 SHARD = 1024
-"""After so many new samples the cache writes them to its folder."""
+"""The number of new samples after which the cache writes them to its folder."""
 
 
 class TeacherCache:
-    """What the teacher's taps gave, by sample.
+    """The outputs of the teacher's taps, by sample.
 
     Args:
-        id: the column of the data set that tells the samples apart, the same in every epoch and every run.
-        folder: where the outputs are kept, during training and at its end, and where a new run finds them; it then needs no
-            teacher for samples that are there. ``None``: in memory alone.
+        id: the column of the data set that identifies the samples, the same in every epoch and every run.
+        folder: where the outputs are saved, during training and at its end; a later run reads them and needs no teacher for the
+            samples in it. ``None``: the outputs are kept in memory only.
     """
 
     def __init__(self, id: str = "id", folder: str | Path | None = None) -> None:
@@ -46,7 +46,7 @@ class TeacherCache:
         self._per_token: set[str] = set()
         self._unsaved: set[str] = set()
         self.teacher: dict[str, Any] | None = None
-        """Which model the outputs are of: its class, its config and a fingerprint of its weights."""
+        """The model that produced the outputs: its class, its config and a fingerprint of its weights."""
         self.hits = 0
         if self.folder is not None and self.folder.is_dir():
             if (self.folder / TEACHER_FILE).is_file():
@@ -62,26 +62,26 @@ class TeacherCache:
         return len(self._rows)
 
     def check(self, taps: Sequence[Tap], who: str) -> None:
-        """Refuses taps whose values are not one tensor a sample."""
+        """Raise a :class:`WiringError` for taps whose values are not one tensor per sample."""
         for tap in taps:
             if tap.method == METHOD:
                 raise WiringError(
-                    f"{who} reads attention ('{tap}'), which is not cached: a map of every layer is larger than the teacher's "
-                    "pass is slow; leave the cache or the term out"
+                    f"{who} reads attention ('{tap}'), which is not cached, because storing the maps costs more than "
+                    "running the teacher; leave out the cache or the term"
                 )
 
     def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> CachedRecording | None:
-        """What is cached for these samples; ``None`` unless that is everything.
+        """Return the recording of these samples, or ``None`` where the cache lacks some of it.
 
         Raises:
-            DistillError: a sample was cached with other inputs.
+            DistillError: a sample was cached with different inputs.
         """
         rows = [self._rows.get(str(i)) for i in ids]
         for sample, row, print_ in zip(ids, rows, self._prints(inputs), strict=True):
             if row is not None and not torch.equal(row["inputs"], print_):
                 raise DistillError(
-                    f"sample {sample!r} was cached with other inputs; cached outputs need the same tokens every time (no random "
-                    f"masking) and ids that name one sample each (column {self.id!r})"
+                    f"sample {sample!r} was cached with different inputs; a cache needs the same tokens every time (no random masking) "
+                    f"and an id for each sample (column {self.id!r})"
                 )
         if self.lacks(ids, taps) is not None:
             return None
@@ -95,8 +95,8 @@ class TeacherCache:
                 batch[mask.bool().cpu()] = torch.cat(found)
             elif len({row.shape for row in found}) > 1:
                 raise DistillError(
-                    f"what '{tap}' of the teacher gives depends on how a batch is padded, and no attention mask says where; leave the "
-                    "cache out"
+                    f"the output of '{tap}' of the teacher depends on the padding of its batch, which no attention mask gives; leave out the "
+                    "cache"
                 )
             else:
                 batch = torch.stack(found)
@@ -104,22 +104,22 @@ class TeacherCache:
         return CachedRecording(values)
 
     def lacks(self, ids: Sequence[Any], taps: Sequence[Tap]) -> str | None:
-        """The first sample of which something is not there, and what; ``None`` where all is."""
+        """Return the first sample and tap that are not cached, or ``None`` where all are."""
         return next((f"{i!r} ({tap})" for i in ids for tap in taps if str(tap) not in self._rows.get(str(i), {})), None)
 
     def example(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> CachedRecording:
-        """What a dry run of the teacher would record, as far as shapes go.
+        """Return zeros in the shapes that a dry run of the teacher would record.
 
         Raises:
-            WiringError: nothing of a tap is cached.
+            WiringError: the cache holds no value of a tap.
         """
         values = {}
         for tap in taps:
             row = next((row[str(tap)] for row in self._rows.values() if str(tap) in row), None)
             if row is None:
                 raise WiringError(
-                    f"the cache holds nothing of '{tap}' of the {(self.teacher or {}).get('class')}; give teacher=…, so that it can "
-                    "be added, or use the terms that the cache was filled with"
+                    f"the cache holds nothing of '{tap}' of the {(self.teacher or {}).get('class')}; give teacher=… to add it, or use the "
+                    "terms that the cache was filled with"
                 )
             tokens = inputs.get("attention_mask", inputs.get("input_ids"))
             first = next(iter(inputs.values()))
@@ -128,14 +128,15 @@ class TeacherCache:
         return CachedRecording(values)
 
     def belongs_to(self, model: nn.Module) -> None:
-        """Notes which teacher the outputs are of.
+        """Set the teacher that produces the outputs.
 
         Raises:
-            DistillError: they are of another one, or a decoder's, which depend on how targets are padded.
+            DistillError: the cache holds another teacher's outputs, or the model has a decoder, whose outputs depend on the
+                padding of the targets.
         """
         if "decoder_input_ids" in accepted(model):
             raise DistillError(
-                f"a cache keeps no outputs of a model with a decoder ({type(model).__name__}); leave the cache out"
+                f"a cache cannot hold outputs of a model with a decoder ({type(model).__name__}); leave out the cache"
             )
         own = {"class": type(model).__name__, "weights": _fingerprint(model)}
         if self.teacher is not None:
@@ -151,16 +152,16 @@ class TeacherCache:
         self.teacher = {**own, "config": json.loads(config.to_json_string())}
 
     def stand_in(self) -> nn.Module:
-        """The teacher's structure without its weights: enough to wire terms, not to run.
+        """Build the teacher without its weights: terms can be wired to it, and it cannot run.
 
         Raises:
-            DistillError: its class is not one of transformers.
+            DistillError: transformers has no such class.
         """
         told = self.teacher or {}
         kind = getattr(transformers, str(told.get("class")), None)
         if kind is None:
             raise DistillError(
-                f"the cache is of a {told.get('class')}, which transformers does not have; give teacher=…, the model"
+                f"transformers has no {told.get('class')}, whose outputs the cache holds; pass the model as teacher=…"
             )
         with torch.device("meta"):
             return kind(kind.config_class.from_dict(told["config"]))
@@ -168,7 +169,7 @@ class TeacherCache:
     def store(
         self, ids: Sequence[Any], inputs: Mapping[str, Tensor], recording: Recording, taps: Sequence[Tap]
     ) -> None:
-        """Keeps what the taps gave; of values per token those of real tokens."""
+        """Store the outputs of the taps; of values per token, only those of tokens that are not padding."""
         mask = inputs.get("attention_mask")
         for sample, print_ in zip(ids, self._prints(inputs), strict=True):
             self._rows.setdefault(str(sample), {})["inputs"] = print_
@@ -177,7 +178,7 @@ class TeacherCache:
             value = value[0] if isinstance(value, (tuple, list)) else value
             if len(value) != len(ids):
                 raise WiringError(
-                    f"'{tap}' has {len(value)} rows for {len(ids)} samples, which cannot be cached; leave the cache or the term out"
+                    f"'{tap}' has {len(value)} rows for {len(ids)} samples, which cannot be cached; leave out the cache or the term"
                 )
             per_token = mask is not None and value.shape[:2] == mask.shape
             per_token = per_token and (value.ndim == 3 or tap.text in ("[start_logits]", "[end_logits]"))
@@ -193,9 +194,9 @@ class TeacherCache:
             self.save()
 
     def save(self) -> None:
-        """Writes what is new to the folder; several processes may share it."""
+        """Write the new samples to the folder, which several processes may share."""
         if self.folder is None:
-            raise DistillError("this cache is in memory alone; TeacherCache(folder=…) has a place to save to")
+            raise DistillError("this cache is kept in memory only; create it with TeacherCache(folder=…) to save it")
         if not self._unsaved:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -211,7 +212,7 @@ class TeacherCache:
         self._unsaved.clear()
 
     def _prints(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        """A fingerprint of each sample's inputs, whatever it is padded to."""
+        """Return a fingerprint of each sample's inputs that does not depend on padding."""
         mask = inputs.get("attention_mask")
         names = sorted(name for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim)
         count = len(inputs[names[0]])
@@ -228,14 +229,14 @@ class TeacherCache:
 
 
 def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file beside its place and then puts it there, so that nobody reads half of it."""
+    """Write a file under another name and rename it, so that no process reads an incomplete file."""
     beside = file.with_name(f".{uuid.uuid4().hex}.tmp")
     write(beside)
     os.replace(beside, file)
 
 
 def _fingerprint(model: nn.Module) -> str | None:
-    """Tells the weights of two models apart by some of them; ``None`` where they are not at hand."""
+    """Return a fingerprint of a sample of a model's weights; ``None`` where they are on the meta device."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -247,7 +248,7 @@ def _fingerprint(model: nn.Module) -> str | None:
 
 
 class CachedRecording(Recording):
-    """Stands for the recording of a teacher that did not run."""
+    """The recording of a teacher that did not run."""
 
     def __init__(self, values: Mapping[Tap, Tensor]) -> None:
         super().__init__("teacher", {}, set())

@@ -1,4 +1,4 @@
-"""Checkpoints of the Trainer: whether one is complete and undamaged, looked at before a run goes on from it."""
+"""Checks that a checkpoint of the Trainer is complete and undamaged before a run resumes from it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from kdgraft.files import check_intact, written_whole
 logger = logging.getLogger("kdgraft")
 
 STATE_FILE = "distiller.pt"
-"""In each checkpoint, beside the plain student: the terms' parameters and counters."""
+"""The file of a checkpoint that holds the parameters and counters of the terms, beside the plain student."""
 CHECKSUMS = "checksums.json"
-"""In each checkpoint: SHA-256 of the files that have no checksum of their own, as what ``torch.save`` writes has."""
+"""The file of a checkpoint with the SHA-256 of every file without a checksum of its own (``torch.save`` writes one)."""
 TRAINER_STATE = "trainer_state.json"
 _WEIGHTS = (
     "model.safetensors",
@@ -36,7 +36,7 @@ _READ = ("*.safetensors", "*/*.safetensors", "*.index.json", "config.json", "ada
 
 
 def write_checksums(folder: str | Path) -> None:
-    """Writes :data:`CHECKSUMS` of a checkpoint, the last of its files."""
+    """Write :data:`CHECKSUMS` of a checkpoint, after all its other files."""
     folder = Path(folder)
     found = {name: _sha256(folder / name) for name in _matching(folder, _READ)}
     with written_whole(folder / CHECKSUMS) as part:
@@ -44,11 +44,11 @@ def write_checksums(folder: str | Path) -> None:
 
 
 def faults(folder: str | Path, states: Sequence[str]) -> dict[str, str]:
-    """Names of files that are missing from a checkpoint, or damaged, with which of the two.
+    """Return the files of a checkpoint that are missing or damaged, each with ``"is missing"`` or ``"is damaged"``.
 
     Args:
         folder: the checkpoint.
-        states: files that the run needs beside the weights and the Trainer's state: those of optimizer, scheduler and so on.
+        states: files that the run needs beside the weights and the Trainer's state, such as those of optimizer and scheduler.
     """
     folder = Path(folder)
     told = _told(folder)
@@ -67,24 +67,24 @@ def faults(folder: str | Path, states: Sequence[str]) -> dict[str, str]:
 
 
 class NothingComplete(DistillError):
-    """No checkpoint has all that a resumed run needs."""
+    """No checkpoint has all files that a resumed run needs."""
 
 
 def to_resume(
     told: str | Path | bool, output: str, states: Sequence[str], partial: bool, speaks: bool = True
 ) -> tuple[str, dict[str, str]]:
-    """The checkpoint to go on from, and what :func:`faults` finds in it.
+    """Return the checkpoint to resume from, and its :func:`faults`.
 
     Args:
-        told: a checkpoint's folder; ``True``: the newest complete one in ``output``.
-        output: where the run's checkpoints are.
+        told: the folder of a checkpoint; ``True``: the newest complete one in ``output``.
+        output: the folder of the run's checkpoints.
         states: as for :func:`faults`.
-        partial: take a checkpoint all the same of which states are missing or damaged; they then begin anew.
-        speaks: log what is left out.
+        partial: accept a checkpoint whose states are missing or damaged; these states start afresh.
+        speaks: log the checkpoints and states that are left out.
 
     Raises:
-        DistillError: there is none.
-        NothingComplete: each lacks something that it needs.
+        DistillError: there is no checkpoint.
+        NothingComplete: every checkpoint lacks a file that the run needs.
     """
     candidates = newest_first(output) if told is True else [Path(str(told))]
     if not candidates:
@@ -92,21 +92,21 @@ def to_resume(
     left_out: list[str] = []
     for folder in candidates:
         if not folder.is_dir():
-            raise DistillError(f"nothing to resume: {folder} is no checkpoint's folder")
+            raise DistillError(f"nothing to resume: {folder} is not the folder of a checkpoint")
         found = faults(folder, states)
         wrong = " and ".join(f"{name} {what}" for name, what in found.items())
         if not found or (partial and all(name in states for name in found)):
             if speaks and (left_out or found):
                 before = f", as {'; '.join(left_out)}" if left_out else ""
-                begins = f"; {wrong}, so that it begins anew" if found else ""
-                logger.warning("going on from %s%s%s", folder, before, begins)
+                begins = f"; {wrong}, so that it starts afresh" if found else ""
+                logger.warning("resuming from %s%s%s", folder, before, begins)
             return str(folder), found
         left_out.append(f"{wrong} in {folder}")
     raise NothingComplete(f"cannot resume: {'; '.join(left_out)}{_advice(candidates[0], states, told, partial)}")
 
 
 def newest_first(output: str | Path) -> list[Path]:
-    """The folders of checkpoints in a run's folder."""
+    """Return the checkpoint folders of a run, the newest first."""
     found = (
         re.fullmatch(r"checkpoint-(\d+)", path.name) for path in Path(output).glob("checkpoint-*") if path.is_dir()
     )
@@ -126,7 +126,7 @@ def _advice(folder: Path, states: Sequence[str], told: str | Path | bool, partia
             "from_pretrained instead"
         )
     if not partial and all(name in states for name in wrong):
-        return "; to begin these anew, say so: partial=True, or --partial on the command line"
+        return "; pass partial=True (--partial on the command line) to start these states afresh"
     return ""
 
 
@@ -136,7 +136,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[str]:
 
 
 def _told(folder: Path) -> Mapping[str, str]:
-    """The recorded checksums; none in a checkpoint of a plain Trainer."""
+    """Return the recorded checksums; a checkpoint of a plain Trainer has none."""
     found = _json(folder / CHECKSUMS) if (folder / CHECKSUMS).is_file() else {}
     return found if isinstance(found, dict) else {}
 
@@ -157,8 +157,8 @@ def _intact(file: Path, told: str | None) -> bool:
             with safe_open(file, "pt"):
                 return True
         check_intact(file)
-        return zipfile.is_zipfile(file)  # the Trainer writes no other format, so that this one was cut off
-    except Exception:  # a damaged file raises nearly anything
+        return zipfile.is_zipfile(file)  # the Trainer writes no other format: this file is truncated
+    except Exception:  # a damaged file can raise any error
         return False
 
 

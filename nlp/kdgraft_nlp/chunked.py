@@ -1,8 +1,8 @@
-"""Language-model losses without the logits: the hard cross-entropy and divergences, chunk by chunk, from hidden states.
+"""Language-model losses without stored logits: cross-entropy and divergences from hidden states, chunk by chunk.
 
-A causal language model's logits are tokens × vocabulary numbers, several times over with their gradients and the teacher's. Here
-each chunk of tokens goes through both output layers, all losses and their gradient before the next one; what is kept is the
-gradient of the hidden states and of the output layer.
+A causal language model's logits are tokens × vocabulary numbers, and their gradients and the teacher's logits need as many again.
+Here each chunk of tokens passes through both output layers, all losses and their gradients before the next chunk does; only the
+gradients of the hidden states and of the output layer are kept.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .tokens import IGNORED
 Compare = Callable[[Tensor, Tensor], Tensor]
 
 
-class Tail(NamedTuple):
-    """What a model makes of its output layer's logits: ``cap · tanh(scale · logits / cap)``, ``scale · logits`` without a cap."""
+class LogitTransform(NamedTuple):
+    """The change of logits after the output layer: ``cap · tanh(scale · logits / cap)``, or ``scale · logits`` without a cap."""
 
     scale: float = 1.0
     cap: float | None = None
@@ -33,38 +33,38 @@ class Tail(NamedTuple):
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
 
-PLAIN = Tail()
+IDENTITY = LogitTransform()
 
 
 class Head(NamedTuple):
-    """An output layer: weight ``(V, H)``, bias ``(V,)`` or ``None``, and what becomes of its logits."""
+    """An output layer: weight ``(V, H)``, bias ``(V,)`` or ``None``, and the transform of its logits."""
 
     weight: Tensor
     bias: Tensor | None
-    tail: Tail = PLAIN
+    transform: LogitTransform = IDENTITY
 
     def __call__(self, hidden: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
 
-def head_of(model: Any, tail: Tail = PLAIN) -> Head:
-    """The output layer of a language model."""
+def head_of(model: Any, transform: LogitTransform = IDENTITY) -> Head:
+    """Return the output layer of a language model; a :class:`WiringError` is raised unless it is linear."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise WiringError(
             f"chunked=True needs a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
         )
-    return Head(layer.weight, layer.bias, tail)
+    return Head(layer.weight, layer.bias, transform)
 
 
-class Part(NamedTuple):
-    """One loss over tokens.
+class TokenLoss(NamedTuple):
+    """A loss that is a sum over tokens.
 
     Attributes:
-        compare: ``(n, V)`` of student and teacher -> ``(n,)``.
-        counted: ``(N,)`` boolean: which tokens count.
-        factor: what the sum over tokens is multiplied by in the total.
+        compare: maps logits ``(n, V)`` of student and teacher to losses ``(n,)``.
+        counted: ``(N,)`` boolean: the tokens that count.
+        factor: the factor of the sum over tokens in the total.
     """
 
     compare: Compare
@@ -79,32 +79,32 @@ def chunked_losses(
     hard_factor: Tensor,
     teacher_hidden: Tensor | None,
     teacher_head: Head | None,
-    parts: Sequence[Part],
+    parts: Sequence[TokenLoss],
     chunk: int = 256,
 ) -> tuple[Tensor, Tensor]:
-    """The weighted total of all losses, and the sum of each.
+    """Compute the weighted total of all losses, and the sum of each.
 
     Args:
-        hidden: ``(N, H)``: the student's states under the output layer.
+        hidden: ``(N, H)``: the student's states before the output layer.
         head: the student's output layer.
         targets: ``(N,)``: the token that each state predicts; −100 for none.
-        hard_factor: what the sum of the cross-entropies is multiplied by in the total, 0-dimensional.
-        teacher_hidden: ``(N, H_t)``; ``None`` where no part compares with a teacher.
-        teacher_head: its output layer.
+        hard_factor: the factor of the sum of cross-entropies in the total, 0-dimensional.
+        teacher_hidden: ``(N, H_t)``; ``None`` where no loss compares with a teacher.
+        teacher_head: the teacher's output layer.
         parts: the divergences.
-        chunk: tokens at a time.
+        chunk: the number of tokens in a chunk.
 
     Returns:
-        The total, a scalar with gradient to ``hidden`` and ``head``; and, without gradient, the sums over tokens: of the
-        cross-entropy first, then of each part.
+        The total, a scalar with gradients to ``hidden`` and ``head``; and the sums over tokens without gradients: first that of
+        the cross-entropy, then that of each divergence.
     """
-    tensors = (hidden, head.weight, head.bias, head.tail)
+    tensors = (hidden, head.weight, head.bias, head.transform)
     total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
     return total, sums
 
 
 class _Chunked(torch.autograd.Function):
-    """Takes the gradient in the forward pass, where the chunk's logits are at hand."""
+    """The losses with gradients that are computed in the forward pass, while each chunk's logits exist."""
 
     @staticmethod
     def forward(
@@ -112,12 +112,12 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        tail: Tail,
+        transform: LogitTransform,
         targets: Tensor,
         hard_factor: Tensor,
         teacher_hidden: Tensor | None,
         teacher_head: Head | None,
-        parts: tuple[Part, ...],
+        parts: tuple[TokenLoss, ...],
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -136,11 +136,11 @@ class _Chunked(torch.autograd.Function):
             logits = head(states)
             given = None
             if teacher_hidden is not None and teacher_head is not None:
-                given = teacher_head.tail(teacher_head(teacher_hidden[index]).float())
+                given = teacher_head.transform(teacher_head(teacher_hidden[index]).float())
             with torch.enable_grad():
-                # In float32 whatever the model computes in: a loss scaler's factor comes too late for what underflows here.
+                # Float32 under any autocast: small gradients would underflow before the loss scaler's factor is applied.
                 leaf = logits.detach().float().requires_grad_()
-                final = tail(leaf)
+                final = transform(leaf)
                 values = [F.cross_entropy(final, targets[index], ignore_index=IGNORED, reduction="sum")]
                 for part in parts:
                     mine = part.counted[index]

@@ -1,4 +1,4 @@
-"""``DistillCollator``: one view of the batch for both models, also when the teacher has another tokenizer."""
+"""``DistillCollator``: the same view of a batch for both models, even where the teacher has another tokenizer."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ PREFIX = "teacher_"
 
 
 class DistillCollator:
-    """Wraps any collator; the batch that it makes, with its random masking, is the one that both models see.
+    """A wrapper of any collator: both models are given the batch that it makes, with the same random masking.
 
-    Columns that start with ``teacher_`` (``teacher_pixel_values``, ``teacher_token_type_ids`` …) are stacked and go to the
-    teacher alone, without that prefix. With a second tokenizer the text is tokenised for the teacher too, with its own padding
-    and special tokens, and tokens are paired: those that end on the same character, or the first ones of the same word.
+    Columns that start with ``teacher_`` (``teacher_pixel_values``, ``teacher_token_type_ids`` …) are stacked and passed to
+    the teacher only, without that prefix. With a second tokenizer the text is also tokenised for the teacher, with its own
+    padding and special tokens, and tokens are paired: those that end at the same character, or the first ones of each word.
 
     Args:
-        collator: any collator; ``DataCollatorWithPadding(tokenizer)`` and so on.
-        teacher_tokenizer: the teacher's, where it is not the student's; both fast ones.
-        tokenizer: the student's; the wrapped collator's by default.
-        text: the column with the text (or the two columns of a pair) that a second tokenizer needs.
+        collator: any collator, such as ``DataCollatorWithPadding(tokenizer)``.
+        teacher_tokenizer: the teacher's tokenizer, where it differs from the student's; both must be fast tokenizers.
+        tokenizer: the student's tokenizer; the wrapped collator's by default.
+        text: the column with the text (or the two columns of a pair) that the second tokenizer reads.
         words: a column with the text as a list of words, instead of ``text``.
-        max_length: of the teacher's tokens; the tokenizer's own limit by default.
-        cache: keeps the teacher's outputs by sample, so that it runs once a sample; not for random views of it.
+        max_length: the maximum number of the teacher's tokens; the tokenizer's own limit by default.
+        cache: stores the teacher's outputs, so that it runs once for each sample; not for random views of the samples.
     """
 
     def __init__(
@@ -55,29 +55,31 @@ class DistillCollator:
         self.cache = cache
         if cache is not None and getattr(collator, "mlm", False):
             raise DistillError(
-                "random masking changes the inputs in every epoch, which no cache can follow; leave cache out"
+                "random masking changes the inputs in every epoch, so that outputs cannot be cached; leave out cache"
             )
         if teacher_tokenizer is None:
             return
         if getattr(collator, "mlm", False):
-            raise DistillError("random masking cannot be drawn once for two tokenizers; distil masked models with one")
+            raise DistillError(
+                "the same random mask cannot be drawn for two tokenizers; distil masked models with one tokenizer"
+            )
         if bool(self.text) == bool(words):
-            raise DistillError("a second tokenizer needs the text: name its column, text='text' or words='tokens'")
+            raise DistillError("a second tokenizer needs the text; name its column with text='text' or words='tokens'")
         if self.tokenizer is None:
-            raise DistillError("pass tokenizer=…, the student's: the wrapped collator has none")
+            raise DistillError("the wrapped collator has no tokenizer; pass the student's as tokenizer=…")
         for owner, found in (("student's", self.tokenizer), ("teacher's", teacher_tokenizer)):
             if not getattr(found, "is_fast", False):
                 raise DistillError(
-                    f"the {owner} tokenizer must be a fast one, which knows where its tokens stand in the text"
+                    f"the {owner} tokenizer must be a fast one, which returns its tokens' offsets in the text"
                 )
 
     @property
     def columns(self) -> list[str]:
-        """Columns of the data set that it needs beside the models' own and those that start with ``teacher_``."""
+        """The columns of the data set that it reads beside the models' own and those that start with ``teacher_``."""
         return [*self.text, *([self.words] if self.words else []), *([self.cache.id] if self.cache is not None else [])]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
-        """The wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
+        """Return the wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
         if not features or not isinstance(features[0], Mapping):
             return self.collator(features)
         extra = set(self.columns)
@@ -100,7 +102,7 @@ class DistillCollator:
         if self.cache is not None:
             if self.cache.id not in features[0]:
                 raise DistillError(
-                    f"the cache finds no column {self.cache.id!r} in {', '.join(features[0])}; keep it in the data set, or name "
+                    f"there is no column {self.cache.id!r} for the cache in {', '.join(features[0])}; keep it in the data set, or name "
                     "another with TeacherCache(id=…)"
                 )
             batch[SAMPLE_IDS] = [str(feature[self.cache.id]) for feature in features]
@@ -114,14 +116,14 @@ class DistillCollator:
             (f"column {', '.join(own)!r}", bool(own)),
         ):
             if found:
-                raise DistillError(f"{reason} needs one row a sample; use a collator that pads, not one that packs")
+                raise DistillError(f"{reason} needs one row per sample; use a collator that pads, not one that packs")
 
     def _second_view(self, features: list[Any], batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
         columns = [self.words] if self.words else self.text
         for column in columns:
             if column not in features[0]:
                 raise DistillError(
-                    f"the collator finds no column {column!r} in {', '.join(features[0])}; keep it in the data set"
+                    f"there is no column {column!r} for the collator in {', '.join(features[0])}; keep it in the data set"
                 )
         texts = [[feature[column] for feature in features] for column in columns]
         settings = dict(truncation=True, return_offsets_mapping=True, is_split_into_words=bool(self.words))
@@ -141,7 +143,7 @@ class DistillCollator:
             place = real.nonzero().flatten().tolist()
             found = batch["input_ids"][i][place].tolist()
             own = ours
-            if ours["input_ids"][i] != found:  # cut to another length, perhaps
+            if ours["input_ids"][i] != found:  # perhaps truncated to another length
                 one = [[text[i]] for text in texts]
                 own = self.tokenizer(*one, **{**settings, "max_length": len(found)})
             sample = i if own is ours else 0
@@ -164,19 +166,18 @@ def _stacked(features: list[Any], name: str) -> Tensor:
     values = [torch.as_tensor(feature[name]) for feature in features]
     if len({value.shape for value in values}) > 1:
         raise DistillError(
-            f"column {name!r} has values of different lengths, which only a tokenizer can pad; give the collator "
-            "teacher_tokenizer=… and the text, or pad the column"
+            f"column {name!r} has values of different lengths; pad the column, or give the collator teacher_tokenizer=… and the text"
         )
     return torch.stack(values)
 
 
 def align(student: Any, teacher: Any, ours: int, theirs: int, *, words: bool = False) -> list[tuple[int, int]]:
-    """Positions of tokens that belong together: of one sample encoded by two fast tokenizers.
+    """Pair the positions of corresponding tokens of one sample that two fast tokenizers encoded.
 
     Args:
-        student, teacher: what the tokenizers returned, with offsets.
-        ours, theirs: which sample of each.
-        words: pair the first tokens of the same word, instead of those that end on the same character.
+        student, teacher: the encodings, with offsets.
+        ours, theirs: the index of the sample in each encoding.
+        words: pair the first tokens of each word, instead of tokens that end at the same character.
     """
     sides = ((student, ours), (teacher, theirs))
     keys = [_words(encoding, sample) if words else _ends(encoding, sample) for encoding, sample in sides]
@@ -196,5 +197,5 @@ def _ends(encoding: Any, sample: int) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for place, ((start, end), part) in enumerate(zip(encoding["offset_mapping"][sample], parts, strict=True)):
         if part is not None and end > start:
-            found[part, end] = place  # bytes of one character: the last of them has read it all
+            found[part, end] = place  # of several tokens in one character, the last
     return found

@@ -1,4 +1,4 @@
-"""Data of a recipe: read from files, checked, and turned into token ids and labels."""
+"""Data of a recipe: reading files, checking samples, and encoding them as token ids and labels."""
 
 from __future__ import annotations
 
@@ -15,20 +15,21 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kdgraft.errors import DistillError
 
-from .settings import FILES, LABELLED, check_file, one_line
+from .checks import one_line
+from .settings import FILES, LABELLED, check_file
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-Texts = str | Sequence[str]
-"""A column of texts (or of lists of words), or the two columns of pairs."""
+TextColumns = str | Sequence[str]
+"""A column of texts (or of lists of words), or the two columns of pairs of texts."""
 
 
 def read_data(data: Mapping[str, Any]) -> dict[str, Dataset]:
-    """The sets that ``data`` names, whole."""
+    """Read the complete sets that ``data`` names."""
     return {split: read(str(data[split])) for split in ("train", "eval") if data.get(split)}
 
 
 def read(source: str) -> Dataset:
-    """One set: a jsonl or csv file, or a folder that ``save_to_disk`` wrote."""
+    """Read a set from a jsonl or csv file, or from a folder that ``save_to_disk`` wrote."""
     check_file("train", source)
     path = Path(source)
     with one_line(f"cannot read {source}"):
@@ -47,15 +48,15 @@ def read(source: str) -> Dataset:
 
 
 def drawn(found: Dataset, fraction: float, seed: int) -> Dataset:
-    """A share of a set, drawn with the seed; its classes are taken from all of it before."""
+    """Draw a fraction of a set with the seed; the classes must be read from the complete set before."""
     if fraction == 1:
         return found
     kept = np.random.default_rng(seed).permutation(len(found))[: max(round(len(found) * fraction), 1)]
     return found.select(sorted(kept.tolist()))
 
 
-def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) -> tuple[Texts, str | None]:
-    """The columns of texts and labels; :class:`DistillError` where a set has no such column."""
+def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) -> tuple[TextColumns, str | None]:
+    """Return the columns of texts and labels; a :class:`DistillError` is raised where a set lacks one."""
     entries = ("words", "tags") if task == "tokens" else ("text", "label")
     standard = ("tokens", "tags") if task == "tokens" else ("text", "label")
     text, label = (data.get(entry) or column for entry, column in zip(entries, standard, strict=True))
@@ -71,11 +72,11 @@ def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) 
     return text, label if task in LABELLED else None
 
 
-def texts_of(found: Dataset, column: Texts, *, words: bool = False) -> list[list[Any]]:
-    """The texts of each column, or its lists of words.
+def texts_of(found: Dataset, column: TextColumns, *, words: bool = False) -> list[list[Any]]:
+    """Return the texts of each column, or its lists of words.
 
     Raises:
-        DistillError: the first sample that is neither; the tokenizer would say less.
+        DistillError: a sample is neither; the message names the first one, which the tokenizer's own error does not.
     """
     read = [list(found[name]) for name in _names(column)]
     for name, values in zip(_names(column), read, strict=True):
@@ -89,22 +90,22 @@ def texts_of(found: Dataset, column: Texts, *, words: bool = False) -> list[list
     return read
 
 
-def check_tags(found: Dataset, text: Texts, label: str) -> None:
-    """Raises a :class:`DistillError` unless every word has a tag."""
+def check_tags(found: Dataset, text: TextColumns, label: str) -> None:
+    """Raise a :class:`DistillError` unless every word has a tag."""
     (words,), tags = texts_of(found, text, words=True), _classes("tokens", found, label)
     for i, (some, own) in enumerate(zip(words, tags, strict=True)):
         if len(some) != len(own):
-            raise DistillError(f"sample {i} has {len(some)} {text} and {len(own)} {label}; every word needs one")
+            raise DistillError(f"sample {i} has {len(some)} {text} and {len(own)} {label}; every word needs a tag")
 
 
 def class_names(task: str, found: Dataset, column: str) -> list[str]:
-    """The classes of a column of labels or tags: those that the set declares, or those that occur, sorted."""
+    """Return the classes of a column of labels or tags: those that the set declares, or those that occur, sorted."""
     declared = _declared(found, column)
     values = _classes(task, found, column)
     seen = {name for value in values for name in (value if isinstance(value, list) else [value])}
     if len(seen) < 2:
         raise DistillError(
-            f"column {column!r} holds one class only, {', '.join(seen) or 'none'}; there is nothing to learn"
+            f"column {column!r} holds only one class, {', '.join(seen) or 'none'}; training needs at least two"
         )
     return list(declared) if declared is not None else sorted(seen)
 
@@ -116,7 +117,7 @@ def _declared(found: Dataset, column: str) -> list[str] | None:
 
 
 def _classes(task: str, found: Dataset, column: str) -> list[Any]:
-    """The name of each sample's class, or the names of its tags."""
+    """Return the name of each sample's class, or the names of its tags."""
     declared = _declared(found, column)
     values: list[Any] = []
     for i, value in enumerate(found[column]):
@@ -131,7 +132,7 @@ def _classes(task: str, found: Dataset, column: str) -> list[Any]:
 
 
 def _class(value: Any, declared: Sequence[str] | None, where: str) -> str:
-    """A class by its name; a whole number that came as a float (a csv with gaps makes them so) is that number."""
+    """Return the name of a class; a whole number that was read as a float, as from a csv with gaps, is that number."""
     if declared is not None and isinstance(value, int):
         if not 0 <= value < len(declared):
             raise DistillError(f"{where} has no label ({value}); leave such samples out")
@@ -140,7 +141,7 @@ def _class(value: Any, declared: Sequence[str] | None, where: str) -> str:
         raise DistillError(f"{where} has no label; leave such samples out")
     if isinstance(value, float):
         if not value.is_integer():
-            raise DistillError(f"{where} is {value}, a number and no class; use task: regression")
+            raise DistillError(f"{where} is {value}, which is not a class; use task: regression for numbers")
         value = int(value)
     if not isinstance(value, (str, int)):
         raise DistillError(f"{where} must be one class, a text or a whole number, got {_short(value)}")
@@ -152,7 +153,7 @@ def _numbers(found: Dataset, column: str) -> list[float]:
         fine = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not fine or _declared(found, column) is not None:
             raise DistillError(
-                f"task regression takes numbers; sample {i} of column {column!r} has {_short(value)}: use task: classification"
+                f"task regression needs numbers, and sample {i} of column {column!r} has {_short(value)}; use task: classification"
             )
     return [float(value) for value in found[column]]
 
@@ -161,20 +162,20 @@ def encode(
     task: str,
     found: Dataset,
     tokenizer: PreTrainedTokenizerBase,
-    columns: tuple[Texts, str | None],
+    columns: tuple[TextColumns, str | None],
     names: Sequence[str] | None,
     length: int,
 ) -> Dataset:
-    """Token ids and labels; words carry their tag on their first token, language models get blocks of ``length`` tokens."""
+    """Encode a set as token ids and labels: tags on each word's first token, blocks of ``length`` tokens for language models."""
     text, label = columns
     texts = texts_of(found, text, words=task == "tokens")
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
     if length <= special:
-        raise DistillError(f"data.length is {length}, and special tokens take {special} of it; allow more")
+        raise DistillError(f"data.length is {length}, and special tokens take {special} of it; raise data.length")
     ids = {name: i for i, name in enumerate(names or [])}
 
     def number(name: str) -> int:
-        # A class that the training set has none of counts as wrong, whatever is predicted.
+        # A class that the training set lacks counts as wrong, whatever the prediction.
         return ids.get(name, -100)
 
     if task in ("classification", "regression"):
@@ -216,10 +217,10 @@ def _end(tokenizer: Any) -> int:
 def train_tokenizer(
     texts: Any, vocab_size: int = 4000, length: int = 128, pairs: bool = False
 ) -> PreTrainedTokenizerFast:
-    """A lower-case byte-level BPE tokenizer with BERT's special tokens; for pairs it also tells the two texts apart.
+    """Train a lower-case byte-level BPE tokenizer with BERT's special tokens; ``pairs`` adds token types for two texts.
 
-    It is the same in every process. Pieces with a prefix (WordPiece) or suffix, and unigrams, are not: the library numbers them in
-    the order of a hash map, and equally frequent ones go by these numbers.
+    Byte-level BPE gives the same tokenizer in every process. Pieces with a prefix (WordPiece) or suffix and unigrams would not:
+    the library numbers them in the order of a hash map, and breaks ties between equally frequent ones by these numbers.
     """
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer()
@@ -239,7 +240,7 @@ def train_tokenizer(
     )
 
 
-def _names(column: Texts) -> list[str]:
+def _names(column: TextColumns) -> list[str]:
     return [column] if isinstance(column, str) else list(column)
 
 

@@ -1,4 +1,4 @@
-"""What a causal model makes of its states: found by trying, because a config alone does not tell which of its figures are used."""
+"""The transform from states to logits of a causal model, found by running it: a config does not show the settings in use."""
 
 from __future__ import annotations
 
@@ -15,57 +15,58 @@ from kdgraft.errors import WiringError
 from kdgraft.isolation import eval_mode
 
 from .attention import STUDENT_FORWARD
-from .chunked import Tail, head_of
+from .chunked import LogitTransform, head_of
 from .tasks import accepted
 
 SCALES = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
-"""Figures of configs that logits are multiplied or divided by (Cohere; Granite, HyperCLOVA X; Falcon-H1; Muse)."""
+"""Settings of configs that multiply or divide logits (Cohere; Granite, HyperCLOVA X; Falcon-H1; Muse)."""
 CAPS = ("final_logit_softcapping", "logits_soft_cap")
-"""Figures of configs that logits are capped by (Gemma 2 and others; RecurrentGemma)."""
+"""Settings of configs that cap logits (Gemma 2 and others; RecurrentGemma)."""
 ROUTERS = ("router_aux_loss_coef", "aux_loss_coef")
-"""Figures of models or configs that the loss of the routers of a mixture of experts is multiplied by."""
+"""Settings of models or configs that multiply the loss of the routers of a mixture of experts."""
 
 
-def check_heads(model: Any, inputs: Mapping[str, Any]) -> Tail:
-    """What a causal model makes of its output layer's logits.
+def check_heads(model: Any, inputs: Mapping[str, Any]) -> LogitTransform:
+    """Return the transform of logits that a causal model applies after its output layer.
 
-    The model runs with logits of every size put in place of those of its output layer, so that a cap is seen before training
-    reaches it, and a student with the right tokens' logits far above the others, so that whatever is added to the cross-entropy
-    is seen, however little it is.
+    The model runs with logits of every magnitude in place of its output layer's, which shows a cap before training reaches it. A
+    student also runs with the correct tokens' logits far above the others, which shows any addition to the cross-entropy.
 
     Args:
         model: the student, grafted, or the teacher.
         inputs: one small batch.
 
     Raises:
-        WiringError: it cannot give states without logits, changes its states or logits in a way that is not known, or adds something
-            to the cross-entropy of the next token other than the loss of its routers.
+        WiringError: the model cannot return states without logits, changes its states or logits in an unknown way, or adds
+            something other than the loss of its routers to the cross-entropy of the next token.
     """
     name = type(model).__name__
     if "logits_to_keep" not in accepted(model):
-        raise WiringError(f"chunked=True needs a causal model that takes logits_to_keep, which {name} does not")
+        raise WiringError(
+            f"chunked=True needs a causal model with logits_to_keep, which {name} lacks; leave out chunked"
+        )
     head_of(model)
     run = getattr(model, STUDENT_FORWARD, model)
-    with torch.no_grad(), eval_mode(model), _tried(model, _wide) as tried:
+    with torch.no_grad(), eval_mode(model), _replaced_logits(model, _wide) as trial:
         logits = run(**inputs)["logits"]
         kept = run(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=logits.device))
-    if not tried.goes_straight():
+    if not trial.goes_straight():
         raise WiringError(
-            f"chunked=True: {name} changes its states before the output layer, or does not run its base model and output layer as "
-            "modules; leave chunked out"
+            f"chunked=True: {name} changes its states before the output layer, or does not call its base model and output layer as "
+            "modules; leave out chunked"
         )
-    tail = _tail(model, tried.given[0], logits)
-    if tail is None:
+    transform = _find_transform(model, trial.given[0], logits)
+    if transform is None:
         raise WiringError(
-            f"chunked=True: {name} changes its logits after the output layer in a way that is not known here; leave chunked out"
+            f"chunked=True: {name} changes its logits after the output layer in an unknown way; leave out chunked"
         )
     if hasattr(model, STUDENT_FORWARD):
-        _check_loss(model, inputs, tail, router_loss(model, kept))
-    return tail
+        _check_loss(model, inputs, transform, router_loss(model, kept))
+    return transform
 
 
 def router_loss(model: Any, output: Any) -> Tensor | None:
-    """What a mixture of experts adds to its loss for its routers; ``None`` for other models and with that switched off."""
+    """Return what a mixture of experts adds to its loss for its routers; ``None`` for other models, or where it is disabled."""
     aux = output.get("aux_loss")
     if not isinstance(aux, Tensor):
         return None
@@ -75,48 +76,48 @@ def router_loss(model: Any, output: Any) -> Tensor | None:
     return None if factor is None else aux * factor
 
 
-def _check_loss(model: Any, inputs: Mapping[str, Any], tail: Tail, router: Tensor | None) -> None:
+def _check_loss(model: Any, inputs: Mapping[str, Any], transform: LogitTransform, router: Tensor | None) -> None:
     labels = inputs["input_ids"]
 
     def right(plain: Tensor) -> Tensor:
         following = labels.roll(-1, 1).to(plain.device)
         return 1e3 * F.one_hot(following, plain.shape[-1]).to(plain.dtype)
 
-    with torch.no_grad(), eval_mode(model), _tried(model, right) as tried:
+    with torch.no_grad(), eval_mode(model), _replaced_logits(model, right) as trial:
         own = model.plain_forward(**inputs, labels=labels)["loss"].double()
-    logits = tail(tried.given[0].float())
+    logits = transform(trial.given[0].float())
     expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).double()
     if router is not None:
         expected = expected + router.double()
     if not torch.allclose(own, expected, rtol=1e-4, atol=1e-9):
         raise WiringError(
             f"chunked=True computes the cross-entropy of the next token and the loss of routers, and {type(model).__name__} adds "
-            "something of its own to it; leave chunked out"
+            "another loss; leave out chunked"
         )
 
 
-def _tail(model: Any, given: Tensor, logits: Tensor) -> Tail | None:
+def _find_transform(model: Any, given: Tensor, logits: Tensor) -> LogitTransform | None:
     text = model.config.get_text_config(decoder=True)
     scales, caps = ([float(v) for n in names if (v := getattr(text, n, None))] for names in (SCALES, CAPS))
     close = 4 * torch.finfo(logits.dtype).eps
     for cap, scale in product([*caps, None], [*scales, *(1 / value for value in scales), 1.0]):
-        tail = Tail(scale, cap)
-        expected = tail(given.float())
+        transform = LogitTransform(scale, cap)
+        expected = transform(given.float())
         if expected.shape == logits.shape and torch.allclose(expected, logits.float(), rtol=close, atol=close * 1e-3):
-            return tail
+            return transform
     return None
 
 
 def _wide(plain: Tensor) -> Tensor:
-    """Logits of the same shape, from a thousandth to a thousand at every position, of both signs."""
+    """Return logits of the same shape, of magnitudes 0.001 to 1000 and both signs at every position."""
     count = plain.shape[-1]
     sizes = torch.logspace(-3, 3, count, device=plain.device)
     signs = 1 - 2 * (torch.arange(count, device=plain.device) % 2)
     return (sizes * signs).to(plain.dtype).expand_as(plain).contiguous()
 
 
-class _Tried:
-    """What a model's output layer was given, and what was put in place of its logits."""
+class _Trial:
+    """The inputs of a model's output layer, and the logits that replaced its output."""
 
     def __init__(self) -> None:
         self.states: list[Tensor] = []
@@ -124,7 +125,7 @@ class _Tried:
         self.given: list[Tensor] = []
 
     def goes_straight(self) -> bool:
-        """Whether the output layer is given the states as they are, and they do not depend on which logits are kept."""
+        """Return whether the output layer gets the states unchanged, and they do not depend on the logits to keep."""
         if not self.inputs or len(self.states) != 2:
             return False
         first, second = self.states
@@ -135,21 +136,21 @@ class _Tried:
 
 
 @contextmanager
-def _tried(model: Any, make: Any) -> Iterator[_Tried]:
-    """While the body runs the model, its output layer gives what ``make`` makes of its logits."""
-    tried = _Tried()
+def _replaced_logits(model: Any, make: Any) -> Iterator[_Trial]:
+    """Replace the output layer's logits by ``make(logits)`` while the body runs the model."""
+    trial = _Trial()
 
     def instead(_: Any, args: tuple[Any, ...], plain: Tensor) -> Tensor:
-        tried.inputs.append(args[0])
-        tried.given.append(make(plain) if plain.numel() else plain)
-        return tried.given[-1]
+        trial.inputs.append(args[0])
+        trial.given.append(make(plain) if plain.numel() else plain)
+        return trial.given[-1]
 
     hooks = [
-        model.base_model.register_forward_hook(lambda _, args, output: tried.states.append(output[0])),
+        model.base_model.register_forward_hook(lambda _, args, output: trial.states.append(output[0])),
         model.get_output_embeddings().register_forward_hook(instead),
     ]
     try:
-        yield tried
+        yield trial
     finally:
         for hook in hooks:
             hook.remove()

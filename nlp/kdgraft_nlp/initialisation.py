@@ -1,4 +1,4 @@
-"""A student that starts from some of its teacher's layers, as DistilBERT and PKD do (arXiv 1910.01108, 1908.09355)."""
+"""Initialisation of a student from some layers of its teacher, as in DistilBERT and PKD (arXiv 1910.01108, 1908.09355)."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from .attention import Layer, layer_pairs, stacks
 from .tasks import base_of
 
 Layers = Sequence[int] | Mapping[str, Sequence[int]]
-"""Numbers of the teacher's layers, from 0 or negative from the end; by stack where encoder and decoder differ."""
+"""Indices of the teacher's layers, from 0 or negative from the end; by stack where encoder and decoder differ."""
 
 
 def init_from_teacher(student: Any, teacher: Any, layers: Layers) -> Any:
-    """Copies weights of a teacher into a student: embeddings, the named layers in order, and the head where it is alike.
+    """Copy weights of a teacher into a student: embeddings, the chosen layers in order, and the head where its shapes agree.
 
     Args:
-        student: a model of Hugging Face; it is changed in place, or left as it was where an error is raised.
-        teacher: one of the same kind, as wide and with the same vocabulary.
-        layers: which of the teacher's layers become the student's, one for each of them: ``[1, 3, 5]``. A model with an encoder
-            and a decoder takes them for both, or ``{"encoder": [1, 3], "decoder": [0, 5]}``.
+        student: a model of Hugging Face, changed in place; it stays unchanged where an error is raised.
+        teacher: a model of the same kind, with the same width and vocabulary.
+        layers: the teacher's layer for each of the student's layers: ``[1, 3, 5]``. A model with an encoder and a decoder uses
+            them for both, or takes ``{"encoder": [1, 3], "decoder": [0, 5]}``.
 
     Returns:
         The student.
 
     Raises:
-        DistillError: other numbers of layers, other kinds of layers, or weights of other shapes.
+        DistillError: the numbers of layers, the kinds of layers or the shapes of weights differ.
 
     Example::
 
@@ -38,7 +38,9 @@ def init_from_teacher(student: Any, teacher: Any, layers: Layers) -> Any:
     """
     mine, theirs = base_of(student), base_of(teacher)
     if any(p.is_meta for p in theirs.parameters()):
-        raise DistillError("init_from copies weights, and some of the teacher's are on no device; leave out device_map")
+        raise DistillError(
+            "init_from copies weights, and some of the teacher's are on the meta device; leave out device_map"
+        )
     ours, source = mine.base_model, theirs.base_model
     own, given = ours.state_dict(), source.state_dict()
     pairs = dict(_of_layers(mine, ours, source, layers))
@@ -63,7 +65,7 @@ def init_from_teacher(student: Any, teacher: Any, layers: Layers) -> Any:
 
 
 def _of_layers(student: Any, ours: Any, source: Any, layers: Layers) -> Iterator[tuple[str, str]]:
-    """The names of weights in the student's layers, each with the teacher's that it starts from."""
+    """Yield the names of the weights in the student's layers, each with the name of the teacher's weight to copy."""
     mine, theirs = ({n: found for n, found in stacks(model).items() if n != "cross"} for model in (ours, source))
     if not mine or mine.keys() != theirs.keys():
         said = [" and ".join(found) or "no layers with attention" for found in (mine, theirs)]
@@ -76,14 +78,14 @@ def _of_layers(student: Any, ours: Any, source: Any, layers: Layers) -> Iterator
             raise DistillError(f"init_from is a list of the teacher's layers, such as [1, 3, 5]; got {numbers!r}")
         if len(numbers) != len(stack):
             raise DistillError(
-                f"init_from names {len(numbers)} of the teacher's layers, and the student has {len(stack)} ({name}); name one for each"
+                f"init_from names {len(numbers)} layers of the teacher, and the student has {len(stack)} ({name}); name one for each"
             )
         for own, other in layer_pairs(list(enumerate(numbers)), len(stack), len(theirs[name]), "init_from"):
             yield from _of_layer(ours, source, stack[own], theirs[name][other], theirs[name][0])
 
 
 def _of_layer(ours: Any, source: Any, layer: Layer, other: Layer, first: Layer) -> Iterator[tuple[str, str]]:
-    """The same of one layer; what only a stack's first layer has (T5's position bias) comes from there."""
+    """Yield the same for one layer; weights that only the first layer of a stack has (T5's position bias) come from that layer."""
     own, given, begin = (
         model.get_submodule(one.path) for model, one in ((ours, layer), (source, other), (source, first))
     )
@@ -102,7 +104,7 @@ def _of_layer(ours: Any, source: Any, layer: Layer, other: Layer, first: Layer) 
 
 
 def _copy_head(student: Any, teacher: Any, base: Mapping[str, Tensor]) -> None:
-    """Copies what both have outside their base models, in the same shape; not what the student ties to its embeddings."""
+    """Copy the weights outside the base models that agree in name and shape, except those tied to the student's embeddings."""
     if student.base_model is student:
         return
     tied = {value.data_ptr() for value in base.values()}

@@ -1,4 +1,4 @@
-"""Between a student and whoever trains it: what a pass is given, and how each source sees the batch."""
+"""The link of a student to its trainer and sources: the current step, and the inputs of each model."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from kdgraft.errors import DistillError
 from kdgraft.schedules import Step
 from kdgraft.step import StepInProgress
 
-from .chunked import PLAIN
+from .chunked import IDENTITY
 from .packing import marks_taken_by
 from .placing import inputs_for
 from .tasks import accepted, decoder_inputs, has_decoder
-from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, Frames, read_batch
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, FrameMask, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
 
 
 @dataclass
-class Asked:
-    """One step that a trainer asks of the student, and what came of it; the student may run several times in it.
+class StudentStep:
+    """A training step of the student, in which it may run several times, and its results.
 
     Attributes:
-        at: where training stands.
-        inputs: the batch as the collator made it, of a trainer's step; a pass on other inputs is read by itself.
-        totals, parts: of an accumulated batch; see :meth:`kdgraft.engine.Engine.step`.
-        host_factor: what the Trainer multiplies the model's own loss by, relative to the terms'.
-        passes: how often the student ran.
-        losses: the terms' losses and figures; those of several passes add up.
-        peers: the peers' own losses, likewise.
-        host_share: what the terms leave to the host's own loss.
-        without_loss: the model returned no loss: the batch has no labels.
+        at: the step and the epoch.
+        inputs: the collator's batch in a step of a trainer; passes on other inputs are read by themselves.
+        totals, parts: see :meth:`kdgraft.engine.Engine.step`, for an accumulated batch.
+        host_factor: the Trainer's factor of the model's own loss, relative to that of the terms' losses.
+        passes: the number of passes of the student so far.
+        losses: the terms' losses and figures; losses of several passes are summed.
+        peers: the peers' own losses, summed likewise.
+        host_share: the share that the terms leave to the host's own loss.
+        without_loss: true where the model returned no loss, because the batch has no labels.
     """
 
     at: Step
@@ -51,7 +51,7 @@ class Asked:
     without_loss: bool = False
 
     def keep(self, step: StepInProgress, losses: Mapping[str, Tensor], peers: Mapping[str, Tensor]) -> None:
-        """Takes in what came of a pass."""
+        """Add the results of a pass."""
         self.passes += 1
         for key, value in {**losses, **step.figures}.items():
             adds_up = key in self.losses and key.endswith((".loss", ".raw"))
@@ -62,97 +62,97 @@ class Asked:
 
 
 class Link:
-    """What a grafted student knows of its task, of its sources and of its trainer.
+    """The task, sources and trainer of a grafted student.
 
     Attributes:
         task: see :func:`~kdgraft_nlp.tasks.task_of`.
-        takes: the arguments of the student's forward.
-        sources: the arguments of each source's.
-        frames: of student and teacher; see :func:`~kdgraft_nlp.tasks.frame_mask`.
-        hosted: a trainer distils: passes that it does not ask for, another trainer's for instance, are plain ones.
-        asked: the step that the trainer asks for.
-        totals: the terms' denominators in steps that no trainer asks for, where a batch comes in parts.
+        takes: the names of the arguments of the student's forward.
+        sources: the same for the forward of each source.
+        frames: the frame masks of student and teacher; see :func:`~kdgraft_nlp.tasks.frame_mask`.
+        hosted: true where a trainer distils; passes outside its steps, such as another trainer's, are plain ones.
+        asked: the trainer's current step.
+        totals: the terms' denominators in steps outside a trainer, where a batch comes in parts.
         last: the latest step.
-        chunk: tokens at a time, for losses in chunks.
-        tails: what student and teacher make of their output layers' logits, for losses in chunks.
-        host_weight: what the host's own loss is multiplied by.
+        chunk: the number of tokens in a chunk, for losses in chunks.
+        transforms: the transforms of student's and teacher's logits, for losses in chunks.
+        host_weight: the factor of the host's own loss.
     """
 
     def __init__(self, task: str, takes: set[str]) -> None:
         self.task, self.takes = task, takes
         self.sources: dict[str, set[str]] = {}
-        self.frames: tuple[Frames, Frames] = (None, None)
+        self.frames: tuple[FrameMask, FrameMask] = (None, None)
         self.hosted = False
-        self.asked: Asked | None = None
+        self.asked: StudentStep | None = None
         self.totals: dict[str, Tensor] = {}
-        self.last = Asked(Step())
+        self.last = StudentStep(Step())
         self.steps = 0
         self.chunk: int | None = None
-        self.tails = (PLAIN, PLAIN)
+        self.transforms = (IDENTITY, IDENTITY)
         self.host_weight = 1.0
 
     def know(self, name: str, model: nn.Module) -> None:
-        """Notes what a source's model takes."""
+        """Record the arguments that a source's model takes."""
         self.sources[name] = accepted(model)
 
     @contextmanager
-    def asking(self, asked: Asked) -> Iterator[Asked]:
-        """The passes in the body belong to one step of a trainer."""
-        self.asked = asked
+    def asking(self, step: StudentStep) -> Iterator[StudentStep]:
+        """Assign the passes in the body to one step of a trainer."""
+        self.asked = step
         try:
-            yield asked
+            yield step
         finally:
             self.asked = None
 
-    def next_step(self) -> Asked:
-        """The step that a pass belongs to: the trainer's, or one of its own."""
-        self.last = self.asked if self.asked is not None else Asked(Step(self.steps), totals=self.totals)
+    def next_step(self) -> StudentStep:
+        """Return the step of the next pass: the trainer's current step, or else a new one."""
+        self.last = self.asked if self.asked is not None else StudentStep(Step(self.steps), totals=self.totals)
         self.steps += self.asked is None or self.asked.passes == 0
         return self.last
 
-    def of_pass(self, inputs: Mapping[str, Any], asked: Asked) -> tuple[Batch, Mapping[str, Tensor]]:
-        """The batch that one pass of the student runs on, and the denominators that hold for it.
+    def of_pass(self, inputs: Mapping[str, Any], step: StudentStep) -> tuple[Batch, Mapping[str, Tensor]]:
+        """Return the batch of one pass of the student, and the denominators that apply to it.
 
-        A loss may run the student on each of several texts. The denominators were counted on the Trainer's batch and hold for a
-        pass on that; another pass divides by its own. The Trainer's batch has the labels, which many losses take out before.
+        A loss may run the student on several texts in turn. The denominators were counted on the Trainer's batch and apply to a
+        pass on it; other passes count their own. The Trainer's batch has the labels, which many losses remove from the inputs.
         """
-        if asked.inputs is None:
-            return self.read(inputs), asked.totals
-        whole = asked.inputs
+        if step.inputs is None:
+            return self.read(inputs), step.totals
+        whole = step.inputs
         shared = [
             name for name, value in inputs.items() if isinstance(value, Tensor) and name in whole and name not in LABELS
         ]
         if shared and all(whole[name] is inputs[name] for name in shared):
-            return self.read(whole), asked.totals
+            return self.read(whole), step.totals
         return self.read(inputs), {}
 
     def read(self, inputs: Mapping[str, Any]) -> Batch:
-        """What terms know of a batch."""
+        """Return a batch as terms read it."""
         return read_batch(inputs, self.task, self.frames)
 
     def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Without what only sources take."""
+        """Return the inputs without those that only sources take."""
         foreign = {TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS} | (set().union(*self.sources.values()) - self.takes)
         return {name: value for name, value in inputs.items() if name not in foreign}
 
     def of_peer(self, inputs: Mapping[str, Any], name: str) -> dict[str, Any]:
-        """What a peer takes of the batch, labels too."""
+        """Return the inputs of a peer, including labels."""
         known = self.sources[name] | (LABELS if "kwargs" in self.sources[name] else set())
         return {key: value for key, value in inputs.items() if key in known}
 
     def of_source(self, inputs: Mapping[str, Any], name: str, model: Any) -> Mapping[str, Any]:
-        """What a source that does not train takes of the batch; no labels, so that it computes no loss."""
+        """Return the inputs of a source that does not train, without labels, so that it computes no loss."""
         own = inputs.get(TEACHER_INPUTS, {})
         found = {**inputs, **own}
         other = own.get("input_ids") is not None
-        if other:  # another tokenizer: nothing of the student's tokens
+        if other:  # another tokenizer: none of the inputs per student token
             found = {**{k: v for k, v in inputs.items() if not _per_token(k)}, **own}
         if has_decoder(model) and found.get("decoder_input_ids") is None:
             labels = own.get("labels") if other else found.get("labels")
             if other and labels is None:
                 raise DistillError(
-                    "a teacher with a decoder and a tokenizer of its own needs its own target tokens; give the data set a column "
-                    "teacher_decoder_input_ids or teacher_labels"
+                    "a teacher with a decoder and its own tokenizer needs its own target tokens; add a column teacher_decoder_input_ids or "
+                    "teacher_labels to the data set"
                 )
             if labels is not None:
                 found["decoder_input_ids"] = decoder_inputs(model, labels)
@@ -169,21 +169,21 @@ def _per_token(name: str) -> bool:
 
 
 def tie(model: Any, link: Link) -> None:
-    """Gives a student its link: an attribute that no ``state_dict`` has."""
+    """Attach a link to a student, as an attribute that no ``state_dict`` contains."""
     model.distill_link = link
 
 
 def untie(model: Any) -> None:
-    """Takes a student's link away."""
+    """Remove the link of a student."""
     del model.distill_link
 
 
 def is_tied(model: Any) -> bool:
-    """Whether a model has a link: is a grafted student."""
+    """Return whether a model has a link, and so is a grafted student."""
     return hasattr(model, "distill_link")
 
 
 def link_of(model: Any) -> Link:
-    """The link of a grafted student."""
+    """Return the link of a grafted student."""
     found: Link = model.distill_link
     return found

@@ -1,4 +1,4 @@
-"""Universal logits: language models of different vocabularies, compared by their sorted probabilities."""
+"""Universal logit distillation: language models of different vocabularies, compared by their sorted probabilities."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kdgraft.readers import Pairs
 from kdgraft.terms import ScoreTerm, check_choice
 from kdgraft.wiring import Wiring
 
-from .reader import OutputScores, Where
+from .reader import CountedTokens, OutputScores
 from .registry import TERMS
 from .tasks import LANGUAGE_MODELS
 from .tokens import Tokens, take
@@ -23,17 +23,17 @@ Align = Literal["position", "text"]
 
 @TERMS.register
 class UniversalLogits(ScoreTerm):
-    """L1 of the sorted probabilities: for different vocabularies (ULD, Boizard et al. 2024, arXiv 2402.12030).
+    """L1 distance of the sorted probabilities, for different vocabularies (ULD, Boizard et al. 2024, arXiv 2402.12030).
 
     Args:
-        align: ``"position"``, the paper's: the n-th counted token of one model with the n-th of the other, up to the shorter;
-            ``"text"``: tokens that end on the same character, which the collator finds.
+        align: ``"position"`` (the paper) pairs the n-th counted token of both models, up to the shorter sequence; ``"text"`` pairs
+            tokens that end at the same character, which the collator finds.
         tokens: see :meth:`kdgraft_nlp.reader.HFReader.scores`.
     """
 
     in_chunks = False
 
-    def __init__(self, align: Align = "position", *, tokens: Where = "auto", **settings: Any) -> None:
+    def __init__(self, align: Align = "position", *, tokens: CountedTokens = "auto", **settings: Any) -> None:
         super().__init__(**settings)
         check_choice(self, "align", align, ("position", "text"))
         self.align, self.tokens = align, tokens
@@ -46,17 +46,17 @@ class UniversalLogits(ScoreTerm):
 
 
 class SortedScores(OutputScores):
-    """The logits of two language models, token by token, whatever their vocabularies."""
+    """The logits of two language models with any vocabularies, token by token."""
 
     same_vocabulary = False
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: Where, align: Align) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: CountedTokens, align: Align) -> None:
         super().__init__(student, teacher, term, tokens, chunked=False)
         self.align = align
 
     def check(self, student: Tensor, teacher: Tensor, wiring: Wiring) -> None:
         if student.ndim != 3 or teacher.ndim != 3 or self.task not in LANGUAGE_MODELS:
-            raise WiringError(f"{self.name} compares language models token by token; use SoftTargets for {self.task}")
+            raise WiringError(f"{self.name} compares the tokens of language models; use SoftTargets for {self.task}")
 
     def pair_weight(self, tokens: Tokens) -> Tensor | None:
         if self.align == "text":
@@ -79,6 +79,6 @@ class SortedScores(OutputScores):
 
 
 def _first(logits: Tensor, counted: Tensor, weight: Tensor) -> Tensor:
-    """Of each sequence its first counted tokens, as many as ``weight`` has."""
+    """Return the logits ``(n, V)`` of the first counted tokens of each sequence, as many as ``weight`` selects."""
     order = (~counted).to(torch.int8).sort(dim=1, stable=True).indices[:, : weight.shape[1]]
     return take(logits, order)[weight]

@@ -1,4 +1,4 @@
-"""Packed rows: several texts side by side in one row, without padding between them."""
+"""Packed rows: several texts in one row, without padding between them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _FOR_KERNELS = frozenset({"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_leng
 
 
 def marks_taken_by(model: nn.Module) -> frozenset[str]:
-    """Return the marks of packed rows that a model hands on to its kernels: no forward names them, those with ``**kwargs`` do."""
+    """Return the inputs on packed rows that a model passes to its kernels: a forward takes them in its ``**kwargs``."""
     parameters = inspect.signature(model.forward).parameters.values()
     return _FOR_KERNELS if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset()
 
@@ -21,14 +21,14 @@ def marks_taken_by(model: nn.Module) -> frozenset[str]:
 def texts_of(inputs: Mapping[str, Any]) -> Tensor | None:
     """Number the texts of packed rows through the batch.
 
-    Packed rows are recognised by what collators say of them: ``seq_idx``, ``cu_seq_lens_q``, or ``position_ids`` that restart
-    in a batch without ``attention_mask``, which is transformers' own rule.
+    Packed rows are recognised by their collators' inputs: ``seq_idx``, ``cu_seq_lens_q``, or ``position_ids`` that restart in
+    a batch without ``attention_mask``, which is transformers' own rule.
 
     Args:
         inputs: a batch as a collator made it.
 
     Returns:
-        ``(B, L)``: the number of the text that each token belongs to, rising from 0; ``None`` where each row is one text.
+        ``(B, L)``: the number of each token's text, ascending from 0; ``None`` where each row is one text.
     """
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2:
@@ -36,13 +36,13 @@ def texts_of(inputs: Mapping[str, Any]) -> Tensor | None:
     joined = _joined(inputs, ids)
     if joined is None or bool(joined.all()):
         return None
-    first = torch.zeros_like(joined[:, :1])  # a row always starts a text
+    first = torch.zeros_like(joined[:, :1])  # each row starts a text
     starts = ~torch.cat([first, joined], 1)
     return (starts.flatten().cumsum(0) - 1).view_as(ids)
 
 
 def _joined(inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
-    """``(B, L - 1)``: whether a token and the one before it are of one text; ``None`` where nothing is said."""
+    """Return, ``(B, L - 1)``, whether each token continues the text of the token before it; ``None`` where it is unknown."""
     numbers, lengths, positions = (inputs.get(name) for name in ("seq_idx", "cu_seq_lens_q", "position_ids"))
     if isinstance(numbers, Tensor):
         return (numbers[:, 1:] == numbers[:, :-1]).expand(len(ids), -1)
@@ -52,7 +52,7 @@ def _joined(inputs: Mapping[str, Any], ids: Tensor) -> Tensor | None:
         return numbers[:, 1:] == numbers[:, :-1]
     if not isinstance(positions, Tensor) or inputs.get("attention_mask") is not None:
         return None
-    if positions.ndim == 3 and len(positions) == 4:  # those of the text, then three of images
+    if positions.ndim == 3 and len(positions) == 4:  # positions of the text, then three of images
         positions = positions[0]
     if positions.ndim != 2 or positions.shape[1] != ids.shape[1]:
         return None
@@ -68,7 +68,7 @@ def per_text(values: Tensor, texts: Tensor | None) -> Tensor:
 
 
 def first_of_each(states: Tensor, real: Tensor | None, texts: Tensor | None) -> Tensor:
-    """Pick the state of each text's first token that is not padding (which may stand on the left).
+    """Select the state of each text's first token that is not padding; padding may be on the left.
 
     Args:
         states: ``(B, L, C)``.

@@ -1,4 +1,4 @@
-"""One pass of a student on the host's own loss: the plain one, and one whose losses on logits are computed in chunks."""
+"""Passes of a student with the host's own loss: the plain pass, and the pass whose losses on logits come in chunks."""
 
 from __future__ import annotations
 
@@ -16,47 +16,47 @@ from kdgraft.losses import Ratio
 from kdgraft.step import StepInProgress
 from kdgraft.terms import ScoreTerm
 
-from .chunked import Part, chunked_losses, head_of
+from .chunked import TokenLoss, chunked_losses, head_of
 from .heads import router_loss
 from .link import link_of
 from .tokens import IGNORED
 
 
 @dataclass
-class Pass:
-    """A student that ran.
+class StudentPass:
+    """A finished pass of the student.
 
     Attributes:
         student: the grafted model.
-        output: what it returned.
+        output: its output.
     """
 
     student: Any
     output: Any
 
     def finish(self, step: StepInProgress) -> dict[str, Tensor]:
-        """The terms' losses."""
+        """Return the terms' losses."""
         return step.losses()
 
 
-def run_student(student: Any, inputs: dict[str, Any]) -> Pass:
-    """Runs a student on the host's own loss, in chunks where its link says so."""
+def run_student(student: Any, inputs: dict[str, Any]) -> StudentPass:
+    """Run a student with the host's own loss, in chunks where its link asks for them."""
     if link_of(student).chunk is None:
-        return Pass(student, student.plain_forward(**inputs))
+        return StudentPass(student, student.plain_forward(**inputs))
     return _run_in_chunks(student, inputs)
 
 
 def no_loss(output: Any) -> Tensor:
-    """0 that leaves no parameter out of the graph that made the output, for DDP."""
+    """Return a loss of 0 that keeps every parameter of the output in the graph, as DDP needs."""
     parts = [value.flatten()[:0].sum() for value in output.values() if isinstance(value, Tensor)]
     return torch.stack([part.float() for part in parts]).sum()
 
 
 def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
-    """Runs the student without logits; its output gets the host's loss in :meth:`ChunkedPass.finish`."""
+    """Run the student without logits; :meth:`ChunkedPass.finish` adds the host's loss to its output."""
     labels = inputs.pop("labels", None)
     if labels is None:
-        raise DistillError("chunked=True computes the host's loss itself and needs labels in the batch")
+        raise DistillError("chunked=True computes the host's loss itself; add labels to the batch")
     items = inputs.pop("num_items_in_batch", None)
     empty = torch.zeros(0, dtype=torch.long, device=labels.device)
     seen: list[Tensor] = []
@@ -71,13 +71,13 @@ def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
 
 
 @dataclass
-class ChunkedPass(Pass):
-    """A student that ran without logits.
+class ChunkedPass(StudentPass):
+    """A pass of the student without logits.
 
     Attributes:
-        hidden: ``(N, H)``: its states under the output layer.
+        hidden: ``(N, H)``: the states before the output layer.
         targets: ``(N,)``: the token that each state predicts; −100 for none.
-        items: what the host divides the sum of the cross-entropies by.
+        items: the host's denominator of the sum of cross-entropies.
     """
 
     hidden: Tensor
@@ -85,7 +85,7 @@ class ChunkedPass(Pass):
     items: Tensor
 
     def finish(self, step: StepInProgress) -> dict[str, Tensor]:
-        """The terms' losses, from chunks of logits; the output has the host's loss then."""
+        """Return the terms' losses, from chunks of logits, and add the host's loss to the output."""
         terms = [term for term in step.active if isinstance(term, ScoreTerm)]
         whole, hard, sums = self._total(step, terms)
         ready = {
@@ -95,7 +95,7 @@ class ChunkedPass(Pass):
         losses = step.losses(computed=ready)
         if step.dropped:
             whole, hard, sums = self._total(step, [term for term in terms if term.name not in step.dropped])
-        # The terms' values are counted by their names; their gradient comes with the host's loss.
+        # The terms' values are reported by name; their gradients come with the host's loss.
         self.output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
         router = router_loss(self.student, self.output)
         if router is not None:
@@ -105,7 +105,7 @@ class ChunkedPass(Pass):
         return losses
 
     def _total(self, step: StepInProgress, terms: list[ScoreTerm]) -> tuple[Tensor, Tensor, Tensor]:
-        """All losses in one, the factor of the cross-entropy, and the sums over tokens."""
+        """Return the total of all losses, the factor of the cross-entropy, and the sums over tokens."""
         link, device = link_of(self.student), self.hidden.device
         hard = link.host_weight * step.host_share() / self.items.to(device).float()
         parts, states, head = [], None, None
@@ -115,25 +115,32 @@ class ChunkedPass(Pass):
                 count = sum_over_ranks(_items(term, step).to(device)) * step.parts
             factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / link.last.host_factor
             scores: Any = term.scores
-            parts.append(Part(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
+            parts.append(TokenLoss(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
         if terms:
             teacher = self.student.distiller.teacher
             states = step.recordings[teacher.name][terms[0].teacher_taps[0]].flatten(0, 1)
-            head = head_of(teacher.model, link.tails[1])
+            head = head_of(teacher.model, link.transforms[1])
         whole, sums = chunked_losses(
-            self.hidden, head_of(self.student, link.tails[0]), self.targets, hard, states, head, parts, link.chunk or 1
+            self.hidden,
+            head_of(self.student, link.transforms[0]),
+            self.targets,
+            hard,
+            states,
+            head,
+            parts,
+            link.chunk or 1,
         )
         return whole, hard, sums
 
 
 def _items(term: ScoreTerm, step: StepInProgress) -> Tensor:
-    """The number of tokens that a term compares in this process's part of the batch."""
+    """Return the number of tokens that a term compares in this process's part of the batch."""
     count = term.count(step.batch)
     assert count is not None
     return count
 
 
 def _on_chunk(term: ScoreTerm) -> Callable[[Tensor, Tensor], Tensor]:
-    """The term's loss per token on logits ``(n, V)`` of both models."""
+    """Return the function from logits ``(n, V)`` of both models to the term's loss per token."""
     scores: Any = term.scores
     return lambda student, teacher: term.compare(scores.on_chunk(student, teacher))

@@ -1,4 +1,4 @@
-"""Teachers that a device map has placed: they stay where they are, and what they are given and what they say travels."""
+"""Teachers with a ``device_map``: they stay on their devices, and inputs and outputs are moved instead."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from accelerate.utils import send_to_device
 
 
 def inputs_for(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The inputs where the model takes them; accelerate's hooks move them for a model that is spread over several devices."""
+    """Move inputs to a model with a ``device_map``; where it spans several devices, accelerate's hooks move them."""
     if not getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook"):
         return inputs
     return send_to_device(inputs, next(model.parameters()).device)

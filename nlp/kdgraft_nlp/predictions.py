@@ -1,4 +1,4 @@
-"""How predictions are laid out: per sample, per token or per pixel; one class out of several, or classes on their own."""
+"""The layout of predictions (per sample, token or pixel) and their kind: one of several classes, or independent classes."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ _LAYOUTS = {2: "(samples, classes)", 3: "(samples, tokens, classes)", 4: "(sampl
 
 
 def check_layout(name: str, task: str, student: nn.Module, logits: Tensor) -> None:
-    """Refuses logits whose axes nobody has named.
+    """Refuse logits whose class axis is not known.
 
     Args:
-        name: the term, for messages.
-        task: the student's, see :func:`~kdgraft_nlp.tasks.task_of`.
-        logits: what the student gave in the dry run.
+        name: the name of the term, for messages.
+        task: the student's task; see :func:`~kdgraft_nlp.tasks.task_of`.
+        student: the student.
+        logits: the student's logits in the dry run.
 
     Raises:
-        WiringError: a model of unknown kind, other than a classifier of samples, or logits of another shape than its kind's.
+        WiringError: the kind of model is unknown and not a classifier of samples, or the logits do not have its kind's shape.
     """
     if task == "question":
         return
@@ -35,53 +36,55 @@ def check_layout(name: str, task: str, student: nn.Module, logits: Tensor) -> No
     kind = type(student).__name__
     if task in (*PER_SAMPLE, *PER_TOKEN, "segmentation"):
         raise WiringError(
-            f"{name}: the logits of {kind} are {tuple(logits.shape)}, and those of its kind {_LAYOUTS[expected]}; use terms on "
-            "layers, or FeatureImitation with taps of your own"
+            f"{name}: the logits of {kind} have shape {tuple(logits.shape)}, and its kind has {_LAYOUTS[expected]}; use terms "
+            "on layers, or FeatureImitation with taps of your own"
         )
     raise WiringError(
-        f"{name}: {kind} is a model of a kind that is not known here, and which axis of its logits {tuple(logits.shape)} holds "
-        "the classes cannot be told; use terms on layers, or FeatureImitation with taps of your own"
+        f"{name}: {kind} is a model of an unknown kind, and the class axis of its logits {tuple(logits.shape)} is unknown; use "
+        "terms on layers, or FeatureImitation with taps of your own"
     )
 
 
-class Problem(NamedTuple):
-    """The ``problem_type`` that each model's config names, or ``None``."""
+class ProblemTypes(NamedTuple):
+    """The ``problem_type`` in each model's config, or ``None``."""
 
     student: str | None = None
     teacher: str | None = None
 
     @property
     def named(self) -> str | None:
-        """That of either."""
+        """The problem type of the student, or else of the teacher."""
         return self.student or self.teacher
 
 
-def problem_of(name: str, student: Any, teacher: Any) -> Problem:
-    """What the two configs say of the outputs.
+def problem_types_of(name: str, student: Any, teacher: Any) -> ProblemTypes:
+    """Return the problem types in the two configs.
 
     Raises:
-        WiringError: they disagree.
+        WiringError: the problem types differ.
     """
-    found = Problem(*(getattr(getattr(model, "config", None), "problem_type", None) for model in (student, teacher)))
+    found = ProblemTypes(
+        *(getattr(getattr(model, "config", None), "problem_type", None) for model in (student, teacher))
+    )
     if found.student and found.teacher and found.student != found.teacher:
         raise WiringError(
-            f"{name}: problem_type is {found.student} in the student's config and {found.teacher} in the teacher's; their "
-            "outputs do not mean the same"
+            f"{name}: problem_type is {found.student} in the student's config and {found.teacher} in the teacher's; set "
+            "the same in both"
         )
     return found
 
 
-def independent(name: str, problem: Problem, logits: Tensor, labels: Any) -> bool:
-    """Whether each class is right or wrong on its own, told from the configs or, as the models do, from the labels.
+def independent(name: str, problem: ProblemTypes, logits: Tensor, labels: Any) -> bool:
+    """Return whether classes are independent (multi-label), by the configs or, as in the models themselves, by the labels.
 
     Args:
-        name: the term, for messages.
-        problem: of :func:`problem_of`.
-        logits: of the student.
-        labels: of the batch.
+        name: the name of the term, for messages.
+        problem: the result of :func:`problem_types_of`.
+        logits: the student's logits.
+        labels: the labels of the batch.
 
     Raises:
-        DistillError: the labels are numbers to be predicted, or do not fit what the teacher was made for.
+        DistillError: the labels are regression targets, or do not fit the teacher's problem type.
     """
     if problem.named == MULTI_LABEL:
         return True
@@ -89,34 +92,35 @@ def independent(name: str, problem: Problem, logits: Tensor, labels: Any) -> boo
         return False
     if labels.shape != logits.shape:
         raise DistillError(
-            f"{name}: labels that are floats {tuple(labels.shape)} beside logits {tuple(logits.shape)} are numbers to be "
-            "predicted, and softmax over them means nothing; use terms on layers, or integer labels for classes"
+            f"{name}: float labels {tuple(labels.shape)} beside logits {tuple(logits.shape)} are regression targets, for which "
+            "softmax has no meaning; use terms on layers, or integer labels for classes"
         )
     if problem.student is None and problem.teacher is not None:
         raise DistillError(
-            f"{name}: the labels are floats, one for each class, and the teacher's problem_type is {problem.teacher}; set "
-            "problem_type in the student's config"
+            f"{name}: the labels are one float per class, and the teacher's problem_type is {problem.teacher}; set problem_type "
+            "in the student's config"
         )
     return problem.student is None
 
 
 def ignored_index(model: Any) -> int:
-    """The label of pixels that a segmentor's own loss leaves out."""
+    """Return the label of pixels that a segmentor's own loss ignores."""
     names = ("semantic_loss_ignore_index", "loss_ignore_index")
     return next((getattr(model.config, name) for name in names if hasattr(model.config, name)), 255)
 
 
 def counted_pixels(labels: Any, ignored: int) -> Tensor | None:
-    """``(B, H, W)``: which pixels have a class; ``None`` without labels."""
+    """Return the pixels that have a class, ``(B, H, W)``; ``None`` without labels."""
     if not isinstance(labels, Tensor):
         return None
     return (labels != ignored) & (labels >= 0)
 
 
 def by_pixel(student: Tensor, teacher: Tensor, labels: Any) -> tuple[Tensor, Tensor]:
-    """Both maps ``(B, C, H, W)`` on the grid of the labels, as a segmentor's own loss does it, as ``(B, H, W, C)``.
+    """Resize both maps ``(B, C, H, W)`` to the labels' grid, as a segmentor's own loss does, or else to the teacher's grid.
 
-    Without labels on the teacher's grid.
+    Returns:
+        The maps of student and teacher, ``(B, H, W, C)``.
     """
     size = labels.shape[-2:] if isinstance(labels, Tensor) else teacher.shape[-2:]
     return resize_to(student, size).movedim(1, -1), resize_to(teacher, size).movedim(1, -1)

@@ -1,4 +1,4 @@
-"""Reads what Hugging Face models predict: per sample, per token, per answer position, per pixel."""
+"""Readers of Hugging Face models' predictions: per sample, token, answer position or pixel."""
 
 from __future__ import annotations
 
@@ -22,40 +22,41 @@ from .predictions import (
     counted_pixels,
     ignored_index,
     independent,
-    problem_of,
+    problem_types_of,
 )
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, task_of
-from .tokens import Side, Tokens, take, tokens_of
+from .tokens import ModelTokens, Tokens, take, tokens_of
 
-Where = Literal["auto", "valid", "labelled"]
+CountedTokens = Literal["auto", "valid", "labelled"]
 
 
 class HFReader(Reader):
-    """Knows the task that two models are made for."""
+    """The reader of two models of Hugging Face of the same task."""
 
     default_taps: ClassVar = {}
     chunked = False
-    """Whether the host computes terms on logits from hidden states, in chunks."""
+    """True where the host computes terms on logits in chunks, from hidden states."""
 
     def scores(  # type: ignore[override]  # each host has settings of its own
-        self, student: nn.Module, teacher: nn.Module, *, tokens: Where = "auto"
+        self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"
     ) -> Scores:
-        """The class scores of two models of one task.
+        """Return the class scores of two models of one task.
 
-        Segmentors are compared on the grid of the labels, to which their own loss resizes the scores; pixels that this loss
-        ignores take no part.
+        Segmentors are compared on the grid of the labels, to which their own loss resizes the scores, without the pixels that
+        this loss ignores.
 
         Args:
-            tokens: whose logits count, for models that predict per token: ``"valid"`` (every token that is not padding),
-                ``"labelled"`` (those with a label other than −100, for a causal model those that predict one), or ``"auto"``:
-                labelled for token classification, causal (vision-language models too) and sequence-to-sequence models, valid for
-                masked language models and the frames of CTC models.
+            student, teacher: the models.
+            tokens: the tokens that count, for models that predict per token: ``"valid"`` (all except padding), ``"labelled"``
+                (those with a label other than −100; for a causal model those that predict one), or ``"auto"``: labelled for token
+                classification, causal (including vision-language) and sequence-to-sequence models, valid for masked language
+                models and the frames of CTC models.
         """
         return OutputScores(student, teacher, self.term, tokens, self.chunked)
 
 
 class ChunkedReader(HFReader):
-    """Reads a causal language model whose logits are computed in chunks."""
+    """The reader of causal language models whose logits are computed in chunks."""
 
     chunked = True
 
@@ -65,28 +66,28 @@ class OutputScores(Scores):
 
     Args:
         student, teacher: the models.
-        term: the term's name, for messages.
+        term: the name of the term, for messages.
         tokens: see :meth:`HFReader.scores`.
-        chunked: read the states under the output layers in place of logits.
+        chunked: read the states before the output layers instead of logits.
     """
 
     same_vocabulary = True
-    """Whether tokens are compared one by one, so that both models must have the same."""
+    """True where tokens are compared one by one, so that both models need the same vocabulary."""
     no_single_class = (
-        f" ({MULTI_LABEL}, or labels that are floats); use SoftTargets, or problem_type='single_label_classification' in the "
-        "config where the labels are shares of one class"
+        f" ({MULTI_LABEL}, or float labels); use SoftTargets, or problem_type='single_label_classification' in the config where "
+        "the labels are probabilities of one class"
     )
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: Where, chunked: bool) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module, term: str, tokens: CountedTokens, chunked: bool) -> None:
         if tokens not in ("auto", "valid", "labelled"):
             raise DistillError(f"{term}: tokens must be one of auto, valid, labelled, got {tokens!r}")
         self.name, self.task, self.chunked, other = term, task_of(student), chunked, task_of(teacher)
         if other != self.task:
             raise WiringError(
-                f"{self.name} compares predictions, and the student's are of another kind ({self.task}, "
-                f"{type(student).__name__}) than the teacher's ({other}, {type(teacher).__name__})"
+                f"{self.name} compares predictions, and the models have different tasks: {self.task} (student, "
+                f"{type(student).__name__}) and {other} (teacher, {type(teacher).__name__}); give both the same"
             )
-        # Answers have padding to be masked in each member's own positions before any mean.
+        # Padding of answers is masked at each member's own positions, so members cannot be averaged before.
         self.averages = self.task != "question"
         fields = ["start_logits", "end_logits"] if self.task == "question" else ["logits"]
         self.taps = ([Tap.parse(f"[{field}]") for field in fields],) * 2
@@ -94,11 +95,11 @@ class OutputScores(Scores):
             self.taps = tuple([Tap.parse(f"{model.base_model_prefix}[0]")] for model in (student, teacher))  # type: ignore[assignment]
         if tokens != "auto" and (self.task not in PER_TOKEN or (self.task, tokens) == ("ctc", "labelled")):
             raise WiringError(
-                f"{self.name}: tokens={tokens!r} is for models that predict per labelled token, and "
-                f"{type(student).__name__} does not; leave it out"
+                f"{self.name}: tokens={tokens!r} is for models that predict a label per token, which "
+                f"{type(student).__name__} does not; leave out tokens"
             )
         self.where = tokens if tokens != "auto" else "valid" if self.task in ("masked", "ctc") else "labelled"
-        self.problem = problem_of(self.name, student, teacher)
+        self.problem = problem_types_of(self.name, student, teacher)
         self.ignored_index = ignored_index(student) if self.task == "segmentation" else 255
         self.compares_classes = self.task not in (*LANGUAGE_MODELS, "choice", "ctc")
         self.independent = self.compares_classes and self.problem.named == MULTI_LABEL
@@ -107,8 +108,8 @@ class OutputScores(Scores):
     def wire(self, wiring: Wiring) -> list[Compared]:
         if self.same_vocabulary and self.task in LANGUAGE_MODELS and wiring.facts.get("vocabulary") == "different":
             raise WiringError(
-                f"{self.name}: student and teacher have different tokenizers, so that their tokens cannot be compared one by "
-                "one; use UniversalLogits"
+                f"{self.name}: student and teacher have different tokenizers, and their tokens cannot be compared one by one; use "
+                "UniversalLogits"
             )
         found = []
         for s_tap, t_tap in zip(*self.taps, strict=True):
@@ -126,9 +127,8 @@ class OutputScores(Scores):
     def check(self, student: Tensor, teacher: Tensor, wiring: Wiring) -> None:
         """Raise a :class:`WiringError` where two models' logits cannot be compared class by class."""
         if student.ndim != teacher.ndim:
-            raise WiringError(
-                f"{self.name}: logits {tuple(student.shape)} and {tuple(teacher.shape)} cannot be compared"
-            )
+            shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+            raise WiringError(f"{self.name}: logits {shapes} cannot be compared; use models of the same kind")
         check_layout(self.name, self.task, wiring.student, student)
         axis = 1 if self.task == "segmentation" else -1
         classes, others = student.shape[axis], teacher.shape[axis]
@@ -136,20 +136,20 @@ class OutputScores(Scores):
             single = classes == 1 and self.task != "choice"
             if single or self.problem.named == "regression":
                 raise WiringError(
-                    f"{self.name}: softmax over classes means nothing for {self.problem.named or 'a single output'}; use terms on "
+                    f"{self.name}: softmax has no meaning for {self.problem.named or 'a single output'}; use terms on "
                     "layers, or FeatureImitation(student_tap='…', teacher_tap='…', adapter='none') on the output layers"
                 )
         if self.task == "question" or classes == others:
             return
         sizes = f"{classes} and {others}"
         if self.task not in LANGUAGE_MODELS:
-            raise WiringError(f"{self.name}: student and teacher tell {sizes} classes apart; they must agree")
-        # Sizes that differ by padding share their first ids; that they do is checked where the tokenizers are known.
+            raise WiringError(f"{self.name}: student and teacher have {sizes} classes; they must have the same")
+        # Vocabularies that differ by padding share their first ids; the tokenizer, where known, shows that they do.
         self.common = min(classes, others)
         if not wiring.facts.get("vocabulary_checked"):
             raise WiringError(
-                f"{self.name}: the vocabularies have {sizes} entries and no tokenizer says that they are padded versions of "
-                "one; pass processing_class=tokenizer to the trainer, or use UniversalLogits for different ones"
+                f"{self.name}: the vocabularies have {sizes} entries, and no tokenizer shows that they differ by padding only; pass "
+                "processing_class=tokenizer to the trainer, or use UniversalLogits for different vocabularies"
             )
         if int(wiring.facts["vocabulary_checked"]) > self.common:
             raise WiringError(
@@ -164,8 +164,8 @@ class OutputScores(Scores):
             return "labelled pixels"
         return "sequences" if logits.ndim == 2 else f"{self.where} tokens"
 
-    def weight(self, tokens: Tokens, side: Side) -> Tensor | None:
-        """The token predictions that count, ``(B, L)``."""
+    def weight(self, tokens: Tokens, side: ModelTokens) -> Tensor | None:
+        """Return the tokens of one model whose predictions count, ``(B, L)``."""
         if self.where == "labelled" and side.labelled is not None:
             return side.labelled
         return side.of("decoder" if self.task == "seq2seq" else "layers")
@@ -181,11 +181,11 @@ class OutputScores(Scores):
         return None if weight is None else weight.sum().float()
 
     def pair_weight(self, tokens: Tokens) -> Tensor | None:
-        """The predictions that count, of aligned tokens the pairs: ``(B, L)``."""
+        """Return the predictions that count: ``(B, L)`` tokens, or ``(B, P)`` pairs of aligned tokens."""
         weight = self.weight(tokens, tokens.student)
-        if tokens.pairs is None or weight is None:
+        if tokens.pairs is None or tokens.paired is None or weight is None:
             return weight
-        return take(weight, tokens.pairs[..., 0]) & (tokens.pairs >= 0).all(-1)
+        return take(weight, tokens.pairs[..., 0]) & tokens.paired
 
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         tokens, found = tokens_of(batch), []
@@ -218,41 +218,37 @@ class OutputScores(Scores):
         return found
 
     def on_chunk(self, student: Tensor, teacher: Tensor) -> Pairs:
-        """Logits ``(n, V)`` of some tokens, as far as the vocabularies have entries in common."""
+        """Return the logits ``(n, V)`` of some tokens, limited to the entries that both vocabularies have."""
         return Pairs(student[:, : self.common], teacher[:, : self.common])
 
     def counted(self, batch: Batch) -> Tensor:
-        """The tokens whose predictions count, ``(B, L)``."""
+        """Return the tokens whose predictions count, ``(B, L)``."""
         weight = self.weight(tokens_of(batch), tokens_of(batch).student)
         assert weight is not None
         return weight
 
     def _independent(self, student: Tensor, batch: Batch) -> bool:
-        """Whether each class is right or wrong on its own."""
+        """Return whether classes are independent."""
         return self.task not in LANGUAGE_MODELS and independent(self.name, self.problem, student, batch.labels)
 
     def _check_lengths(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> None:
-        """Raises a :class:`WiringError` where the logits are not those of the batch's tokens."""
+        """Raise a :class:`WiringError` unless the logits match the tokens of the batch."""
         for logits, side, owner in ((student, tokens.student, "student"), (teacher, tokens.teacher, "teacher")):
             weight = self.weight(tokens, side)
             if weight is not None and weight.shape != logits.shape[:2]:
                 raise WiringError(
-                    f"{self.name}: the {owner} gives logits {tuple(logits.shape)} for tokens or labels {tuple(weight.shape)}, so "
-                    "that nobody can tell which belong together; use terms on layers, or FeatureImitation with taps of your own"
+                    f"{self.name}: the {owner} gives logits {tuple(logits.shape)} for tokens or labels {tuple(weight.shape)}, which "
+                    "cannot be matched; use terms on layers, or FeatureImitation with taps of your own"
                 )
 
     def per_token(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Pairs:
-        """The logits ``(n, C)`` of the tokens that count."""
+        """Return the logits ``(n, C)`` of the tokens that count."""
         weight = self.pair_weight(tokens)
-        if tokens.pairs is not None:
-            student, teacher = take(student, tokens.pairs[..., 0]), take(teacher, tokens.pairs[..., 1])
-        return picked(student, teacher, weight)
+        return picked(*tokens.align(student, teacher), weight)
 
     def _answers(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Pairs:
-        real = tokens.student.real
-        if tokens.pairs is not None:
-            real = (tokens.pairs >= 0).all(-1)
-            student, teacher = take(student, tokens.pairs[..., 0]), take(teacher, tokens.pairs[..., 1])
+        student, teacher = tokens.align(student, teacher)
+        real = tokens.student.real if tokens.paired is None else tokens.paired
         if real is not None:
             low = torch.finfo(torch.float16).min
             student, teacher = student.masked_fill(~real, low), teacher.masked_fill(~real, low)
@@ -260,7 +256,7 @@ class OutputScores(Scores):
 
 
 def picked(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Pairs:
-    """The items that count, picked: masked ones cost no softmax over the classes."""
+    """Select the items that count, so that no softmax is computed for the others."""
     if weight is None:
         return Pairs(student, teacher)
     return Pairs(student[weight], teacher[weight], count=weight.sum().to(torch.float32))

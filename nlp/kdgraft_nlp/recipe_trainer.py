@@ -1,4 +1,4 @@
-"""Hugging Face as a host: how the command line and plans train from recipe files."""
+"""Hugging Face as a host of the command line and of plans, which train from recipe files."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from typing import Any
 from kdgraft.errors import DistillError, nearest
 from kdgraft.hosts import Job, TrainedModel
 
-from . import run, settings
+from . import run
 from .checkpoints import NothingComplete, newest_first
+from .recipe_files import load
 from .trainer import DistillTrainer
 
 logger = logging.getLogger("kdgraft")
 
 
 class RecipeTrainer:
-    """How Hugging Face's Trainer trains what a recipe file says; a :class:`kdgraft.hosts.HostTrainer`."""
+    """The :class:`kdgraft.hosts.HostTrainer` of Hugging Face, which trains recipe files."""
 
     def train(
         self,
@@ -33,42 +34,42 @@ class RecipeTrainer:
         trusted: bool = False,
         partial: bool = False,
     ) -> DistillTrainer:
-        """Trains a recipe; see :func:`kdgraft_nlp.run.train`."""
+        """Train a recipe; see :func:`kdgraft_nlp.run.train`."""
         _refuse_trust(trusted)
         return run.train(config, options, work_dir, resume, amp, seed, timeout=timeout, partial=partial)
 
     def check(self, config: str, options: Sequence[str] = (), *, trusted: bool = False) -> None:
-        """Builds everything and runs one step; see :func:`kdgraft_nlp.run.check`."""
+        """Build everything and run one step; see :func:`kdgraft_nlp.run.check`."""
         _refuse_trust(trusted)
         run.check(config, options)
 
     def test(
         self, config: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False
     ) -> Mapping[str, float]:
-        """Evaluates a saved student; see :func:`kdgraft_nlp.run.evaluate`."""
+        """Evaluate a saved student; see :func:`kdgraft_nlp.run.evaluate`."""
         _refuse_trust(trusted)
         return run.evaluate(config, checkpoint, options)
 
     def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
-        """Refused: a saved student is a plain student already."""
+        """Raise a :class:`DistillError`: a saved student is already a plain student."""
         raise DistillError(
-            f"{checkpoint}: a student that the Trainer saved is plain already; load it with from_pretrained"
+            f"{checkpoint}: a student that the Trainer saved is already plain; load it with from_pretrained"
         )
 
     def reads(self, config: str) -> bool:
-        """Every file of the suffixes of recipes is one."""
+        """Return true: every file with a recipe's suffix is a recipe."""
         return True
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
-        """The recipe with its overrides in it, wherever its output goes."""
-        found = settings.load(config, [f"{key}={value}" for key, value in options.items()])
+        """Return the recipe with its overrides, without its output folder."""
+        found = load(config, [f"{key}={value}" for key, value in options.items()])
         return {key: value for key, value in found.items() if key != "output"}
 
     def carry_out(self, job: Job) -> TrainedModel:
-        """Trains into the run's folder, where the student is in the end too."""
-        recipe = settings.load(job.config, [f"{key}={value}" for key, value in job.options.items()])
+        """Train in the run's folder, in which the student is saved too."""
+        recipe = load(job.config, [f"{key}={value}" for key, value in job.options.items()])
         recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None}
-        recipe |= {"teacher": None, "teachers": None}  # the plan says who teaches
+        recipe |= {"teacher": None, "teachers": None}  # the plan gives the teachers
         recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}
         if not job.teachers:
             recipe.pop("init_from", None)
@@ -80,13 +81,13 @@ class RecipeTrainer:
         try:
             _, metrics = run.train_recipe(recipe, "auto" if job.resume and newest_first(job.folder) else None)
         except NothingComplete as error:  # killed while it wrote its first checkpoint
-            logger.warning("%s; the run begins anew", error)
+            logger.warning("%s; the run starts afresh", error)
             _, metrics = run.train_recipe(recipe)
         return TrainedModel(job.config, str(job.folder), metrics)
 
 
 def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
-    """What a recipe takes as a teacher: of a finished run its folder, ``{checkpoint: folder}``, or ``{type: …}`` as it is."""
+    """Return a recipe's entry for a teacher: the folder of a finished run, of ``{checkpoint: folder}``, or ``{type: …}`` itself."""
     if isinstance(given, TrainedModel):
         return given.weights
     if "type" in given:

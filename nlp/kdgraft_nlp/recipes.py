@@ -1,4 +1,4 @@
-"""Recipes of the literature on language models. ``kdgraft list NAME`` prints one, to be edited."""
+"""Recipes from the literature on language models; ``kdgraft list NAME`` prints one to edit."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def tinybert(
     layers: Any = "uniform",
     heads: str = "equal",
 ) -> list[dict[str, Any]]:
-    """TinyBERT (arXiv 1909.10351): attention scores, hidden states, embeddings and soft targets, all at once.
+    """TinyBERT (arXiv 1909.10351): attention scores, hidden states, embeddings and soft targets together.
 
-    The paper trains the layers first and the predictions after; give the terms a schedule for that.
+    The paper trains the terms on layers first and the soft targets afterwards, which schedules of the terms can do.
 
     Args:
-        attention, hidden, embeddings, logits: the weights of the four terms; one at 0 is left out.
-        temperature: of the soft targets (the paper's is 1).
-        layers: which layer learns from which.
-        heads: ``"averaged"`` for models with other numbers of heads.
+        attention, hidden, embeddings, logits: the weights of the four terms; a term of weight 0 is left out.
+        temperature: the temperature of the soft targets (1 in the paper).
+        layers: the pairs of layers.
+        heads: ``"averaged"`` for models with different numbers of heads.
     """
     return _kept(
         [
@@ -43,7 +43,7 @@ def tinybert(
 
 @RECIPES.register
 def minilm(attention: float = 1.0, values: float = 1.0, layers: Any = "final") -> list[dict[str, Any]]:
-    """MiniLM (arXiv 2002.10957): the last layer's attention distributions and value relations; equal numbers of heads.
+    """MiniLM (arXiv 2002.10957): the last layer's attention distributions and value relations, for equal numbers of heads.
 
     Args:
         attention, values: the weights of the two terms.
@@ -59,12 +59,12 @@ def minilm(attention: float = 1.0, values: float = 1.0, layers: Any = "final") -
 
 @RECIPES.register
 def minilmv2(weight: float = 1.0, layers: Any = "final", heads: int | None = None) -> list[dict[str, Any]]:
-    """MiniLMv2 (arXiv 2012.15828): relations of queries, keys and values; any number of heads.
+    """MiniLMv2 (arXiv 2012.15828): relations of queries, keys and values, for any numbers of heads.
 
     Args:
-        weight: of the term.
-        layers: the pair of layers; for a large teacher the paper takes an upper middle one: ``[(-1, 20)]``.
-        heads: number of relation heads; the teacher's number of attention heads by default.
+        weight: the weight of the term.
+        layers: the pair of layers; for a large teacher the paper uses an upper middle layer: ``[(-1, 20)]``.
+        heads: the number of relation heads; the teacher's number of attention heads by default.
     """
     return _kept([dict(type="Relations", layers=layers, heads=heads, weight=weight)])
 
@@ -73,14 +73,14 @@ def minilmv2(weight: float = 1.0, layers: Any = "final", heads: int | None = Non
 def distilbert(
     soft: float = 5.0, cosine: float = 1.0, temperature: float = 2.0, tokens: str = "auto"
 ) -> list[dict[str, Any]]:
-    """DistilBERT (arXiv 1910.01108): soft targets and the cosine of the last hidden states, beside the host's loss (of weight 1).
+    """DistilBERT (arXiv 1910.01108): soft targets and the cosine of the last hidden states, beside the host's loss of weight 1.
 
-    The paper weighs them 5, 1 and, for the masked language model's own loss, 2.
+    The paper's weights are 5, 1 and 2 (the masked language model's own loss).
 
     Args:
         soft, cosine: the weights of the two terms.
-        temperature: of the soft targets.
-        tokens: which tokens' predictions count.
+        temperature: the temperature of the soft targets.
+        tokens: the tokens whose predictions count.
     """
     return _kept(
         [
@@ -97,11 +97,11 @@ def pkd(
     """Patient knowledge distillation (arXiv 1908.09355): soft targets and normalised first-token states of layers.
 
     Args:
-        soft, patient: the weights of the two terms (the authors search temperature in 5, 10, 20 and, with their mean over
-            channels, the patient weight in 10, 100, 500).
-        temperature: of the soft targets.
+        soft, patient: the weights of the two terms (the authors search the temperature in 5, 10, 20 and, with their mean
+            over channels, the patient weight in 10, 100, 500).
+        temperature: the temperature of the soft targets.
         layers: ``"skip"`` or ``"last"``.
-        variant: of :class:`~kdgraft_nlp.PatientStates`.
+        variant: see :class:`~kdgraft_nlp.PatientStates`.
     """
     return _kept(
         [
@@ -119,7 +119,7 @@ def mobilebert(
 
     Args:
         attention, hidden, soft: the weights of the three terms.
-        layers: which layer learns from which; the paper's two models are equally deep.
+        layers: the pairs of layers; the paper's two models have equal depth.
     """
     return _kept(
         [
@@ -132,9 +132,9 @@ def mobilebert(
 
 @RECIPES.register
 def gkd(weight: float = 1.0, beta: float = 0.5, temperature: float = 1.0) -> list[dict[str, Any]]:
-    """The loss of generalised knowledge distillation for language models (arXiv 2306.13649), on the training set's own tokens.
+    """Generalised knowledge distillation for language models (arXiv 2306.13649): its loss, on the tokens of the training set.
 
     Args:
-        weight, beta, temperature: those of its one term; β = 0 is the forward, 1 the reverse KL.
+        weight, beta, temperature: settings of the only term; β = 0 is the forward KL, β = 1 the reverse KL.
     """
     return _kept([dict(type="GeneralizedJSD", beta=beta, temperature=temperature, weight=weight)])

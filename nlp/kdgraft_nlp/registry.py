@@ -1,4 +1,4 @@
-"""Names of terms and recipes for Hugging Face models; terms of the core are found too."""
+"""Registries of terms and recipes for Hugging Face models; they include the terms of the core."""
 
 from kdgraft_hosts import NLP
 

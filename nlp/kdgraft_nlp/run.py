@@ -1,4 +1,4 @@
-"""Trainings from a recipe file: ``kdgraft train recipe.yaml``; the scripts of ``nlp/configs`` and the demo use the same.
+"""Training from a recipe file: ``kdgraft train recipe.yaml``; the scripts of ``nlp/configs`` and the demo use it too.
 
 ===============  ====================================================================================================
 ``task``         ``classification``, ``regression``, ``tokens``, ``causal`` or ``masked``
@@ -6,19 +6,19 @@
                  ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts; ``fraction``: the share of the
                  training set to use; ``length``: tokens
 ``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither the
-                 student's nor the teacher's folder brings one
+                 student's nor the teacher's folder has one
 ``student``      a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
-``teacher``      a folder, or a source such as ``{type: Itself, momentum: 0.99}``; left out, the model trains alone (a teacher,
-                 or the plain student)
-``teachers``     several by name instead, which the terms' ``source`` says; ``{a: large, b: larger}``, and a source of others:
+``teacher``      a folder, or a source such as ``{type: Itself, momentum: 0.99}``; without it the model trains alone (as a
+                 teacher, or as a plain student)
+``teachers``     several by name instead, for the terms' ``source``: ``{a: large, b: larger}``; a source may combine others:
                  ``{teacher: {type: Ensemble, members: [a, b]}, …}``
 ``init_from``    layers of the teacher that the student starts from, ``[1, 3, 5]``; see :func:`~kdgraft_nlp.init_from_teacher`
 ``recipe``       a recipe's name, or ``{type: name, …}``
-``terms``        a list of terms beside it
-``host_weight``  the share of the host's own loss under a teacher, 1 by default
+``terms``        a list of terms beside the recipe's
+``host_weight``  the factor of the host's own loss under a teacher, 1 by default
 ``chunked``      for causal models under a teacher; see :class:`~kdgraft_nlp.DistillTrainer`
 ``training``     arguments of :class:`transformers.TrainingArguments`
-``output``       where checkpoints and the student go
+``output``       the folder of checkpoints and of the student
 ===============  ====================================================================================================
 """
 
@@ -50,17 +50,19 @@ from kdgraft.registry import call
 from kdgraft.telling import said_aloud
 
 from .checkpoints import newest_first
+from .checks import one_line
 from .collator import DistillCollator
-from .data import Texts, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
+from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
+from .recipe_files import load
 from .scores import number_scores, scores, tag_scores
-from .settings import TASKS, check_settings, load, one_line, tokenizer_folder
+from .settings import TASKS, check_settings, tokenizer_folder
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
 
 
-class _Begun(TrainerCallback):
-    """Sees whether a step was done."""
+class _FirstStep(TrainerCallback):
+    """Callback that notes the first finished step."""
 
     done = False
 
@@ -79,17 +81,17 @@ def train(
     timeout: float | None = None,
     partial: bool = False,
 ) -> DistillTrainer:
-    """Trains what a recipe file says, and saves the plain student and its tokenizer in ``output``, which one run holds at a time.
+    """Train a recipe file, and save the plain student and its tokenizer in ``output``, which only one run at a time may use.
 
     Args:
         path: the recipe file.
         options: overrides of its entries, ``a.b=value``.
-        work_dir: the folder to use in place of ``output``.
-        resume: a checkpoint's folder to go on from; ``"auto"``: the newest complete one in ``output``.
-        amp: bfloat16.
-        seed: in place of ``training.seed``.
+        work_dir: overrides ``output``.
+        resume: the folder of a checkpoint to resume from; ``"auto"``: the newest complete one in ``output``.
+        amp: train in bfloat16.
+        seed: overrides ``training.seed``.
         timeout: seconds that a process waits for the others; ``training.ddp_timeout``, or half an hour, by default.
-        partial: resume also where states of the checkpoint are missing or damaged, and begin these anew.
+        partial: resume even where states of the checkpoint are missing or damaged, and start these afresh.
     """
     config = load(path, options)
     config.setdefault("output", work_dir or f"work_dirs/{Path(path).stem}")
@@ -103,7 +105,11 @@ def train(
     if resume is not None:
         first = newest_first(config["output"]) if resume == "auto" else [Path(resume)]
         if not any(folder.is_dir() for folder in first):
-            said = f"{resume} is no checkpoint's folder" if first else f"there is no checkpoint in {config['output']}"
+            said = (
+                f"{resume} is not the folder of a checkpoint"
+                if first
+                else f"there is no checkpoint in {config['output']}"
+            )
             raise DistillError(f"nothing to resume: {said}")
     with said_aloud():
         trainer, metrics = train_recipe(config, resume, partial)
@@ -116,21 +122,21 @@ def train(
 def train_recipe(
     config: Mapping[str, Any], resume: str | None = None, partial: bool = False
 ) -> tuple[DistillTrainer, dict[str, float]]:
-    """Trains a recipe, and saves the plain student and its tokenizer in its ``output``, which one run holds at a time.
+    """Train a recipe, and save the plain student and its tokenizer in its ``output``, which only one run at a time may use.
 
     Args:
         config: the recipe's entries.
         resume, partial: see :func:`train`.
 
     Returns:
-        The trainer, and the student's metrics on the ``eval`` set where there is one.
+        The trainer, and the student's metrics on the ``eval`` set, if any.
     """
     with held(config["output"]):
         trainer = build(config)
-        begun = _Begun()
-        trainer.add_callback(begun)
-        # What fails before the first step is done lies in the recipe; what fails later is no mistake of its author's.
-        with waiting(trainer.args.ddp_timeout), one_line("training", lambda: not begun.done):
+        first_step = _FirstStep()
+        trainer.add_callback(first_step)
+        # Errors before the first step are mistakes in the recipe; later errors are not.
+        with waiting(trainer.args.ddp_timeout), one_line("training", lambda: not first_step.done):
             trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, partial=partial)
         trainer.save_model()
         if trainer.eval_dataset is None:
@@ -141,7 +147,7 @@ def train_recipe(
 
 
 def _last_evaluation(trainer: DistillTrainer) -> dict[str, float] | None:
-    """The evaluation that the training ended with, where it is one of the model that was saved."""
+    """Return the evaluation at the end of the training, where it is of the model that was saved."""
     if trainer.args.load_best_model_at_end:
         return None
     step = trainer.state.global_step
@@ -150,37 +156,37 @@ def _last_evaluation(trainer: DistillTrainer) -> dict[str, float] | None:
 
 
 def with_perplexity(config: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
-    """An evaluation's metrics, of a language model with ``eval_perplexity``: e to the loss of a token."""
+    """Return an evaluation's metrics; a language model's with ``eval_perplexity``, the exponential of the loss per token."""
     if config["task"] not in ("causal", "masked"):
         return dict(found)
     return {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 50.0))}
 
 
 def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ()) -> dict[str, float]:
-    """Evaluates a saved student on the ``eval`` set of a recipe.
+    """Evaluate a saved student on the ``eval`` set of a recipe.
 
     Args:
-        path: the recipe file; its student, teachers and terms do not count.
-        student: the folder that ``save_pretrained`` wrote, or a checkpoint's.
+        path: the recipe file; its student, teachers and terms are ignored.
+        student: the folder that ``save_pretrained`` wrote, or of a checkpoint.
         options: overrides of the recipe's entries, ``a.b=value``.
 
     Returns:
         The metrics.
 
     Raises:
-        DistillError: a mistake in the recipe, no such folder, or no ``eval`` set.
+        DistillError: the recipe has a mistake or no ``eval`` set, or there is no such folder.
     """
     config = {**load(path, options), "student": str(student)}
     config["tokenizer"] = tokenizer_folder(config) or config.get("tokenizer")
     config |= dict.fromkeys(("teacher", "teachers", "init_from", "recipe", "terms"))
     if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
-        raise DistillError(f"{path} has no data.eval to evaluate the student on")
+        raise DistillError(f"{path} has no set to evaluate the student on; add data.eval")
     with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
         return _shown(with_perplexity(config, build({**config, "output": scratch}).evaluate()))
 
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
-    """Builds everything, runs one step on one batch and prints the wiring."""
+    """Build everything, run one step on one batch and print the wiring."""
     from kdgraft.tables import print_rows
 
     config = load(path, options)
@@ -201,14 +207,14 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
 
 
 def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) -> DistillTrainer:
-    """The trainer that a recipe describes.
+    """Build the trainer that a recipe describes.
 
     Args:
-        config: the entries above.
-        data: ``train`` and ``eval`` sets that are there already, instead of files.
+        config: the entries of the recipe.
+        data: ``train`` and ``eval`` sets in memory, instead of files.
 
     Raises:
-        DistillError: one line on the entry that is wrong.
+        DistillError: an entry is wrong; the message names it.
     """
     arguments = check_settings(config, files=data is None)
     set_seed(arguments.seed)
@@ -246,10 +252,12 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
 
 
 def _check_sizes(owner: str, model: Any, tokenizer: Any, sets: Mapping[str, Dataset]) -> None:
-    """Refuses samples that index past a model's embeddings, which it would say at the first step alone."""
+    """Refuse samples that index past a model's embeddings, on which the model itself would fail only in training."""
     words = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
-        raise DistillError(f"the tokenizer has {len(tokenizer)} entries, and the {owner} knows {words} (vocab_size)")
+        raise DistillError(
+            f"the tokenizer has {len(tokenizer)} entries, and the {owner} has {words} embeddings; raise vocab_size"
+        )
     longest = max(len(row) for found in sets.values() for row in found["input_ids"])
     kinds = [
         max(row) + 1
@@ -281,7 +289,7 @@ def _collator(task: str, tokenizer: Any) -> Callable[..., Any]:
 
 
 def _tokenizer(
-    spec: Any, found: Dataset, column: Texts, task: str, config: Mapping[str, Any]
+    spec: Any, found: Dataset, column: TextColumns, task: str, config: Mapping[str, Any]
 ) -> PreTrainedTokenizerBase:
     if isinstance(spec, PreTrainedTokenizerBase):
         return spec
@@ -322,11 +330,11 @@ def _metrics(task: str, names: Sequence[str] | None) -> Callable[[Any], dict[str
 
 
 def _outputs(found: Any) -> Any:
-    """The logits; hidden states come after them where the student's config asks for these."""
+    """Return the logits; hidden states follow them where the student's config asks for these."""
     return found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
 
 
 def _shown(found: Mapping[str, float]) -> dict[str, float]:
-    """The metrics of an evaluation without its times."""
+    """Return the metrics of an evaluation without its times."""
     others = ("runtime", "per_second", "epoch", "model_preparation")
     return {key.removeprefix("eval_"): value for key, value in found.items() if not any(word in key for word in others)}

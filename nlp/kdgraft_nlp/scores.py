@@ -1,7 +1,6 @@
-"""Figures of an evaluation: of classes, of numbers, of tagged words.
+"""Metrics of an evaluation: of classes, of numbers and of tagged words.
 
-They are computed here, as what computes them elsewhere (scikit-learn, and seqeval, which builds on it) is more than all else that
-training needs.
+They are computed here because scikit-learn and seqeval, which depends on it, would be the largest requirements of training.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import numpy as np
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy, and macro-F1: the mean F1 of all classes among the labels or the predictions."""
+    """Return accuracy and macro-F1, the mean F1 of all classes among the labels or the predictions."""
     classes, found = np.unique(np.stack([labels, predicted]), return_inverse=True)
     truth, ours = (np.eye(len(classes), dtype=bool)[row] for row in found.reshape(2, -1))
     f1 = 2 * (truth & ours).sum(0) / (truth.sum(0) + ours.sum(0))
@@ -20,7 +19,7 @@ def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def number_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Mean squared error and Pearson's correlation; the correlation of constants is 0."""
+    """Return the mean squared error and Pearson's correlation; the correlation of constants is 0."""
     predicted, truth = predicted.reshape(-1).astype(float), truth.reshape(-1).astype(float)
     apart = predicted - predicted.mean(), truth - truth.mean()
     size = float(np.sqrt((apart[0] ** 2).sum() * (apart[1] ** 2).sum()))
@@ -31,7 +30,7 @@ def number_scores(predicted: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def tag_scores(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> dict[str, float]:
-    """Accuracy of tags on words, and F1 of whole spans in BIO tags (micro, as conlleval has it)."""
+    """Return the accuracy of tags, and the F1 of complete spans in BIO tags (micro-averaged, as conlleval computes it)."""
     found = truly = right = correct = total = 0
     for row, truth in zip(predicted, labels, strict=True):
         kept = truth != -100
@@ -44,7 +43,7 @@ def tag_scores(predicted: np.ndarray, labels: np.ndarray, names: Sequence[str]) 
 
 
 def spans(tags: Sequence[str]) -> set[tuple[str, int, int]]:
-    """(type, first word, one past the last) of each span in BIO tags; an I that continues nothing begins a span."""
+    """Return (type, first word, one past the last word) of each span in BIO tags; an I without a span before it starts one."""
     result, start, kind = set(), 0, ""
     for place, tag in enumerate([*tags, "O"]):
         prefix, _, name = tag.partition("-")

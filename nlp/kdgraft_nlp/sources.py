@@ -1,4 +1,4 @@
-"""Sources of Hugging Face's models: a model, or the folder that ``save_pretrained`` wrote."""
+"""Sources that are models of Hugging Face, or folders that ``save_pretrained`` wrote."""
 
 from __future__ import annotations
 
@@ -14,20 +14,24 @@ from kdgraft.sources import Cached, Peer, Source, Teacher, gather_sources
 from kdgraft.sources.base import share_parameters
 
 from .cache import TeacherCache
+from .checks import check_folder, flat
 from .tasks import auto_class, base_of
 
 
 def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: TeacherCache | None) -> dict[str, Source]:
-    """The sources by name, with their weights.
+    """Build the sources, with their weights loaded.
 
     Args:
         teacher: a model, a :class:`~kdgraft.Source`, or a folder.
         teachers: several by name.
         student: the student.
-        cache: of the outputs of the one teacher there is.
+        cache: the cache of the outputs of the only teacher.
+
+    Returns:
+        The sources by name.
 
     Raises:
-        DistillError: no teacher, a folder that is none, or weights that do not fit; the message lists the keys.
+        DistillError: there is no teacher, a folder holds no model, or weights do not fit; the message lists their keys.
     """
     absent = teacher is None and teachers is None and cache is not None and cache.teacher is not None
     if absent and cache is not None:
@@ -40,11 +44,11 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         if isinstance(source, (Teacher, Peer)):
             source.model = base_of(source.model)
         if isinstance(source, Peer) and share_parameters(student, source.model):
-            raise WiringError("student and peer share parameters; copy.deepcopy one")
+            raise WiringError("student and peer share parameters; pass a copy.deepcopy of one")
     if cache is not None:
         (name, first), *others = found.items()
         if others or not isinstance(first, Teacher):
-            raise DistillError("a cache holds the outputs of one teacher; leave it out with several, and with peers")
+            raise DistillError("a cache holds the outputs of one teacher; leave it out with several teachers or peers")
         cache.belongs_to(first.model)
         found[name] = Cached(first, cache)
     return found
@@ -52,31 +56,30 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
 
 def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
     if isinstance(given, (str, Path)):
-        given = _load(Path(given), student)
+        given = _load(given, student)
     if not isinstance(given, nn.Module):
         raise DistillError(f"{name} must be a model or a folder, got {given!r}")
     model = base_of(given)
     if share_parameters(student, model):
-        raise WiringError("student and teacher share parameters, which the teacher would freeze; copy.deepcopy one")
+        raise WiringError(
+            "student and teacher share parameters, which the teacher would freeze; pass a copy.deepcopy of one"
+        )
     if not hasattr(model, "config"):
         raise DistillError(f"the teacher must be a Hugging Face model, got {type(model).__name__}")
     return Teacher(model)
 
 
-def _load(folder: Path, student: nn.Module) -> nn.Module:
-    if not (folder / "config.json").is_file():
-        raise DistillError(
-            f"no teacher at {folder}: there is no config.json; give the folder that save_pretrained wrote"
-        )
+def _load(folder: str | Path, student: nn.Module) -> nn.Module:
+    check_folder("teacher", folder)
     loads = auto_class(student)
     if loads is None:
         raise DistillError(
-            f"cannot tell which kind of model {type(student).__name__} is; load the teacher and pass the model"
+            f"{type(student).__name__} is a model of an unknown kind, and so is {folder}; load the teacher and pass the model"
         )
     try:
         model, found = loads.from_pretrained(folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise DistillError(f"cannot load the teacher {folder}: {' '.join(str(error).split())[:300]}") from None
+        raise DistillError(f"cannot load the teacher {folder}: {flat(error)}") from None
     problems = [
         f"{len(found[kind])} {kind.removesuffix('_keys')}: {', '.join(str(key) for key in sorted(found[kind], key=str)[:4])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -90,10 +93,10 @@ def _load(folder: Path, student: nn.Module) -> nn.Module:
 
 
 def compare_classes(student: nn.Module, sources: Mapping[str, Source]) -> None:
-    """Finds out how each teacher's classes come into the student's order, by the names in their configs.
+    """Set the permutation of each teacher's classes into the student's order, by the class names in their configs.
 
     Raises:
-        WiringError: the names differ; or the order does, of a peer, which trains on the student's labels as they are.
+        WiringError: the names differ, or the order differs for a peer, which trains on the student's labels unchanged.
     """
     for name, source in sources.items():
         if not isinstance(source, (Teacher, Peer)):
@@ -104,12 +107,12 @@ def compare_classes(student: nn.Module, sources: Mapping[str, Source]) -> None:
         if source.trains and source.class_order is not None:
             raise WiringError(
                 f"the peer {name!r} has the student's classes in another order, and both train on the same labels; "
-                "give both configs one id2label"
+                "give both configs the same id2label"
             )
 
 
 def _class_names(model: Any) -> list[str] | None:
-    """The names in ``config.id2label``; ``None`` for the default ones, LABEL_0 and so on."""
+    """Return the class names in ``config.id2label``; ``None`` for the default names, LABEL_0 and so on."""
     names = getattr(model.config, "id2label", None)
     if not names:
         return None

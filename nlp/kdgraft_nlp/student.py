@@ -1,8 +1,7 @@
 """The graft on a Hugging Face student: a subclass of its own class, with the engine as a child module.
 
-The model stays an instance of its class under its own name, so the Trainer wraps, clips, evaluates, saves and reloads the plain
-student. In training its ``forward`` also runs the sources and the terms, inside whatever the host wrapped around it (DDP,
-autocast).
+The model remains an instance of its class under its own name, so the Trainer wraps, clips, evaluates, saves and reloads the plain
+student. In training its ``forward`` also runs the sources and the terms, inside the host's wrappers (DDP, autocast).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from kdgraft.terms import ScoreTerm
 
 from .attention import AttentionRecorder
 from .cache import TeacherCache
-from .chunked import Tail, head_of
+from .chunked import LogitTransform, head_of
 from .heads import check_heads
 from .initialisation import init_from_teacher
 from .layers import refuse_dropped_layers
@@ -50,62 +49,62 @@ from .tokens import SAMPLE_IDS, TEACHER_INPUTS, tokens_of
 
 
 class Grafted:
-    """Mixed in before the student's own class."""
+    """The mixin before the student's own class."""
 
     distiller: Engine | None
 
     def __reduce_ex__(self, _: Any) -> Any:
-        """Copies and pickles are plain students: a teacher belongs in no file, and a copy is taken to be kept as it is."""
+        """Copy and pickle the plain student: a file must not contain a teacher, and a copy must not change in training."""
         plain = object.__new__(_student_class(self))
         plain.__dict__.update(vars(self))
         own_children(plain)
         _take_off(plain, type(self))
-        return plain.__reduce_ex__(1)  # later protocols insist on this object's own class
+        return plain.__reduce_ex__(1)  # later protocols require this object's own class
 
     def plain_forward(self, *args: Any, **inputs: Any) -> Any:
-        """The student's own forward."""
+        """Run the student's own forward."""
         return super().forward(*args, **inputs)  # type: ignore[misc]
 
     def distilling_forward(self, **inputs: Any) -> Any:
-        """The student's output; in training also the sources' passes and ``distill``, the terms' losses, in the output."""
+        """Run the student, in training with its sources, and add the terms' losses to its output as ``distill``."""
         link, engine = link_of(self), self.distiller
         own = link.of_student(inputs)
         asked = link.asked is not None or not link.hosted
         if engine is None or not asked or not self.training or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return self.plain_forward(**own)
-        told, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
-        batch, totals = link.of_pass(inputs, told)
-        # Before any model is listened to, which hides the arguments that its forward names.
-        theirs = _inputs_of_sources(link, engine, inputs, batch, told.at)
+        current, device = link.next_step(), next(self.parameters()).device  # type: ignore[attr-defined]
+        batch, totals = link.of_pass(inputs, current)
+        # Before any model is recorded, which hides the names of its forward's arguments.
+        theirs = _inputs_of_sources(link, engine, inputs, batch, current.at)
 
         def run(source: Source) -> Any:
             return source.model(**theirs[source.name])
 
-        with engine.step(self, batch, told.at, run, device, totals=totals, parts=told.parts) as step:  # type: ignore[arg-type]
+        with engine.step(self, batch, current.at, run, device, totals=totals, parts=current.parts) as step:  # type: ignore[arg-type]
             ran = run_student(self, own)
         losses = ran.finish(step)
         peers = {
             name: (found["loss"] if "loss" in found else no_loss(found)) * step.host_share(listener=name)
             for name, found in step.outputs.items()
         }
-        told.keep(step, losses, peers)
-        told.without_loss = isinstance(ran.output, Mapping) and "loss" not in ran.output
+        current.keep(step, losses, peers)
+        current.without_loss = isinstance(ran.output, Mapping) and "loss" not in ran.output
         return _with_losses(ran.output, {**losses, **{f"peer.{name}.loss": value for name, value in peers.items()}})
 
 
 def _inputs_of_sources(
     link: Link, engine: Engine, inputs: Mapping[str, Any], batch: Batch, at: Step
 ) -> dict[str, Mapping[str, Any]]:
-    """What each source's model is given in a step, by its name; a teacher with a store learns which samples these are.
+    """Return the inputs of each source's model in a step, by its name, and give a cached teacher the ids of the samples.
 
     Raises:
-        DistillError: the batch has tokens of the teacher's own, and a source reads the student's.
+        DistillError: the batch has the teacher's own tokens, and another source reads the student's.
     """
     others = [name for name, source in engine.sources.items() if not isinstance(source, (Teacher, Ensemble))]
     if others and inputs.get(TEACHER_INPUTS) is not None:
         raise DistillError(
-            f"the batch has tokens or columns of the teacher's own, and {others[0]!r} reads the student's; take the second "
-            "tokenizer and the columns teacher_… out, or that source"
+            f"the batch has the teacher's own tokens or columns, and {others[0]!r} reads the student's; remove the second tokenizer "
+            "and the columns teacher_…, or that source"
         )
     given = inputs if "labels" in inputs else {**inputs, "labels": batch.labels}
     found = {
@@ -120,9 +119,9 @@ def _inputs_of_sources(
 
 
 def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
-    """The output with the terms' losses in it, so that DDP sees every parameter of the terms in what the pass returns.
+    """Return the output with the terms' losses, so that DDP finds every parameter of the terms in the output of the pass.
 
-    A model that was given no labels returns no loss, and the Trainer asks for one: it gets 0.
+    The Trainer needs a loss in the output; a model without labels returns none, and its loss becomes 0.
     """
     if is_dataclass(output):
         found = {key: value for key, value in losses.items() if key.endswith(".loss")}
@@ -133,7 +132,7 @@ def _with_losses(output: Any, losses: Mapping[str, Tensor]) -> Any:
 
 @cache
 def _output_class(plain: Any) -> Any:
-    """The model's own class of outputs with a field for the terms' losses, and one for its own where it has none."""
+    """Return the model's class of outputs with a field for the terms' losses, and one for its own loss where it lacks one."""
     more = [(name, Any, None) for name in ("distill", "loss") if name not in plain.__dataclass_fields__]
     return make_dataclass(plain.__name__, more, bases=(plain,), namespace={"__module__": plain.__module__})
 
@@ -160,36 +159,36 @@ def graft(
     cache: TeacherCache | None = None,
     init_from: Any = None,
 ) -> Any:
-    """Grafts the engine on a student, in place.
+    """Graft the engine on a student, in place.
 
     Args:
-        student: a model of Hugging Face; under a wrapper of PEFT the engine goes on the base model.
-        teacher: a model, a :class:`~kdgraft.Source`, or the folder that ``save_pretrained`` wrote; may be left out without
-            terms, and where the cache has what it says of every sample.
+        student: a model of Hugging Face; for a wrapper of PEFT the engine is grafted on the base model.
+        teacher: a model, a :class:`~kdgraft.Source`, or the folder that ``save_pretrained`` wrote; optional without terms, or
+            where the cache has its outputs for every sample.
         terms: names, dicts or instances.
         teachers: several sources by name, instead of ``teacher``.
         dry_run: one small batch for all models; made from their configs by default.
-        facts: what is known of the vocabularies: ``vocabulary`` (``"same"``, ``"different"``), ``vocabulary_checked`` (entries of
-            the tokenizer).
-        chunk: tokens at a time for losses on a causal model's logits; ``None``: all at once.
-        cache: of the teacher's outputs, for batches with sample ids.
-        init_from: layers of the teacher that the student starts from; see :func:`~kdgraft_nlp.init_from_teacher`.
+        facts: facts about the vocabularies: ``vocabulary`` (``"same"``, ``"different"``), ``vocabulary_checked`` (the size of the
+            tokenizer).
+        chunk: the number of tokens in a chunk, for losses on a causal model's logits; ``None``: no chunks.
+        cache: a cache of the teacher's outputs, for batches with sample ids.
+        init_from: layers of the teacher to initialise the student from; see :func:`~kdgraft_nlp.init_from_teacher`.
 
     Returns:
         The student that was given.
 
     Raises:
-        DistillError: a wrong teacher; :class:`~kdgraft.WiringError`: a term that cannot work on the two.
+        DistillError: the teacher cannot be used.
+        WiringError: a term cannot be wired to the two models.
     """
     given, student = student, base_of(student)
     _check_student(student)
     if chunk is not None and not terms:
-        raise DistillError("chunked=True belongs to a distillation; give it terms or a recipe")
+        raise DistillError("chunked=True is for distillation only; give terms or a recipe, or leave it out")
     if cache is not None and terms and task_of(student) in ("seq2seq", "ctc"):
         sort = "a model with a decoder" if task_of(student) == "seq2seq" else "a model of frames"
         raise WiringError(
-            f"the cache keeps no outputs of {sort} ({type(student).__name__}): it keeps those of the tokens that a model is given, not "
-            "of a decoder's or of frames; leave the cache out"
+            f"the cache holds outputs for input tokens only, and {type(student).__name__} is {sort}; leave out the cache"
         )
     with isolated_rng():
         sources = build_sources(teacher, teachers, student, cache) if terms else {}
@@ -220,18 +219,18 @@ def graft(
 
 
 def _one_model(sources: Mapping[str, Source]) -> Any:
-    """The model of the one frozen teacher; raises a :class:`DistillError` where there is another source, or none."""
+    """Return the model of the only frozen teacher; raise a :class:`DistillError` where sources are none or others."""
     (source,) = sources.values() if len(sources) == 1 else (None,)
     if not isinstance(source, Teacher):
         raise DistillError(
-            "init_from takes layers of one frozen teacher: give teacher=… and terms; of another model "
-            "init_from_teacher(student, model, layers=…) takes them beforehand"
+            "init_from needs one frozen teacher: give teacher=… and terms, or call init_from_teacher(student, model, layers=…) with "
+            "any model before"
         )
     return source.model
 
 
 def _of_classes(engine: Engine) -> dict[str, Source]:
-    """The sources whose classes some term compares with the student's."""
+    """Return the sources whose classes a term compares with the student's."""
     heard = {name for term in engine.all_terms if term.compares_classes for name in engine.members(term.source)}
     return {name: source for name, source in engine.sources.items() if name in heard}
 
@@ -244,14 +243,14 @@ def _wired(
     facts: Mapping[str, Any],
     chunk: int | None,
 ) -> Engine:
-    """An engine wired by a dry run of all models."""
+    """Build an engine and wire it by a dry run of all models."""
     link, device = link_of(student), next(student.parameters()).device
     engine = Engine(sources, terms, TERMS, AttentionRecorder, HFReader if chunk is None else ChunkedReader)
     ours = dict(dry_run) if dry_run is not None else example(student)
     theirs: dict[str, Mapping[str, Any]] = {}
     for name, source in engine.sources.items():
         if isinstance(source, Itself):
-            if source.momentum is not None:  # the average takes what the student does
+            if source.momentum is not None:  # the average takes the same inputs as the student
                 link.sources[name] = link.takes
                 theirs[name] = link.of_source(ours, name, student)
             continue
@@ -268,7 +267,7 @@ def _wired(
     link.frames = frame_mask(student), frame_mask(teachers[0] if teachers else student)
     own = _without_labels(student, link.of_student(ours))
     if chunk is not None:
-        link.tails, link.chunk = _chunk(student, engine, own, theirs), chunk
+        link.transforms, link.chunk = _chunk(student, engine, own, theirs), chunk
     samples = tokens_of(link.read(ours)).size
 
     def run(source: Source) -> Any:
@@ -288,16 +287,16 @@ def _wired(
 
 
 def undistill(model: Any) -> Any:
-    """Takes the distiller off a student, in place: a plain model again, for another trainer or for ``torch.save``.
+    """Remove the distiller from a student, in place, which makes it a plain model for another trainer or ``torch.save``.
 
     Args:
-        model: the model of a trainer that distils. The trainer still evaluates and saves it, and trains it plainly.
+        model: the model of a trainer that distils. The trainer can still evaluate, save and train it, without distillation.
 
     Returns:
         The model.
 
     Raises:
-        DistillError: nothing is grafted on it.
+        DistillError: the model is not being distilled.
 
     Example::
 
@@ -314,19 +313,19 @@ def undistill(model: Any) -> Any:
 
 
 def _student_class(model: Grafted) -> Any:
-    """The class that a student had before the graft."""
+    """Return the class that a student had before the graft."""
     return type(model).__bases__[1]
 
 
 def _take_off(student: Any, graft: Any) -> None:
-    """Removes what the graft put on an instance whose class is plain again, and what accelerate made of the graft's forward."""
+    """Remove the graft's attributes from an instance whose class is plain again, and accelerate's wrapper of its forward."""
     del student.distiller
     untie(student)
     _unwrap_forward(student, graft)
 
 
 def _unwrap_forward(student: Any, kind: Any) -> None:
-    """Takes off the mixed precision that accelerate left around a class's own forward; the next trainer puts it on anew."""
+    """Remove accelerate's mixed precision around a class's own forward; the next trainer adds it again."""
     before = vars(student).get("_original_forward")
     if getattr(before, "__func__", None) is kind.forward:
         del student.forward, student._original_forward
@@ -334,49 +333,51 @@ def _unwrap_forward(student: Any, kind: Any) -> None:
 
 
 def _check_student(student: Any) -> None:
-    """Refuses what cannot be grafted on; takes off what accelerate left."""
+    """Refuse a student that cannot be grafted, and remove accelerate's wrapper of its forward."""
     if isinstance(student, Grafted):
         raise DistillError(
-            "this student is being distilled already; build a new one, or undistill(model) for another distiller"
+            "this student is already being distilled; build a new one, or undistill(model) for another distiller"
         )
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
     if isinstance(student, nn.Sequential):
         raise DistillError(
-            f"a {type(student).__name__} runs and saves whatever is in it one by one, and the distiller would be; distil the "
-            "transformer in it by itself"
+            f"a {type(student).__name__} runs and saves all its modules in order, the distiller included; distil the transformer "
+            "in it"
         )
     _unwrap_forward(student, type(student))
     if "forward" in vars(student):
         raise DistillError(
-            f"something has replaced the forward of this {type(student).__name__}; distil first, wrap or patch it afterwards"
+            f"the forward of this {type(student).__name__} was replaced; distil first, and wrap or patch it afterwards"
         )
 
 
 def _chunk(
     student: Any, engine: Engine, ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]
-) -> tuple[Tail, Tail]:
-    """Check that terms on logits can be computed in chunks; return what both models make of their output layers' logits."""
+) -> tuple[LogitTransform, LogitTransform]:
+    """Check that terms on logits can be computed in chunks; return the transforms of both models' logits."""
     if task_of(student) != "causal":
-        raise WiringError(f"chunked=True is for causal language models, and {type(student).__name__} is none")
+        raise WiringError(
+            f"chunked=True is for causal language models, and {type(student).__name__} is not one; leave it out"
+        )
     teacher = engine.teacher
     if len(engine.sources) > 1 or not isinstance(teacher, Teacher):
         raise WiringError("chunked=True computes the losses of one frozen teacher; leave it out with other sources")
     heads = [head_of(model).weight.device for model in (student, teacher.model)]
     if heads[0] != heads[1]:
         raise WiringError(
-            f"chunked=True needs the teacher's output layer where the student's is ({heads[0]}), and its weights are on "
-            f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave chunked out"
+            f"chunked=True needs the teacher's output layer on the student's device ({heads[0]}), and it is on "
+            f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave out chunked"
         )
-    tails = check_heads(student, ours), check_heads(teacher.model, theirs[teacher.name])
+    transforms = check_heads(student, ours), check_heads(teacher.model, theirs[teacher.name])
     for term in engine.all_terms:
         if isinstance(term, ScoreTerm) and not term.in_chunks:
-            raise WiringError(f"{term.name} cannot be computed in chunks of tokens; leave chunked out")
-    return tails
+            raise WiringError(f"{term.name} cannot be computed in chunks of tokens; leave out chunked")
+    return transforms
 
 
 def _without_labels(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """A batch as the dry run takes it: no labels, of which a decoder's inputs are made."""
+    """Return a batch for the dry run: a decoder's inputs are made from the labels, which are removed."""
     found = {name: value for name, value in inputs.items() if name not in LABELS}
     if has_decoder(student) and "decoder_input_ids" not in found and "labels" in inputs:
         found["decoder_input_ids"] = decoder_inputs(student, inputs["labels"])

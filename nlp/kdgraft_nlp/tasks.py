@@ -1,4 +1,4 @@
-"""What a Hugging Face model is for, and one small input that it takes."""
+"""The task of a Hugging Face model, the arguments of its forward, and small example inputs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _KINDS: list[tuple[str, Any, Any]] = [
     ("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES, auto.AutoModelForCTC),
     ("segmentation", auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, auto.AutoModelForSemanticSegmentation),
 ]
-"""Task, the library's names of the classes made for it, and the class that loads one; ``text`` is made out by the model itself."""
+"""Tasks, transformers' names of their classes, and the class that loads them; ``text`` depends on the model itself."""
 
 AUTO_CLASSES: dict[str, Any] = {
     **{task: loads for task, _, loads in reversed(_KINDS) if task != "text"},
@@ -53,18 +53,18 @@ _ALIGNED = frozenset(
         "XLNetLMHeadModel",
     ]
 )
-"""Causal models whose own loss does not move the labels on: they stand at the positions that predict them."""
+"""Causal models whose own loss does not shift the labels: each label is at the position that predicts it."""
 PER_SAMPLE = ("sequence", "image", "audio", "choice")
 PER_TOKEN = ("tokens", "ctc", *LANGUAGE_MODELS)
 
 
 def task_of(model: nn.Module) -> str:
-    """The task that a model's class is made for, by the library's own lists of classes.
+    """Return the task of a model's class, by transformers' own lists of classes.
 
     Returns:
-        ``sequence``, ``tokens``, ``question``, ``choice`` (multiple choice), ``masked``, ``causal`` (vision-language and audio
-        models without a decoder of their own too), ``aligned`` (causal, with labels at the positions that predict them), ``seq2seq``, ``image``, ``audio``, ``ctc``,
-        ``segmentation``, or ``other``.
+        ``sequence``, ``tokens``, ``question``, ``choice`` (multiple choice), ``masked``, ``causal`` (including vision-language and
+        audio models without a separate decoder), ``aligned`` (causal, with labels at the positions that predict them),
+        ``seq2seq``, ``image``, ``audio``, ``ctc``, ``segmentation``, or ``other``.
     """
     kind = _kind_of(model)
     if kind is None:
@@ -82,7 +82,7 @@ def task_of(model: nn.Module) -> str:
 
 
 def auto_class(model: nn.Module) -> Any:
-    """The library's class that loads models of this kind; ``None`` for a kind that it does not list."""
+    """Return transformers' class that loads models of this kind; ``None`` for a kind that it does not list."""
     kind = _kind_of(model)
     return None if kind is None else kind[2]
 
@@ -99,10 +99,10 @@ def _kind_of(model: nn.Module) -> tuple[str, Any, Any] | None:
 
 
 def base_of(model: Any) -> Any:
-    """The model under a wrapper of PEFT, its adapters in their places; any other model itself.
+    """Return the base model, with its adapters, of a wrapper of PEFT; any other model is returned unchanged.
 
     Raises:
-        WiringError: adapters that do something in the wrapper's own pass, which the base model's does not have.
+        WiringError: adapters act in the wrapper's own forward, which the base model's does not include.
     """
     if not is_peft_available():
         return model
@@ -114,31 +114,31 @@ def base_of(model: Any) -> Any:
         kind = getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning or kind in ("XLORA", "POLY") or getattr(config, "alora_invocation_tokens", None):
             raise WiringError(
-                f"{type(model).__name__}: adapters of kind {kind} put more into a pass than layers (prompts, routes), which terms do "
-                "not know of; take adapters that sit in layers (LoRA and the like), or distil the base model"
+                f"{type(model).__name__}: adapters of kind {kind} act outside layers (prompts, routes), where terms cannot follow; use "
+                "adapters in layers, such as LoRA, or distil the base model"
             )
     return model.base_model.model
 
 
 def accepted(model: nn.Module) -> set[str]:
-    """Names of the arguments that the model's forward takes."""
+    """Return the names of the arguments of a model's forward."""
     return set(inspect.signature(model.forward).parameters)
 
 
 def reads_text_alone(model: nn.Module) -> bool:
-    """Whether the model reads tokens and no images, so that no tensor in it is a map of an image."""
+    """Return whether the model reads tokens and no images, so that none of its tensors is an image map."""
     return "input_ids" in accepted(model) and "pixel_values" not in accepted(model)
 
 
 def by_name(forward: Callable[..., Any], args: Sequence[Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by their names.
+    """Return all arguments of a call by name.
 
     Args:
-        forward: a method; ``args`` are what comes after ``self``.
-        args, inputs: the arguments by position and by name; names that ``forward`` does not know stay.
+        forward: a method.
+        args, inputs: the arguments after ``self``, by position and by name; names unknown to ``forward`` are kept.
 
     Raises:
-        TypeError: as Python says it, of arguments too many or given twice.
+        TypeError: there are too many arguments, or one is given twice.
     """
     if not args:
         return dict(inputs)
@@ -151,17 +151,17 @@ def by_name(forward: Callable[..., Any], args: Sequence[Any], inputs: Mapping[st
 
 
 def has_decoder(model: Any) -> bool:
-    """Whether the model generates tokens from a decoder of its own (RT-DETR calls itself an encoder-decoder and has no tokens)."""
+    """Return whether the model has a decoder of tokens; RT-DETR is called an encoder-decoder too, and has none."""
     return bool(getattr(model.config, "is_encoder_decoder", False)) and "decoder_input_ids" in accepted(model)
 
 
 def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
-    """The decoder's input tokens for target tokens ``(B, L)``: moved on by one, −100 as padding.
+    """Return the decoder's input tokens for target tokens ``(B, L)``: shifted right by one, with −100 as padding.
 
-    By the model's own method where it has one.
+    The model's own method is used where there is one.
 
     Raises:
-        DistillError: neither the model nor its config says how.
+        DistillError: the model has no such method, and its config lacks the token to start with or the padding token.
     """
     own = getattr(model, "prepare_decoder_input_ids_from_labels", None)
     if own is not None:
@@ -173,8 +173,8 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
     )
     if start is None or pad is None:
         raise DistillError(
-            f"{type(model).__name__} makes its decoder's inputs from labels, and its config names no "
-            f"{'decoder_start_token_id' if start is None else 'pad_token_id'}; set it, or let the collator give decoder_input_ids"
+            f"{type(model).__name__} makes its decoder's inputs from labels, and its config lacks "
+            f"{'decoder_start_token_id' if start is None else 'pad_token_id'}; set it, or add decoder_input_ids to the batch"
         )
     moved = labels.roll(1, 1)
     moved[:, 0] = start
@@ -182,22 +182,22 @@ def decoder_inputs(model: Any, labels: Tensor) -> Tensor:
 
 
 def frame_mask(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
-    """What makes an audio model's mask of frames from its mask of samples.
+    """Return the function from an audio model's mask of samples to its mask of frames.
 
     Returns:
-        ``(B, samples)`` boolean -> ``(B, frames)`` boolean, as the encoder's layers see them; ``None`` for other models.
+        ``(B, samples)`` boolean -> ``(B, frames)`` boolean, at the encoder's layers; ``None`` for other models.
     """
     if "input_ids" in accepted(model):
-        return None  # the mask is that of its tokens
+        return None  # it has a mask of tokens
     names = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
     lengths = next((getattr(m, name) for m in model.modules() for name in names if hasattr(m, name)), None)
     if lengths is None:
         return None
-    # What an adapter behind the layers makes of the frames is not asked for.
+    # The frames of an adapter after the layers are not wanted.
     settings = {"add_adapter": False} if "add_adapter" in inspect.signature(lengths).parameters else {}
 
     def frames(mask: Tensor) -> Tensor:
-        samples = [mask.shape[1], *mask.sum(1).tolist()]  # some models' rule takes one number at a time
+        samples = [mask.shape[1], *mask.sum(1).tolist()]  # some models' methods take one number at a time
         whole, *own = (int(lengths(torch.tensor(count), **settings)) for count in samples)
         return torch.arange(whole, device=mask.device) < torch.tensor(own, device=mask.device)[:, None]
 
@@ -205,10 +205,11 @@ def frame_mask(model: nn.Module) -> Callable[[Tensor], Tensor] | None:
 
 
 def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]:
-    """A small input of two samples (one, of multiple choice), made from the config alone: token ids, sound, or an image of the configured size.
+    """Return a small input of two samples (one for multiple choice), made from the config: token ids, sound or images.
 
     Args:
-        device: where it lies; with the model's parameters by default.
+        model: the model.
+        device: the device of the input; that of the model's parameters by default.
 
     Raises:
         DistillError: the model takes none of these.
@@ -222,13 +223,13 @@ def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]
         rows = 1 if task == "sequence" and getattr(config, "pad_token_id", None) is None else 2
         ids = _tokens(model, rows).to(device)
         if task == "choice":
-            ids = ids[None]  # one sample of two choices, which the layers see as two texts
+            ids = ids[None]  # one sample of two choices, which are two texts to the layers
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     elif found := _media(config, takes):
         inputs = {name: torch.zeros(2, *shape, device=device) for name, shape in found.items()}
     else:
         raise DistillError(
-            f"{type(model).__name__} takes neither input_ids nor pixel_values; give dry_run=dict(…), one small batch"
+            f"{type(model).__name__} has inputs of an unknown kind; pass one small batch as dry_run=dict(…)"
         )
     if has_decoder(model):
         inputs["decoder_input_ids"] = inputs.get("input_ids", _tokens(model, 2).to(device))
@@ -236,13 +237,11 @@ def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]
 
 
 def _media(config: Any, takes: set[str]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of a sound, a video or an image that a model takes; nothing where its config does not tell."""
+    """Return the name and shape of a model's sound, video or image input; nothing where its config does not give them."""
     bins = getattr(config, "num_mel_bins", None)
     if "input_features" in takes:
         if bins and hasattr(config, "max_source_positions"):
-            return {
-                "input_features": (bins, 2 * config.max_source_positions)
-            }  # Whisper takes spectrograms of one length
+            return {"input_features": (bins, 2 * config.max_source_positions)}  # Whisper has a fixed length
         names = ("input_feat_per_channel", "feature_projection_input_dim")
         width = next((getattr(config, name) for name in names if hasattr(config, name)), None)
         return {"input_features": (40, width)} if width else {}
@@ -258,7 +257,7 @@ def _media(config: Any, takes: set[str]) -> dict[str, tuple[int, ...]]:
 
 
 def _tokens(model: Any, rows: int) -> Tensor:
-    """``(rows, 5)``: words, none of which stands for an image, a sound or padding; the end of the text last."""
+    """Return token ids ``(rows, 5)``, none of which is an image, a sound or padding; the end-of-text token is last."""
     config = model.config
     embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     size = int(embeddings.num_embeddings) if isinstance(embeddings, nn.Embedding) else 8
@@ -268,5 +267,5 @@ def _tokens(model: Any, rows: int) -> Tensor:
     words = [i for i in range(min(size, 9)) if i not in special] or [0]
     ids = torch.tensor([[words[(5 * row + 3 * i) % len(words)] for i in range(5)] for row in range(rows)])
     if end is not None:
-        ids[:, -1] = end  # some take what stands at the end of the text
+        ids[:, -1] = end  # some models read the state of this token
     return ids

@@ -1,4 +1,4 @@
-"""What terms know of a batch of text: which tokens are real, which logits have a label, which tokens belong together."""
+"""The tokens of a batch as terms read them: tokens that are not padding, logits with a label, and aligned tokens."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from .packing import texts_of
 
 IGNORED = -100
 TEACHER_INPUTS = "teacher_inputs"
-"""Key of a batch under which :class:`~kdgraft_nlp.DistillCollator` puts what only the teacher is given."""
+"""Key of a batch under which :class:`~kdgraft_nlp.DistillCollator` stores the inputs of the teacher only."""
 TOKEN_PAIRS = "token_pairs"
-"""Key of a batch: ``(B, P, 2)`` positions of tokens that belong together, in the student's and the teacher's, −1 for none."""
+"""Key of a batch: the positions ``(B, P, 2)`` of aligned tokens of student and teacher, −1 for none."""
 
 SAMPLE_IDS = "sample_ids"
-"""Key of a batch: what tells its samples apart, for cached teacher outputs."""
+"""Key of a batch: the ids of its samples, for cached teacher outputs."""
 
 
 @dataclass
-class Side:
+class ModelTokens:
     """The tokens of one model.
 
     Attributes:
         real: ``(B, L)`` boolean, false for padding; ``None`` where every position counts (images).
-        decoder: the same for a decoder's own tokens; ``None`` without a decoder.
+        decoder: the same for the decoder's tokens; ``None`` without a decoder.
         labelled: ``(B, L)`` boolean: positions whose logits have a label (for a causal model the one *before* the labelled
             token); ``None`` without labels.
-        unknown: a decoder's tokens have come, and nothing says which of them are padding.
-        texts: ``(B, L)``: of packed rows, which text each token belongs to, numbered through the batch; ``None`` where each row
-            is one text.
+        unknown: true where the decoder has tokens and their padding is unknown.
+        texts: ``(B, L)``: the number of each token's text in the batch, for packed rows; ``None`` where each row is one text.
     """
 
     real: Tensor | None
@@ -46,20 +45,19 @@ class Side:
     texts: Tensor | None = None
 
     def of(self, stack: str) -> Tensor | None:
-        """The real tokens that a stack's hidden states stand for.
+        """Return the tokens of a stack's hidden states that are not padding.
 
         Raises:
-            DistillError: they cannot be told from padding.
+            DistillError: padding is unknown.
         """
         if self.unknown and stack in ("decoder", "cross"):
             raise DistillError(
-                "which tokens of the decoder are padding cannot be told: let the collator give labels (−100 for padding) or "
-                "decoder_attention_mask"
+                "the padding of the decoder's tokens is unknown; add labels (−100 for padding) or decoder_attention_mask to the batch"
             )
         return self.decoder if stack in ("decoder", "cross") else self.real
 
     def texts_of(self, stack: str) -> Tensor | None:
-        """The texts that a stack's hidden states belong to; see :attr:`texts`."""
+        """Return :attr:`texts` for a stack's hidden states."""
         return None if stack in ("decoder", "cross") else self.texts
 
 
@@ -68,48 +66,59 @@ class Tokens:
     """The tokens of both models in one batch.
 
     Attributes:
-        size: number of samples; of multiple choice, of their choices.
-        student, teacher: each model's side.
-        pairs: ``(B, P, 2)`` positions that belong together where the two are tokenised differently; ``None`` where position i is
-            the same token for both.
-        samples: number of samples, each of which has one answer.
-        two_stacks: the models read one sequence with an encoder and another with a decoder.
+        size: the number of texts: that of samples, or for multiple choice that of their choices.
+        student, teacher: the tokens of each model.
+        pairs: positions ``(B, P, 2)`` of aligned tokens, where the models have different tokenizers; ``None`` where position i
+            is the same token for both.
+        samples: the number of samples, each of which has one answer.
+        two_stacks: true where the models have an encoder and a decoder, which read different sequences.
     """
 
     size: int
-    student: Side
-    teacher: Side
+    student: ModelTokens
+    teacher: ModelTokens
     pairs: Tensor | None = None
     samples: int = 0
     two_stacks: bool = False
 
+    @property
+    def paired(self) -> Tensor | None:
+        """The pairs that are not padding, ``(B, P)`` boolean; ``None`` without ``pairs``."""
+        return None if self.pairs is None else (self.pairs >= 0).all(-1)
+
+    def align(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Return both models' values per token, ``(B, L, …)``, at the paired tokens: ``(B, P, …)``."""
+        if self.pairs is None:
+            return student, teacher
+        return take(student, self.pairs[..., 0]), take(teacher, self.pairs[..., 1])
+
 
 VISION = frozenset({"vision_tower", "vision_model", "vision_encoder", "visual"})
-"""What models of text and images call the part that reads images."""
+"""The names of the modules that read images in vision-language models."""
 
 
 class TextBatch(Batch):
-    """A batch that tells regions of the core which positions of what a model of Hugging Face computes are padding."""
+    """A batch that gives the core's regions the padding of a Hugging Face model's features."""
 
     def at(self, tap: Tap, feature: Tensor) -> Batch:
         """Return the batch with the tokens of the stack that was tapped.
 
         Raises:
-            WiringError: padding cannot be told from tokens there, or position i is not the same token for both models.
+            WiringError: padding is unknown there, or position i is not the same token for both models.
         """
         tokens, parts = tokens_of(self), tap.path.split(".")
         in_encoder = "encoder" in parts or any(str(key).startswith("encoder") for key in tap.index)
         counted = tokens.student.of("decoder" if tokens.two_stacks and not in_encoder else "layers")
         if feature.ndim == 3 and "decoder" not in parts and self._padded_images():
             raise WiringError(
-                f"tap '{tap}': {tuple(feature.shape)} holds padding of images that cannot be told from the rest; tap a map (B, C, H, W)"
+                f"tap '{tap}': {tuple(feature.shape)} contains padding of images at unknown positions; tap a map (B, C, H, W)"
             )
         if counted is None or feature.ndim > 3 or VISION.intersection(parts):
             return self
         if tokens.pairs is not None and feature.ndim == 3:
             raise WiringError(
-                f"tap '{tap}': student and teacher are tokenised apart, so that position i is not the same token for both; use "
-                "HiddenStates, which pairs tokens"
+                f"tap '{tap}': student and teacher have different tokenizers, and position i is not the same token for both; use "
+                "HiddenStates, which aligns tokens"
             )
         if feature.ndim == 3 and feature.shape[:2] != counted.shape and bool(counted.all()):
             return self  # frames or summaries of tokens, and none is padding
@@ -120,35 +129,35 @@ class TextBatch(Batch):
 
 
 def tokens_of(batch: Batch) -> Tokens:
-    """The :class:`Tokens` that the host put into the batch."""
+    """Return the :class:`Tokens` of a batch."""
     return batch.extra["tokens"]
 
 
-Frames = Callable[[Tensor], Tensor] | None
+FrameMask = Callable[[Tensor], Tensor] | None
 
 
-def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[Frames, Frames] = (None, None)) -> Batch:
-    """A :class:`~kdgraft.Batch` from what a collator made.
+def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, FrameMask] = (None, None)) -> Batch:
+    """Return the :class:`~kdgraft.Batch` of a collator's output.
 
     Args:
-        inputs: the batch.
-        task: the student's, see :func:`~kdgraft_nlp.tasks.task_of`.
-        frames: of student and teacher, what makes masks of frames from masks of samples of sound.
+        inputs: the output of the collator.
+        task: the student's task; see :func:`~kdgraft_nlp.tasks.task_of`.
+        frames: the frame masks of student and teacher; see :func:`~kdgraft_nlp.tasks.frame_mask`.
     """
     own = {name: value for name, value in inputs.items() if name not in (TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS)}
     tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors:
-        raise DistillError("the batch holds no tensors; the collator has to return a dict of them")
+        raise DistillError("the batch holds no tensors; use a collator that returns a dict of tensors")
     given, pairs = inputs.get(TEACHER_INPUTS, {}), inputs.get(TOKEN_PAIRS)
-    student = _side(own, task, frames[0])
-    if given.get("input_ids") is not None:  # other tokens: nothing that the student's say holds of them
-        teacher = _side(given, task, frames[1])
+    student = _model_tokens(own, task, frames[0])
+    if given.get("input_ids") is not None:  # other tokens: the student's inputs do not apply to them
+        teacher = _model_tokens(given, task, frames[1])
         if teacher.labelled is None and pairs is not None and teacher.real is not None:
             teacher.labelled = carried_over(student.labelled, pairs, teacher.real)
     else:
-        teacher = _side({**own, **given}, task, frames[1])
+        teacher = _model_tokens({**own, **given}, task, frames[1])
     if pairs is not None and student.texts is not None:
-        raise DistillError("packed rows cannot be aligned across two tokenizers; leave packing out of the collator")
+        raise DistillError("packed rows cannot be aligned across two tokenizers; use a collator that pads")
     samples = len(tensors[0])
     size = samples if task != "choice" or student.real is None else len(student.real)
     tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq")
@@ -156,7 +165,7 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[Frames, Frame
 
 
 def _image_sizes(mask: Any) -> dict[str, Any]:
-    """Sizes of images from the mask ``(B, H, W)`` that a processor pads with, at the right and at the bottom."""
+    """Return the sizes of images by a processor's mask ``(B, H, W)``, whose padding is at the right and the bottom."""
     if not isinstance(mask, Tensor) or mask.ndim != 3:
         return {}
     heights, widths = (mask.bool().any(dim).sum(1).tolist() for dim in (2, 1))
@@ -164,11 +173,11 @@ def _image_sizes(mask: Any) -> dict[str, Any]:
 
 
 def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor | None:
-    """Which of the teacher's tokens are labelled, told from the student's: each as the last paired one up to it.
+    """Transfer labelled positions from the student's tokens to the teacher's: each is as the last paired token up to it.
 
     Args:
-        labelled: ``(B, L)`` of the student.
-        pairs: ``(B, P, 2)``.
+        labelled: ``(B, L)``: the student's labelled tokens.
+        pairs: ``(B, P, 2)``: the positions of aligned tokens.
         real: ``(B, L_t)``: the teacher's tokens that are not padding.
     """
     if labelled is None:
@@ -183,11 +192,11 @@ def carried_over(labelled: Tensor | None, pairs: Tensor, real: Tensor) -> Tensor
     return found & (last > 0) & real
 
 
-def _side(inputs: Mapping[str, Any], task: str, frames: Frames) -> Side:
+def _model_tokens(inputs: Mapping[str, Any], task: str, frames: FrameMask) -> ModelTokens:
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     real = mask.bool() if mask is not None else torch.ones_like(ids, dtype=torch.bool) if ids is not None else None
     if task == "choice" and real is not None and real.ndim == 3:
-        real = real.flatten(0, 1)  # the layers see each choice as a text of its own
+        real = real.flatten(0, 1)  # each choice is a text to the layers
     if real is not None and real.ndim != 2:
         raise DistillError(f"attention_mask must be (B, L), got {tuple(real.shape)}")
     if real is not None and frames is not None:
@@ -205,11 +214,11 @@ def _side(inputs: Mapping[str, Any], task: str, frames: Frames) -> Side:
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()
     unknown = decoder is None and (task == "seq2seq" or "decoder_input_ids" in inputs)
-    return Side(real, decoder, labelled, unknown, texts)
+    return ModelTokens(real, decoder, labelled, unknown, texts)
 
 
 def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
-    """``values`` at ``positions (B, P)`` along a dimension; −1 takes position 0 (to be masked by who asks)."""
+    """Return ``values`` at ``positions (B, P)`` along a dimension; −1 takes position 0, which the caller must mask."""
     index = positions.clamp(min=0)
     shape = [1] * values.ndim
     shape[0], shape[dim] = index.shape

@@ -1,407 +1,34 @@
-"""``DistillTrainer``: the Trainer, with a teacher; ``distill``: the same for a trainer that you already have."""
+"""``DistillTrainer``, the Trainer with a teacher, and ``distill``, the same for a trainer that you already have."""
 
 from __future__ import annotations
 
-import copy
-import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import Trainer
 
-from kdgraft.distributed import sum_over_ranks, world_size
-from kdgraft.engine import Engine
-from kdgraft.errors import DistillError, check_number
-from kdgraft.isolation import eval_mode
-from kdgraft.registry import check_told, expand_recipe
-from kdgraft.schedules import Step
-from kdgraft.sources.teacher import read_checkpoint
-from kdgraft.telling import announced
+from kdgraft.errors import DistillError
 
-from .checkpoints import STATE_FILE, to_resume, write_checksums
-from .collator import PREFIX, DistillCollator
-from .link import Asked, is_tied, link_of
-from .registry import RECIPES
-from .student import graft, undistill
-
-logger = logging.getLogger("kdgraft")
-
-LATEST = (".dropped", ".weight")
-"""Endings of figures of which the log has the latest, and not the mean over steps."""
-
-if TYPE_CHECKING:
-    _Host = Trainer
-else:
-    _Host = object
-
-
-class Distilling(_Host):
-    """What is mixed in before a Trainer class."""
-
-    model: Any
-    _signature_columns: Any
-    _settings: dict[str, Any]
-    _anew: frozenset[str] = frozenset()
-    """Files of the checkpoint to resume whose states begin anew."""
-
-    def start_distilling(
-        self,
-        teacher: Any = None,
-        terms: Sequence[Any] | None = None,
-        recipe: Any = None,
-        dry_run: Mapping[str, Any] | None = None,
-        chunked: bool | int = False,
-        host_weight: float = 1.0,
-        teachers: Mapping[str, Any] | None = None,
-        init_from: Any = None,
-    ) -> None:
-        """Grafts the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
-        if not isinstance(terms, (list, tuple, type(None))):
-            raise DistillError(f"terms must be a list, got {terms!r}")
-        check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run, init_from=init_from)
-        _refuse_hosts(self)
-        check_number("host_weight", "the host's share", host_weight, 0)
-        specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
-        if host_weight != 1 and not specs:
-            raise DistillError("host_weight belongs to a distillation; give it terms or a recipe")
-        others = list(teachers.values()) if isinstance(teachers, Mapping) else []
-        facts = _vocabularies(self, [teacher] if teachers is None else others)
-        self._recipe = recipe
-        self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
-        self._settings["init_from"] = init_from
-        self._settings["chunk"] = _chunk_size(self, chunked)
-        self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
-        self._totals: dict[str, Tensor] = {}
-        self._logged: dict[str, Tensor] = {}
-        self._logged_in: dict[str, set[int]] = {}
-        self._last_step = 0
-        self._host_checked = self._told_of_labels = False
-        self._host_weight = float(host_weight)
-        self._graft(self.model)
-        peers = [source for source in self.distiller.sources.values() if source.trains] if self.distiller else []
-        if peers and _has_own_loss(self):
-            undistill(self.model)
-            raise DistillError(
-                "a peer trains on the loss that its model computes itself; leave out label smoothing and losses of your own"
-            )
-        self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
-        self._new_parameters()
-
-    def _graft(self, model: Any) -> None:
-        settings = dict(self._settings)
-        # Terms are sized for one student; a copy for each leaves the given ones as they are.
-        graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
-        link = link_of(model)
-        link.hosted, link.host_weight = True, self._host_weight
-
-    @property
-    def distiller(self) -> Engine | None:
-        """The distiller; ``None`` without terms, and once the model is undistilled."""
-        return getattr(self.model, "distiller", None)
-
-    def call_model_init(self, trial: Any = None) -> Any:
-        model = super().call_model_init(trial)
-        if hasattr(self, "_settings"):
-            for peer, first in self._peers:
-                peer.load_state(first)
-            self._graft(model)
-        return model
-
-    def _new_parameters(self) -> None:
-        """Gives an optimizer that exists already the terms' parameters."""
-        optimizer = self.optimizer
-        if optimizer is None or self.distiller is None:
-            return
-        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        new = [p for p in self.distiller.parameters() if p.requires_grad and id(p) not in known]
-        if not new:
-            return
-        if getattr(self, "lr_scheduler", None) is not None:
-            raise DistillError(
-                "the terms have parameters to train, and this trainer's optimizer and scheduler are made already; let the "
-                "Trainer make them, or give it the optimizer alone"
-            )
-        optimizer.add_param_group({"params": new})
-
-    # The step.
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        if self.state.global_step >= self.state.max_steps > 0:
-            # Resumed from the last step; where that is within an epoch, the host would make one more.
-            self.control.should_training_stop = True
-            return [], None
-        found = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self.state.global_step < self._last_step:  # another run of the same trainer
-            self._logged, self._logged_in = {}, {}
-        self._last_step = self.state.global_step
-        self._totals = {}
-        if self.distiller is not None and found[0]:
-            self._totals = self._count(found[0], device)
-        return found
-
-    def _count(self, batches: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-        """Each term's items over the whole accumulated batch and all processes."""
-        assert self.distiller is not None
-        link = link_of(self.model)
-        try:
-            parts = [self.distiller.counts(link.read(batch)) for batch in batches]
-        except DistillError:
-            return {}  # batches that a loss makes the model's inputs of; where it does not, the pass says what is wrong
-        names = sorted(set.intersection(*(set(part) for part in parts)))
-        if not names:
-            return {}
-        sums = torch.stack([torch.stack([part[name].double().cpu() for part in parts]).sum() for name in names])
-        return dict(zip(names, sum_over_ranks(sums.to(device)).unbind(), strict=True))
-
-    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
-        self._distilled = False
-        loss = super().training_step(model, inputs, *args, **settings)
-        if self.distiller is not None and not self._distilled:
-            raise DistillError(
-                f"{type(self).__name__}.compute_loss does not call the one that distils; call super().compute_loss(…), or make it a "
-                "Trainer's and hand that to distill(…)"
-            )
-        return loss
-
-    def compute_loss(
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        if self.distiller is None or not model.training or not torch.is_grad_enabled():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_host(model, inputs, num_items_in_batch)
-        state, scales = self.state, self._host_scales(num_items_in_batch)
-        parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
-        factor = self._host_factor(num_items_in_batch)
-        asked = Asked(
-            Step(state.global_step, int(state.epoch or 0)),
-            dict(inputs),  # a copy: losses take the labels out
-            self._totals,
-            parts,
-            factor / (1 if scales else parts),
-        )
-        with link_of(self.model).asking(asked):
-            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not asked.passes:
-            raise DistillError(
-                f"{type(self).__name__}.compute_loss did not run the model, so that nothing was distilled"
-            )
-        self._distilled = True
-        loss, split = self._weighted(result[0] if return_outputs else result, asked), 1 if scales else parts
-        # Peers train on the host's own loss, as the student does.
-        peers = {f"peer.{name}.loss": _times(value * factor, self._host_weight) for name, value in asked.peers.items()}
-        extra = torch.stack([value for key, value in asked.losses.items() if key.endswith(".loss")]).sum()
-        self._keep({**asked.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
-        asked.losses = {key: value.detach() for key, value in asked.losses.items()}
-        # The Trainer divides a loss that its model did not scale by the number of micro-batches; the terms' are whole shares.
-        whole = sum(peers.values(), loss) + extra * split
-        return (whole, result[1]) if return_outputs else whole
-
-    def _weighted(self, loss: Tensor, asked: Asked) -> Tensor:
-        """The host's loss times its share; in chunks the model has weighted it already."""
-        if asked.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
-            self._told_of_labels = True
-            logger.warning(
-                "the batches have no labels, so that the host's own loss is 0 and the student learns from the terms alone; "
-                "host_weight=0 says that this is meant"
-            )
-        if student_chunks(self.model):
-            return loss
-        return _times(loss, self._host_weight * asked.host_share)
-
-    def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
-        """Says once when the host adds up the losses of micro-batches that its model did not scale; the terms' are right."""
-        parts = int(getattr(self, "current_gradient_accumulation_steps", 1) or 1) * world_size()
-        if self._host_checked or parts == 1 or student_chunks(self.model):
-            return
-        self._host_checked = True
-        if num_items is None or _has_own_loss(self) or not self._host_scales(num_items):
-            return
-        student = self.model
-        given = link_of(student).of_student(inputs)
-        with torch.no_grad(), eval_mode(student):
-            losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
-        if torch.equal(*losses) and self.is_world_process_zero():
-            logger.warning(
-                "%s ignores num_items_in_batch, so that the Trainer adds its loss up over the %d parts of a batch (accumulated "
-                "batches and processes) instead of averaging it; the distillation losses are averaged",
-                type(student).__name__,
-                parts,
-            )
-
-    def _host_factor(self, num_items: Any) -> float:
-        """What the Trainer multiplies the model's loss by to make up for DDP's mean; its own rule."""
-        args = self.args
-        accepts = self.model_accepts_loss_kwargs or self.compute_loss_func
-        if not (args.average_tokens_across_devices and accepts and num_items is not None):
-            return 1.0
-        return float(self.accelerator.num_processes)
-
-    def _host_scales(self, num_items: Any) -> bool:
-        """Whether the Trainer takes the loss to be scaled over the accumulated batch already; its own rule."""
-        told = getattr(self, "loss_is_scaled_for_ga", None)
-        if told is not None:
-            return bool(told)
-        accepts = self.model_accepts_loss_kwargs and num_items is not None
-        return bool(accepts or self.compute_loss_func is not None)
-
-    def _keep(self, losses: Mapping[str, Tensor], host: Tensor, parts: int) -> None:
-        for key, value in {**losses, "task_loss": host / parts}.items():
-            value = value.detach().float()
-            last = key.endswith(LATEST)
-            self._logged[key] = value if last or key not in self._logged else self._logged[key] + value
-            self._logged_in.setdefault(key, set()).add(self.state.global_step)
-
-    def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
-        """Adds the figures of the steps since the last log: their means, of counts and weights the latest."""
-        if "loss" in logs and self._logged:
-            weights = {name: value.item() for name, value in self._logged.items() if name.endswith(".weight")}
-            names = sorted(self._logged.keys() - weights.keys())
-            device = next(self.model.parameters()).device
-            total = sum_over_ranks(torch.stack([self._logged[name] for name in names]).float().to(device))
-            for name, value in zip(names, (total / world_size()).tolist(), strict=True):
-                logs[name] = value if name.endswith(LATEST) else value / len(self._logged_in[name])
-            logs.update(weights)
-            self._logged, self._logged_in = {}, {}
-        super().log(logs, *args, **settings)
-
-    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
-        if is_tied(self.model):
-            inputs = link_of(self.model).of_student(inputs)  # generation hands every input on to the model
-        return super().prediction_step(model, inputs, *args, **settings)
-
-    # Columns, checkpoints.
-
-    def _save_cache(self) -> None:
-        cache = self._settings["cache"]
-        if cache is not None and cache.folder is not None:
-            cache.save()
-
-    def _set_signature_columns_if_needed(self) -> None:
-        super()._set_signature_columns_if_needed()
-        columns = list(self._signature_columns)
-        if self.distiller is not None:
-            taken = sorted(set().union(*link_of(self.model).sources.values()))
-            columns += [*taken, *(PREFIX + name for name in taken)]
-        if isinstance(self.data_collator, DistillCollator):
-            columns += self.data_collator.columns
-        self._signature_columns = list(dict.fromkeys(columns))
-
-    def train(  # type: ignore[override]
-        self, resume_from_checkpoint: str | bool | None = None, *args: Any, partial: bool = False, **settings: Any
-    ) -> Any:
-        """Trains as the host does.
-
-        Args:
-            resume_from_checkpoint: a checkpoint's folder; ``True``: the newest complete one in ``output_dir``.
-            args, settings: as for the host's ``train``.
-            partial: resume also where states are missing or damaged (of optimizer, scheduler, random numbers, terms), and begin
-                these anew.
-
-        Raises:
-            DistillError: the checkpoint is not complete, or damaged.
-        """
-        self._anew = frozenset()
-        if resume_from_checkpoint:
-            folder, found = to_resume(
-                resume_from_checkpoint,
-                str(self.args.output_dir),
-                self._states(),
-                partial,
-                self.is_world_process_zero(),
-            )
-            self._anew, resume_from_checkpoint = frozenset(found), folder
-        if self.distiller is not None and self.is_world_process_zero():
-            logger.info(announced(self.distiller, self.model, self._recipe))
-        try:
-            return super().train(resume_from_checkpoint, *args, **settings)
-        finally:
-            self._save_cache()
-
-    def _states(self) -> list[str]:
-        """The files that a resumed run needs in a checkpoint, beside weights and the Trainer's own state."""
-        processes = self.args.world_size
-        found = ["optimizer.pt", "scheduler.pt"]
-        found += ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
-        if getattr(self.accelerator, "scaler", None) is not None:
-            found.append("scaler.pt")
-        if self.distiller is not None:
-            state = self.distiller.live_state()
-            found += [STATE_FILE] if state["terms"] or state["hidden"] or state["sources"] else []
-        return found
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.distiller is not None and self.args.should_save:
-            torch.save(self.distiller.live_state(), os.path.join(output_dir, STATE_FILE))
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        super().save_model(output_dir, _internal_call)
-        if self.distiller is not None and self.args.should_save and not _internal_call:
-            folder = Path(output_dir or str(self.args.output_dir))
-            for name, peer in self.distiller.peers.items():
-                peer.save_pretrained(folder / "peers" / name)  # type: ignore[operator]
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
-        self._save_cache()
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        with _one_line(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and self.distiller is not None and STATE_FILE not in self._anew:
-            file = Path(checkpoint) / STATE_FILE
-            if file.is_file():
-                self.distiller.load_live_state(read_checkpoint(file))
-        if checkpoint is not None and not {"optimizer.pt", "scheduler.pt"} & self._anew:
-            with _one_line(checkpoint):
-                super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if "scaler.pt" not in self._anew:
-            super()._load_scaler(checkpoint)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if not any(name.startswith("rng_state") for name in self._anew):
-            super()._load_rng_state(checkpoint)
-
-
-@contextmanager
-def _one_line(checkpoint: str) -> Iterator[None]:
-    """Turns what torch says of states that do not fit into one line."""
-    try:
-        yield
-    except (RuntimeError, ValueError, KeyError) as error:
-        said = " ".join(str(error).split())
-        raise DistillError(f"cannot resume from {checkpoint}: {said[:300]}") from error
+from .distilling import Distilling
 
 
 class DistillTrainer(Distilling, Trainer):
-    """The Trainer with a teacher: everything that Trainer does, and the terms' losses beside the host's.
+    """The Trainer with a teacher: it adds the terms' losses to the host's loss.
 
     Args:
         model, args, …: as for :class:`transformers.Trainer`.
         teacher: a model, a :class:`~kdgraft.Source`, or the folder that ``save_pretrained`` wrote.
         terms: a list of names, dicts or terms.
-        recipe: a recipe's name, or ``dict(type=name, …)``; its terms come before ``terms``.
-        dry_run: one small batch that both models take; made from their configs by default.
+        recipe: the name of a recipe, or ``dict(type=name, …)``; its terms are put before ``terms``.
+        dry_run: one small batch for all models; made from their configs by default.
         chunked: for causal models with a large vocabulary: the host's cross-entropy and the divergences are computed together,
-            256 (or that many) tokens at a time, and no model's logits are ever held as a whole. Training steps then return no
-            logits. Not with label smoothing or a loss of your own.
-        host_weight: what the host's own loss is multiplied by. It is 0 for batches without labels.
-        teachers: several sources by name, instead of ``teacher``; a term's ``source`` names the one it listens to. Peers are
-            saved beside the student, in ``peers/<name>``.
-        init_from: layers of the teacher that the student starts from, ``[1, 3, 5]``; see
+            in chunks of 256 (or this many) tokens, and neither model's logits are stored. Training steps then return no logits.
+            Label smoothing and losses of your own are not supported.
+        host_weight: the factor of the host's own loss. Batches without labels have a host loss of 0.
+        teachers: several sources by name, instead of ``teacher``; a term's ``source`` names its source. Peers are saved beside
+            the student, in ``peers/<name>``.
+        init_from: layers of the teacher to initialise the student from, ``[1, 3, 5]``; see
             :func:`~kdgraft_nlp.init_from_teacher`.
 
     Example::
@@ -446,16 +73,19 @@ def distill(
     teachers: Mapping[str, Any] | None = None,
     init_from: Any = None,
 ) -> Any:
-    """Lets a trainer that you already have distil: any Trainer or subclass of it, before ``train()``.
+    """Add distillation to a trainer that you already have, an instance of Trainer or of a subclass, before ``train()``.
 
     Args:
-        trainer: it is changed and handed back; its own ``compute_loss``, callbacks and so on stay in force.
+        trainer: the trainer, changed in place; its own ``compute_loss`` and callbacks stay active.
         teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from: as for :class:`DistillTrainer`.
+
+    Returns:
+        The trainer.
     """
     if not isinstance(trainer, Trainer):
         raise DistillError(f"distill takes a transformers.Trainer, got {type(trainer).__name__}")
     if isinstance(trainer, Distilling):
-        raise DistillError("this trainer distils already; build a new one for other terms")
+        raise DistillError("this trainer already distils; build a new one for other terms")
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
@@ -465,66 +95,3 @@ def distill(
         trainer.__class__ = before
         raise
     return trainer
-
-
-def _times(loss: Tensor, share: float) -> Tensor:
-    """A host's loss times its share; an infinite one times 0 would not be 0."""
-    return loss * share if share else loss.flatten()[:0].sum()
-
-
-def student_chunks(model: Any) -> bool:
-    """Whether this student's losses are computed in chunks."""
-    return link_of(model).chunk is not None
-
-
-def _refuse_hosts(trainer: Any) -> None:
-    if is_tied(trainer.model):
-        raise DistillError(
-            "this trainer's model is being distilled already; build a new one, or undistill(model) first"
-        )
-    if trainer.args.n_gpu > 1:
-        raise DistillError(
-            "one process cannot distil on several GPUs; start it with 'accelerate launch', one process a GPU"
-        )
-    for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
-        if found:
-            raise DistillError(f"distilling under {name} is not supported; use several processes without it (DDP)")
-
-
-def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
-    if chunked is False:
-        return None
-    size = 256 if chunked is True else chunked
-    check_number("chunked", "the number of tokens", size, 1, whole=True)
-    if _has_own_loss(trainer):
-        raise DistillError(
-            "chunked=True computes the cross-entropy itself: leave out label smoothing and losses of your own"
-        )
-    return size
-
-
-def _has_own_loss(trainer: Any) -> bool:
-    """Whether the host's loss is another than the one that the model computes by itself."""
-    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
-    return trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
-
-
-def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
-    """What is known of the vocabularies before training."""
-    collator = trainer.data_collator
-    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor's own
-    if not isinstance(own, PreTrainedTokenizerBase):
-        own = getattr(collator, "tokenizer", None)
-    if not isinstance(own, PreTrainedTokenizerBase):
-        return {}
-    facts: dict[str, Any] = {"vocabulary_checked": len(own)}
-    others = [collator.teacher_tokenizer] if isinstance(collator, DistillCollator) else []
-    others = [tokenizer for tokenizer in others if tokenizer is not None]
-    for teacher in teachers if not others else ():
-        folder = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "") or ""
-        if folder and (Path(folder) / "tokenizer_config.json").is_file():
-            others.append(AutoTokenizer.from_pretrained(folder))
-    if others:
-        same = all(other.get_vocab() == own.get_vocab() for other in others)
-        facts["vocabulary"] = "same" if same else "different"
-    return facts

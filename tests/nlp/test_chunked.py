@@ -11,7 +11,7 @@ from transformers import Trainer
 from kdgraft import DistillError, WiringError
 from kdgraft.losses import generalized_jsd, soft_targets
 from kdgraft_nlp import DistillTrainer
-from kdgraft_nlp.chunked import Head, Part, chunked_losses
+from kdgraft_nlp.chunked import Head, TokenLoss, chunked_losses
 from kdgraft_nlp.student import graft
 from support import nlp as support
 from support.tensors import gradients
@@ -31,8 +31,8 @@ def tensors(dtype=torch.float64):
 
 def parts(targets, counted):
     return [
-        Part(lambda s, t: soft_targets(s, t, 2.0, reduction="none"), targets != -100, torch.tensor(0.3)),
-        Part(lambda s, t: generalized_jsd(s, t, 0.3, reduction="none"), counted, torch.tensor(0.2)),
+        TokenLoss(lambda s, t: soft_targets(s, t, 2.0, reduction="none"), targets != -100, torch.tensor(0.3)),
+        TokenLoss(lambda s, t: generalized_jsd(s, t, 0.3, reduction="none"), counted, torch.tensor(0.2)),
     ]
 
 

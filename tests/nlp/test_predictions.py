@@ -10,7 +10,7 @@ import transformers
 from kdgraft import DistillError, WiringError
 from kdgraft.schedules import Step
 from kdgraft_nlp import DistillTrainer, TeacherCache
-from kdgraft_nlp.link import Asked
+from kdgraft_nlp.link import StudentStep
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
 from support import nlp as support
@@ -100,7 +100,7 @@ def test_labels_that_are_shares_of_one_class_keep_softmax_where_the_config_says_
     plain = [outputs(model, batch).logits for model in berts()]
     student = graft(*berts(problem_type="single_label_classification"), [dict(type="SoftTargets", temperature=2.0)])
     own = {k: v for k, v in batch.items() if k != "labels"}
-    with student.distill_link.asking(Asked(Step(), batch)):
+    with student.distill_link.asking(StudentStep(Step(), batch)):
         torch.testing.assert_close(distilled(student, own)[0], 4 * kl(*plain, 2.0).mean(), rtol=1e-4, atol=1e-6)
 
 
@@ -126,7 +126,7 @@ def test_outputs_that_do_not_mean_the_same_are_refused():
 def test_numbers_to_be_predicted_are_refused_at_the_first_batch():
     batch = support.collate(support.samples(4))
     student = graft(*berts(), [SOFT]).train()
-    asked = Asked(Step(), {**batch, "labels": torch.rand(4)})
+    asked = StudentStep(Step(), {**batch, "labels": torch.rand(4)})
     del batch["labels"]
     with (
         student.distill_link.asking(asked),
@@ -209,7 +209,7 @@ def test_a_segmentors_ignored_pixels_alone_are_zero_with_a_live_graph():
     batch["labels"][:] = 255
     student = graft(*segformers(), [SOFT]).train()
     own = {"pixel_values": batch["pixel_values"]}
-    with student.distill_link.asking(Asked(Step(), batch)):  # the host's own cross-entropy of nothing is NaN
+    with student.distill_link.asking(StudentStep(Step(), batch)):  # the host's own cross-entropy of nothing is NaN
         loss = support.loss_of(student, own)
     loss.backward()
     assert loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())

@@ -12,9 +12,10 @@ import torch
 from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft_nlp import DistillTrainer
+from kdgraft_nlp.recipe_files import load
 from kdgraft_nlp.run import build
 from kdgraft_nlp.scores import number_scores
-from kdgraft_nlp.settings import check_settings, load
+from kdgraft_nlp.settings import check_settings
 from support import nlp as support
 
 BERT = dict(model_type="bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)

@@ -19,9 +19,9 @@ from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft.files import held
 from kdgraft_nlp.data import read, train_tokenizer
+from kdgraft_nlp.recipe_files import load
 from kdgraft_nlp.run import build, train
 from kdgraft_nlp.scores import scores, spans, tag_scores
-from kdgraft_nlp.settings import load
 from kdgraft_nlp.trainer import DistillTrainer
 from support import nlp as support
 

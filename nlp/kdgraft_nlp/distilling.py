@@ -1,0 +1,326 @@
+"""The mixin that adds distillation to a Trainer: its step, its log, and checks of the Trainer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, Trainer
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from kdgraft.distributed import sum_over_ranks, world_size
+from kdgraft.errors import DistillError, check_number
+from kdgraft.isolation import eval_mode
+from kdgraft.registry import check_told, expand_recipe
+from kdgraft.schedules import Step
+
+from .collator import PREFIX, DistillCollator
+from .link import StudentStep, is_tied, link_of
+from .registry import RECIPES
+from .resuming import Resuming
+from .student import graft, undistill
+
+logger = logging.getLogger("kdgraft")
+
+LATEST = (".dropped", ".weight")
+"""Suffixes of figures that are logged by their latest value instead of the mean over steps."""
+
+
+class Distilling(Resuming):
+    """The mixin before a Trainer class that runs the distillation in its steps."""
+
+    _signature_columns: Any
+
+    def start_distilling(
+        self,
+        teacher: Any = None,
+        terms: Sequence[Any] | None = None,
+        recipe: Any = None,
+        dry_run: Mapping[str, Any] | None = None,
+        chunked: bool | int = False,
+        host_weight: float = 1.0,
+        teachers: Mapping[str, Any] | None = None,
+        init_from: Any = None,
+    ) -> None:
+        """Graft the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
+        if not isinstance(terms, (list, tuple, type(None))):
+            raise DistillError(f"terms must be a list, got {terms!r}")
+        check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run, init_from=init_from)
+        _refuse_hosts(self)
+        check_number("host_weight", "the host's share", host_weight, 0)
+        specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
+        if host_weight != 1 and not specs:
+            raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
+        others = list(teachers.values()) if isinstance(teachers, Mapping) else []
+        facts = _vocabularies(self, [teacher] if teachers is None else others)
+        self._recipe = recipe
+        self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
+        self._settings["init_from"] = init_from
+        self._settings["chunk"] = _chunk_size(self, chunked)
+        self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
+        self._totals: dict[str, Tensor] = {}
+        self._logged: dict[str, Tensor] = {}
+        self._logged_in: dict[str, set[int]] = {}
+        self._last_step = 0
+        self._host_checked = self._told_of_labels = False
+        self._host_weight = float(host_weight)
+        self._graft(self.model)
+        peers = [source for source in self.distiller.sources.values() if source.trains] if self.distiller else []
+        if peers and _has_own_loss(self):
+            undistill(self.model)
+            raise DistillError(
+                "a peer trains on its model's own loss; leave out label smoothing and losses of your own"
+            )
+        self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
+        self._new_parameters()
+
+    def _graft(self, model: Any) -> None:
+        settings = dict(self._settings)
+        # Terms are sized for one student: each student gets a copy, and the given terms stay unchanged.
+        graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
+        link = link_of(model)
+        link.hosted, link.host_weight = True, self._host_weight
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        model = super().call_model_init(trial)
+        if hasattr(self, "_settings"):
+            for peer, first in self._peers:
+                peer.load_state(first)
+            self._graft(model)
+        return model
+
+    def _new_parameters(self) -> None:
+        """Add the terms' parameters to an optimizer that already exists."""
+        optimizer = self.optimizer
+        if optimizer is None or self.distiller is None:
+            return
+        known = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        new = [p for p in self.distiller.parameters() if p.requires_grad and id(p) not in known]
+        if not new:
+            return
+        if getattr(self, "lr_scheduler", None) is not None:
+            raise DistillError(
+                "the terms have trainable parameters, and this trainer already has an optimizer and a scheduler; pass neither, or "
+                "the optimizer only"
+            )
+        optimizer.add_param_group({"params": new})
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        if self.state.global_step >= self.state.max_steps > 0:
+            # Resumed from the last step; within an epoch the host would run one more.
+            self.control.should_training_stop = True
+            return [], None
+        found = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.state.global_step < self._last_step:  # another run of the same trainer
+            self._logged, self._logged_in = {}, {}
+        self._last_step = self.state.global_step
+        self._totals = {}
+        if self.distiller is not None and found[0]:
+            self._totals = self._count(found[0], device)
+        return found
+
+    def _count(self, batches: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """Return each term's number of items over the accumulated batch and all processes."""
+        assert self.distiller is not None
+        link = link_of(self.model)
+        try:
+            parts = [self.distiller.counts(link.read(batch)) for batch in batches]
+        except DistillError:
+            return {}  # a loss may make the inputs from these batches; if not, the pass raises the error
+        names = sorted(set.intersection(*(set(part) for part in parts)))
+        if not names:
+            return {}
+        sums = torch.stack([torch.stack([part[name].double().cpu() for part in parts]).sum() for name in names])
+        return dict(zip(names, sum_over_ranks(sums.to(device)).unbind(), strict=True))
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
+        self._distilled = False
+        loss = super().training_step(model, inputs, *args, **settings)
+        if self.distiller is not None and not self._distilled:
+            raise DistillError(
+                f"{type(self).__name__}.compute_loss skips the distillation; call super().compute_loss(…) in it, or pass a Trainer with it "
+                "to distill(…)"
+            )
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self.distiller is None or not model.training or not torch.is_grad_enabled():
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._check_host(model, inputs, num_items_in_batch)
+        state, scales = self.state, self._host_scales(num_items_in_batch)
+        parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
+        factor = self._host_factor(num_items_in_batch)
+        step = StudentStep(
+            Step(state.global_step, int(state.epoch or 0)),
+            dict(inputs),  # a copy, as losses may remove the labels
+            self._totals,
+            parts,
+            factor / (1 if scales else parts),
+        )
+        with link_of(self.model).asking(step):
+            result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not step.passes:
+            raise DistillError(f"{type(self).__name__}.compute_loss did not run the model; run it there to distil")
+        self._distilled = True
+        loss, split = self._weighted(result[0] if return_outputs else result, step), 1 if scales else parts
+        # Peers train on the host's own loss, as the student does.
+        peers = {f"peer.{name}.loss": _times(value * factor, self._host_weight) for name, value in step.peers.items()}
+        extra = torch.stack([value for key, value in step.losses.items() if key.endswith(".loss")]).sum()
+        self._keep({**step.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
+        step.losses = {key: value.detach() for key, value in step.losses.items()}
+        # The Trainer divides unscaled losses by the number of micro-batches; the terms' losses are scaled already.
+        whole = sum(peers.values(), loss) + extra * split
+        return (whole, result[1]) if return_outputs else whole
+
+    def _weighted(self, loss: Tensor, step: StudentStep) -> Tensor:
+        """Return the host's loss times its share; a model that computes in chunks has already weighted it."""
+        if step.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
+            self._told_of_labels = True
+            logger.warning(
+                "the batches have no labels: the host's own loss is 0, and the student learns from the terms only; set host_weight=0 "
+                "to confirm this"
+            )
+        if student_chunks(self.model):
+            return loss
+        return _times(loss, self._host_weight * step.host_share)
+
+    def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
+        """Warn once where the host sums the losses of micro-batches that its model did not scale; the terms' are scaled."""
+        parts = int(getattr(self, "current_gradient_accumulation_steps", 1) or 1) * world_size()
+        if self._host_checked or parts == 1 or student_chunks(self.model):
+            return
+        self._host_checked = True
+        if num_items is None or _has_own_loss(self) or not self._host_scales(num_items):
+            return
+        student = self.model
+        given = link_of(student).of_student(inputs)
+        with torch.no_grad(), eval_mode(student):
+            losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
+        if torch.equal(*losses) and self.is_world_process_zero():
+            logger.warning(
+                "%s ignores num_items_in_batch, so the Trainer sums its loss over the %d parts of a batch (accumulated batches and "
+                "processes) instead of averaging it; the distillation losses are averaged",
+                type(student).__name__,
+                parts,
+            )
+
+    def _host_factor(self, num_items: Any) -> float:
+        """Return the Trainer's factor of the model's loss against DDP's mean, by its own rule."""
+        args = self.args
+        accepts = self.model_accepts_loss_kwargs or self.compute_loss_func
+        if not (args.average_tokens_across_devices and accepts and num_items is not None):
+            return 1.0
+        return float(self.accelerator.num_processes)
+
+    def _host_scales(self, num_items: Any) -> bool:
+        """Return whether the Trainer expects a loss that is scaled over the accumulated batch, by its own rule."""
+        told = getattr(self, "loss_is_scaled_for_ga", None)
+        if told is not None:
+            return bool(told)
+        accepts = self.model_accepts_loss_kwargs and num_items is not None
+        return bool(accepts or self.compute_loss_func is not None)
+
+    def _keep(self, losses: Mapping[str, Tensor], host: Tensor, parts: int) -> None:
+        for key, value in {**losses, "task_loss": host / parts}.items():
+            value = value.detach().float()
+            last = key.endswith(LATEST)
+            self._logged[key] = value if last or key not in self._logged else self._logged[key] + value
+            self._logged_in.setdefault(key, set()).add(self.state.global_step)
+
+    def log(self, logs: dict[str, float], *args: Any, **settings: Any) -> None:
+        """Add the figures since the last log: means over steps, and the latest counts and weights."""
+        if "loss" in logs and self._logged:
+            weights = {name: value.item() for name, value in self._logged.items() if name.endswith(".weight")}
+            names = sorted(self._logged.keys() - weights.keys())
+            device = next(self.model.parameters()).device
+            total = sum_over_ranks(torch.stack([self._logged[name] for name in names]).float().to(device))
+            for name, value in zip(names, (total / world_size()).tolist(), strict=True):
+                logs[name] = value if name.endswith(LATEST) else value / len(self._logged_in[name])
+            logs.update(weights)
+            self._logged, self._logged_in = {}, {}
+        super().log(logs, *args, **settings)
+
+    def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
+        if is_tied(self.model):
+            inputs = link_of(self.model).of_student(inputs)  # generation passes every input to the model
+        return super().prediction_step(model, inputs, *args, **settings)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        columns = list(self._signature_columns)
+        if self.distiller is not None:
+            taken = sorted(set().union(*link_of(self.model).sources.values()))
+            columns += [*taken, *(PREFIX + name for name in taken)]
+        if isinstance(self.data_collator, DistillCollator):
+            columns += self.data_collator.columns
+        self._signature_columns = list(dict.fromkeys(columns))
+
+
+def _times(loss: Tensor, share: float) -> Tensor:
+    """Return a host's loss times its share; for a share of 0 it is 0 even where the loss is infinite."""
+    return loss * share if share else loss.flatten()[:0].sum()
+
+
+def student_chunks(model: Any) -> bool:
+    """Return whether a student's losses are computed in chunks."""
+    return link_of(model).chunk is not None
+
+
+def _refuse_hosts(trainer: Any) -> None:
+    if is_tied(trainer.model):
+        raise DistillError(
+            "this trainer's model is already being distilled; build a new one, or undistill(model) first"
+        )
+    if trainer.args.n_gpu > 1:
+        raise DistillError(
+            "one process cannot distil on several GPUs; start one process per GPU with 'accelerate launch'"
+        )
+    for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
+        if found:
+            raise DistillError(f"distilling under {name} is not supported; use several processes without it (DDP)")
+
+
+def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
+    if chunked is False:
+        return None
+    size = 256 if chunked is True else chunked
+    check_number("chunked", "the number of tokens", size, 1, whole=True)
+    if _has_own_loss(trainer):
+        raise DistillError(
+            "chunked=True computes the cross-entropy itself; leave out label smoothing and losses of your own"
+        )
+    return size
+
+
+def _has_own_loss(trainer: Any) -> bool:
+    """Return whether the host's loss differs from the model's own."""
+    kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
+    return trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
+
+
+def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
+    """Return the facts about the vocabularies for the wiring of terms."""
+    collator = trainer.data_collator
+    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor contains one
+    if not isinstance(own, PreTrainedTokenizerBase):
+        own = getattr(collator, "tokenizer", None)
+    if not isinstance(own, PreTrainedTokenizerBase):
+        return {}
+    facts: dict[str, Any] = {"vocabulary_checked": len(own)}
+    others = [collator.teacher_tokenizer] if isinstance(collator, DistillCollator) else []
+    others = [tokenizer for tokenizer in others if tokenizer is not None]
+    for teacher in teachers if not others else ():
+        folder = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "") or ""
+        if folder and (Path(folder) / "tokenizer_config.json").is_file():
+            others.append(AutoTokenizer.from_pretrained(folder))
+    if others:
+        same = all(other.get_vocab() == own.get_vocab() for other in others)
+        facts["vocabulary"] = "same" if same else "different"
+    return facts
