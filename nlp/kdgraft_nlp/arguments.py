@@ -81,6 +81,7 @@ def _named(hint: Any) -> str:
 
 
 def training_arguments(config: Mapping[str, Any]) -> TrainingArguments:
+    """Build the Trainer's arguments from a recipe's ``training``; one that it does not take is a :class:`DistillError`."""
     training = dict(config.get("training") or {})
     training.setdefault("report_to", [])
     with one_line("training"):

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def mmdet_ld(student: Mapping[str, Any], teacher_config: Any, checkpoint: str) -> dict[str, Any]:
-    """mmdet's ``KnowledgeDistillationSingleStageDetector`` with ``LDHead``: LD's main region (arXiv 2102.12252), as published.
+    """Build mmdet's ``KnowledgeDistillationSingleStageDetector`` with ``LDHead``: LD's main region (arXiv 2102.12252), as published.
 
     Args:
         student: the ``model`` entry of a plain GFL detector.

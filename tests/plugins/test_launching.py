@@ -29,14 +29,14 @@ def test_one_process_where_several_were_asked_for_is_refused_with_what_to_write(
     done = launched(tmp_path, "--cpu", "--num_processes", "2")
     assert done.returncode
     (said,) = lines(done.stderr)
-    assert "started one" in said and "--multi_gpu --num_processes N" in said and "torchrun" in said
+    assert "started only one" in said and "--multi_gpu --num_processes N" in said and "torchrun" in said
 
 
 def test_what_it_says_to_write_starts_two_and_one_process_is_let_through(tmp_path):
     for how, processes in ((["--multi_gpu", "--num_processes", "2"], 2), (["--cpu", "--num_processes", "1"], 1)):
         found = lines(launched(tmp_path, *how).stderr)
         # torchrun ends the second process when the first has failed, which may be before it has spoken.
-        assert 1 <= len(found) <= processes and not any("started one" in line for line in found)
+        assert 1 <= len(found) <= processes and not any("started only one" in line for line in found)
 
 
 @pytest.mark.parametrize("count", ["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
@@ -46,7 +46,7 @@ def test_launchers_that_say_how_many_there_are_pass(monkeypatch, count):
     monkeypatch.setenv("MASTER_PORT", "29500")
     check_launch()  # not accelerate's
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    with pytest.raises(DistillError, match="started one"):
+    with pytest.raises(DistillError, match="started only one"):
         check_launch()
     monkeypatch.setenv(count, "2")
     check_launch()
