@@ -16,7 +16,7 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
 from .dense_heads import DenseHead, dense_head, reads_proposals
-from .heads import Anchors, Heads, in_students_order, same_box_coder, same_number_of_classes
+from .heads import Anchors, Heads, reordered, same_box_coder, same_number_of_classes
 from .picking import in_order_of_pick, pick_weights
 from .resolution import same_resolution
 
@@ -47,7 +47,7 @@ class DenseHeads(Heads):
 
         def read(member: Recording) -> Tensor:
             scores = self.teacher.logits(member, chosen)
-            return scores if self.proposes else in_students_order(scores, member.class_order)
+            return scores if self.proposes else reordered(scores, member.class_order)
 
         targets = combined(teacher, read, "sigmoid")
         if anchors == "all":

@@ -23,8 +23,8 @@ from .heads import (
     Anchors,
     Heads,
     check_upright,
-    in_students_order,
     known_head,
+    reordered,
     same_box_coder,
     same_number_of_classes,
 )
@@ -130,7 +130,7 @@ class RoIHeads(Heads):
             logits = _seen(student, self.outputs, stage)[0]
 
             def read(member: Recording, stage: int = stage) -> Tensor:
-                return in_students_order(_seen(member, self.outputs, stage)[0], member.class_order)
+                return reordered(_seen(member, self.outputs, stage)[0], member.class_order)
 
             labels = _seen(student, self.targets, stage)[0]
             chosen = None if anchors == "all" else (labels < self.classes).float()
