@@ -67,7 +67,6 @@ class QueryHeads(Heads):
         return [Pairs(ours[1], theirs[1], target=truth)]
 
     def check_classes(self, term: str) -> None:
-        """Raise a :class:`WiringError` unless both heads have equally many classes."""
         same_number_of_classes(self.classes, self.teacher_classes, term)
 
     def check_boxes(self, term: str) -> None:
@@ -75,7 +74,6 @@ class QueryHeads(Heads):
         self.check_classes(term)
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        """Return the outputs of the last decoder layers."""
         tap = _CLASSES if kind == "classes" else _BOXES
         return [(wiring.student_recording[tap][-1], wiring.teacher_recording[tap][-1], tap, tap)]
 

@@ -150,7 +150,7 @@ class Comparison(ABC):
         return {metric: float(found.get(key, 0.0)) for metric, (key, _) in self.scores.items()}
 
     def every(self, iterations: int) -> int:
-        """Iterations from one evaluation on the validation split to the next."""
+        """Return the number of iterations from one evaluation on the validation split to the next."""
         return max(iterations // self.evaluations, 1)
 
     @abstractmethod

@@ -170,7 +170,6 @@ class Detection(RunnerComparison):
         )
 
     def evaluator(self, data: Path, part: str) -> dict[str, Any]:
-        """Return the ``CocoMetric`` of a split."""
         return dict(type="CocoMetric", ann_file=f"{data}/annotations/instances_{part}.json", metric="bbox")
 
     def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5, threshold: float = 0.3) -> None:

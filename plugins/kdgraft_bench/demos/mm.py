@@ -178,7 +178,6 @@ class RunnerComparison(Comparison):
             )
 
     def weights(self, training: Training) -> Path:
-        """Return the last checkpoint."""
         return training.folder / f"iter_{training.iterations}.pth"
 
     def train(self, training: Training) -> Outcome:
@@ -206,7 +205,6 @@ class RunnerComparison(Comparison):
         return runner
 
     def batch(self, run: Runner) -> Any:
-        """Return the first batch of the training set."""
         with _silent():
             return next(iter(run.train_dataloader))
 

@@ -129,7 +129,6 @@ class TrainerComparison(Comparison):
         )
 
     def weights(self, training: Training) -> Path:
-        """Return the file of the saved model."""
         return training.folder / "model.safetensors"
 
     def train(self, training: Training) -> Outcome:
@@ -159,7 +158,6 @@ class TrainerComparison(Comparison):
         return next(iter(run.get_train_dataloader()))
 
     def loss(self, run: DistillTrainer, batch: Any) -> Tensor:
-        """Return the loss that the Trainer computes."""
         return run.compute_loss(run.model, dict(batch))
 
     def draw(self, outcomes: Sequence[Outcome], path: Path) -> None:

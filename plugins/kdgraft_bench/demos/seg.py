@@ -148,7 +148,6 @@ class Segmentation(RunnerComparison):
         )
 
     def evaluator(self, data: Path, part: str) -> dict[str, Any]:
-        """Return the ``IoUMetric`` of a split."""
         return dict(type="IoUMetric", iou_metrics=["mIoU"])
 
     def config(self, training: Training) -> Config:
