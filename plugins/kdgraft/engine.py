@@ -1,7 +1,7 @@
-"""The engine: one step, the same in every host.
+"""The engine, which carries out one step in the same way for every host.
 
-Each source that an active term hears runs on the same view of the batch; the student runs the host's own loss, recorded; parts of
-a source that need what the student drew follow; then each term: tap → adapter → region → loss × weight(step).
+Each source of an active term runs on the same view of the batch. The student runs the host's own loss, and is recorded. Parts of
+a source that need the student's proposals follow. Then each term computes: tap → adapter → region → loss × weight(step).
 """
 
 from __future__ import annotations
@@ -33,16 +33,24 @@ logger = logging.getLogger("kdgraft")
 
 
 class Engine(nn.Module):
-    """Owns the terms with their trainable parts and the sources, beside a student that a host owns.
+    """Owner of the sources and of the terms with their trainable parts, beside a student that the host owns.
 
     Call :meth:`wire` once; then run each step of the host's own loss in :meth:`step`.
 
     Args:
-        sources: who teaches: one source, which is called ``"teacher"``, or several by name.
+        sources: one source, which is named ``"teacher"``, or several by name.
         terms: names, dicts or :class:`~kdgraft.Term` instances.
-        registry: where names are looked up.
-        recorder: what records the models; a host with taps of its own has a recorder of its own.
-        reader: what reads their tensors for terms; a host's own knows its models.
+        registry: the registry in which names are looked up.
+        recorder: the class that records the models; hosts with their own kinds of taps pass their own.
+        reader: the class that interprets the tensors of the host's models.
+
+    Example:
+        >>> engine = Engine(Teacher(teacher), [SoftTargets(temperature=4.0)])
+        >>> wirings = engine.wire(student, lambda: student(images), lambda source: source.model(images))
+        >>> with engine.step(student, Batch(), Step(0), lambda source: source.model(images), images.device) as step:
+        ...     output = student(images)
+        >>> list(step.losses())
+        ['distill.soft_targets.loss']
     """
 
     def __init__(
@@ -75,18 +83,18 @@ class Engine(nn.Module):
                 if found is None or isinstance(found, Ensemble) or found.members == (STUDENT,):
                     known = [other for other, one in self.sources.items() if not isinstance(one, Ensemble)]
                     raise DistillError(
-                        f"Ensemble {name!r}: {member!r} is no source with a model of its own{nearest(member, known)}"
+                        f"Ensemble {name!r}: {member!r} is not a source with its own model{nearest(member, known)}"
                     )
 
     def _with_mirrors(self, terms: list[Term]) -> list[Term]:
-        """The terms, and after each one that listens to a peer its twin in which the peer listens to the student."""
+        """Return the terms, with the twin of each term on a peer, in which the peer imitates the student, after it."""
         found: list[Term] = []
         for term in terms:
             source = self.sources.get(term.source)
             if source is None:
                 raise DistillError(
                     f"{term.name}: there is no source {term.source!r}{nearest(term.source, self.sources)}; "
-                    "source=… says which one it listens to"
+                    "set source=… to one of the sources"
                 )
             found.append(term)
             if source.trains:
@@ -99,7 +107,7 @@ class Engine(nn.Module):
         silent = [name for name in self.sources if name not in heard]
         if terms and silent:
             raise DistillError(
-                f"no term listens to {', '.join(map(repr, silent))}; add source={silent[0]!r} to a term, or leave it out"
+                f"no term uses {', '.join(map(repr, silent))}; add source={silent[0]!r} to a term, or remove the source"
             )
 
     # Building.
@@ -113,22 +121,23 @@ class Engine(nn.Module):
         facts: Mapping[str, Any] | None = None,
         replay: Replay | None = None,
     ) -> dict[str, Wiring]:
-        """Sizes every adapter by one dry run of all models in eval mode, and checks every term.
+        """Size every adapter by a dry run of all models in eval mode, and check every term.
 
-        The student's modes, buffers and the random state are afterwards as they were.
+        The student's modes and buffers and the random state are restored afterwards.
 
         Args:
+            student: the student.
             run_student: runs the student on a small example.
-            run_source: runs a source's model on it.
-            fields: which fields of :class:`Batch` the host fills.
-            facts: what else the host's own terms ask for (see :class:`~kdgraft.terms.Wiring`).
-            replay: the part of a teacher that runs on what the student drew, where some term taps it.
+            run_source: runs a source's model on the same example.
+            fields: the fields of :class:`Batch` that the host fills.
+            facts: further facts for the host's own terms; see :class:`~kdgraft.wiring.Wiring`.
+            replay: the part of a teacher that runs on the student's proposals, in case a term taps it.
 
         Returns:
-            What each term was wired to, by its name, with both recordings of the dry run.
+            The wiring of each term by its name, with both recordings of the dry run.
 
         Raises:
-            WiringError: the first term that cannot be wired, with taps, shapes and what to do.
+            WiringError: a term cannot be wired; the message gives the taps, the shapes and the remedy.
         """
         for term in self.all_terms:
             if term.rows:
@@ -167,7 +176,7 @@ class Engine(nn.Module):
 
     @contextmanager
     def _naming_terms(self) -> Iterator[None]:
-        """Says whose tap never fired: recipes and defaults write taps that the user never saw."""
+        """Name the term in the error of a tap that never fired, as recipes and defaults use taps that the user did not write."""
         try:
             yield
         except NeverFired as error:
@@ -175,7 +184,7 @@ class Engine(nn.Module):
             raise WiringError(f"{', '.join(names)}: {error}") from None
 
     def _prepare(self, term: Term, models: Mapping[str, nn.Module]) -> None:
-        """Lets a term look at its models; all members of an ensemble have to be read alike."""
+        """Prepare a term for its models; all members of an ensemble must be read with the same taps and settings."""
         source = self.sources.get(term.source)
         readings = []
         for name in self.members(term.source):
@@ -186,7 +195,7 @@ class Engine(nn.Module):
             if not term.hears_ensembles:
                 raise WiringError(
                     f"{term.name}: an Ensemble gives predictions, which this term does not compare; "
-                    f"take one of its members, source={source.members[0]!r}"
+                    f"use one of its members, source={source.members[0]!r}"
                 )
             if any(found != readings[0] for found in readings):
                 raise WiringError(f"{term.name}: the members of the Ensemble {source.name!r} are not of one kind")
@@ -197,20 +206,20 @@ class Engine(nn.Module):
         return [name for name, source in self.sources.items() if source.members == (name,)]
 
     def members(self, source: str) -> tuple[str, ...]:
-        """The names of the models that a source is made of."""
+        """Return the names of the models that a source consists of."""
         return members(self.sources, source)
 
     def taps(self, model: str) -> list[Tap]:
-        """The taps that the terms have on one model."""
+        """Return the taps of all terms on one model."""
         return taps_of(model, self.all_terms, self.sources)
 
     def _tell_of_frozen(self, recordings: Mapping[str, Recording]) -> None:
-        """Warns about terms whose student features are frozen: only their adapters would learn."""
+        """Warn about terms whose student features are frozen, so that only their adapters would learn."""
         for term in self.all_terms:
             frozen = ", ".join(str(tap) for tap in term.student_taps if recordings[term.listener].frozen(tap))
             if frozen:
                 logger.warning(
-                    "%s: no trained parameter of the student has a part in %s (frozen_stages?), so that it learns nothing there; "
+                    "%s: no trained parameter of the student contributes to %s (frozen_stages?), so that it learns nothing there; "
                     "tap a later module",
                     term.name,
                     frozen,
@@ -220,35 +229,35 @@ class Engine(nn.Module):
 
     @property
     def all_terms(self) -> list[Term]:
-        """The terms in their order, the twins of those that listen to a peer among them."""
+        """The terms in order, including the twins of terms on a peer."""
         return [term for term in self.terms.values() if isinstance(term, Term)]
 
     @property
     def teacher(self) -> Source:
-        """The one source of a distillation that has one; of several the first."""
+        """The only source, or the first of several."""
         return next(iter(self.sources.values()))
 
     @property
     def rows(self) -> list[WiringRow]:
-        """The wiring, a row a tensor pair."""
+        """The wiring, one row per pair of tensors."""
         return [row for term in self.all_terms for row in term.rows]
 
     @property
     def replays(self) -> bool:
-        """Whether some term taps the part of a teacher that is replayed."""
+        """True if some term taps the part of a teacher that is replayed."""
         return self._rehearsal.replay is not None
 
     def active(self, at: Step) -> list[Term]:
-        """The terms whose weight is not 0 at this step."""
+        """Return the terms whose weight is not 0 at this step."""
         return [term for term in self.all_terms if term.weight_at(at) != 0]
 
     def counts(self, batch: Batch) -> dict[str, Tensor]:
-        """Each term's denominator on this batch, of the terms that know it before the forward pass."""
+        """Return the denominators on this batch of those terms that know them before the forward pass."""
         found = {term.name: term.count(batch) for term in self.all_terms}
         return {name: count for name, count in found.items() if count is not None}
 
     def load(self) -> None:
-        """Reads the sources' weights that are not there yet."""
+        """Read the weights of sources that are not loaded yet."""
         for source in self.sources.values():
             source.load()
 
@@ -266,22 +275,22 @@ class Engine(nn.Module):
         totals: Mapping[str, Tensor] | None = None,
         parts: int = 1,
     ) -> Iterator[StepInProgress]:
-        """Records everything that the terms of one step need, while its body runs the student on the host's own loss.
+        """Record everything that the terms of one step need, while the body runs the student on the host's own loss.
 
-        On several processes all of them have to make it. With no active term nothing but the student (and its peers) runs.
+        All processes must take part in the step. Without active terms only the student and its peers run.
 
         Args:
             student: the student, whose modules are recorded.
-            batch: what terms may know of the batch; or what gives it for the student and for each peer.
-            at: where training stands.
-            run_source: runs a source's model; a peer on the host's own loss, and what it returns is in ``outputs``.
-            device: where losses of terms that rest are put.
-            totals: for a batch that comes in parts (gradient accumulation), each term's denominator over all of them and over
-                all processes, from :meth:`counts`; the parts' losses then add up to that of the whole batch.
-            parts: how many there are; a term without a total weighs them alike.
+            batch: the facts about the batch for terms, or a function that returns them for the student and for each peer.
+            at: the position in training.
+            run_source: runs a source's model; for a peer it runs the host's own loss, and its result is kept in ``outputs``.
+            device: the device for the zero losses of inactive terms.
+            totals: for a batch in parts (gradient accumulation), each term's denominator over all parts and all processes, from
+                :meth:`counts`; the losses of the parts then add up to the loss of the whole batch.
+            parts: number of parts; a term without a total gives them equal weights.
 
         Yields:
-            The step; call its ``losses`` when the body has run.
+            The step; call its ``losses`` after the body.
         """
         active = self.active(at)
         current = StepInProgress(
@@ -318,9 +327,9 @@ class Engine(nn.Module):
             self._run_replay(current, name)
 
     def record(self, name: str, run_source: RunSource, batch: Batch, device: torch.device) -> Recording:
-        """Records one source that does not train.
+        """Record a source that does not train.
 
-        What it draws at random comes from a stream of its own: the student draws what it would without a teacher.
+        The source has its own random stream, so that the student draws the same numbers as without a teacher.
         """
         source = self.sources[name]
         with own_random_stream():
@@ -328,7 +337,7 @@ class Engine(nn.Module):
         return source.marked(found)
 
     def _run_replay(self, current: StepInProgress, name: str) -> None:
-        """Runs what of a teacher works on the student's proposals."""
+        """Run the part of a teacher that processes the student's proposals."""
         replay, model, first = self._rehearsal.replay, self.sources[name].model, current.recordings[name]
         assert replay is not None
         with own_random_stream(), self.sources[name].context(current.device.type):
@@ -340,7 +349,7 @@ class Engine(nn.Module):
     # Its state.
 
     def live_state(self) -> dict[str, Any]:
-        """What a resumed run needs beyond the student and the optimizer: of the terms, of the sources, and counters."""
+        """Return the state of terms, sources and counters, which a resumed run needs beside the student and the optimizer."""
         return {
             "terms": dict(self.terms.state_dict()),
             "dropped": dict(self.dropped),
@@ -349,7 +358,7 @@ class Engine(nn.Module):
         }
 
     def load_live_state(self, state: Mapping[str, Any]) -> None:
-        """Restores :meth:`live_state`.
+        """Restore :meth:`live_state`.
 
         Raises:
             DistillError: the state belongs to other terms or sources.
@@ -360,7 +369,7 @@ class Engine(nn.Module):
         self.dropped.update({name: int(n) for name, n in state["dropped"].items() if name in self.dropped})
 
     def check_live_state(self, state: Mapping[str, Any]) -> None:
-        """Raises a :class:`DistillError` unless a :meth:`live_state` is that of these terms and sources."""
+        """Raise a :class:`DistillError` unless a :meth:`live_state` belongs to these terms and sources."""
         own, given = self.terms.state_dict(), state["terms"]
         wrong = [k for k in own if k not in given or given[k].shape != own[k].shape] + [
             k for k in given if k not in own
@@ -374,7 +383,7 @@ class Engine(nn.Module):
             )
 
     def load_beyond_modules(self, state: Mapping[str, Any]) -> None:
-        """Restores of :meth:`live_state` what terms and sources have beside parameters and buffers."""
+        """Restore that part of :meth:`live_state` which is neither a parameter nor a buffer."""
         hidden = state.get("hidden", {})
         for term in self.all_terms:
             if term.name in hidden:

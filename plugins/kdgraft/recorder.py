@@ -1,8 +1,8 @@
-"""Recorders: listen to what taps read, for the length of one pass.
+"""Recorders, which record the tapped values of a model during one pass.
 
-Nothing is installed in the model: for the length of one forward pass the module's ``forward`` is shadowed on the instance,
-which also catches hosts that call ``self.forward(…)`` (mmseg's heads, where module hooks do not fire). A recomputation in
-the backward pass (gradient checkpointing) finds the model as it was, so every tap records the first pass alone.
+The model is not changed permanently: during a forward pass the module's ``forward`` is shadowed on the instance, which also works
+for hosts that call ``self.forward(…)`` (mmseg's heads, where module hooks do not fire). A recomputation in the backward pass
+(gradient checkpointing) runs the original model, so that every tap records only the first pass.
 """
 
 from __future__ import annotations
@@ -19,24 +19,31 @@ from .errors import WiringError, nearest
 from .taps import Recording, Site, Tap
 
 Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-"""Runs a call on behalf of its caller: ``(original, args, kwargs) -> output``."""
+"""Runs the original function in place of its caller: ``(original, args, kwargs) -> output``."""
 
 
 class Recorder:
-    """Records taps of one model.
+    """Records the taps of one model.
 
     Args:
-        model: the model; modules are looked up anew for each pass, so replaced children (SyncBN conversion) are no trouble.
-        taps: what to record.
+        model: the model; its modules are looked up anew for each pass, so that children may be replaced (SyncBN conversion).
+        taps: the taps to record.
         owner: ``"student"`` or ``"teacher"``; see :class:`Recording`.
-        name: of the model, ``owner`` by default; see :class:`Recording`.
+        name: name of the model, ``owner`` by default; see :class:`Recording`.
 
     Raises:
-        WiringError: a path that the model does not have; the message names the nearest ones.
+        WiringError: the model lacks a path; the message suggests similar ones.
+
+    Example:
+        >>> recorder = Recorder(student, [Tap.parse("conv")], owner="student")
+        >>> with recorder.record(student) as recording:
+        ...     output = student(images)
+        >>> recording[Tap.parse("conv")].shape
+        torch.Size([2, 4, 8, 8])
     """
 
     differentiable: frozenset[str] = frozenset({"forward"})
-    """Methods that have to run with gradient where the model does."""
+    """Methods that must run with gradient if the model does."""
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model", name: str = "") -> None:
         self.owner, self.name = owner, name or owner
@@ -47,7 +54,7 @@ class Recorder:
             self.resolve(model, tap)
 
     def resolve(self, model: nn.Module, tap: Tap) -> list[Site]:
-        """Where a tap listens in a model; raises a :class:`WiringError` where there is no such place."""
+        """Return the callables that a tap records; raise a :class:`WiringError` if the model has none at its path."""
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
@@ -79,12 +86,12 @@ class Recorder:
         return found
 
     def rehearse(self, model: nn.Module, run: Callable[[], Any]) -> Recording:
-        """Records a dry run: notes how often each tap fires and which tensors later modules overwrite in place.
+        """Record a dry run: count how often each tap fires, and detect tensors that later modules overwrite in place.
 
-        Overwritten ones (a normalisation before an in-place ReLU) are copied from then on, so that a tap means what it says.
+        Such tensors (a normalisation's output before an in-place ReLU) are copied from then on, so that taps keep their values.
 
         Raises:
-            WiringError: a tap on a module that the run did not reach.
+            WiringError: the run did not reach a tapped module.
         """
         with self.record(model) as recording:
             run()
@@ -99,20 +106,20 @@ class Recorder:
 
     @contextmanager
     def record(self, model: nn.Module) -> Iterator[Recording]:
-        """Records the taps while its body runs the model; leaves the model as it was.
+        """Record the taps while the body runs the model; the model is restored afterwards.
 
         Raises:
-            WiringError: a tap inside a region that runs without gradient (reentrant checkpointing), where the student
-                could not learn from it.
+            WiringError: a tap lies in a region that runs without gradient (reentrant checkpointing), through which the student
+                cannot learn.
         """
         with self._listening(model, None) as recording:
             yield recording
-        # What a module overwrites that the dry run did not reach (a head, when only a neck is tapped).
+        # Modules that the dry run did not reach (a head, when only a neck is tapped) may overwrite further tensors.
         self._copied |= recording.overwritten
 
     @torch.no_grad()
     def record_prefix(self, model: nn.Module, run: Callable[[], Any]) -> Recording:
-        """Runs the model without gradient and leaves it as soon as every tap fired as often as it did in the dry run."""
+        """Run the model without gradient, and stop as soon as every tap has fired as often as in the dry run."""
         with self._listening(model, dict(self.expected)) as recording, suppress(_Complete):
             run()
         return recording
@@ -157,16 +164,16 @@ class Recorder:
                 restore()
 
     def attach(self, source: Site, hear: Listener) -> Callable[[], None]:
-        """Lets ``hear(original, args, kwargs)`` stand before a source's calls; returns what takes it away."""
+        """Replace a site's callable by ``hear(original, args, kwargs)``; return the function that restores it."""
         original = getattr(source.module, source.method)
         return shadow(source.module, source.method, lambda *args, **kwargs: hear(original, args, kwargs))
 
 
 def _fast_path_off() -> Callable[[], None]:
-    """Let ``nn.TransformerEncoder`` run its modules; returns what lets it skip them again.
+    """Disable the fast path of ``nn.TransformerEncoder``; return the function that restores the setting.
 
-    In eval mode without gradient it computes a layer in one kernel, on nested tensors where there is padding: no module inside
-    it runs, and what the layers return has no shape.
+    In eval mode without gradient it computes a layer in one kernel, on nested tensors if there is padding: the modules inside do
+    not run, and the outputs of layers have no shape.
     """
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
@@ -174,11 +181,11 @@ def _fast_path_off() -> Callable[[], None]:
 
 
 class _Complete(BaseException):
-    """Leaves a forward pass whose remaining modules no tap needs; no host's ``except Exception`` may swallow it."""
+    """Ends a forward pass when no tap needs the remaining modules; hosts must not catch it with ``except Exception``."""
 
 
 def shadow(module: nn.Module, method: str, replacement: Callable[..., Any]) -> Callable[[], None]:
-    """Puts a function in place of a module's method, on this instance alone; returns what takes it away."""
+    """Replace a method of this instance of a module; return the function that restores it."""
     before = vars(module).get(method)
     object.__setattr__(module, method, replacement)
 

@@ -1,4 +1,4 @@
-"""The rehearsal: one dry run of all models, which makes what records each of them in every step."""
+"""The rehearsal: a dry run of all models, which builds the recorder of each for later steps."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ RunSource = Callable[[Source], Any]
 
 @dataclass(frozen=True)
 class Replay:
-    """A part of a teacher that runs on what the *student* drew (its proposals): after the student, on the same calls.
+    """A part of a teacher, such as a RoI head, that runs after the student, on the *student's* proposals.
 
     Attributes:
-        path: the module; a teacher's taps in it are recorded in the replay, not in the teacher's own pass.
-        student_taps: what the replay needs of the student's pass.
-        teacher_taps: what it needs of the teacher's own pass.
-        run: ``(teacher's model, student's recording, teacher's recording, batch)``; calls the part.
+        path: the module; the teacher's taps in it are recorded in the replay, not in the teacher's own pass.
+        student_taps: taps of the student's pass that the replay reads.
+        teacher_taps: taps of the teacher's own pass that the replay reads.
+        run: runs the part, given ``(teacher's model, student's recording, teacher's recording, batch)``.
     """
 
     path: str
@@ -41,18 +41,18 @@ class Replay:
 
 
 class Rehearsal:
-    """Makes the recorders of the student and of every source, and runs each model once.
+    """Builder of the recorders of the student and of every source, which runs each model once.
 
     Args:
-        terms: the terms, with their taps settled.
+        terms: the terms, whose taps are set.
         sources: the sources by name.
         recorder: the class that records a model.
-        replay: the part of a teacher that runs on what the student drew.
+        replay: the part of a teacher that runs on the student's proposals.
 
     Attributes:
-        recorders: what records each model's own pass, by the model's name.
-        replayers: what records the replayed part of a teacher, by the teacher's name.
-        replay: the part that is replayed; ``None`` where no term taps it.
+        recorders: the recorder of each model's own pass, by the model's name.
+        replayers: the recorder of the replayed part of a teacher, by the teacher's name.
+        replay: the part that is replayed; ``None`` if no term taps it.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Rehearsal:
         self.replay = replay if self._replayed else None
 
     def _sources_replayed(self, replay: Replay) -> list[str]:
-        """The sources of which some term taps what has to be replayed."""
+        """Return the sources whose replayed part is tapped by some term."""
         found = []
         for term in self._terms:
             for name in members(self._sources, term.source):
@@ -77,8 +77,8 @@ class Rehearsal:
                     continue
                 if self._sources[name].trains:
                     raise WiringError(
-                        f"{term.name}: {name!r} trains on proposals of its own, so that it cannot be compared on the "
-                        f"student's; tap what comes before '{replay.path}'"
+                        f"{term.name}: {name!r} trains on its own proposals, so that it cannot be compared on the "
+                        f"student's; tap a module before '{replay.path}'"
                     )
                 found.append(name)
         return list(dict.fromkeys(found))
@@ -86,7 +86,7 @@ class Rehearsal:
     def run(
         self, models: Mapping[str, nn.Module], run_student: Callable[[], Any], run_source: RunSource
     ) -> dict[str, Recording]:
-        """Make the recorders, run every model once, and return what was recorded by the model's name."""
+        """Build the recorders, run every model once, and return the recordings by the model's name."""
         replay = self.replay
         found: dict[str, Recording] = {}
         for name, model in models.items():
@@ -128,12 +128,12 @@ class Rehearsal:
 
 
 def members(sources: Mapping[str, Source], source: str) -> tuple[str, ...]:
-    """The names of the models that a source is made of."""
+    """Return the names of the models that a source consists of."""
     return (STUDENT,) if source == STUDENT else sources[source].members
 
 
 def taps_of(model: str, terms: Sequence[Term], sources: Mapping[str, Source]) -> list[Tap]:
-    """The taps that terms have on one model."""
+    """Return the taps of the terms on one model."""
     found: list[Tap] = []
     for term in terms:
         found += term.student_taps if term.listener == model else ()
@@ -142,17 +142,17 @@ def taps_of(model: str, terms: Sequence[Term], sources: Mapping[str, Source]) ->
 
 
 def _rehearsed(recorder: Recorder, model: nn.Module, run: Callable[[], Any]) -> Recording:
-    """A dry run, with gradient, of a model that trains."""
+    """Record a dry run, with gradient, of a model that trains."""
     with eval_mode(model):
         for module in model.modules():
-            # Overwrites what is tapped before it, but in training alone; the rehearsal has to see that.
+            # In-place dropout overwrites a tapped tensor in training mode only; the rehearsal must detect this.
             module.training = getattr(module, "inplace", False) and isinstance(module, DROPOUTS)
         with torch.enable_grad():
             return recorder.rehearse(model, run)
 
 
 def same_shapes(term: Term, members: Sequence[Recording]) -> None:
-    """Raises a :class:`WiringError` unless an ensemble's members predict tensors of the same shapes."""
+    """Raise a :class:`WiringError` unless the members of an ensemble predict tensors of the same shapes."""
     if len(members) < 2:
         return
     for tap in term.teacher_taps:

@@ -1,4 +1,4 @@
-"""One step in progress: what its models gave, and in the end the losses of its terms."""
+"""A step in progress: the recordings of its models, and finally the losses of its terms."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ logger = logging.getLogger("kdgraft")
 
 
 class StepInProgress:
-    """One step: what was recorded, and in the end its losses.
+    """The recordings of one step, and finally its losses.
 
     Attributes:
         active: the terms whose weight is not 0.
-        at: where training stands.
-        recordings: of each model by its name.
-        outputs: what the run of each peer returned.
+        at: the position in training.
+        recordings: the recording of each model by its name.
+        outputs: the result of running each peer.
         dropped: the names of terms that were not finite, after :meth:`losses`.
-        figures: for the log, after :meth:`losses`: ``distill.<term>.weight``, on the CPU, and ``distill.<term>.raw``, the loss
-            before its weight, of each term that counts.
+        figures: values for the log, after :meth:`losses`: ``distill.<term>.weight``, on the CPU, and, for each active term that
+            is finite, ``distill.<term>.raw``, the loss before its weight.
     """
 
     def __init__(
@@ -57,11 +57,11 @@ class StepInProgress:
 
     @property
     def batch(self) -> Batch:
-        """What is known of the student's batch."""
+        """The student's batch."""
         return self.batch_of(self._student)
 
     def batch_of(self, model: nn.Module) -> Batch:
-        """What is known of a model's batch; of one that trains by itself it may differ (its own anchors)."""
+        """Return a model's batch; that of a peer may differ from the student's, for instance by its own anchors."""
         if not callable(self._batch):
             return self._batch
         if id(model) not in self._batches:
@@ -69,7 +69,7 @@ class StepInProgress:
         return self._batches[id(model)]
 
     def heard(self, source: str) -> Recording:
-        """What a source gave in this step, without gradient to it."""
+        """Return the recording of a source in this step, without gradient to the source."""
         if source != STUDENT and isinstance(ensemble := self._sources[source], Ensemble):
             return ensemble.of([self.heard(member) for member in ensemble.members])
         (model,) = (STUDENT,) if source == STUDENT else self._sources[source].members
@@ -77,25 +77,25 @@ class StepInProgress:
         return self.recordings[model].heard_as("teacher", detached=trains)
 
     def denominator(self, term: Term) -> Tensor | None:
-        """A term's denominator over all parts of the batch and all processes; ``None`` where it is not known beforehand."""
+        """Return a term's denominator over all parts of the batch and all processes; ``None`` if it is not known beforehand."""
         return self._totals.get(term.name)
 
     @property
     def parts(self) -> int:
-        """How many parts (accumulated batches) this step's batch has."""
+        """The number of parts (accumulated batches) of this step's batch."""
         return self._parts
 
     def losses(
         self, host: MutableMapping[str, Any] | None = None, computed: Mapping[str, Ratio] | None = None
     ) -> dict[str, Tensor]:
-        """The weighted losses, ``{"distill.<term>.loss": scalar}``; on several processes call it on all of them.
+        """Return the weighted losses, ``{"distill.<term>.loss": scalar}``; all processes must call this.
 
-        Each term's sum is divided by its count over *all* processes and multiplied by their number, so that the mean of
-        gradients that DDP takes is the gradient of the one big batch. Terms at weight 0, and terms whose weighted value is not
-        finite (on any process: dropped by all, counted, reported), give 0 and keep their parameters in the graph.
+        Each term's sum is divided by its count over *all* processes and multiplied by their number, so that DDP's mean of the
+        gradients is the gradient of one big batch. Terms with weight 0 give 0 and keep their parameters in the graph; so do terms
+        whose weighted value is not finite on any process, which all processes drop, count and report.
 
         Args:
-            host: the host's own losses by name; each is multiplied by the share that active terms leave to it, in place.
+            host: the host's own losses by name; each is multiplied in place by the share that active terms leave to it.
             computed: the sum and count of terms that the host computed itself, by name.
         """
         ready = computed or {}
@@ -131,12 +131,12 @@ class StepInProgress:
         return result
 
     def share_out(self, host: MutableMapping[str, Any], listener: str = STUDENT) -> None:
-        """Multiplies the host's own losses of the student, or of a peer, by the shares that active terms leave to them."""
+        """Multiply the host's own losses of the student, or of a peer, by the shares that active terms leave to them."""
         for name in host:
             _scale(host, name, self.host_share(name, listener))
 
     def _count_dropped(self, name: str) -> None:
-        """Counts a term that was dropped, and says so the 1st, 2nd, 4th, 8th … time."""
+        """Count a dropped term, and warn about it the 1st, 2nd, 4th, 8th … time."""
         self._ever_dropped[name] += 1
         count = self._ever_dropped[name]
         if count & (count - 1) == 0:
@@ -150,10 +150,10 @@ class StepInProgress:
         return term(listener, self.heard(term.source), self.batch_of(model))
 
     def host_share(self, name: str = "loss", listener: str = STUDENT) -> float:
-        """The share of its own weight that active terms leave to one of the host's losses; see :class:`~kdgraft.Term`.
+        """Return the factor that active terms leave to one of the host's losses; see :attr:`kdgraft.Term.host_share`.
 
-        A term that :meth:`losses` dropped takes none. While a schedule keeps a term small, the host's loss keeps what the
-        term does not take.
+        Terms that :meth:`losses` dropped do not reduce it. While a schedule reduces the weight of a term, the host's loss is
+        reduced less in proportion.
         """
         share = 1.0
         for term in self.active:
@@ -164,13 +164,13 @@ class StepInProgress:
         return share
 
     def _agree(self, ratios: Mapping[str, Ratio]) -> tuple[set[str], dict[str, Tensor]]:
-        """Over all ranks: which terms are not finite somewhere, and each term's denominator. One exchange for all terms."""
+        """Return the terms that are not finite on some rank, and all denominators over all ranks, in one communication."""
         if not ratios:
             return set(), {}
         weights = {term.name: term.weight_at(self.at) for term in self.active}
         parts = []
         for name, ratio in ratios.items():
-            # What is added to the loss: a finite value may overflow under its weight.
+            # Check the weighted value, as a finite value may overflow when it is multiplied by its weight.
             weighted = ratio.numerator.detach() * weights[name]
             finite = torch.isfinite(weighted).all() & torch.isfinite(ratio.denominator).all()
             parts += [(~finite).double().reshape(1), torch.nan_to_num(ratio.denominator).double()]
@@ -187,7 +187,7 @@ class StepInProgress:
 
 
 def _scale(losses: MutableMapping[str, Any], name: str, share: float) -> None:
-    """Multiplies one of the host's losses, a tensor or a list of them; a figure that is no loss stays."""
+    """Multiply one of the host's losses, a tensor or a list of tensors, in place; leave other figures unchanged."""
     if share != 1 and "loss" in name:
         value = losses[name]
         losses[name] = [part * share for part in value] if isinstance(value, list) else value * share
@@ -198,7 +198,7 @@ def _flat(ratio: Ratio) -> Ratio:
 
 
 def _idle(term: nn.Module, device: torch.device | str) -> Tensor:
-    """0 that keeps the term's parameters in the graph, for DDP; also when they are infinite, so no ``0 *``."""
+    """Return 0 with the term's parameters in the graph, for DDP; empty sums, unlike ``0 *``, are 0 for infinite parameters."""
     parameters = [p for p in term.parameters() if p.requires_grad]
     if not parameters:
         return torch.zeros((), device=device)

@@ -1,20 +1,16 @@
-"""Taps: where a tensor is read from a running model, by the dotted path of a module.
+"""Taps, which name tensors of a running model by the dotted path of a module.
 
 =============================  =====================================================================================
-``backbone.layer3``            that module's output
+``backbone.layer3``            the module's output
 ``backbone.layer3:input``      its input
-``bbox_head.get_targets()``    what a method of it returns (it may not run in the dry run)
-``head.cls_seg():input``       what a method of it is given first
-``head.cls_seg():inputs``      all that it is given, by name; ``head.cls_seg():inputs[feat]`` one of them
-``neck[*]``  ``neck[1]``       all, or one, of the list that it returns
-``bbox_head[1][*]``            all of the second list that it returns
+``bbox_head.get_targets()``    the return value of a method (which the dry run need not call)
+``head.cls_seg():input``       the first argument of a method
+``head.cls_seg():inputs``      all arguments by name; ``head.cls_seg():inputs[feat]`` is one of them
+``neck[*]``  ``neck[1]``       all entries, or one entry, of the returned list
+``bbox_head[1][*]``            all entries of the second of the returned lists
 ``head.cls_convs[3]``          a child of a ``ModuleList`` (``head.cls_convs.3``); run once per pyramid level, it yields a list
 ``[logits]``                   a field of the model's own output; an empty path is the model itself
 =============================  =====================================================================================
-
-Nothing is installed in the model: for the length of one forward pass the module's ``forward`` is shadowed on the instance,
-which also catches hosts that call ``self.forward(…)`` (mmseg's heads, where module hooks do not fire). A recomputation in
-the backward pass (gradient checkpointing) finds the model as it was, so every tap records the first pass alone.
 """
 
 from __future__ import annotations
@@ -38,12 +34,16 @@ class Tap:
     """A parsed tap.
 
     Attributes:
-        text: as it was written.
+        text: the tap as it was written.
         path: the module's dotted path.
         method: the method whose call is read, ``"forward"`` unless the tap names one.
-        input: read the first argument rather than what is returned.
-        index: what to take from it: integers, field names, ``"*"`` for all of a list.
-        inputs: read all arguments, a dict by name.
+        input: true if the first argument is read rather than the return value.
+        index: indices into the value: integers, field names, or ``"*"`` for all entries of a list.
+        inputs: true if all arguments are read, as a dict by name.
+
+    Example:
+        >>> Tap.parse("bbox_head[1][*]").index
+        (1, '*')
     """
 
     text: str
@@ -55,16 +55,16 @@ class Tap:
 
     @property
     def side(self) -> str:
-        """Which side of a call is read: ``"output"``, ``"input"`` or ``"inputs"``."""
+        """The side of a call that is read: ``"output"``, ``"input"`` or ``"inputs"``."""
         return "inputs" if self.inputs else "input" if self.input else "output"
 
     def below(self, path: str) -> bool:
-        """Whether the module at ``path``, or one inside it, is tapped."""
+        """Return true if the tap reads the module at ``path`` or a module inside it."""
         return self.path == path or self.path.startswith(f"{path}.")
 
     @classmethod
     def parse(cls, text: str) -> Tap:
-        """Parses the notation above; a :class:`WiringError` says what is wrong with it."""
+        """Parse a tap in the notation of this module; raise a :class:`WiringError` if it is malformed."""
         match = _GRAMMAR.fullmatch(text) if isinstance(text, str) else None
         if match is None:
             raise WiringError(
@@ -76,7 +76,7 @@ class Tap:
             path, _, method = path.rpartition(".")
             if method != "forward" and hasattr(nn.Module, method):
                 raise WiringError(
-                    f"tap {text!r}: '{method}' is no step of a model's pass, but what every module has; tap the module's output, "
+                    f"tap {text!r}: '{method}' is a method of every module, not a step of a model's pass; tap the module's output, "
                     "or a method of its own class"
                 )
         parts = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in index)
@@ -88,7 +88,7 @@ class Tap:
 
 
 class NeverFired(WiringError):
-    """A pass did not run what a tap of ``owner`` reads."""
+    """A pass did not run the module or method that a tap of ``owner`` reads."""
 
     def __init__(self, tap: Tap, owner: str) -> None:
         called = "" if tap.method == "forward" else f".{tap.method}()"
@@ -99,7 +99,7 @@ class NeverFired(WiringError):
 
 
 class Site(NamedTuple):
-    """One callable to listen to."""
+    """A callable to record: a method of a module."""
 
     module: nn.Module
     path: str
@@ -107,7 +107,7 @@ class Site(NamedTuple):
 
 
 class _Seen:
-    """The calls of one source during one pass; only the sides that a tap reads are kept."""
+    """The calls of one site during one pass; only the sides that a tap reads are kept."""
 
     def __init__(self, copied: bool, sides: set[str]) -> None:
         self.copied = copied
@@ -126,7 +126,7 @@ class _Seen:
         self.values[side].append(value)
 
     def mapped(self, function: Callable[[Tensor], Tensor]) -> _Seen:
-        """The same calls with each of their tensors replaced."""
+        """Return the same calls with ``function`` applied to each tensor."""
         other = copy(self)
         other.values = {side: [_map(value, function) for value in found] for side, found in self.values.items()}
         return other
@@ -137,14 +137,20 @@ class _Seen:
 
 
 class Recording:
-    """What the taps of one model saw in one pass; index it with a tap.
+    """The tapped values of one model in one pass; index it with a tap.
 
     Attributes:
-        owner: the model's part in the comparison, ``"student"`` or ``"teacher"``; for messages, and for terms that know both.
-        model: the name of the model that was recorded: ``"student"``, or the source's. Part of every memo's key.
-        class_order: indices that put this model's classes in the student's order; ``None`` when the order is the same.
-        scale: this model's input size over the student's.
-        training: whether it ran in training mode, in which some heads give other outputs.
+        owner: the model's role in the comparison, ``"student"`` or ``"teacher"``; for messages, and for terms that need it.
+        model: the name of the recorded model: ``"student"``, or the name of the source. Keys of cached values include it.
+        class_order: indices that put this model's classes in the student's order; ``None`` if the order is the same.
+        scale: the ratio of this model's input size to the student's.
+        training: true if the model ran in training mode, in which some heads return other outputs.
+
+    Example:
+        >>> tap = Tap.parse("conv")
+        >>> recording = Recorder(teacher, [tap]).record_prefix(teacher, lambda: teacher(images))
+        >>> [tensor.shape[1] for tensor in recording.tensors(tap)]
+        [8]
     """
 
     class_order: Tensor | None = None
@@ -164,28 +170,28 @@ class Recording:
 
     @property
     def overwritten(self) -> set[tuple[str, str]]:
-        """The sources whose tensors were changed in place after they were tapped."""
+        """The sites whose tensors were changed in place after they were tapped."""
         return {key for key, seen in self.seen.items() if seen.overwritten}
 
     def frozen(self, tap: Tap) -> bool:
-        """Whether a tensor of the tap, recorded with gradient, has none: what made it does not train."""
+        """Return true if a tensor of the tap has no gradient although it was recorded with gradient: its modules are frozen."""
         if tap.method != "forward" or tap.inputs:
             return False
         return any(value.is_floating_point() and not value.requires_grad for value in _tensors(self[tap]))
 
     def joined(self, other: Recording) -> Recording:
-        """This and another recording of the same model, each of its own taps, as one."""
+        """Merge this recording with one of other taps of the same model."""
         both = copy(self)
         both._sources = {**self._sources, **other._sources}
         both.seen = {**self.seen, **other.seen}
         return both
 
     def heard_as(self, owner: str, *, detached: bool = False) -> Recording:
-        """The same recording in another part of the comparison.
+        """Return the same recording in another role of the comparison.
 
         Args:
             owner: ``"student"`` or ``"teacher"``.
-            detached: without gradient to the model that was recorded.
+            detached: detach the tensors, so that the recorded model receives no gradient.
         """
         other = copy(self)
         other.owner = owner
@@ -194,17 +200,17 @@ class Recording:
         return other
 
     def to(self, device: torch.device) -> Recording:
-        """The same recording on one device, of a model whose layers lie on several."""
+        """Return the same recording on one device, for a model whose layers are on several."""
         other = copy(self)
         other.seen = {key: seen.mapped(lambda tensor: tensor.to(device)) for key, seen in self.seen.items()}
         return other
 
     def calls(self, tap: Tap) -> int:
-        """How often the tap's module (or method) ran."""
+        """Return how often the tap's module (or method) ran."""
         return sum(self.seen[source.path, source.method].calls for source in self._sources[tap])
 
     def __getitem__(self, tap: Tap) -> Any:
-        """The tapped value: a list where the module ran more than once or the tap says ``[*]``."""
+        """Return the tapped value: a list if the module ran more than once or the tap ends with ``[*]``."""
         values: list[Any] = []
         for source in self._sources[tap]:
             values += self.seen[source.path, source.method].values[tap.side]
@@ -215,7 +221,7 @@ class Recording:
         for place, key in enumerate(index):
             if key == "*":
                 if not isinstance(value, (list, tuple)):
-                    raise WiringError(f"tap '{tap}' of the {self.owner}: there is no list to take [*] of")
+                    raise WiringError(f"tap '{tap}' of the {self.owner}: [*] needs a list; remove it")
                 if place + 1 < len(index):
                     raise WiringError(f"tap '{tap}': [*] can only come last")
                 value = list(value)
@@ -230,7 +236,7 @@ class Recording:
         return value
 
     def tensors(self, tap: Tap) -> list[Tensor]:
-        """The tapped tensors as a list, whether the tap yields one or several; anything else is an error."""
+        """Return the tapped tensors as a list, for one or several; raise a :class:`WiringError` for other values."""
         value = self[tap]
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         for entry in values:
@@ -247,7 +253,7 @@ class Recording:
         return values
 
     def _consumed(self, tap: Tap) -> int:
-        """1 where the tap's first index has picked children of a ModuleList already."""
+        """Return 1 if the tap's first index already selected children of a ModuleList, else 0."""
         return 0 if self._sources[tap][0].path == tap.path else 1
 
 

@@ -134,8 +134,8 @@ def test_each_teacher_teaches_what_it_would_alone(pair):
     ("terms", "error", "message"),
     [
         ([dict(type="SoftTargets", source="c")], DistillError, "soft_targets: there is no source 'c'"),
-        ([dict(type="SoftTargets")], DistillError, r"there is no source 'teacher'.*source=… says which"),
-        ([dict(type="SoftTargets", source="a")], DistillError, "no term listens to 'b'; add source='b'"),
+        ([dict(type="SoftTargets")], DistillError, r"there is no source 'teacher'.*set source=…"),
+        ([dict(type="SoftTargets", source="a")], DistillError, "no term uses 'b'; add source='b'"),
     ],
 )
 def test_terms_and_teachers_that_do_not_meet(pair, terms, error, message):
@@ -471,7 +471,7 @@ def test_a_run_without_peers_has_none_to_export(plain_run, tmp_path, capsys):
 def test_a_peer_trains_on_proposals_of_its_own():
     student = staged("Faster R-CNN", frozen_bn=True)
     with pytest.raises(
-        WiringError, match=r"'peer' trains on proposals of its own.*tap what comes before 'roi_head'"
+        WiringError, match=r"'peer' trains on its own proposals.*tap a module before 'roi_head'"
     ) as caught:
         build(with_peer(dict(type="SoftTargets", source="peer"), config=student, student=student))
     assert "\n" not in str(caught.value)

@@ -178,7 +178,7 @@ def test_what_several_sources_cannot_mean(tmp_path):
     refused("teachers must be a dict of sources by name", teachers=[big()])
     refused(r"teachers\['a'\] must be a model or a folder, got 3", teachers={"a": 3})
     refused("there is no source 'teacher'; known: 'a'", teachers={"a": big()})
-    refused("no term listens to 'b'", teachers={"teacher": big(), "b": big(seed=3)})
+    refused("no term uses 'b'", teachers={"teacher": big(), "b": big(seed=3)})
     refused("share parameters", (one := model()), teachers={"teacher": one})
     refused("student and peer share parameters", (one := model()), teachers={"teacher": Peer(one)})
     refused(
@@ -817,7 +817,7 @@ def test_teachers_in_a_recipe_file(saved, tmp_path, capsys):
     fails("teachers['a'] must be a model or a folder, got 5", teachers={**recipe["teachers"], "a": 5})
     fails("give teacher=…, or several", teacher=str(tmp_path / "a"))
     fails("there is no source 'c'", terms=[{"type": "SoftTargets", "source": "c"}])
-    fails("no term listens to 'a'", terms=[{"type": "SoftTargets", "source": "b"}])
+    fails("no term uses 'a'", terms=[{"type": "SoftTargets", "source": "b"}])
     fails("an Ensemble gives predictions", terms=["SoftTargets", {"type": "HiddenStates", "source": "both"}][1:])
 
 

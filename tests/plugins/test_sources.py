@@ -164,7 +164,7 @@ def test_an_ensemble_has_predictions_alone_and_members_of_one_kind():
         build(Hint("0"))
     with pytest.raises(WiringError, match="the members of an Ensemble must predict alike"):
         build(LogitMatching(), b=net(5, 2, classes=3))
-    with pytest.raises(DistillError, match="'c' is no source with a model of its own"):
+    with pytest.raises(DistillError, match="'c' is not a source with its own model"):
         build(LogitMatching(), of=("a", "c"))
 
 
@@ -308,7 +308,7 @@ def test_what_cannot_be_meant_is_refused():
         build(teachers=dict(a=net(4, 1)))
     with pytest.raises(DistillError, match=r"did you mean 'large'"):
         build(teachers=dict(large=net(4, 1)), terms=[SoftTargets(source="larg")])
-    with pytest.raises(DistillError, match="no term listens to 'b'"):
+    with pytest.raises(DistillError, match="no term uses 'b'"):
         build(teachers=dict(teacher=net(4, 1), b=net(4, 2)))
     for name in ("student", "my_loss", "a.b", ""):
         with pytest.raises(DistillError, match="a source's name must be"):

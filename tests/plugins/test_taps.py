@@ -133,7 +133,10 @@ def test_not_a_tap(text: object):
 
 @pytest.mark.parametrize("method", ["__class__", "__init__", "__call__", "parameters", "train", "state_dict"])
 def test_what_every_module_has_is_no_step_of_a_pass(method: str):
-    with pytest.raises(WiringError, match=rf"tap 'neck.{method}\(\)': '{method}' is no step of a model's pass"):
+    with pytest.raises(
+        WiringError,
+        match=rf"tap 'neck.{method}\(\)': '{method}' is a method of every module, not a step of a model's pass",
+    ):
         Tap.parse(f"neck.{method}()")
     assert Tap.parse("neck.forward():input").method == "forward"
 
@@ -402,7 +405,7 @@ def test_a_path_that_does_not_exist(text: str, message: str):
         ("neck[3]", "tap 'neck[3]' of the student: no [3] in 3 entries"),
         ("[logits]", "no [logits] in a dict"),
         ("backbone.stem[shapes]", "no [shapes] in a Tensor"),
-        ("backbone[*]", "there is no list to take [*] of"),
+        ("backbone[*]", "[*] needs a list"),
         ("head[*][0]", "[*] can only come last"),
     ],
 )

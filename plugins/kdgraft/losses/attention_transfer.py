@@ -1,4 +1,4 @@
-"""Attention transfer (AT) by activations: positions of a map are as strong as the teacher's, whatever the channels.
+"""Attention transfer (AT) by activations: the strengths of a map's positions follow the teacher's, for any two widths.
 
 Zagoruyko, Komodakis, "Paying More Attention to Attention: Improving the Performance of Convolutional Neural Networks via Attention
 Transfer", ICLR 2017, arXiv 1612.03928, equation 2.
@@ -24,7 +24,7 @@ def attention_transfer(
     valid: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Compare the normalised spatial attention maps of two feature maps (AT; Zagoruyko & Komodakis 2017, equation 2).
+    r"""Attention transfer (AT): difference of normalised spatial attention maps (Zagoruyko & Komodakis 2017, equation 2).
 
     .. math:: \frac{1}{N} \|q_s - q_t\|_2^2 \quad\text{(code)}, \qquad \tfrac12 \|q_s - q_t\|_2 \quad\text{(paper)}, \qquad
               q = \frac{a}{\|a\|_2}, \; a_i = \frac{1}{C} \sum_c F_{ci}^2
@@ -33,11 +33,11 @@ def attention_transfer(
         student, teacher: features ``(B, C, H, W)`` on one grid; the numbers of channels may differ.
         variant: ``"code"`` is the mean of the squared differences over the N positions, with weight 1000 in the authors' code;
             ``"paper"`` is half their distance.
-        valid: ``(B, H, W)``, above 0 where a position takes part; every position by default.
-        reduction: over images (those without a valid position do not count); ``"none"`` gives ``(B,)``.
+        valid: ``(B, H, W)``, > 0 for the positions to include; all by default.
+        reduction: over images (those without a valid position are excluded); ``"none"`` gives ``(B,)``.
 
     Raises:
-        DistillError: the grids differ, or an unknown variant.
+        DistillError: the grids differ, or the variant is unknown.
     """
     if student.shape[0] != teacher.shape[0] or student.shape[2:] != teacher.shape[2:]:
         raise DistillError(
@@ -56,6 +56,6 @@ def attention_transfer(
 
 
 def _attention(maps: Tensor, present: Tensor) -> Tensor:
-    """The unit vector of the mean squared activations of an image's positions, ``(B, N)``."""
+    """Return unit vectors ``(B, N)`` of the mean squared activations of each image's positions."""
     inside = upcast(maps).masked_fill(~present[:, None], 0)
     return unit(bounded(inside.flatten(1), 1).view_as(inside).square().mean(1).flatten(1), 1)

@@ -1,7 +1,7 @@
-"""Relations: how items (nodes, pixels, tokens, samples) relate to items, by any similarity and any comparison.
+"""Relations between items (nodes, pixels, tokens, samples), for any similarity and any comparison of similarities.
 
-The base of pair-wise affinity (nodes, cosine, squared difference), of cross-image relations (pixels, cosine, KL) and of token
-relations (tokens, dot product, KL).
+They are the base of pair-wise affinity (nodes, cosine, squared difference), of cross-image relations (pixels, cosine, KL) and of
+token relations (tokens, dot product, KL).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from .reduction import upcast
 from .scale import unit
 
 Similarity = Callable[[Tensor, Tensor], Tensor]
-"""``(…, N, C), (…, M, C) -> (…, N, M)``."""
+"""Computes the similarities of two sets of items: ``(…, N, C), (…, M, C) -> (…, N, M)``."""
 Comparison = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""Similarities of student and teacher ``(…, N, M)`` and which of them count, broadcasting to them -> ``(…, N)``."""
+"""Compares similarities of student and teacher ``(…, N, M)``, given a mask of those that count: ``-> (…, N)``."""
 
 
 def relations(
@@ -30,15 +30,15 @@ def relations(
     others: tuple[Tensor, Tensor] | None = None,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Compare how each item relates to the others in student and teacher.
+    """Compare the relations of each item to the others in the student with those in the teacher.
 
     Args:
-        student: ``(…, N, C_s)``.
-        teacher: ``(…, N, C_t)``; the widths may differ.
-        similarity: of two sets of items, such as :func:`dot` or :func:`cosine`.
-        comparison: of the two models' similarities, such as :func:`divergence` or :func:`squared_difference`.
-        others: student's and teacher's items ``(…, M, C)`` that each item is related to; the same items by default.
-        valid: the relations that count, broadcasts to ``(…, N, M)``; ``None`` for all.
+        student: the student's items ``(…, N, C_s)``.
+        teacher: the teacher's items ``(…, N, C_t)``; the widths may differ.
+        similarity: computes the similarities of two sets of items, such as :func:`dot` or :func:`cosine`.
+        comparison: compares the two models' similarities, such as :func:`divergence` or :func:`squared_difference`.
+        others: student's and teacher's items ``(…, M, C)`` to which each item is related; the same items by default.
+        valid: true for the relations that count; broadcasts to ``(…, N, M)``; ``None`` for all.
 
     Returns:
         The loss of each item, ``(…, N)``.
@@ -49,22 +49,22 @@ def relations(
 
 
 def dot(items: Tensor, others: Tensor) -> Tensor:
-    """Dot products of all items, in float32 also under autocast: ``(…, N, C), (…, M, C) -> (…, N, M)``."""
+    """Compute the dot products of all items, in float32 even under autocast: ``(…, N, C), (…, M, C) -> (…, N, M)``."""
     with torch.autocast(items.device.type, enabled=False):
         return upcast(items) @ upcast(others).transpose(-1, -2)
 
 
 def cosine(items: Tensor, others: Tensor) -> Tensor:
-    """Cosines of all items: ``(…, N, C), (…, M, C) -> (…, N, M)``; that of a vector of zeros is 0."""
+    """Compute the cosines of all items: ``(…, N, C), (…, M, C) -> (…, N, M)``; the cosine of a zero vector is 0."""
     return dot(unit(upcast(items), -1), unit(upcast(others), -1))
 
 
 def divergence(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """KL(teacher ‖ student) of the softmaxes over the relations of each item: ``(…, N, M) -> (…, N)``."""
+    """Compute KL(teacher ‖ student) of the softmaxes over the relations of each item: ``(…, N, M) -> (…, N)``."""
     return attention_distributions(student, teacher, valid=valid, reduction="none")
 
 
 def squared_difference(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:
-    """The squared differences of the relations of each item, summed: ``(…, N, M) -> (…, N)``."""
+    """Sum the squared differences of the relations of each item: ``(…, N, M) -> (…, N)``."""
     items = (student - teacher).square()
     return (items if valid is None else items.masked_fill(~valid.bool(), 0)).sum(-1)
