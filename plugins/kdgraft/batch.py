@@ -41,6 +41,11 @@ class Batch:
         tokens: ``(B, L)``, true for tokens that are not padding.
         samples: the identities of the samples.
         extra: values that only the terms of one host read.
+
+    Example:
+        >>> batch = Batch(padded_size=(8, 8), boxes=[torch.tensor([[0.0, 0.0, 4.0, 2.0]])])
+        >>> batch.once(("areas",), lambda: [(box[:, 2:] - box[:, :2]).prod(1) for box in batch.boxes])
+        [tensor([8.])]
     """
 
     padded_size: tuple[int, int] | None = None

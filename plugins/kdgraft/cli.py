@@ -74,18 +74,14 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser("export", help="write the weights and the config of the plain student")
     export.add_argument("checkpoint")
     export.add_argument(
-        "out", help="the file for the weights, such as student.pth; the config is written beside it, as student.py"
+        "out", help="file for the weights, such as student.pth; the config goes beside it, as student.py"
     )
-    export.add_argument(
-        "--peer", metavar="NAME", help="write this peer, which was trained beside the student, instead of the student"
-    )
+    export.add_argument("--peer", metavar="NAME", help="write this peer of the student instead of the student")
     export.add_argument("--force", action="store_true", help="overwrite the two files if they exist")
     _add_trusted(export)
     export.set_defaults(run=_export)
 
-    listing = commands.add_parser(
-        "list", help="list terms, losses, regions, sources, recipes …, or document one of them"
-    )
+    listing = commands.add_parser("list", help="list terms, losses, regions, recipes …, or document one of them")
     listing.add_argument("name", nargs="?", help="a term, a recipe …, whose arguments, defaults and paper are shown")
     listing.set_defaults(run=lambda a: _show(a.name) if a.name else _list())
 
@@ -104,18 +100,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names separated by commas")
     demo.add_argument("--iterations", type=int, help="iterations of every training (default: the task's own)")
     demo.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default: 0)")
-    demo.add_argument(
-        "--split",
-        default="test",
-        choices=["val", "test"],
-        help="the split to evaluate on: 'val' to tune, with other seeds",
-    )
+    demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune, with other seeds")
     layouts = "; ".join(f"{name}: {host.data}" for name, host in hosts().items() if host.data)
     demo.add_argument("--data", help=f"train on the real dataset in this folder instead ({layouts})")
     demo.add_argument(
-        "--fraction",
-        type=float,
-        help="fraction of the training set of --data to use, if the demo supports it (default: 1)",
+        "--fraction", type=float, help="fraction of --data's training set, if the demo supports it (default: 1)"
     )
     demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
     demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

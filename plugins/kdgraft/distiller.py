@@ -28,6 +28,11 @@ class DistillOutput:
         host_share: factor that active terms leave to the task's own loss: 1 unless a ``SoftTargets`` has a ``hard_weight``.
         peer_shares: the same factor for the task's own loss of each peer.
         figures: values for a log: ``distill.<term>.raw``, the loss before its weight, and ``distill.<term>.weight``.
+
+    Example:
+        >>> out = Distiller(student, teacher, ["ForwardKL"], example=images)(images)
+        >>> torch.equal(out.total(torch.tensor(2.0)), 2.0 + out.loss)
+        True
     """
 
     student: Any
@@ -61,6 +66,13 @@ class Distiller(Engine):
         terms: names, dicts or :class:`~kdgraft.Term` instances.
         example: a small input for the dry run, on the device of the models: a tensor, or a tuple or dict of arguments.
         teachers: several teachers by name, instead of ``teacher``; the ``source`` of a term selects one of them.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, terms=[SoftTargets(temperature=4), Hint("conv")], example=images)
+        >>> out = distiller(images)
+        >>> out.total(nn.functional.cross_entropy(out.student, labels)).backward()
+        >>> list(out.losses)
+        ['distill.soft_targets.loss', 'distill.hint.loss']
     """
 
     def __init__(

@@ -8,15 +8,34 @@ from typing import Any
 
 
 class DistillError(ValueError):
-    """A mistake in a config, a call or a file; the command line prints its one-line message and exits with code 2."""
+    """A mistake in a config, a call or a file; the command line prints its one-line message and exits with code 2.
+
+    Example:
+        >>> SoftTargets(temperature=0)
+        Traceback (most recent call last):
+        kdgraft.errors.DistillError: temperature must be > 0, got 0
+    """
 
 
 class WiringError(DistillError):
-    """A term that cannot be wired to this student and teacher; raised at build time, before training starts."""
+    """A term that cannot be wired to this student and teacher; raised at build time, before training starts.
+
+    Example:
+        >>> Distiller(student, teacher, [Hint("convs")], example=images)
+        Traceback (most recent call last):
+        kdgraft.errors.WiringError: ...; did you mean 'conv'?
+    """
 
 
 class UnsafeCheckpoint(DistillError):
-    """A checkpoint that holds more than tensors and known harmless types."""
+    """A checkpoint that holds more than tensors and known harmless types.
+
+    Example:
+        >>> torch.save({"state_dict": {}, "author": Batch()}, "unsafe.pth")
+        >>> Teacher(teacher, "unsafe.pth").load()
+        Traceback (most recent call last):
+        kdgraft.errors.UnsafeCheckpoint: checkpoint unsafe.pth holds objects that loading would execute (...
+    """
 
 
 def nearest(name: str, names: Iterable[str], n: int = 3) -> str:

@@ -34,6 +34,11 @@ class Pairs:
         dim: the axis of the classes.
         independent: true for independent classes (a sigmoid each), false for exclusive ones (a softmax).
         mean: true if the host's own loss averages over independent classes, rather than adding them up.
+
+    Example:
+        >>> pairs = Pairs(student=torch.rand(6, 5), teacher=torch.rand(6, 5), weight=torch.ones(6))
+        >>> SoftTargets().compare(pairs).shape
+        torch.Size([6])
     """
 
     student: Tensor
@@ -66,6 +71,11 @@ class Scores(ABC):
         reading: settings, beside the taps, with which the teacher is read.
         host_losses: names of the host's own losses of these scores; empty for all its losses.
         background: true if "no object" is a class: the last one of a softmax, or the complement of each independent class.
+
+    Example:
+        >>> scores = Reader(student, teacher, "soft_targets").scores(student, teacher, tap="head")
+        >>> isinstance(scores, Scores), scores.compares_classes
+        (True, True)
     """
 
     taps: tuple[Sequence[Tap], Sequence[Tap]]
@@ -110,6 +120,12 @@ class Reader:
 
     Attributes:
         reading: settings, beside the taps, with which the teacher is read; equal for all members of an Ensemble.
+
+    Example:
+        >>> class ImageReader(Reader):
+        ...     default_taps = {"scores": "head", "features": "conv"}
+        >>> ImageReader(student, teacher, "soft_targets").scores(student, teacher).taps[0][0].path
+        'head'
     """
 
     default_taps: ClassVar[Mapping[str, str]] = {"scores": ""}

@@ -34,6 +34,14 @@ class Registry:
         parent: the registry to search for names that are missing here; a task's registry extends the core's.
         home: ``package:VARIABLE``: the package that registers names here, and the name of this registry in it. The first look-up
             imports the package; descriptions are read from its sources without an import.
+
+    Example:
+        >>> tricks = Registry("trick", "example.tricks")
+        >>> @tricks.register
+        ... class Flip: ...
+        >>> tricks.build(dict(type="Flop"))
+        Traceback (most recent call last):
+        kdgraft.errors.DistillError: no trick is called 'Flop'; did you mean 'Flip'?
     """
 
     def __init__(

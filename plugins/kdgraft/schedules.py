@@ -17,14 +17,27 @@ Shape = Literal["linear", "cosine"]
 
 
 class Step(NamedTuple):
-    """The position in training: the numbers of iterations and epochs completed before this step."""
+    """The position in training: the numbers of iterations and epochs completed before this step.
+
+    Example:
+        >>> Step(iteration=7)
+        Step(iteration=7, epoch=0)
+    """
 
     iteration: int = 0
     epoch: int = 0
 
 
 class Schedule:
-    """Base of schedules: a constant factor of 1. A subclass overrides :meth:`__call__`."""
+    """Base of schedules: a constant factor of 1. A subclass overrides :meth:`__call__`.
+
+    Example:
+        >>> class Alternate(Schedule):
+        ...     def __call__(self, step):
+        ...         return float(step.iteration % 2)
+        >>> SoftTargets(weight=3.0, schedule=Alternate()).weight_at(Step(5))
+        3.0
+    """
 
     def __call__(self, step: Step) -> float:
         """Return the factor at this step."""
@@ -46,7 +59,12 @@ class Schedule:
 
 @SCHEDULES.register
 class Constant(Schedule):
-    """The same weight throughout."""
+    """The same weight throughout.
+
+    Example:
+        >>> Constant()(Step(iteration=5))
+        1.0
+    """
 
 
 @SCHEDULES.register
@@ -58,6 +76,10 @@ class Ramp(Schedule):
         start, final: factors >= 0 at the two ends.
         shape: ``"linear"``, or ``"cosine"`` for half a cosine wave (flat at both ends).
         by: the unit, ``"iter"`` or ``"epoch"``.
+
+    Example:
+        >>> Ramp(end=10, start=0.5)(Step(iteration=5))
+        0.75
     """
 
     def __init__(
@@ -98,7 +120,12 @@ class Ramp(Schedule):
 
 @SCHEDULES.register
 class WarmUp(Ramp):
-    """From 0 (or ``start``) at ``begin`` up to the full weight at ``end``."""
+    """From 0 (or ``start``) at ``begin`` up to the full weight at ``end``.
+
+    Example:
+        >>> WarmUp(end=10)(Step(iteration=5))
+        0.5
+    """
 
     def __init__(
         self, end: int, begin: int = 0, *, start: float = 0.0, shape: Shape = "linear", by: By = "iter"
@@ -108,7 +135,12 @@ class WarmUp(Ramp):
 
 @SCHEDULES.register
 class Decay(Ramp):
-    """From the full weight at ``begin`` down to ``final`` at ``end``."""
+    """From the full weight at ``begin`` down to ``final`` at ``end``.
+
+    Example:
+        >>> Decay(end=20, begin=10)(Step(iteration=15))
+        0.5
+    """
 
     def __init__(
         self, end: int, begin: int = 0, *, final: float = 0.0, shape: Shape = "linear", by: By = "iter"
@@ -118,7 +150,12 @@ class Decay(Ramp):
 
 @SCHEDULES.register
 class Stop(Schedule):
-    """The full weight before ``end``, 0 from then on (ESKD, Cho & Hariharan 2019, arXiv 1910.01348)."""
+    """The full weight before ``end``, 0 from then on (ESKD, Cho & Hariharan 2019, arXiv 1910.01348).
+
+    Example:
+        >>> [Stop(end=3, by="epoch")(Step(epoch=epoch)) for epoch in range(5)]
+        [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
 
     def __init__(self, end: int, *, by: By = "iter") -> None:
         _check_counts("Stop", end=end)

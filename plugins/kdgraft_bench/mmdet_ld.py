@@ -1,4 +1,4 @@
-"""MMDetection's own distillation of detectors, as a reference."""
+"""MMDetection's own distillation of detectors, to compare with."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def mmdet_ld(student: Mapping[str, Any], teacher_config: Any, checkpoint: str) -
 
     Args:
         student: the ``model`` entry of a plain GFL detector.
-        teacher_config: the path of the teacher's config, or ``dict(model=…)``.
-        checkpoint: the teacher's checkpoint.
+        teacher_config: path of the teacher's config, or ``dict(model=…)``.
+        checkpoint: the teacher's.
     """
     model = copy.deepcopy(dict(student))
     model.update(

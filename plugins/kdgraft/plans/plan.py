@@ -154,16 +154,8 @@ def _run(name: str, entry: Any, host: Any, folder: Path) -> PlannedRun:
     config = entry["config"]
     if "::" not in config and (folder / config.split(":")[0]).exists():
         config = str(folder / config)
-    return PlannedRun(
-        name,
-        config,
-        entry.get("host", host),
-        entry.get("options", {}),
-        teachers,
-        tuple(entry.get("terms", ())),
-        entry.get("recipe"),
-        entry.get("start"),
-    )
+    terms, recipe, start = tuple(entry.get("terms", ())), entry.get("recipe"), entry.get("start")
+    return PlannedRun(name, config, entry.get("host", host), entry.get("options", {}), teachers, terms, recipe, start)
 
 
 _KINDS = {"config": str, "host": str, "options": dict, "teachers": dict, "terms": list, "start": str}

@@ -21,6 +21,15 @@ class Region:
     """Base of regions: weights ``(B, H, W)`` for a map ``(B, C, H, W)``, or ``None`` for 1 everywhere.
 
     ``needs`` names the fields of :class:`Batch` that the region requires; this is checked when the term is built.
+
+    Example:
+        >>> class LeftHalf(Region):
+        ...     def __call__(self, batch, feature, scale=1.0):
+        ...         weights = torch.zeros(len(feature), *feature.shape[2:])
+        ...         weights[..., : feature.shape[-1] // 2] = 1
+        ...         return weights
+        >>> LeftHalf()(Batch(), images).mean()
+        tensor(0.5000)
     """
 
     needs: frozenset[str] = frozenset()

@@ -44,6 +44,11 @@ class FineGrained(Region):
         threshold: ψ in [0, 1], the fraction of the best IoU; 0.5 in the paper.
         scale: side of the default anchors in strides.
         ratios: aspect ratios, height / width, of the default anchors at equal area.
+
+    Example:
+        >>> batch = Batch(padded_size=(8, 8), boxes=[torch.tensor([[2.0, 2.0, 6.0, 6.0]])])
+        >>> FineGrained(threshold=0.6, scale=4.0)(batch, images[:1]).sum()
+        tensor(12.)
     """
 
     needs = frozenset({"boxes"})

@@ -31,6 +31,14 @@ class Source:
         class_order: indices that put its classes in the student's order; ``None`` if the order is the same.
         scale: the ratio of its input size to the student's.
         model: the model to record. A source that combines others has none.
+
+    Example:
+        >>> class Uncompiled(Source):
+        ...     def __init__(self, model):
+        ...         super().__init__()
+        ...         self.model = model.requires_grad_(False)
+        >>> list(Distiller(student, Uncompiled(teacher), ["ForwardKL"], example=images)(images).losses)
+        ['distill.forward_kl.loss']
     """
 
     trains = False

@@ -30,6 +30,12 @@ class Ensemble(Source):
         mean: ``"arithmetic"``: the mean of the probabilities at temperature 1; ``"geometric"``: their normalised geometric mean,
             which is the mean of the logits. Boxes are averaged as numbers in both cases.
         weights: one weight > 0 per member, normalised to a sum of 1; equal by default.
+
+    Example:
+        >>> sources = dict(a=teacher, b=make_model(16), both=Ensemble(["a", "b"], mean="geometric"))
+        >>> distiller = Distiller(student, terms=[SoftTargets(source="both")], teachers=sources, example=images)
+        >>> list(distiller(images).losses)
+        ['distill.soft_targets.loss']
     """
 
     def __init__(

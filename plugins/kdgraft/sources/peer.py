@@ -19,6 +19,11 @@ class Peer(Source):
 
     Args:
         model: the second student; it must not share parameters with the first.
+
+    Example:
+        >>> distiller = Distiller(student, Peer(make_model(4)), [SoftTargets()], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.soft_targets.loss', 'distill.soft_targets_of_teacher.loss']
     """
 
     trains = True

@@ -34,6 +34,10 @@ class Teacher(Source):
             ``"fp32"`` disables the host's autocast for it.
         trusted: load the checkpoint even if it holds arbitrary pickled objects. Only for files that you made.
         safe_types: further harmless types to allow in the checkpoint, such as a host's own.
+
+    Example:
+        >>> torch.save(teacher.state_dict(), "teacher.pth")
+        >>> Teacher(make_model(8), "teacher.pth", precision="bf16").load()
     """
 
     def __init__(

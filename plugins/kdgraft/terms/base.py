@@ -30,6 +30,15 @@ class Term(nn.Module):
         schedule: schedule of the weight over training; see :func:`kdgraft.schedules.build_schedule`.
         name: name of the term in logs and of its parameters; the class name in snake case by default.
         source: the name of the source that the student imitates.
+
+    Example:
+        >>> class Sparsity(Term):
+        ...     student_taps = teacher_taps = [Tap.parse("conv")]
+        ...
+        ...     def forward(self, student, teacher, batch):
+        ...         return weighted_ratio(student[self.student_taps[0]].abs())
+        >>> Distiller(student, teacher, [Sparsity(weight=0.5, schedule=WarmUp(10))], example=images)(images).figures
+        {'distill.sparsity.weight': tensor(0.)}
     """
 
     student_taps: Sequence[Tap] = ()
@@ -149,6 +158,11 @@ class TapTerm(Term):
     Args:
         tap: one tap or several, on both models; by default the host's tap for :attr:`reads`, if it has one.
         student_tap, teacher_tap: the taps of each model, where they differ.
+
+    Example:
+        >>> term = Hint(student_tap="conv", teacher_tap=["conv"], name="early")
+        >>> term.student_taps == term.teacher_taps, term.name
+        (True, 'early')
     """
 
     reads: str | None = None

@@ -32,6 +32,14 @@ class FeatureTerm(TapTerm):
             accepts any two widths); each tensor has its own, sized by the dry run.
         region: ``"all"`` (without padding and ignored positions), ``"foreground"`` if the host has boxes, or another registered
             region.
+
+    Example:
+        >>> class Means(FeatureTerm):
+        ...     def forward(self, student, teacher, batch):
+        ...         ((s, t, weight),) = self.aligned(student, teacher, batch)
+        ...         return weighted_ratio((s.mean(1) - t.mean(1)).abs(), weight)
+        >>> list(Distiller(student, teacher, [Means("conv")], example=images)(images).losses)
+        ['distill.means.loss']
     """
 
     adapts_always = False
@@ -97,6 +105,11 @@ class FeatureImitation(FeatureTerm):
         tap, student_tap, teacher_tap, adapter, region: see :class:`FeatureTerm`.
         loss: a registered loss, or a function of ``(student, teacher, dim=…, reduction="none")`` that returns a value per
             position; ``dict(type="hint", norm="l1")`` sets its arguments.
+
+    Example:
+        >>> term = FeatureImitation("conv", loss=dict(type="hint", norm="l1"))
+        >>> for row in Distiller(student, teacher, [term], example=images).rows: print(row.student_shape, row.adapter)
+        2×4×8×8 ConvAdapter 4→8
     """
 
     adapts_always = True
@@ -124,7 +137,13 @@ class FeatureImitation(FeatureTerm):
 
 @TERMS.register
 class Hint(FeatureImitation):
-    """FitNets' hint (arXiv 1412.6550): feature imitation of one layer, every position, squared error."""
+    """FitNets' hint (arXiv 1412.6550): feature imitation of one layer, every position, squared error.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [Hint("conv", weight=2.0)], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.hint.loss']
+    """
 
 
 @TERMS.register
@@ -138,6 +157,11 @@ class PearsonImitation(FeatureTerm):
         tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
         adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
         region: see :class:`FeatureTerm`; positions with weight 0 are excluded.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [PearsonImitation("conv", weight=6.0)], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.pearson_imitation.loss']
     """
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
@@ -162,6 +186,11 @@ class ChannelWise(FeatureTerm):
         temperature: T > 0.
         adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
         region: see :class:`FeatureTerm`; positions with weight 0 are excluded.
+
+    Example:
+        >>> term = ChannelWise("conv", temperature=1.0, weight=10.0)
+        >>> list(Distiller(student, teacher, [term], example=images)(images).losses)
+        ['distill.channel_wise.loss']
     """
 
     reads = "scores"

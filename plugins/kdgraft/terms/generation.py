@@ -27,6 +27,16 @@ class PerImageTerm(FeatureTerm):
     Images without a position that counts are not included in the mean.
 
     A subclass builds its module for a map in :meth:`build_module` and computes the loss in :meth:`per_image`.
+
+    Example:
+        >>> class Scaled(PerImageTerm):
+        ...     def build_module(self, channels):
+        ...         return nn.Conv2d(channels, channels, 1)
+        ...
+        ...     def per_image(self, module, student, teacher, valid, batch):
+        ...         return (module(student) - teacher).square().sum((1, 2, 3))
+        >>> list(Distiller(student, teacher, [Scaled("conv")], example=images)(images).losses)
+        ['distill.scaled.loss']
     """
 
     reads = "features"
@@ -80,6 +90,11 @@ class MaskedGeneration(PerImageTerm):
         mask_ratio: fraction of the positions that are masked, in [0, 1].
         adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
         region: see :class:`FeatureTerm`; positions with weight 0 are excluded, the others have equal weight.
+
+    Example:
+        >>> term = MaskedGeneration("conv", mask_ratio=0.5)
+        >>> list(Distiller(student, teacher, [term], example=images)(images).losses)
+        ['distill.masked_generation.loss']
     """
 
     def __init__(
@@ -133,6 +148,12 @@ class FocalGlobal(PerImageTerm):
         lambda_: weight of the global relation's squared errors; each model has a small trainable block for it on each map.
         adapter: adapter for channels that differ; ``"auto"`` builds a 1×1 convolution where they do, and none otherwise.
         weight: factor on the sum of the four parts.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [FocalGlobal("conv")], example=images)
+        >>> boxes = [torch.tensor([[0.0, 0.0, 4.0, 4.0]]), torch.zeros(0, 4)]
+        >>> list(distiller(images, batch=Batch(padded_size=(8, 8), boxes=boxes)).losses)
+        ['distill.focal_global.loss']
     """
 
     def __init__(

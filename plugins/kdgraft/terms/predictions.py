@@ -40,6 +40,14 @@ class ScoreTerm(Term):
     Args:
         where: arguments of the host that select the scores: ``tap`` in plain PyTorch, ``tap`` and ``grid`` in segmentation,
             ``head``, ``anchors`` and ``activation`` in detection, ``tokens`` in Hugging Face models.
+
+    Example:
+        >>> class TotalVariation(ScoreTerm):
+        ...     def compare(self, pairs):
+        ...         s, t = (scores.softmax(pairs.dim) for scores in (pairs.student, pairs.teacher))
+        ...         return (s - t).abs().sum(pairs.dim) / 2
+        >>> TotalVariation().compare(Pairs(torch.tensor([[9e9, 0.0]]), torch.tensor([[0.0, 9e9]])))
+        tensor([1.])
     """
 
     compares_classes = True
@@ -113,7 +121,16 @@ class ScoreTerm(Term):
 
 
 class TemperedTerm(ScoreTerm):
-    """Base of score terms with a temperature."""
+    """Base of score terms with a temperature.
+
+    Example:
+        >>> class Entropy(TemperedTerm):
+        ...     def compare(self, pairs):
+        ...         p = (pairs.student / self.temperature).softmax(pairs.dim)
+        ...         return -(p * p.log()).sum(pairs.dim)
+        >>> Entropy(temperature=1.0).compare(Pairs(torch.zeros(1, 2), torch.zeros(1, 2)))
+        tensor([0.6931])
+    """
 
     def __init__(self, temperature: float = 1.0, **settings: Any) -> None:
         super().__init__(**settings)
@@ -140,6 +157,11 @@ class SoftTargets(TemperedTerm):
         background_weight: weight of the background in a *cross-entropy*, other classes 1: 1.5 in Chen et al. (NeurIPS 2017,
             eq. 3). The background of an independent class is its complement. ``None`` compares by KL.
         where: see :class:`ScoreTerm`.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [SoftTargets(temperature=4.0, hard_weight=0.5)], example=images)
+        >>> distiller(images, targets=labels).host_share
+        0.5
     """
 
     takes_independent = True
@@ -170,7 +192,7 @@ class SoftTargets(TemperedTerm):
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         super().prepare(student, teacher)
-        self.scores.labelled = self.hard_weight is not None  # hard and soft loss are of the same items
+        self.scores.labelled = self.hard_weight is not None  # the hard and the soft loss count the same items
         if self.focus and self.scores.independent is False:
             raise WiringError(f"{self.name}: focus needs sigmoid classes, but these share one softmax; leave focus out")
         if self.background_weight is not None and not self.scores.background:
@@ -206,6 +228,11 @@ class LogitMatching(ScoreTerm):
     Args:
         center: ignore a difference of the mean logits, as softmax does.
         where: see :class:`ScoreTerm`.
+
+    Example:
+        >>> term = LogitMatching(center=True)
+        >>> term.compare(Pairs(torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 2.0]])))
+        tensor([0.])
     """
 
     takes_independent = True
@@ -231,6 +258,11 @@ class DIST(TemperedTerm):
         beta, gamma: weights of the two parts, inter-class and intra-class.
         temperature: T > 0.
         where: see :class:`ScoreTerm`.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [DIST(beta=1.0, gamma=2.0)], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.dist.loss']
     """
 
     in_chunks = False
@@ -265,7 +297,13 @@ class DIST(TemperedTerm):
 
 @TERMS.register
 class ForwardKL(TemperedTerm):
-    """KL(teacher ‖ student) without the factor T² (the sequence-level baseline of GKD, arXiv 2306.13649)."""
+    """KL(teacher ‖ student) without the factor T² (the sequence-level baseline of GKD, arXiv 2306.13649).
+
+    Example:
+        >>> same = torch.rand(2, 5)
+        >>> ForwardKL().compare(Pairs(same, same))
+        tensor([0., 0.])
+    """
 
     def compare(self, pairs: Pairs) -> Tensor:
         items = soft_targets(pairs.student, pairs.teacher, self.temperature, dim=pairs.dim, reduction="none")
@@ -274,7 +312,13 @@ class ForwardKL(TemperedTerm):
 
 @TERMS.register
 class ReverseKL(TemperedTerm):
-    """KL(student ‖ teacher), which is mode-seeking (MiniLLM, arXiv 2306.08543)."""
+    """KL(student ‖ teacher), which is mode-seeking (MiniLLM, arXiv 2306.08543).
+
+    Example:
+        >>> p, q = torch.tensor([[0.5, 0.5]]), torch.tensor([[0.25, 0.75]])
+        >>> ReverseKL().compare(Pairs(p.log(), q.log()))
+        tensor([0.1438])
+    """
 
     def compare(self, pairs: Pairs) -> Tensor:
         return reverse_kl(pairs.student, pairs.teacher, self.temperature, dim=pairs.dim, reduction="none")
@@ -288,6 +332,11 @@ class GeneralizedJSD(TemperedTerm):
         beta: in [0, 1]: 0 is the forward, 1 the reverse KL.
         temperature: T > 0.
         where: see :class:`ScoreTerm`.
+
+    Example:
+        >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> GeneralizedJSD(beta=0.5).compare(Pairs(p.log(), q.log()))
+        tensor([0.6931])
     """
 
     def __init__(self, beta: float = 0.5, *, temperature: float = 1.0, **settings: Any) -> None:
@@ -309,6 +358,11 @@ class SkewedKL(TemperedTerm):
         reverse: take the student's distribution, rather than the teacher's, as the first one.
         temperature: T > 0.
         where: see :class:`ScoreTerm`.
+
+    Example:
+        >>> p, q = torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+        >>> SkewedKL(alpha=0.5).compare(Pairs(p.log(), q.log()))  # log 2, where the KL is infinite
+        tensor([0.6931])
     """
 
     def __init__(self, alpha: float = 0.1, *, reverse: bool = False, temperature: float = 1.0, **settings: Any) -> None:

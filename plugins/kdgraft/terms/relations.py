@@ -21,6 +21,13 @@ class MapTerm(FeatureTerm):
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)``.
         region: see :class:`~kdgraft.terms.FeatureTerm`; positions with weight 0 are excluded, the others have equal weight.
+
+    Example:
+        >>> class Energy(MapTerm):
+        ...     def per_image(self, student, teacher, valid):
+        ...         return (student.square().mean((1, 2, 3)) - teacher.square().mean((1, 2, 3))).abs()
+        >>> list(Distiller(student, teacher, [Energy("conv")], example=images)(images).losses)
+        ['distill.energy.loss']
     """
 
     only_maps = True
@@ -52,6 +59,11 @@ class PairwiseAffinity(MapTerm):
         pool: ``"average"``, or ``"max"`` as in the authors' code.
         tap: maps ``(B, C, H, W)``; by default the input of the classifier, if the host has one.
         region: see :class:`MapTerm`.
+
+    Example:
+        >>> term = PairwiseAffinity(tap="conv", patch=0.5, pool="max")
+        >>> list(Distiller(student, teacher, [term], example=images)(images).losses)
+        ['distill.pairwise_affinity.loss']
     """
 
     reads = "embeddings"
@@ -69,13 +81,18 @@ class PairwiseAffinity(MapTerm):
 class AttentionTransfer(MapTerm):
     """Attention transfer (AT) by activations: strengths of positions (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
 
-    Several taps weigh alike: the mean of their losses. The authors' code adds the groups of a residual network up, each with
-    weight 1000.
+    The loss of several taps is the mean of their losses. The authors' code adds up the losses of the groups of a residual network,
+    each with weight 1000.
 
     Args:
         tap, region: see :class:`MapTerm`; a detector's pyramid or a segmentor's last stage by default.
         variant: ``"code"`` or ``"paper"``; see :func:`kdgraft.losses.attention_transfer`.
         weight: β, 1000 in the authors' code.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [AttentionTransfer("conv")], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.attention_transfer.loss']
     """
 
     reads = "features"
