@@ -31,6 +31,7 @@ def one_line(entry: str, mistaken: Callable[[], bool] = lambda: True) -> Iterato
 
 
 def flat(error: BaseException) -> str:
+    """Return the message of an error in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
