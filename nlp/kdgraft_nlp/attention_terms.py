@@ -114,7 +114,8 @@ class AttentionMaps(AttentionTerm):
     def check(self, s: AttentionCall, t: AttentionCall, pair: tuple[int, int]) -> None:
         if s.heads != t.heads and self.heads == "equal":
             raise WiringError(
-                f"{self.name}: layer {pair[0]} of the student has {s.heads} heads, layer {pair[1]} of the teacher {t.heads}; use heads='averaged'"
+                f"{self.name}: layer {pair[0]} of the student has {s.heads} heads, layer {pair[1]} of the teacher {t.heads}; use "
+                "heads='averaged', or Relations, which takes any numbers of heads"
             )
         if s.causal != t.causal:
             raise WiringError(
@@ -216,7 +217,7 @@ class Relations(AttentionTerm):
             widths = s.vectors(kind).shape[-1], t.vectors(kind).shape[-1]
             if not is_number(self.heads, whole=True) or self.heads < 1 or any(width % self.heads for width in widths):
                 raise WiringError(
-                    f"{self.name}: {self.heads!r} relation heads do not divide the {kind} widths {widths[0]} and {widths[1]}; set other heads"
+                    f"{self.name}: {self.heads!r} relation heads do not divide the {kind} widths {widths[0]} and {widths[1]}; set heads to a common divisor"
                 )
 
     def _count(self, batch: Batch) -> Tensor | None:

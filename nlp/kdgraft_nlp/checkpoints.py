@@ -108,6 +108,7 @@ class Resuming(_Host):
             torch.save(self.distiller.live_state(), os.path.join(output_dir, STATE_FILE))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the plain student, and the peers beside it."""
         super().save_model(output_dir, _internal_call)
         if self.distiller is not None and self.args.should_save and not _internal_call:
             folder = Path(output_dir or str(self.args.output_dir))

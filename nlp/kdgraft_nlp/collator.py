@@ -189,5 +189,5 @@ def _ends(encoding: Any, sample: int) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for place, ((start, end), part) in enumerate(zip(encoding["offset_mapping"][sample], parts, strict=True)):
         if part is not None and end > start:
-            found[part, end] = place  # of several tokens in one character, the last
+            found[part, end] = place  # the last token of a character replaces the others
     return found

@@ -84,6 +84,7 @@ class Distilling(Resuming):
         link.hosted, link.host_weight = True, self._host_weight
 
     def call_model_init(self, trial: Any = None) -> Any:
+        """Build a new model, graft the distiller on it and reset the peers."""
         model = super().call_model_init(trial)
         if hasattr(self, "_settings"):
             for peer, first in self._peers:
@@ -107,6 +108,7 @@ class Distilling(Resuming):
         optimizer.add_param_group({"params": new})
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of a step, and count the terms' items over all of them."""
         if self.state.global_step >= self.state.max_steps > 0:
             # Resumed from the last step; within an epoch the host would run one more.
             self.control.should_training_stop = True
@@ -135,17 +137,19 @@ class Distilling(Resuming):
         return dict(zip(names, sum_over_ranks(sums.to(device)).unbind(), strict=True))
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
+        """Run the host's training step, and raise a :class:`DistillError` where it did not distil."""
         self._distilled = False
         loss = super().training_step(model, inputs, *args, **settings)
         if self.distiller is not None and not self._distilled:
             raise DistillError(
-                f"{type(self).__name__}.compute_loss skips the distillation; call super().compute_loss(…), or pass its Trainer to distill(…)"
+                f"{type(self).__name__}.compute_loss skips the distillation; call super().compute_loss(…), or distill(…) a Trainer that has it"
             )
         return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Return the host's loss times its share, with the losses of terms and peers added in training."""
         if self.distiller is None or not model.training or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_host(model, inputs, num_items_in_batch)
@@ -238,6 +242,7 @@ class Distilling(Resuming):
         super().log(logs, *args, **settings)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
+        """Run the host's prediction step on the student's inputs."""
         if is_tied(self.model):
             inputs = link_of(self.model).of_student(inputs)  # generation passes every input to the model
         return super().prediction_step(model, inputs, *args, **settings)

@@ -74,7 +74,7 @@ def _load(folder: str | Path, student: nn.Module) -> nn.Module:
     loads = auto_class(student)
     if loads is None:
         raise DistillError(
-            f"{type(student).__name__} is a model of an unknown kind, and so is {folder}; load the teacher and pass the model"
+            f"{folder} cannot be loaded, as the kind of {type(student).__name__} is unknown; load the teacher and pass the model"
         )
     try:
         model, found = loads.from_pretrained(folder, output_loading_info=True)

@@ -259,7 +259,7 @@ def test_vocabularies():
 @pytest.mark.parametrize(
     ("terms", "student", "teacher", "message"),
     [
-        (["AttentionMaps"], {}, dict(heads=2), "4 heads, layer 0 of the teacher 2; use heads='averaged'"),
+        (["AttentionMaps"], {}, dict(heads=2), "4 heads, layer 0 of the teacher 2; use heads='averaged', or Relations"),
         (
             [dict(type="Relations", of="attention")],
             {},
