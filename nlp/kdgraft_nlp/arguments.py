@@ -81,7 +81,7 @@ def _named(hint: Any) -> str:
 
 
 def training_arguments(config: Mapping[str, Any]) -> TrainingArguments:
-    """Build the Trainer's arguments from a recipe's ``training``; one that it does not take is a :class:`DistillError`."""
+    """Build the training arguments of a recipe, without reports by default."""
     training = dict(config.get("training") or {})
     training.setdefault("report_to", [])
     with one_line("training"):

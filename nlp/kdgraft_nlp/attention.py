@@ -135,8 +135,7 @@ def _one_of(model: nn.Module, name: str, groups: dict[str, list[Layer]]) -> list
     text = [path for path in groups if any(word in path for word in ("language_model", "text_model", "decoder"))]
     if len(text) != 1:
         raise WiringError(
-            f"{type(model).__name__} has several stacks of layers ({', '.join(groups)}), and terms on layers cannot "
-            "choose one; use FeatureImitation with taps of your own"
+            f"{type(model).__name__} has several stacks of layers ({', '.join(groups)}); use FeatureImitation with taps of your own"
         )
     return groups[text[0]]
 
@@ -331,8 +330,7 @@ def attention_call(recording: Recording, tap: Tap) -> AttentionCall:
     call = recording[tap]
     if not isinstance(call, AttentionCall):
         raise WiringError(
-            f"tap '{tap}' of the {recording.owner}: its attention runs more than once in a pass, because layers share "
-            "weights, and its scores do not belong to one layer; use HiddenStates or SoftTargets"
+            f"tap '{tap}' of the {recording.owner}: layers share this attention, and its scores are not those of one layer; use HiddenStates"
         )
     return call
 

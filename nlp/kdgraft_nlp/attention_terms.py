@@ -61,8 +61,7 @@ class AttentionTerm(LayerTerm):
             for call, tap, owner in zip((s, t), taps, ("student", "teacher"), strict=True):
                 if call.query.shape[0] not in (1, wiring.facts["samples"]):
                     raise WiringError(
-                        f"{self.name}: the attention at '{tap}' of the {owner} runs on windows, not on complete samples; use "
-                        "HiddenStates or FeatureImitation"
+                        f"{self.name}: the attention at '{tap}' of the {owner} runs on windows of the samples; use HiddenStates"
                     )
             self.check(s, t, pair)
             self.rows.append(self.row(_shape(s), _shape(t), taps=(taps[0], taps[1]), region="valid tokens"))
@@ -116,7 +115,7 @@ class AttentionMaps(AttentionTerm):
         if s.heads != t.heads and self.heads == "equal":
             raise WiringError(
                 f"{self.name}: layer {pair[0]} of the student has {s.heads} heads, layer {pair[1]} of the teacher {t.heads}; use "
-                "heads='averaged', or Relations, which takes any number of heads"
+                "heads='averaged', or Relations, which takes any numbers of heads"
             )
         if s.causal != t.causal:
             raise WiringError(
@@ -218,8 +217,7 @@ class Relations(AttentionTerm):
             widths = s.vectors(kind).shape[-1], t.vectors(kind).shape[-1]
             if not is_number(self.heads, whole=True) or self.heads < 1 or any(width % self.heads for width in widths):
                 raise WiringError(
-                    f"{self.name}: {self.heads!r} relation heads do not divide the {kind} widths {widths[0]} and {widths[1]}; set "
-                    "heads to a number that does"
+                    f"{self.name}: {self.heads!r} relation heads do not divide the {kind} widths {widths[0]} and {widths[1]}; set heads to a common divisor"
                 )
 
     def _count(self, batch: Batch) -> Tensor | None:

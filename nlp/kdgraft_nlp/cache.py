@@ -66,8 +66,7 @@ class TeacherCache:
         for tap in taps:
             if tap.method == METHOD:
                 raise WiringError(
-                    f"{who} reads attention ('{tap}'), which is not cached, because storing the maps costs more than "
-                    "running the teacher; leave out the cache or the term"
+                    f"{who} reads attention ('{tap}'), whose maps are too large to be cached; leave out the cache or the term"
                 )
 
     def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> CachedRecording | None:
@@ -80,8 +79,7 @@ class TeacherCache:
         for sample, row, print_ in zip(ids, rows, self._prints(inputs), strict=True):
             if row is not None and not torch.equal(row["inputs"], print_):
                 raise DistillError(
-                    f"sample {sample!r} was cached with different inputs; a cache needs the same tokens every time (no random masking) "
-                    f"and an id for each sample (column {self.id!r})"
+                    f"sample {sample!r} was cached with different inputs; use fixed tokens (no random masking) and unique ids ({self.id!r})"
                 )
         if self.lacks(ids, taps) is not None:
             return None
@@ -95,8 +93,7 @@ class TeacherCache:
                 batch[mask.bool().cpu()] = torch.cat(found)
             elif len({row.shape for row in found}) > 1:
                 raise DistillError(
-                    f"the output of '{tap}' of the teacher depends on the padding of its batch, which no attention mask gives; leave out the "
-                    "cache"
+                    f"the output of '{tap}' of the teacher depends on padding, which no attention mask gives; leave out the cache"
                 )
             else:
                 batch = torch.stack(found)
@@ -118,8 +115,7 @@ class TeacherCache:
             row = next((row[str(tap)] for row in self._rows.values() if str(tap) in row), None)
             if row is None:
                 raise WiringError(
-                    f"the cache holds nothing of '{tap}' of the {(self.teacher or {}).get('class')}; give teacher=… to add it, or use the "
-                    "terms that the cache was filled with"
+                    f"the cache holds nothing of '{tap}' of the {(self.teacher or {}).get('class')}; give teacher=…, or use the terms that filled it"
                 )
             tokens = inputs.get("attention_mask", inputs.get("input_ids"))
             first = next(iter(inputs.values()))

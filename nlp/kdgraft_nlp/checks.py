@@ -31,7 +31,7 @@ def one_line(entry: str, mistaken: Callable[[], bool] = lambda: True) -> Iterato
 
 
 def flat(error: BaseException) -> str:
-    """Return an error's message on one line, cut after 300 characters."""
+    """Return the message of an error in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 

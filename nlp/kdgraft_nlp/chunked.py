@@ -29,6 +29,7 @@ class LogitTransform(NamedTuple):
     cap: float | None = None
 
     def __call__(self, logits: Tensor) -> Tensor:
+        """Return the transformed logits."""
         scaled = logits if self.scale == 1 else logits * self.scale
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
@@ -44,6 +45,7 @@ class Head(NamedTuple):
     transform: LogitTransform = IDENTITY
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        """Return the logits of hidden states, before the transform."""
         bias = None if self.bias is None else self.bias.to(hidden.dtype)
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 

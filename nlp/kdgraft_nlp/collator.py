@@ -69,9 +69,7 @@ class DistillCollator:
             raise DistillError("the wrapped collator has no tokenizer; pass the student's as tokenizer=…")
         for owner, found in (("student's", self.tokenizer), ("teacher's", teacher_tokenizer)):
             if not getattr(found, "is_fast", False):
-                raise DistillError(
-                    f"the {owner} tokenizer must be a fast one, which returns its tokens' offsets in the text"
-                )
+                raise DistillError(f"the {owner} tokenizer must be a fast one, which returns the offsets of tokens")
 
     @property
     def columns(self) -> list[str]:
@@ -102,8 +100,7 @@ class DistillCollator:
         if self.cache is not None:
             if self.cache.id not in features[0]:
                 raise DistillError(
-                    f"there is no column {self.cache.id!r} for the cache in {', '.join(features[0])}; keep it in the data set, or name "
-                    "another with TeacherCache(id=…)"
+                    f"the cache needs column {self.cache.id!r}, not in {', '.join(features[0])}; keep it, or set TeacherCache(id=…)"
                 )
             batch[SAMPLE_IDS] = [str(feature[self.cache.id]) for feature in features]
         return batch
@@ -133,14 +130,10 @@ class DistillCollator:
         ours = self.tokenizer(*texts, **settings)
         fields = [name for name in theirs if name != "offset_mapping"]
         padded = self.teacher_tokenizer.pad({name: theirs[name] for name in fields}, return_tensors="pt")
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         rows = []
         for i in range(len(features)):
-            real = (
-                batch["attention_mask"][i].bool()
-                if "attention_mask" in batch
-                else torch.ones_like(batch["input_ids"][i])
-            )
-            place = real.nonzero().flatten().tolist()
+            place = mask[i].nonzero().flatten().tolist()
             found = batch["input_ids"][i][place].tolist()
             own = ours
             if ours["input_ids"][i] != found:  # perhaps truncated to another length
@@ -149,8 +142,7 @@ class DistillCollator:
             sample = i if own is ours else 0
             if own["input_ids"][sample] != found:
                 raise DistillError(
-                    f"{', '.join(columns)!r} does not tokenise to the student's input_ids; tokenise the data set with the same "
-                    "tokenizer and no changes to the text"
+                    f"{', '.join(columns)!r} does not tokenise to the student's input_ids; use the tokenizer and text of the data set"
                 )
             there = padded["attention_mask"][i].nonzero().flatten().tolist()
             rows.append([(place[a], there[b]) for a, b in align(own, theirs, sample, i, words=bool(self.words))])
@@ -197,5 +189,5 @@ def _ends(encoding: Any, sample: int) -> dict[Any, int]:
     found: dict[Any, int] = {}
     for place, ((start, end), part) in enumerate(zip(encoding["offset_mapping"][sample], parts, strict=True)):
         if part is not None and end > start:
-            found[part, end] = place  # of several tokens in one character, the last
+            found[part, end] = place  # the last token of a character replaces the others
     return found

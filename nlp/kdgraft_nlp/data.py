@@ -84,9 +84,7 @@ def texts_of(found: Dataset, column: TextColumns, *, words: bool = False) -> lis
             fine = isinstance(value, list) and all(isinstance(word, str) for word in value)
             if not (fine if words else isinstance(value, str)):
                 wanted = "a list of words" if words else "a text"
-                raise DistillError(
-                    f"column {name!r} must hold {wanted} in every sample; sample {i} has {_short(value)}"
-                )
+                raise DistillError(f"column {name!r} must hold {wanted} per sample; sample {i} has {_short(value)}")
     return read
 
 
@@ -193,12 +191,8 @@ def encode(
         rows = []
         for i, tags in enumerate(tagged):
             places = encoded.word_ids(i)
-            rows.append(
-                [
-                    number(tags[word]) if word is not None and word != before else -100
-                    for word, before in zip(places, [None, *places[:-1]], strict=True)
-                ]
-            )
+            words = zip(places, [None, *places[:-1]], strict=True)
+            rows.append([number(tags[word]) if word not in (None, before) else -100 for word, before in words])
         return Dataset.from_dict({**encoded, "labels": rows})
     flat = [
         token for row in tokenizer(texts[0], add_special_tokens=False)["input_ids"] for token in [*row, _end(tokenizer)]

@@ -19,10 +19,10 @@ from kdgraft.isolation import eval_mode
 from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
 
+from .checkpoints import Resuming
 from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
 from .registry import RECIPES
-from .resuming import Resuming
 from .student import graft, undistill
 
 logger = logging.getLogger("kdgraft")
@@ -59,10 +59,9 @@ class Distilling(Resuming):
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
         facts = _vocabularies(self, [teacher] if teachers is None else others)
         self._recipe = recipe
+        cache = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
-        self._settings["init_from"] = init_from
-        self._settings["chunk"] = _chunk_size(self, chunked)
-        self._settings["cache"] = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
+        self._settings |= dict(init_from=init_from, chunk=_chunk_size(self, chunked), cache=cache)
         self._totals: dict[str, Tensor] = {}
         self._logged: dict[str, Tensor] = {}
         self._logged_in: dict[str, set[int]] = {}
@@ -73,9 +72,7 @@ class Distilling(Resuming):
         peers = [source for source in self.distiller.sources.values() if source.trains] if self.distiller else []
         if peers and _has_own_loss(self):
             undistill(self.model)
-            raise DistillError(
-                "a peer trains on its model's own loss; leave out label smoothing and losses of your own"
-            )
+            raise DistillError("a peer trains on its model's own loss; leave out label smoothing and your own losses")
         self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
         self._new_parameters()
 
@@ -87,6 +84,7 @@ class Distilling(Resuming):
         link.hosted, link.host_weight = True, self._host_weight
 
     def call_model_init(self, trial: Any = None) -> Any:
+        """Build a new model, graft the distiller on it and reset the peers."""
         model = super().call_model_init(trial)
         if hasattr(self, "_settings"):
             for peer, first in self._peers:
@@ -105,12 +103,12 @@ class Distilling(Resuming):
             return
         if getattr(self, "lr_scheduler", None) is not None:
             raise DistillError(
-                "the terms have trainable parameters, and this trainer already has an optimizer and a scheduler; pass neither, or "
-                "the optimizer only"
+                "the terms have trainable parameters, and this trainer has an optimizer and a scheduler; pass only the optimizer"
             )
         optimizer.add_param_group({"params": new})
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """Fetch the micro-batches of a step, and count the terms' items over all of them."""
         if self.state.global_step >= self.state.max_steps > 0:
             # Resumed from the last step; within an epoch the host would run one more.
             self.control.should_training_stop = True
@@ -139,31 +137,28 @@ class Distilling(Resuming):
         return dict(zip(names, sum_over_ranks(sums.to(device)).unbind(), strict=True))
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
+        """Run the host's training step, and raise a :class:`DistillError` where it did not distil."""
         self._distilled = False
         loss = super().training_step(model, inputs, *args, **settings)
         if self.distiller is not None and not self._distilled:
             raise DistillError(
-                f"{type(self).__name__}.compute_loss skips the distillation; call super().compute_loss(…) in it, or pass a Trainer with it "
-                "to distill(…)"
+                f"{type(self).__name__}.compute_loss skips the distillation; call super().compute_loss(…), or distill(…) a Trainer that has it"
             )
         return loss
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Return the host's loss times its share, with the losses of terms and peers added in training."""
         if self.distiller is None or not model.training or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_host(model, inputs, num_items_in_batch)
         state, scales = self.state, self._host_scales(num_items_in_batch)
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
         factor = self._host_factor(num_items_in_batch)
-        step = StudentStep(
-            Step(state.global_step, int(state.epoch or 0)),
-            dict(inputs),  # a copy, as losses may remove the labels
-            self._totals,
-            parts,
-            factor / (1 if scales else parts),
-        )
+        at = Step(state.global_step, int(state.epoch or 0))
+        # The inputs are copied, as losses may remove the labels.
+        step = StudentStep(at, dict(inputs), self._totals, parts, factor / (1 if scales else parts))
         with link_of(self.model).asking(step):
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not step.passes:
@@ -184,8 +179,7 @@ class Distilling(Resuming):
         if step.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
             self._told_of_labels = True
             logger.warning(
-                "the batches have no labels: the host's own loss is 0, and the student learns from the terms only; set host_weight=0 "
-                "to confirm this"
+                "the batches have no labels: the host's own loss is 0, and only the terms train; set host_weight=0 to confirm this"
             )
         if student_chunks(self.model):
             return loss
@@ -248,6 +242,7 @@ class Distilling(Resuming):
         super().log(logs, *args, **settings)
 
     def prediction_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Any:
+        """Run the host's prediction step on the student's inputs."""
         if is_tied(self.model):
             inputs = link_of(self.model).of_student(inputs)  # generation passes every input to the model
         return super().prediction_step(model, inputs, *args, **settings)
@@ -275,13 +270,9 @@ def student_chunks(model: Any) -> bool:
 
 def _refuse_hosts(trainer: Any) -> None:
     if is_tied(trainer.model):
-        raise DistillError(
-            "this trainer's model is already being distilled; build a new one, or undistill(model) first"
-        )
+        raise DistillError("this trainer's model is already being distilled; build a new one, or undistill(model)")
     if trainer.args.n_gpu > 1:
-        raise DistillError(
-            "one process cannot distil on several GPUs; start one process per GPU with 'accelerate launch'"
-        )
+        raise DistillError("one process cannot distil on several GPUs; start one per GPU with 'accelerate launch'")
     for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
         if found:
             raise DistillError(f"distilling under {name} is not supported; use several processes without it (DDP)")
@@ -293,9 +284,7 @@ def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
     size = 256 if chunked is True else chunked
     check_number("chunked", "the number of tokens", size, 1, whole=True)
     if _has_own_loss(trainer):
-        raise DistillError(
-            "chunked=True computes the cross-entropy itself; leave out label smoothing and losses of your own"
-        )
+        raise DistillError("chunked=True computes the cross-entropy; leave out label smoothing and your own losses")
     return size
 
 

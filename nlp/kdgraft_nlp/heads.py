@@ -42,9 +42,7 @@ def check_heads(model: Any, inputs: Mapping[str, Any]) -> LogitTransform:
     """
     name = type(model).__name__
     if "logits_to_keep" not in accepted(model):
-        raise WiringError(
-            f"chunked=True needs a causal model with logits_to_keep, which {name} lacks; leave out chunked"
-        )
+        raise WiringError(f"chunked=True needs a causal model with logits_to_keep, which {name} lacks; leave it out")
     head_of(model)
     run = getattr(model, STUDENT_FORWARD, model)
     with torch.no_grad(), eval_mode(model), _replaced_logits(model, _wide) as trial:
@@ -52,8 +50,7 @@ def check_heads(model: Any, inputs: Mapping[str, Any]) -> LogitTransform:
         kept = run(**inputs, logits_to_keep=torch.zeros(0, dtype=torch.long, device=logits.device))
     if not trial.goes_straight():
         raise WiringError(
-            f"chunked=True: {name} changes its states before the output layer, or does not call its base model and output layer as "
-            "modules; leave out chunked"
+            f"chunked=True: {name} changes its states before the output layer, or bypasses its modules; leave out chunked"
         )
     transform = _find_transform(model, trial.given[0], logits)
     if transform is None:
@@ -91,8 +88,7 @@ def _check_loss(model: Any, inputs: Mapping[str, Any], transform: LogitTransform
         expected = expected + router.double()
     if not torch.allclose(own, expected, rtol=1e-4, atol=1e-9):
         raise WiringError(
-            f"chunked=True computes the cross-entropy of the next token and the loss of routers, and {type(model).__name__} adds "
-            "another loss; leave out chunked"
+            f"chunked=True supports cross-entropy and router losses, and {type(model).__name__} adds another loss; leave out chunked"
         )
 
 

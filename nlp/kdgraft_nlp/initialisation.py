@@ -53,8 +53,7 @@ def init_from_teacher(student: Any, teacher: Any, layers: Layers) -> Any:
     for key, other in pairs.items():
         if own[key].shape != given[other].shape and key not in free:
             raise DistillError(
-                f"init_from: '{key}' has the shape {tuple(own[key].shape)} in the student and {tuple(given[other].shape)} in "
-                "the teacher; the two must be equally wide and have one vocabulary"
+                f"init_from: '{key}' is {tuple(own[key].shape)} in the student and {tuple(given[other].shape)} in the teacher; use equal sizes"
             )
     with torch.no_grad():
         for key, other in pairs.items():
@@ -96,9 +95,7 @@ def _of_layer(ours: Any, source: Any, layer: Layer, other: Layer, first: Layer) 
     keys, chosen, firsts = (set(module.state_dict()) for module in (own, given, begin))
     lost = sorted((keys - chosen - firsts) | ((chosen - keys) if other != first else set()))
     if lost:
-        raise DistillError(
-            f"init_from: only one of the student's and the teacher's {type(own).__name__} has {lost[0]!r}"
-        )
+        raise DistillError(f"init_from: only one of student's and teacher's {type(own).__name__} has {lost[0]!r}")
     for key in sorted(keys):
         yield f"{layer.path}.{key}", f"{(other if key in chosen else first).path}.{key}"
 

@@ -54,8 +54,7 @@ class LayerTerm(Term):
         found = stacks(model)
         if not found:
             raise WiringError(
-                f"{self.name}: {type(model).__name__} (the {owner}) has no layers with attention that can be recorded; use "
-                "SoftTargets, or FeatureImitation with taps of your own"
+                f"{self.name}: {type(model).__name__} (the {owner}) has no attention that can be recorded; use SoftTargets or FeatureImitation"
             )
         name = self.stack
         if name == "auto":
@@ -108,6 +107,5 @@ def refuse_dropped_layers(student: nn.Module, terms: Sequence[Term]) -> None:
         for tap in () if isinstance(term, LayerTerm) else term.student_taps:
             if drops_layers(student, [tap]):
                 raise WiringError(
-                    f"{term.name}: LayerDrop skips the layer of tap '{tap}' in some steps; use HiddenStates, which leaves it out then, or "
-                    "set layerdrop to 0 in the student's config"
+                    f"{term.name}: LayerDrop skips the layer of tap '{tap}' in some steps; use HiddenStates, or set the student's layerdrop to 0"
                 )

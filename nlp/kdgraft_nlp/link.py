@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from kdgraft.batch import Batch
@@ -16,7 +17,6 @@ from kdgraft.step import StepInProgress
 
 from .chunked import IDENTITY
 from .packing import marks_taken_by
-from .placing import inputs_for
 from .tasks import accepted, decoder_inputs, has_decoder
 from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, FrameMask, read_batch
 
@@ -151,8 +151,7 @@ class Link:
             labels = own.get("labels") if other else found.get("labels")
             if other and labels is None:
                 raise DistillError(
-                    "a teacher with a decoder and its own tokenizer needs its own target tokens; add a column teacher_decoder_input_ids or "
-                    "teacher_labels to the data set"
+                    "the teacher's decoder needs its own tokens; add a column teacher_decoder_input_ids or teacher_labels to the data set"
                 )
             if labels is not None:
                 found["decoder_input_ids"] = decoder_inputs(model, labels)
@@ -160,7 +159,14 @@ class Link:
         found = {key: value for key, value in found.items() if key in keep}
         if "use_cache" in keep:
             found["use_cache"] = False
-        return inputs_for(model, found)
+        return _moved(model, found)
+
+
+def _moved(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Move inputs to a model with a ``device_map``; where it spans several devices, accelerate's hooks move them."""
+    if not getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook"):
+        return inputs
+    return send_to_device(inputs, next(model.parameters()).device)
 
 
 def _per_token(name: str) -> bool:

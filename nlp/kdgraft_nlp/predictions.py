@@ -33,15 +33,12 @@ def check_layout(name: str, task: str, student: nn.Module, logits: Tensor) -> No
     expected = 3 if task in PER_TOKEN else 4 if task == "segmentation" else 2
     if logits.ndim == expected:
         return
-    kind = type(student).__name__
+    problem = "have no known class axis, as this kind of model is unknown"
     if task in (*PER_SAMPLE, *PER_TOKEN, "segmentation"):
-        raise WiringError(
-            f"{name}: the logits of {kind} have shape {tuple(logits.shape)}, and its kind has {_LAYOUTS[expected]}; use terms "
-            "on layers, or FeatureImitation with taps of your own"
-        )
+        problem = f"must be {_LAYOUTS[expected]}"
     raise WiringError(
-        f"{name}: {kind} is a model of an unknown kind, and the class axis of its logits {tuple(logits.shape)} is unknown; use "
-        "terms on layers, or FeatureImitation with taps of your own"
+        f"{name}: the logits {tuple(logits.shape)} of {type(student).__name__} {problem}; use terms on layers, or FeatureImitation "
+        "with taps of your own"
     )
 
 
@@ -68,8 +65,7 @@ def problem_types_of(name: str, student: Any, teacher: Any) -> ProblemTypes:
     )
     if found.student and found.teacher and found.student != found.teacher:
         raise WiringError(
-            f"{name}: problem_type is {found.student} in the student's config and {found.teacher} in the teacher's; set "
-            "the same in both"
+            f"{name}: problem_type is {found.student} in the student's config and {found.teacher} in the teacher's; set the same in both"
         )
     return found
 
@@ -92,13 +88,11 @@ def independent(name: str, problem: ProblemTypes, logits: Tensor, labels: Any) -
         return False
     if labels.shape != logits.shape:
         raise DistillError(
-            f"{name}: float labels {tuple(labels.shape)} beside logits {tuple(logits.shape)} are regression targets, for which "
-            "softmax has no meaning; use terms on layers, or integer labels for classes"
+            f"{name}: float labels {tuple(labels.shape)} for logits {tuple(logits.shape)} are regression targets; use terms on layers"
         )
     if problem.student is None and problem.teacher is not None:
         raise DistillError(
-            f"{name}: the labels are one float per class, and the teacher's problem_type is {problem.teacher}; set problem_type "
-            "in the student's config"
+            f"{name}: the labels are one float per class, against the teacher's {problem.teacher}; set the student's problem_type"
         )
     return problem.student is None
 

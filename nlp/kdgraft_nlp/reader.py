@@ -95,8 +95,7 @@ class OutputScores(Scores):
             self.taps = tuple([Tap.parse(f"{model.base_model_prefix}[0]")] for model in (student, teacher))  # type: ignore[assignment]
         if tokens != "auto" and (self.task not in PER_TOKEN or (self.task, tokens) == ("ctc", "labelled")):
             raise WiringError(
-                f"{self.name}: tokens={tokens!r} is for models that predict a label per token, which "
-                f"{type(student).__name__} does not; leave out tokens"
+                f"{self.name}: tokens={tokens!r} is for labels per token, which {type(student).__name__} does not predict; leave it out"
             )
         self.where = tokens if tokens != "auto" else "valid" if self.task in ("masked", "ctc") else "labelled"
         self.problem = problem_types_of(self.name, student, teacher)
@@ -108,8 +107,7 @@ class OutputScores(Scores):
     def wire(self, wiring: Wiring) -> list[Compared]:
         if self.same_vocabulary and self.task in LANGUAGE_MODELS and wiring.facts.get("vocabulary") == "different":
             raise WiringError(
-                f"{self.name}: student and teacher have different tokenizers, and their tokens cannot be compared one by one; use "
-                "UniversalLogits"
+                f"{self.name}: student and teacher have different tokenizers, and their tokens cannot be compared one by one; use UniversalLogits"
             )
         found = []
         for s_tap, t_tap in zip(*self.taps, strict=True):
@@ -153,8 +151,7 @@ class OutputScores(Scores):
             )
         if int(wiring.facts["vocabulary_checked"]) > self.common:
             raise WiringError(
-                f"{self.name}: the tokenizer has {wiring.facts['vocabulary_checked']} entries and the smaller model "
-                f"{self.common}; use UniversalLogits for different vocabularies"
+                f"{self.name}: the tokenizer has {wiring.facts['vocabulary_checked']} entries, the smaller model {self.common}; use UniversalLogits"
             )
 
     def _region(self, logits: Tensor) -> str:

@@ -12,7 +12,7 @@ from kdgraft.hosts import Job, TrainedModel
 
 from . import run
 from .checkpoints import NothingComplete, newest_first
-from .recipe_files import load
+from .settings import load
 from .trainer import DistillTrainer
 
 logger = logging.getLogger("kdgraft")
@@ -53,7 +53,7 @@ class RecipeTrainer:
     def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
         """Raise a :class:`DistillError`: a saved student is already a plain student."""
         raise DistillError(
-            f"{checkpoint}: a student that the Trainer saved is already plain; load it with from_pretrained"
+            f"{checkpoint}: a student saved by the Trainer is already plain; load it with from_pretrained"
         )
 
     def reads(self, config: str) -> bool:

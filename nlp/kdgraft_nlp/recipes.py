@@ -7,7 +7,7 @@ from typing import Any
 from .registry import RECIPES
 
 
-def _kept(terms: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _kept(*terms: dict[str, Any]) -> list[dict[str, Any]]:
     return [term for term in terms if term["weight"]]
 
 
@@ -32,12 +32,10 @@ def tinybert(
         heads: ``"averaged"`` for models with different numbers of heads.
     """
     return _kept(
-        [
-            dict(type="AttentionMaps", layers=layers, heads=heads, weight=attention),
-            dict(type="HiddenStates", layers=layers, weight=hidden),
-            dict(type="Embeddings", weight=embeddings),
-            dict(type="SoftTargets", temperature=temperature, weight=logits),
-        ]
+        dict(type="AttentionMaps", layers=layers, heads=heads, weight=attention),
+        dict(type="HiddenStates", layers=layers, weight=hidden),
+        dict(type="Embeddings", weight=embeddings),
+        dict(type="SoftTargets", temperature=temperature, weight=logits),
     )
 
 
@@ -50,10 +48,8 @@ def minilm(attention: float = 1.0, values: float = 1.0, layers: Any = "final") -
         layers: the pair of layers.
     """
     return _kept(
-        [
-            dict(type="Relations", layers=layers, of=("attention",), name="attention_transfer", weight=attention),
-            dict(type="Relations", layers=layers, of=("value",), name="value_relations", weight=values),
-        ]
+        dict(type="Relations", layers=layers, of=("attention",), name="attention_transfer", weight=attention),
+        dict(type="Relations", layers=layers, of=("value",), name="value_relations", weight=values),
     )
 
 
@@ -66,7 +62,7 @@ def minilmv2(weight: float = 1.0, layers: Any = "final", heads: int | None = Non
         layers: the pair of layers; for a large teacher the paper uses an upper middle layer: ``[(-1, 20)]``.
         heads: the number of relation heads; the teacher's number of attention heads by default.
     """
-    return _kept([dict(type="Relations", layers=layers, heads=heads, weight=weight)])
+    return _kept(dict(type="Relations", layers=layers, heads=heads, weight=weight))
 
 
 @RECIPES.register
@@ -83,10 +79,8 @@ def distilbert(
         tokens: the tokens whose predictions count.
     """
     return _kept(
-        [
-            dict(type="SoftTargets", temperature=temperature, tokens=tokens, weight=soft),
-            dict(type="HiddenStates", layers="final", loss="cosine", weight=cosine),
-        ]
+        dict(type="SoftTargets", temperature=temperature, tokens=tokens, weight=soft),
+        dict(type="HiddenStates", layers="final", loss="cosine", weight=cosine),
     )
 
 
@@ -104,10 +98,8 @@ def pkd(
         variant: see :class:`~kdgraft_nlp.PatientStates`.
     """
     return _kept(
-        [
-            dict(type="SoftTargets", temperature=temperature, weight=soft),
-            dict(type="PatientStates", layers=layers, variant=variant, weight=patient),
-        ]
+        dict(type="SoftTargets", temperature=temperature, weight=soft),
+        dict(type="PatientStates", layers=layers, variant=variant, weight=patient),
     )
 
 
@@ -122,11 +114,9 @@ def mobilebert(
         layers: the pairs of layers; the paper's two models have equal depth.
     """
     return _kept(
-        [
-            dict(type="AttentionMaps", of="distributions", layers=layers, weight=attention),
-            dict(type="HiddenStates", loss="normalized", layers=layers, weight=hidden),
-            dict(type="SoftTargets", temperature=1.0, weight=soft),
-        ]
+        dict(type="AttentionMaps", of="distributions", layers=layers, weight=attention),
+        dict(type="HiddenStates", loss="normalized", layers=layers, weight=hidden),
+        dict(type="SoftTargets", temperature=1.0, weight=soft),
     )
 
 
@@ -137,4 +127,4 @@ def gkd(weight: float = 1.0, beta: float = 0.5, temperature: float = 1.0) -> lis
     Args:
         weight, beta, temperature: settings of the only term; β = 0 is the forward KL, β = 1 the reverse KL.
     """
-    return _kept([dict(type="GeneralizedJSD", beta=beta, temperature=temperature, weight=weight)])
+    return _kept(dict(type="GeneralizedJSD", beta=beta, temperature=temperature, weight=weight))

@@ -54,9 +54,8 @@ from .checks import one_line
 from .collator import DistillCollator
 from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
-from .recipe_files import load
 from .scores import number_scores, scores, tag_scores
-from .settings import TASKS, check_settings, tokenizer_folder
+from .settings import TASKS, check_settings, load, tokenizer_folder
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
 
@@ -275,9 +274,7 @@ def _check_sizes(owner: str, model: Any, tokenizer: Any, sets: Mapping[str, Data
                 f"the longest sample has {longest} tokens, and the {owner} has {places} positions; lower data.length"
             )
         if last == "token_type_embeddings" and max(kinds, default=1) > module.num_embeddings:
-            raise DistillError(
-                f"pairs have two kinds of tokens, and the {owner} has one; set {owner}.type_vocab_size to 2"
-            )
+            raise DistillError(f"pairs have two types of tokens, and the {owner} one; set {owner}.type_vocab_size to 2")
 
 
 def _collator(task: str, tokenizer: Any) -> Callable[..., Any]:

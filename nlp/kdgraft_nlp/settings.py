@@ -1,12 +1,15 @@
-"""Checks of a recipe before data, tokenizers and models are loaded. All mistakes are reported at once."""
+"""Reading of recipe files, and checks of recipes before data, tokenizers and models are loaded; all mistakes are reported."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from kdgraft.errors import DistillError, check_number, nearest
@@ -15,7 +18,7 @@ from kdgraft.registry import expand_recipe
 from kdgraft.terms import build_terms
 
 from .arguments import check_student, training_arguments, training_mistakes
-from .checks import check_folder, one_line
+from .checks import check_folder, flat, one_line
 from .reader import HFReader
 from .registry import RECIPES, TERMS
 
@@ -62,6 +65,61 @@ METRICS = {
     "tokens": ("accuracy", "span_f1"),
 }
 """The metrics of an evaluation beside the loss."""
+
+
+class _Loader(yaml.SafeLoader):
+    """A loader with the floats of YAML 1.2; PyYAML's own reads ``2e-3`` as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def load(path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a recipe file, YAML or TOML, and override its entries by options ``a.b=value``.
+
+    Raises:
+        DistillError: the file does not exist or cannot be read, or an option is malformed.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DistillError(f"recipe file not found: {path}")
+    try:
+        config = _toml(path) if path.suffix == ".toml" else _yaml(path.read_text(encoding="utf-8"))
+    except DistillError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DistillError(f"cannot read {path}: {flat(error)}") from None
+    if not isinstance(config, dict):
+        raise DistillError(f"{path} holds no settings; start it with an entry such as 'task: classification'")
+    for option in options:
+        key, equals, value = option.partition("=")
+        if not equals:
+            raise DistillError(f"write options like training.learning_rate=0.001, got {option!r}")
+        *parents, last = key.split(".")
+        place = config
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise DistillError(f"cannot set {key}: {parent} is {place!r}")
+        try:
+            place[last] = _yaml(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise DistillError(f"cannot read the option {option!r}: {flat(error)}") from None
+    return config
+
+
+def _yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+
+
+def _toml(path: Path) -> dict[str, Any]:
+    if sys.version_info < (3, 11):
+        raise DistillError("reading TOML needs Python 3.11; write the recipe in YAML")
+    import tomllib
+
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def check_settings(config: Mapping[str, Any], *, files: bool = True) -> TrainingArguments:
@@ -150,7 +208,7 @@ def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], told: _M
     if not taught and config.get("init_from") is not None:
         told.append("init_from needs teacher, whose layers the student starts from")
     if taught and config.get("recipe") is None and config.get("terms") is None:
-        told.append("a teacher is given without terms or a recipe; name one, or leave out the teacher")
+        told.append("a teacher is given, and nothing says what to learn; name terms or a recipe, or leave it out")
     if fine.get("host_weight") is not None:
         told.look(check_number, "host_weight", "the host's share", fine["host_weight"], 0)
     if fine.get("chunked") and fine["chunked"] is not True:

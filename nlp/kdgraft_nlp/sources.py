@@ -74,7 +74,7 @@ def _load(folder: str | Path, student: nn.Module) -> nn.Module:
     loads = auto_class(student)
     if loads is None:
         raise DistillError(
-            f"{type(student).__name__} is a model of an unknown kind, and so is {folder}; load the teacher and pass the model"
+            f"{folder} cannot be loaded, as the kind of {type(student).__name__} is unknown; load the teacher and pass the model"
         )
     try:
         model, found = loads.from_pretrained(folder, output_loading_info=True)
@@ -86,9 +86,7 @@ def _load(folder: str | Path, student: nn.Module) -> nn.Module:
         if found.get(kind)
     ]
     if problems:
-        raise DistillError(
-            f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}"
-        )
+        raise DistillError(f"checkpoint {folder} does not fit teacher {type(model).__name__}; {'; '.join(problems)}")
     return model
 
 
@@ -106,8 +104,7 @@ def compare_classes(student: nn.Module, sources: Mapping[str, Source]) -> None:
             source.class_order = class_order(*names, ("student's config", "teacher's config"))
         if source.trains and source.class_order is not None:
             raise WiringError(
-                f"the peer {name!r} has the student's classes in another order, and both train on the same labels; "
-                "give both configs the same id2label"
+                f"the peer {name!r} has the student's classes in another order; give both configs the same id2label"
             )
 
 

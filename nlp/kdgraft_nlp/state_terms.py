@@ -55,16 +55,15 @@ class HiddenStates(LayerTerm):
         self.adapters = nn.ModuleList()
 
     def wire(self, wiring: Wiring) -> None:
-        for s_tap, t_tap in zip(self.student_taps, self.teacher_taps, strict=True):
-            s, t = self._state(wiring.student_recording, s_tap), self._state(wiring.teacher_recording, t_tap)
+        for k, s, t in self._states(wiring.student_recording, wiring.teacher_recording):
+            s_tap, t_tap = self.student_taps[k], self.teacher_taps[k]
             if s.ndim != 3 or t.ndim != 3:
                 raise WiringError(
                     f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be (B, L, C)"
                 )
             if s.shape[1] != t.shape[1] and "labels" in wiring.fields and _sees_images(wiring.student):
                 raise WiringError(
-                    f"{self.name}: student and teacher split images into {s.shape[1]} and {t.shape[1]} positions; use SoftTargets, or "
-                    "models of the same patch size and image size"
+                    f"{self.name}: student and teacher split images into {s.shape[1]} and {t.shape[1]} positions, which cannot be compared; use SoftTargets"
                 )
             adapter = build_adapter(self.adapter_kind, s[:, :1], t[:, :1], f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
@@ -75,14 +74,10 @@ class HiddenStates(LayerTerm):
         value = recording[tap]
         return value[0] if isinstance(value, (tuple, list)) else value
 
-    def _states(self, student: Recording, teacher: Recording) -> Iterator[tuple[nn.Module, Tensor, Tensor]]:
-        """Yield the adapter and both models' states for each pair of layers that ran."""
+    def _states(self, student: Recording, teacher: Recording) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Yield the index and both models' states for each pair of layers that ran."""
         for k in self._ran(student):
-            yield (
-                self.adapters[k],
-                self._state(student, self.student_taps[k]),
-                self._state(teacher, self.teacher_taps[k]),
-            )
+            yield k, self._state(student, self.student_taps[k]), self._state(teacher, self.teacher_taps[k])
 
     def _count(self, batch: Batch) -> Tensor | None:
         tokens = tokens_of(batch)
@@ -93,16 +88,15 @@ class HiddenStates(LayerTerm):
         tokens = tokens_of(batch)
         real = self._real(tokens)
         parts = []
-        for adapter, s, t in self._states(student, teacher):
+        for k, s, t in self._states(student, teacher):
             s, t = tokens.align(s, t)
             if s.shape[1] != t.shape[1]:
                 raise WiringError(
-                    f"{self.name}: student and teacher have {s.shape[1]} and {t.shape[1]} positions; pass teacher_tokenizer=… to the "
-                    "collator, which aligns them"
+                    f"{self.name}: student and teacher have {s.shape[1]} and {t.shape[1]} positions; pass teacher_tokenizer=… to the collator"
                 )
             if real is not None:
                 s, t = s[real], t[real]
-            items = self.loss(adapter(s, t), t, dim=-1, reduction="none")
+            items = self.loss(self.adapters[k](s, t), t, dim=-1, reduction="none")
             total = items.sum() if real is not None else items.mean(1).sum()
             parts.append(Ratio(total, total.new_tensor(float(len(s)))))
         return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
@@ -158,14 +152,8 @@ class PatientStates(HiddenStates):
 
     def wire(self, wiring: Wiring) -> None:
         if not self.adapter_given:
-            widths = {
-                self._state(recording, tap).shape[-1]
-                for recording, taps in (
-                    (wiring.student_recording, self.student_taps),
-                    (wiring.teacher_recording, self.teacher_taps),
-                )
-                for tap in taps
-            }
+            pairs = self._states(wiring.student_recording, wiring.teacher_recording)
+            widths = {states.shape[-1] for _, *pair in pairs for states in pair}
             self.adapter_kind = "none" if len(widths) == 1 else "linear"
         super().wire(wiring)
         self.rows = [row._replace(region="first token") for row in self.rows]
@@ -181,9 +169,9 @@ class PatientStates(HiddenStates):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
         parts = []
-        for adapter, states, targets in self._states(student, teacher):
+        for k, states, targets in self._states(student, teacher):
             s, t = self._first(states, tokens.student), self._first(targets, tokens.teacher)
-            total = patient(adapter(s, t), t, variant=self.variant, reduction="sum")
+            total = patient(self.adapters[k](s, t), t, variant=self.variant, reduction="sum")
             parts.append(Ratio(total, total.new_tensor(float(len(t)))))
         return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
 

@@ -103,8 +103,7 @@ def _inputs_of_sources(
     others = [name for name, source in engine.sources.items() if not isinstance(source, (Teacher, Ensemble))]
     if others and inputs.get(TEACHER_INPUTS) is not None:
         raise DistillError(
-            f"the batch has the teacher's own tokens or columns, and {others[0]!r} reads the student's; remove the second tokenizer "
-            "and the columns teacher_…, or that source"
+            f"the batch has the teacher's own tokens or columns, and {others[0]!r} reads the student's; remove these or this source"
         )
     given = inputs if "labels" in inputs else {**inputs, "labels": batch.labels}
     found = {
@@ -183,13 +182,7 @@ def graft(
     """
     given, student = student, base_of(student)
     _check_student(student)
-    if chunk is not None and not terms:
-        raise DistillError("chunked=True is for distillation only; give terms or a recipe, or leave it out")
-    if cache is not None and terms and task_of(student) in ("seq2seq", "ctc"):
-        sort = "a model with a decoder" if task_of(student) == "seq2seq" else "a model of frames"
-        raise WiringError(
-            f"the cache holds outputs for input tokens only, and {type(student).__name__} is {sort}; leave out the cache"
-        )
+    _check_options(student, terms, chunk, cache)
     with isolated_rng():
         sources = build_sources(teacher, teachers, student, cache) if terms else {}
     if init_from is not None:
@@ -223,8 +216,7 @@ def _one_model(sources: Mapping[str, Source]) -> Any:
     (source,) = sources.values() if len(sources) == 1 else (None,)
     if not isinstance(source, Teacher):
         raise DistillError(
-            "init_from needs one frozen teacher: give teacher=… and terms, or call init_from_teacher(student, model, layers=…) with "
-            "any model before"
+            "init_from needs one frozen teacher, given with terms; for another model call init_from_teacher(student, model, …) before"
         )
     return source.model
 
@@ -335,20 +327,27 @@ def _unwrap_forward(student: Any, kind: Any) -> None:
 def _check_student(student: Any) -> None:
     """Refuse a student that cannot be grafted, and remove accelerate's wrapper of its forward."""
     if isinstance(student, Grafted):
-        raise DistillError(
-            "this student is already being distilled; build a new one, or undistill(model) for another distiller"
-        )
+        raise DistillError("this student is already being distilled; build a new one, or undistill(model) first")
     if not isinstance(student, nn.Module) or not hasattr(student, "config"):
         raise DistillError(f"the student must be a Hugging Face model, got {type(student).__name__}")
     if isinstance(student, nn.Sequential):
         raise DistillError(
-            f"a {type(student).__name__} runs and saves all its modules in order, the distiller included; distil the transformer "
-            "in it"
+            f"a {type(student).__name__} runs and saves all its modules in order, the distiller included; distil the transformer in it"
         )
     _unwrap_forward(student, type(student))
     if "forward" in vars(student):
         raise DistillError(
             f"the forward of this {type(student).__name__} was replaced; distil first, and wrap or patch it afterwards"
+        )
+
+
+def _check_options(student: Any, terms: list[Any], chunk: int | None, cache: TeacherCache | None) -> None:
+    if chunk is not None and not terms:
+        raise DistillError("chunked=True is for distillation only; give terms or a recipe, or leave it out")
+    if cache is not None and terms and task_of(student) in ("seq2seq", "ctc"):
+        sort = "a model with a decoder" if task_of(student) == "seq2seq" else "a model of frames"
+        raise WiringError(
+            f"the cache holds outputs for input tokens only, and {type(student).__name__} is {sort}; leave out the cache"
         )
 
 

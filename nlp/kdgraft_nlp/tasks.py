@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,22 +37,8 @@ AUTO_CLASSES: dict[str, Any] = {
     "seq2seq": auto.AutoModelForSeq2SeqLM,
 }
 LANGUAGE_MODELS = ("masked", "causal", "aligned", "seq2seq")
-_ALIGNED = frozenset(
-    [
-        "BartForCausalLM",
-        "BigBirdPegasusForCausalLM",
-        "BlenderbotForCausalLM",
-        "BlenderbotSmallForCausalLM",
-        "CpmAntForCausalLM",
-        "MBartForCausalLM",
-        "MarianForCausalLM",
-        "PLBartForCausalLM",
-        "PegasusForCausalLM",
-        "ProphetNetForCausalLM",
-        "TrOCRForCausalLM",
-        "WhisperForCausalLM",
-        "XLNetLMHeadModel",
-    ]
+_ALIGNED = re.compile(
+    "(Bart|BigBirdPegasus|Blenderbot(Small)?|CpmAnt|MBart|Marian|PLBart|Pegasus|ProphetNet|TrOCR|Whisper)ForCausalLM|XLNetLMHeadModel"
 )
 """Causal models whose own loss does not shift the labels: each label is at the position that predicts it."""
 PER_SAMPLE = ("sequence", "image", "audio", "choice")
@@ -69,7 +56,7 @@ def task_of(model: nn.Module) -> str:
     kind = _kind_of(model)
     if kind is None:
         return "other"
-    if kind[0] == "causal" and _ALIGNED & {base.__name__ for base in type(model).__mro__}:
+    if kind[0] == "causal" and any(_ALIGNED.fullmatch(base.__name__) for base in type(model).__mro__):
         return "aligned"
     if kind[0] != "text":
         return kind[0]
@@ -114,8 +101,7 @@ def base_of(model: Any) -> Any:
         kind = getattr(config.peft_type, "value", config.peft_type)
         if config.is_prompt_learning or kind in ("XLORA", "POLY") or getattr(config, "alora_invocation_tokens", None):
             raise WiringError(
-                f"{type(model).__name__}: adapters of kind {kind} act outside layers (prompts, routes), where terms cannot follow; use "
-                "adapters in layers, such as LoRA, or distil the base model"
+                f"{type(model).__name__}: adapters of kind {kind} act outside layers; use adapters in layers (LoRA), or distil the base model"
             )
     return model.base_model.model
 

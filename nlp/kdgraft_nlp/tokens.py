@@ -116,10 +116,7 @@ class TextBatch(Batch):
         if counted is None or feature.ndim > 3 or VISION.intersection(parts):
             return self
         if tokens.pairs is not None and feature.ndim == 3:
-            raise WiringError(
-                f"tap '{tap}': student and teacher have different tokenizers, and position i is not the same token for both; use "
-                "HiddenStates, which aligns tokens"
-            )
+            raise WiringError(f"tap '{tap}': the tokens of two tokenizers differ; use HiddenStates, which aligns them")
         if feature.ndim == 3 and feature.shape[:2] != counted.shape and bool(counted.all()):
             return self  # frames or summaries of tokens, and none is padding
         return replace(self, tokens=counted)

@@ -142,13 +142,13 @@ def test_shared_layers_are_refused():
         embedding_size=8,
     )
     model = AlbertForSequenceClassification(config).eval()
-    with pytest.raises(WiringError, match=r"runs more than once in a pass \(layers that share weights\)"):
+    with pytest.raises(WiringError, match=r"layers share this attention, and its scores are not those of one layer"):
         record(model, **example(model))
 
 
 def test_a_tap_on_something_else_says_what_can_be_heard():
     model = support.model("bert")
-    with pytest.raises(WiringError, match=r"BertSelfOutput at .* is no attention module.*these are: bert\.encoder"):
+    with pytest.raises(WiringError, match=r"BertSelfOutput at .* is not an attention module.*these can: bert\.encoder"):
         AttentionRecorder(model, [Tap.parse("bert.encoder.layer.0.attention.output.attention()")], "student")
     with pytest.raises(WiringError, match=r"has no module .bert\.layer\.0."):
         AttentionRecorder(model, [Tap.parse("bert.layer.0.attention()")], "student")
@@ -189,10 +189,10 @@ def test_layer_pairs(spec, students, teachers, pairs):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("first", "layers is 'uniform', 'last', 'skip', 'final' or pairs"),
+        ("first", "layers must be 'uniform', 'last', 'skip', 'final' or pairs"),
         ([(0, 4)], "the teacher has layers 0 to 1, got 4"),
-        ([], "layers is a rule's name or pairs"),
-        ([0, 1], "layers is a rule's name or pairs"),
+        ([], "layers must be the name of a rule or pairs"),
+        ([0, 1], "layers must be the name of a rule or pairs"),
         ("uniform", "needs a teacher at least as deep as the student, got 2 and 3"),
     ],
 )

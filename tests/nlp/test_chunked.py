@@ -181,13 +181,15 @@ def test_refused(tmp_path):
     with pytest.raises(DistillError, match="leave out label smoothing"):
         trained(tmp_path, "llama", True, label_smoothing_factor=0.1)
     own = Custom(model=support.model("llama"), args=support.arguments(tmp_path))
-    with pytest.raises(DistillError, match="losses of your own"):
+    with pytest.raises(DistillError, match="your own losses"):
         distill(own, teacher=support.model("llama", seed=2), terms=["ForwardKL"], chunked=True)
     with pytest.raises(DistillError, match="must be a whole number >= 1, got 0"):
         trained(tmp_path, "llama", 0)
     with pytest.raises(WiringError, match=r"universal_logits cannot be computed in chunks"):
         trained(tmp_path, "llama", True, terms=["UniversalLogits"])
-    with pytest.raises(WiringError, match="is for causal language models, and BertForSequenceClassification is none"):
+    with pytest.raises(
+        WiringError, match="is for causal language models, and BertForSequenceClassification is not one"
+    ):
         graft(support.model("bert"), support.model("bert", seed=2), ["SoftTargets"], chunk=8)
     for kind, message in (
         (Shifted, "Shifted changes its logits after the output layer"),
@@ -245,9 +247,9 @@ def of(kind):
 
 
 def test_what_chunks_cannot_do_is_refused():
-    with pytest.raises(WiringError, match="WithPenalty adds something of its own"):
+    with pytest.raises(WiringError, match="WithPenalty adds another loss"):
         graft(of(WithPenalty), support.model("llama", seed=2), ["ForwardKL"], chunk=4)
-    with pytest.raises(DistillError, match="belongs to a distillation"):
+    with pytest.raises(DistillError, match="chunked=True is for distillation only"):
         graft(support.model("llama"), None, [], chunk=4)
 
 

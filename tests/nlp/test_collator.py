@@ -204,7 +204,7 @@ def test_one_clear_line(settings, message):
 def test_text_that_is_not_there_or_does_not_fit():
     ours = support.by_word()
     collator = DistillCollator(DataCollatorWithPadding(ours), support.by_letter(), text="text")
-    with pytest.raises(DistillError, match="no column 'text' in input_ids"):
+    with pytest.raises(DistillError, match="no column 'text' for the collator in input_ids"):
         collator([{k: v for k, v in f.items() if k != "text"} for f in features(ours)])
     with pytest.raises(DistillError, match="does not tokenise to the student's input_ids"):
         collator([{**f, "text": "a dog"} for f in features(ours)])

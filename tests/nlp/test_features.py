@@ -119,7 +119,7 @@ def test_what_has_no_place_among_the_tokens_is_refused():
         term.region(batch.at(tap, halves), halves)
     assert term.region(whole.at(tap, halves), halves) is None  # nothing is padding
     apart = read_batch({"input_ids": ids, "attention_mask": mask, "token_pairs": torch.zeros(2, 3, 2).long()}, "masked")
-    with pytest.raises(WiringError, match="tokenised apart, so that position i is not the same token"):
+    with pytest.raises(WiringError, match="the tokens of two tokenizers differ; use HiddenStates"):
         apart.at(tap, torch.zeros(2, 6, 4))
     assert term.region(apart.at(tap, torch.zeros(2, 4)), torch.zeros(2, 4)) is None  # a vector a text
 
@@ -145,7 +145,7 @@ def test_padding_of_images_does_not_count():
     weight = Hint("x").region(batch.at(Tap.parse("backbone"), maps), maps)
     assert weight is not None and weight.tolist() == [[[1, 1, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 1], [0, 0, 0, 0]]]
     queries = torch.zeros(2, 8, 5)
-    with pytest.raises(WiringError, match="holds padding of images"):
+    with pytest.raises(WiringError, match="contains padding of images"):
         batch.at(Tap.parse("model.encoder.layers.0"), queries)
     assert Hint("x").region(batch.at(Tap.parse("model.decoder.layers.0"), queries), queries) is None
 

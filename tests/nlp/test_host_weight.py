@@ -134,7 +134,7 @@ def test_refused(tmp_path):
     for weight in (-1, "1", float("nan"), True):
         with pytest.raises(DistillError, match="host_weight: the host's share must be a number >= 0"):
             trainer_of(tmp_path, [], more=dict(teacher=teacher, terms=["SoftTargets"], host_weight=weight))
-    with pytest.raises(DistillError, match="host_weight belongs to a distillation; give it terms or a recipe"):
+    with pytest.raises(DistillError, match="host_weight is for distillation only; give terms or a recipe"):
         trainer_of(tmp_path, [], more=dict(teacher=teacher, terms=[], host_weight=0.5))
     # The output of a graft without a trainer has no loss of its own either.
     student = graft(support.model("bert", seed=1, kind="BertModel"), teacher, ["HiddenStates"]).train()

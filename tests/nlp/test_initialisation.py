@@ -106,7 +106,7 @@ def test_embeddings_tied_to_a_head_are_not_overwritten_by_an_untied_teachers_hea
 @pytest.mark.parametrize(
     ("student", "teacher", "layers", "said"),
     [
-        (dict(family="bert"), dict(family="bert"), [0], "names 1 of the teacher's layers, and the student has 2"),
+        (dict(family="bert"), dict(family="bert"), [0], "names 1 layers of the teacher, and the student has 2"),
         (dict(family="bert"), dict(family="bert"), [0, 4], "the teacher has layers 0 to 3, got 4"),
         (dict(family="bert"), dict(family="bert"), [0, True], "the teacher has layers 0 to 3, got True"),
         (dict(family="bert"), dict(family="bert"), 3, r"is a list of the teacher's layers, such as \[1, 3, 5\]; got 3"),
@@ -115,7 +115,7 @@ def test_embeddings_tied_to_a_head_are_not_overwritten_by_an_untied_teachers_hea
         (dict(family="bert"), dict(family="t5"), [0, 1], "the student has layers, and the teacher encoder and decoder"),
         (dict(family="bert"), dict(family="distilbert"), [0, 1], "layers are BertLayer, and the teacher's TransformerBlock"),
         (dict(family="llama"), dict(family="qwen"), [0, 1], "layers are LlamaDecoderLayer, and the teacher's Qwen3"),
-        (dict(family="bert"), dict(family="bert", width=32), [0, 1], r"has the shape \(16,\) in the student and \(32,\)"),
+        (dict(family="bert"), dict(family="bert", width=32), [0, 1], r"is \(16,\) in the student and \(32,\)"),
         (dict(family="bert"), dict(family="bert", vocab_size=41), [0, 1], r"word_embeddings.* \(40, 16\) in the student and \(41"),
     ],
 )  # fmt: skip
@@ -153,7 +153,7 @@ def test_trainers_take_it(tmp_path):
         dict(terms=[]),
         dict(teachers={"a": teacher, "b": teacher}, terms=[dict(type="SoftTargets", source=n) for n in "ab"]),
     ):
-        with pytest.raises(DistillError, match="init_from takes layers of one frozen teacher"):
+        with pytest.raises(DistillError, match="init_from needs one frozen teacher"):
             trainer_of(tmp_path, copy.deepcopy(student), init_from=[1, 3], **settings)
     with pytest.raises(DistillError, match="init_from is given, and nothing says what to learn"):
         trainer_of(tmp_path, copy.deepcopy(student), init_from=[1, 3])

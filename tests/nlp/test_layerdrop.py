@@ -248,7 +248,7 @@ def test_a_layer_that_never_runs_without_layerdrop_is_an_error():
 
 def test_taps_on_layers_that_are_left_out_are_refused():
     for tap in ("wav2vec2.encoder.layers.1", "wav2vec2.encoder.layers[1]", "wav2vec2.encoder.layers.1.feed_forward"):
-        with pytest.raises(WiringError, match=r"hint: LayerDrop leaves the layer of tap .* use HiddenStates"):
+        with pytest.raises(WiringError, match=r"hint: LayerDrop skips the layer of tap .* use HiddenStates"):
             graft(speech(), speech(seed=2), [dict(type="Hint", tap=tap)], dry_run=sound())
     for tap in ("wav2vec2.feature_extractor.conv_layers.1", "wav2vec2.feature_projection[0]"):
         term = dict(type="Hint", tap=tap, adapter="none")

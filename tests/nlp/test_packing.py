@@ -207,7 +207,7 @@ def test_what_needs_a_row_a_sample_is_refused():
         (DistillCollator(flat, teacher_tokenizer=words, tokenizer=words, text="text"), data),
         (DistillCollator(flat), [{**sample, "teacher_token_type_ids": [0]} for sample in texts(3)]),
     ):
-        with pytest.raises(DistillError, match="needs one row a sample; use a collator that pads"):
+        with pytest.raises(DistillError, match="needs one row per sample; use a collator that pads"):
             collator(features)
     pairs = dict(flat(texts(3)), token_pairs=torch.zeros(1, 2, 2, dtype=torch.long))
     with pytest.raises(DistillError, match="packed rows cannot be aligned across two tokenizers"):

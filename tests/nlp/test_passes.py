@@ -213,6 +213,6 @@ def test_a_loss_that_goes_round_distilling_is_refused(tmp_path):
     student, teacher = models()
     data = support.samples(4)
     settings = dict(args=support.arguments(tmp_path, max_steps=1), train_dataset=data, data_collator=support.collate)
-    with pytest.raises(DistillError, match=r"Round.compute_loss does not call the one that distils; call super\(\)"):
+    with pytest.raises(DistillError, match=r"Round.compute_loss skips the distillation; call super\(\)"):
         Round(model=student, teacher=teacher, terms=TERMS, **settings).train()
     Round(model=models()[0], **settings).train()  # nothing to distil

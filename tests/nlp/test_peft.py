@@ -136,7 +136,7 @@ def test_prompts_are_refused(tmp_path):
 def test_distilling_twice_is_refused(tmp_path):
     trainer = Trainer(model=wrapped(), args=support.arguments(tmp_path))
     graft(trainer.model, support.model("llama", seed=2), [SoftTargets()])
-    with pytest.raises(DistillError, match="being distilled already"):
+    with pytest.raises(DistillError, match="already being distilled"):
         DistillTrainer(
             model=trainer.model, teacher=support.model("llama", seed=2), terms=["ForwardKL"], args=trainer.args
         )

@@ -12,10 +12,9 @@ import torch
 from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft_nlp import DistillTrainer
-from kdgraft_nlp.recipe_files import load
 from kdgraft_nlp.run import build
 from kdgraft_nlp.scores import number_scores
-from kdgraft_nlp.settings import check_settings
+from kdgraft_nlp.settings import check_settings, load
 from support import nlp as support
 
 BERT = dict(model_type="bert", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
@@ -44,7 +43,7 @@ def labelled(*labels):
 
 @pytest.mark.parametrize("labels", [(0.5, 1.25, 0.5, 3.0), (1.0, 2.0, 2.5, 4.0)])
 def test_numbers_as_labels_are_no_classes(labels, tmp_path):
-    with pytest.raises(DistillError, match=r"a number and no class; use task: regression"):
+    with pytest.raises(DistillError, match=r"which is not a class; use task: regression"):
         build(recipe(tmp_path, labelled(*labels)))
 
 
@@ -72,7 +71,7 @@ def test_scores_of_constants():
 
 @pytest.mark.parametrize("labels", [("a", "b"), (True, False), (None, 1.0), (float("nan"), 1.0)])
 def test_regression_takes_numbers_alone(labels, tmp_path):
-    with pytest.raises(DistillError, match=r"task regression takes numbers; sample \d of column 'label' has"):
+    with pytest.raises(DistillError, match=r"task regression needs numbers, and sample \d of column 'label' has"):
         build(recipe(tmp_path, labelled(*labels), "regression"))
 
 
@@ -106,7 +105,7 @@ def test_a_declared_class_keeps_its_name_and_its_number(tmp_path):
         ((["a"], ["b"]), "must be one class, a text or a whole number"),
         (({"a": 1}, {"a": 2}), "must be one class"),
         ((None, "a"), "sample 0 of column 'label' has no label"),
-        (("a", "a"), "holds one class only, a"),
+        (("a", "a"), "holds only one class, a"),
     ],
 )
 def test_what_is_no_class_is_said(labels, said, tmp_path):
@@ -124,7 +123,7 @@ def test_a_csv_with_a_gap_in_its_labels(tmp_path):
 @pytest.mark.parametrize(
     ("task", "row", "said"),
     [
-        ("classification", {"text": 5, "label": "a"}, "column 'text' must hold a text in every sample; sample 0 has 5"),
+        ("classification", {"text": 5, "label": "a"}, "column 'text' must hold a text per sample; sample 0 has 5"),
         ("classification", {"text": None, "label": "a"}, "column 'text' must hold a text"),
         ("causal", {"text": ["a"]}, "column 'text' must hold a text"),
         ("tokens", {"tokens": "red cat", "tags": ["O", "B"]}, "column 'tokens' must hold a list of words"),
@@ -155,16 +154,20 @@ def test_two_columns_are_pairs(tmp_path):
     ]  # words of both columns are in the vocabulary
     assert trainer.train_dataset[1]["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
     trainer.train()
-    with pytest.raises(DistillError, match="the student has one; set student"):
+    with pytest.raises(DistillError, match="the student one; set student"):
         build(recipe(tmp_path, rows, data=dict(text=["first", "second"]), student=dict(BERT, type_vocab_size=1)))
 
 
 @pytest.mark.parametrize(
     ("text", "task", "said"),
     [
-        (["a", "b"], "causal", "data.text names two columns, and task causal takes one"),
-        (["a"], "classification", "data.text is a column's name, or two for pairs of texts"),
-        (["a", "b", "c"], "classification", "data.text is a column's name, or two"),
+        (
+            ["a", "b"],
+            "causal",
+            "data.text names two columns, which only classification and regression take; name one for task causal",
+        ),
+        (["a"], "classification", "data.text must name a column, or two for pairs of texts"),
+        (["a", "b", "c"], "classification", "data.text must name a column, or two"),
         (["text", "missing"], "classification", "no column 'missing' but text, label; name it with data.text"),
     ],
 )
@@ -246,18 +249,18 @@ def test_all_mistakes_are_told_at_once_before_models_and_data(tmp_path, monkeypa
         (["data.length=0"], "length must be a whole number >= 2"),
         (["data.length=2"], "data.length is 2, and special tokens take 2 of it"),
         (["data.length=600"], "the longest sample has 600 tokens, and the student has 512 positions; lower data.length"),
-        (["student.vocab_size=8"], "entries, and the student knows 8 (vocab_size)"),
+        (["student.vocab_size=8"], "entries, and the student has 8 embeddings; raise vocab_size"),
         (["training.seed=-5"], "training.seed must be >= 0"),
-        (["training.learning_rate=fast"], "training.learning_rate is float, got 'fast'"),
+        (["training.learning_rate=fast"], "training.learning_rate must be float, got 'fast'"),
         (["training.learning_rate=.nan"], "training.learning_rate must be finite"),
-        (["training.max_steps=0"], "must leave something to train"),
-        (["training.max_steps=1.5"], "training.max_steps is int, got 1.5"),
+        (["training.max_steps=0"], "training.num_train_epochs must be greater than 0"),
+        (["training.max_steps=1.5"], "training.max_steps must be int, got 1.5"),
         (["training.per_device_train_batch_size=0"], "training.per_device_train_batch_size must be >= 1"),
         (["training.optim=nope"], "training: "),
         (["training.output_dir=x"], "write output: FOLDER"),
-        (["training.eval_strategy=epoch"], "there is no data.eval"),
+        (["training.eval_strategy=epoch"], "add data.eval"),
         (["training.metric_for_best_model=f1"], "metric_for_best_model is one of loss, accuracy, macro_f1; got 'f1'"),
-        (["student.num_labels=5"], "student.num_labels comes from the task and the data"),
+        (["student.num_labels=5"], "student.num_labels is set by the task and the data"),
         (["student.hidden_dropout_prob=.nan"], "student.hidden_dropout_prob must be finite"),
         (["5=x"], "a recipe has no entry"),
         (["task=[a]"], "task is a name; got ['a']"),

@@ -90,7 +90,7 @@ def test_a_run_killed_while_it_saved_goes_on_from_the_checkpoint_before(kept, ha
     again.train(resume_from_checkpoint=True)
     assert ends_like(again, whole)
     said = [record.getMessage() for record in caplog.records if record.name == "kdgraft"]
-    assert len(said) == 1 and said[0].startswith(f"going on from {stopped / 'checkpoint-2'}, as ")
+    assert len(said) == 1 and said[0].startswith(f"resuming from {stopped / 'checkpoint-2'}, as ")
     assert f" in {last}" in said[0]
 
 
@@ -147,8 +147,8 @@ def test_told_to_it_goes_on_and_says_what_begins_anew(name, stopped, whole, capl
         ends.append(again)
         assert again.state.global_step == 6
     said = [record.getMessage() for record in caplog.records if record.name == "kdgraft"]
-    assert f"{name} is damaged, so that it begins anew" in said[0]
-    assert f"{name} is missing, so that it begins anew" in said[1]
+    assert f"{name} is damaged, so that it starts afresh" in said[0]
+    assert f"{name} is missing, so that it starts afresh" in said[1]
     # Nothing of a damaged state is read: the run is the one without that file.
     assert all(torch.equal(value, ends[1].model.state_dict()[key]) for key, value in ends[0].model.state_dict().items())
 

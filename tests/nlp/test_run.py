@@ -19,9 +19,9 @@ from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft.files import held
 from kdgraft_nlp.data import read, train_tokenizer
-from kdgraft_nlp.recipe_files import load
 from kdgraft_nlp.run import build, train
 from kdgraft_nlp.scores import scores, spans, tag_scores
+from kdgraft_nlp.settings import load
 from kdgraft_nlp.trainer import DistillTrainer
 from support import nlp as support
 
@@ -369,7 +369,7 @@ def test_nothing_to_resume(tmp_path):
     )
     with pytest.raises(DistillError, match="nothing to resume: there is no checkpoint"):
         train(recipe, work_dir=str(tmp_path / "out"), resume="auto")
-    with pytest.raises(DistillError, match="is no checkpoint's folder"):
+    with pytest.raises(DistillError, match="is not the folder of a checkpoint"):
         train(recipe, work_dir=str(tmp_path / "out"), resume="nowhere")
 
 

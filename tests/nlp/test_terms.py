@@ -239,7 +239,7 @@ def test_vocabularies():
 
     with pytest.raises(WiringError, match=r"48 and 40 entries.*processing_class=tokenizer.*UniversalLogits"):
         graft(*models((48, 40)), ["ForwardKL"])
-    with pytest.raises(WiringError, match="the tokenizer has 44 entries and the smaller model 40"):
+    with pytest.raises(WiringError, match="the tokenizer has 44 entries, the smaller model 40"):
         graft(*models((48, 40)), ["ForwardKL"], facts={"vocabulary_checked": 44})
     with pytest.raises(WiringError, match=r"different tokenizers.*UniversalLogits"):
         graft(*models((40, 40)), ["ForwardKL"], facts={"vocabulary": "different"})
@@ -270,16 +270,21 @@ def test_vocabularies():
         (["AttentionMaps"], dict(layers=3), {}, "needs a teacher at least as deep as the student"),
         ([dict(type="HiddenStates", adapter="none")], {}, dict(width=32), "adapter 'none' needs equal channels"),
         ([dict(type="HiddenStates", stack="decoder")], {}, {}, "the student has no stack 'decoder', but 'layers'"),
-        (["SoftTargets"], {}, dict(num_labels=4), "tell 3 and 4 classes apart"),
-        (["SoftTargets"], {}, dict(kind="BertForTokenClassification"), "of another kind (sequence, BertForSequence"),
-        (["AttentionMaps"], {}, dict(is_decoder=True), "attends backwards only"),
+        (["SoftTargets"], {}, dict(num_labels=4), "student and teacher have 3 and 4 classes"),
+        (
+            ["SoftTargets"],
+            {},
+            dict(kind="BertForTokenClassification"),
+            "different tasks: sequence (student, BertForSequence",
+        ),
+        (["AttentionMaps"], {}, dict(is_decoder=True), "only one of student and teacher is causal"),
         (
             [dict(type="SoftTargets", tokens="labelled")],
             {},
             {},
-            "tokens='labelled' is for models that predict per labelled token",
+            "tokens='labelled' is for labels per token, which",
         ),
-        (["UniversalLogits"], {}, {}, "compares language models token by token; use SoftTargets for sequence"),
+        (["UniversalLogits"], {}, {}, "compares the tokens of language models; use SoftTargets for sequence"),
     ],
 )
 def test_refused_when_built(terms, student, teacher, message):
@@ -377,5 +382,5 @@ def test_the_dry_run_is_made_for_awkward_models(kind, settings):
 
 
 def test_images_cut_into_other_positions():
-    with pytest.raises(WiringError, match="cut images into 5 and 17 positions"):
+    with pytest.raises(WiringError, match="split images into 5 and 17 positions"):
         graft(support.model("vit"), support.model("vit", patch_size=4), [dict(type="HiddenStates", layers="final")])

@@ -168,7 +168,7 @@ def test_resuming_with_other_terms_or_without_is_refused(tmp_path):
     with pytest.raises(DistillError, match="made with other distillation terms"):
         trained(tmp_path, ["Embeddings"], resume=checkpoint)
     trained(tmp_path / "plain", kind=Trainer, save_strategy="steps", save_steps=2)
-    with pytest.raises(DistillError, match=r"made without distillation, .* \(distiller.pt is missing\)"):
+    with pytest.raises(DistillError, match=r"made without distillation or .* \(no distiller.pt\)"):
         trained(tmp_path, ["HiddenStates"], resume=str(tmp_path / "plain" / "checkpoint-2"))
 
 
@@ -406,7 +406,7 @@ def test_an_optimizer_of_the_users_own(tmp_path):
     before = [p.clone() for p in trainer.distiller.parameters()]
     trainer.train()
     assert any(not torch.equal(a, b) for a, b in zip(before, trainer.distiller.parameters(), strict=True))
-    with pytest.raises(DistillError, match="optimizer and scheduler are made already"):
+    with pytest.raises(DistillError, match="has an optimizer and a scheduler; pass only the optimizer"):
         make(scheduler=True)
 
 
@@ -479,9 +479,9 @@ def test_a_teacher_without_terms_or_a_recipe_is_refused(tmp_path):
 
 def test_distilling_twice_is_refused(tmp_path):
     trainer = trained(tmp_path, ["SoftTargets"])
-    with pytest.raises(DistillError, match="distils already"):
+    with pytest.raises(DistillError, match="already distils"):
         distill(trainer, teacher=support.model("bert"), terms=["SoftTargets"])
-    with pytest.raises(DistillError, match="being distilled already"):
+    with pytest.raises(DistillError, match="already being distilled"):
         DistillTrainer(
             model=trainer.model, teacher=support.model("bert"), terms=["SoftTargets"], args=support.arguments(tmp_path)
         )
@@ -608,14 +608,14 @@ def test_distilling_after_an_evaluation_in_mixed_precision(tmp_path):
 def test_a_patched_forward_is_said(tmp_path):
     student = support.model("bert")
     student.forward = lambda **inputs: None
-    with pytest.raises(DistillError, match="something has replaced the forward"):
+    with pytest.raises(DistillError, match=r"the forward of this .* was replaced"):
         graft(student, support.model("bert", seed=2), ["SoftTargets"])
 
 
 def test_a_student_that_runs_its_children_in_turn_is_refused():
     student = nn.Sequential(support.model("bert"))  # as a SentenceTransformer is
     student.config = student[0].config
-    with pytest.raises(DistillError, match="a Sequential runs and saves whatever is in it one by one"):
+    with pytest.raises(DistillError, match="a Sequential runs and saves all its modules in order"):
         graft(student, support.model("bert", seed=2), ["SoftTargets"])
 
 
