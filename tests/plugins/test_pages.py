@@ -30,7 +30,7 @@ from support.pages import (
     shown_commands,
 )
 
-SLOW = {"Detection", "Segmentation", "Hugging Face", "Plain PyTorch"}
+SLOW = {"Detection", "Segmentation", "Hugging Face", "Plain PyTorch", "Plans: runs that follow from one another"}
 """Sections whose jobs train for more than half a minute."""
 READERS = {
     "torch": ("kdgraft.readers", "Reader"),
