@@ -67,7 +67,7 @@ def test_every_program_of_the_pages_runs_from_an_empty_folder(tmp_path: Path, nu
 def test_every_job_of_the_pages_runs_as_printed(tmp_path: Path, page: str, section: str):
     if missing := missing_host([block.text for block in BLOCKS if (block.page, block.section) == (page, section)]):
         pytest.skip(f"needs {missing}")
-    assert PRINTED[section] in run_job(page, section, tmp_path, timeout=2400).splitlines()[-1] + "\n"
+    assert PRINTED[section] in run_job(page, section, tmp_path, timeout=2400).splitlines()[-1]
 
 
 def test_the_readmes_example_runs_as_printed(tmp_path: Path):
@@ -170,6 +170,18 @@ def test_every_name_on_the_pages_is_one_of_the_code():
     found = {(page, name) for page, code in _code() for name in re.findall(r"\b[A-Z]+[a-z]+[A-Z]\w*", code)}
     assert len(found) > 60
     assert {(page, name) for page, name in found if name not in words} == set()
+
+
+def test_every_file_on_the_page_of_files_is_there():
+    named = [re.findall(r"`([\w/.]+)`", line.split("|")[1]) for line in _lines("plugins/README.md", "| `")]
+    assert len(named) > 15
+    for first, *others in named:
+        for path in (first, *(f"{first.split('/')[0]}/{other}" for other in others)):
+            assert (ROOT / "plugins" / path).exists(), path
+
+
+def _lines(page: str, start: str) -> list[str]:
+    return [line for line in (ROOT / page).read_text(encoding="utf-8").splitlines() if line.startswith(start)]
 
 
 @pytest.mark.parametrize("host", READERS)
