@@ -16,7 +16,7 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
 from .dense_heads import DenseHead, dense_head, reads_proposals
-from .heads import Anchors, Heads, in_students_order, same_box_coder, same_number_of_classes
+from .heads import Anchors, Heads, reordered, same_box_coder, same_number_of_classes
 from .picking import in_order_of_pick, pick_weights
 from .resolution import same_resolution
 
@@ -29,7 +29,7 @@ class DenseHeads(Heads):
         self.teacher = dense_head(teacher, path, "teacher", term)
         same_grid(self.student, self.teacher, term)
         self.classes, self.host_losses = self.student.num_classes, self.student.losses
-        self.proposes = path == "rpn_head" or reads_proposals(self.student)  # any dense head can
+        self.proposes = path == "rpn_head" or reads_proposals(self.student)  # any dense head can be an RPN
         if path == "rpn_head":
             self.host_losses = [name if "rpn" in name else f"rpn_{name}" for name in self.student.losses]
         ours = *self.student.class_taps, *self.student.assignment_taps
@@ -47,7 +47,7 @@ class DenseHeads(Heads):
 
         def read(member: Recording) -> Tensor:
             scores = self.teacher.logits(member, chosen)
-            return scores if self.proposes else in_students_order(scores, member.class_order)
+            return scores if self.proposes else reordered(scores, member.class_order)
 
         targets = combined(teacher, read, "sigmoid")
         if anchors == "all":
@@ -76,7 +76,6 @@ class DenseHeads(Heads):
 
     @property
     def box_reading(self) -> Any:  # type: ignore[override]
-        """The reading of the teacher's boxes."""
         return self.teacher.reading
 
     def check_boxes(self, term: str) -> None:
@@ -90,7 +89,6 @@ class DenseHeads(Heads):
             same_box_coder(self.student, self.teacher, term)
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        """Return the outputs of each level."""
         same_resolution(wiring, term)
         ours, theirs = (getattr(head, kind) for head in (self.student, self.teacher))
         recorded = zip(wiring.student_recording.tensors(ours), wiring.teacher_recording.tensors(theirs), strict=True)

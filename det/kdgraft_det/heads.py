@@ -150,7 +150,7 @@ def reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
     return scores_classes(model, tap, tensor)
 
 
-def in_students_order(logits: Tensor, order: Tensor | None) -> Tensor:
+def reordered(logits: Tensor, order: Tensor | None) -> Tensor:
     """Return the teacher's class logits ``(K, C)`` or ``(K, C + 1)`` in the student's order; a background stays last."""
     if order is None:
         return logits

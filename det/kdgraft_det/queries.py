@@ -16,7 +16,7 @@ from kdgraft.readers import Pairs
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
-from .heads import Anchors, Heads, in_students_order, known_head, same_number_of_classes
+from .heads import Anchors, Heads, known_head, reordered, same_number_of_classes
 
 _CLASSES = Tap.parse("bbox_head[0]")
 _BOXES = Tap.parse("bbox_head[1]")
@@ -67,7 +67,6 @@ class QueryHeads(Heads):
         return [Pairs(ours[1], theirs[1], target=truth)]
 
     def check_classes(self, term: str) -> None:
-        """Raise a :class:`WiringError` unless both heads have equally many classes."""
         same_number_of_classes(self.classes, self.teacher_classes, term)
 
     def check_boxes(self, term: str) -> None:
@@ -75,7 +74,6 @@ class QueryHeads(Heads):
         self.check_classes(term)
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        """Return the outputs of the last decoder layers."""
         tap = _CLASSES if kind == "classes" else _BOXES
         return [(wiring.student_recording[tap][-1], wiring.teacher_recording[tap][-1], tap, tap)]
 
@@ -91,7 +89,7 @@ class QueryHeads(Heads):
                 for recording, count in zip((student, teacher), self.queries, strict=True)
             ]
             theirs = outputs[1][0].flatten(0, 1)
-            outputs[1] = in_students_order(theirs, teacher.class_order).view_as(outputs[1][0]), outputs[1][1]
+            outputs[1] = reordered(theirs, teacher.class_order).view_as(outputs[1][0]), outputs[1][1]
             sides: list[list[tuple[Tensor, Tensor]]] = [[], []]
             truths = []
             images = zip(batch.boxes, batch.labels, batch.image_sizes, strict=True)

@@ -75,9 +75,7 @@ class HeadScores(Scores):
         self.host_losses = self.heads.host_losses
         self.anchors = self.heads.anchors[0] if anchors is None else anchors
         if self.anchors not in self.heads.anchors:
-            raise WiringError(
-                f"{term}: this head has no anchors={anchors!r}; use one of {', '.join(self.heads.anchors)}"
-            )
+            raise WiringError(f"{term}: this head has no anchors={anchors!r}; use {' or '.join(self.heads.anchors)}")
         if self.heads.softmax and activation == "sigmoid":
             raise WiringError(f"{term}: an RoI head's classes share one softmax; leave activation out")
         self.independent = not self.heads.softmax and activation != "softmax"

@@ -23,8 +23,8 @@ from .heads import (
     Anchors,
     Heads,
     check_upright,
-    in_students_order,
     known_head,
+    reordered,
     same_box_coder,
     same_number_of_classes,
 )
@@ -44,9 +44,7 @@ def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch)
     scale = recorded.scale
     head, pyramid = teacher.roi_head, recorded[_FEATURES]
     runs = [(_BOXES_DRAWN, head._bbox_forward)]
-    if head.with_mask and not getattr(
-        head, "share_roi_extractor", False
-    ):  # a shared one is given features, not regions
+    if head.with_mask and not getattr(head, "share_roi_extractor", False):  # a shared one takes features, not RoIs
         runs.append((_MASKS_DRAWN, head._mask_forward))
     for tap, run in runs:
         # A student without masks, or in a step without objects, predicts no masks.
@@ -96,8 +94,8 @@ def check_samplers(roi_head: Any) -> None:
         for part in (sampler, getattr(sampler, "pos_sampler", None), getattr(sampler, "neg_sampler", None)):
             if hasattr(part, "context"):
                 raise WiringError(
-                    f"the student's {type(part).__name__} runs the RoI head to choose proposals, which cannot be told from its "
-                    "training; take a RandomSampler, or terms on the backbone, the neck or the rpn_head"
+                    f"the student's {type(part).__name__} runs the RoI head to choose proposals, which cannot be distinguished "
+                    "from its training; use a RandomSampler, or terms on the backbone, the neck or the rpn_head"
                 )
 
 
@@ -130,7 +128,7 @@ class RoIHeads(Heads):
             logits = _seen(student, self.outputs, stage)[0]
 
             def read(member: Recording, stage: int = stage) -> Tensor:
-                return in_students_order(_seen(member, self.outputs, stage)[0], member.class_order)
+                return reordered(_seen(member, self.outputs, stage)[0], member.class_order)
 
             labels = _seen(student, self.targets, stage)[0]
             chosen = None if anchors == "all" else (labels < self.classes).float()
@@ -154,7 +152,6 @@ class RoIHeads(Heads):
         return found
 
     def check_classes(self, term: str) -> None:
-        """Raise a :class:`WiringError` unless both heads have equally many classes."""
         same_number_of_classes(self.heads[0][0].num_classes, self.heads[1][0].num_classes, term)
 
     def check_boxes(self, term: str) -> None:
@@ -170,7 +167,6 @@ class RoIHeads(Heads):
                 )
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        """Return the outputs of each stage."""
         place = 0 if kind == "classes" else 1
         recordings = wiring.student_recording, wiring.teacher_recording
         return [(*(recording[tap][place] for recording in recordings), tap, tap) for tap in self.outputs]

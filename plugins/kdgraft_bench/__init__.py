@@ -1,7 +1,7 @@
-"""Measuring: demos and costs of every host, on one runner; embedded data, results, tables and pictures.
+"""Measurements: demos and costs of every host on one runner, with embedded data, results, tables and pictures.
 
-``comparison.py`` trains teachers, plain and distilled students; a module of ``demos/`` gives it a host's data, models, metrics and
-pictures. The modules of ``costs/`` time steps. Only what is measured is imported.
+``comparison.py`` trains teachers, plain and distilled students; each module of ``demos/`` provides a host's data, models, metrics
+and pictures. The modules of ``costs/`` time training steps. Only the host that is measured is imported.
 """
 
 from importlib.util import find_spec

@@ -1,7 +1,7 @@
-"""Comparing a teacher, a plain student and distilled students over seeds: one runner for every host.
+"""Comparison of a teacher, a plain student and distilled students over seeds: one runner for every host.
 
-A :class:`Comparison` gives a host's models, trainings, metrics and pictures; :func:`run` does everything else. Trainings that are
-finished are not repeated, and several processes may share one folder.
+A :class:`Comparison` provides a host's models, trainings, metrics and pictures; :func:`run` does everything else. Finished
+trainings are not repeated, and several processes may share one folder.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .pictures import Curves, draw_curves
 from .results import Result, gap_closed, markdown, summary, write_results
 from .timing import check_device, interleave
 
-# Of a set without a third split tables are of val, and nothing may be tuned on them.
+# For a set without a third split the tables are of val, so that nothing may be tuned on it.
 TWO_SPLITS = {"train": "train", "val": "val", "test": "val"}
 
 
@@ -38,9 +38,9 @@ class Training:
 
     Attributes:
         method: ``"teacher"``, ``"plain"`` or a recipe's name.
-        seed: the random seed of everything in it.
-        iterations: how many there are.
-        split: the split that is tested on, ``"val"`` or ``"test"``.
+        seed: the random seed of the whole training.
+        iterations: the number of iterations.
+        split: the split for the test, ``"val"`` or ``"test"``.
         device: ``"cpu"`` or ``"cuda"``.
         data: the folder of the dataset.
         root: the folder of the comparison.
@@ -56,7 +56,7 @@ class Training:
 
     @property
     def title(self) -> str:
-        """The training's name for a reader."""
+        """The training's name in messages."""
         return f"{self.method} (seed {self.seed})"
 
     @property
@@ -100,18 +100,18 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison(ABC):
-    """One teacher, one student, some recipes, one dataset: all that depends on the host.
+    """One teacher, one student, some recipes and one dataset: everything that depends on the host.
 
     Attributes:
         task: the host's name.
         dataset: the dataset's name in tables and results.
         teacher, student: (name, the host's description of the model).
         recipes: settings of a distilled model by name.
-        default: the recipes that run when none are named.
-        scores: metric -> (the host's name of it, digits in the table); the first one measures the gap.
-        iterations: of every training.
-        evaluations: how often a training is evaluated on the validation split.
-        rounds: how often steps are timed.
+        default: the recipes to run by default.
+        scores: metric -> (its name in the host, digits in the table); the first metric measures the gap.
+        iterations: the iterations of every training.
+        evaluations: the number of evaluations of a training on the validation split.
+        rounds: the number of rounds in which steps are timed.
         splits: ``train``, ``val``, ``test`` -> the split's name in the dataset.
         tested: the name of the test split in the table's title.
         picture: the file of :meth:`draw`.
@@ -150,16 +150,16 @@ class Comparison(ABC):
         return {metric: float(found.get(key, 0.0)) for metric, (key, _) in self.scores.items()}
 
     def every(self, iterations: int) -> int:
-        """Iterations from one evaluation on the validation split to the next."""
+        """Return the number of iterations from one evaluation on the validation split to the next."""
         return max(iterations // self.evaluations, 1)
 
     @abstractmethod
     def entered(self, device: str) -> AbstractContextManager[object]:
-        """Make the host build on ``device``, and keep it quiet, while the body runs."""
+        """Make the host build models on ``device``, without its messages, while the body runs."""
 
     @abstractmethod
     def settings(self, training: Training) -> Any:
-        """Return plain data that a training depends on beside data and device, wherever its files lie."""
+        """Return the plain data, independent of file locations, that a training depends on beside dataset and device."""
 
     @abstractmethod
     def weights(self, training: Training) -> Path:
@@ -183,7 +183,7 @@ class Comparison(ABC):
 
     @abstractmethod
     def draw(self, outcomes: Sequence[Outcome], path: Path) -> None:
-        """Draw what the models of one seed do."""
+        """Draw the outputs of the models of one seed."""
 
 
 def run(
@@ -200,21 +200,22 @@ def run(
 ) -> list[Result]:
     """Train everything, print the tables and write ``results.csv``, ``table.md``, the picture and ``curves.png`` to ``out``.
 
-    Trainings that finished in ``out`` before, with the same settings, are taken from there. Several processes may work on one
-    folder at a time, best on a seed each; the same call for all of them then writes their table.
+    Trainings that finished in ``out`` before with the same settings are reused. Several processes may work in one folder at a
+    time, best on different seeds; the same call with all seeds then writes their table.
 
     Args:
-        comparisons: what to compare; one without any of the named recipes is left out.
-        write_data: makes the data in a folder, or finds it, and returns where it is.
-        out: where results go.
-        seeds, first_seed: how many seeds, and the first of them.
-        recipes: ``"default"``, ``"all"``, ``"none"``, or names with commas between.
-        device: ``"cpu"`` keeps a machine's GPUs out of it.
-        iterations: of every training; the comparisons' own by default.
-        split: ``"val"`` to tune on (with other seeds than the table's).
+        comparisons: the comparisons; those without any of the named recipes are left out.
+        write_data: makes or finds the dataset in a folder, and returns the folder of the dataset.
+        out: the folder of the results.
+        seeds: the number of seeds.
+        recipes: ``"default"``, ``"all"``, ``"none"``, or names separated by commas.
+        device: ``"cpu"`` or ``"cuda"``; with ``"cpu"`` no GPU is used.
+        iterations: the iterations of every training; by default the comparisons' own.
+        first_seed: the first seed.
+        split: the split for the test; use ``"val"`` for tuning (with other seeds than those of the table).
 
     Raises:
-        DistillError: an unknown recipe, split or device.
+        DistillError: the recipe, the split or the device is unknown.
     """
     if split not in ("val", "test"):
         raise DistillError(f"split must be 'val' or 'test', got {split!r}")
@@ -236,7 +237,7 @@ def run(
 
 
 def choose(recipes: str, known: Sequence[str]) -> list[str]:
-    """Return the names of ``"default"`` and ``"all"`` (all of them), of ``"none"``, or of a list with commas between."""
+    """Return the names in a list separated by commas, all for ``"default"`` and ``"all"``, and none for ``"none"``."""
     if recipes in ("default", "all", "none"):
         return [] if recipes == "none" else list(known)
     names = [name.strip() for name in recipes.split(",") if name.strip()]
@@ -247,13 +248,13 @@ def choose(recipes: str, known: Sequence[str]) -> list[str]:
 
 
 def compare(comparison: Comparison, teacher: Training, names: Sequence[str], seeds: Sequence[int]) -> list[Result]:
-    """Train with every seed in turn; the results are written after each, so that an interrupted run keeps what it has.
+    """Train with each seed in turn, and write the results after each, so that an interrupted run keeps its results.
 
     Args:
-        comparison: what to compare.
+        comparison: the comparison.
         teacher: the training of the teacher with any seed.
-        names: the methods beside teacher and plain student.
-        seeds: those to train with; pictures are of the first one.
+        names: the methods besides teacher and plain student.
+        seeds: the seeds; pictures are of the first one.
     """
     started = time.perf_counter()
     folder, results = teacher.root, []
@@ -285,11 +286,12 @@ def compare(comparison: Comparison, teacher: Training, names: Sequence[str], see
 
 
 def train_once(comparison: Comparison, training: Training, world: Any) -> Outcome:
-    """Train a method, or take the finished training in its folder if it had the same settings.
+    """Train a method, or restore the finished training in its folder if it had the same settings.
 
     Args:
-        comparison, training: what to train.
-        world: what else the result depends on: the dataset's files, the device.
+        comparison: the comparison.
+        training: the training.
+        world: other data that the result depends on: the dataset's files and the device.
     """
     settings = digest([comparison.settings(training), world])
     folder = training.folder
@@ -307,7 +309,7 @@ def train_once(comparison: Comparison, training: Training, world: Any) -> Outcom
 def time_steps(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[float]:
     """Return the median seconds of a training step (forward, loss, backward) of each model, timed in turn on one batch.
 
-    The models are afterwards as they were: steps move the statistics of batch norms.
+    The statistics of batch norms, which steps change, are restored afterwards.
     """
     batch = comparison.batch(outcomes[0].run)
 

@@ -1,4 +1,4 @@
-"""Finished trainings on disk: a demo that was interrupted goes on where it stopped, and several processes can share its folder."""
+"""Records of finished trainings on disk: an interrupted demo continues where it stopped, and processes can share its folder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ RECORD = "finished.json"
 
 @dataclass
 class Finished:
-    """The record of a finished training, as it stands in ``finished.json`` beside its checkpoint.
+    """The record of a finished training, in ``finished.json`` beside its checkpoint.
 
     Attributes:
-        settings: :func:`digest` of everything that it depends on.
+        settings: :func:`digest` of everything that the training depends on.
         metrics: name -> value on the tested split.
         curves: name -> (iteration, value).
     """
@@ -33,7 +33,7 @@ class Finished:
 
     @classmethod
     def read(cls, folder: Path, settings: str) -> Finished | None:
-        """The training in ``folder`` if it had these settings, else ``None``."""
+        """Return the record of the training in ``folder`` if it had these settings, else ``None``."""
         try:
             found = json.loads((folder / RECORD).read_text())
         except (OSError, ValueError):
@@ -46,7 +46,7 @@ class Finished:
         return cls(settings, found["metrics"], curves)
 
     def write(self, folder: Path) -> None:
-        """Writes ``finished.json``, all of it or nothing."""
+        """Write ``finished.json`` atomically."""
         with written_whole(folder / RECORD) as part:
             part.write_text(json.dumps(asdict(self), indent=1))
 
@@ -63,7 +63,7 @@ def describe(folder: Path) -> dict[str, str]:
 
 
 def code(*packages: str) -> str:
-    """A hash of what the modules of these packages say, so that a loss that was changed is trained with anew."""
+    """Return a hash of the source code of these packages, so that a training is repeated after a change of a loss."""
     found = hashlib.sha256()
     for package in packages:
         (root,) = import_module(package).__path__
@@ -74,7 +74,7 @@ def code(*packages: str) -> str:
 
 @contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
-    """Holds the lock ``path``; waits for another process that holds it, and says so."""
+    """Hold the lock ``path`` while the body runs; print a message before waiting for another process."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:

@@ -1,4 +1,4 @@
-"""MMDetection's own distillation of detectors, to compare with."""
+"""MMDetection's own distillation of detectors, as a reference."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ def mmdet_ld(student: Mapping[str, Any], teacher_config: Any, checkpoint: str) -
 
     Args:
         student: the ``model`` entry of a plain GFL detector.
-        teacher_config: path of the teacher's config, or ``dict(model=…)``.
-        checkpoint: the teacher's.
+        teacher_config: the path of the teacher's config, or ``dict(model=…)``.
+        checkpoint: the teacher's checkpoint.
     """
     model = copy.deepcopy(dict(student))
     model.update(

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: curves of its trainings, and a grid of what its models do."""
+"""Pictures of a comparison: curves of its trainings, and a grid of its models' outputs."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Curves = dict[str, list[tuple[int, float]]]
 
 
 def draw_curves(runs: Mapping[str, Curves], metric: str, path: Path) -> None:
-    """Draw the host's loss, the validation score, the distillation terms, and a critic's figures if there is one.
+    """Draw the host's loss, the validation score, the distillation terms, and the figures of a critic if there is one.
 
     Args:
         runs: the curves of each method.
         metric: the name of the validation score.
         path: the picture to write.
     """
-    apart = (".loss", ".raw", ".weight")  # a critic's figures are the others
+    apart = (".loss", ".raw", ".weight")  # all other keys are a critic's figures
     watched = [
         key for curves in runs.values() for key in curves if key.startswith("distill.") and not key.endswith(apart)
     ]
@@ -55,7 +55,7 @@ def draw_curves(runs: Mapping[str, Curves], metric: str, path: Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         labels = len(axis.get_legend_handles_labels()[0])
-        if labels > 6:  # beside the lines there is no room
+        if labels > 6:  # too many for a place beside the lines
             axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.32), ncol=2)
         elif labels:
             axis.legend(fontsize=7)
@@ -70,13 +70,13 @@ def draw_grid(
     aspect: float,
     path: Path,
 ) -> None:
-    """Draw a row a picture of the dataset and a column a model.
+    """Draw a grid with a row for each picture of the dataset and a column for each model.
 
     Args:
-        columns: the titles.
-        rows: what to draw in each place.
-        draw: draws it.
-        aspect: height of the pictures by their width.
+        columns: the titles of the columns.
+        rows: the content of each cell.
+        draw: draws the content of a cell.
+        aspect: the height of the pictures divided by their width.
         path: the picture to write.
     """
     figure = Figure(figsize=(2.2 * len(columns), (2.2 * aspect + 0.15) * len(rows)))

@@ -1,4 +1,4 @@
-"""Result files and what is computed from them, the same for every task."""
+"""Result files, and tables and figures computed from them, for every task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pandas as pd
 from kdgraft.errors import DistillError
 
 LOWER_IS_BETTER = frozenset({"perplexity"})
-"""Metrics that fall as a model gets better."""
+"""Metrics that decrease as a model gets better."""
 
 
 class Result(NamedTuple):
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
 
 def write_results(results: Iterable[Result], path: str | Path) -> Path:
-    """Writes ``results.csv`` with the columns ``task,dataset,model,method,seed,metric,value``."""
+    """Write ``results.csv`` with the columns ``task,dataset,model,method,seed,metric,value``."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     pd.DataFrame(list(results), columns=list(Result._fields)).to_csv(path, index=False)
@@ -37,7 +37,7 @@ def write_results(results: Iterable[Result], path: str | Path) -> Path:
 
 
 def read_results(path: str | Path) -> list[Result]:
-    """Reads :func:`write_results`'s file."""
+    """Read a file of :func:`write_results`."""
     frame = pd.read_csv(path)
     if list(frame.columns) != list(Result._fields):
         raise DistillError(f"{path} has columns {list(frame.columns)}, not {list(Result._fields)}")
@@ -45,16 +45,16 @@ def read_results(path: str | Path) -> list[Result]:
 
 
 def mean_sd(values: Sequence[float], digits: int = 3) -> str:
-    """``"0.512 ± 0.004"`` (sample standard deviation); one value alone has no ±."""
+    """Format mean and sample standard deviation as ``"0.512 ± 0.004"``, and a single value without ±."""
     if len(values) < 2:
         return f"{values[0]:.{digits}f}" if values else "–"
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
-    """Share of the gap from plain student to teacher that a method closes, from the means over seeds.
+    """Return the share of the gap from plain student to teacher that a method closes, from the means over seeds.
 
-    NaN where there is none: where the teacher is no better than the plain student.
+    The share is NaN if there is no gap, that is, if the teacher is not better than the plain student.
     """
 
     def mean(of: str) -> float:
@@ -66,7 +66,7 @@ def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
 
 
 def summary(results: Sequence[Result], metrics: Mapping[str, int]) -> list[dict[str, str]]:
-    """A row a method: mean ± sd over seeds of each metric (name -> digits)."""
+    """Return a row for each method, with mean ± sd over seeds of each metric (name -> digits)."""
     rows = []
     for method in dict.fromkeys(r.method for r in results):
         mine = [r for r in results if r.method == method]
@@ -78,7 +78,7 @@ def summary(results: Sequence[Result], metrics: Mapping[str, int]) -> list[dict[
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
+    """Format the rows as a Markdown table."""
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     return "\n".join(lines + ["| " + " | ".join(str(row[key]) for key in head) + " |" for row in rows])

@@ -1,4 +1,4 @@
-"""Measuring what distilling costs: steps timed in one process, interleaved, and the memory that a step allocates at its peak."""
+"""Measurement of costs: the times of interleaved steps in one process, and the peak memory of a step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kdgraft.errors import DistillError
 
 
 class Interval(NamedTuple):
-    """A median and the 95 % interval of it."""
+    """A median and its 95 % interval."""
 
     median: float
     low: float
@@ -35,18 +35,18 @@ def check_device(device: str) -> None:
 def interleave(
     steps: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: int = 3, device: str = "cpu"
 ) -> dict[str, list[float]]:
-    """Times every step once a round, in an order that turns by one each round.
+    """Time every step once a round, in an order that is rotated by one each round.
 
-    What changes on a machine over time (its clock, other programs) then falls on all of them alike.
+    Changes of the machine over time (its clock, other programs) then affect all steps alike.
 
     Args:
         steps: name -> a step.
-        rounds: how many timed rounds.
-        warm_up: rounds before these that are not counted.
-        device: on ``"cuda"`` the device is waited for.
+        rounds: the number of timed rounds.
+        warm_up: the number of rounds before these.
+        device: with ``"cuda"`` each step is timed until the device has finished.
 
     Returns:
-        Name -> seconds per round.
+        Name -> seconds of each round.
     """
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -63,7 +63,7 @@ def interleave(
 
 
 def median_interval(values: Sequence[float], *, draws: int = 10_000) -> Interval:
-    """The median and its 95 % interval by the bootstrap (percentiles of medians of resamples; fixed seed)."""
+    """Return the median and its 95 % interval by the bootstrap (percentiles of medians of resamples; fixed seed)."""
     data = np.asarray(values, dtype=float)
     resampled = np.random.default_rng(0).choice(data, size=(draws, len(data)))
     low, high = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
@@ -71,12 +71,12 @@ def median_interval(values: Sequence[float], *, draws: int = 10_000) -> Interval
 
 
 def ratio_interval(above: Sequence[float], below: Sequence[float]) -> Interval:
-    """The median over rounds of the ratio of two steps of the same round, with its 95 % interval."""
+    """Return the median over rounds of the ratio of two steps of the same round, with its 95 % interval."""
     return median_interval([a / b for a, b in zip(above, below, strict=True)])
 
 
 def peak_memory(step: Callable[[], object], device: str = "cpu") -> int:
-    """Bytes that a step holds at its peak beyond what was held before it: on CUDA by torch's allocator, on a CPU by its profiler."""
+    """Return the peak bytes of a step beyond those held before it, by torch's allocator on CUDA and its profiler on a CPU."""
     if device != "cpu":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

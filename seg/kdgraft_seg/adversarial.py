@@ -86,7 +86,7 @@ class AdversarialMask(ScoreTerm):
         """Build the critic for the number of classes, and refuse more than one map."""
         super().wire(wiring)
         if len(self.rows) != 1:
-            raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
+            raise DistillError(f"{self.name}: takes one tap of one map, got {len(self.rows)}; add a term for each")
         (s,) = self.reader.tensors(wiring.student_recording, self.student_taps[0])
         settings = {"in_channels": s.shape[1] + 3 * self.condition_on_image, **self._critic}
         critic = call(Critic, settings, f"{self.name}: critic").to(s.device)

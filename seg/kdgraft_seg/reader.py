@@ -97,7 +97,6 @@ class SegReader(Reader):
         return super().tensors(recording, tap)
 
     def reads_scores(self, tap: Tap) -> bool:
-        """Return true for a tap of a decode head's output."""
         return reads_scores(tap)
 
     def align_corners(self, tap: Tap) -> bool:
@@ -105,7 +104,6 @@ class SegReader(Reader):
         return reads_scores(tap) and self.corners["student"]
 
     def check_classes(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
-        """Raise a :class:`WiringError` unless both tensors score the same number of classes."""
         for side, kind in self.no_classes:
             raise WiringError(
                 f"{self.term}: the {side}, a {kind}, scores no classes of pixels; distil features "

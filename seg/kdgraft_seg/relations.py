@@ -138,7 +138,7 @@ class CrossImageRelations(LabelledTerm):
         """Wire the term on one map, and build the projection and the memories if a part needs them."""
         super().wire(wiring)
         if len(self.rows) != 1:
-            raise DistillError(f"{self.name}: one tap of one map, got {len(self.rows)}; add a term for each")
+            raise DistillError(f"{self.name}: takes one tap of one map, got {len(self.rows)}; add a term for each")
         ((s, t, _, _),) = self.pairs(wiring.student_recording, wiring.teacher_recording)
         if not any(self.weights[1:]):
             return  # DDP would miss the gradients of a projection that is not used
@@ -233,11 +233,9 @@ class CrossImageRelations(LabelledTerm):
         seen += torch.bincount(classes, minlength=len(memory))
 
     def hidden_state(self) -> dict[str, Any]:
-        """Return the state of the random numbers."""
         return {"random": self._random.state()}
 
     def load_hidden_state(self, state: Mapping[str, Any]) -> None:
-        """Restore :meth:`hidden_state`."""
         self._random.load(state["random"])
 
 

@@ -262,8 +262,8 @@ SOFT, BOUNDED = dict(type="SoftTargets"), dict(type="BoundedRegression")
 @pytest.mark.parametrize(
     ("student", "teacher", "term", "message"),
     [
-        (detr(), detr(), dict(SOFT, anchors="all"), "anchors='all' means nothing on this head; take one of main"),
-        (detr(), detr(), dict(SOFT, anchors="vlr"), "anchors='vlr' means nothing on this head"),
+        (detr(), detr(), dict(SOFT, anchors="all"), "this head has no anchors='all'; use main"),
+        (detr(), detr(), dict(SOFT, anchors="vlr"), "this head has no anchors='vlr'"),
         (SOFTMAX, detr(), SOFT, "the student's DeformableDETRHead is not one that this term can read"),
         (detr(), SOFTMAX, BOUNDED, "the teacher's DeformableDETRHead is not one that this term can read"),
         (detr(), changed(num_classes=12), SOFT, "the student predicts 10 classes, the teacher 12"),

@@ -423,7 +423,7 @@ ROI_TAP = "roi_head.bbox_head:input"
             dict(type="FeatureImitation", student_tap="neck[0]", teacher_tap=ROI_TAP),
             "the student has no module 'roi_head'",
         ),
-        (FASTER, FASTER, dict(SOFT, anchors="vlr"), "anchors='vlr' means nothing on this head"),
+        (FASTER, FASTER, dict(SOFT, anchors="vlr"), "this head has no anchors='vlr'"),
         (FASTER, FASTER, dict(SOFT, activation="sigmoid"), "classes share one softmax"),
         (FASTER, FASTER, dict(SOFT, focus=1.0), "focus needs sigmoid classes"),
         (

@@ -254,7 +254,7 @@ def test_what_an_ensemble_cannot_teach(tmp_path):
             trainer_of(tmp_path, student or model(one, kind=kind), [term], teachers=teachers, **settings)
         assert "\n" not in str(error.value)
 
-    message = r"an Ensemble gives predictions.*take one of its members, source='a'"
+    message = r"an Ensemble gives predictions.*use one of its members, source='a'"
     refused(f"soft_targets: {message}", SoftTargets(), "bert", "BertForQuestionAnswering")
     refused(f"hidden_states: {message}", HiddenStates(), "bert")
     refused(f"attention_maps: {message}", AttentionMaps(), "bert")

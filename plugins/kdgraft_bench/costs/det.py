@@ -1,7 +1,7 @@
-"""``make bench-det``: the costs of distilling a detector, against the plain step, the teacher's forward and mmdet's own LD.
+"""``make bench-det``: the costs of distilling a detector, compared with the plain step, the teacher's forward and mmdet's LD.
 
-The pair is LD's published one, GFL-R101 teaching GFL-R18, at full width; weights are random, which costs the same. All
-variants have the same student weights, teacher weights and batch, and are timed in turn in one process.
+The pair is LD's published one, GFL-R101 teaching GFL-R18, at full width. The weights are random, as costs do not depend on them.
+All variants have the same student weights, teacher weights and batch, and are timed in turn in one process.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/det") -> R
 
 
 def batch(size: int, count: int, device: str, boxes: int = 7, classes: int = 80) -> tuple[Tensor, list[Any]]:
-    """A batch as the data preprocessor hands it over: noise with ``boxes`` boxes an image (COCO's average)."""
+    """Return a batch as the data preprocessor returns it: noise with ``boxes`` boxes an image (COCO's average)."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(count, 3, size, size, generator=generator)
     samples = []
@@ -74,10 +74,8 @@ def batch(size: int, count: int, device: str, boxes: int = 7, classes: int = 80)
             bboxes=torch.cat([corner, corner + extent], 1).to(device),
             labels=torch.randint(classes, (boxes,), generator=generator).to(device),
         )
-        meta = dict(
-            img_shape=(size, size), ori_shape=(size, size), pad_shape=(size, size), batch_input_shape=(size, size)
-        )
-        sample = DetDataSample(metainfo=meta)
+        shapes = ("img_shape", "ori_shape", "pad_shape", "batch_input_shape")
+        sample = DetDataSample(metainfo=dict.fromkeys(shapes, (size, size)))
         sample.gt_instances = found
         sample.ignored_instances = InstanceData(bboxes=found.bboxes[:0], labels=found.labels[:0])
         samples.append(sample)

@@ -36,10 +36,10 @@ class Variants:
         student: the plain student's ``model`` entry.
         teacher: config of the teacher, whose weights are random.
         recipes: settings of a distilled model by name.
-        batch: (side, images, device) -> the batch as the data preprocessor hands it over.
+        batch: (side, images, device) -> the batch as the data preprocessor returns it.
         size, images: side and number of the images by device.
-        forward: runs the teacher as far as its outputs.
-        references: others' models by name, from (teacher config's path, checkpoint's path); ratios to them are shown too.
+        forward: runs the teacher up to its outputs.
+        references: models of other packages by name, made from (teacher config's path, checkpoint's path), for further ratios.
     """
 
     scope: str
@@ -85,7 +85,7 @@ def measure(variants: Variants, pairs: int, device: str) -> dict[str, Rows]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps warnings back: random weights have no class names to compare."""
+    """Silence warnings: random weights have no class names to compare."""
     logger = logging.getLogger("kdgraft")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -118,11 +118,11 @@ def _steps(
             dict(student, type=variants.kind, student=kind, teacher=spec, **copy.deepcopy(dict(settings)))
         )
         distilled.start_distilling()
-        # One teacher serves all: held once for each variant it would fill the memory.
+        # All variants share one teacher, as a copy for each of them would fill the memory.
         distilled.distiller.teacher.model = teacher
         models[name] = distilled
     for name, model in models.items():
-        # One process: SyncBN would need a process group.
+        # SyncBN would need a process group, and this is a single process.
         models[name] = revert_sync_batchnorm(model)
         models[name].load_state_dict(plain.state_dict(), strict=True)
         models[name].to(device).train()
@@ -144,7 +144,7 @@ def _loss(model: Any, inputs: Tensor, samples: list[Any]) -> Tensor:
 
 
 def _memory(steps: dict[str, Callable[[], Any]], tapped: dict[str, int], device: str) -> Rows:
-    """Peak of a step beyond the weights that are resident anyway, against the plain step's peak plus what the teacher's taps hold."""
+    """Return the peaks of the steps beyond the resident weights, and the plain step's peak plus the bytes of the teacher's taps."""
     mib = 2**20
     rows: Rows = []
     plain = 0
@@ -160,7 +160,7 @@ def _memory(steps: dict[str, Callable[[], Any]], tapped: dict[str, int], device:
 
 
 def _tapped_bytes(model: Any, inputs: Tensor, samples: list[Any]) -> int:
-    """Bytes of what the teacher's taps hold in one step."""
+    """Return the bytes of the tensors that the teacher's taps record in one step."""
     distiller = model.distiller
     recording = distiller.record(
         "teacher", lambda source: source.model(inputs, samples, mode="tensor"), Batch(), inputs.device

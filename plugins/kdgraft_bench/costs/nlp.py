@@ -1,8 +1,8 @@
 """``make bench-nlp``: the costs of distilling the Trainer's models, and the memory that chunked losses save.
 
-A BERT (of base size on a GPU, smaller on a CPU) teaches one of half its depth and width; weights are random, which costs the
-same. All variants have the same student weights, teacher and batch, and are timed in turn in one process. ``eager maps`` is the
-usual way to mimic attention: both models with ``attn_implementation="eager"`` and ``output_attentions=True``, and a squared error between what they return.
+A BERT (of base size on a GPU, smaller on a CPU) teaches one of half its depth and width. The weights are random, as costs do not
+depend on them. All variants have the same student weights, teacher and batch, and are timed in turn in one process. ``eager maps``
+is the usual way to imitate attention: ``attn_implementation="eager"``, ``output_attentions=True`` and a squared error of the maps.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/nlp") -> R
     """Measure, print the tables and write them to ``out``.
 
     Args:
-        pairs: interleaved rounds.
+        pairs: the number of interleaved rounds.
         device: ``"cpu"``, or ``"cuda"`` (bf16 autocast, a larger batch).
-        out: folder for ``bench_cpu.md`` or ``bench_cuda.md``.
+        out: the folder for ``bench_cpu.md`` or ``bench_cuda.md``.
     """
     check_device(device)
     (batch, length), (width, layers) = SIZES[device], TEACHERS[device]
@@ -65,9 +65,9 @@ def steps(device: str, base: int, depth: int) -> dict[str, Callable[[], Any]]:
     """Return the steps to time.
 
     Args:
-        device: where.
-        base: width of the teacher.
-        depth: its layers.
+        device: the device.
+        base: the width of the teacher.
+        depth: the number of its layers.
     """
     torch.manual_seed(0)
 
@@ -137,7 +137,7 @@ def _eager(student: Any, teacher: Any, inputs: dict[str, Tensor], device: str) -
 
 
 def language_model(vocabulary: int, pairs: int, device: str, width: int = 256) -> Rows:
-    """Measure a whole step at one size of the vocabulary: the student alone, distilled the plain way, and in chunks."""
+    """Measure a whole step at one size of the vocabulary: without distillation, with plain losses, and with chunked losses."""
     torch.manual_seed(0)
 
     def llama(hidden: int, layers: int) -> Any:

@@ -1,8 +1,8 @@
-"""``make bench-seg``: the costs of distilling a segmentor, against the plain step and the teacher's forward.
+"""``make bench-seg``: the costs of distilling a segmentor, compared with the plain step and the teacher's forward.
 
-The pair is that of Structured KD and CWD, PSPNet-R101 teaching PSPNet-R18, at full width and Cityscapes' 19 classes; weights are
-random, which costs the same. All variants have the same student weights, teacher weights and batch, and are timed in turn in
-one process. The critic's training is shown alone as well: it is what a critic is for, and no other term has it.
+The pair is that of Structured KD and CWD, PSPNet-R101 teaching PSPNet-R18, at full width and with Cityscapes' 19 classes. The
+weights are random, as costs do not depend on them. All variants have the same student weights, teacher weights and batch, and are
+timed in turn in one process. ``AdversarialMask alone`` shows the cost of training a critic, which no other term has.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/seg") -> R
 
 
 def growth(device: str = "cpu", channels: int = 512, sides: Sequence[int] = (32, 64, 128)) -> Rows:
-    """Measure the memory of affinity and relation terms as the resolution grows, beside what one N×N map would hold."""
+    """Measure the memory of affinity and relation terms at growing resolutions, beside the size of one N×N map."""
     rows: dict[str, dict[str, str]] = {}
     for side in sides:
         generator = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def _cross_image(term: CrossImageRelations, student: Tensor, teacher: Tensor, la
 
 
 def batch(size: int, count: int, device: str, classes: int = 19) -> tuple[Tensor, list[Any]]:
-    """A batch as the data preprocessor hands it over: noise with labels in blocks of 16 pixels, a tenth of them ignored."""
+    """Return a batch as the data preprocessor returns it: noise with labels in blocks of 16 pixels, a tenth of them ignored."""
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(count, 3, size, size, generator=generator)
     blocks = torch.randint(classes, (count, 1, size // 16, size // 16), generator=generator)

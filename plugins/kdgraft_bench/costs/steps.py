@@ -50,11 +50,11 @@ def compared(seconds: Mapping[str, Sequence[float]], references: Sequence[str] =
     """Compare each step with ``plain`` + ``teacher forward`` and with the references, of the same round.
 
     Args:
-        seconds: step -> seconds a round.
-        references: the steps that ratios are taken to.
+        seconds: step -> seconds of each round.
+        references: the steps in the denominators of further ratios.
 
     Returns:
-        A row a step: its median and its ratios.
+        A row for each step, with its median and its ratios.
     """
     sums = [plain + teacher for plain, teacher in zip(seconds["plain"], seconds["teacher forward"], strict=True)]
     rows = []

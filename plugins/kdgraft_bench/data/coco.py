@@ -1,4 +1,4 @@
-"""A real set in COCO's format for the detection demo: what it must hold, and small copies of its pictures."""
+"""A real set in COCO's format for the detection demo: checks of its annotations, and small copies of its pictures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kdgraft.errors import DistillError
 from kdgraft.files import digest
 
 from ..finished import describe
+from . import check_layout
 
 SPLITS = ("train", "val")
 
@@ -24,8 +25,8 @@ class RealSet:
 
     Attributes:
         root: the folder.
-        classes: names in the order of their ids.
-        annotations: split -> what its json holds.
+        classes: the names in the order of their ids.
+        annotations: split -> the content of its json.
     """
 
     root: Path
@@ -34,10 +35,10 @@ class RealSet:
 
     @classmethod
     def read(cls, root: Path) -> RealSet:
-        """Reads a set's annotations.
+        """Read a set's annotations.
 
         Raises:
-            DistillError: something of it is not there or is no COCO annotation.
+            DistillError: a part is missing or is not a COCO annotation.
         """
         annotations = {split: _read_split(root, split) for split in SPLITS}
         categories = sorted(annotations["train"]["categories"], key=lambda category: category["id"])
@@ -46,12 +47,12 @@ class RealSet:
         return cls(root, tuple(str(category["name"]) for category in categories), annotations)
 
     def shrunk(self, folder: Path, size: tuple[int, int]) -> Path:
-        """Writes the set with pictures of at most ``size`` (width, height) pixels to ``folder``, unless it is there already.
+        """Write the set with pictures of at most ``size`` (width, height) pixels to ``folder``, unless it exists already.
 
         Decoding large pictures would take longer than training on small ones. Boxes and areas shrink with their pictures.
 
         Raises:
-            DistillError: a picture cannot be read, or ``folder`` holds something else.
+            DistillError: a picture cannot be read, or ``folder`` contains something else.
         """
         record = folder / "shrunk.json"
         source = digest([self.annotations, *(describe(self.root / split) for split in SPLITS)])
@@ -61,7 +62,7 @@ class RealSet:
         if folder.exists() and any(folder.iterdir()) and not record.is_file():
             raise DistillError(f"{folder} holds files of something else; choose another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        record.write_text("{}")  # completed last: an interrupted copy is made anew
+        record.write_text("{}")  # it is completed last, so that an interrupted copy is made anew
         for split in SPLITS:
             shutil.rmtree(folder / split, ignore_errors=True)
             written = self._shrink_split(split, folder / split, size)
@@ -72,7 +73,7 @@ class RealSet:
         return folder
 
     def _shrink_split(self, split: str, folder: Path, size: tuple[int, int]) -> dict[str, Any]:
-        """Writes a split's pictures, numbered; returns its annotations."""
+        """Write a split's pictures under numbers, and return its annotations."""
         folder.mkdir(parents=True)
         scales: dict[Any, float] = {}
         images, boxes = [], []
@@ -97,13 +98,9 @@ class RealSet:
 
 
 def _read_split(root: Path, split: str) -> dict[str, Any]:
-    """A split's annotations, checked as far as the demo reads them."""
+    """Return a split's annotations, and check the entries that the demo reads."""
     name = f"annotations/instances_{split}.json"
-    for part in (name, split):
-        if not (root / part).exists():
-            raise DistillError(
-                f"--data {root}: no {part}; a set has annotations/instances_{{train,val}}.json, train/ and val/"
-            )
+    check_layout(root, (name, split), "annotations/instances_{train,val}.json, train/ and val/")
     try:
         found = json.loads((root / name).read_text())
         images = {image["id"] for image in found["images"] if image["file_name"]}

@@ -1,4 +1,4 @@
-"""Real text that is on every machine with the suite installed: docstrings. Guess the library from a sentence of it."""
+"""Real text that every installation of the suite has: sentences of docstrings, to be classified by their library."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 from kdgraft.errors import DistillError
 
 LIBRARIES = ("python", "torch", "numpy", "transformers", "pandas", "sympy", "networkx")
-"""The classes: the standard library, and what PyTorch, Transformers and Datasets need themselves."""
+"""The classes: the standard library, and packages that PyTorch, Transformers and Datasets depend on."""
 SHARES = {"test": 0.25, "val": 0.15, "train": 0.6}
-"""Shares of each library's modules."""
+"""Split -> its share of each library's modules."""
 WORDS = (6, 40)
-"""The shortest and the longest sentence."""
+"""The number of words of the shortest and of the longest sentence."""
 _SKIPPED = frozenset(
     {"tests", "test", "testing", "_vendor", "site-packages", "dist-packages", "idlelib", "lib2to3", "pip"}
 )
@@ -31,18 +31,18 @@ _NAMES = re.compile(
 
 
 def write_sentences(folder: Path, counts: Mapping[str, int], seed: int = 0) -> Path:
-    """Writes ``train.jsonl``, ``val.jsonl`` and ``test.jsonl``, lines of ``{"text": …, "label": …}``, and returns the folder.
+    """Write ``train.jsonl``, ``val.jsonl`` and ``test.jsonl``, lines of ``{"text": …, "label": …}``, and return the folder.
 
-    No module is in two splits, no sentence occurs twice in a library, the names of the libraries are taken out, and every class
-    has as many sentences as the others.
+    No module is in two splits, no sentence occurs twice in a library, the names of the libraries are removed, and all classes
+    have equally many sentences.
 
     Args:
-        folder: made if it is not there.
-        counts: how many sentences ``train``, ``val`` and ``test`` are to have.
-        seed: of the draw.
+        folder: the folder, which is made if it does not exist.
+        counts: the numbers of sentences of ``train``, ``val`` and ``test``.
+        seed: the random seed.
 
     Raises:
-        DistillError: a library is not installed, or holds too few sentences.
+        DistillError: a library is not installed, or has too few sentences.
     """
     wanted = {split: count // len(LIBRARIES) for split, count in counts.items()}
     rows: dict[str, list[dict[str, str]]] = {split: [] for split in counts}
@@ -63,7 +63,7 @@ def write_sentences(folder: Path, counts: Mapping[str, int], seed: int = 0) -> P
 
 
 def _collect(root: Path, wanted: Mapping[str, int]) -> dict[str, list[str]]:
-    """A library's sentences by split, each once, sorted; modules are read in an order of their own until there are plenty."""
+    """Return a library's sentences by split, unique and sorted; modules are read in the order of their hash until these suffice."""
     modules: dict[str, list[tuple[str, Path]]] = {split: [] for split in SHARES}
     for file in root.rglob("*.py"):
         place = file.relative_to(root)
@@ -86,7 +86,7 @@ def _collect(root: Path, wanted: Mapping[str, int]) -> dict[str, list[str]]:
 
 
 def _split_of(digest: str) -> str:
-    """Return the split that a module belongs to, by its path alone."""
+    """Return the split of a module, which depends on its path only."""
     place, total = int(digest[:8], 16) / 16**8, 0.0
     for split, share in SHARES.items():
         total += share
@@ -119,7 +119,7 @@ def _folder(library: str) -> Path:
 
 
 def _sentences(docstring: str) -> Iterator[str]:
-    """Sentences of prose, without code, mark-up and the names of the libraries themselves."""
+    """Yield the sentences of prose, without code, mark-up and the names of the libraries."""
     for block in re.split(r"\n\s*\n", docstring):
         if ">>>" in block or "::" in block or re.search(r"^\s*[-=~.|+*]{3,}", block, re.M):
             continue

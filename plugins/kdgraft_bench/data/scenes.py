@@ -1,11 +1,9 @@
-"""Scenes of real handwritten digits, for detection and for segmentation, rendered on the spot.
+"""Scenes of real handwritten digits, for detection and for segmentation, rendered when they are needed.
 
-A demonstration and a test need pictures that a detector learns in minutes, that nobody has to download, and that
-still ask for recognition. These are scikit-learn's 1797 handwritten digits (UCI *optdigits*, 8x8 pixels, drawn by
-people), enlarged, sheared, coloured and laid over textured backgrounds among clutter that looks like ink: strokes,
-shapes, and fragments of digits too small to be read. The digits of the three splits are disjoint.
-
-No mm package is imported here.
+Demos and tests need pictures that a detector learns in minutes, that need no download, and that still require recognition.
+The scenes consist of scikit-learn's 1797 handwritten digits (UCI *optdigits*, 8x8 pixels, drawn by people), enlarged, sheared,
+coloured and painted over textured backgrounds, among clutter that looks like ink: strokes, shapes, and fragments of digits that
+are too small to read. The digits of the three splits are disjoint. This module imports no mm package.
 """
 
 from __future__ import annotations
@@ -30,11 +28,11 @@ CLASSES = tuple("0123456789")
 SEGMENTATION_CLASSES = ("background", *CLASSES)
 SPLITS = ("train", "val", "test")
 
-# Changes whenever the same seed would give other pictures, so that an older set on disk is written anew.
+# This number changes whenever the same seed gives different pictures, so that an older set on disk is written anew.
 _VERSION = 2
-# The n-th picture of each class goes to the split at n % 5: three fifths to train, one fifth each to val and test.
+# The n-th picture of each class belongs to the split at n % 5: three fifths to train, one fifth each to val and test.
 _SPLIT_OF_REMAINDER = ("train", "train", "val", "train", "test")
-_SIDE = 64  # of an enlarged digit: 8 source pixels times 8
+_SIDE = 64  # the side of an enlarged digit: 8 source pixels times 8
 _INK = 0.5  # the opacity from which a pixel belongs to its digit
 
 FloatArray = NDArray[np.float32]
@@ -42,19 +40,19 @@ FloatArray = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Digits:
-    """N handwritten digits to draw scenes from."""
+    """N handwritten digits for scenes."""
 
     pictures: NDArray[np.uint8]  # ink from 0 (paper) to 255, (N, 64, 64)
     labels: NDArray[np.int64]  # 0 to 9, (N,)
-    source: NDArray[np.int64]  # their indices in sklearn's load_digits(), (N,)
+    source: NDArray[np.int64]  # indices in sklearn's load_digits(), (N,)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One rendered picture and the N digits in it, in the order in which they were painted.
+    """One rendered picture and its N digits, in the order in which they were painted.
 
-    Boxes are ``x1, y1, x2, y2`` in pixel edges (``x2`` and ``y2`` exclusive), tight around a digit's ink as it was
-    before anything was painted over it. ``instances`` is ``i + 1`` where ink of digit ``i`` is *visible*, else 0.
+    Boxes are ``x1, y1, x2, y2`` in pixel edges (``x2`` and ``y2`` exclusive), tight around a digit's ink before
+    anything is painted over it. ``instances`` is ``i + 1`` where ink of digit ``i`` is *visible*, else 0.
     """
 
     image: NDArray[np.uint8]  # RGB, (H, W, 3)
@@ -71,7 +69,7 @@ class Scene:
 
 @lru_cache(maxsize=len(SPLITS))
 def digits_of(split: str) -> Digits:
-    """Returns the digits of ``'train'``, ``'val'`` or ``'test'``: disjoint sets, whatever the seed of the scenes."""
+    """Return the digits of ``'train'``, ``'val'`` or ``'test'``: disjoint sets that do not depend on the scenes' seed."""
     if split not in SPLITS:
         raise ValueError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
     data = load_digits()
@@ -94,22 +92,22 @@ def render_scene(
     clutter: tuple[int, int] = (2, 6),
     max_hidden: float = 0.4,
 ) -> Scene:
-    """Paints one scene: background, clutter, digits and a little more clutter, each over what is there already.
+    """Paint one scene: background, clutter, digits and some more clutter, each over the earlier ones.
 
-    What would hide more than ``max_hidden`` of a digit's ink is moved elsewhere or left out, so that every digit in
-    the picture is labelled and every label can be seen.
+    A patch that would hide more than ``max_hidden`` of a digit's ink is moved or left out, so that every digit in
+    the picture is labelled and every labelled digit is visible.
 
     Args:
         rng: the only source of randomness.
-        digits: what to draw from, see `digits_of`.
-        size: of the picture, in pixels.
-        count: fewest and most digits to try; where it is crowded, some find no place.
+        digits: the digits to choose from, see `digits_of`.
+        size: the side of the picture, in pixels.
+        count: the smallest and largest number of digits to paint; in a crowded scene some are left out.
         object_size: smallest and largest nominal size of a digit, log-uniform between; the ink is a little smaller.
-        clutter: fewest and most pieces of clutter, about one third of them above the digits.
+        clutter: the smallest and largest number of pieces of clutter, of which about a third lie above the digits.
         max_hidden: the largest fraction of a digit's ink that others may cover.
 
     Raises:
-        ValueError: if the largest object might not fit into the scene.
+        ValueError: the largest object might not fit into the scene.
     """
     if not 1 <= object_size[0] <= object_size[1] <= size / 2:  # turned and sheared, ink may need half as much again
         raise ValueError(f"object_size {object_size} must ascend, from at least 1 to at most half the size, {size / 2}")
@@ -133,21 +131,23 @@ def render_scene(
 def write_detection_set(
     root: str | os.PathLike[str], *, seed: int, train: int = 800, val: int = 200, test: int = 300, size: int = 96
 ) -> Path:
-    """Writes a detection set in COCO's layout, unless it is there already; returns ``root``.
+    """Write a detection set in COCO's layout, unless it exists already; return ``root``.
 
     PNGs go to ``root/{train,val,test}/``, annotations (``area`` is the box's) to
     ``root/annotations/instances_{train,val,test}.json``. ``root/scenes.json`` records the parameters and is completed
-    last, so that an interrupted run is redone by the next. A scene depends on the seed, its split, its number and the
-    size alone: a longer set begins with the shorter one. Call this from one process at a time.
+    last, so that the next call repeats an interrupted one. A scene depends only on the seed, its split, its number and
+    the size: a longer set starts with the shorter one. Only one process at a time may call this.
 
     Args:
-        root: the folder to write; made if missing. Scenes with other parameters in it are replaced.
-        seed: of the scenes; which digits a split has does not depend on it.
-        train, val, test: numbers of scenes.
-        size: of the pictures, in pixels.
+        root: the folder, which is made if it does not exist. Scenes with other parameters in it are replaced.
+        seed: the seed of the scenes. The digits of a split do not depend on it.
+        train: the number of training scenes.
+        val: the number of validation scenes.
+        test: the number of test scenes.
+        size: the side of the pictures, in pixels.
 
     Raises:
-        FileExistsError: if ``root`` holds files that are not of this function's making.
+        FileExistsError: ``root`` contains files that this function has not written.
     """
     return _write_set(Path(root), "detection", seed, (train, val, test), size)
 
@@ -155,10 +155,10 @@ def write_detection_set(
 def write_segmentation_set(
     root: str | os.PathLike[str], *, seed: int, train: int = 800, val: int = 200, test: int = 300, size: int = 96
 ) -> Path:
-    """Writes the same scenes in MMSegmentation's layout, unless they are there already; returns ``root``.
+    """Write the same scenes in MMSegmentation's layout, unless they exist already; return ``root``.
 
-    Images go to ``root/images/{train,val,test}/``, class indices per pixel (0 the background, digit + 1 for its visible ink;
-    see `SEGMENTATION_CLASSES`) to ``root/masks/{train,val,test}/`` under the same names. For the arguments and all else see
+    Images go to ``root/images/{train,val,test}/``, class indices per pixel (0 for the background, digit + 1 for its visible ink;
+    see `SEGMENTATION_CLASSES`) to ``root/masks/{train,val,test}/`` under the same names. For everything else see
     `write_detection_set`.
     """
     return _write_set(Path(root), "segmentation", seed, (train, val, test), size)
@@ -192,7 +192,7 @@ def _write_set(root: Path, task: str, seed: int, numbers: tuple[int, int, int], 
 
 
 class _Canvas:
-    """A picture under way: what is painted, and whose ink is on top."""
+    """A picture in progress: its pixels, and the digit whose ink is visible at each of them."""
 
     def __init__(self, image: FloatArray, max_hidden: float) -> None:
         self.image = image
@@ -203,7 +203,7 @@ class _Canvas:
         self._ink = [0]  # of each instance, in pixels, before occlusion
 
     def place(self, rng: np.random.Generator, alpha: FloatArray, label: int | None = None) -> bool:
-        """Paints a patch at a random place; returns False if it would hide too much of a digit there."""
+        """Paint a patch at a random place, or return False if it would hide too much of a digit there."""
         height, width = alpha.shape
         x, y = (int(rng.integers(0, len(self.image) - extent + 1)) for extent in (width, height))
         where = np.s_[y : y + height, x : x + width]
@@ -225,7 +225,7 @@ class _Canvas:
 
 
 def _background(rng: np.random.Generator, size: int) -> FloatArray:
-    """Coloured noise of several scales, a gradient and, half of the time, stripes; float32 of shape (size, size, 3)."""
+    """Return coloured noise of several scales, a gradient and, in half of the cases, stripes: float32, (size, size, 3)."""
     image = np.full((size, size, 3), rng.uniform(15, 115, 3), dtype=np.float32)
     for cells in (3, 7, 15, 31):
         grey, colour = rng.uniform(0, 50 / np.sqrt(cells), 2) * (1.0, 0.7)
@@ -243,7 +243,7 @@ def _background(rng: np.random.Generator, size: int) -> FloatArray:
 
 
 def _contrasting_colour(rng: np.random.Generator, background: FloatArray, alpha: FloatArray) -> FloatArray:
-    """The first of eight bright colours that nine tenths of the covered pixels differ from enough, or the best of them."""
+    """Return the first of eight bright colours with enough contrast to nine tenths of the covered pixels, or the best one."""
     candidates = rng.uniform(120, 255, (8, 3)).astype(np.float32)
     enough = rng.uniform(35, 100)
     covered = background[alpha >= (_INK if alpha.max() >= _INK else 0)]
@@ -254,14 +254,14 @@ def _contrasting_colour(rng: np.random.Generator, background: FloatArray, alpha:
 
 
 def _warp(rng: np.random.Generator, picture: NDArray[np.uint8], scale: float, tilt: float = 15) -> FloatArray:
-    """Scales, shears and turns ink by up to ``tilt`` degrees; its opacity, cropped to where there is any."""
+    """Scale and shear ink and turn it by up to ``tilt`` degrees; return its opacity, cropped to the ink."""
     angle, shear = np.deg2rad(rng.uniform(-tilt, tilt)), rng.uniform(-0.2, 0.2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = scale * turn @ np.array([[rng.uniform(0.85, 1.15), shear], [0, 1]])
     reach = int(np.ceil(1.5 * scale * len(picture))) + 2
     offset = reach / 2 - matrix.sum(1) * len(picture) / 2 + rng.uniform(-0.5, 0.5, 2)
     ink = cv2.warpAffine(picture, np.column_stack([matrix, offset]), (reach, reach)).astype(np.float32) / 255
-    # Where ink starts and how soft its rim is: thick and thin pens, sharp and blunt ones.
+    # The threshold and the softness of the ink's rim vary like those of thick and thin, sharp and blunt pens.
     alpha = np.clip((ink - rng.uniform(0.4, 0.55)) / rng.uniform(0.15, 0.35), 0, 1)
     x, y, width, height = cv2.boundingRect((alpha > 0).astype(np.uint8))
     return np.asarray(alpha[y : y + max(height, 1), x : x + max(width, 1)], dtype=np.float32)
@@ -275,11 +275,11 @@ def _add_digit(rng: np.random.Generator, canvas: _Canvas, digits: Digits, object
 
 
 def _add_clutter(rng: np.random.Generator, canvas: _Canvas, digits: Digits, object_size: tuple[float, float]) -> None:
-    """A fragment of a digit, a stroke, a rectangle or an ellipse; left out if it would hide a digit."""
+    """Paint a fragment of a digit, a stroke, a rectangle or an ellipse, unless it would hide a digit."""
     kind = rng.choice(("fragment", "stroke", "rectangle", "ellipse"), p=(0.4, 0.3, 0.15, 0.15))
     extent = np.exp(rng.uniform(*np.log(object_size)))
     if kind == "fragment":
-        # Less than a quarter of a digit, and turned any way: a bend or a crossing, but nothing to read.
+        # Less than a quarter of a digit, turned by any angle, shows a bend or a crossing that cannot be read.
         half = _SIDE * 7 // 16
         x, y = rng.integers(0, _SIDE - half + 1, 2)
         piece = digits.pictures[int(rng.integers(len(digits.labels))), y : y + half, x : x + half]
@@ -296,14 +296,14 @@ def _add_clutter(rng: np.random.Generator, canvas: _Canvas, digits: Digits, obje
         cv2.rectangle(mask, (x1, y1), (x2, y2), 255, -1 if rng.random() < 0.5 else thickness)
     else:
         axes = (int(rng.integers(1, max(side // 4, 2))), int(rng.integers(side // 4, side // 2)))
-        # Filled or an arc: a closed outline could be read as a zero.
+        # A closed outline could be read as a zero.
         arc, line = (360, -1) if rng.random() < 0.5 else (int(rng.integers(90, 200)), thickness)
         cv2.ellipse(mask, (side // 2, side // 2), axes, float(rng.uniform(0, 360)), 0, arc, 255, line, cv2.LINE_AA)
     canvas.place(rng, mask.astype(np.float32) * np.float32(rng.uniform(0.5, 1) / 255))
 
 
 def _write_detection(folder: Path, scenes: Iterable[tuple[str, Scene]]) -> dict[str, Any]:
-    """Writes one split's pictures into a folder and returns their COCO annotations."""
+    """Write one split's pictures to a folder, and return their COCO annotations."""
     folder.mkdir()
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

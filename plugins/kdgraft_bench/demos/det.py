@@ -1,8 +1,8 @@
-"""``kdgraft demo det``: does distilling pay, on data that every machine can make, and on a real set of your own?
+"""``kdgraft demo det``: the gain of distillation, on data that every machine can make, or on a real set of your own.
 
-Scenes of real handwritten digits, a teacher, a plain student and a distilled student for each recipe: the same training set,
-the same schedule, the host's own Runner. Weights of terms were tuned on the validation scenes with other seeds; the table is of
-the test scenes. ``--data DIR`` takes a real set in COCO's format.
+A teacher, a plain student and a distilled student for each recipe are trained on scenes of real handwritten digits, with the same
+training set, the same schedule and the host's own Runner. The weights of terms were tuned on the validation scenes with other
+seeds; the table is of the test scenes. ``--data DIR`` takes a real set in COCO's format.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from ..data.scenes import CLASSES, write_detection_set
 from ..mmdet_ld import mmdet_ld
 from ..pictures import draw_grid
 from ..results import Result
-from .mm import RunnerComparison
+from .mm import RunnerComparison, resnet18
 
 SIZE = 96
 DATA = dict(seed=0, train=400, val=150, test=400)
 ITERATIONS = 2000
 BATCH = 16
 LR = 1e-2
-# Chosen on BCCD's val with seed 100, by teacher and plain student alone, so that three seeds of every recipe take an hour on two cores.
+# Chosen on BCCD's val split with seed 100, with teacher and plain student only: three seeds of all recipes take an hour on two cores.
 REAL_SIZE = (320, 240)
 REAL_ITERATIONS = 400
 REAL_BATCH = 8
@@ -47,18 +47,18 @@ CHANNELS = 48
 
 
 def padded(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) as the data preprocessor pads them."""
+    """Return (height, width) after the data preprocessor's padding."""
     return -(-size[0] // 32) * 32, -(-size[1] // 32) * 32
 
 
 def recipes(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
-    """The recipes that are compared: ``combined`` with weights tuned on the validation scenes, the others with the papers'.
+    """Return the compared recipes: ``combined`` with weights tuned on the validation scenes, the others with published weights.
 
-    FGD and MGD *sum* over maps, and their weights are for COCO: 256 channels, 800×1216 pixels, strides 8 to 128. Here they are
-    multiplied by how many times more numbers such a sum has there than on this pyramid.
+    FGD and MGD *sum* over maps, and their weights are for COCO: 256 channels, 800×1216 pixels, strides 8 to 128. They are
+    multiplied here by the ratio of the numbers of summands on COCO and on this pyramid.
 
     Args:
-        size: (height, width) of the padded pictures, seen at strides 8, 16 and 32.
+        size: (height, width) of the padded pictures, for strides 8, 16 and 32.
     """
     ours = sum(size[0] // stride * (size[1] // stride) for stride in (8, 16, 32))
     theirs = 100 * 152 + 50 * 76 + 25 * 38 + 13 * 19 + 7 * 10
@@ -86,25 +86,13 @@ SCORES = {"AP": ("coco/bbox_mAP", 3), "AP50": ("coco/bbox_mAP_50", 3), "AP75": (
 
 
 def detector(width: int, channels: int, classes: int) -> tuple[str, dict[str, Any]]:
-    """A small GFL detector, ResNet-18 of ``width`` base channels, FPN and head of ``channels``: its name and ``model`` entry."""
+    """Return name and ``model`` entry of a small GFL: ResNet-18 of ``width`` base channels, FPN and head of ``channels``."""
     return f"GFL-R18, width {width}", dict(
         type="GFL",
         data_preprocessor=dict(
             type="DetDataPreprocessor", mean=[123.675] * 3, std=[58.395] * 3, bgr_to_rgb=True, pad_size_divisor=32
         ),
-        backbone=dict(
-            type="ResNet",
-            depth=18,
-            base_channels=width,
-            stem_channels=width,
-            num_stages=4,
-            out_indices=(0, 1, 2, 3),
-            frozen_stages=-1,
-            norm_cfg=dict(type="BN", requires_grad=True),
-            norm_eval=False,
-            style="pytorch",
-            init_cfg=None,
-        ),
+        backbone=resnet18("ResNet", width, frozen_stages=-1),
         neck=dict(
             type="FPN",
             in_channels=[width, 2 * width, 4 * width, 8 * width],
@@ -135,7 +123,7 @@ def detector(width: int, channels: int, classes: int) -> tuple[str, dict[str, An
     )
 
 
-# Base channels of the backbone, channels of neck and head: the latter alike, as in the literature.
+# (Base channels of the backbone, channels of neck and head). The latter are equal, as in the literature.
 TEACHER = (16, CHANNELS)
 STUDENT = (6, CHANNELS)
 REAL_TEACHER = (16, CHANNELS)
@@ -147,8 +135,8 @@ class Detection(RunnerComparison):
     """A comparison of detectors on a dataset in COCO's format.
 
     Attributes:
-        scale: (width, height) that pictures are resized to, their proportions kept.
-        augmentation: the steps that training adds to the pipeline.
+        scale: (width, height) to which pictures are resized with their aspect ratio.
+        augmentation: additional steps of the training pipeline.
     """
 
     task: str = "det"
@@ -162,6 +150,7 @@ class Detection(RunnerComparison):
     augmentation: tuple[dict[str, Any], ...]
 
     def images(self, data: Path, part: str, *, train: bool) -> dict[str, Any]:
+        """Return the ``CocoDataset`` of a split."""
         meta = ("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")
         return dict(
             type="CocoDataset",
@@ -184,8 +173,8 @@ class Detection(RunnerComparison):
         return dict(type="CocoMetric", ann_file=f"{data}/annotations/instances_{part}.json", metric="bbox")
 
     def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5, threshold: float = 0.3) -> None:
-        """Draw ground truth and every model's detections (score above ``threshold``), a row a test scene."""
-        with redirect_stdout(io.StringIO()):  # pycocotools tells of its index
+        """Draw ground truth and every model's detections (score above ``threshold``), with a row for each test scene."""
+        with redirect_stdout(io.StringIO()):  # pycocotools prints messages about its index
             dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
         rows = []
         for row in range(scenes):
@@ -234,7 +223,7 @@ def scenes() -> Detection:
 
 
 def own_set(real: RealSet) -> Detection:
-    """Return the comparison on a real set: small pictures, flips in every direction, and mmdet's own distillation."""
+    """Return the comparison on a real set, with small pictures, flips in all directions, and mmdet's own distillation."""
     return Detection(
         dataset=real.root.resolve().name,
         teacher=detector(*REAL_TEACHER, len(real.classes)),
@@ -256,11 +245,12 @@ def own_set(real: RealSet) -> Detection:
 
 
 def main(out: str = "runs/demo/det", data: str | None = None, **settings: Any) -> list[Result]:
-    """Train everything, print the table and write the files to ``out``; for the rest see :func:`kdgraft_bench.comparison.run`.
+    """Train everything, print the table and write the files to ``out``.
 
     Args:
-        out: where results go.
-        data: a real set's folder (see :class:`kdgraft_bench.data.coco.RealSet`) instead of the scenes.
+        out: the folder of the results.
+        data: the folder of a real set (see :class:`kdgraft_bench.data.coco.RealSet`), to use instead of the scenes.
+        **settings: see :func:`kdgraft_bench.comparison.run`.
     """
     if data is None:
         return run([scenes()], lambda folder: write_detection_set(folder, size=SIZE, **DATA), out, **settings)

@@ -1,4 +1,4 @@
-"""Comparisons of detectors and of segmentors: everything goes through mmengine's own Runner."""
+"""Comparisons of detectors and of segmentors, all trained by mmengine's own Runner."""
 
 from __future__ import annotations
 
@@ -36,8 +36,15 @@ from ..finished import code
 from ..pictures import Curves
 
 WEIGHTS = "weights.pth"
-"""A checkpoint's weights alone, which others' code can load everywhere."""
+"""The file with the weights only of a checkpoint, which the code of other packages can load on every stack."""
 _runs = count()
+
+
+def resnet18(kind: str, width: int, **settings: Any) -> dict[str, Any]:
+    """Return the entry of a ResNet-18 of type ``kind`` with ``width`` base channels, from scratch."""
+    shape = dict(depth=18, base_channels=width, stem_channels=width, num_stages=4, out_indices=(0, 1, 2, 3))
+    norm = dict(norm_cfg=dict(type="BN", requires_grad=True), norm_eval=False)
+    return dict(type=kind, **shape, **norm, style="pytorch", init_cfg=None, **settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +55,11 @@ class RunnerComparison(Comparison):
         scope: the host's registry scope.
         kind: the distilled model's type.
         classes: the names of the dataset's classes.
-        size: (height, width) of the pictures, whose FLOPs are counted.
-        batch_size: pictures a step.
-        tested_at_once: pictures a batch in evaluations.
+        size: (height, width) of the pictures, for the count of FLOPs.
+        batch_size: the pictures of a step.
+        tested_at_once: the pictures of a batch in evaluations.
         lr: the highest learning rate.
-        references: others' distillation by name: the model from (student's model, teacher's config, teacher's checkpoint).
+        references: other packages' distillation by name: (student's model, teacher's config, teacher's checkpoint) -> model.
     """
 
     costs: ClassVar[Mapping[str, int]] = {"parameters (k)": 0, "MFLOPs": 0, "step (ms)": 0}
@@ -77,6 +84,7 @@ class RunnerComparison(Comparison):
 
     @property
     def methods(self) -> Sequence[str]:
+        """The names of the recipes and of the references."""
         return [*self.recipes, *self.references]
 
     def model(self, method: str, teacher: Path) -> dict[str, Any]:
@@ -97,7 +105,7 @@ class RunnerComparison(Comparison):
         )
 
     def config(self, training: Training) -> Config:
-        """Return the Runner's config of a training: AdamW, warm-up, cosine; the same for teacher, plain and distilled students."""
+        """Return the Runner's config of a training: AdamW, warm-up and cosine for the teacher and for all students."""
 
         def loader(part: str, *, train: bool) -> dict[str, Any]:
             return dict(
@@ -109,6 +117,7 @@ class RunnerComparison(Comparison):
 
         model = self.model(training.method, self.weights(training.teacher))
         end, warm, window = training.iterations, max(training.iterations // 10, 1), max(training.iterations // 30, 1)
+        warm_up = dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=warm)
         cosine = dict(
             type="CosineAnnealingLR", by_epoch=False, begin=warm, end=end, T_max=end - warm, eta_min_ratio=0.01
         )
@@ -132,10 +141,7 @@ class RunnerComparison(Comparison):
                     clip_grad=dict(max_norm=10.0),
                     paramwise_cfg=dict(norm_decay_mult=0, bias_decay_mult=0),
                 ),
-                param_scheduler=[
-                    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=warm),
-                    cosine,
-                ],
+                param_scheduler=[warm_up, cosine],
                 default_hooks=dict(
                     logger=dict(type="LoggerHook", interval=window),
                     checkpoint=dict(type="CheckpointHook", by_epoch=False, interval=end, save_optimizer=False),
@@ -148,7 +154,8 @@ class RunnerComparison(Comparison):
 
     @contextmanager
     def entered(self, device: str) -> Iterator[None]:
-        before = device_utils.DEVICE  # set once when mmengine is imported
+        """Enter the host's scope, and set mmengine's device, which it sets when it is imported."""
+        before = device_utils.DEVICE
         device_utils.DEVICE = device
         cv2.setNumThreads(0)
         try:
@@ -158,13 +165,14 @@ class RunnerComparison(Comparison):
             device_utils.DEVICE = before
 
     def settings(self, training: Training) -> dict[str, Any]:
+        """Return the config, the terms of the recipe and the versions of the code."""
         recipe = self.recipes.get(training.method, {}).get("recipe")
         hosts = [import_module(name).__version__ for name in ("mmcv", "mmengine", self.scope)]
         versions = [code("kdgraft", "kdgraft_mm", f"kdgraft_{self.task}", "kdgraft_bench"), torch.__version__, *hosts]
         with _silent():
             return dict(
                 config=self.config(replace(training, data=Path("data"), root=Path("work"))).to_dict(),
-                # A recipe's own weights stand in no config.
+                # The config does not contain a recipe's default weights.
                 terms=MODELS.get(f"{self.scope}.{self.kind}").expand(recipe) if recipe is not None else None,
                 versions=versions,
             )
@@ -173,6 +181,7 @@ class RunnerComparison(Comparison):
         return training.folder / f"iter_{training.iterations}.pth"
 
     def train(self, training: Training) -> Outcome:
+        """Train and test a model through the Runner, and count its parameters and FLOPs."""
         with training.progress() as bar, _silent():
             runner = self._runner(training)
             runner.register_hook(_Watch(bar, self))
@@ -185,7 +194,7 @@ class RunnerComparison(Comparison):
         return Outcome(training, metrics, runner, self._curves(runner, training.iterations))
 
     def restore(self, training: Training) -> Runner:
-        """Build the Runner, and load its model's weights and what its message hub knew: a distiller's own state."""
+        """Build the Runner, and load its model's weights and its message hub, which has the distiller's own state."""
         checkpoint = self.weights(training)
         with _silent():
             runner = self._runner(training)
@@ -200,7 +209,7 @@ class RunnerComparison(Comparison):
             return next(iter(run.train_dataloader))
 
     def loss(self, run: Runner, batch: Any) -> Tensor:
-        # Preprocessing changes the samples that it is given: segmentation pads their labels.
+        """Return the loss on a copy of the batch, as preprocessing changes its samples (segmentation pads their labels)."""
         model: Any = run.model
         loss, _ = model.parse_losses(model(**model.data_preprocessor(copy.deepcopy(batch), True), mode="loss"))
         return loss
@@ -209,7 +218,7 @@ class RunnerComparison(Comparison):
         if training.method in self.references:
             write_bare_weights(self.weights(training.teacher))
         cfg = self.config(training)
-        # mmengine names a Runner's message hub after the second it is made in: two of one second would share one.
+        # mmengine names a Runner's message hub after the second it is made in, so that two Runners of one second would share it.
         cfg.experiment_name = f"demo{next(_runs)}"
         runner = Runner.from_cfg(cfg)
         for handler in runner.logger.handlers:
@@ -217,7 +226,7 @@ class RunnerComparison(Comparison):
         return runner
 
     def _curves(self, runner: Runner, iterations: int) -> Curves:
-        """Return means over a sixtieth of the run of every logged loss and distillation figure, and the validation score."""
+        """Return the logged losses and distillation figures, averaged over sixtieths of the run, and the validation score."""
         scalars = runner.message_hub.log_scalars
         curves = {}
         for key in scalars:
@@ -238,7 +247,7 @@ class RunnerComparison(Comparison):
 
 
 class _Watch(Hook):
-    """Moves the bar of progress as the Runner goes."""
+    """Updates the progress bar after each iteration of the Runner."""
 
     priority = "VERY_LOW"
 
@@ -256,14 +265,14 @@ class _Watch(Hook):
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Keep back the page that the hosts' datasets and metrics print at every evaluation."""
+    """Suppress the messages that the hosts' datasets and metrics print in every evaluation."""
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def write_bare_weights(checkpoint: Path) -> None:
-    """Write ``weights.pth`` beside a checkpoint: nothing but its weights."""
+    """Write the weights of a checkpoint, without anything else, to ``weights.pth`` beside it."""
     weights = weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))
     with written_whole(checkpoint.with_name(WEIGHTS)) as part, part.open("wb") as file:
         torch.save({"state_dict": weights}, file)

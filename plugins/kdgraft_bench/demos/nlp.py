@@ -1,9 +1,9 @@
-"""``kdgraft demo nlp``: does distilling pay, on text that every machine has, and on a real set of your own?
+"""``kdgraft demo nlp``: the gain of distillation, on text that every machine has, or on a real set of your own.
 
-Two comparisons. Sentences of docstrings, whose library is to be guessed: a BERT teacher from scratch, a smaller student, plain and with
-the recipes for classifiers. The same text as a language model's: a small Llama teaches a smaller one, measured by perplexity. The
-same training set and schedule for every student; weights of terms were tuned on the validation split with other seeds; the tables
-are of the test split. ``--data DIR`` takes real sentences (``train.jsonl``, ``val.jsonl``) instead.
+In the first comparison BERTs classify sentences of docstrings by their library: a teacher from scratch, a smaller student, and the
+student with the recipes for classifiers. In the second, a small Llama teaches a smaller one on the same text, measured by
+perplexity. All students have the same training set and schedule. The weights of terms were tuned on the validation split with other
+seeds; the tables are of the test split. ``--data DIR`` takes real sentences (``train.jsonl``, ``val.jsonl``) instead.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from kdgraft_nlp.run import build, with_perplexity
 from kdgraft_nlp.tasks import AUTO_CLASSES, task_of
 
 from ..comparison import TWO_SPLITS, Comparison, Outcome, Training, run
+from ..data import check_layout
 from ..data.docstrings import write_sentences
 from ..finished import code
 from ..pictures import Curves
@@ -41,14 +42,14 @@ DATA = dict(train=14_000, val=2100, test=4200)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerComparison(Comparison):
-    """A comparison of models that Hugging Face's Trainer trains as recipe files say.
+    """A comparison of models that Hugging Face's Trainer trains, as from recipe files.
 
     Attributes:
         recipe_task: the ``task`` of a recipe file.
         told: its ``data`` entry, without the files.
-        rates: learning rates of the teacher and of the students.
-        vocabulary: entries of the tokenizer, which is trained on the training set.
-        batch_size: sequences a step.
+        rates: the learning rates of the teacher and of the students.
+        vocabulary: the number of entries of the tokenizer, which is trained on the training set.
+        batch_size: the sequences of a step.
     """
 
     costs: ClassVar[Mapping[str, int]] = {"parameters (k)": 0, "step (ms)": 1}
@@ -70,10 +71,11 @@ class TrainerComparison(Comparison):
         return "text", "label" if self.recipe_task == "classification" else None
 
     def figures(self, found: Mapping[str, Any]) -> dict[str, float]:
+        """Pick the metrics out of an evaluation, with the perplexity in addition."""
         return super().figures(with_perplexity({"task": self.recipe_task}, found))
 
     def sets(self, data: Path, split: str = "test") -> dict[str, Dataset]:
-        """Read the sets ``train``, ``eval`` and ``test``; words are joined where texts are wanted."""
+        """Read the sets ``train``, ``eval`` and ``test``; words are joined if the task needs texts."""
         names = dict(train="train", eval="val", test=split)
         found = {name: read(str(data / f"{self.splits[part]}.jsonl")) for name, part in names.items()}
         if self.recipe_task != "tokens" and all("tokens" in each.column_names for each in found.values()):
@@ -81,7 +83,7 @@ class TrainerComparison(Comparison):
         return found
 
     def config(self, training: Training) -> dict[str, Any]:
-        """Return the entries of the recipe file that a training would have."""
+        """Return the entries of a recipe file for this training."""
         teaches, teacher, steps = training.method == "teacher", str(training.teacher.folder), training.iterations
         return dict(
             task=self.recipe_task,
@@ -111,9 +113,11 @@ class TrainerComparison(Comparison):
         )
 
     def entered(self, device: str) -> AbstractContextManager[None]:
+        """Silence the library while the body runs; the config of a training chooses the device."""
         return quiet()
 
     def settings(self, training: Training) -> dict[str, Any]:
+        """Return the recipe files of the training and of its teacher, the terms of the recipe and the versions of the code."""
         moved = replace(training, data=Path("data"), root=Path("work"))
         recipe = self.recipes.get(training.method, {}).get("recipe")
         return dict(
@@ -128,6 +132,7 @@ class TrainerComparison(Comparison):
         return training.folder / "model.safetensors"
 
     def train(self, training: Training) -> Outcome:
+        """Train, save and test a model through the Trainer, and count its parameters."""
         sets = self.sets(training.data, training.split)
         with training.progress() as bar:
             trainer = self._trainer(self.config(training), sets)
@@ -144,17 +149,19 @@ class TrainerComparison(Comparison):
         return Outcome(training, metrics, trainer, curves)
 
     def restore(self, training: Training) -> DistillTrainer:
-        """Build the Trainer of the saved student; what its terms have learned is not saved."""
+        """Build the Trainer of the saved student. The parameters of its terms are not saved."""
         saved = str(training.folder)
         return self._trainer({**self.config(training), "student": saved, "tokenizer": saved}, self.sets(training.data))
 
     def batch(self, run: DistillTrainer) -> Any:
-        return next(iter(run.get_train_dataloader()))  # on the device, as accelerate prepares it
+        """Return the first batch of the training set, on the device."""
+        return next(iter(run.get_train_dataloader()))
 
     def loss(self, run: DistillTrainer, batch: Any) -> Tensor:
         return run.compute_loss(run.model, dict(batch))
 
     def draw(self, outcomes: Sequence[Outcome], path: Path) -> None:
+        """Draw the attention maps on a short sentence of the test set."""
         training = outcomes[0].training
         texts = self.sets(training.data, training.split)["test"][self.columns[0]]
         short = (text for text in texts if len(text if isinstance(text, list) else text.split()) <= 12)
@@ -166,7 +173,7 @@ class TrainerComparison(Comparison):
         return trainer
 
     def _curves(self, history: Sequence[Mapping[str, float]]) -> Curves:
-        """Return the host's loss, every term's figures and the validation score from what the Trainer logged."""
+        """Return the host's loss, the terms' figures and the validation score from the Trainer's log."""
         curves: Curves = {}
         for entry in history:
             step = int(entry["step"])
@@ -181,7 +188,7 @@ class TrainerComparison(Comparison):
 
 
 class _Watch(TrainerCallback):
-    """Moves the bar of progress as the Trainer goes."""
+    """Updates the progress bar after each step of the Trainer."""
 
     def __init__(self, bar: tqdm, comparison: TrainerComparison) -> None:
         self.bar, self.comparison, self.shown = bar, comparison, dict[str, float]()
@@ -201,34 +208,34 @@ class _Watch(TrainerCallback):
 
 
 def bert(width: int, layers: int) -> tuple[str, dict[str, Any]]:
-    """A BERT of four heads: its name and its config."""
+    """Return name and config of a BERT of four heads."""
     sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=4 * width)
     return f"BERT {layers} × {width}", dict(model_type="bert", **sizes, max_position_embeddings=64)
 
 
 def llama(width: int, layers: int) -> tuple[str, dict[str, Any]]:
-    """A Llama of four heads: its name and its config."""
+    """Return name and config of a Llama of four heads."""
     sizes = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * width)
     return f"Llama {layers} × {width}", dict(model_type="llama", **sizes, max_position_embeddings=64)
 
 
 _SOFT = dict(temperature=4.0)
 CLASSIFIERS: dict[str, dict[str, Any]] = {
-    # Temperature and weight of the soft targets were tuned on the validation sentences with seed 100; the rest is the papers'.
+    # Temperature and weight of the soft targets were tuned on the validation sentences with seed 100; the others are published.
     "tinybert": dict(recipe=dict(type="tinybert", logits=2.0, **_SOFT)),
     "minilm": dict(recipe="minilm", terms=[dict(type="SoftTargets", weight=2.0, **_SOFT)]),
     "minilmv2": dict(recipe="minilmv2", terms=[dict(type="SoftTargets", weight=2.0, **_SOFT)]),
     "distilbert": dict(recipe=dict(type="distilbert", soft=2.0, **_SOFT)),
     "pkd": dict(recipe=dict(type="pkd", soft=2.0, **_SOFT)),
     "mobilebert": dict(recipe="mobilebert"),
-    # What tinybert is without attention, hidden states and embeddings.
+    # tinybert without attention, hidden states and embeddings.
     "soft_targets": dict(terms=[dict(type="SoftTargets", weight=2.0, **_SOFT)]),
 }
 TAGGERS = {name: recipe for name, recipe in CLASSIFIERS.items() if name != "pkd"}
-"""Without what looks at a sentence's first token alone."""
+"""The recipes of classifiers, without the one that compares only the first token of a sentence."""
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "gkd": dict(recipe="gkd"),
-    # The paper's 5 : 1 : 2, the last being the host's loss.
+    # The published ratio 5 : 1 : 2, where the last number is the weight of the host's loss.
     "distilbert": dict(recipe=dict(type="distilbert", soft=2.5, cosine=0.5)),
 }
 DEFAULT = ("tinybert",)
@@ -268,7 +275,7 @@ LANGUAGE = TrainerComparison(
 
 
 def draw_attention(outcomes: Sequence[Outcome], text: str | list[str], path: Path) -> None:
-    """Draw the last layer's attention maps on one sentence: a row a model, a column a head."""
+    """Draw the last layer's attention maps on one sentence, with a row for each model and a column for each head."""
     found = []
     for outcome in outcomes:
         folder = str(outcome.training.folder)
@@ -294,7 +301,7 @@ def draw_attention(outcomes: Sequence[Outcome], text: str | list[str], path: Pat
             )
             axis.set_yticks(range(len(tokens)), tokens if head == 0 else [""] * len(tokens), fontsize=6)
             axis.set_title(f"{method}, head {head + 1}", fontsize=8)
-    figure.suptitle("attention of the last layer: a row is what a token looks at", fontsize=9)
+    figure.suptitle("attention of the last layer: each row is the attention of one token", fontsize=9)
     figure.savefig(path, dpi=130)
 
 
@@ -303,15 +310,13 @@ def own_set(root: Path, fraction: float) -> list[TrainerComparison]:
 
     Args:
         root: a folder with ``train.jsonl`` and ``val.jsonl``, lines of ``{"text": …, "label": …}``, or with ``tokens`` (a list of
-            words) in place of ``text``, and ``tags`` (one a word) in place of ``label`` or beside it.
+            words) in place of ``text``, and ``tags`` (one for each word) in place of ``label`` or beside it.
         fraction: the share of the training set to use.
 
     Raises:
-        DistillError: a file or the columns are not there.
+        DistillError: a file or a column is missing.
     """
-    for name in ("train.jsonl", "val.jsonl"):
-        if not (root / name).is_file():
-            raise DistillError(f"--data {root}: no {name}; a set has train.jsonl and val.jsonl")
+    check_layout(root, ("train.jsonl", "val.jsonl"), "train.jsonl and val.jsonl")
     columns = set.intersection(*(set(read(str(root / f"{name}.jsonl")).column_names) for name in ("train", "val")))
     words = "tokens" in columns
     if not words and "text" not in columns:
@@ -335,12 +340,13 @@ def own_set(root: Path, fraction: float) -> list[TrainerComparison]:
 def main(
     out: str | Path = "runs/demo/nlp", data: str | None = None, fraction: float = 1.0, **settings: Any
 ) -> list[Result]:
-    """Train everything, print the tables and write the files to ``out``; for the rest see :func:`kdgraft_bench.comparison.run`.
+    """Train everything, print the tables and write the files to ``out``.
 
     Args:
-        out: where results go; those of later comparisons go to folders in it.
-        data: a real set's folder (see :func:`own_set`) instead of the docstrings.
+        out: the folder of the results; those of further comparisons are written to folders in it.
+        data: the folder of a real set (see :func:`own_set`), to use instead of the docstrings.
         fraction: the share of a real set's training sentences to use, drawn with the seed.
+        **settings: see :func:`kdgraft_bench.comparison.run`.
     """
     if data is None:
         return run([SENTENCES, LANGUAGE], lambda folder: write_sentences(folder, DATA), out, **settings)
@@ -352,7 +358,7 @@ def main(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep back the library's bars and remarks while the body runs."""
+    """Silence the library's progress bars and messages while the body runs."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

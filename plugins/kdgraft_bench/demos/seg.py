@@ -1,8 +1,8 @@
-"""``kdgraft demo seg``: does distilling pay, on data that every machine can make, and on a real set of your own?
+"""``kdgraft demo seg``: the gain of distillation, on data that every machine can make, or on a real set of your own.
 
-The scenes of handwritten digits that the detection demo has, here with masks: a teacher, a plain student and a distilled student
-for each recipe, the same training set, the same schedule, the host's own Runner. Weights of terms were tuned on the validation
-scenes with other seeds; the table is of the test scenes. ``--data DIR`` takes a real set in MMSegmentation's layout.
+A teacher, a plain student and a distilled student for each recipe are trained on the detection demo's scenes, here with masks, with
+the same training set, the same schedule and the host's own Runner. The weights of terms were tuned on the validation scenes with
+other seeds; the table is of the test scenes. ``--data DIR`` takes a real set in MMSegmentation's layout.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import kdgraft_seg  # noqa: F401  registers DistilledSegmentor
 from kdgraft.errors import DistillError
 
 from ..comparison import TWO_SPLITS, Outcome, Training, run
+from ..data import check_layout
 from ..data.scenes import SEGMENTATION_CLASSES, write_segmentation_set
 from ..pictures import draw_grid
 from ..results import Result
-from .mm import RunnerComparison
+from .mm import RunnerComparison, resnet18
 
 SIZE = 96
 DATA = dict(seed=0, train=400, val=150, test=400)
@@ -38,13 +39,13 @@ BATCH = 16
 LR = 1e-2
 REAL_ITERATIONS = 600
 REAL_BATCH = 8
-# Scenes of 96 pixels have small masks and few pixels: a small critic and small memories.
+# Scenes of 96 pixels have small masks and few pixels, for which a small critic and small memories suffice.
 _CRITIC = dict(critic=dict(channels=(32, 64, 128), attention=1))
 _RELATIONS = dict(nodes=64, anchors=512, contrast=1024, pixels_per_class=500, regions_per_class=200)
 RECIPES: dict[str, dict[str, Any]] = {
     "cwd": dict(recipe="cwd"),
     "skd": dict(recipe=dict(type="skd", critic=_CRITIC)),
-    # What skd is without its critic, and without its pairs as well.
+    # skd without its critic, and without its pair-wise term as well.
     "pixel_pair": dict(recipe=dict(type="skd", adversarial=0.0)),
     "pixel": dict(recipe=dict(type="skd", pair=0.0, adversarial=0.0)),
     "ifvd": dict(recipe=dict(type="ifvd", critic=_CRITIC)),
@@ -56,14 +57,14 @@ EVALUATIONS = 6
 
 
 def segmentor(width: int, channels: int, classes: int, background: float | None = None) -> tuple[str, dict[str, Any]]:
-    """Semantic FPN on a ResNet-18 of ``width`` base channels, at stride 4: its name and ``model`` entry.
+    """Return name and ``model`` entry of a Semantic FPN on a ResNet-18, which predicts at stride 4.
 
     Args:
-        width, channels: of the backbone's first stage, and of pyramid and head.
-        classes: their number.
-        background: the weight of class 0 in the host's own loss, where the others weigh 1; all alike by default.
+        width: the number of channels of the backbone's first stage.
+        channels: the number of channels of pyramid and head.
+        classes: the number of classes.
+        background: the weight of class 0 in the host's own loss, where the other classes have weight 1; by default 1 too.
     """
-    norm = dict(type="BN", requires_grad=True)
     return f"FPN-R18, width {width}", dict(
         type="EncoderDecoder",
         data_preprocessor=dict(
@@ -76,19 +77,7 @@ def segmentor(width: int, channels: int, classes: int, background: float | None 
             size_divisor=32,
             test_cfg=dict(size_divisor=32),
         ),
-        backbone=dict(
-            type="ResNetV1c",
-            depth=18,
-            base_channels=width,
-            stem_channels=width,
-            num_stages=4,
-            out_indices=(0, 1, 2, 3),
-            norm_cfg=norm,
-            norm_eval=False,
-            style="pytorch",
-            contract_dilation=True,
-            init_cfg=None,
-        ),
+        backbone=resnet18("ResNetV1c", width, contract_dilation=True),
         neck=dict(type="FPN", in_channels=[width * 2**i for i in range(4)], out_channels=channels, num_outs=4),
         decode_head=dict(
             type="FPNHead",
@@ -98,7 +87,7 @@ def segmentor(width: int, channels: int, classes: int, background: float | None 
             channels=channels,
             num_classes=classes,
             dropout_ratio=0.0,
-            norm_cfg=norm,
+            norm_cfg=dict(type="BN", requires_grad=True),
             align_corners=False,
             loss_decode=dict(
                 type="CrossEntropyLoss",
@@ -115,10 +104,10 @@ class Segmentation(RunnerComparison):
     """A comparison of segmentors.
 
     Attributes:
-        pictures, masks: the folders of the dataset's pictures and masks, each with a folder a split.
-        suffix: of the pictures; masks are PNGs.
-        crop: (height, width) of training.
-        padding: the class of what a picture lacks of the crop.
+        pictures, masks: the folders of the dataset's pictures and masks, each with a folder for each split.
+        suffix: the suffix of the pictures; masks are PNGs.
+        crop: (height, width) of the crops in training.
+        padding: the class of the padding of a picture that is smaller than the crop.
     """
 
     task: str = "seg"
@@ -136,7 +125,7 @@ class Segmentation(RunnerComparison):
     padding: int = 255
 
     def images(self, data: Path, part: str, *, train: bool) -> dict[str, Any]:
-        # What a picture lacks of the crop, the data preprocessor pads.
+        """Return the ``BaseSegDataset`` of a split. The data preprocessor pads pictures that are smaller than the crop."""
         augmentation: list[dict[str, Any]] = [
             dict(type="RandomResize", scale=self.size[::-1], ratio_range=(0.8, 1.25), keep_ratio=True),
             dict(type="RandomCrop", crop_size=self.crop),
@@ -162,13 +151,14 @@ class Segmentation(RunnerComparison):
         return dict(type="IoUMetric", iou_metrics=["mIoU"])
 
     def config(self, training: Training) -> Config:
+        """Return the Runner's config, with the crop of training and the pipeline of the host's inference."""
         config = super().config(training)
         config.model.data_preprocessor.update(size=self.crop, size_divisor=None, seg_pad_val=self.padding)
-        config.test_pipeline = config.test_dataloader.dataset.pipeline  # what the host's inference reads
+        config.test_pipeline = config.test_dataloader.dataset.pipeline
         return config
 
     def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5) -> None:
-        """Draw image, ground truth and every model's mask, a row a test picture; ignored pixels are grey."""
+        """Draw image, ground truth and every model's mask, with a row for each test picture; ignored pixels are grey."""
         dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
         classes = len(dataset.metainfo["classes"])
         palette: Any = colormaps["tab20"](np.arange(max(classes - 1, 1)) % 20)
@@ -177,7 +167,7 @@ class Segmentation(RunnerComparison):
         rows = []
         for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
             file = dataset.get_data_info(index)["img_path"]
-            # As the host reads it: masks may be of any PNG mode.
+            # The host reads the mask, which may have any PNG mode.
             labels = dataset[index]["data_samples"].gt_sem_seg.data[0].numpy().astype(np.uint8)
             rows.append([imread(file), colours[labels]])
             for outcome in outcomes:
@@ -211,7 +201,7 @@ def scenes() -> Segmentation:
         pictures="images",
         masks="masks",
         suffix=".png",
-        padding=0,  # background: upstream mmseg cannot both weigh classes and ignore pixels
+        padding=0,  # background, as upstream mmseg cannot both weight classes and ignore pixels
     )
 
 
@@ -222,13 +212,10 @@ def own_set(root: Path) -> Segmentation:
         root: a folder with ``img_dir/{train,val}``, ``ann_dir/{train,val}`` (255 is ignored) and ``classes.json``.
 
     Raises:
-        DistillError: something of it is not there.
+        DistillError: a part of the set is missing or cannot be read.
     """
-    for part in ("classes.json", "img_dir/train", "img_dir/val", "ann_dir/train", "ann_dir/val"):
-        if not (root / part).exists():
-            raise DistillError(
-                f"--data {root}: no {part}; a set has img_dir/{{train,val}}, ann_dir/{{train,val}} and classes.json"
-            )
+    parts = ("classes.json", "img_dir/train", "img_dir/val", "ann_dir/train", "ann_dir/val")
+    check_layout(root, parts, "img_dir/{train,val}, ann_dir/{train,val} and classes.json")
     try:
         classes = tuple(str(name) for name in json.loads((root / "classes.json").read_text())["classes"])
     except (ValueError, KeyError, TypeError) as error:
@@ -260,11 +247,12 @@ def own_set(root: Path) -> Segmentation:
 
 
 def main(out: str = "runs/demo/seg", data: str | None = None, **settings: Any) -> list[Result]:
-    """Train everything, print the table and write the files to ``out``; for the rest see :func:`kdgraft_bench.comparison.run`.
+    """Train everything, print the table and write the files to ``out``.
 
     Args:
-        out: where results go.
-        data: a real set's folder (see :func:`own_set`) instead of the scenes.
+        out: the folder of the results.
+        data: the folder of a real set (see :func:`own_set`), to use instead of the scenes.
+        **settings: see :func:`kdgraft_bench.comparison.run`.
     """
     if data is None:
         return run([scenes()], lambda folder: write_segmentation_set(folder, size=SIZE, **DATA), out, **settings)
