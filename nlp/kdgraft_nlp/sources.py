@@ -86,7 +86,9 @@ def _load(folder: str | Path, student: nn.Module) -> nn.Module:
         if found.get(kind)
     ]
     if problems:
-        raise DistillError(f"checkpoint {folder} does not fit teacher {type(model).__name__}; {'; '.join(problems)}")
+        raise DistillError(
+            f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}"
+        )
     return model
 
 

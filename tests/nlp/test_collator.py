@@ -185,12 +185,12 @@ def test_in_the_trainer(prune, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (dict(), "name its column, text='text' or words='tokens'"),
+        (dict(), "name its column with text='text' or words='tokens'"),
         (dict(text="text", words="tokens"), "name its column"),
-        (dict(text="text", collator=lambda f: f), "pass tokenizer=…, the student's"),
+        (dict(text="text", collator=lambda f: f), "pass the student's as tokenizer=…"),
         (
             dict(text="text", collator=DataCollatorForLanguageModeling(support.by_word())),
-            "cannot be drawn once for two tokenizers",
+            "cannot be drawn for two tokenizers",
         ),
         (dict(text="text", collator=3), "wraps a collator, got int"),
     ],

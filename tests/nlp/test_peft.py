@@ -126,7 +126,7 @@ def test_the_saved_adapter_is_a_plain_one(tmp_path):
 def test_prompts_are_refused(tmp_path):
     settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     prompted = peft.get_peft_model(support.model("llama", seed=1), settings)
-    message = "PeftModelForCausalLM: adapters of kind PROMPT_TUNING put more into a pass than layers"
+    message = "PeftModelForCausalLM: adapters of kind PROMPT_TUNING act outside layers"
     with pytest.raises(WiringError, match=message):
         graft(prompted, support.model("llama", seed=2), ["ForwardKL"])
     with pytest.raises(WiringError, match=message):

@@ -77,7 +77,7 @@ def test_training_is_that_with_the_teacher_in_memory(places, tmp_path):
 def test_chunks_need_the_output_layer_at_hand(tmp_path):
     support.model("llama", 32, 4, seed=2).save_pretrained(tmp_path / "teacher")
     places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    messages = {"cpu": None, "disk": "output layer where the student's is \\(cpu\\), and its weights are on no device"}
+    messages = {"cpu": None, "disk": "output layer on the student's device \\(cpu\\), and it is on no device"}
     for place, message in messages.items():
         teacher = AutoModelForCausalLM.from_pretrained(
             tmp_path / "teacher", device_map={**places, "lm_head": place}, offload_folder=tmp_path / place

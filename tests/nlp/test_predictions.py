@@ -273,7 +273,7 @@ def test_a_model_of_unknown_kind_with_an_answer_a_sample_is_a_classifier():
 
 @pytest.mark.parametrize("term", ["SoftTargets", "ForwardKL", "UniversalLogits"])
 def test_other_predictions_of_a_model_of_unknown_kind_are_refused(term):
-    message = "Tagger is a model of a kind that is not known here" if term != "UniversalLogits" else "language models"
+    message = "of Tagger have no known class axis" if term != "UniversalLogits" else "language models"
     with pytest.raises(WiringError, match=message):
         graft(own(Tagger, 1), own(Tagger, 2), [term])
     graft(own(Tagger, 1), own(Tagger, 2), ["HiddenStates"])  # terms on layers work

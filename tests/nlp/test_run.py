@@ -174,7 +174,9 @@ def test_a_saved_student_is_evaluated(data, tmp_path, capsys):
     support.refused(capsys, ["test", recipe, "nowhere", *options], "no student at nowhere")
     support.refused(capsys, ["test", "nowhere.yaml", out], "recipe file not found: nowhere.yaml")
     support.refused(
-        capsys, ["test", recipe, out, *options, "data.eval=null"], "has no data.eval to evaluate the student on"
+        capsys,
+        ["test", recipe, out, *options, "data.eval=null"],
+        "has no set to evaluate the student on; add data.eval",
     )
     support.refused(capsys, ["test", recipe, out, "--trusted", *options], "--trusted is for configs of MMDetection")
 

@@ -262,7 +262,7 @@ def test_what_an_ensemble_cannot_teach(tmp_path):
     refused(
         "the members of an Ensemble must predict alike", UniversalLogits(), "llama", b=big("llama", 3, vocab_size=50)
     )
-    refused("another kind", SoftTargets(), "bert", b=big("roberta", 3))
+    refused("the models have different tasks", SoftTargets(), "bert", b=big("roberta", 3))
 
 
 # --- a peer
@@ -486,8 +486,8 @@ def test_what_a_peer_cannot_be(tmp_path):
         named(big(seed=3), *reversed(NAMES)),
     )
     refused("trained on other classes", named(model(), *NAMES), named(big(seed=3), "x", "y", "z"))
-    refused("a peer trains on the loss that its model computes itself", label_smoothing_factor=0.1)
-    refused("a peer trains on the loss that its model computes itself", compute_loss_func=lambda *_, **__: None)
+    refused("a peer trains on its model's own loss", label_smoothing_factor=0.1)
+    refused("a peer trains on its model's own loss", compute_loss_func=lambda *_, **__: None)
     refused(
         "chunked=True computes the losses of one frozen teacher",
         model("llama"),

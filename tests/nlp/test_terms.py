@@ -305,7 +305,7 @@ def test_refused_when_built(terms, student, teacher, message):
         (dict(type="Relations", of=("query", "keys")), "of must be one of query, key, value, attention, got 'keys'"),
         (dict(type="PatientStates", loss="cosine"), "PatientStates takes no argument 'loss'.*use HiddenStates"),
         (dict(type="Embeddings", layers="last"), "term Embeddings takes no argument 'layers'"),
-        (dict(type="Relations", of="attention", heads=4), "heads are those of query, key and value; leave it out"),
+        (dict(type="Relations", of="attention", heads=4), "heads applies to query, key and value; leave it out"),
         (dict(type="SkewedKL", reverse="no"), "SkewedKL: reverse must be true or false, got 'no'"),
         (dict(type="UniversalLogits", temperature=2), "term UniversalLogits takes no argument 'temperature'"),
         (dict(type="PatientStates", variant="mean"), "variant must be one of paper, code"),
