@@ -376,7 +376,7 @@ def test_positions_are_bound_as_python_binds_them(tmp_path):
     with torch.no_grad():
         ours, theirs = ((model(ids, mask).logits / 2).log_softmax(-1) for model in (student, teacher))
     by_hand = 4 * nn.functional.kl_div(ours, theirs, log_target=True, reduction="batchmean")
-    student = graft(student, teacher, ["SoftTargets"]).train()
+    student = graft(student, teacher, [SoftTargets(temperature=2)]).train()
     for call in (lambda: student(ids, mask), lambda: student(ids, mask, None, labels=labels)):
         call()
         found = student.distill_link.last.losses["distill.soft_targets.loss"]
