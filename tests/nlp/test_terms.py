@@ -310,8 +310,8 @@ def test_refused_when_built(terms, student, teacher, message):
         (dict(type="UniversalLogits", temperature=2), "term UniversalLogits takes no argument 'temperature'"),
         (dict(type="PatientStates", variant="mean"), "variant must be one of paper, code"),
         (dict(type="HiddenStates", loss="l1"), "loss must be one of mse, cosine, normalized"),
-        (dict(type="ChannelWise"), r"cannot be used here; it compares maps \(B, C, H, W\); use HiddenStates"),
-        (dict(type="MaskedGeneration"), r"cannot be used here; it generates maps \(B, C, H, W\); use HiddenStates"),
+        (dict(type="ChannelWise"), "ChannelWise needs a tap, or both student_tap and teacher_tap"),
+        (dict(type="MaskedGeneration"), "MaskedGeneration needs a tap, or both student_tap and teacher_tap"),
         (dict(type="AttentionMap"), "did you mean 'AttentionMaps'"),
     ],
 )

@@ -194,7 +194,7 @@ class TapTerm(Term):
         found = [
             taps or ([] if default is None else [Tap.parse(default)]) for taps in (self.student_taps, self.teacher_taps)
         ]
-        self._check_taps(found)
+        self._check_taps([taps or None for taps in found])
         self.student_taps, self.teacher_taps = (
             [self.reader.settle(tap, model) for tap in taps]
             for taps, model in zip(found, (student, teacher), strict=True)
