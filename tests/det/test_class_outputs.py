@@ -67,7 +67,7 @@ def test_what_knows_no_classes_is_imitated_whatever_their_order(tmp_path, family
     for names in (CLASSES, CLASSES[::-1], "abc"):
         model = made(tmp_path, family, tap, names)
         model.start_distilling(CLASSES)
-        assert model.distill_link.ready and model.distiller.teacher.class_order is None
+        assert model.distill_context.ready and model.distiller.teacher.class_order is None
         if family not in BUILT_ALONE:
             torch.manual_seed(0)
             found.append(losses(model, batch)["distill.paired.loss"].item())

@@ -120,7 +120,7 @@ def test_the_help_says_that_a_config_is_written(capsys):
     with pytest.raises(SystemExit):
         main(["export", "--help"])
     said = " ".join(capsys.readouterr().out.split())
-    assert "the config is written beside it, as student.py" in said
+    assert "the config goes beside it, as student.py" in said
 
 
 @pytest.mark.parametrize("room", [0, 100])
