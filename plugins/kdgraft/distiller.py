@@ -98,6 +98,8 @@ class Distiller(Engine):
         self.epoch = 0
         self.iteration = 0
         self.load()
+        if terms and example is None:
+            raise DistillError("terms need example=…, a small input of the models for the dry run, such as one batch")
         args, kwargs = _arguments(example)
         self.wire(
             student,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
@@ -64,7 +65,10 @@ def explained(target: Callable[..., Any]) -> str:
             if name not in described or described[name].startswith("see :class:"):
                 described[name] = said
     lines = [f"    {name}{value}    {described.get(name, '')}".rstrip() for name, value in arguments_of(target).items()]
-    return "\n".join([told, "", *(["Arguments:", *lines] if lines else ["No arguments."])])
+    if "where" in described and isinstance(target, type):  # of a term on class scores; each host has its own
+        lines.append(f"    …    {described['where']}")
+    text = "\n".join([told, "", *(["Arguments:", *lines] if lines else ["No arguments."])])
+    return re.sub(r":(?:class|func|meth|attr|data|mod):`~?([^`]+)`", r"``\1``", text)  # a terminal shows no links
 
 
 def arguments_of(target: Callable[..., Any]) -> dict[str, str]:
@@ -120,7 +124,7 @@ def _sections(part: Any) -> tuple[str, dict[str, str]]:
     described: dict[str, str] = {}
     for title, section in zip(sections[::2], sections[1::2], strict=True):
         if title == "Args":
-            for entry in re.split(r"\n(?=\S)", inspect.cleandoc(section)):
+            for entry in re.split(r"\n(?=\S)", textwrap.dedent(section).strip()):
                 names, _, said = entry.partition(": ")
                 described.update(dict.fromkeys(re.split(r",\s*", names), " ".join(said.split())))
     return told.strip(), described

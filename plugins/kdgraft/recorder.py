@@ -58,7 +58,8 @@ class Recorder:
         try:
             module = model.get_submodule(tap.path)
         except AttributeError:
-            paths = [name for name, _ in model.named_modules() if name]
+            # The outer modules first, which the message shows where no name is similar.
+            paths = sorted((name for name, _ in model.named_modules() if name), key=lambda name: name.count("."))
             raise WiringError(
                 f"the {self.owner} has no module '{tap.path}' (tap '{tap}'){nearest(tap.path, paths)}"
             ) from None

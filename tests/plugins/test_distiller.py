@@ -594,3 +594,8 @@ def test_a_teacher_that_draws_leaves_the_students_draws_as_they_are():
 
     for with_teacher, without in zip(drawn(True), drawn(False), strict=True):
         assert torch.equal(with_teacher, without)
+
+
+def test_terms_without_an_example():
+    with pytest.raises(DistillError, match=r"^terms need example=…"):
+        Distiller(nn.Linear(2, 3), nn.Linear(2, 3), terms=["SoftTargets"])

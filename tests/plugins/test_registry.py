@@ -361,6 +361,22 @@ def test_arguments_that_a_class_settles_are_none_of_its_own():
     )
 
 
+def test_what_is_listed_of_a_term_on_class_scores():
+    class Compared:
+        """Something like :class:`~kdgraft.SoftTargets`.
+
+        Args:
+            where: what the host takes,
+                in two lines.
+        """
+
+        def __init__(self, **where: object) -> None: ...
+
+    assert explained(Compared) == (
+        "Something like ``kdgraft.SoftTargets``.\n\nArguments:\n    …    what the host takes, in two lines."
+    )
+
+
 def test_a_third_party_s_term_in_a_distiller(distribution: Path):
     program = f"""
 import sys

@@ -140,7 +140,7 @@ class TemperedTerm(ScoreTerm):
 
 @TERMS.register
 class SoftTargets(TemperedTerm):
-    r"""Soft targets: :math:`T^2\,\mathrm{KL}(p_t^T \| p_s^T)` of class scores (Hinton et al. 2015, arXiv 1503.02531).
+    """Soft targets: KL of the class probabilities at temperature T, times T² (Hinton et al. 2015, arXiv 1503.02531).
 
     For independent classes (the sigmoids of dense detection heads, multi-label models, one output for two classes) the KL is that
     of Bernoulli distributions. The host's reader defines the divisor: usually the number of items that count. The loss of several
@@ -151,7 +151,7 @@ class SoftTargets(TemperedTerm):
             language models, detectors and segmentors.
         hard_weight: μ in μ·hard + (1 − μ)·soft: the host's own loss of these classes has weight μ and this term 1 − μ, as far as
             the schedule has activated the term. ``None`` adds this term to the unchanged loss of the host.
-        focus: γ of the factor :math:`|p_t - p_s|^\gamma`, for independent classes only; 1 in CrossKD.
+        focus: γ of the factor |p_t − p_s|^γ, for independent classes only; 1 in CrossKD.
         classes: ``"sum"`` or ``"mean"`` of the KL over classes; ``None`` takes the sum over exclusive classes, and the reduction of
             the host's own loss over independent ones.
         background_weight: weight of the background in a *cross-entropy*, other classes 1: 1.5 in Chen et al. (NeurIPS 2017,
