@@ -39,7 +39,7 @@ def evaluate(path: str, checkpoint: str, options: Sequence[str] = (), *, trusted
     with tempfile.TemporaryDirectory() as scratch, safe_loading(trusted), waiting(timeout_of(config)):
         config.work_dir, config.experiment_name = scratch, f"test {scratch}"
         config.log_level = "WARNING"
-        config.load_from, config.resume = str(checkpoint), False
+        config.load_from, config.resume = None, False  # the weights are loaded here, which upstream's Runner cannot do
         with config_mistakes(path):
             runner = make_runner(config)
         load_strictly(unwrapped(runner.model), weights, str(checkpoint), "student")

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 
 from kdgraft.cli import main
 from support.det import EVERY_TERM, detector, distilled, runner_config
+from support.mm import needs_resume
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return lines[0]
 
 
+@needs_resume
 def test_the_predictions_are_those_of_the_hosts_own_test(configs, distilled_run, scenes, capsys, tmp_path):
     checkpoint = str(distilled_run.checkpoint(4))
     # As the host's tools/test.py does it: the plain config, its weights loaded by the Runner.

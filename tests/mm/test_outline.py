@@ -75,10 +75,10 @@ def test_one_mistake_is_not_numbered(model: dict[str, Any], change: dict[str, An
 
 
 def test_names_of_modules_that_are_not_imported_yet_are_left_alone(model: dict[str, Any]):
-    model["terms"] = ["TheirTerm"]
+    model["terms"] = ["NobodysTerm"]
     config = Config(dict(model=model, custom_imports=dict(imports=["kdgraft_det", "their_terms"])))
     check_outline(config, "kdgraft_det")
-    assert said(model).startswith("no term is called 'TheirTerm'")  # with nothing else to import, nobody registers it
+    assert said(model).startswith("no term is called 'NobodysTerm'")  # with nothing else to import, nobody registers it
 
 
 def test_names_that_a_test_or_a_notebook_registered_count(model: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
