@@ -220,10 +220,11 @@ def _show(name: str) -> None:
     for title, holder in holders.items():
         titles.setdefault(id(holder), []).append(title)
     if not holders:
-        if missing:
-            raise missing[0][1]
         known = dict.fromkeys(known for _, registry in groups for known in registry.describe())
-        raise DistillError(f"no term, recipe or other part is called {name!r}{nearest(name, known)}")
+        hint = nearest(name, known)
+        if missing and "did you mean" not in hint:  # it may be a name of a plugin whose host is not installed
+            raise missing[0][1]
+        raise DistillError(f"no term, recipe or other part is called {name!r}{hint}")
     for holder in {id(holder): holder for holder in holders.values()}.values():
         target, where = holder.get(name), ", ".join(titles[id(holder)])
         if holder.kind == "recipe":

@@ -191,6 +191,8 @@ def test_every_argument_on_the_pages_is_one_of_the_term(host: str):
         terms, _ = hosts()[host].registries()
     except MissingHost as missing:
         pytest.skip(str(missing))
+    if host == "torch" and not all(installed(hosts()[name].framework) for name in READERS):
+        pytest.skip("pages for all hosts show arguments of hosts that are not installed here")
     readers = [name for name in READERS if installed(hosts()[name].framework) and host in ("torch", name)]
     modules = [(import_module(READERS[name][0]), READERS[name][1]) for name in readers]
     where = {key for module, name in modules for key in inspect.signature(getattr(module, name).scores).parameters}
