@@ -43,10 +43,11 @@ def _replay(teacher: Any, student: Recording, recorded: Recording, batch: Batch)
     """
     scale = recorded.scale
     head, pyramid = teacher.roi_head, recorded[_FEATURES]
-    runs = [(_BOXES_DRAWN, head._bbox_forward)]
+    taps = [_BOXES_DRAWN]
     if head.with_mask and not getattr(head, "share_roi_extractor", False):  # a shared one takes features, not RoIs
-        runs.append((_MASKS_DRAWN, head._mask_forward))
-    for tap, run in runs:
+        taps.append(_MASKS_DRAWN)
+    for tap in taps:
+        run = getattr(head, tap.method)
         # A student without masks, or in a step without objects, predicts no masks.
         drawn = student[tap] if student.calls(tap) else []
         for arguments in drawn if isinstance(drawn, list) else [drawn]:

@@ -64,6 +64,15 @@ def test_each_of_two_teachers_teaches_what_it_would_alone():
         assert torch.equal(losses(alone)[f"distill.{name}.loss"], found[f"distill.{name}.loss"])
 
 
+def test_taps_of_scores_change_sides_where_a_peer_learns_from_the_student():
+    peer = nn.Sequential(net(6, 3), nn.Identity())
+    term = SoftTargets(2, student_tap="3", teacher_tap="1")
+    model = Distiller(net(4, 0), Peer(peer), terms=[term], example=X)
+    assert [(row.student_tap, row.teacher_tap) for row in model.rows] == [("3", "1"), ("1", "3")]
+    model.train()(X).loss.backward()
+    assert peer[0][3].weight.grad.any()
+
+
 def test_classes_in_other_orders_are_brought_into_the_students_order():
     order = torch.tensor([2, 0, 3, 1])
     guide = net(8, 1).eval()

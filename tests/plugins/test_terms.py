@@ -303,6 +303,8 @@ def test_one_output_for_two_classes_is_compared_as_a_probability():
     torch.testing.assert_close(one(student, teacher, SoftTargets(2, tap="parts.a")), expected)
     with pytest.raises(DistillError, match="score each class on its own; use SoftTargets"):
         one(student, teacher, ReverseKL(tap="parts.a"))
+    with pytest.raises(WiringError, match="center=True is not defined for independent classes"):
+        distil({"a": student}, {"a": teacher}, LogitMatching(center=True, tap="parts.a"))
 
 
 def test_logit_matching():

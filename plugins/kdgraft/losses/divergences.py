@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import DistillError
+from ..errors import DistillError, check_share
 from ..registry import LOSSES
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 from .soft_targets import check_temperature
@@ -67,7 +67,7 @@ def generalized_jsd(
         temperature: T > 0, divides both logits; no factor T².
         dim, weight, reduction: as in :func:`reverse_kl`.
     """
-    check_share("beta", beta)
+    check_share("generalized_jsd", "beta", beta)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature, dim, "generalized_jsd")
     if beta == 0:
         items = _kl(teacher, student, dim)
@@ -103,7 +103,7 @@ def skewed_kl(
         reverse: take the student's distribution, rather than the teacher's, as the first one.
         dim, weight, reduction: as in :func:`reverse_kl`.
     """
-    check_share("alpha", alpha)
+    check_share("skewed_kl", "alpha", alpha)
     if alpha == 1:
         raise DistillError("skewed_kl: alpha must be below 1, where the loss would be 0 for any student")
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature, dim, "skewed_kl")
@@ -111,12 +111,6 @@ def skewed_kl(
     if alpha:
         second = torch.logaddexp(first + math.log(alpha), second + math.log1p(-alpha))
     return reduce_loss(_kl(first, second, dim), weight, reduction)
-
-
-def check_share(name: str, value: float) -> None:
-    """Raise a :class:`DistillError` unless the value is in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise DistillError(f"{name} must be in [0, 1], got {value!r}")
 
 
 def _log_probabilities(

@@ -58,11 +58,10 @@ class FeatureTerm(TapTerm):
 
     def wire(self, wiring: Wiring) -> None:
         check_region(self, self.region, self.region_name, wiring)
-        for pair in self.pairs(wiring.student_recording, wiring.teacher_recording):
-            if self.only_maps:
-                check_maps(self, *pair)
-            self.check_pair(*pair, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            if self.only_maps:
+                check_maps(self, s, t, s_tap, t_tap)
+            self.check_pair(s, t, s_tap, t_tap, wiring)
             self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
             same = s.ndim == t.ndim and s.shape[class_dim(t)] == t.shape[class_dim(t)]
             kind = "none" if self.adapter_kind == "auto" and same and not self.adapts_always else self.adapter_kind

@@ -70,6 +70,13 @@ class ScoreTerm(Term):
         super().__init__(weight=weight, schedule=schedule, name=name, source=source)
         self.where = where
 
+    def mirrored(self) -> Term:
+        twin = super().mirrored()
+        assert isinstance(twin, ScoreTerm)
+        sides = {"student_tap": "teacher_tap", "teacher_tap": "student_tap"}
+        twin.where = {sides.get(key, key): value for key, value in self.where.items()}
+        return twin
+
     def check_settings(self, reader: type[Reader]) -> None:
         takes = [
             key for key in inspect.signature(reader.scores).parameters if key not in ("self", "student", "teacher")
@@ -242,9 +249,17 @@ class LogitMatching(ScoreTerm):
         check_flag("LogitMatching", "center", center)
         self.center = center
 
+    def wire(self, wiring: Wiring) -> None:
+        super().wire(wiring)
+        if self.scores.independent and self.center:
+            raise WiringError(self._no_center())
+
+    def _no_center(self) -> str:
+        return f"{self.name}: center=True is not defined for independent classes; leave center out"
+
     def compare(self, pairs: Pairs) -> Tensor:
         if pairs.independent and self.center:
-            raise DistillError(f"{self.name}: center=True is not defined for independent classes; leave center out")
+            raise DistillError(self._no_center())
         return logit_matching(pairs.student, pairs.teacher, center=self.center, dim=pairs.dim, reduction="none")
 
 

@@ -284,7 +284,8 @@ def draw_attention(outcomes: Sequence[Outcome], text: str | list[str], path: Pat
         inputs = tokenizer(text, return_tensors="pt", is_split_into_words=isinstance(text, list))
         with torch.no_grad():
             maps = model(**inputs, output_attentions=True).attentions[-1][0]
-        found.append((outcome.method, tokenizer.convert_ids_to_tokens(inputs["input_ids"][0]), maps.numpy()))
+        tokens = [token.replace("Ġ", " ").strip() for token in tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])]
+        found.append((outcome.method, tokens, maps.numpy()))
     heads = max(len(maps) for _, _, maps in found)
     shape = (2.3 * heads + 0.8, 2.3 * len(found) + 0.5)
     figure = Figure(figsize=shape, layout="constrained")
