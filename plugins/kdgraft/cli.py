@@ -41,7 +41,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kdgraft", description="Task-specific knowledge distillation.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_runs(commands)
+    _add_tools(commands)
+    _add_measurements(commands)
+    return parser
 
+
+def _add_runs(commands: Any) -> None:
+    """Add the commands that build and run a config or a recipe file."""
     train = commands.add_parser("train", help="train a distilled student from a config or a recipe file")
     train.add_argument("config")
     train.add_argument("--work-dir", help="where checkpoints and logs go (default: work_dirs/CONFIG'S NAME)")
@@ -71,6 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_trusted(test)
     test.set_defaults(run=_test)
 
+
+def _add_tools(commands: Any) -> None:
+    """Add the commands on checkpoints, names and plans."""
     export = commands.add_parser("export", help="write the weights and the config of the plain student")
     export.add_argument("checkpoint")
     export.add_argument(
@@ -92,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     plan.set_defaults(run=_plan)
 
+
+def _add_measurements(commands: Any) -> None:
+    """Add the demos and the cost benchmarks."""
     demo = commands.add_parser("demo", help="train a teacher, plain and distilled students on embedded data")
     demo.add_argument(
         "task", nargs="?", default="all", choices=["all", *(name for name, host in hosts().items() if host.demo)]
@@ -116,7 +129,6 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
     bench.set_defaults(run=_bench)
-    return parser
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
