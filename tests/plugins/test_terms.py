@@ -148,6 +148,7 @@ def test_wrong_name(name: str):
             "temperature must be a number whose square float32 holds, got 1e-30",
         ),
         (dict(type="SoftTargets", hard_weight="0.5"), "hard_weight must be in [0, 1], got '0.5'"),
+        (dict(type="SkewedKL", alpha=1.0), "SkewedKL: alpha must be below 1"),
         (dict(type="SoftTargets", hard_weight=1.5), "hard_weight must be in [0, 1], got 1.5"),
         (dict(type="SoftTargets", schedule="Warmup"), "no schedule is called 'Warmup'"),
     ],
@@ -345,6 +346,8 @@ def test_a_loss_of_any_two_widths_waives_the_check_of_channels():
     term = FeatureImitation("parts.a", adapter="any", loss=strength)
     expected = (student.square().mean(1) - teacher.square().mean(1)).abs().mean()
     torch.testing.assert_close(one(student, teacher, term), expected)
+    with pytest.raises(WiringError, match=r"feature_imitation: hint: .* must have the same shape; use adapter='auto'"):
+        one(student, teacher, FeatureImitation("parts.a", adapter="any"))
 
 
 @pytest.mark.parametrize(

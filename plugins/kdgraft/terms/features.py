@@ -119,7 +119,11 @@ class FeatureImitation(FeatureTerm):
 
     def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
         dim = class_dim(teacher)
-        places, found = teacher.select(dim, 0).shape, self.loss(student, teacher, dim=dim, reduction="none").shape
+        places = teacher.select(dim, 0).shape
+        try:
+            found = self.loss(student, teacher, dim=dim, reduction="none").shape
+        except DistillError as error:
+            raise WiringError(f"{self.name}: {error}; use adapter='auto', or another loss") from error
         if found != places:
             raise WiringError(
                 f"{self.name}: a loss on features gives one value per position, {tuple(places)} here, but this one gives "

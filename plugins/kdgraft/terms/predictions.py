@@ -383,6 +383,8 @@ class SkewedKL(TemperedTerm):
     def __init__(self, alpha: float = 0.1, *, reverse: bool = False, temperature: float = 1.0, **settings: Any) -> None:
         super().__init__(temperature, **settings)
         check_share("SkewedKL", "alpha", alpha)
+        if alpha == 1:
+            raise DistillError("SkewedKL: alpha must be below 1, where the loss is 0 for any student")
         check_flag("SkewedKL", "reverse", reverse)
         self.alpha, self.reverse = alpha, reverse
 
