@@ -19,7 +19,7 @@ from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
 from .listing import explained
 from .plans import carry_out, read_plan
-from .registry import LOSSES, REGIONS, SCHEDULES, SOURCES, Registry
+from .registry import LOSSES, REGIONS, SCHEDULES, SOURCES, Registry, expand_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -243,7 +243,7 @@ def _show(name: str) -> None:
             print(
                 "".join(f"# {line}".rstrip() + "\n" for line in [f"{name} ({where})", *explained(target).splitlines()])
             )
-            print(f"terms = {pformat(target(), sort_dicts=False, width=100)}")
+            print(f"terms = {pformat(expand_recipe(name, holder), sort_dicts=False, width=100)}")
         else:
             print(f"{name} ({where})\n\n{explained(target)}\n")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .batch import Batch
 from .engine import Engine
 from .errors import DistillError, WiringError
+from .registry import RECIPES, expand_recipe
 from .schedules import Step
 from .sources import Source, Teacher, gather_sources
 from .sources.base import share_parameters
@@ -66,6 +67,7 @@ class Distiller(Engine):
         terms: names, dicts or :class:`~kdgraft.Term` instances.
         example: a small input for the dry run, on the device of the models: a tensor, or a tuple or dict of arguments.
         teachers: several teachers by name, instead of ``teacher``; the ``source`` of a term selects one of them.
+        recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings. Its terms come before ``terms``.
 
     Example:
         >>> distiller = Distiller(student, teacher, terms=[SoftTargets(temperature=4), Hint("conv")], example=images)
@@ -83,6 +85,7 @@ class Distiller(Engine):
         example: Any = None,
         *,
         teachers: Mapping[str, Any] | None = None,
+        recipe: Any = None,
     ) -> None:
         def frozen(name: str, model: Any) -> Source:
             if not isinstance(model, nn.Module):
@@ -93,6 +96,7 @@ class Distiller(Engine):
                 )
             return Teacher(model)
 
+        terms = [*expand_recipe(recipe, RECIPES), *terms]
         super().__init__(gather_sources(teacher, teachers, frozen), terms)
         self.student = student
         self.epoch = 0

@@ -18,7 +18,6 @@ from .files import held, written_whole
 from .fit import TaskLoss, fit
 from .hosts import Job, TrainedModel
 from .isolation import isolated_rng
-from .registry import RECIPES, expand_recipe
 from .sources import Teacher
 from .sources.teacher import load_strictly, read_checkpoint
 
@@ -70,11 +69,10 @@ class PlainTrainer:
         if job.start is not None:
             load_strictly(model, read_checkpoint(job.start.weights), job.start.weights)
         if job.teachers:
-            terms = [*expand_recipe(job.recipe, RECIPES), *job.terms]
             with isolated_rng():  # the same batches in the same order as without teachers
                 inputs, _ = next(iter(task.loader))
                 teachers = {name: _teacher(given) for name, given in job.teachers.items()}
-            model = Distiller(model, terms=terms, example=inputs[:1], teachers=teachers)
+            model = Distiller(model, terms=job.terms, example=inputs[:1], teachers=teachers, recipe=job.recipe)
         optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
         fitted = fit(
             model,

@@ -21,6 +21,16 @@ from .wiring import Wiring
 
 Taps = str | Sequence[str]
 
+NEEDS = {
+    "maps": "feature maps (B, C, H, W)",
+    "samples": "one vector per sample",
+    "classes": "class scores",
+    "labels": "labels of exclusive classes",
+    "numbers": "regressed numbers, such as boxes",
+    "images": "images as the input of both models",
+}
+"""The kinds of tensors and facts that terms need, see :attr:`kdgraft.Term.needs`; a host's reader may lack some of them."""
+
 
 @dataclass
 class Pairs:
@@ -130,6 +140,8 @@ class Reader:
 
     default_taps: ClassVar[Mapping[str, str]] = {"scores": ""}
     """The host's default taps for ``"features"``, class ``"scores"`` and ``"embeddings"``, the input of the classifier."""
+    lacks: ClassVar[Mapping[str, str]] = {}
+    """The kinds of :data:`NEEDS` that models of this host never have, each with the reason."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         self.term = term

@@ -211,14 +211,21 @@ def call(target: Callable[..., Any], arguments: Mapping[str, Any], what: str) ->
 
 
 def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
-    """Return the terms of a recipe: ``"name"``, or ``dict(type="name", …)`` with settings; ``None`` stands for no terms."""
+    """Return the terms of a recipe: ``"name"``, or ``dict(type="name", …)`` with settings; ``None`` stands for no terms.
+
+    A recipe is a function that returns a list of terms, or the class of a term that is a published method by itself; the settings
+    are then those of the term, with the published weight as the default.
+    """
     if recipe is None:
         return []
     spec = {"type": recipe} if isinstance(recipe, str) else dict(recipe) if isinstance(recipe, Mapping) else {}
     name = spec.pop("type", None)
     if not isinstance(name, str):
         raise DistillError(f"recipe must be a name or dict(type=name, …), one of {', '.join(recipes)}")
-    return list(call(recipes.get(name), spec, f"recipe {name}"))
+    target = recipes.get(name)
+    if isinstance(target, type):  # a term that is a whole method
+        return [{"type": target.__name__, **spec}]
+    return list(call(target, spec, f"recipe {name}"))
 
 
 def check_told(terms: Any, recipe: Any, **given: Any) -> None:

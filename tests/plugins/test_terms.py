@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 import golden
 from kdgraft import (
     LOSSES,
+    RECIPES,
+    AttentionTransfer,
     Batch,
     ChannelWise,
     Constant,
@@ -19,6 +23,7 @@ from kdgraft import (
     Hint,
     LogitMatching,
     PearsonImitation,
+    Reader,
     Region,
     ReverseKL,
     SoftTargets,
@@ -30,6 +35,7 @@ from kdgraft import (
 )
 from kdgraft.losses import binary_soft_targets, channel_wise, hint, localization, logit_matching, pearson, soft_targets
 from kdgraft.regions import foreground_weights
+from kdgraft.registry import expand_recipe
 from kdgraft.terms import build_terms
 
 
@@ -609,3 +615,19 @@ def test_hidden_state_travels_in_live_state_and_in_the_state_dict(tmp_path):
     del older["hidden"]
     plain.load_live_state(older)
     assert plain.terms["counted"].steps == 0
+
+
+def test_a_term_that_is_a_method_is_its_own_recipe():
+    assert expand_recipe("at", RECIPES) == [{"type": "AttentionTransfer"}]
+    maps = [{"a": torch.rand(2, width, 3, 3)} for width in (2, 4)]
+    recipe = dict(type="at", tap="parts.a", weight=2.0)
+    distiller = Distiller(Emit(**maps[0]), Emit(**maps[1]), recipe=recipe, example=EXAMPLE)
+    assert [(type(term), term.weight) for term in distiller.all_terms] == [(AttentionTransfer, 2.0)]
+
+
+def test_a_host_that_lacks_what_a_term_needs_refuses_it():
+    class Blind(Reader):
+        lacks: ClassVar = {"maps": "these models have none; use Hint"}
+
+    with pytest.raises(DistillError, match=r"^AttentionTransfer needs feature maps .*: these models have none; use Hint$"):
+        build_terms([dict(type="AttentionTransfer", tap="conv")], reader=Blind)

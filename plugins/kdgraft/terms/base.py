@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from ..auxiliary import Auxiliary
 from ..batch import Batch
 from ..errors import DistillError, check_number
 from ..losses import Ratio
-from ..readers import Reader, Taps, paired, parse_taps
+from ..readers import NEEDS, Reader, Taps, paired, parse_taps
 from ..registry import TERMS, Registry
 from ..schedules import Step, build_schedule
 from ..sources import STUDENT
@@ -41,6 +41,8 @@ class Term(nn.Module):
         {'distill.sparsity.weight': tensor(0.)}
     """
 
+    needs: ClassVar[tuple[str, ...]] = ()
+    """Kinds of tensors and facts that the term needs, of :data:`kdgraft.readers.NEEDS`; a host that lacks one refuses the term."""
     student_taps: Sequence[Tap] = ()
     teacher_taps: Sequence[Tap] = ()
     compares_classes = False
@@ -115,7 +117,10 @@ class Term(nn.Module):
         return self.weight * self.schedule(step)
 
     def check_settings(self, reader: type[Reader]) -> None:
-        """Raise a :class:`DistillError` for a setting that the host of this reader does not support."""
+        """Raise a :class:`DistillError` for a need or a setting that the host of this reader does not support."""
+        for need in self.needs:
+            if need in reader.lacks:
+                raise DistillError(f"{type(self).__name__} needs {NEEDS[need]}: {reader.lacks[need]}")
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         """Inspect both models before the dry run: set the taps that depend on them, and reject unsuitable models."""

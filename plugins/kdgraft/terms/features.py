@@ -44,8 +44,6 @@ class FeatureTerm(TapTerm):
 
     adapts_always = False
     """True if ``adapter="auto"`` builds an adapter even where the channels agree."""
-    only_maps = False
-    """True if the term accepts only maps ``(B, C, H, W)``."""
 
     def __init__(
         self, tap: Taps | None = None, *, adapter: AdapterKind = "auto", region: Any = "all", **settings: Any
@@ -59,7 +57,7 @@ class FeatureTerm(TapTerm):
     def wire(self, wiring: Wiring) -> None:
         check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
-            if self.only_maps:
+            if "maps" in self.needs:
                 check_maps(self, s, t, s_tap, t_tap)
             self.check_pair(s, t, s_tap, t_tap, wiring)
             self.placed.append(placed(self, self.region, self.region_name, t, t_tap, wiring))
@@ -197,7 +195,7 @@ class ChannelWise(FeatureTerm):
     """
 
     reads = "scores"
-    only_maps = True
+    needs = ("maps",)
 
     def __init__(self, tap: Taps | None = None, *, temperature: float = 4.0, **settings: Any) -> None:
         super().__init__(tap, **settings)

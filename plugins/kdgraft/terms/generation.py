@@ -40,7 +40,7 @@ class PerImageTerm(FeatureTerm):
     """
 
     reads = "features"
-    only_maps = True
+    needs = ("maps",)
 
     def __init__(self, tap: Taps | None = None, **settings: Any) -> None:
         super().__init__(tap, **settings)

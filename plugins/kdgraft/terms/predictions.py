@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,7 @@ class ScoreTerm(Term):
         tensor([1.])
     """
 
+    needs: ClassVar[tuple[str, ...]] = ("classes",)
     compares_classes = True
     hears_ensembles = True
     in_chunks = True
@@ -78,6 +79,7 @@ class ScoreTerm(Term):
         return twin
 
     def check_settings(self, reader: type[Reader]) -> None:
+        super().check_settings(reader)
         takes = [
             key for key in inspect.signature(reader.scores).parameters if key not in ("self", "student", "teacher")
         ]

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..losses import Ratio, attention_transfer, pairwise_affinity, weighted_ratio
 from ..losses.affinity import Pool, check_patch
-from ..registry import TERMS
+from ..registry import RECIPES, TERMS
 from ..taps import Recording
 from .base import Taps, check_choice, mean_of
 from .features import FeatureTerm
@@ -30,7 +30,7 @@ class MapTerm(FeatureTerm):
         ['distill.energy.loss']
     """
 
-    only_maps = True
+    needs = ("maps",)
 
     def __init__(self, tap: Taps | None = None, **settings: Any) -> None:
         super().__init__(tap, adapter="any", **settings)
@@ -78,6 +78,7 @@ class PairwiseAffinity(MapTerm):
 
 
 @TERMS.register
+@RECIPES.register("at")
 class AttentionTransfer(MapTerm):
     """Attention transfer (AT) by activations: strengths of positions (Zagoruyko & Komodakis 2017, arXiv 1612.03928).
 
