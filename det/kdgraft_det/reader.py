@@ -12,6 +12,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.readers import Compared, Pairs, Reader, Scores
 from kdgraft.taps import Recording
 from kdgraft.wiring import Wiring
+from kdgraft_hosts import DET
 
 from .heads import Anchors, Heads
 from .predictions import HEAD_NAMES, HeadName, find_heads
@@ -23,6 +24,7 @@ class DetReader(Reader):
     """Reads the pyramid and the heads of two detectors."""
 
     default_taps: ClassVar = {"features": "neck[*]"}
+    lacks: ClassVar = DET.lacks
 
     def scores(  # type: ignore[override]  # each host has settings of its own
         self,

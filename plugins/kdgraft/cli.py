@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from inspect import signature
 from pathlib import Path
 from pprint import pformat
@@ -17,7 +17,7 @@ from . import __version__
 from .errors import DistillError, check_number, nearest
 from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
-from .listing import explained
+from .listing import NEEDS, explained
 from .plans import carry_out, read_plan
 from .registry import LOSSES, REGIONS, SCHEDULES, SOURCES, Registry, expand_recipe
 
@@ -212,16 +212,40 @@ def _groups() -> tuple[list[tuple[str, Registry]], list[tuple[str, MissingHost]]
 
 
 def _list() -> None:
+    """Print all names: terms and recipes with the hosts in which they are usable, then the rest."""
     groups, missing = _groups()
     for name, error in missing:
         print(f"{name}: {error}\n")
-    found = {title: registry.describe() for title, registry in groups}
-    width = max(len(name) for lines in found.values() for name in lines)
-    for title, lines in found.items():
-        print(title)
-        for name, line in lines.items():
-            print(f"  {name:<{width}}  {line}")
-        print()
+    width = max(len(name) for _, registry in groups for name in registry.describe())
+    for kind in ("terms", "recipes"):
+        columns = [host for host in hosts() if host not in dict(missing)]
+        title = f"{kind}, and the hosts in which they are usable: {' '.join(columns)}"
+        _print_group(title, ((f"{name:<{width}}  {where}", line) for name, where, line in _across_hosts(groups, kind)))
+    for title, registry in groups:
+        if " " not in title:
+            _print_group(title, ((f"{name:<{width}}", line) for name, line in registry.describe().items()))
+
+
+def _print_group(title: str, lines: Iterable[tuple[str, str]]) -> None:
+    print("\n  ".join([title, *(f"{name}  {line}" for name, line in lines)]) + "\n")
+
+
+def _across_hosts(groups: Sequence[tuple[str, Registry]], kind: str) -> list[tuple[str, str, str]]:
+    """Return each term, or recipe, once: its name, the hosts in which it is usable, and its first line."""
+    registries = {title.partition(" ")[0]: registry for title, registry in groups if title.endswith(f" {kind}")}
+    lines: dict[tuple[str, int], str] = {}
+    usable: dict[tuple[str, int], set[str]] = {}
+    for host, registry in registries.items():
+        for name, line in registry.describe().items():
+            key = name, id(registry.holder(name))
+            lines[key] = line
+            if not set(registry.needs(name)) & set(hosts()[host].lacks):
+                usable.setdefault(key, set()).add(host)
+    found = []
+    for key in sorted(lines):
+        marks = (host if host in usable.get(key, ()) else "–".ljust(len(host)) for host in registries)
+        found.append((key[0], " ".join(marks), lines[key]))
+    return found
 
 
 def _show(name: str) -> None:
@@ -245,7 +269,17 @@ def _show(name: str) -> None:
             )
             print(f"terms = {pformat(expand_recipe(name, holder), sort_dicts=False, width=100)}")
         else:
-            print(f"{name} ({where})\n\n{explained(target)}\n")
+            print(f"{name} ({where})\n\n{explained(target)}\n{_usable(holder, name)}")
+
+
+def _usable(holder: Registry, name: str) -> str:
+    """Say what a term needs, and which hosts lack it for what reason."""
+    needs = holder.needs(name) if holder.kind == "term" else ()
+    refused = [(host, lacks.lacks[need]) for host, lacks in hosts().items() for need in needs if need in lacks.lacks]
+    return "".join(
+        [f"Needs {NEEDS.get(need, need)}.\n" for need in needs]
+        + [f"Not in {host}: {reason}.\n" for host, reason in refused]
+    )
 
 
 def _bench(arguments: argparse.Namespace) -> None:

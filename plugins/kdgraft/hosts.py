@@ -156,6 +156,8 @@ class Host:
         data: layout of the real datasets that the demo accepts, if it does.
         terms, recipes: the package's two registries with their ``home``, so that their contents can be listed without an import;
             without them the package is imported.
+        lacks: the kinds of :data:`kdgraft.readers.NEEDS` that models of this host never have, each with the reason; its reader
+            refuses terms that need them.
     """
 
     name: str
@@ -169,6 +171,7 @@ class Host:
     data: str | None = None
     terms: Registry | None = None
     recipes: Registry | None = None
+    lacks: Mapping[str, str] = field(default_factory=dict)
 
     def registries(self) -> tuple[Registry, Registry]:
         """Return the registries of terms and recipes; :class:`MissingHost` says what to install."""

@@ -12,8 +12,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+NEEDS = {
+    "maps": "feature maps (B, C, H, W)",
+    "samples": "one vector per sample",
+    "classes": "class scores",
+    "labels": "labels of exclusive classes",
+    "numbers": "regressed numbers, such as boxes",
+    "images": "images as the input of both models",
+}
+"""The kinds of tensors and facts that terms need, see :attr:`kdgraft.Term.needs`; a host may lack some of them."""
 
-@cache
+
 def written(package: str, variable: str) -> dict[str, str]:
     """Return the names that a package's files register, without importing the package or the framework that it needs.
 
@@ -24,25 +33,46 @@ def written(package: str, variable: str) -> dict[str, str]:
     Returns:
         The first line of the docstring by name; empty if the package's sources are not available.
     """
-    spec = find_spec(package) if package else None
-    if spec is None or spec.origin is None:
-        return {}
-    files = sorted(Path(spec.origin).parent.rglob("*.py"))
-    texts = (path.read_text(encoding="utf-8") for path in files)
-    return {name: line for text in texts if f"@{variable}.register" in text for name, line in _names(text, variable)}
+    found = _registered(package, variable)
+    return {name: (ast.get_docstring(node) or "").partition("\n")[0] for name, node in found.items()}
 
 
-def _names(text: str, variable: str) -> Iterator[tuple[str, str]]:
-    """Yield name and first line of each definition under ``@VARIABLE.register`` or ``@VARIABLE.register("name")``."""
-    for node in ast.parse(text).body:
-        if not isinstance(node, (ast.ClassDef, ast.FunctionDef)):
-            continue
+def needs_written(package: str, variable: str, name: str) -> tuple[str, ...]:
+    """Return :attr:`kdgraft.Term.needs` of a registered class, as its sources and those of its bases declare it."""
+    node = _registered(package, variable).get(name)
+    classes = {one.name: one for home in ("kdgraft", package) for one in _definitions(home)}
+    while isinstance(node, ast.ClassDef):
+        for line in node.body:
+            target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
+            if isinstance(target, ast.Name) and target.id == "needs":
+                assert isinstance(line, (ast.Assign, ast.AnnAssign)) and line.value is not None
+                return tuple(ast.literal_eval(line.value))
+        node = classes.get(ast.unparse(node.bases[0])) if node.bases else None
+    return ()
+
+
+@cache
+def _registered(package: str, variable: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """Return the definitions under ``@VARIABLE.register`` or ``@VARIABLE.register("name")`` by name."""
+    found: dict[str, ast.ClassDef | ast.FunctionDef] = {}
+    for node in _definitions(package):
         for decorator in node.decorator_list:
             named = decorator.args[0] if isinstance(decorator, ast.Call) and decorator.args else None
             function = decorator.func if isinstance(decorator, ast.Call) else decorator
             if ast.unparse(function) == f"{variable}.register":
-                name = named.value if isinstance(named, ast.Constant) else node.name
-                yield str(name), (ast.get_docstring(node) or "").partition("\n")[0]
+                found[str(named.value) if isinstance(named, ast.Constant) else node.name] = node
+    return found
+
+
+@cache
+def _definitions(package: str) -> list[ast.ClassDef | ast.FunctionDef]:
+    """Return the classes and functions of a package's files, without importing them."""
+    spec = find_spec(package) if package else None
+    if spec is None or spec.origin is None:
+        return []
+    files = sorted(Path(spec.origin).parent.rglob("*.py"))
+    nodes = [node for path in files for node in ast.parse(path.read_text(encoding="utf-8")).body]
+    return [node for node in nodes if isinstance(node, (ast.ClassDef, ast.FunctionDef))]
 
 
 def first_line(target: Any) -> str:

@@ -15,21 +15,12 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .errors import DistillError, WiringError
+from .listing import NEEDS as NEEDS
 from .sources import EnsembleRecording, combined
 from .taps import Recording, Tap
 from .wiring import Wiring
 
 Taps = str | Sequence[str]
-
-NEEDS = {
-    "maps": "feature maps (B, C, H, W)",
-    "samples": "one vector per sample",
-    "classes": "class scores",
-    "labels": "labels of exclusive classes",
-    "numbers": "regressed numbers, such as boxes",
-    "images": "images as the input of both models",
-}
-"""The kinds of tensors and facts that terms need, see :attr:`kdgraft.Term.needs`; a host's reader may lack some of them."""
 
 
 @dataclass

@@ -20,7 +20,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, NoReturn, TypeVar, overload
 
 from .errors import DistillError, nearest
-from .listing import arguments_of, first_line, written
+from .listing import arguments_of, first_line, needs_written, written
 
 T = TypeVar("T", bound=Callable[..., Any])
 
@@ -161,6 +161,15 @@ class Registry:
         if name in self._lines():
             return self
         return None if self.parent is None else self.parent.holder(name)
+
+    def needs(self, name: str) -> tuple[str, ...]:
+        """Return :attr:`kdgraft.Term.needs` of a name of :meth:`describe`, without importing ``home``; empty for a function."""
+        holder = self.holder(name)
+        if holder is not None and holder is not self:
+            return holder.needs(name)
+        if name in self._own:
+            return tuple(getattr(self._own[name], "needs", ()))
+        return needs_written(self._package, self._variable, name)
 
     def _lines(self) -> dict[str, str]:
         """Return the part of :meth:`describe` for the names of this registry without its parent."""

@@ -15,6 +15,9 @@ DET = Host(
     data="COCO's json",
     terms=Registry("term", "kdgraft.det.terms", parent=TERMS, home="kdgraft_det:TERMS"),
     recipes=Registry("recipe", "kdgraft.det.recipes", parent=RECIPES, home="kdgraft_det:RECIPES"),
+    lacks={
+        "images": "a detector's loss depends on its own anchors, not on class scores with labels; use AttentionTransfer"
+    },
 )
 SEG = Host(
     "seg",
@@ -28,6 +31,7 @@ SEG = Host(
     data="mmseg's layout",
     terms=Registry("term", "kdgraft.seg.terms", parent=TERMS, home="kdgraft_seg:TERMS"),
     recipes=Registry("recipe", "kdgraft.seg.recipes", parent=RECIPES, home="kdgraft_seg:RECIPES"),
+    lacks={"numbers": "a segmentor predicts the classes of pixels; use terms on class scores, such as SoftTargets"},
 )
 NLP = Host(
     "nlp",

@@ -17,6 +17,7 @@ from kdgraft.readers import Compared, Pairs, Reader, Scores, Taps, in_students_o
 from kdgraft.regions import on_grid
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
+from kdgraft_hosts import SEG
 
 LOGITS = "decode_head"
 EMBEDDINGS = "decode_head.cls_seg():input"
@@ -47,6 +48,7 @@ class SegReader(Reader):
     """Reads the decode heads of two segmentors. Its taps refer to the last head of a cascade."""
 
     default_taps: ClassVar = {"features": "backbone[-1]", "scores": LOGITS, "embeddings": EMBEDDINGS}
+    lacks: ClassVar = SEG.lacks
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         super().__init__(student, teacher, term)

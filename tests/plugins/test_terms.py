@@ -629,5 +629,7 @@ def test_a_host_that_lacks_what_a_term_needs_refuses_it():
     class Blind(Reader):
         lacks: ClassVar = {"maps": "these models have none; use Hint"}
 
-    with pytest.raises(DistillError, match=r"^AttentionTransfer needs feature maps .*: these models have none; use Hint$"):
+    with pytest.raises(
+        DistillError, match=r"^AttentionTransfer needs feature maps .*: these models have none; use Hint$"
+    ):
         build_terms([dict(type="AttentionTransfer", tap="conv")], reader=Blind)

@@ -1,0 +1,56 @@
+"""Every term trains a real detector, or says why detectors lack what it needs; those on heads: ``test_support.py``, for every head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdgraft import DistillError, FeatureTerm, MapTerm
+from kdgraft_det import TERMS
+from kdgraft_det.reader import DetReader
+from support import det_table
+from support.det import build, detector, distilled, losses, raw_batch, save_teacher
+from support.det_stages import detr, staged
+from support.methods import assert_falls, own_terms, spec, split, trained
+
+OWN = own_terms(TERMS)
+USABLE, LACKING = split(TERMS, DetReader)
+SETTINGS: dict[str, dict[str, Any]] = {}
+"""Settings of a term for detectors."""
+MODELS: dict[str, str] = {}
+"""A term's detector, where it is not GFL: ``"Faster R-CNN"`` or the name of a DETR-type model."""
+
+
+def model(kind: str, **sizes: int) -> dict[str, Any]:
+    name = MODELS.get(kind, "GFL")
+    if name == "GFL":
+        return detector(frozen_bn=True, **sizes)
+    return staged(name, **sizes) if name == "Faster R-CNN" else detr(name, **sizes)
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_trains_a_detector(kind, tmp_path):
+    teacher = model(kind, width=6, channels=12)
+    term = spec(OWN[kind], "neck[*]", **SETTINGS.get(kind, {}))
+    built = build(distilled(model(kind), teacher, save_teacher(tmp_path / "teacher.pth", teacher), terms=[term]))
+    batch = raw_batch()
+    assert_falls(trained(lambda: losses(built, batch), built.parameters()))
+    if issubclass(OWN[kind], FeatureTerm) and term["tap"] == "neck[*]":
+        assert len(built.distiller.rows) == len(built.neck.fpn_convs)
+        assert issubclass(OWN[kind], MapTerm) or "8→12" in built.distiller.rows[0].adapter
+
+
+@pytest.mark.parametrize("kind", LACKING)
+def test_what_detectors_lack_is_said(kind, tmp_path):
+    teacher = detector()
+    with pytest.raises(DistillError) as caught:
+        build(distilled(detector(), teacher, save_teacher(tmp_path / "teacher.pth", teacher), terms=[kind]))
+    reasons = [reason for need, reason in DetReader.lacks.items() if need in OWN[kind].needs]
+    assert any(str(caught.value).endswith(reason) for reason in reasons) and "\n" not in str(caught.value)
+
+
+def test_terms_on_heads_are_in_the_support_table():
+    assert {name for name in OWN if OWN[name].__module__.startswith("kdgraft_det")} >= {
+        det_table.term(technique, "GFL")["type"] for technique in det_table.TECHNIQUES
+    } - {"SoftTargets", "BoundedRegression"}

@@ -1,0 +1,74 @@
+"""Every term trains a real Hugging Face model: a text classifier, a language model, or, for terms on maps, an image classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from kdgraft import FocalGlobal, WiringError
+from kdgraft_nlp import TERMS
+from kdgraft_nlp.reader import HFReader
+from kdgraft_nlp.student import graft
+from support import nlp as support
+from support.methods import assert_falls, own_terms, spec, split, trained
+
+OWN = own_terms(TERMS)
+USABLE, LACKING = split(TERMS, HFReader)
+BOXES = {FocalGlobal.__name__}
+SETTINGS: dict[str, dict[str, Any]] = {}
+"""Settings of a term for models of Hugging Face."""
+FAMILIES: dict[str, str] = {"UniversalLogits": "llama"}
+"""A term's family of models, of ``support.TASKS``, where it is not BERT, or ``"resnet"`` for terms on maps."""
+
+
+def family(kind: str) -> str:
+    on_maps = {"maps", "images"} & set(OWN[kind].needs)
+    return FAMILIES.get(kind, "resnet" if on_maps else "bert")
+
+
+def model(name: str, width: int, seed: int) -> Any:
+    if name == "resnet":
+        torch.manual_seed(seed)
+        config = ResNetConfig(embedding_size=width, hidden_sizes=[width, 2 * width], depths=[1, 1], num_labels=3)
+        return ResNetForImageClassification(config)
+    return support.quiet(support.model(name, width, 2, 4, seed=seed))
+
+
+def batch(name: str) -> dict[str, torch.Tensor]:
+    if name == "resnet":
+        images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        return dict(pixel_values=images, labels=torch.tensor([0, 1, 2, 0]))
+    return support.collate(support.samples(6, support.TASKS[name][1]))
+
+
+def student(kind: str) -> Any:
+    name = family(kind)
+    tap = {"resnet": "resnet.encoder.stages[1]", "bert": "bert.encoder[last_hidden_state]", "llama": "model.layers.1"}[
+        name
+    ]
+    term = spec(OWN[kind], tap, **SETTINGS.get(kind, {}))
+    return graft(model(name, 16, 1).train(), model(name, 32, 2), [term])
+
+
+@pytest.mark.parametrize("kind", [name for name in USABLE if name not in BOXES])
+def test_trains_a_model(kind):
+    built, given = student(kind), batch(family(kind))
+
+    def losses():
+        built(**given)
+        return built.distill_link.last.losses
+
+    assert_falls(trained(losses, built.parameters()))
+
+
+@pytest.mark.parametrize("kind", sorted(BOXES))
+def test_terms_on_boxes_are_refused(kind):
+    with pytest.raises(WiringError, match="needs boxes around objects"):
+        student(kind)
+
+
+def test_models_of_hugging_face_lack_nothing():
+    assert LACKING == []

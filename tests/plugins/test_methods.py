@@ -1,0 +1,39 @@
+"""Every term of the core trains a plain PyTorch model; what plain models lack is refused."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+
+from kdgraft import TERMS, Distiller, Reader
+from kdgraft.batch import Batch
+from support.methods import assert_falls, own_terms, spec, split, trained
+
+USABLE, LACKING = split(TERMS, Reader)
+
+
+def model(width: int) -> nn.Module:
+    layers = dict(stem=nn.Conv2d(3, width, 3, padding=1), act=nn.ReLU(), conv=nn.Conv2d(width, width, 3, padding=1))
+    return nn.Sequential(OrderedDict(**layers, flat=nn.Flatten(), head=nn.Linear(64 * width, 5)))
+
+
+@pytest.mark.parametrize("kind", USABLE)
+def test_trains_a_plain_model(kind):
+    torch.manual_seed(1)
+    images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 4, 2, 0])
+    boxes = [torch.tensor([[1.0, 1.0, 6.0, 5.0]])] * 4
+    term = spec(own_terms(TERMS)[kind], "conv")
+    distiller = Distiller(model(4), model(8), [term], example=images)
+
+    def losses():
+        batch = Batch(padded_size=(8, 8), boxes=boxes)
+        return distiller(images, targets=labels, batch=batch).losses
+
+    assert_falls(trained(losses, distiller.parameters()))
+
+
+def test_plain_models_lack_nothing():
+    assert LACKING == []

@@ -1,0 +1,51 @@
+"""Every term trains a real segmentor, ignored pixels take no part, and what segmentors lack is said."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from kdgraft import DistillError, FeatureTerm, FocalGlobal, WiringError
+from kdgraft_seg import TERMS
+from kdgraft_seg.reader import SegReader
+from support.methods import assert_falls, own_terms, spec, split, trained
+from support.seg import SMALL_CRITIC, batch, build, distilled, losses_of, segmentor
+
+OWN = own_terms(TERMS)
+USABLE, LACKING = split(TERMS, SegReader)
+BOXES = {FocalGlobal.__name__}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "AdversarialMask": dict(critic=SMALL_CRITIC),
+    "CrossImageRelations": dict(nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
+}
+"""Settings of a term for segmentors."""
+
+
+def student(kind, teacher):
+    term = spec(OWN[kind], "backbone[2]", **SETTINGS.get(kind, {}))
+    return build(distilled(segmentor(dropout=0.0, frozen_bn=True), teacher, terms=[term]))
+
+
+@pytest.mark.parametrize("kind", [name for name in USABLE if name not in BOXES])
+def test_trains_a_segmentor(kind, teacher):
+    model = student(kind, teacher)
+    images = batch(ignored=0.3)
+    assert_falls(trained(lambda: losses_of(model, *images), model.parameters()))
+    if issubclass(OWN[kind], FeatureTerm):
+        assert [row.region for row in model.distiller.rows] == ["all"]
+        assert losses_of(student(kind, teacher), *batch(ignored=1.0))["distill.term.loss"] == 0
+
+
+@pytest.mark.parametrize("kind", sorted(BOXES))
+def test_terms_on_boxes_are_refused(kind, teacher):
+    with pytest.raises(WiringError, match="needs boxes around objects"):
+        student(kind, teacher)
+
+
+@pytest.mark.parametrize("kind", LACKING)
+def test_what_segmentors_lack_is_said(kind, teacher):
+    with pytest.raises(DistillError) as caught:
+        build(distilled(segmentor(), teacher, terms=[kind]))
+    reasons = [reason for need, reason in SegReader.lacks.items() if need in OWN[kind].needs]
+    assert any(str(caught.value).endswith(reason) for reason in reasons) and "\n" not in str(caught.value)

@@ -1,0 +1,69 @@
+"""Every registered term trains a small real model of every host on one batch: ``tests/{plugins,det,seg,nlp}/test_methods.py``.
+
+A new term is in the registry, and so in these tests. Where its defaults do not fit the small models, say so in :data:`SETTINGS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kdgraft import FeatureTerm, Reader, Registry, Term
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "SoftTargets": dict(temperature=2.0),
+}
+"""Settings of a term in every host. Tests of a host override them by their own."""
+
+
+def own_terms(terms: Registry) -> dict[str, type[Term]]:
+    """The terms of a registry that this project brings, by name; other tests register terms of their own."""
+    classes = {name: terms.get(name) for name in terms}
+    return {name: one for name, one in classes.items() if one.__module__.partition(".")[0].startswith("kdgraft")}
+
+
+def split(terms: Registry, reader: type[Reader]) -> tuple[list[str], list[str]]:
+    """The names of the terms that a host can use, and of those that need what the host lacks."""
+    found = own_terms(terms)
+    lacking = [name for name, one in found.items() if set(one.needs) & set(reader.lacks)]
+    return [name for name in found if name not in lacking], lacking
+
+
+def spec(kind: type[Term], tap: str, **settings: Any) -> dict[str, Any]:
+    """A term's entry in a config: a tap for terms on features, and settings."""
+    taps = dict(tap=tap) if issubclass(kind, FeatureTerm) else {}
+    return {"type": kind.__name__, "name": "term", **taps, **SETTINGS.get(kind.__name__, {}), **settings}
+
+
+def trained(
+    losses: Callable[[], dict[str, Tensor]], parameters: Iterable[nn.Parameter], *, steps: int = 6, lr: float = 2e-3
+) -> list[float]:
+    """Train on one batch by the distillation loss of the term alone; return its values.
+
+    Args:
+        losses: runs a step of the host, and returns its losses by name.
+        parameters: the parameters of the student and of the term.
+        steps: number of steps.
+        lr: the step size of Adam.
+    """
+    trained = [p for p in parameters if p.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=lr)
+    values = []
+    for _ in range(steps):
+        torch.manual_seed(0)  # some terms, samplers and dropout draw numbers
+        value = losses()["distill.term.loss"]
+        values.append(value.item())
+        optimizer.zero_grad()
+        value.backward()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in trained)
+        optimizer.step()
+    return values
+
+
+def assert_falls(values: list[float]) -> None:
+    """The first value that is not 0 (of terms that first train a network of their own) is above the last one."""
+    begun = [value for value in values if value != 0]
+    assert len(begun) > 1 and begun[-1] < begun[0], values
