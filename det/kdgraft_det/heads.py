@@ -83,7 +83,7 @@ def same_number_of_classes(student: int, teacher: int, term: str) -> None:
     """Raise a :class:`WiringError` unless both predict equally many classes."""
     if student != teacher:
         raise WiringError(
-            f"{term}: the student predicts {student} classes, the teacher {teacher}; train both on the same classes"
+            f"{term}: the student predicts {student} classes, the teacher {teacher}; train both on the same classes, or compare features"
         )
 
 

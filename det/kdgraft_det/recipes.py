@@ -11,7 +11,7 @@ from .registry import RECIPES
 def ld(
     main: float = 1.2, vlr: float = 2.6, classes: float = 0.125, temperature: float = 10.0, schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """LD (CVPR 2022): box distributions on the main and the valuable region, class distillation on the positives.
+    """LD (CVPR 2022, arXiv 2102.12252): box distributions on the main and the valuable region, class distillation on the positives.
 
     On COCO the default weights have the effect of the published ones. The published weights multiply sums over the three images of
     a GPU, divided by the numbers of bins (0.25 and 0.25 / 4), and a mean over 80 classes (10). The weights here multiply means over
@@ -84,7 +84,7 @@ def chen2017(
 
 @RECIPES.register
 def pkd(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
-    """PKD (NeurIPS 2022): the pyramid's channels correlate with the teacher's, whatever their scale.
+    """PKD (NeurIPS 2022, arXiv 2207.02039): the pyramid's channels correlate with the teacher's, whatever their scale.
 
     The losses of the levels add up. The published weight is 10 for one-stage detectors (RetinaNet) and 6 for two-stage ones. The
     authors' configs tap four of the pyramid's five levels; ``neck[*]`` taps all of them.
@@ -102,7 +102,7 @@ def fgd(
     tap: str = "neck[*]",
     schedule: Any = None,
 ) -> list[dict[str, Any]]:
-    """FGD (CVPR 2022) on the pyramid, with the published weights for one-stage detectors.
+    """FGD (CVPR 2022, arXiv 2111.11837) on the pyramid, with the published weights for one-stage detectors.
 
     The published weights for two-stage detectors are alpha 5e-5, beta 2.5e-5, gamma 5e-5 and lambda_ 5e-7.
     """
@@ -114,7 +114,7 @@ def fgd(
 def mgd(
     weight: float = 2e-5, mask_ratio: float = 0.65, tap: str = "neck[*]", schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """MGD (ECCV 2022) on the pyramid, with the published weight for one-stage detectors.
+    """MGD (ECCV 2022, arXiv 2205.01529) on the pyramid, with the weight for one-stage detectors.
 
     The published settings for two-stage detectors are weight 5e-7 and mask_ratio 0.45.
     """
@@ -125,7 +125,7 @@ def mgd(
 def fgfi(
     weight: float = 1.28, threshold: float = 0.5, tap: str = "neck[*]", schedule: Any = None
 ) -> list[dict[str, Any]]:
-    """FGFI (CVPR 2019): imitation through 1×1 adapters at the positions whose anchors are near an object (``threshold`` is ψ).
+    """FGFI (CVPR 2019, arXiv 1906.03609): imitation at the positions whose anchors are near an object (``threshold`` is ψ).
 
     The paper's loss is 0.01 · Σ I (r(s) - t)² / (2 ΣI), summed over channels. The loss here is the mean over channels, so that the
     paper's weight is 0.01 · C / 2: 1.28 for pyramids of 256 channels. Each level has its own ΣI, and all levels have equal weights.

@@ -13,6 +13,7 @@ from kdgraft.readers import Compared, Pairs, Reader, Scores
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
+from kdgraft_hosts import NLP
 
 from .chunked import head_of
 from .predictions import (
@@ -34,6 +35,7 @@ class HFReader(Reader):
     """The reader of two models of Hugging Face of the same task."""
 
     default_taps: ClassVar = {}
+    lacks: ClassVar = NLP.lacks
     chunked = False
     """True where the host computes terms on logits in chunks, from hidden states."""
 

@@ -6,6 +6,7 @@ A mistake of the user's ends the command with one line on stderr and exit code 2
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from inspect import signature
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except DistillError as error:
         message = str(error)
+    except BrokenPipeError:  # of `kdgraft list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except OSError as error:
         message = f"{error.strerror}: {error.filename}" if error.strerror and error.filename else str(error)
     else:

@@ -19,6 +19,7 @@ NEEDS = {
     "labels": "labels of exclusive classes",
     "numbers": "regressed numbers, such as boxes",
     "images": "images as the input of both models",
+    "boxes": "boxes around objects",
 }
 """The kinds of tensors and facts that terms need, see :attr:`kdgraft.Term.needs`; a host may lack some of them."""
 
@@ -98,7 +99,8 @@ def explained(target: Callable[..., Any]) -> str:
     if "where" in described and isinstance(target, type):  # of a term on class scores; each host has its own
         lines.append(f"    …    {described['where']}")
     text = "\n".join([told, "", *(["Arguments:", *lines] if lines else ["No arguments."])])
-    return re.sub(r":(?:class|func|meth|attr|data|mod):`~?([^`]+)`", r"``\1``", text)  # a terminal shows no links
+    text = re.sub(r"^\.\. math:: *", "    ", text, flags=re.MULTILINE)
+    return re.sub(r":(?:class|func|meth|attr|data|mod|math):`~?([^`]+)`", r"``\1``", text)  # a terminal shows no links
 
 
 def arguments_of(target: Callable[..., Any]) -> dict[str, str]:

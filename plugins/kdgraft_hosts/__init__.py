@@ -31,7 +31,10 @@ SEG = Host(
     data="mmseg's layout",
     terms=Registry("term", "kdgraft.seg.terms", parent=TERMS, home="kdgraft_seg:TERMS"),
     recipes=Registry("recipe", "kdgraft.seg.recipes", parent=RECIPES, home="kdgraft_seg:RECIPES"),
-    lacks={"numbers": "a segmentor predicts the classes of pixels; use terms on class scores, such as SoftTargets"},
+    lacks={
+        "numbers": "a segmentor predicts the classes of pixels; use terms on class scores, such as SoftTargets",
+        "boxes": "a segmentor's data have masks; use MaskedGeneration",
+    },
 )
 NLP = Host(
     "nlp",
@@ -44,6 +47,7 @@ NLP = Host(
     data="jsonl",
     terms=Registry("term", "kdgraft.nlp.terms", parent=TERMS, home="kdgraft_nlp:TERMS"),
     recipes=Registry("recipe", "kdgraft.nlp.recipes", parent=RECIPES, home="kdgraft_nlp:RECIPES"),
+    lacks={"boxes": "data of the Trainer have none; use MaskedGeneration for maps, HiddenStates for tokens"},
 )
 TORCH = Host(
     "torch",

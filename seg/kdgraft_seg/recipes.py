@@ -21,7 +21,7 @@ def skd(
     critic: Mapping[str, Any] | None = None,
     schedule: Any = None,
 ) -> list[dict[str, Any]]:
-    """Structured KD (CVPR 2019): soft targets of every pixel, pair-wise affinities, and a critic of whole masks.
+    """Structured KD (CVPR 2019, arXiv 1903.04197): soft targets of every pixel, pair-wise affinities, and a critic of whole masks.
 
     Args:
         pixel: the weight of the soft targets. A term with weight 0 is left out.
@@ -37,7 +37,7 @@ def skd(
 
 @RECIPES.register
 def cwd(weight: float = 3.0, temperature: float = 4.0, schedule: Any = None) -> list[dict[str, Any]]:
-    """CWD (ICCV 2021): the scores of each class as a distribution over positions."""
+    """CWD (ICCV 2021, arXiv 2011.13256): the scores of each class as a distribution over positions."""
     return _terms([dict(type="ChannelWise", weight=weight, temperature=temperature)], schedule)
 
 
@@ -72,7 +72,7 @@ def cirkd(
     relations: Mapping[str, Any] | None = None,
     schedule: Any = None,
 ) -> list[dict[str, Any]]:
-    """CIRKD (CVPR 2022): relations to pixels of other images and to remembered pixels and regions, with soft targets.
+    """CIRKD (CVPR 2022, arXiv 2204.06986): relations to pixels of other images and to remembered pixels and regions, with soft targets.
 
     Args:
         soft: the weight of the soft targets (temperature 1).
@@ -89,5 +89,5 @@ def cirkd(
 
 @RECIPES.register
 def mgd(weight: float = 2e-5, mask_ratio: float = 0.75, schedule: Any = None) -> list[dict[str, Any]]:
-    """MGD (ECCV 2022) on the backbone's last map, with the published settings for segmentation."""
+    """MGD (ECCV 2022, arXiv 2205.01529) on the backbone's last map, with the published settings for segmentation."""
     return _terms([dict(type="MaskedGeneration", name="mgd", weight=weight, mask_ratio=mask_ratio)], schedule)

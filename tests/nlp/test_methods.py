@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from kdgraft import FocalGlobal, WiringError
+from kdgraft import DistillError
 from kdgraft_nlp import TERMS
 from kdgraft_nlp.reader import HFReader
 from kdgraft_nlp.student import graft
@@ -17,7 +17,6 @@ from support.methods import assert_falls, own_terms, spec, split, trained
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, HFReader)
-BOXES = {FocalGlobal.__name__}
 SETTINGS: dict[str, dict[str, Any]] = {}
 """Settings of a term for models of Hugging Face."""
 FAMILIES: dict[str, str] = {"UniversalLogits": "llama"}
@@ -53,7 +52,7 @@ def student(kind: str) -> Any:
     return graft(model(name, 16, 1).train(), model(name, 32, 2), [term])
 
 
-@pytest.mark.parametrize("kind", [name for name in USABLE if name not in BOXES])
+@pytest.mark.parametrize("kind", USABLE)
 def test_trains_a_model(kind):
     built, given = student(kind), batch(family(kind))
 
@@ -64,11 +63,9 @@ def test_trains_a_model(kind):
     assert_falls(trained(losses, built.parameters()))
 
 
-@pytest.mark.parametrize("kind", sorted(BOXES))
-def test_terms_on_boxes_are_refused(kind):
-    with pytest.raises(WiringError, match="needs boxes around objects"):
+@pytest.mark.parametrize("kind", LACKING)
+def test_what_models_of_hugging_face_lack_is_said(kind):
+    with pytest.raises(DistillError) as caught:
         student(kind)
-
-
-def test_models_of_hugging_face_lack_nothing():
-    assert LACKING == []
+    reasons = [reason for need, reason in HFReader.lacks.items() if need in OWN[kind].needs]
+    assert any(str(caught.value).endswith(reason) for reason in reasons) and "\n" not in str(caught.value)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kdgraft import DistillError, FeatureTerm, FocalGlobal, WiringError
+from kdgraft import DistillError, FeatureTerm
 from kdgraft_seg import TERMS
 from kdgraft_seg.reader import SegReader
 from support.methods import assert_falls, own_terms, spec, split, trained
@@ -14,7 +14,6 @@ from support.seg import SMALL_CRITIC, batch, build, distilled, losses_of, segmen
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, SegReader)
-BOXES = {FocalGlobal.__name__}
 SETTINGS: dict[str, dict[str, Any]] = {
     "AdversarialMask": dict(critic=SMALL_CRITIC),
     "CrossImageRelations": dict(nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
@@ -27,7 +26,7 @@ def student(kind, teacher):
     return build(distilled(segmentor(dropout=0.0, frozen_bn=True), teacher, terms=[term]))
 
 
-@pytest.mark.parametrize("kind", [name for name in USABLE if name not in BOXES])
+@pytest.mark.parametrize("kind", USABLE)
 def test_trains_a_segmentor(kind, teacher):
     model = student(kind, teacher)
     images = batch(ignored=0.3)
@@ -35,12 +34,6 @@ def test_trains_a_segmentor(kind, teacher):
     if issubclass(OWN[kind], FeatureTerm):
         assert [row.region for row in model.distiller.rows] == ["all"]
         assert losses_of(student(kind, teacher), *batch(ignored=1.0))["distill.term.loss"] == 0
-
-
-@pytest.mark.parametrize("kind", sorted(BOXES))
-def test_terms_on_boxes_are_refused(kind, teacher):
-    with pytest.raises(WiringError, match="needs boxes around objects"):
-        student(kind, teacher)
 
 
 @pytest.mark.parametrize("kind", LACKING)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..distributed import SharedRandom, rank
 from ..errors import DistillError, WiringError, check_number, check_share
+from ..listing import NEEDS
 from ..losses import Ratio, focal_attention, focal_features, masked_generation, weighted_ratio
 from ..losses.focal_global import GlobalRelation, box_scales
 from ..losses.masked_generation import FeatureGenerator
@@ -40,7 +41,7 @@ class PerImageTerm(FeatureTerm):
     """
 
     reads = "features"
-    needs = ("maps",)
+    needs: ClassVar[tuple[str, ...]] = ("maps",)
 
     def __init__(self, tap: Taps | None = None, **settings: Any) -> None:
         super().__init__(tap, **settings)
@@ -156,6 +157,8 @@ class FocalGlobal(PerImageTerm):
         ['distill.focal_global.loss']
     """
 
+    needs = ("maps", "boxes")
+
     def __init__(
         self,
         tap: Taps | None = None,
@@ -176,7 +179,7 @@ class FocalGlobal(PerImageTerm):
 
     def wire(self, wiring: Wiring) -> None:
         if "boxes" not in wiring.fields:
-            raise WiringError(f"{self.name} needs boxes around objects, not given here; use MaskedGeneration")
+            raise WiringError(f"{self.name} needs {NEEDS['boxes']}, not given here; use MaskedGeneration")
         super().wire(wiring)
 
     def build_module(self, channels: int) -> nn.Module:

@@ -50,7 +50,7 @@ class MapTerm(FeatureTerm):
 
 @TERMS.register
 class PairwiseAffinity(MapTerm):
-    """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, section 3.2), weight 10 in the paper.
+    """Pair-wise affinity: cosines between pooled nodes (Structured KD; Liu et al. 2019, arXiv 1903.04197), weight 10.
 
     It needs memory for min(N², C²) numbers per image of N nodes and C channels; see :func:`kdgraft.losses.pairwise_affinity`.
 
