@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kdgraft import FeatureTerm, Reader, Registry, Term
 
 SETTINGS: dict[str, dict[str, Any]] = {
+    "FSP": dict(pairs=[[0, 0]]),  # of one layer with itself, as these tests tap one
     "SoftTargets": dict(temperature=2.0),
 }
 """Settings of a term in every host. Tests of a host override them by their own."""
