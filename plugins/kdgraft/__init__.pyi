@@ -24,11 +24,13 @@ from .terms.predictions import (
     TemperedTerm,
 )
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
+from .terms.statistics import FSP
 
 __version__: str
 
 __all__ = [
     "DIST",
+    "FSP",
     "LOSSES",
     "RECIPES",
     "REGIONS",

@@ -181,6 +181,12 @@ def _rows(student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, **s
     return losses.attention_distributions(student, teacher, weight=weight, **settings)
 
 
+def _flow(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    # Halved, which rounds nothing: a slope of the fourth power of 700 does not fit float16.
+    s, t = ((maps / 2, maps[:, 1::2] / 2) for maps in (student, teacher))
+    return losses.fsp(s, t, valid=(valid, valid), **settings)
+
+
 def _adversary(kind: str) -> dict[str, Declared]:
     told_apart = lambda student, teacher, **settings: losses.critic_loss(teacher, student, kind, **settings)  # noqa: E731
     fooled = lambda student, teacher, **settings: losses.adversarial(student, kind, **settings)  # noqa: E731
@@ -240,6 +246,7 @@ BY_NAME: dict[str, Declared] = {
     "focal_attention": masked(losses.focal_attention, MAPS, (2,), counts_all=True),
     "GlobalRelation": masked(_relation, MAPS, (2,), counts_all=True),
     "masked_generation": masked(_generation, MAPS, (2,), counts_all=True),
+    "fsp": masked(_flow, MAPS, (2,)),
     "class_prototypes": masked(_prototypes, TWO_WIDTHS, (2, 3, 4), lengths=False),
     **{
         f"pairwise_affinity of patches of {patch}, {pool}": masked(

@@ -12,6 +12,7 @@ from .cross_image import memory_relations, pixel_relations
 from .dist import dist_between_classes, dist_within_classes
 from .divergences import generalized_jsd, reverse_kl, skewed_kl
 from .focal_global import focal_attention, focal_features
+from .fsp import fsp
 from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
@@ -44,6 +45,7 @@ __all__ = [
     "focal_attention",
     "focal_features",
     "focused_entropy",
+    "fsp",
     "generalized_jsd",
     "gradient_penalty",
     "hint",
