@@ -24,7 +24,7 @@ from .terms.predictions import (
     TemperedTerm,
 )
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
-from .terms.statistics import FSP
+from .terms.statistics import FSP, NST
 
 __version__: str
 
@@ -32,6 +32,7 @@ __all__ = [
     "DIST",
     "FSP",
     "LOSSES",
+    "NST",
     "RECIPES",
     "REGIONS",
     "SCHEDULES",

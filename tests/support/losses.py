@@ -247,6 +247,10 @@ BY_NAME: dict[str, Declared] = {
     "GlobalRelation": masked(_relation, MAPS, (2,), counts_all=True),
     "masked_generation": masked(_generation, MAPS, (2,), counts_all=True),
     "fsp": masked(_flow, MAPS, (2,)),
+    "nst": masked(losses.nst, TWO_WIDTHS, (2,), lengths=False),
+    "nst linear": masked(partial(losses.nst, kernel="linear"), TWO_WIDTHS, (2,), lengths=False),
+    # Of its own bandwidth, which is a constant, no numerical gradient.
+    "nst gaussian": masked(partial(losses.nst, kernel="gaussian", bandwidth=0.7), TWO_WIDTHS, (2,), lengths=False),
     "class_prototypes": masked(_prototypes, TWO_WIDTHS, (2, 3, 4), lengths=False),
     **{
         f"pairwise_affinity of patches of {patch}, {pool}": masked(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import DistillError
 from .reduction import Reduction, reduce_loss, upcast
-from .relations import dot, relations, squared_difference
+from .relations import gram_difference
 from .scale import unit
 
 Pool = Literal["average", "max"]
@@ -55,7 +55,7 @@ def pairwise_affinity(
     check_patch(patch, pool)
     (s, present), (t, _) = (pool_nodes(upcast(maps), patch, pool, valid) for maps in (student, teacher))
     count = present.sum(1)
-    items = _squared_difference(s, t) / (count * count).clamp(min=1)
+    items = gram_difference(s, t) / (count * count).clamp(min=1)
     return reduce_loss(items, None if valid is None else (count > 0).to(items.dtype), reduction)
 
 
@@ -90,13 +90,3 @@ def pool_nodes(maps: Tensor, patch: int | float, pool: Pool, valid: Tensor | Non
         nodes = F.max_pool2d(maps, kernel, ceil_mode=True)
     nodes = nodes.masked_fill(~present, 0).flatten(2).transpose(1, 2)
     return unit(nodes, 2, eps=1e-8), present.flatten(1).to(maps.dtype)
-
-
-def _squared_difference(s: Tensor, t: Tensor) -> Tensor:
-    """Compute the squared Frobenius norm of ``s sᵀ - t tᵀ`` for each image, in the way that needs less memory."""
-    if s.shape[1] <= max(s.shape[2], t.shape[2]):
-        return relations(s, t, dot, squared_difference).sum(1)
-    # Large sums nearly cancel, so that double precision is needed (for C×C numbers).
-    s, t = s.transpose(1, 2), t.transpose(1, 2)
-    parts = [dot(a, b).double().square().sum((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
-    return (parts[0] - 2 * parts[1] + parts[2]).clamp(min=0).to(s.dtype)

@@ -68,3 +68,24 @@ def squared_difference(student: Tensor, teacher: Tensor, valid: Tensor | None = 
     """Sum the squared differences of the relations of each item: ``(…, N, M) -> (…, N)``."""
     items = (student - teacher).square()
     return (items if valid is None else items.masked_fill(~valid.bool(), 0)).sum(-1)
+
+
+def gram_difference(student: Tensor, teacher: Tensor) -> Tensor:
+    r"""Compute :math:`\|SS^\top - TT^\top\|_F^2`, with the items in rows, in the way that needs less memory.
+
+    The N×N dot products are built if N is at most the larger width; otherwise those of the columns, as
+    :math:`\|S^\top S\|_F^2 - 2\|S^\top T\|_F^2 + \|T^\top T\|_F^2`.
+
+    Args:
+        student: the student's items ``(B, N, C_s)``.
+        teacher: the teacher's items ``(B, N, C_t)``; the widths may differ.
+
+    Returns:
+        The squared norm for each entry of the batch, ``(B,)``.
+    """
+    if student.shape[1] <= max(student.shape[2], teacher.shape[2]):
+        return relations(student, teacher, dot, squared_difference).sum(1)
+    # Large sums nearly cancel, so that double precision is needed (for C×C numbers).
+    s, t = student.transpose(1, 2), teacher.transpose(1, 2)
+    parts = [dot(a, b).double().square().sum((1, 2)) for a, b in ((s, s), (s, t), (t, t))]
+    return (parts[0] - 2 * parts[1] + parts[2]).clamp(min=0).to(upcast(s).dtype)

@@ -3,7 +3,7 @@
 The terms themselves are public names of :mod:`kdgraft`; this package exports the bases that other packages extend.
 """
 
-from . import features, generation, predictions, relations
+from . import features, generation, predictions, relations, statistics
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
 from .generation import PerImageTerm
@@ -25,5 +25,6 @@ __all__ = [
     "mean_of",
     "predictions",
     "relations",
+    "statistics",
     "sum_of",
 ]

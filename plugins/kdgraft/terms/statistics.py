@@ -1,4 +1,4 @@
-"""Terms on statistics of features, such as the products of two layers' channels."""
+"""Terms on statistics of features: the products of two layers' channels, the distributions of channels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..errors import DistillError, WiringError
-from ..losses import Ratio, weighted_ratio
+from ..losses import Ratio, nst, weighted_ratio
+from ..losses.discrepancy import Kernel, check_kernel
 from ..losses.fsp import flow_differences
 from ..registry import RECIPES, TERMS
 from ..taps import Recording
 from ..wiring import Wiring
 from .base import Taps, sum_of
 from .features import FeatureTerm
+from .relations import MapTerm
 
 
 @TERMS.register
@@ -77,6 +79,46 @@ class FSP(FeatureTerm):
             (s1, t1, valid1), (s2, t2, valid2) = maps[one], maps[other]
             ratios.append(weighted_ratio(*flow_differences((s1, s2), (t1, t2), (valid1, valid2))))
         return sum_of(ratios)
+
+
+@TERMS.register
+@RECIPES.register("nst")
+class NST(MapTerm):
+    """Neuron selectivity transfer (NST): distribution of the channels' patterns (Huang & Wang 2017, arXiv 1707.01219).
+
+    Channels are normalised, so that the loss depends neither on the features' scale nor, by the means over channels and images, on
+    their number; with the polynomial kernel it is at most 2. The loss of several taps is the mean of their losses. The authors'
+    weight is for the last stage of Inception-BN on ImageNet; a port that adds up all stages uses it too.
+
+    Args:
+        tap, region: see :class:`MapTerm`; a detector's pyramid or a segmentor's last stage by default.
+        kernel: ``"poly"``, ``"linear"`` or ``"gaussian"``; see :func:`kdgraft.losses.nst`.
+        bandwidth: σ² of the Gaussian kernel; the mean squared distance of each image by default.
+        weight: 50 in the authors' code, with ``kernel="poly"``.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [NST("conv", kernel="gaussian")], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.nst.loss']
+    """
+
+    reads = "features"
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        kernel: Kernel = "poly",
+        bandwidth: float | None = None,
+        weight: float = 50.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(tap, weight=weight, **settings)
+        check_kernel(kernel, bandwidth)
+        self.kernel, self.bandwidth = kernel, bandwidth
+
+    def per_image(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
+        return nst(student, teacher, kernel=self.kernel, bandwidth=self.bandwidth, valid=valid, reduction="none")
 
 
 def _checked(pairs: Any) -> list[tuple[int, int]]:
