@@ -26,10 +26,13 @@ def cosine(
     weight: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    r"""Cosine: 1 − cos of student's and teacher's vectors (DistilBERT 2019).
+    r"""Cosine: 1 − cos of student's and teacher's vectors (DistilBERT 2019; of maps, RT-DETRv4 2025, arXiv 2510.25257).
+
+    It does not depend on the lengths of the vectors, as where a detector's map follows that of a vision foundation model, whose
+    scale is another.
 
     Args:
-        student_features, teacher_features: ``(…, C)`` with the channels at ``dim``, the same shape.
+        student_features, teacher_features: ``(…, C)``, or ``(B, C, H, W)`` with ``dim=1``; the same shape.
         dim: the channel dimension.
         weight: position weights that broadcast to the shape without ``dim``.
         reduction: over positions. A vector of zeros has cosine 0.

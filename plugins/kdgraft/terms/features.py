@@ -101,7 +101,7 @@ class FeatureImitation(FeatureTerm):
     Args:
         tap, student_tap, teacher_tap, adapter, region: see :class:`FeatureTerm`.
         loss: a registered loss, or a function of ``(student, teacher, dim=…, reduction="none")`` that returns a value per
-            position; ``dict(type="hint", norm="l1")`` sets its arguments.
+            position: ``"hint"``, ``"cosine"`` for directions alone; ``dict(type="hint", norm="l1")`` sets its arguments.
 
     Example:
         >>> term = FeatureImitation("conv", loss=dict(type="hint", norm="l1"))

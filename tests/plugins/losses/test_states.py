@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import golden.text
-from kdgraft import DistillError
+from kdgraft import Batch, Distiller, DistillError, FeatureImitation
 from kdgraft.losses import cosine, patient
 from support.tensors import gradient
 
@@ -123,3 +123,26 @@ def test_zero_vectors_at_weight_0_have_no_gradient(name: str, dtype: torch.dtype
 def test_unknown_variant():
     with pytest.raises(DistillError, match="variant must be 'paper' or 'code', got 'sum'"):
         patient(*golden.text.states(), variant="sum")
+
+
+def test_features_of_any_kind_imitate_directions():
+    torch.manual_seed(0)
+    models = [torch.nn.Sequential(torch.nn.Conv2d(3, width, 3, padding=1), torch.nn.Flatten(2)) for width in (4, 6)]
+    images = torch.randn(2, 3, 5, 5)
+    distiller = Distiller(*models, [FeatureImitation("0", loss="cosine")], images)
+    batch = Batch(padded_size=(5, 5), image_sizes=[(5, 2), (4, 3)])
+    found = distiller(images, batch=batch).loss
+    inside = torch.zeros(2, 5, 5, dtype=torch.bool)
+    inside[0, :, :2] = inside[1, :4, :3] = True
+    s, t = distiller.terms["feature_imitation"].adapters[0](models[0][0](images), images), models[1][0](images)
+    products = (s * t).sum(1) / s.square().sum(1).sqrt() / t.square().sum(1).sqrt()
+    torch.testing.assert_close(found, 1 - products[inside].mean())
+    # The teacher's scale does not matter, and vectors (B, N, C) are compared along the last axis.
+    models[1][0].weight.data *= 100
+    models[1][0].bias.data *= 100
+    torch.testing.assert_close(distiller(images, batch=batch).loss, found)
+    vectors = [torch.nn.Linear(3, width) for width in (4, 6)]
+    rows = torch.randn(2, 7, 3)
+    distiller = Distiller(*vectors, [FeatureImitation("", loss="cosine", name="rows")], rows)
+    s, t = distiller.terms["rows"].adapters[0](vectors[0](rows), rows), vectors[1](rows)
+    torch.testing.assert_close(distiller(rows).loss, (1 - torch.cosine_similarity(s, t, -1)).mean())
