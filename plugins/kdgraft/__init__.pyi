@@ -24,7 +24,7 @@ from .terms.predictions import (
     TemperedTerm,
 )
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
-from .terms.statistics import FSP, NST
+from .terms.statistics import FSP, NST, FeatureMMD
 
 __version__: str
 
@@ -49,6 +49,7 @@ __all__ = [
     "Engine",
     "Ensemble",
     "FeatureImitation",
+    "FeatureMMD",
     "FeatureTerm",
     "FineGrained",
     "FocalGlobal",

@@ -18,6 +18,7 @@ from torch import Tensor
 import golden.dense
 from kdgraft import losses
 from kdgraft.losses.focal_global import GlobalRelation
+from kdgraft.losses.scale import unit
 from support.tensors import gradient
 
 
@@ -52,6 +53,7 @@ EDGES = Kind((5, 4, 9), (5, 4, 9), -1)
 MAPS = Kind((2, 6, 3, 4), (2, 6, 3, 4), 1)
 TWO_WIDTHS = Kind((2, 3, 3, 4), (2, 6, 3, 4), 1)
 PIXELS = Kind((2, 6, 3), (2, 6, 6), -1)
+SETS = Kind((2, 5, 4), (2, 5, 4), -1)
 TOKENS = Kind((2, 5, 8), (2, 5, 12), -1)
 ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), None)
 ROWS_OF_ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), -1)
@@ -187,6 +189,16 @@ def _flow(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **se
     return losses.fsp(s, t, valid=(valid, valid), **settings)
 
 
+def _unit_vectors(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    # A slope of the fourth power of 700 does not fit float16.
+    cut = (
+        (losses.upcast(x) if valid is None else losses.upcast(x).masked_fill(~valid[..., None], 0))
+        for x in (student, teacher)
+    )
+    s, t = (unit(x, -1) for x in cut)
+    return losses.mmd(s, t, kernel="poly", valid=valid, **settings)
+
+
 def _adversary(kind: str) -> dict[str, Declared]:
     told_apart = lambda student, teacher, **settings: losses.critic_loss(teacher, student, kind, **settings)  # noqa: E731
     fooled = lambda student, teacher, **settings: losses.adversarial(student, kind, **settings)  # noqa: E731
@@ -233,6 +245,10 @@ BY_NAME: dict[str, Declared] = {
     # (B, N, D): pixels of several images, tokens of several texts
     "pixel_relations": masked(losses.pixel_relations, PIXELS, (2, 2, 6), lengths=False),
     "token_relations": masked(_tokens, TOKENS, (2, 2, 5), cuts=False),
+    # (B, N, C): sets of vectors. Of its own bandwidth, which is a constant, no numerical gradient.
+    "mmd": masked(partial(losses.mmd, bandwidth=9.0), SETS, (2,)),
+    "mmd linear": masked(partial(losses.mmd, kernel="linear"), SETS, (2,)),
+    "mmd poly of unit vectors": masked(_unit_vectors, SETS, (2,)),
     # (B, H, L, L): attention
     "attention_scores": weighted(losses.attention_scores, ATTENTION, (2, 3, 4, 5), cuts=True),
     "attention_distributions": weighted(_rows, ROWS_OF_ATTENTION, (2, 3, 4)),

@@ -17,6 +17,7 @@ from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
 from .masked_generation import masked_generation
+from .mmd import mmd
 from .nst import nst
 from .pearson import pearson
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
@@ -55,6 +56,7 @@ __all__ = [
     "masked_generation",
     "memory_relations",
     "mixed_targets",
+    "mmd",
     "nst",
     "pairwise_affinity",
     "patient",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..errors import DistillError
-from .discrepancy import Kernel, check_kernel, discrepancy
+from .mmd import Kernel, check_kernel, discrepancy
 from .reduction import Reduction, reduce_loss, upcast
 from .scale import unit
 
@@ -25,7 +25,7 @@ def nst(
     r"""NST: squared maximum mean discrepancy between the channels of two maps (Huang & Wang 2017, section 4).
 
     A channel is the vector of its activations over positions, normalised to length 1; see
-    :func:`kdgraft.losses.discrepancy.discrepancy` for the formula. With the polynomial kernel of degree 2 this is the difference of
+    :func:`kdgraft.losses.mmd.discrepancy` for the formula. With the polynomial kernel of degree 2 this is the difference of
     the Gram matrices of positions, each divided by the number of channels; with the linear kernel that of the mean normalised
     channels, which resembles attention transfer.
 

@@ -1,21 +1,23 @@
-"""Terms on statistics of features: the products of two layers' channels, the distributions of channels."""
+"""Terms on statistics of features: the products of two layers' channels, the distributions of channels and of vectors."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..errors import DistillError, WiringError
-from ..losses import Ratio, nst, weighted_ratio
-from ..losses.discrepancy import Kernel, check_kernel
+from ..distributed import gather_over_ranks, world_size
+from ..errors import DistillError, WiringError, check_number
+from ..losses import Ratio, mmd, nst, weighted_ratio
 from ..losses.fsp import flow_differences
+from ..losses.mmd import Kernel, check_kernel, pooled_vectors
 from ..registry import RECIPES, TERMS
 from ..taps import Recording
 from ..wiring import Wiring
-from .base import Taps, sum_of
+from .base import Taps, mean_of, sum_of
 from .features import FeatureTerm
 from .relations import MapTerm
 
@@ -119,6 +121,84 @@ class NST(MapTerm):
 
     def per_image(self, student: Tensor, teacher: Tensor, valid: Tensor | None) -> Tensor:
         return nst(student, teacher, kernel=self.kernel, bandwidth=self.bandwidth, valid=valid, reduction="none")
+
+
+@TERMS.register
+@RECIPES.register("mmd")
+class FeatureMMD(FeatureTerm):
+    """Maximum mean discrepancy (MMD) of feature vectors: their distribution follows the teacher's, by a kernel of choice.
+
+    The vectors of an image's positions or of a sequence's tokens are a set, and the loss is the mean over sets. Single vectors
+    ``(N, C)``, such as one per sample, are one set over the batch, those of other processes included. The loss of several taps is
+    the mean of their losses. No weight is published for this form. With the Gaussian kernel the loss is at most 2, whatever the
+    sizes; with the others it grows with the features' scale, and not with the number of channels or positions.
+
+    Args:
+        tap, student_tap, teacher_tap: maps ``(B, C, H, W)``, states ``(B, L, C)`` or vectors ``(N, C)``; a detector's pyramid or a
+            segmentor's last stage by default.
+        kernel: ``"gaussian"``, ``"linear"`` or ``"poly"``; see :func:`kdgraft.losses.mmd`.
+        bandwidth: σ² of the Gaussian kernel; the mean squared distance of each set by default.
+        items: largest number of vectors in a set for the Gaussian kernel, which compares all of them with each other. Positions and
+            tokens beyond are averaged over patches; of single vectors evenly spaced ones are taken.
+        adapter: adapter for channels that differ; ``"auto"`` builds one where they do, and none otherwise.
+        region: see :class:`~kdgraft.terms.FeatureTerm`; it weighs the vectors in their set.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [FeatureMMD("conv")], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.feature_mmd.loss']
+    """
+
+    reads = "features"
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        kernel: Kernel = "gaussian",
+        bandwidth: float | None = None,
+        items: int = 512,
+        **settings: Any,
+    ) -> None:
+        super().__init__(tap, **settings)
+        check_kernel(kernel, bandwidth)
+        check_number("FeatureMMD", "items", items, low=2, whole=True)
+        self.kernel, self.bandwidth, self.items = kernel, bandwidth, items
+
+    def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        if student.shape != teacher.shape:
+            raise WiringError(
+                f"{self.name}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree; use adapter='auto'"
+            )
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
+
+    def _compare(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
+        if student.ndim == 2:
+            return self._of_all_ranks(student, teacher, weight)
+        (s, valid), (t, _) = (self._set(features, weight) for features in (student, teacher))
+        items = mmd(s, t, kernel=self.kernel, bandwidth=self.bandwidth, valid=valid, reduction="none")
+        return weighted_ratio(items, None if valid is None else (valid > 0).any(1))
+
+    def _set(self, features: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the vectors ``(B, N, C)`` of positions or tokens, few enough for the kernel, and their weights."""
+        maps = features if features.ndim == 4 else features.transpose(-1, -2)[:, :, None]
+        places = weight if weight is None or features.ndim == 4 else weight[:, None]
+        most = self.items if self.kernel == "gaussian" else maps.shape[2] * maps.shape[3]
+        return pooled_vectors(maps, places, max(most, 1))
+
+    def _of_all_ranks(self, student: Tensor, teacher: Tensor, weight: Tensor | None) -> Ratio:
+        """Compare single vectors ``(N, C)`` as one set over all processes, each of which computes the same value."""
+        weight = student.new_ones(len(student)) if weight is None else weight
+        s, t, w = (gather_over_ranks(x) for x in (student, teacher, weight))
+        places = w.nonzero()[:, 0]
+        if self.kernel == "gaussian" and len(places) > self.items:
+            even = torch.arange(self.items, device=places.device) * len(places) // self.items
+            s, t, w = (x[places[even]] for x in (s, t, w))
+        value = mmd(s[None], t[None], kernel=self.kernel, bandwidth=self.bandwidth, valid=w[None])
+        share = 1 / world_size()
+        return Ratio(value * share, value.new_full((), share))
 
 
 def _checked(pairs: Any) -> list[tuple[int, int]]:

@@ -13,7 +13,7 @@ import golden.dense
 from golden.dense import chirp
 from kdgraft import NST, Distiller, DistillError, WiringError
 from kdgraft.losses import nst
-from kdgraft.losses.discrepancy import discrepancy
+from kdgraft.losses.mmd import discrepancy
 from support.tensors import gradient
 
 # HobbitLong/RepDistiller@b84f547c5db6a35318d4671d7d5c4de74c822403: distiller_zoo/NST.py, nst_loss, in float64: value, gradient at
