@@ -10,7 +10,7 @@ from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
 from .sources import Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recording, Tap
 from .terms.base import TapTerm, Term
-from .terms.features import ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
+from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
 from .terms.predictions import (
     DIST,
@@ -38,6 +38,7 @@ __all__ = [
     "SCHEDULES",
     "SOURCES",
     "TERMS",
+    "ActivationBoundaries",
     "AttentionTransfer",
     "Batch",
     "ChannelWise",

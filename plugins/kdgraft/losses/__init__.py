@@ -1,5 +1,6 @@
 """The losses, one method per file: pure functions that document their shapes, units, reduction and source."""
 
+from .activation_boundaries import activation_boundaries, sparsity_mismatch
 from .adversarial import adversarial, critic_loss, gradient_penalty
 from .affinity import pairwise_affinity
 from .attention_maps import attention_distributions, attention_scores
@@ -31,6 +32,7 @@ from .weighted_soft_targets import weighted_binary_soft_targets, weighted_soft_t
 __all__ = [
     "Ratio",
     "SoftTargetsLoss",
+    "activation_boundaries",
     "adversarial",
     "align_scale",
     "attention_distributions",
@@ -67,6 +69,7 @@ __all__ = [
     "reverse_kl",
     "skewed_kl",
     "soft_targets",
+    "sparsity_mismatch",
     "token_relations",
     "universal_logits",
     "upcast",

@@ -6,17 +6,25 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterKind, adapter_label, build_adapter
 from ..batch import Batch
 from ..distributed import total_over_ranks, world_size
-from ..errors import DistillError, WiringError
-from ..losses import Ratio, channel_wise, pearson, weighted_ratio
+from ..errors import DistillError, WiringError, check_number
+from ..losses import (
+    Ratio,
+    activation_boundaries,
+    channel_wise,
+    pearson,
+    sparsity_mismatch,
+    weighted_ratio,
+)
 from ..losses.soft_targets import check_temperature
 from ..readers import class_dim, in_order
 from ..regions import All, Region
-from ..registry import LOSSES, REGIONS, TERMS
+from ..registry import LOSSES, RECIPES, REGIONS, TERMS
 from ..taps import Recording, Tap
 from .base import Taps, TapTerm, Term, Wiring, mean_of, sum_of
 
@@ -224,6 +232,65 @@ class ChannelWise(FeatureTerm):
         return mean_of(ratios)
 
 
+@TERMS.register
+@RECIPES.register("ab")
+class ActivationBoundaries(FeatureTerm):
+    """Activation boundaries (AB): units are on or off where the teacher's are (Heo et al. 2019, arXiv 1811.03233).
+
+    Tap both models before a ReLU. Squared errors are summed over units and positions and divided by the number of images; the
+    losses of several taps are added, each with half the weight of the next one. The authors' weight of 3/1000 is for CIFAR-10, with
+    maps of 32×32, 16×16 and 8×8; the loss grows with the number of units and positions. They train the student on this loss alone
+    first and then on the labels; here it is added to the task's own loss, and ``schedule=dict(type="Stop", …)`` ends it. Their
+    adapter ends with a batch normalisation, which this one lacks.
+
+    The log has the share of units whose state differs from the teacher's as ``distill.activation_boundaries.mismatch``; see
+    :func:`kdgraft.losses.sparsity_mismatch`.
+
+    Args:
+        tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)`` before an activation, from the first layer to the
+            last; a detector's pyramid or a segmentor's last stage by default. The teacher's may also be after the ReLU.
+        margin: m >= 0; a unit costs nothing beyond it.
+        adapter: ``"auto"`` builds an adapter where the channels differ, and none otherwise.
+        region: see :class:`FeatureTerm`; positions with weight 0 are excluded.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [ActivationBoundaries("conv")], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.activation_boundaries.loss', 'distill.activation_boundaries.mismatch']
+    """
+
+    reads = "features"
+
+    def __init__(self, tap: Taps | None = None, *, margin: float = 1.0, weight: float = 3e-3, **settings: Any) -> None:
+        super().__init__(tap, weight=weight, **settings)
+        check_number("ActivationBoundaries", "margin", margin)
+        self.margin = margin
+
+    def wire(self, wiring: Wiring) -> None:
+        super().wire(wiring)
+        pairs = self.pairs(wiring.student_recording, wiring.teacher_recording)
+        for adapter, (s, _, tap, _) in zip(self.adapters, pairs, strict=True):
+            if not list(adapter.parameters()) and (s >= 0).all() and (s == 0).any():
+                raise WiringError(
+                    f"{self.name}: no unit of the student's {tap} is below 0, as after a ReLU, so that none can learn to be off; "
+                    "tap the layer before it, or use adapter='conv1x1'"
+                )
+
+    def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
+        check_equal(self, student, teacher)
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        ratios, shares = [], []
+        for depth, (s, t, weight) in enumerate(self.aligned(student, teacher, batch), 1 - len(self.adapters)):
+            dim = class_dim(t)
+            items = activation_boundaries(s, t, margin=self.margin, dim=dim, weight=weight, reduction="none")
+            present = None if weight is None else (weight.reshape(len(weight), -1) > 0).any(1)
+            ratios.append(weighted_ratio(items.reshape(len(items), -1).sum(1) * 2.0**depth, present))
+            shares.append(sparsity_mismatch(s, t, dim=dim, weight=weight))
+        self.monitor["mismatch"] = torch.stack(shares).mean()
+        return sum_of(ratios)
+
+
 def _loss_function(spec: Any) -> Callable[..., Tensor]:
     settings: dict[str, Any] = {}
     if isinstance(spec, dict):
@@ -288,4 +355,12 @@ def check_maps(term: Term, student: Tensor, teacher: Tensor, student_tap: Tap, t
         raise WiringError(
             f"{term.name}: {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)} must be maps "
             "(B, C, H, W)"
+        )
+
+
+def check_equal(term: Term, student: Tensor, teacher: Tensor) -> None:
+    """Raise a :class:`WiringError` unless the adapted tensor has the teacher's shape, which ``adapter="any"`` does not ensure."""
+    if student.shape[1:] != teacher.shape[1:]:
+        raise WiringError(
+            f"{term.name}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree; use adapter='auto'"
         )

@@ -18,7 +18,7 @@ from ..registry import RECIPES, TERMS
 from ..taps import Recording
 from ..wiring import Wiring
 from .base import Taps, mean_of, sum_of
-from .features import FeatureTerm
+from .features import FeatureTerm, check_equal
 from .relations import MapTerm
 
 
@@ -68,11 +68,7 @@ class FSP(FeatureTerm):
             )
 
     def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
-        if student.shape[1] != teacher.shape[1]:
-            raise WiringError(
-                f"{self.name}: the student's {student.shape[1]} channels and the teacher's {teacher.shape[1]} give products "
-                "that cannot be compared; use adapter='auto'"
-            )
+        check_equal(self, student, teacher)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         maps = list(self.aligned(student, teacher, batch))
@@ -166,10 +162,7 @@ class FeatureMMD(FeatureTerm):
         self.kernel, self.bandwidth, self.items = kernel, bandwidth, items
 
     def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
-        if student.shape != teacher.shape:
-            raise WiringError(
-                f"{self.name}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree; use adapter='auto'"
-            )
+        check_equal(self, student, teacher)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         return mean_of([self._compare(*level) for level in self.aligned(student, teacher, batch)])
