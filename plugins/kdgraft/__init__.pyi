@@ -23,6 +23,7 @@ from .terms.predictions import (
     SoftTargets,
     TemperedTerm,
 )
+from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.statistics import FSP, NST, FeatureMMD
 
@@ -49,6 +50,7 @@ __all__ = [
     "Distiller",
     "Engine",
     "Ensemble",
+    "FactorTransfer",
     "FeatureImitation",
     "FeatureMMD",
     "FeatureTerm",
@@ -66,6 +68,7 @@ __all__ = [
     "PearsonImitation",
     "Peer",
     "PerImageTerm",
+    "PretrainedTerm",
     "Ramp",
     "Reader",
     "Recorder",

@@ -76,10 +76,16 @@ class Auxiliary:
         self.optimizer.zero_grad()
         return dict(zip(figures, (total[-len(sums) : -1] / everyone).unbind(), strict=True))
 
+    @contextmanager
+    def frozen(self, device_type: str) -> Iterator[None]:
+        """Enter eval mode without gradients to the parameters, in float32 even under autocast."""
+        self.network.eval().requires_grad_(False)
+        with torch.autocast(device_type, enabled=False):
+            yield
+
     def judge(self, inputs: Tensor) -> Tensor:
         """Apply the network to ``inputs`` in float32, with gradients to the inputs only."""
-        self.network.eval().requires_grad_(False)
-        with torch.autocast(inputs.device.type, enabled=False):
+        with self.frozen(inputs.device.type):
             return self.network(inputs.float())
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:

@@ -12,6 +12,7 @@ from .cross_head import align_scale, focused_entropy
 from .cross_image import memory_relations, pixel_relations
 from .dist import dist_between_classes, dist_within_classes
 from .divergences import generalized_jsd, reverse_kl, skewed_kl
+from .factor_transfer import factor_transfer
 from .focal_global import focal_attention, focal_features
 from .fsp import fsp
 from .hint import hint
@@ -46,6 +47,7 @@ __all__ = [
     "critic_loss",
     "dist_between_classes",
     "dist_within_classes",
+    "factor_transfer",
     "focal_attention",
     "focal_features",
     "focused_entropy",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from .hint import hint
+from .masking import inside
 from .reduction import Reduction, reduce_loss, same_shape, upcast
 
 
@@ -23,8 +24,8 @@ class FeatureGenerator(nn.Module):
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
         """Generate features; both convolutions treat positions where ``valid`` ``(B, H, W)`` is 0 as zero padding."""
-        hidden = self.enter(_inside(features.to(self.enter.weight.dtype), valid)).relu()
-        generated: Tensor = self.leave(_inside(hidden, valid))
+        hidden = self.enter(inside(features.to(self.enter.weight.dtype), valid)).relu()
+        generated: Tensor = self.leave(inside(hidden, valid))
         return generated
 
 
@@ -55,9 +56,5 @@ def masked_generation(
     """
     same_shape(student, teacher, "masked_generation")
     generated = generator(student.masked_fill(~keep[:, None], 0), valid)
-    items = hint(generated, _inside(upcast(teacher), valid), weight=valid, reduction="none") * teacher.shape[1]
+    items = hint(generated, inside(upcast(teacher), valid), weight=valid, reduction="none") * teacher.shape[1]
     return reduce_loss(items.flatten(1).sum(1), None, reduction)
-
-
-def _inside(features: Tensor, valid: Tensor | None) -> Tensor:
-    return features if valid is None else features.masked_fill((valid <= 0)[:, None], 0)

@@ -3,17 +3,19 @@
 The terms themselves are public names of :mod:`kdgraft`; this package exports the bases that other packages extend.
 """
 
-from . import features, generation, predictions, relations, statistics
+from . import features, generation, predictions, pretrained, relations, statistics
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
 from .generation import PerImageTerm
 from .predictions import ScoreTerm, TemperedTerm
+from .pretrained import PretrainedTerm
 from .relations import MapTerm
 
 __all__ = [
     "FeatureTerm",
     "MapTerm",
     "PerImageTerm",
+    "PretrainedTerm",
     "ScoreTerm",
     "TapTerm",
     "TemperedTerm",
@@ -24,6 +26,7 @@ __all__ = [
     "generation",
     "mean_of",
     "predictions",
+    "pretrained",
     "relations",
     "statistics",
     "sum_of",

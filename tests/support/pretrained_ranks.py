@@ -1,0 +1,45 @@
+"""Steps of the terms with networks of their own on a share of a fixed batch, alone or as one of two processes.
+
+:func:`steps` is also what the test computes on the whole batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from kdgraft import Batch, Distiller, FactorTransfer
+from support.distiller_ranks import IMAGES, SHARES, SIZES, Net
+from support.processes import as_rank
+from support.tensors import gradients
+
+
+def distiller() -> Distiller:
+    """One term of each kind; their networks learn in the first two steps."""
+    torch.manual_seed(0)
+    settings: dict[str, Any] = dict(pretrain=2, lr=0.01)
+    terms = [FactorTransfer(["trunk", "deep"], **settings)]
+    return Distiller(Net(4), Net(6), terms, example=IMAGES[:1])
+
+
+def steps(share: slice, *, distributed: bool) -> dict[str, Any]:
+    """Four steps without an optimizer of the student: losses and figures, gradients and the networks in the end."""
+    model = distiller()
+    wrapped = DistributedDataParallel(model) if distributed else model
+    batch = Batch(padded_size=(8, 8), image_sizes=SIZES[share])
+    found: dict[str, Any] = {"losses": [], "gradients": []}
+    for _ in range(4):
+        model.zero_grad()
+        out = wrapped(IMAGES[share], batch=batch)
+        (out.loss + 0 * out.student.sum()).backward()  # DDP waits for the gradient of every parameter
+        found["losses"].append({name: value.detach() for name, value in out.losses.items()})
+        found["gradients"].append(gradients(model))
+    networks = {name: term.auxiliaries for name, term in model.terms.items() if term.auxiliaries}
+    found["networks"] = {name: own["network"].network.state_dict() for name, own in networks.items()}
+    return found
+
+
+if __name__ == "__main__":
+    as_rank(lambda rank: steps(SHARES[rank], distributed=True))
