@@ -25,6 +25,7 @@ from .terms.predictions import (
 )
 from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
+from .terms.review import Review
 from .terms.statistics import FSP, NST, FeatureMMD
 
 __version__: str
@@ -76,6 +77,7 @@ __all__ = [
     "Region",
     "Registry",
     "ReverseKL",
+    "Review",
     "Schedule",
     "ScoreTerm",
     "Scores",

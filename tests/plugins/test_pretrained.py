@@ -222,7 +222,9 @@ def test_two_processes_are_one(tmp_path: Path):
 # Mistakes.
 
 
-@pytest.mark.parametrize("source", [lambda: Peer(Fixed(6, 2)), Itself, lambda: Itself(momentum=0.9)], ids=["peer", "itself", "average"])
+@pytest.mark.parametrize(
+    "source", [lambda: Peer(Fixed(6, 2)), Itself, lambda: Itself(momentum=0.9)], ids=["peer", "itself", "average"]
+)
 def test_a_source_that_changes_is_refused(source: Any):
     with pytest.raises(WiringError, match="learns from a frozen teacher first, and this source changes"):
         Distiller(Fixed(4, 1), source(), [FactorTransfer("neck[*]")], example=X)

@@ -286,6 +286,7 @@ BY_NAME: dict[str, Declared] = {
     **_adversary("hinge"),
     "attention_transfer": masked(losses.attention_transfer, TWO_WIDTHS, (2,), lengths=False),
     "factor_transfer": masked(losses.factor_transfer, MAPS, (2,), lengths=False),
+    "hierarchical_context": masked(losses.hierarchical_context, MAPS, (2,)),
     "factor_transfer of the paper": masked(partial(losses.factor_transfer, variant="paper"), MAPS, (2,), lengths=False),
 }
 """By the name of a registered loss, and its settings after a blank."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from kdgraft import Batch, Distiller, FactorTransfer
+from kdgraft import Batch, Distiller, FactorTransfer, Review
 from support.distiller_ranks import IMAGES, SHARES, SIZES, Net
 from support.processes import as_rank
 from support.tensors import gradients
@@ -20,7 +20,7 @@ def distiller() -> Distiller:
     """One term of each kind; their networks learn in the first two steps."""
     torch.manual_seed(0)
     settings: dict[str, Any] = dict(pretrain=2, lr=0.01)
-    terms = [FactorTransfer(["trunk", "deep"], **settings)]
+    terms = [FactorTransfer(["trunk", "deep"], **settings), Review(["trunk", "deep"])]
     return Distiller(Net(4), Net(6), terms, example=IMAGES[:1])
 
 
@@ -36,7 +36,7 @@ def steps(share: slice, *, distributed: bool) -> dict[str, Any]:
         (out.loss + 0 * out.student.sum()).backward()  # DDP waits for the gradient of every parameter
         found["losses"].append({name: value.detach() for name, value in out.losses.items()})
         found["gradients"].append(gradients(model))
-    networks = {name: term.auxiliaries for name, term in model.terms.items() if term.auxiliaries}
+    networks = {term.name: term.auxiliaries for term in model.all_terms if term.auxiliaries}
     found["networks"] = {name: own["network"].network.state_dict() for name, own in networks.items()}
     return found
 

@@ -24,6 +24,7 @@ from .nst import nst
 from .pearson import pearson
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .relations import relations
+from .review import hierarchical_context
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
 from .states import cosine, patient
 from .token_relations import token_relations
@@ -54,6 +55,7 @@ __all__ = [
     "fsp",
     "generalized_jsd",
     "gradient_penalty",
+    "hierarchical_context",
     "hint",
     "localization",
     "logit_matching",

@@ -3,7 +3,7 @@
 The terms themselves are public names of :mod:`kdgraft`; this package exports the bases that other packages extend.
 """
 
-from . import features, generation, predictions, pretrained, relations, statistics
+from . import features, generation, predictions, pretrained, relations, review, statistics
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
 from .generation import PerImageTerm
@@ -28,6 +28,7 @@ __all__ = [
     "predictions",
     "pretrained",
     "relations",
+    "review",
     "statistics",
     "sum_of",
 ]

@@ -364,3 +364,12 @@ def check_equal(term: Term, student: Tensor, teacher: Tensor) -> None:
         raise WiringError(
             f"{term.name}: student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must agree; use adapter='auto'"
         )
+
+
+def check_in_image(term: Term, tap: Tap, wiring: Wiring) -> None:
+    """Raise a :class:`WiringError` for a tap on proposals, as a loss of images cannot place them."""
+    if not wiring.in_image(tap):
+        raise WiringError(
+            f"{term.name}: {tap} yields maps of proposals, but this loss compares images; tap a stage or the neck, "
+            "or use FeatureImitation"
+        )

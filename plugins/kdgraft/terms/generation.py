@@ -15,11 +15,12 @@ from ..listing import NEEDS
 from ..losses import Ratio, focal_attention, focal_features, masked_generation, weighted_ratio
 from ..losses.focal_global import GlobalRelation, box_scales
 from ..losses.masked_generation import FeatureGenerator
+from ..losses.masking import images_present
 from ..losses.soft_targets import check_temperature
 from ..registry import TERMS
 from ..taps import Recording, Tap
 from .base import Taps, Wiring, sum_of
-from .features import FeatureTerm
+from .features import FeatureTerm, check_in_image
 
 
 class PerImageTerm(FeatureTerm):
@@ -48,11 +49,7 @@ class PerImageTerm(FeatureTerm):
         self.parts = nn.ModuleList()
 
     def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
-        if not wiring.in_image(teacher_tap):
-            raise WiringError(
-                f"{self.name}: {teacher_tap} yields maps of proposals, but this loss compares images; tap a stage or the neck, "
-                "or use FeatureImitation"
-            )
+        check_in_image(self, teacher_tap, wiring)
 
     def wire(self, wiring: Wiring) -> None:
         super().wire(wiring)
@@ -62,8 +59,7 @@ class PerImageTerm(FeatureTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         ratios = []
         for module, (s, t, valid) in zip(self.parts, self.aligned(student, teacher, batch), strict=True):
-            present = None if valid is None else (valid.flatten(1) > 0).any(1)
-            ratios.append(weighted_ratio(self.per_image(module, s, t, valid, batch), present))
+            ratios.append(weighted_ratio(self.per_image(module, s, t, valid, batch), images_present(valid)))
         return sum_of(ratios)
 
     def build_module(self, channels: int) -> nn.Module:

@@ -20,9 +20,9 @@ from ..losses.masking import images_present
 from ..losses.reduction import upcast
 from ..registry import RECIPES, TERMS
 from ..sources.teacher import Teacher, load_strictly, read_checkpoint, weights_of
-from ..taps import Recording
+from ..taps import Recording, Tap
 from .base import Taps, Wiring, check_choice, mean_of
-from .features import FeatureTerm
+from .features import FeatureTerm, check_in_image
 
 Level = tuple[Tensor, Tensor, Tensor | None]
 """A map of the adapted student and of the teacher ``(B, C, H, W)``, and the weights of its positions ``(B, H, W)``."""
@@ -92,6 +92,9 @@ class PretrainedTerm(FeatureTerm):
         """Number of steps so far, those of both stages."""
         self._unread = network is not None
 
+    def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
+        check_in_image(self, teacher_tap, wiring)
+
     def wire(self, wiring: Wiring) -> None:
         if not isinstance(wiring.holder, Teacher):
             raise WiringError(
@@ -150,7 +153,9 @@ class PretrainedTerm(FeatureTerm):
                 for name, items in self.lesson(network, upcast(t.detach()), valid).items():
                     value = weighted_ratio(items, present).numerator
                     sums[name] = sums[name] + value if name in sums else value
-            count = sum(torch.ones(len(t)) if p is None else p.cpu() for p, (_, t, _) in zip(weights, levels, strict=True))
+            count = sum(
+                torch.ones(len(t)) if p is None else p.cpu() for p, (_, t, _) in zip(weights, levels, strict=True)
+            )
             assert isinstance(count, Tensor)
             self.monitor = auxiliary.step(torch.stack(list(sums.values())).sum(), int((count > 0).sum()), sums)
         if auxiliary.skipped:

@@ -31,7 +31,9 @@ def test_authors_figures():
     paraphraser, translator = networks()
     value = paraphraser.errors(teacher).mean()
     slope = gradient(value, next(paraphraser.parameters()))
-    assert [value.item(), slope[0, 0, 0, 0].item(), slope.square().sum().item()] == pytest.approx(RECONSTRUCTION, rel=1e-10)
+    assert [value.item(), slope[0, 0, 0, 0].item(), slope.square().sum().item()] == pytest.approx(
+        RECONSTRUCTION, rel=1e-10
+    )
     value = factor_transfer(translator(student.requires_grad_()), paraphraser.encode(teacher))
     slope = gradient(value, student)
     assert [value.item(), slope[0, 0, 0, 0].item(), slope.square().sum().item()] == pytest.approx(TRANSFER, rel=1e-10)
