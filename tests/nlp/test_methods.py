@@ -17,7 +17,9 @@ from support.methods import assert_falls, own_terms, spec, split, trained
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, HFReader)
-SETTINGS: dict[str, dict[str, Any]] = {}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Review": dict(tap=["resnet.encoder.stages[0]", "resnet.encoder.stages[1]"]),
+}
 """Settings of a term for models of Hugging Face."""
 FAMILIES: dict[str, str] = {"UniversalLogits": "llama"}
 """A term's family of models, of ``support.TASKS``, where it is not BERT, or ``"resnet"`` for terms on maps."""

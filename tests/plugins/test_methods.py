@@ -13,6 +13,7 @@ from kdgraft.batch import Batch
 from support.methods import assert_falls, own_terms, spec, split, trained
 
 USABLE, LACKING = split(TERMS, Reader)
+SETTINGS = {"Review": dict(tap=["stem", "conv"])}
 
 
 def model(width: int) -> nn.Module:
@@ -25,7 +26,7 @@ def test_trains_a_plain_model(kind):
     torch.manual_seed(1)
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 4, 2, 0])
     boxes = [torch.tensor([[1.0, 1.0, 6.0, 5.0]])] * 4
-    term = spec(own_terms(TERMS)[kind], "conv")
+    term = spec(own_terms(TERMS)[kind], "conv", **SETTINGS.get(kind, {}))
     distiller = Distiller(model(4), model(8), [term], example=images)
 
     def losses():

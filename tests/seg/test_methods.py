@@ -15,6 +15,7 @@ from support.seg import SMALL_CRITIC, batch, build, distilled, losses_of, segmen
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, SegReader)
 SETTINGS: dict[str, dict[str, Any]] = {
+    "Review": dict(tap=["backbone[1]", "backbone[2]"]),
     "AdversarialMask": dict(critic=SMALL_CRITIC),
     "CrossImageRelations": dict(nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
 }
@@ -32,7 +33,7 @@ def test_trains_a_segmentor(kind, teacher):
     images = batch(ignored=0.3)
     assert_falls(trained(lambda: losses_of(model, *images), model.parameters()))
     if issubclass(OWN[kind], FeatureTerm):
-        assert [row.region for row in model.distiller.rows] == ["all"]
+        assert {row.region for row in model.distiller.rows} == {"all"}
         assert losses_of(student(kind, teacher), *batch(ignored=1.0))["distill.term.loss"] == 0
 
 

@@ -16,6 +16,7 @@ from kdgraft import FeatureTerm, Reader, Registry, Term
 SETTINGS: dict[str, dict[str, Any]] = {
     "FSP": dict(pairs=[[0, 0]]),  # of one layer with itself, as these tests tap one
     "SoftTargets": dict(temperature=2.0),
+    "FactorTransfer": dict(pretrain=1),
 }
 """Settings of a term in every host. Tests of a host override them by their own."""
 
@@ -33,9 +34,9 @@ def split(terms: Registry, reader: type[Reader]) -> tuple[list[str], list[str]]:
     return [name for name in found if name not in lacking], lacking
 
 
-def spec(kind: type[Term], tap: str, **settings: Any) -> dict[str, Any]:
+def spec(kind: type[Term], place: str, **settings: Any) -> dict[str, Any]:
     """A term's entry in a config: a tap for terms on features, and settings."""
-    taps = dict(tap=tap) if issubclass(kind, FeatureTerm) else {}
+    taps = dict(tap=place) if issubclass(kind, FeatureTerm) else {}
     return {"type": kind.__name__, "name": "term", **taps, **SETTINGS.get(kind.__name__, {}), **settings}
 
 

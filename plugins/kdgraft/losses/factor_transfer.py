@@ -5,6 +5,7 @@ Kim, Park, Kwak, "Paraphrasing Complex Network: Network Compression via Factor T
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal
 
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class Translator(nn.Module):
     def __init__(self, channels: int, factors: int) -> None:
         super().__init__()
         widths = (channels, channels, factors, factors)
-        self.layers = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in zip(widths, widths[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Conv2d(*pair, 3, padding=1) for pair in pairwise(widths))
         self.activation = nn.LeakyReLU(0.1)
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:
@@ -47,9 +48,7 @@ class Paraphraser(nn.Module):
         super().__init__()
         self.encode = Translator(channels, factors)
         widths = (factors, factors, channels, channels)
-        self.layers = nn.ModuleList(
-            nn.ConvTranspose2d(*pair, 3, padding=1) for pair in zip(widths, widths[1:], strict=False)
-        )
+        self.layers = nn.ModuleList(nn.ConvTranspose2d(*pair, 3, padding=1) for pair in pairwise(widths))
         self.activation = nn.LeakyReLU(0.1)
 
     def forward(self, features: Tensor, valid: Tensor | None = None) -> Tensor:

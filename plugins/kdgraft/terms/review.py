@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor
@@ -80,7 +81,7 @@ def build_fusion(term: FeatureTerm, pairs: list[tuple[Tensor, Tensor]], width: i
     sizes = [(t.shape[2], t.shape[3]) for _, t in pairs]
     if len(pairs) < 2:
         raise WiringError(f"{term.name}: fuses several levels, got one; tap two or more stages, from shallow to deep")
-    if any(deep[0] > shallow[0] or deep[1] > shallow[1] for shallow, deep in zip(sizes, sizes[1:], strict=False)):
+    if any(deep[0] > shallow[0] or deep[1] > shallow[1] for shallow, deep in pairwise(sizes)):
         shown = ", ".join(f"{h}×{w}" for h, w in sizes)
         raise WiringError(f"{term.name}: list the levels from shallow to deep, the largest map first; got {shown}")
     fusion = LevelFusion([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], width)
