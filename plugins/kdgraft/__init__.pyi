@@ -10,19 +10,10 @@ from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
 from .sources import Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recording, Tap
 from .terms.base import TapTerm, Term
+from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
-from .terms.predictions import (
-    DIST,
-    ForwardKL,
-    GeneralizedJSD,
-    LogitMatching,
-    ReverseKL,
-    ScoreTerm,
-    SkewedKL,
-    SoftTargets,
-    TemperedTerm,
-)
+from .terms.predictions import DIST, LogitMatching, ScoreTerm, SoftTargets, TemperedTerm
 from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.review import Review

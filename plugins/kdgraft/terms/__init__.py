@@ -3,7 +3,7 @@
 The terms themselves are public names of :mod:`kdgraft`; this package exports the bases that other packages extend.
 """
 
-from . import features, generation, predictions, pretrained, relations, review, statistics
+from . import divergences, features, generation, predictions, pretrained, relations, review, statistics
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
 from .generation import PerImageTerm
@@ -22,6 +22,7 @@ __all__ = [
     "Term",
     "build_terms",
     "check_choice",
+    "divergences",
     "features",
     "generation",
     "mean_of",
