@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
-from kdgraft.readers import Pairs
+from kdgraft.pairs import Pairs
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
@@ -50,10 +50,12 @@ class DenseHeads(Heads):
             return scores if self.proposes else reordered(scores, member.class_order)
 
         targets = combined(teacher, read, "sigmoid")
+        labels = pick_weights(assignment.labels, chosen, assignment.num_per_level)
         if anchors == "all":
             objects = None if self.student.samples else targets.float().sigmoid().amax(1).sum()
-            return [Pairs(logits, targets, count=objects)]
-        return [Pairs(logits, targets, weight=pick_weights(weights, chosen, assignment.num_per_level))]
+            return [Pairs(logits, targets, count=objects, labels=labels)]
+        weight = pick_weights(weights, chosen, assignment.num_per_level)
+        return [Pairs(logits, targets, weight=weight, labels=labels)]
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         """Return the boxes ``(K, 4)`` of both heads and the true ones at the K positives of the batch."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
-from kdgraft.readers import Pairs
+from kdgraft.pairs import Pairs
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 from kdgraft_mm.class_outputs import scores_classes

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
-from kdgraft.readers import Pairs
+from kdgraft.pairs import Pairs
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
@@ -58,12 +58,12 @@ class QueryHeads(Heads):
 
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
         """Return the class logits ``(K, C)`` of both queries of each of the K objects."""
-        ours, theirs, _ = self._matched(student, teacher, batch)
-        return [Pairs(ours[0], theirs[0])]
+        ours, theirs, _, labels = self._matched(student, teacher, batch)
+        return [Pairs(ours[0], theirs[0], labels=labels)]
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         """Return the boxes ``(K, 4)`` of both queries of each object and the true one, as fractions of the image."""
-        ours, theirs, truth = self._matched(student, teacher, batch)
+        ours, theirs, truth, _ = self._matched(student, teacher, batch)
         return [Pairs(ours[1], theirs[1], target=truth)]
 
     def check_classes(self, term: str) -> None:
@@ -79,10 +79,10 @@ class QueryHeads(Heads):
 
     def _matched(
         self, student: Recording, teacher: Recording, batch: Batch
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
-        """Return (class logits, boxes) of the student and of the teacher at each object's queries, and the true boxes."""
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
+        """Return (class logits, boxes) of student and teacher at each object's queries, the true boxes, and the true classes."""
 
-        def match() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor]:
+        def match() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
             assert batch.boxes is not None and batch.image_sizes is not None
             outputs = [  # without DINO's denoising queries, which come first
                 (recording[_CLASSES][-1][:, -count:], recording[_BOXES][-1][:, -count:])
@@ -91,7 +91,7 @@ class QueryHeads(Heads):
             theirs = outputs[1][0].flatten(0, 1)
             outputs[1] = reordered(theirs, teacher.class_order).view_as(outputs[1][0]), outputs[1][1]
             sides: list[list[tuple[Tensor, Tensor]]] = [[], []]
-            truths = []
+            truths, true_classes = [], []
             images = zip(batch.boxes, batch.labels, batch.image_sizes, strict=True)
             for image, (boxes, labels, size) in enumerate(images):
                 pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
@@ -100,11 +100,12 @@ class QueryHeads(Heads):
                 for side, (classes, places), queries in zip(sides, outputs, found, strict=True):
                     side.append((classes[image][queries[both]], places[image][queries[both]]))
                 truths.append(bbox_xyxy_to_cxcywh(boxes[both] / pixels))
+                true_classes.append(labels[both])
             joined = []
             for side in sides:
                 classes, places = zip(*side, strict=True)
                 joined.append((torch.cat(classes), torch.cat(places)))
-            return joined[0], joined[1], torch.cat(truths)
+            return joined[0], joined[1], torch.cat(truths), torch.cat(true_classes)
 
         return batch.once(("queries", student.model, teacher.model), match)
 

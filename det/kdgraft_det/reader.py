@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.readers import Compared, Pairs, Reader, Scores
+from kdgraft.pairs import Compared, Numbers, Pairs, Scores
+from kdgraft.readers import Reader
 from kdgraft.taps import Recording
 from kdgraft.wiring import Wiring
 from kdgraft_hosts import DET
@@ -60,10 +62,27 @@ class DetReader(Reader):
             ("activation", activation, ("auto", "sigmoid", "softmax")),
             ("anchors", anchors, ("all", "main", "vlr", None)),
         ):
-            if value not in choices:
-                allowed = ", ".join(choice for choice in choices if choice is not None)
-                raise DistillError(f"{self.term}: {name} must be one of {allowed}, got {value!r}")
+            self._check(name, value, choices)
         return HeadScores(find_heads(student, teacher, head, self.term), self.term, activation, anchors)
+
+    def numbers(  # type: ignore[override]  # each host has settings of its own
+        self, student: nn.Module, teacher: nn.Module, *, head: HeadName = "auto"
+    ) -> Numbers:
+        """Return the reader of a head's boxes at the positives of the student's assigner.
+
+        Args:
+            student: the student.
+            teacher: the teacher.
+            head: see :meth:`scores`.
+        """
+        self._check("head", head, HEAD_NAMES)
+        return HeadBoxes(find_heads(student, teacher, head, self.term), self.term)
+
+    def _check(self, name: str, value: Any, choices: Sequence[str | None]) -> None:
+        """Raise a :class:`DistillError` unless a setting is one of ``choices``."""
+        if value not in choices:
+            allowed = ", ".join(choice for choice in choices if choice is not None)
+            raise DistillError(f"{self.term}: {name} must be one of {allowed}, got {value!r}")
 
 
 class HeadScores(Scores):
@@ -92,3 +111,22 @@ class HeadScores(Scores):
         """Return the aligned class logits of a step, one entry a stage."""
         found = self.heads.class_pairs(student, teacher, batch, self.anchors)
         return [replace(pairs, independent=bool(self.independent)) for pairs in found]
+
+
+class HeadBoxes(Numbers):
+    """The boxes ``(K, 4)`` of two heads of one kind, and the true ones, in the unit that the heads regress."""
+
+    def __init__(self, heads: Heads, term: str) -> None:
+        self.term, self.heads = term, heads
+        heads.check_boxes(term)
+        self.averages, self.compares_classes = heads.averages, heads.boxes_by_class
+        self.taps, self.reading = heads.box_taps, heads.box_reading
+
+    def wire(self, wiring: Wiring) -> list[Compared]:
+        """Return the compared box outputs of each level or stage."""
+        shapes = self.heads.shapes(wiring, "boxes", self.term)
+        return [Compared(s, t, (s_tap, t_tap), "main") for s, t, s_tap, t_tap in shapes]
+
+    def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the aligned boxes of a step, one entry a stage."""
+        return self.heads.box_pairs(student, teacher, batch)

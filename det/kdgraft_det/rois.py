@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kdgraft.batch import Batch
 from kdgraft.engine import Engine, Replay
 from kdgraft.errors import WiringError
-from kdgraft.readers import Pairs
+from kdgraft.pairs import Pairs
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
@@ -133,7 +133,7 @@ class RoIHeads(Heads):
 
             labels = _seen(student, self.targets, stage)[0]
             chosen = None if anchors == "all" else (labels < self.classes).float()
-            found.append(Pairs(logits, combined(teacher, read, "softmax"), weight=chosen))
+            found.append(Pairs(logits, combined(teacher, read, "softmax"), weight=chosen, labels=labels))
         return found
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:

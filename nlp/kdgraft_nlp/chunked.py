@@ -19,7 +19,7 @@ from kdgraft.errors import WiringError
 
 from .tokens import IGNORED
 
-Compare = Callable[[Tensor, Tensor], Tensor]
+Compare = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class LogitTransform(NamedTuple):
@@ -64,7 +64,7 @@ class TokenLoss(NamedTuple):
     """A loss that is a sum over tokens.
 
     Attributes:
-        compare: maps logits ``(n, V)`` of student and teacher to losses ``(n,)``.
+        compare: maps logits ``(n, V)`` of student and teacher, and the tokens ``(n,)`` that they predict, to losses ``(n,)``.
         counted: ``(N,)`` boolean: the tokens that count.
         factor: the factor of the sum over tokens in the total.
     """
@@ -147,8 +147,8 @@ class _Chunked(torch.autograd.Function):
                 for part in parts:
                     mine = part.counted[index]
                     assert given is not None
-                    items = part.compare(final, given) if bool(mine.all()) else part.compare(final[mine], given[mine])
-                    values.append(items.sum())
+                    compared = (final, given, targets[index])
+                    values.append(part.compare(*(compared if bool(mine.all()) else (x[mine] for x in compared))).sum())
                 stacked = torch.stack([value.to(torch.float32) for value in values])
                 if needs:
                     (grad_logits,) = torch.autograd.grad((stacked * factors.to(stacked.dtype)).sum(), leaf)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kdgraft.errors import WiringError
 from kdgraft.losses import universal_logits
-from kdgraft.readers import Pairs
+from kdgraft.pairs import Pairs
 from kdgraft.terms import ScoreTerm, check_choice
 from kdgraft.wiring import Wiring
 

@@ -140,7 +140,7 @@ def _items(term: ScoreTerm, step: StepInProgress) -> Tensor:
     return count
 
 
-def _on_chunk(term: ScoreTerm) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return the function from logits ``(n, V)`` of both models to the term's loss per token."""
+def _on_chunk(term: ScoreTerm) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Return the function from logits ``(n, V)`` of both models, and the tokens that they predict, to the term's loss per token."""
     scores: Any = term.scores
-    return lambda student, teacher: term.compare(scores.on_chunk(student, teacher))
+    return lambda student, teacher, labels: term.compare(term.ready(scores.on_chunk(student, teacher, labels)))

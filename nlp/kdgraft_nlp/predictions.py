@@ -12,6 +12,7 @@ from kdgraft.errors import DistillError, WiringError
 from .tasks import PER_SAMPLE, PER_TOKEN
 
 MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
 
 _LAYOUTS = {2: "(samples, classes)", 3: "(samples, tokens, classes)", 4: "(samples, classes, height, width)"}
 
@@ -88,7 +89,7 @@ def independent(name: str, problem: ProblemTypes, logits: Tensor, labels: Any) -
         return False
     if labels.shape != logits.shape:
         raise DistillError(
-            f"{name}: float labels {tuple(labels.shape)} for logits {tuple(logits.shape)} are regression targets; use terms on layers"
+            f"{name}: float labels {tuple(labels.shape)} for logits {tuple(logits.shape)} are regression targets; use BoundedRegression or terms on layers"
         )
     if problem.student is None and problem.teacher is not None:
         raise DistillError(

@@ -9,15 +9,18 @@ from torch import Tensor, nn
 
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.readers import Compared, Pairs, Reader, Scores
+from kdgraft.pairs import Compared, Numbers, Pairs, Scores
+from kdgraft.readers import Reader, integers_of
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 from kdgraft_hosts import NLP
 
 from .chunked import head_of
+from .numbers import OutputNumbers
 from .predictions import (
     MULTI_LABEL,
+    REGRESSION,
     by_pixel,
     check_layout,
     counted_pixels,
@@ -26,7 +29,7 @@ from .predictions import (
     problem_types_of,
 )
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, task_of
-from .tokens import ModelTokens, Tokens, take, tokens_of
+from .tokens import IGNORED, ModelTokens, Tokens, take, tokens_of
 
 CountedTokens = Literal["auto", "valid", "labelled"]
 
@@ -56,6 +59,10 @@ class HFReader(Reader):
         """
         return OutputScores(student, teacher, self.term, tokens, self.chunked)
 
+    def numbers(self, student: nn.Module, teacher: nn.Module) -> Numbers:  # type: ignore[override]
+        """Return the numbers that two models of ``problem_type="regression"`` predict for each sample; it takes no settings."""
+        return OutputNumbers(student, teacher, self.term)
+
 
 class ChunkedReader(HFReader):
     """The reader of causal language models whose logits are computed in chunks."""
@@ -75,6 +82,7 @@ class OutputScores(Scores):
 
     same_vocabulary = True
     """True where tokens are compared one by one, so that both models need the same vocabulary."""
+    no_labels = "add labels (one integer class for each item) to the batch"
     no_single_class = (
         f" ({MULTI_LABEL}, or float labels); use SoftTargets, or problem_type='single_label_classification' in the config where "
         "the labels are probabilities of one class"
@@ -104,6 +112,8 @@ class OutputScores(Scores):
         self.ignored_index = ignored_index(student) if self.task == "segmentation" else 255
         self.compares_classes = self.task not in (*LANGUAGE_MODELS, "choice", "ctc")
         self.independent = self.compares_classes and self.problem.named == MULTI_LABEL
+        if self.task == "ctc":
+            self.unlabelled = "CTC models have labels for sequences, not for frames; use SoftTargets"
         self.common: int | None = None
 
     def wire(self, wiring: Wiring) -> list[Compared]:
@@ -134,10 +144,10 @@ class OutputScores(Scores):
         classes, others = student.shape[axis], teacher.shape[axis]
         if self.task not in ("question", *LANGUAGE_MODELS):
             single = classes == 1 and self.task != "choice"
-            if single or self.problem.named == "regression":
+            if single or self.problem.named == REGRESSION:
                 raise WiringError(
-                    f"{self.name}: softmax has no meaning for {self.problem.named or 'a single output'}; use terms on "
-                    "layers, or FeatureImitation(student_tap='…', teacher_tap='…', adapter='none') on the output layers"
+                    f"{self.name}: softmax has no meaning for {self.problem.named or 'a single output'}; use "
+                    "BoundedRegression, which compares numbers, or terms on layers"
                 )
         if self.task == "question" or classes == others:
             return
@@ -165,7 +175,7 @@ class OutputScores(Scores):
 
     def weight(self, tokens: Tokens, side: ModelTokens) -> Tensor | None:
         """Return the tokens of one model whose predictions count, ``(B, L)``."""
-        if self.where == "labelled" and side.labelled is not None:
+        if (self.where == "labelled" or self.needs_labels) and side.labelled is not None:
             return side.labelled
         return side.of("decoder" if self.task == "seq2seq" else "layers")
 
@@ -176,8 +186,18 @@ class OutputScores(Scores):
         elif self.task in PER_TOKEN:
             weight = self.pair_weight(tokens)
         else:
-            return torch.tensor(float(tokens.samples))
+            return self._samples(batch)
         return None if weight is None else weight.sum().float()
+
+    def _samples(self, batch: Batch) -> Tensor:
+        """Return the number of samples that count; those without a label do not where the term needs one."""
+        tokens = tokens_of(batch)
+        labels = batch.labels
+        if self.needs_labels and self.task == "question":
+            labels = answers_of(batch)[0]
+        if not self.needs_labels or not isinstance(labels, Tensor):
+            return torch.tensor(float(tokens.samples))
+        return (labels >= 0).sum().float()
 
     def pair_weight(self, tokens: Tokens) -> Tensor | None:
         """Return the predictions that count: ``(B, L)`` tokens, or ``(B, P)`` pairs of aligned tokens."""
@@ -191,7 +211,8 @@ class OutputScores(Scores):
         for tap in self.taps[0]:
             s = student[tap]
             if self.task == "question":
-                found.append(self._answers(s, teacher[tap], tokens))
+                place = answers_of(batch)[len(found)] if self.needs_labels else None
+                found.append(self._answers(s, teacher[tap], tokens, place))
                 continue
             apart = self._independent(s, batch)
 
@@ -206,9 +227,9 @@ class OutputScores(Scores):
             s = by_pixel(s, s, batch.labels)[0] if self.task == "segmentation" else s
             s = s if self.common is None else s[..., : self.common]
             if s.ndim == 2:
-                pairs = Pairs(s, t)
+                pairs = Pairs(s, t, labels=None if apart else integers_of(batch.labels, s.shape[:1]))
             elif s.ndim == 4:
-                pairs = picked(s, t, counted_pixels(batch.labels, self.ignored_index))
+                pairs = picked(s, t, counted_pixels(batch.labels, self.ignored_index), batch.labels)
             else:
                 self._check_lengths(s, t, tokens)
                 pairs = self.per_token(s, t, tokens)
@@ -216,9 +237,9 @@ class OutputScores(Scores):
             found.append(pairs)
         return found
 
-    def on_chunk(self, student: Tensor, teacher: Tensor) -> Pairs:
-        """Return the logits ``(n, V)`` of some tokens, limited to the entries that both vocabularies have."""
-        return Pairs(student[:, : self.common], teacher[:, : self.common])
+    def on_chunk(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Pairs:
+        """Return the logits ``(n, V)`` of some tokens, limited to the entries that both vocabularies have, with their labels."""
+        return Pairs(student[:, : self.common], teacher[:, : self.common], labels=labels)
 
     def counted(self, batch: Batch) -> Tensor:
         """Return the tokens whose predictions count, ``(B, L)``."""
@@ -242,20 +263,43 @@ class OutputScores(Scores):
 
     def per_token(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Pairs:
         """Return the logits ``(n, C)`` of the tokens that count."""
-        weight = self.pair_weight(tokens)
-        return picked(*tokens.align(student, teacher), weight)
+        weight, labels = self.pair_weight(tokens), tokens.student.targets
+        if tokens.pairs is not None and labels is not None:
+            labels = take(labels, tokens.pairs[..., 0])
+        return picked(*tokens.align(student, teacher), weight, labels)
 
-    def _answers(self, student: Tensor, teacher: Tensor, tokens: Tokens) -> Pairs:
+    def _answers(self, student: Tensor, teacher: Tensor, tokens: Tokens, place: Tensor | None) -> Pairs:
+        """Return the logits ``(B, L)`` of positions; ``place`` is that of each answer, −100 for none."""
         student, teacher = tokens.align(student, teacher)
         real = tokens.student.real if tokens.paired is None else tokens.paired
         if real is not None:
             low = torch.finfo(torch.float16).min
             student, teacher = student.masked_fill(~real, low), teacher.masked_fill(~real, low)
-        return Pairs(student, teacher)
+        return Pairs(student, teacher, labels=place, present=real)
 
 
-def picked(student: Tensor, teacher: Tensor, weight: Tensor | None) -> Pairs:
-    """Select the items that count, so that no softmax is computed for the others."""
+def answers_of(batch: Batch) -> list[Tensor | None]:
+    """Return the positions of the answers' first and last token, ``(B,)`` each, and −100 for both where one is not in the text.
+
+    Where the tokens of two tokenizers are aligned, the positions are those among the pairs.
+    """
+    tokens, given = tokens_of(batch), batch.extra["answers"]
+    if any(place is None for place in given):
+        return [None, None]
+    places = [place.reshape(-1) for place in given]
+    if tokens.pairs is not None:
+        matches = [tokens.pairs[..., 0] == place[:, None] for place in places]
+        places = [match.long().argmax(1).masked_fill(~match.any(1), IGNORED) for match in matches]
+    real = tokens.student.real if tokens.paired is None else tokens.paired
+    unknown = torch.stack([(place < 0) | (real is not None and place >= real.shape[1]) for place in places]).any(0)
+    return [place.masked_fill(unknown, IGNORED) for place in places]
+
+
+def picked(student: Tensor, teacher: Tensor, weight: Tensor | None, labels: Tensor | None = None) -> Pairs:
+    """Select the items that count, so that no softmax is computed for the others; ``labels`` are integers of the items."""
+    if labels is not None and (labels.shape != student.shape[:-1] or labels.is_floating_point()):
+        labels = None
     if weight is None:
-        return Pairs(student, teacher)
-    return Pairs(student[weight], teacher[weight], count=weight.sum().to(torch.float32))
+        return Pairs(student, teacher, labels=labels)
+    labels = None if labels is None else labels[weight]
+    return Pairs(student[weight], teacher[weight], count=weight.sum().to(torch.float32), labels=labels)

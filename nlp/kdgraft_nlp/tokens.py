@@ -36,6 +36,7 @@ class ModelTokens:
             token); ``None`` without labels.
         unknown: true where the decoder has tokens and their padding is unknown.
         texts: ``(B, L)``: the number of each token's text in the batch, for packed rows; ``None`` where each row is one text.
+        targets: ``(B, L)``: the label of each position's logits, −100 for none; ``None`` without labels.
     """
 
     real: Tensor | None
@@ -43,6 +44,7 @@ class ModelTokens:
     labelled: Tensor | None = None
     unknown: bool = False
     texts: Tensor | None = None
+    targets: Tensor | None = None
 
     def of(self, stack: str) -> Tensor | None:
         """Return the tokens of a stack's hidden states that are not padding.
@@ -158,7 +160,8 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, Fr
     samples = len(tensors[0])
     size = samples if task != "choice" or student.real is None else len(student.real)
     tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq")
-    return TextBatch(labels=own.get("labels"), extra={"tokens": tokens}, **_image_sizes(own.get("pixel_mask")))
+    extra = {"tokens": tokens, "answers": [own.get(name) for name in ("start_positions", "end_positions")]}
+    return TextBatch(labels=own.get("labels"), extra=extra, **_image_sizes(own.get("pixel_mask")))
 
 
 def _image_sizes(mask: Any) -> dict[str, Any]:
@@ -199,19 +202,20 @@ def _model_tokens(inputs: Mapping[str, Any], task: str, frames: FrameMask) -> Mo
     if real is not None and frames is not None:
         real = frames(real)
     labels, texts = inputs.get("labels"), texts_of(inputs)
-    labelled = decoder = None
+    labelled = decoder = targets = None
     if isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point() and task != "ctc":
-        labelled = labels != IGNORED
+        labelled, targets = labels != IGNORED, labels
         if task == "seq2seq":
             decoder = labelled
         elif task == "causal":
-            labelled = torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], 1)
+            labelled, targets = (torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1) for x in (labelled, labels))
             if texts is not None:  # the last token of a text does not predict the next text
                 labelled[:, :-1] &= texts[:, 1:] == texts[:, :-1]
+            targets = targets.masked_fill(~labelled, IGNORED)
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()
     unknown = decoder is None and (task == "seq2seq" or "decoder_input_ids" in inputs)
-    return ModelTokens(real, decoder, labelled, unknown, texts)
+    return ModelTokens(real, decoder, labelled, unknown, texts, targets)
 
 
 def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:

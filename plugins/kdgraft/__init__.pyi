@@ -2,7 +2,8 @@ from .batch import Batch
 from .distiller import Distiller, DistillOutput
 from .engine import Engine
 from .errors import DistillError, UnsafeCheckpoint, WiringError
-from .readers import Pairs, Reader, Scores
+from .pairs import Numbers, Pairs, Predictions, Scores
+from .readers import Reader
 from .recorder import Recorder
 from .regions import FineGrained, Region
 from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, SOURCES, TERMS, Registry
@@ -13,7 +14,9 @@ from .terms.base import TapTerm, Term
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
-from .terms.predictions import DIST, LogitMatching, ScoreTerm, SoftTargets, TemperedTerm
+from .terms.labelled import DKD, NKD, LabelledTerm
+from .terms.pairs import PairTerm, ScoreTerm, TemperedTerm
+from .terms.predictions import DIST, LogitMatching, SoftTargets
 from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.review import Review
@@ -23,8 +26,10 @@ __version__: str
 
 __all__ = [
     "DIST",
+    "DKD",
     "FSP",
     "LOSSES",
+    "NKD",
     "NST",
     "RECIPES",
     "REGIONS",
@@ -52,14 +57,18 @@ __all__ = [
     "GeneralizedJSD",
     "Hint",
     "Itself",
+    "LabelledTerm",
     "LogitMatching",
     "MapTerm",
     "MaskedGeneration",
+    "Numbers",
+    "PairTerm",
     "Pairs",
     "PairwiseAffinity",
     "PearsonImitation",
     "Peer",
     "PerImageTerm",
+    "Predictions",
     "PretrainedTerm",
     "Ramp",
     "Reader",

@@ -6,107 +6,21 @@ that one class of terms serves every host.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import replace
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from .batch import Batch
-from .errors import DistillError, WiringError
+from .errors import DistillError, WiringError, check_flag
 from .listing import NEEDS as NEEDS
+from .pairs import Compared, Numbers, Pairs, Scores, Sides
 from .sources import EnsembleRecording, combined
 from .taps import Recording, Tap
 from .wiring import Wiring
 
 Taps = str | Sequence[str]
-
-
-@dataclass
-class Pairs:
-    """Aligned predictions of two models for the same items: class scores, or numbers such as boxes.
-
-    Attributes:
-        student, teacher: logits ``(…, C, …)`` with the classes at ``dim``, in the student's order of classes; or boxes ``(K, 4)``.
-        weight: weights of the items, of the shape without ``dim``; ``None`` for equal weights.
-        target: the ground truth, of the shape of the predictions, if the host provides it.
-        count: the divisor of the sum over items, if it is not the sum of the weights.
-        dim: the axis of the classes.
-        independent: true for independent classes (a sigmoid each), false for exclusive ones (a softmax).
-        mean: true if the host's own loss averages over independent classes, rather than adding them up.
-
-    Example:
-        >>> pairs = Pairs(student=torch.rand(6, 5), teacher=torch.rand(6, 5), weight=torch.ones(6))
-        >>> SoftTargets().compare(pairs).shape
-        torch.Size([6])
-    """
-
-    student: Tensor
-    teacher: Tensor
-    weight: Tensor | None = None
-    target: Tensor | None = None
-    count: Tensor | None = None
-    dim: int = -1
-    independent: bool = False
-    mean: bool = False
-
-
-class Compared(NamedTuple):
-    """One compared pair for ``kdgraft check``: the tensors of the dry run, or texts about them, and their taps."""
-
-    student: Any
-    teacher: Any
-    taps: tuple[Tap, Tap]
-    region: str = "–"
-    adapter: str = "–"
-
-
-class Scores(ABC):
-    """Base of classes that read the class scores of two models as aligned pairs.
-
-    Attributes:
-        taps: the taps of (student, teacher) that are read.
-        compares_classes: true if both models must have the same class names.
-        averages: true if several teachers predict for the same items, so that their predictions can be averaged.
-        reading: settings, beside the taps, with which the teacher is read.
-        host_losses: names of the host's own losses of these scores; empty for all its losses.
-        background: true if "no object" is a class: the last one of a softmax, or the complement of each independent class.
-
-    Example:
-        >>> scores = Reader(student, teacher, "soft_targets").scores(student, teacher, tap="head")
-        >>> isinstance(scores, Scores), scores.compares_classes
-        (True, True)
-    """
-
-    taps: tuple[Sequence[Tap], Sequence[Tap]]
-    compares_classes: bool = True
-    averages: bool = True
-    reading: Any = None
-    host_losses: Sequence[str] = ()
-    background: bool = False
-    labelled: bool = False
-    """True if only items with a label count, for readers that know integer labels (−100 marks items without one)."""
-    no_single_class: str = "; use SoftTargets"
-    """Advice that completes the message of a term that needs exclusive classes when these are independent."""
-    independent: bool | None = False
-    """True for independent classes; ``None`` if that is only known for each batch."""
-
-    @abstractmethod
-    def wire(self, wiring: Wiring) -> list[Compared]:
-        """Check the recordings of the dry run, and list the compared pairs.
-
-        Raises:
-            WiringError: the scores of the two models cannot be compared.
-        """
-
-    @abstractmethod
-    def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
-        """Return the aligned scores of a step, one entry per tap or stage; all entries have equal weight."""
-
-    def count(self, batch: Batch) -> Tensor | None:
-        """Return the denominator of a step, computed from the batch alone; ``None`` if it depends on the predictions."""
-        return None
 
 
 class Reader:
@@ -165,29 +79,55 @@ class Reader:
         tap: Taps | None = None,
         student_tap: Taps | None = None,
         teacher_tap: Taps | None = None,
+        independent: bool = False,
     ) -> Scores:
-        """Return the reader of class scores; its keywords are the arguments of terms on predictions in this host.
+        """Return the reader of class scores; its keywords are the arguments of terms on class scores in this host.
 
         Args:
             student, teacher: the models.
             tap, student_tap, teacher_tap: logits ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)``; the model's output by default.
+            independent: each class has a sigmoid of its own (multi-label), rather than one softmax over all. Losses are averaged
+                over the classes, as in torch's binary cross-entropy. A single class is always independent.
         """
+        check_flag(self.term, "independent", independent)
+        return TapScores(self, self._sides(tap, student_tap, teacher_tap), independent)
+
+    def numbers(
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        tap: Taps | None = None,
+        student_tap: Taps | None = None,
+        teacher_tap: Taps | None = None,
+    ) -> Numbers:
+        """Return the reader of regressed numbers; its keywords are the arguments of terms on numbers in this host.
+
+        Args:
+            student, teacher: the models.
+            tap, student_tap, teacher_tap: numbers ``(N,)`` or ``(…, D)``; the model's output by default. Their true values are the
+                targets of the batch, of the same shape or, for one number an item, without the last axis.
+        """
+        return TapNumbers(self, self._sides(tap, student_tap, teacher_tap))
+
+    def _sides(self, tap: Taps | None, student_tap: Taps | None, teacher_tap: Taps | None) -> Sides:
         default = self.default_taps["scores"]
         left, right = (
             own if own is not None else default if tap is None else tap for own in (student_tap, teacher_tap)
         )
-        return TapScores(self, (parse_taps(left), parse_taps(right)))
+        return parse_taps(left), parse_taps(right)
 
 
 class TapScores(Scores):
     """Class scores ``(N, C)``, ``(…, C)`` or ``(B, C, H, W)`` as tapped."""
 
-    def __init__(self, reader: Reader, taps: tuple[Sequence[Tap], Sequence[Tap]]) -> None:
-        self.reader, self.taps = reader, taps
+    def __init__(self, reader: Reader, taps: Sides, independent: bool = False) -> None:
+        self.reader, self.taps, self.independent = reader, taps, independent
+        self._apart = independent
 
     def wire(self, wiring: Wiring) -> list[Compared]:
         found = paired(self.reader, self.taps, wiring.student_recording, wiring.teacher_recording)
-        self.independent = any(s.shape[class_dim(s)] == 1 for s, _, _, _ in found)
+        self.independent = any(self._each_alone(s) for s, _, _, _ in found)
         for s, t, s_tap, t_tap in found:
             if s.shape != t.shape:
                 raise WiringError(
@@ -196,18 +136,74 @@ class TapScores(Scores):
                 )
         return [Compared(s, t, (s_tap, t_tap)) for s, t, s_tap, t_tap in found]
 
+    def _each_alone(self, scores: Tensor) -> bool:
+        return self._apart or scores.shape[class_dim(scores)] == 1
+
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         found = []
-        for s, t in in_students_order(self.reader, self.taps, student, teacher):
-            labels, items = batch.labels, s.select(class_dim(s), 0).shape
-            known = self.labelled and isinstance(labels, Tensor) and labels.shape == items
-            one = s.shape[class_dim(s)] == 1
-            found.append(Pairs(s, t, labels != -100 if known else None, dim=class_dim(s), independent=one))
+        for s, t in in_students_order(self.reader, self.taps, student, teacher, independent=self._apart):
+            alone, dim = self._each_alone(s), class_dim(s)
+            labels = integers_of(batch.labels, s.select(dim, 0).shape)
+            weight = labels != -100 if self.labelled and labels is not None else None
+            pairs = Pairs(s, t, weight, dim=dim, independent=alone, mean=self._apart)
+            found.append(pairs if alone else replace(pairs, labels=labels))
         return found
 
 
+class TapNumbers(Numbers):
+    """Regressed numbers ``(N,)`` or ``(…, D)`` as tapped, with the batch's targets as true values."""
+
+    def __init__(self, reader: Reader, taps: Sides) -> None:
+        self.reader, self.taps = reader, taps
+
+    def wire(self, wiring: Wiring) -> list[Compared]:
+        found = paired(self.reader, self.taps, wiring.student_recording, wiring.teacher_recording)
+        for s, t, s_tap, t_tap in found:
+            if s.shape != t.shape:
+                raise WiringError(
+                    f"{self.reader.term}: student {s_tap} {tuple(s.shape)} and teacher {t_tap} {tuple(t.shape)} must agree, "
+                    "as numbers are compared one by one; tap outputs of the same targets"
+                )
+        return [Compared(s, t, (s_tap, t_tap)) for s, t, s_tap, t_tap in found]
+
+    def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        found = []
+        for place, (s, _, _, _) in enumerate(paired(self.reader, self.taps, student, _members(teacher)[0])):
+
+            def read(member: Recording, place: int = place) -> Tensor:
+                return paired(self.reader, self.taps, student, member)[place][1]
+
+            target = targets_of(self.reader.term, s, batch.labels)
+            s, t = (x[..., None] if x.ndim == 1 else x for x in (s, combined(teacher, read, "value")))
+            found.append(Pairs(s, t, target=None if target is None else target.view_as(s)))
+        return found
+
+
+def targets_of(term: str, numbers: Tensor, targets: Any) -> Tensor | None:
+    """Return the true values of regressed numbers from the batch's targets; ``None`` if the batch has none.
+
+    Raises:
+        DistillError: their shapes differ by more than a last axis of size 1.
+    """
+    if not isinstance(targets, Tensor):
+        return None
+    shape = tuple(numbers.shape)
+    if tuple(targets.shape) not in {shape, shape[:-1] if shape[-1:] == (1,) else shape}:
+        raise DistillError(
+            f"{term}: targets {tuple(targets.shape)} do not give a number for each of the outputs {shape}; give both one shape"
+        )
+    return targets.to(numbers.device)
+
+
+def integers_of(labels: Any, items: Sequence[int]) -> Tensor | None:
+    """Return a batch's labels if they are one integer for each item, else ``None``."""
+    if not isinstance(labels, Tensor) or labels.shape != tuple(items) or labels.is_floating_point():
+        return None
+    return labels
+
+
 def paired(
-    reader: Reader, taps: tuple[Sequence[Tap], Sequence[Tap]], student: Recording, teacher: Recording
+    reader: Reader, taps: Sides, student: Recording, teacher: Recording
 ) -> list[tuple[Tensor, Tensor, Tap, Tap]]:
     """Return the tensors of both models in pairs, each with its tap.
 
@@ -228,10 +224,10 @@ def paired(
 
 
 def in_students_order(
-    reader: Reader, taps: tuple[Sequence[Tap], Sequence[Tap]], student: Recording, teacher: Recording
+    reader: Reader, taps: Sides, student: Recording, teacher: Recording, *, independent: bool = False
 ) -> list[tuple[Tensor, Tensor]]:
     """Return pairs of class scores, the teacher's in the student's order of classes; for an Ensemble the mean of its members."""
-    members = teacher.members if isinstance(teacher, EnsembleRecording) else [teacher]
+    members = _members(teacher)
     pairs = {member.model: paired(reader, taps, student, member) for member in members}
     found = []
     for place, (s, t, _, _) in enumerate(pairs[members[0].model]):
@@ -240,8 +236,13 @@ def in_students_order(
         def read(member: Recording, place: int = place, dim: int = dim) -> Tensor:
             return in_order(pairs[member.model][place][1], member.class_order, dim)
 
-        found.append((s, combined(teacher, read, "sigmoid" if t.shape[dim] == 1 else "softmax", dim)))
+        found.append((s, combined(teacher, read, "sigmoid" if independent or t.shape[dim] == 1 else "softmax", dim)))
     return found
+
+
+def _members(source: Recording) -> list[Recording]:
+    """Return the recordings of an Ensemble's members, or the one of a model."""
+    return source.members if isinstance(source, EnsembleRecording) else [source]
 
 
 def parse_taps(taps: Any) -> list[Tap]:

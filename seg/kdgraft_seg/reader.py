@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from kdgraft.adapters import resize_to
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.readers import Compared, Pairs, Reader, Scores, Taps, in_students_order, paired, parse_taps
+from kdgraft.pairs import Compared, Pairs, Scores
+from kdgraft.readers import Reader, Taps, in_students_order, paired, parse_taps
 from kdgraft.regions import on_grid
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
@@ -170,7 +171,8 @@ class PixelScores(Scores):
             # A pixel that does not count must not reach the gradient, not even with an infinity (0 · inf is NaN).
             outside = ~valid[:, None]
             both = s.masked_fill(outside, 0), t.masked_fill(outside, 0)
-            found.append(Pairs(*both, weight=valid, dim=1, independent=s.shape[1] == 1))
+            labels = on_grid(batch.labels, size).masked_fill(~valid, -100) if self.needs_labels else None
+            found.append(Pairs(*both, weight=valid, dim=1, independent=s.shape[1] == 1, labels=labels))
         return found
 
 

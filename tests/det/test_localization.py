@@ -48,7 +48,7 @@ def test_the_authors_figures(case, variant):
     expected = HEAD[case, variant]
 
     def ratio(term):
-        term.heads, term.scores = heads, HeadScores(heads, "term", "softmax", "main")
+        term.heads, term.predictions = heads, HeadScores(heads, "term", "softmax", "main")
         return term(student, teacher, batch)
 
     # loss_ld = 0.25 · Σ_i w_i · mean over edges; nothing divides it. Ours is that sum over Σ w. Scores are taken in float32.

@@ -31,8 +31,8 @@ def tensors(dtype=torch.float64):
 
 def parts(targets, counted):
     return [
-        TokenLoss(lambda s, t: soft_targets(s, t, 2.0, reduction="none"), targets != -100, torch.tensor(0.3)),
-        TokenLoss(lambda s, t: generalized_jsd(s, t, 0.3, reduction="none"), counted, torch.tensor(0.2)),
+        TokenLoss(lambda s, t, _: soft_targets(s, t, 2.0, reduction="none"), targets != -100, torch.tensor(0.3)),
+        TokenLoss(lambda s, t, _: generalized_jsd(s, t, 0.3, reduction="none"), counted, torch.tensor(0.2)),
     ]
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdgraft import Batch, Distiller, FeatureImitation, PearsonImitation, SoftTargets, WarmUp
+from kdgraft import DKD, Batch, Distiller, FeatureImitation, PearsonImitation, SoftTargets, WarmUp
 from kdgraft.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
 from kdgraft.losses import hint
 from support.processes import WORLD, as_rank
@@ -44,7 +44,7 @@ class Net(nn.Module):
 
 
 def distiller(broken_on: int | None) -> Distiller:
-    """Five terms whose counts differ from process to process; another is infinite on one process alone."""
+    """Terms whose counts differ from process to process; another is infinite on one process alone."""
     rank = dist.get_rank() if dist.is_initialized() else 0
 
     def broken(student: Tensor, teacher: Tensor, *, dim: int, reduction: str) -> Tensor:
@@ -58,6 +58,7 @@ def distiller(broken_on: int | None) -> Distiller:
         PearsonImitation(["trunk", "deep"], weight=0.8, name="related"),
         SoftTargets(temperature=2, hard_weight=0.3, name="mixed"),
         SoftTargets(temperature=4, name="soft"),
+        DKD(standardize=True, name="decoupled"),
         FeatureImitation("deep", name="later", schedule=WarmUp(1)),
     ]
     if broken_on is not None:

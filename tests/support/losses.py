@@ -134,6 +134,15 @@ def _bounded(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
     return losses.bounded_regression(student, teacher, teacher.detach(), **settings)
 
 
+def _labelled(loss: Callable[..., Tensor], dim: int = -1) -> Callable[..., Tensor]:
+    def told(student: Tensor, teacher: Tensor, temperature: float = 2.0, **settings: Any) -> Tensor:
+        items = student.select(dim, 0).shape
+        labels = (torch.arange(math.prod(items[1:])) * 5 % student.shape[dim]).reshape(1, *items[1:]).expand(items)
+        return loss(student, teacher, labels, temperature, dim=dim, **settings)
+
+    return told
+
+
 def _prototypes(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
     labels = (torch.arange(math.prod(student[:, 0].shape)) // 2 % 3).reshape(student[:, 0].shape)
     labels = labels if valid is None else labels.masked_fill(~valid, 255)
@@ -232,6 +241,10 @@ BY_NAME: dict[str, Declared] = {
     "dist_between_classes of maps": weighted(partial(losses.dist_between_classes, dim=1), MAPS, (2, 3, 4), cuts=True),
     "dist_within_classes": weighted(losses.dist_within_classes, SAMPLES, (7,), cuts=True),
     "dist_within_classes of maps": weighted(partial(losses.dist_within_classes, dim=1), MAPS, (6,), cuts=True),
+    "decoupled": weighted(_labelled(losses.decoupled), SCORES, (2, 3), cuts=True),
+    "decoupled of maps": weighted(_labelled(losses.decoupled, 1), MAPS, (2, 3, 4), cuts=True),
+    "normalized": weighted(_labelled(losses.normalized), SCORES, (2, 3), equal=False, cuts=True),
+    "normalized of maps": weighted(_labelled(losses.normalized, 1), MAPS, (2, 3, 4), equal=False, cuts=True),
     # each class on its own
     "binary_soft_targets": weighted(losses.binary_soft_targets, EACH_CLASS, (5, 7)),
     "focused_entropy": weighted(losses.focused_entropy, EACH_CLASS, (5, 7)),

@@ -10,6 +10,7 @@ from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
 from .cross_head import align_scale, focused_entropy
 from .cross_image import memory_relations, pixel_relations
+from .decoupled import decoupled
 from .dist import dist_between_classes, dist_within_classes
 from .divergences import generalized_jsd, reverse_kl, skewed_kl
 from .factor_transfer import factor_transfer
@@ -20,12 +21,14 @@ from .localization import localization
 from .logit_matching import logit_matching
 from .masked_generation import masked_generation
 from .mmd import mmd
+from .normalized import normalized
 from .nst import nst
 from .pearson import pearson
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .relations import relations
 from .review import hierarchical_context
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
+from .standardization import standardized
 from .states import cosine, patient
 from .token_relations import token_relations
 from .universal_logits import universal_logits
@@ -46,6 +49,7 @@ __all__ = [
     "class_prototypes",
     "cosine",
     "critic_loss",
+    "decoupled",
     "dist_between_classes",
     "dist_within_classes",
     "factor_transfer",
@@ -63,6 +67,7 @@ __all__ = [
     "memory_relations",
     "mixed_targets",
     "mmd",
+    "normalized",
     "nst",
     "pairwise_affinity",
     "patient",
@@ -74,6 +79,7 @@ __all__ = [
     "skewed_kl",
     "soft_targets",
     "sparsity_mismatch",
+    "standardized",
     "token_relations",
     "universal_logits",
     "upcast",

@@ -3,17 +3,20 @@
 The terms themselves are public names of :mod:`kdgraft`; this package exports the bases that other packages extend.
 """
 
-from . import divergences, features, generation, predictions, pretrained, relations, review, statistics
+from . import divergences, features, generation, labelled, predictions, pretrained, relations, review, statistics
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
 from .generation import PerImageTerm
-from .predictions import ScoreTerm, TemperedTerm
+from .labelled import LabelledTerm
+from .pairs import PairTerm, ScoreTerm, TemperedTerm
 from .pretrained import PretrainedTerm
 from .relations import MapTerm
 
 __all__ = [
     "FeatureTerm",
+    "LabelledTerm",
     "MapTerm",
+    "PairTerm",
     "PerImageTerm",
     "PretrainedTerm",
     "ScoreTerm",
@@ -25,6 +28,7 @@ __all__ = [
     "divergences",
     "features",
     "generation",
+    "labelled",
     "mean_of",
     "predictions",
     "pretrained",

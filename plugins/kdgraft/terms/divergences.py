@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..errors import DistillError, check_flag, check_share
 from ..losses import generalized_jsd, reverse_kl, skewed_kl, soft_targets
-from ..readers import Pairs
+from ..pairs import Pairs
 from ..registry import TERMS
-from .predictions import TemperedTerm
+from .pairs import TemperedTerm
 
 
 @TERMS.register

@@ -1,18 +1,16 @@
-"""Terms on class scores: the host's reader pairs the scores of both models, and the terms compare them item by item."""
+"""Terms on class scores: soft targets, logit matching and DIST."""
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
 from ..distributed import total_over_ranks, world_size
-from ..errors import DistillError, WiringError, check_flag, check_number, check_share, nearest
-from ..listing import arguments_of
+from ..errors import DistillError, WiringError, check_flag, check_number, check_share
 from ..losses import (
     Ratio,
     binary_soft_targets,
@@ -21,127 +19,13 @@ from ..losses import (
     logit_matching,
     soft_targets,
     weighted_binary_soft_targets,
-    weighted_ratio,
     weighted_soft_targets,
 )
-from ..losses.soft_targets import check_temperature
-from ..readers import Pairs, Reader, Scores
-from ..registry import TERMS
+from ..pairs import Pairs
+from ..registry import RECIPES, TERMS
 from ..taps import Recording
-from .base import Term, Wiring, check_choice, mean_of
-
-
-class ScoreTerm(Term):
-    """Base of terms that compare class scores item by item; a subclass computes the loss per item in :meth:`compare`.
-
-    Args:
-        where: arguments of the host that select the scores: ``tap`` in plain PyTorch, ``tap`` and ``grid`` in segmentation,
-            ``head``, ``anchors`` and ``activation`` in detection, ``tokens`` in Hugging Face models.
-
-    Example:
-        >>> class TotalVariation(ScoreTerm):
-        ...     def compare(self, pairs):
-        ...         s, t = (scores.softmax(pairs.dim) for scores in (pairs.student, pairs.teacher))
-        ...         return (s - t).abs().sum(pairs.dim) / 2
-        >>> TotalVariation().compare(Pairs(torch.tensor([[9e9, 0.0]]), torch.tensor([[0.0, 9e9]])))
-        tensor([1.])
-    """
-
-    needs: ClassVar[tuple[str, ...]] = ("classes",)
-    compares_classes = True
-    hears_ensembles = True
-    in_chunks = True
-    """True if the loss is a sum over items, which a host may compute in chunks with :meth:`compare`."""
-    takes_independent = False
-    """True if the loss is also defined for independent classes."""
-    scores: Scores
-
-    def __init__(
-        self,
-        *,
-        weight: float = 1.0,
-        schedule: Any = None,
-        name: str | None = None,
-        source: str = "teacher",
-        **where: Any,
-    ) -> None:
-        super().__init__(weight=weight, schedule=schedule, name=name, source=source)
-        self.where = where
-
-    def mirrored(self) -> Term:
-        twin = super().mirrored()
-        assert isinstance(twin, ScoreTerm)
-        sides = {"student_tap": "teacher_tap", "teacher_tap": "student_tap"}
-        twin.where = {sides.get(key, key): value for key, value in self.where.items()}
-        return twin
-
-    def check_settings(self, reader: type[Reader]) -> None:
-        super().check_settings(reader)
-        takes = [
-            key for key in inspect.signature(reader.scores).parameters if key not in ("self", "student", "teacher")
-        ]
-        for key in self.where:
-            if key not in takes:
-                known = [*arguments_of(type(self)), *takes]
-                raise DistillError(f"term {type(self).__name__} takes no argument {key!r}{nearest(key, known)}")
-
-    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.scores = self.read(student, teacher)
-        self.student_taps, self.teacher_taps = self.scores.taps
-        self.compares_classes, self.hears_ensembles = self.scores.compares_classes, self.scores.averages
-        self.reading, self.host_losses = self.scores.reading, self.scores.host_losses
-
-    def read(self, student: nn.Module, teacher: nn.Module) -> Scores:
-        """Return the scores that the term compares; the host's own by default."""
-        self.check_settings(type(self.reader))
-        return self.reader.scores(student, teacher, **self.where)
-
-    def no_independent(self) -> str:
-        """Return the message for independent classes in a term that needs exclusive ones."""
-        return (
-            f"{self.name} compares one distribution over all classes, but these models score each class on its own"
-            f"{self.scores.no_single_class}"
-        )
-
-    def wire(self, wiring: Wiring) -> None:
-        self.rows += [self.row(**compared._asdict()) for compared in self.scores.wire(wiring)]
-        if self.scores.independent and not self.takes_independent:
-            raise WiringError(self.no_independent())
-
-    def count(self, batch: Batch) -> Tensor | None:
-        return self.scores.count(batch)
-
-    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        return mean_of([self.ratio(pairs) for pairs in self.scores.pairs(student, teacher, batch)])
-
-    def ratio(self, pairs: Pairs) -> Ratio:
-        """Return the sum of the loss over items, and its divisor."""
-        if pairs.independent and not self.takes_independent:
-            raise DistillError(self.no_independent())
-        items = self.compare(pairs)
-        return weighted_ratio(items, pairs.weight) if pairs.count is None else Ratio(items.sum(), pairs.count)
-
-    def compare(self, pairs: Pairs) -> Tensor:
-        """Return the loss per item, of the shape of the scores without the axis of classes; weights are applied afterwards."""
-        raise NotImplementedError
-
-
-class TemperedTerm(ScoreTerm):
-    """Base of score terms with a temperature.
-
-    Example:
-        >>> class Entropy(TemperedTerm):
-        ...     def compare(self, pairs):
-        ...         p = (pairs.student / self.temperature).softmax(pairs.dim)
-        ...         return -(p * p.log()).sum(pairs.dim)
-        >>> Entropy(temperature=1.0).compare(Pairs(torch.zeros(1, 2), torch.zeros(1, 2)))
-        tensor([0.6931])
-    """
-
-    def __init__(self, temperature: float = 1.0, **settings: Any) -> None:
-        super().__init__(**settings)
-        check_temperature(temperature)
-        self.temperature = float(temperature)
+from .base import Wiring, check_choice
+from .pairs import ScoreTerm, TemperedTerm
 
 
 @TERMS.register
@@ -227,6 +111,24 @@ class SoftTargets(TemperedTerm):
         return weighted_soft_targets(*both, temperature, class_weight=weights, dim=dim, reduction="none")
 
 
+@RECIPES.register("ls")
+def logit_standardization(
+    temperature: float = 2.0, hard_weight: float = 0.1, weight: float = 10.0, **settings: Any
+) -> list[dict[str, Any]]:
+    """Logit standardization (CVPR 2024, arXiv 2403.01427): soft targets of standardised logits, beside a tenth of the hard loss.
+
+    The defaults are those of the authors' code on CIFAR-100 and ImageNet: 0.1 times the hard loss plus 9 times the soft one.
+
+    Args:
+        temperature: T > 0.
+        hard_weight: μ in μ·hard + weight·(1 − μ)·soft.
+        weight: the weight of the term.
+        settings: see :class:`kdgraft.SoftTargets`.
+    """
+    soft = dict(type="SoftTargets", temperature=temperature, hard_weight=hard_weight, weight=weight)
+    return [{**soft, "standardize": True, **settings}]
+
+
 @TERMS.register
 class LogitMatching(ScoreTerm):
     """Squared error on the logits, the high-temperature limit of soft targets (Ba & Caruana 2014, arXiv 1312.6184).
@@ -298,7 +200,7 @@ class DIST(TemperedTerm):
         )
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        found = [self.ratio(pairs) for pairs in self.scores.pairs(student, teacher, batch)]
+        found = [self.ratio(pairs) for pairs in self.pairs(student, teacher, batch)]
         numerators, denominators = zip(*found, strict=True)
         return Ratio(torch.cat(numerators) / len(found), torch.cat(denominators))
 

@@ -1,0 +1,128 @@
+"""Terms on class scores that treat the true class of an item apart from the others: DKD and NKD."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import DistillError, WiringError, check_number
+from ..losses import decoupled, normalized
+from ..pairs import Pairs
+from ..registry import RECIPES, TERMS
+from .base import Wiring
+from .pairs import TemperedTerm
+
+
+class LabelledTerm(TemperedTerm):
+    """Base of score terms that need the label of each item; items without one are left out.
+
+    Example:
+        >>> class Confidence(LabelledTerm):
+        ...     def compare(self, pairs):
+        ...         s, t = (x.softmax(-1).gather(-1, pairs.labels[:, None])[:, 0] for x in (pairs.student, pairs.teacher))
+        ...         return (s - t).square()
+        >>> Confidence().compare(Pairs(torch.zeros(1, 2), torch.zeros(1, 2), labels=torch.tensor([1])))
+        tensor([0.])
+    """
+
+    needs = ("classes", "labels")
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        self.scores.needs_labels = True
+
+    def wire(self, wiring: Wiring) -> None:
+        super().wire(wiring)
+        if self.scores.unlabelled:
+            raise WiringError(f"{self.name} needs the class of each item: {self.scores.unlabelled}")
+
+    def ready(self, pairs: Pairs) -> Pairs:
+        pairs = super().ready(pairs)
+        if pairs.labels is None:
+            raise DistillError(
+                f"{self.name} needs the class of each item, and the batch has none; {self.scores.no_labels}"
+            )
+        counted = (pairs.labels >= 0) & (pairs.labels < pairs.student.shape[pairs.dim])
+        return replace(pairs, weight=counted if pairs.weight is None else pairs.weight * counted, count=None)
+
+
+@TERMS.register
+@RECIPES.register("dkd")
+class DKD(LabelledTerm):
+    """Decoupled distillation (DKD): the true class against the rest, and the other classes (Zhao et al. 2022, arXiv 2203.08679).
+
+    Published with weight 1 beside the hard loss of weight 1: β = 8 (CIFAR-100, between 1 and 8 by the pair) with T = 4, and
+    β = 0.5 with T = 1 on ImageNet. A mean over items of a sum over classes, the loss depends neither on the batch size nor on the
+    number of classes; the authors' code ramps it up over the first 20 epochs (``schedule=dict(type="WarmUp", …)``), as a large β
+    disturbs the start.
+
+    Args:
+        alpha, beta: factors of the two parts, TCKD and NCKD in the paper.
+        temperature: T > 0, with the factor T².
+        where: see :class:`ScoreTerm`.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [DKD(beta=2.0)], example=images)
+        >>> list(distiller(images, targets=labels).losses)
+        ['distill.dkd.loss']
+    """
+
+    def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, **settings: Any) -> None:
+        super().__init__(temperature, **settings)
+        check_number("DKD", "alpha", alpha)
+        check_number("DKD", "beta", beta)
+        self.alpha, self.beta = float(alpha), float(beta)
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        assert pairs.labels is not None
+        return decoupled(
+            pairs.student,
+            pairs.teacher,
+            pairs.labels,
+            self.temperature,
+            alpha=self.alpha,
+            beta=self.beta,
+            dim=pairs.dim,
+            present=pairs.present,
+            reduction="none",
+        )
+
+
+@TERMS.register
+@RECIPES.register("nkd")
+class NKD(LabelledTerm):
+    """Normalized distillation (NKD): the true class, and the normalised other classes (Yang et al. 2023, arXiv 2303.13005).
+
+    Published with weight 1 and γ = 1.5 beside the hard loss of weight 1, with T = 1 on ImageNet. The loss is a mean over items and
+    does not depend on the batch size. It is a cross-entropy, which is not 0 where both models agree.
+
+    Args:
+        gamma: factor of the part on the other classes.
+        temperature: T > 0 of that part, with the factor T²; λ in the paper.
+        where: see :class:`ScoreTerm`.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [NKD()], example=images)
+        >>> list(distiller(images, targets=labels).losses)
+        ['distill.nkd.loss']
+    """
+
+    def __init__(self, gamma: float = 1.5, temperature: float = 1.0, **settings: Any) -> None:
+        super().__init__(temperature, **settings)
+        check_number("NKD", "gamma", gamma)
+        self.gamma = float(gamma)
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        assert pairs.labels is not None
+        return normalized(
+            pairs.student,
+            pairs.teacher,
+            pairs.labels,
+            self.temperature,
+            gamma=self.gamma,
+            dim=pairs.dim,
+            present=pairs.present,
+            reduction="none",
+        )
