@@ -4,7 +4,6 @@ from kdgraft.hosts import require
 
 require("mmdet", "kdgraft_det")
 
-from .bounded import BoundedRegression  # noqa: E402
 from .cross_head import CrossHead  # noqa: E402
 from .dense_heads import HEADS, DenseHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
@@ -28,7 +27,6 @@ __all__ = [
     "READER",
     "RECIPES",
     "TERMS",
-    "BoundedRegression",
     "CrossHead",
     "DenseHead",
     "DistilledDetector",

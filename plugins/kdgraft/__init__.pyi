@@ -15,6 +15,7 @@ from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
 from .terms.labelled import DKD, NKD, LabelledTerm
+from .terms.numbers import BoundedRegression
 from .terms.pairs import PairTerm, ScoreTerm, TemperedTerm
 from .terms.predictions import DIST, LogitMatching, SoftTargets
 from .terms.pretrained import FactorTransfer, PretrainedTerm
@@ -39,6 +40,7 @@ __all__ = [
     "ActivationBoundaries",
     "AttentionTransfer",
     "Batch",
+    "BoundedRegression",
     "ChannelWise",
     "Constant",
     "Decay",

@@ -66,7 +66,7 @@ def test_boxes_are_those_that_mmdet_decodes(kind, tmp_path):
     model = build(
         distilled(entry(kind, frozen_bn=True), teacher, save_teacher(tmp_path / "teacher.pth", teacher), terms=terms)
     )
-    heads = model.distiller.terms["bounded"].heads
+    heads = model.distiller.terms["bounded"].predictions.heads
     rows, kept = [], {}
     box_pairs = heads.box_pairs
 

@@ -305,7 +305,7 @@ def test_boxes_of_heads_whose_points_lie_elsewhere_in_a_cell(tmp_path):
     with watched() as steps:
         model(**data, mode="loss")
     recording, other = (steps[0].recordings[name] for name in ("student", "teacher"))
-    heads = distiller.terms["bounded_regression"].heads
+    heads = distiller.terms["bounded_regression"].predictions.heads
     rows = heads.box_pairs(recording, other, batch)[0]
     assignment = heads.student.assignment(recording, batch)
     chosen = assignment.positive

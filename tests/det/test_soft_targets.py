@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from kdgraft import DistillError, Step, WiringError
-from kdgraft_det import BoundedRegression
+from kdgraft.terms import build_terms
+from kdgraft_det.reader import DetReader
 from support.det import CLASSES, build, detector, distilled, losses, raw_batch, save_teacher
 from support.det_stages import STAGED, detr, staged
 from support.det_zoo import zoo
@@ -217,11 +218,17 @@ def test_wrong_arguments(teacher_model, settings, message):
         (dict(margin=-1), "margin must be a number >= 0, got -1"),
         (dict(margin="0"), "margin must be a number >= 0, got '0'"),
         (dict(head="neck"), "head must be one of auto, bbox_head, rpn_head, roi_head, got 'neck'"),
+        (dict(anchors="main"), "term BoundedRegression takes no argument 'anchors'"),
     ],
 )
 def test_wrong_arguments_of_the_bound(settings, message):
+    def built():
+        (term,) = build_terms([dict(type="BoundedRegression", **settings)], reader=DetReader)
+        term.reader = DetReader(None, None, term.name)
+        term.prepare(None, None)
+
     with pytest.raises(DistillError) as caught:
-        BoundedRegression(**settings)
+        built()
     assert message in str(caught.value)
 
 

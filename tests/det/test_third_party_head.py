@@ -77,7 +77,7 @@ def test_two_steps_train_on_a_head_whose_reader_is_registered(registered, scenes
 
 def test_the_registered_reader_gives_the_boxes_that_the_host_decodes(registered, tmp_path):
     model = build(entry(tmp_path))
-    heads = model.distiller.terms["bounded_regression"].heads
+    heads = model.distiller.terms["bounded_regression"].predictions.heads
     assert type(heads.student) is type(heads.teacher) is ReversedReader
     seen, head = {}, model.bbox_head
     pairs, loss = heads.box_pairs, head.loss_by_feat_single

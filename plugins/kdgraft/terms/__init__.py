@@ -3,7 +3,18 @@
 The terms themselves are public names of :mod:`kdgraft`; this package exports the bases that other packages extend.
 """
 
-from . import divergences, features, generation, labelled, predictions, pretrained, relations, review, statistics
+from . import (
+    divergences,
+    features,
+    generation,
+    labelled,
+    numbers,
+    predictions,
+    pretrained,
+    relations,
+    review,
+    statistics,
+)
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
 from .generation import PerImageTerm
@@ -30,6 +41,7 @@ __all__ = [
     "generation",
     "labelled",
     "mean_of",
+    "numbers",
     "predictions",
     "pretrained",
     "relations",

@@ -1,0 +1,71 @@
+"""Terms on regressed numbers, such as boxes: the host's reader pairs the numbers of both models with the true ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import DistillError, check_flag, check_number
+from ..losses import bounded_regression
+from ..losses.reduction import upcast
+from ..pairs import Pairs
+from ..registry import TERMS
+from .pairs import PairTerm
+
+
+@TERMS.register
+class BoundedRegression(PairTerm):
+    r"""Squared error to the truth where the student is not better than its teacher (Chen et al., NeurIPS 2017, equation 4).
+
+    The loss is the squared distance, summed over the D numbers of an item and averaged over items of all processes:
+
+    * in detection over the positives of the student's own assigner. (The paper and mmdet divide the box losses of RPN and RoI
+      heads by *all* sampled boxes, which reduces the effect of ν there by the share of positives.) The teacher predicts at the
+      same anchors, at the same proposals (its RoI head runs on those that the student sampled), or at the query of the same
+      object. Boxes are compared in the unit that the head regresses: a box coder's deltas (RetinaNet, ATSS, RPN, RoI heads), edges
+      in strides (GFL, FCOS, TOOD, RTMDet, YOLOX), or centre and size as fractions of the image (DETR);
+    * in Hugging Face models of ``problem_type="regression"`` over samples, and in plain PyTorch over the items of the tapped
+      outputs, with the batch's targets as the truth.
+
+    The published weight is for deltas of boxes (VOC, COCO); targets of another range need another weight, as errors are squared.
+
+    Args:
+        margin: m >= 0, by which the student has to be better than the teacher to have no loss; unpublished, 0 by default.
+        bounded: false compares with the teacher's numbers instead: their squared distance, without bound or truth.
+        weight: ν, 0.5 in the paper.
+        where: arguments of the host that select the numbers: ``tap`` in plain PyTorch, ``head`` in detection.
+
+    Example:
+        >>> term = BoundedRegression()
+        >>> numbers = [torch.tensor([[value]]) for value in (3.0, 4.5, 4.0, 6.0)]
+        >>> term.compare(Pairs(numbers[0], numbers[1], target=numbers[2]))  # (3 − 4)², more than the teacher's (4.5 − 4)²
+        tensor([1.])
+        >>> term.compare(Pairs(numbers[0], numbers[3], target=numbers[2]))
+        tensor([0.])
+    """
+
+    needs = ("numbers",)
+    pairs_from = "numbers"
+
+    def __init__(self, margin: float = 0.0, *, bounded: bool = True, weight: float = 0.5, **settings: Any) -> None:
+        super().__init__(weight=weight, **settings)
+        check_number("BoundedRegression", "margin", margin)
+        check_flag("BoundedRegression", "bounded", bounded)
+        if margin and not bounded:
+            raise DistillError("BoundedRegression: margin is for the bound; leave it out with bounded=False")
+        self.margin, self.bounded = margin, bounded
+
+    def ready(self, pairs: Pairs) -> Pairs:
+        if self.bounded and pairs.target is None:
+            raise DistillError(
+                f"{self.name} needs the true numbers, and the batch has none; add them (targets=… in plain PyTorch, labels in "
+                "Hugging Face), or set bounded=False"
+            )
+        return pairs
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        if not self.bounded:
+            return (upcast(pairs.student) - upcast(pairs.teacher)).square().sum(-1)
+        assert pairs.target is not None
+        return bounded_regression(pairs.student, pairs.teacher, pairs.target, margin=self.margin, reduction="none")
