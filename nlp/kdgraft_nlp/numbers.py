@@ -60,5 +60,5 @@ class OutputNumbers(Numbers):
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         s: Any = student[_LOGITS]
         t = combined(teacher, lambda member: member[_LOGITS], "value")
-        target = targets_of(self.name, s, batch.labels)
+        target = targets_of(self.name, s, batch.labels) if self.needs_targets else None
         return [Pairs(s, t, target=None if target is None else target.view_as(s))]

@@ -207,7 +207,8 @@ class OutputScores(Scores):
         return take(weight, tokens.pairs[..., 0]) & tokens.paired
 
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
-        tokens, found = tokens_of(batch), []
+        tokens = tokens_of(batch)
+        found: list[Pairs] = []
         for tap in self.taps[0]:
             s = student[tap]
             if self.task == "question":

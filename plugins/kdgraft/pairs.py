@@ -135,3 +135,6 @@ class Numbers(Predictions):
         >>> isinstance(Reader(student, teacher, "boxes").numbers(student, teacher, tap="head"), Numbers)
         True
     """
+
+    needs_targets: bool = True
+    """False if the term does not use :attr:`Pairs.target`, so that a batch may have targets of another kind."""

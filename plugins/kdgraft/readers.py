@@ -173,7 +173,7 @@ class TapNumbers(Numbers):
             def read(member: Recording, place: int = place) -> Tensor:
                 return paired(self.reader, self.taps, student, member)[place][1]
 
-            target = targets_of(self.reader.term, s, batch.labels)
+            target = targets_of(self.reader.term, s, batch.labels) if self.needs_targets else None
             s, t = (x[..., None] if x.ndim == 1 else x for x in (s, combined(teacher, read, "value")))
             found.append(Pairs(s, t, target=None if target is None else target.view_as(s)))
         return found

@@ -21,8 +21,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Review": dict(tap=["resnet.encoder.stages[0]", "resnet.encoder.stages[1]"]),
 }
 """Settings of a term for models of Hugging Face."""
-FAMILIES: dict[str, str] = {"UniversalLogits": "llama"}
-"""A term's family of models, of ``support.TASKS``, where it is not BERT, or ``"resnet"`` for terms on maps."""
+FAMILIES: dict[str, str] = {"UniversalLogits": "llama", "BoundedRegression": "regression"}
+"""A term's family of models, of ``support.TASKS``, where it is not BERT, ``"resnet"`` for terms on maps, ``"regression"`` for numbers."""
 
 
 def family(kind: str) -> str:
@@ -35,6 +35,8 @@ def model(name: str, width: int, seed: int) -> Any:
         torch.manual_seed(seed)
         config = ResNetConfig(embedding_size=width, hidden_sizes=[width, 2 * width], depths=[1, 1], num_labels=3)
         return ResNetForImageClassification(config)
+    if name == "regression":
+        return support.quiet(support.model("bert", width, 2, 4, seed=seed, num_labels=1, problem_type="regression"))
     return support.quiet(support.model(name, width, 2, 4, seed=seed))
 
 
@@ -42,15 +44,15 @@ def batch(name: str) -> dict[str, torch.Tensor]:
     if name == "resnet":
         images = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         return dict(pixel_values=images, labels=torch.tensor([0, 1, 2, 0]))
+    if name == "regression":
+        return {**support.collate(support.samples(6)), "labels": torch.linspace(-1, 1, 6)}
     return support.collate(support.samples(6, support.TASKS[name][1]))
 
 
 def student(kind: str) -> Any:
     name = family(kind)
-    tap = {"resnet": "resnet.encoder.stages[1]", "bert": "bert.encoder[last_hidden_state]", "llama": "model.layers.1"}[
-        name
-    ]
-    term = spec(OWN[kind], tap, **SETTINGS.get(kind, {}))
+    taps = {"resnet": "resnet.encoder.stages[1]", "bert": "bert.encoder[last_hidden_state]", "llama": "model.layers.1"}
+    term = spec(OWN[kind], taps.get(name, ""), **SETTINGS.get(kind, {}))
     return graft(model(name, 16, 1).train(), model(name, 32, 2), [term])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,11 @@ from kdgraft.batch import Batch
 from support.methods import assert_falls, own_terms, spec, split, trained
 
 USABLE, LACKING = split(TERMS, Reader)
-SETTINGS = {"Review": dict(tap=["stem", "conv"])}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Review": dict(tap=["stem", "conv"]),
+    "BoundedRegression": dict(bounded=False, margin=0),  # the targets are classes
+}
+"""Settings of a term for plain models."""
 
 
 def model(width: int) -> nn.Module:

@@ -47,9 +47,9 @@ def test_only_items_that_are_no_better_than_the_teacher_count(margin: float, exp
 
 def test_without_a_bound_it_is_the_squared_distance_to_the_teacher():
     # 4, 1 and 0.25; the truth is not needed.
-    for targets in (None, TRUTH, "any"):
+    for targets in (None, TRUTH, torch.tensor([0, 1, 2])):
         distiller = distil(STUDENT, TEACHER, bounded=False)
-        loss = distiller(EXAMPLE, targets=targets if targets is not None else None).loss
+        loss = distiller(EXAMPLE, targets=targets).loss
         assert loss.item() == pytest.approx(5.25 / 3)
         loss.backward()
         torch.testing.assert_close(distiller.student.value.grad, 2 * (STUDENT - TEACHER) / 3)

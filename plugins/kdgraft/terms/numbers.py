@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import DistillError, check_flag, check_number
 from ..losses import bounded_regression
 from ..losses.reduction import upcast
-from ..pairs import Pairs
+from ..pairs import Numbers, Pairs
 from ..registry import TERMS
 from .pairs import PairTerm
 
@@ -55,6 +55,11 @@ class BoundedRegression(PairTerm):
         if margin and not bounded:
             raise DistillError("BoundedRegression: margin is for the bound; leave it out with bounded=False")
         self.margin, self.bounded = margin, bounded
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        assert isinstance(self.predictions, Numbers)
+        self.predictions.needs_targets = self.bounded
 
     def ready(self, pairs: Pairs) -> Pairs:
         if self.bounded and pairs.target is None:

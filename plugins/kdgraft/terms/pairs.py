@@ -123,7 +123,7 @@ class ScoreTerm(PairTerm):
         tensor([1.])
     """
 
-    needs = ("classes",)
+    needs: ClassVar[tuple[str, ...]] = ("classes",)
     pairs_from = "scores"
     compares_classes = True
     in_chunks = True
@@ -192,7 +192,7 @@ class TemperedTerm(ScoreTerm):
             return pairs
         if pairs.independent:
             raise DistillError(self._no_mean())
-        variant = "code" if self.standardize == "code" else "paper"
+        variant: Literal["paper", "code"] = "code" if self.standardize == "code" else "paper"
         s, t = (
             standardized(scores, dim=pairs.dim, present=pairs.present, variant=variant)
             for scores in (pairs.student, pairs.teacher)
