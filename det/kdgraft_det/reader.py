@@ -25,7 +25,7 @@ Activation = Literal["auto", "sigmoid", "softmax"]
 class DetReader(Reader):
     """Reads the pyramid and the heads of two detectors."""
 
-    default_taps: ClassVar = {"features": "neck[*]"}
+    default_taps: ClassVar = {"features": "neck[*]", "samples": "backbone[-1]"}
     lacks: ClassVar = DET.lacks
 
     def scores(  # type: ignore[override]  # each host has settings of its own

@@ -65,25 +65,3 @@ def per_text(values: Tensor, texts: Tensor | None) -> Tensor:
         return values.sum(1)
     sums = values.new_zeros(int(texts[-1, -1]) + 1)
     return sums.index_add(0, texts.flatten(), values.flatten())
-
-
-def first_of_each(states: Tensor, real: Tensor | None, texts: Tensor | None) -> Tensor:
-    """Select the state of each text's first token that is not padding; padding may be on the left.
-
-    Args:
-        states: ``(B, L, C)``.
-        real: ``(B, L)``, true for tokens that are not padding; ``None`` for all.
-        texts: ``(B, L)`` of packed rows, from :func:`texts_of`; ``None`` where each row is one text.
-
-    Returns:
-        ``(N, C)`` of N texts.
-    """
-    if real is None:
-        return states[:, 0]
-    if texts is None:
-        return states[torch.arange(len(states), device=states.device), real.to(torch.int8).argmax(1)]
-    places = real.flatten().nonzero().flatten()
-    numbers = texts.flatten()[places]
-    first = torch.ones_like(numbers, dtype=torch.bool)
-    first[1:] = numbers[1:] != numbers[:-1]
-    return states.flatten(0, 1)[places[first]]

@@ -28,8 +28,11 @@ from .predictions import (
     independent,
     problem_types_of,
 )
-from .tasks import LANGUAGE_MODELS, PER_TOKEN, task_of
+from .tasks import LANGUAGE_MODELS, PER_TOKEN, has_decoder, task_of
 from .tokens import IGNORED, ModelTokens, Tokens, take, tokens_of
+
+LAST_STATE = "last_hidden_state"
+"""The tap of the last hidden state, for models of any architecture."""
 
 CountedTokens = Literal["auto", "valid", "labelled"]
 
@@ -37,10 +40,19 @@ CountedTokens = Literal["auto", "valid", "labelled"]
 class HFReader(Reader):
     """The reader of two models of Hugging Face of the same task."""
 
-    default_taps: ClassVar = {}
+    default_taps: ClassVar = {"samples": LAST_STATE}
     lacks: ClassVar = NLP.lacks
     chunked = False
     """True where the host computes terms on logits in chunks, from hidden states."""
+
+    def settle(self, tap: Tap, model: nn.Module) -> Tap:
+        """Return the tap of this model's last hidden state, or of the last map of a convolutional model, for its name."""
+        if tap.text != LAST_STATE:
+            return tap
+        path = str(getattr(model, "base_model_prefix", ""))
+        if not isinstance(getattr(model, path, None) if path else None, nn.Module):
+            path = "encoder" if has_decoder(model) and isinstance(getattr(model, "encoder", None), nn.Module) else ""
+        return Tap.parse(f"{path}[0]")
 
     def scores(  # type: ignore[override]  # each host has settings of its own
         self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"

@@ -13,13 +13,13 @@ from kdgraft.adapters import AdapterKind, adapter_label, build_adapter
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, cosine, hint, patient
+from kdgraft.pooling import first_of_each
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import check_choice
 from kdgraft.wiring import Wiring
 
 from .attention import Layer
 from .layers import LayerPairs, LayerTerm
-from .packing import first_of_each
 from .registry import TERMS
 from .tasks import accepted
 from .tokens import ModelTokens, tokens_of

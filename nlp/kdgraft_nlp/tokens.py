@@ -102,26 +102,28 @@ VISION = frozenset({"vision_tower", "vision_model", "vision_encoder", "visual"})
 class TextBatch(Batch):
     """A batch that gives the core's regions the padding of a Hugging Face model's features."""
 
-    def at(self, tap: Tap, feature: Tensor) -> Batch:
+    def at(self, tap: Tap, feature: Tensor, *, owner: str | None = None) -> Batch:
         """Return the batch with the tokens of the stack that was tapped.
 
         Raises:
             WiringError: padding is unknown there, or position i is not the same token for both models.
         """
         tokens, parts = tokens_of(self), tap.path.split(".")
+        side = tokens.teacher if owner == "teacher" else tokens.student
         in_encoder = "encoder" in parts or any(str(key).startswith("encoder") for key in tap.index)
-        counted = tokens.student.of("decoder" if tokens.two_stacks and not in_encoder else "layers")
+        stack = "decoder" if tokens.two_stacks and not in_encoder else "layers"
+        counted = side.of(stack)
         if feature.ndim == 3 and "decoder" not in parts and self._padded_images():
             raise WiringError(
                 f"tap '{tap}': {tuple(feature.shape)} contains padding of images at unknown positions; tap a map (B, C, H, W)"
             )
         if counted is None or feature.ndim > 3 or VISION.intersection(parts):
             return self
-        if tokens.pairs is not None and feature.ndim == 3:
+        if tokens.pairs is not None and feature.ndim == 3 and owner is None:
             raise WiringError(f"tap '{tap}': the tokens of two tokenizers differ; use HiddenStates, which aligns them")
         if feature.ndim == 3 and feature.shape[:2] != counted.shape and bool(counted.all()):
             return self  # frames or summaries of tokens, and none is padding
-        return replace(self, tokens=counted)
+        return replace(self, tokens=counted, texts=side.texts_of(stack))
 
     def _padded_images(self) -> bool:
         return any(size != self.padded_size for size in self.image_sizes or ())

@@ -21,6 +21,7 @@ from .terms.predictions import DIST, LogitMatching, SoftTargets
 from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.review import Review
+from .terms.samples import SampleTerm
 from .terms.statistics import FSP, NST, FeatureMMD
 
 __version__: str
@@ -80,6 +81,7 @@ __all__ = [
     "Registry",
     "ReverseKL",
     "Review",
+    "SampleTerm",
     "Schedule",
     "ScoreTerm",
     "Scores",

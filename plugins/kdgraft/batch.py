@@ -39,6 +39,7 @@ class Batch:
         labels: the host's labels: ``(n,)`` per image, or one tensor, such as the classes of pixels ``(B, H, W)``.
         valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding.
         tokens: ``(B, L)``, true for tokens that are not padding.
+        texts: ``(B, L)``: the number of each token's text in the batch, for rows that hold several texts.
         samples: the identities of the samples.
         extra: values that only the terms of one host read.
 
@@ -54,6 +55,7 @@ class Batch:
     labels: Any = None
     valid: Tensor | None = None
     tokens: Tensor | None = None
+    texts: Tensor | None = None
     samples: Samples | None = None
     extra: dict[Any, Any] = field(default_factory=dict)
 
@@ -64,8 +66,13 @@ class Batch:
         found: T = self.extra[key]
         return found
 
-    def at(self, tap: Tap, feature: Tensor) -> Batch:
+    def at(self, tap: Tap, feature: Tensor, *, owner: str | None = None) -> Batch:
         """Return the batch of the sequence that ``feature`` belongs to, for models that process several sequences.
+
+        Args:
+            tap: the tap.
+            feature: the tapped tensor.
+            owner: ``"student"`` or ``"teacher"``, whose own sequence is meant; ``None`` if position i must be the same for both.
 
         Raises:
             WiringError: the host cannot tell which positions of ``feature`` are padding.

@@ -35,26 +35,32 @@ def total_over_ranks(values: Tensor) -> Tensor:
 
 
 def gather_over_ranks(values: Tensor) -> Tensor:
-    """Concatenate ``(B, …)`` of all processes in the order of ranks, with gradient; the shapes must be equal."""
+    """Concatenate ``(N, …)`` of all processes in the order of ranks, with gradient; N may differ."""
     if world_size() == 1:
         return values
     from torch.distributed.nn import functional
 
-    return torch.cat(functional.all_gather(values))
+    counts = _counts_of_ranks(values)
+    most = max(counts)
+    padded = (
+        torch.cat([values, values.new_zeros(most - len(values), *values.shape[1:])]) if len(values) < most else values
+    )
+    found = functional.all_gather(padded.contiguous())
+    return torch.cat([part[:count] for part, count in zip(found, counts, strict=True)])
+
+
+def _counts_of_ranks(values: Tensor) -> list[int]:
+    """Return the number of rows that each process holds."""
+    counts = [torch.zeros(1, dtype=torch.long, device=values.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor([len(values)], device=values.device))
+    found: list[int] = torch.cat(counts).tolist()
+    return found
 
 
 @torch.no_grad()
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate ``(N, …)`` of all processes in the order of ranks, without gradient; N may differ."""
-    if world_size() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    most = max(int(count) for count in counts)
-    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
-    found = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(found, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(found, counts, strict=True)])
+    return gather_over_ranks(rows)
 
 
 @torch.no_grad()

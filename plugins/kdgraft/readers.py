@@ -44,7 +44,8 @@ class Reader:
     """
 
     default_taps: ClassVar[Mapping[str, str]] = {"scores": ""}
-    """The host's default taps for ``"features"``, class ``"scores"`` and ``"embeddings"``, the input of the classifier."""
+    """The host's default taps for ``"features"``, class ``"scores"``, ``"embeddings"``, the input of the classifier, and
+    ``"samples"``, a feature that is pooled to one vector per sample."""
     lacks: ClassVar[Mapping[str, str]] = {}
     """The kinds of :data:`NEEDS` that models of this host never have, each with the reason."""
 

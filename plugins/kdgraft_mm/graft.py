@@ -213,6 +213,7 @@ class Graft(_Host, metaclass=GraftMeta):
             lambda: run(student, "student", engine.taps("student"), example),
             run_source,
             cls._given(student),
+            {"samples": len(example)},
             replay=cls._replay,
         )
         terms = [term for term in engine.all_terms if pairs_classes(term, wirings[term.name], cls._reads_classes)]

@@ -48,7 +48,12 @@ def reads_scores(tap: Tap) -> bool:
 class SegReader(Reader):
     """Reads the decode heads of two segmentors. Its taps refer to the last head of a cascade."""
 
-    default_taps: ClassVar = {"features": "backbone[-1]", "scores": LOGITS, "embeddings": EMBEDDINGS}
+    default_taps: ClassVar = {
+        "features": "backbone[-1]",
+        "scores": LOGITS,
+        "embeddings": EMBEDDINGS,
+        "samples": "backbone[-1]",
+    }
     lacks: ClassVar = SEG.lacks
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdgraft import FeatureTerm, Reader, Registry, Term
+from kdgraft import Reader, Registry, TapTerm, Term
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "FSP": dict(pairs=[[0, 0]]),  # of one layer with itself, as these tests tap one
@@ -36,8 +36,8 @@ def split(terms: Registry, reader: type[Reader]) -> tuple[list[str], list[str]]:
 
 
 def spec(kind: type[Term], place: str, **settings: Any) -> dict[str, Any]:
-    """A term's entry in a config: a tap for terms on features, and settings."""
-    taps = dict(tap=place) if issubclass(kind, FeatureTerm) else {}
+    """A term's entry in a config: a tap for terms that tap modules, and settings."""
+    taps = dict(tap=place) if issubclass(kind, TapTerm) else {}
     return {"type": kind.__name__, "name": "term", **taps, **SETTINGS.get(kind.__name__, {}), **settings}
 
 

@@ -13,6 +13,7 @@ from . import (
     pretrained,
     relations,
     review,
+    samples,
     statistics,
 )
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
@@ -22,6 +23,7 @@ from .labelled import LabelledTerm
 from .pairs import PairTerm, ScoreTerm, TemperedTerm
 from .pretrained import PretrainedTerm
 from .relations import MapTerm
+from .samples import SampleTerm
 
 __all__ = [
     "FeatureTerm",
@@ -30,6 +32,7 @@ __all__ = [
     "PairTerm",
     "PerImageTerm",
     "PretrainedTerm",
+    "SampleTerm",
     "ScoreTerm",
     "TapTerm",
     "TemperedTerm",
@@ -46,6 +49,7 @@ __all__ = [
     "pretrained",
     "relations",
     "review",
+    "samples",
     "statistics",
     "sum_of",
 ]

@@ -1,0 +1,140 @@
+"""Terms on the relations between samples: one vector per sample, gathered over the processes, for models of any two widths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..distributed import gather_over_ranks, world_size
+from ..errors import DistillError, WiringError
+from ..losses import Ratio, upcast
+from ..pooling import first_of_each, mean_of_each
+from ..regions import All
+from ..taps import Recording, Tap
+from .base import Taps, TapTerm, Wiring, check_choice, mean_of
+from .features import build_region, check_region, placed
+
+Pool = Literal["mean", "first"]
+
+
+class SampleTerm(TapTerm):
+    """Base of terms on the relations between the samples of a batch, those of all processes together.
+
+    A subclass computes the loss of N samples in :meth:`compare`. The loss of several taps is the mean of their losses. With
+    gradient accumulation the samples of each part are related to each other, not to those of other parts: the parts' losses are
+    averaged, and a larger batch relates more.
+
+    Args:
+        tap, student_tap, teacher_tap: vectors ``(B, C)``, taken as they are; maps ``(B, C, H, W)`` or states ``(B, L, C)``, pooled
+            to one vector per sample. By default a segmentor's or detector's last stage, or the last hidden state of a Hugging
+            Face model. The two models' widths, grids and tokens may differ.
+        pool: ``"mean"`` over the positions that count, or the ``"first"`` token of states.
+        region: ``"all"`` (without padding and ignored positions) or another registered region, whose weights the mean uses.
+            Samples without a position that counts are left out.
+
+    Example:
+        >>> class Norms(SampleTerm):
+        ...     def compare(self, student, teacher, present):
+        ...         ratios = [x.norm(dim=1) / x.norm(dim=1).mean() for x in (student[present], teacher[present])]
+        ...         return (ratios[0] - ratios[1]).square().mean()
+        >>> list(Distiller(student, teacher, [Norms("conv")], example=images)(images).losses)
+        ['distill.norms.loss']
+    """
+
+    reads = "samples"
+    needs = ("samples",)
+
+    def __init__(self, tap: Taps | None = None, *, pool: Pool = "mean", region: Any = "all", **settings: Any) -> None:
+        super().__init__(tap, **settings)
+        check_choice(self, "pool", pool, ("mean", "first"))
+        self.pool: Pool = pool
+        self.region, self.region_name = build_region(region, self)
+        if pool == "first" and not isinstance(self.region, All):
+            raise DistillError(
+                f"{type(self).__name__}: pool='first' takes one token whatever the region; leave region out"
+            )
+
+    def wire(self, wiring: Wiring) -> None:
+        check_region(self, self.region, self.region_name, wiring)
+        for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            for tensor, tap in ((s, s_tap), (t, t_tap)):
+                self._check(tensor, tap, wiring)
+            self._check_samples(s, t, s_tap, t_tap)
+            region = "–" if s.ndim == t.ndim == 2 else "first token" if self.pool == "first" else self.region_name
+            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter="any", region=region))
+
+    def _check(self, tensor: Tensor, tap: Tap, wiring: Wiring) -> None:
+        """Raise a :class:`WiringError` unless a tensor gives one vector per sample."""
+        shape, samples = tuple(tensor.shape), wiring.facts.get("samples")
+        if tensor.ndim not in (2, 3, 4) or not wiring.in_image(tap) or (self.pool == "first" and tensor.ndim == 4):
+            kinds = (
+                "states (B, L, C)" if self.pool == "first" else "vectors (B, C), states (B, L, C) or maps (B, C, H, W)"
+            )
+            raise WiringError(f"{self.name}: {tap} {shape} gives no vector per sample; tap {kinds} of whole samples")
+        if "tokens" in wiring.fields or tensor.ndim > 2 or not isinstance(self.region, All):
+            placed(self, self.region, self.region_name, tensor, tap, wiring)
+        flat = tensor.ndim == 2 and "tokens" in wiring.fields  # the states of all sequences after one another
+        if samples is not None and len(tensor) != samples and not flat:
+            raise WiringError(
+                f"{self.name}: {tap} {shape} does not hold one entry for each of {samples} samples; tap another module"
+            )
+
+    def _check_samples(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
+        if len(student) != len(teacher):
+            raise WiringError(
+                f"{self.name}: {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)} must hold the same "
+                "samples"
+            )
+
+    def samples(self, student: Recording, teacher: Recording, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield for each tap both models' vectors ``(N, C)`` in float32, and ``(N,)``, true for samples that count.
+
+        These are the samples of this process.
+        """
+        for s, t, s_tap, t_tap in self.pairs(student, teacher):
+            ours, here = self._vectors(s, s_tap, student, batch)
+            theirs, there = self._vectors(t, t_tap, teacher, batch)
+            self._check_samples(ours, theirs, s_tap, t_tap)
+            yield ours, theirs, here & there
+
+    def _vectors(self, tensor: Tensor, tap: Tap, recording: Recording, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return one vector per sample of one model, and true for samples that have one."""
+        place = batch.at(tap, tensor, owner=recording.owner)
+        weight, texts = self.region(place, tensor, recording.scale), place.texts
+        if tensor.ndim == 2 and (weight is None or place.tokens is None):
+            return upcast(tensor), torch.ones_like(tensor[:, 0], dtype=torch.bool)
+        if weight is not None and tensor.ndim == 2:
+            assert place.tokens is not None
+            tensor, weight = tensor.view(*place.tokens.shape, -1), weight.view(place.tokens.shape)
+        if self.pool == "mean":
+            return mean_of_each(tensor, weight, texts)
+        first = upcast(first_of_each(tensor, None if weight is None else weight > 0, texts))
+        if weight is None or texts is not None:
+            return first, torch.ones_like(first[:, 0], dtype=torch.bool)
+        present = (weight > 0).any(1)
+        return first.masked_fill(~present[:, None], 0), present
+
+    def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        return mean_of([self._related(*found) for found in self.samples(student, teacher, batch)])
+
+    def _related(self, student: Tensor, teacher: Tensor, present: Tensor) -> Ratio:
+        share = 1 / world_size()  # every process computes the same value
+        widths = (student.shape[1], teacher.shape[1], 1)
+        everyone = gather_over_ranks(torch.cat([student, teacher, present[:, None].to(student.dtype)], 1))
+        s, t, counts = everyone.split(widths, 1)
+        value = self.compare(s, t, counts[:, 0] > 0)
+        return Ratio(value * share, value.new_full((), share))
+
+    def compare(self, student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+        """Compute the loss of N samples of all processes.
+
+        Args:
+            student: ``(N, C_s)``.
+            teacher: ``(N, C_t)``.
+            present: ``(N,)``, true for the samples that count.
+        """
+        raise NotImplementedError
