@@ -21,7 +21,7 @@ from .terms.predictions import DIST, LogitMatching, SoftTargets
 from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.review import Review
-from .terms.samples import SampleTerm
+from .terms.samples import RKD, SampleTerm
 from .terms.statistics import FSP, NST, FeatureMMD
 
 __version__: str
@@ -35,6 +35,7 @@ __all__ = [
     "NST",
     "RECIPES",
     "REGIONS",
+    "RKD",
     "SCHEDULES",
     "SOURCES",
     "TERMS",

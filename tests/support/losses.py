@@ -43,6 +43,7 @@ class Kind(NamedTuple):
 
 
 SAMPLES = Kind((5, 7), (5, 7), -1)
+TWO_EMBEDDINGS = Kind((5, 7), (5, 4), -1)
 EMBEDDINGS = Kind((7, 6), (7, 6), -1)
 SCORES = Kind((2, 3, 7), (2, 3, 7), -1)
 WORDS = Kind((2, 3, 7), (2, 3, 10), -1)
@@ -255,6 +256,9 @@ BY_NAME: dict[str, Declared] = {
     "patient in code": weighted(partial(losses.patient, variant="code"), SAMPLES, (5,), lengths=False),
     "bounded_regression": weighted(_bounded, SAMPLES, (5,), teacher_learns=False),
     "memory_relations": Declared(_memory, EMBEDDINGS, (7,), lengths=False),
+    # (B, C): samples, related to each other
+    "rkd_distance": masked(losses.rkd_distance, TWO_EMBEDDINGS, (5,), lengths=False),
+    "rkd_angle": masked(losses.rkd_angle, TWO_EMBEDDINGS, (5,), lengths=False),
     # (B, N, D): pixels of several images, tokens of several texts
     "pixel_relations": masked(losses.pixel_relations, PIXELS, (2, 2, 6), lengths=False),
     "token_relations": masked(_tokens, TOKENS, (2, 2, 5), cuts=False),

@@ -27,6 +27,7 @@ from .pearson import pearson
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .relations import relations
 from .review import hierarchical_context
+from .rkd import rkd_angle, rkd_distance
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
 from .standardization import standardized
 from .states import cosine, patient
@@ -76,6 +77,8 @@ __all__ = [
     "reduce_loss",
     "relations",
     "reverse_kl",
+    "rkd_angle",
+    "rkd_distance",
     "skewed_kl",
     "soft_targets",
     "sparsity_mismatch",

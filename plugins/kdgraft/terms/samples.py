@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..distributed import gather_over_ranks, world_size
-from ..errors import DistillError, WiringError
-from ..losses import Ratio, upcast
+from ..errors import DistillError, WiringError, check_number
+from ..losses import Ratio, rkd_angle, rkd_distance, upcast
 from ..pooling import first_of_each, mean_of_each
 from ..regions import All
+from ..registry import RECIPES, TERMS
 from ..taps import Recording, Tap
 from .base import Taps, TapTerm, Wiring, check_choice, mean_of
 from .features import build_region, check_region, placed
@@ -138,3 +139,37 @@ class SampleTerm(TapTerm):
             present: ``(N,)``, true for the samples that count.
         """
         raise NotImplementedError
+
+
+@TERMS.register
+@RECIPES.register("rkd")
+class RKD(SampleTerm):
+    """RKD: distances between samples and angles of triplets follow the teacher's (Park et al. 2019, arXiv 1904.05068).
+
+    The published weights are 1 and 2 for embeddings in metric learning (batches of 64 or 128 with several samples of each class),
+    and 25 and 50 for the last features of classifiers of CIFAR-100. The losses are means, which do not grow with the batch or the
+    width; a larger batch has more triplets. The angles need N² · (N + C) numbers for N samples of all processes and C channels.
+
+    Args:
+        tap, pool, region: see :class:`~kdgraft.terms.SampleTerm`.
+        distance: the weight of the distances.
+        angle: the weight of the angles.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [RKD("conv", distance=25.0, angle=50.0)], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.rkd.loss']
+    """
+
+    def __init__(self, tap: Taps | None = None, *, distance: float = 1.0, angle: float = 2.0, **settings: Any) -> None:
+        super().__init__(tap, **settings)
+        for name, part in (("distance", distance), ("angle", angle)):
+            check_number("RKD", name, part)
+        if not distance and not angle:
+            raise DistillError("RKD: distance and angle are both 0, so that nothing is compared; leave the term out")
+        self.distance, self.angle = float(distance), float(angle)
+
+    def compare(self, student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+        parts = ((self.distance, rkd_distance), (self.angle, rkd_angle))
+        found = [weight * loss(student, teacher, valid=present) for weight, loss in parts if weight]
+        return torch.stack(found).sum()
