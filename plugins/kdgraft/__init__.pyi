@@ -21,7 +21,7 @@ from .terms.predictions import DIST, LogitMatching, SoftTargets
 from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.review import Review
-from .terms.samples import RKD, SampleTerm
+from .terms.samples import PKT, RKD, CorrelationCongruence, SampleTerm, SimilarityPreserving
 from .terms.statistics import FSP, NST, FeatureMMD
 
 __version__: str
@@ -33,6 +33,7 @@ __all__ = [
     "LOSSES",
     "NKD",
     "NST",
+    "PKT",
     "RECIPES",
     "REGIONS",
     "RKD",
@@ -45,6 +46,7 @@ __all__ = [
     "BoundedRegression",
     "ChannelWise",
     "Constant",
+    "CorrelationCongruence",
     "Decay",
     "DistillError",
     "DistillOutput",
@@ -86,6 +88,7 @@ __all__ = [
     "Schedule",
     "ScoreTerm",
     "Scores",
+    "SimilarityPreserving",
     "SkewedKL",
     "SoftTargets",
     "Source",

@@ -25,6 +25,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+@torch.no_grad()
+def most_over_ranks(values: Tensor) -> Tensor:
+    """Return the largest of each of ``values`` over all processes, without gradient."""
+    if world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def total_over_ranks(values: Tensor) -> Tensor:
     """Sum ``values`` over all processes, with gradient: a process receives the gradients of the losses of all processes."""
     if world_size() == 1:

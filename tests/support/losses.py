@@ -259,6 +259,10 @@ BY_NAME: dict[str, Declared] = {
     # (B, C): samples, related to each other
     "rkd_distance": masked(losses.rkd_distance, TWO_EMBEDDINGS, (5,), lengths=False),
     "rkd_angle": masked(losses.rkd_angle, TWO_EMBEDDINGS, (5,), lengths=False),
+    "similarity_preserving": masked(losses.similarity_preserving, TWO_EMBEDDINGS, (5,), lengths=False),
+    "correlation_congruence": masked(losses.correlation_congruence, TWO_EMBEDDINGS, (5,), lengths=False),
+    "pkt": masked(losses.pkt, TWO_EMBEDDINGS, (5,), lengths=False),
+    "pkt of the paper": masked(partial(losses.pkt, variant="paper"), TWO_EMBEDDINGS, (5,), lengths=False),
     # (B, N, D): pixels of several images, tokens of several texts
     "pixel_relations": masked(losses.pixel_relations, PIXELS, (2, 2, 6), lengths=False),
     "token_relations": masked(_tokens, TOKENS, (2, 2, 5), cuts=False),

@@ -8,6 +8,7 @@ from .attention_transfer import attention_transfer
 from .bounded_regression import bounded_regression
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
+from .correlation_congruence import correlation_congruence
 from .cross_head import align_scale, focused_entropy
 from .cross_image import memory_relations, pixel_relations
 from .decoupled import decoupled
@@ -24,10 +25,12 @@ from .mmd import mmd
 from .normalized import normalized
 from .nst import nst
 from .pearson import pearson
+from .pkt import pkt
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .relations import relations
 from .review import hierarchical_context
 from .rkd import rkd_angle, rkd_distance
+from .similarity_preserving import similarity_preserving
 from .soft_targets import SoftTargetsLoss, binary_soft_targets, mixed_targets, soft_targets
 from .standardization import standardized
 from .states import cosine, patient
@@ -48,6 +51,7 @@ __all__ = [
     "bounded_regression",
     "channel_wise",
     "class_prototypes",
+    "correlation_congruence",
     "cosine",
     "critic_loss",
     "decoupled",
@@ -74,11 +78,13 @@ __all__ = [
     "patient",
     "pearson",
     "pixel_relations",
+    "pkt",
     "reduce_loss",
     "relations",
     "reverse_kl",
     "rkd_angle",
     "rkd_distance",
+    "similarity_preserving",
     "skewed_kl",
     "soft_targets",
     "sparsity_mismatch",

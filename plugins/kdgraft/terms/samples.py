@@ -6,12 +6,22 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..batch import Batch
-from ..distributed import gather_over_ranks, world_size
+from ..distributed import gather_over_ranks, most_over_ranks, world_size
 from ..errors import DistillError, WiringError, check_number
-from ..losses import Ratio, rkd_angle, rkd_distance, upcast
+from ..losses import (
+    Ratio,
+    correlation_congruence,
+    pkt,
+    rkd_angle,
+    rkd_distance,
+    similarity_preserving,
+    upcast,
+)
+from ..losses.correlation_congruence import check_kernel
 from ..pooling import first_of_each, mean_of_each
 from ..regions import All
 from ..registry import RECIPES, TERMS
@@ -19,7 +29,7 @@ from ..taps import Recording, Tap
 from .base import Taps, TapTerm, Wiring, check_choice, mean_of
 from .features import build_region, check_region, placed
 
-Pool = Literal["mean", "first"]
+Pool = Literal["mean", "first", "flat"]
 
 
 class SampleTerm(TapTerm):
@@ -33,7 +43,8 @@ class SampleTerm(TapTerm):
         tap, student_tap, teacher_tap: vectors ``(B, C)``, taken as they are; maps ``(B, C, H, W)`` or states ``(B, L, C)``, pooled
             to one vector per sample. By default a segmentor's or detector's last stage, or the last hidden state of a Hugging
             Face model. The two models' widths, grids and tokens may differ.
-        pool: ``"mean"`` over the positions that count, or the ``"first"`` token of states.
+        pool: ``"mean"`` over the positions that count; the ``"first"`` token of states; or ``"flat"``: all positions one after
+            another, with 0 for those that do not count, which processes exchange as a whole.
         region: ``"all"`` (without padding and ignored positions) or another registered region, whose weights the mean uses.
             Samples without a position that counts are left out.
 
@@ -51,7 +62,7 @@ class SampleTerm(TapTerm):
 
     def __init__(self, tap: Taps | None = None, *, pool: Pool = "mean", region: Any = "all", **settings: Any) -> None:
         super().__init__(tap, **settings)
-        check_choice(self, "pool", pool, ("mean", "first"))
+        check_choice(self, "pool", pool, ("mean", "first", "flat"))
         self.pool: Pool = pool
         self.region, self.region_name = build_region(region, self)
         if pool == "first" and not isinstance(self.region, All):
@@ -113,6 +124,10 @@ class SampleTerm(TapTerm):
             tensor, weight = tensor.view(*place.tokens.shape, -1), weight.view(place.tokens.shape)
         if self.pool == "mean":
             return mean_of_each(tensor, weight, texts)
+        if self.pool == "flat":
+            if texts is not None:
+                raise WiringError(f"{self.name}: rows hold several texts, which cannot be flattened; use pool='mean'")
+            return _flattened(tensor, weight)
         first = upcast(first_of_each(tensor, None if weight is None else weight > 0, texts))
         if weight is None or texts is not None:
             return first, torch.ones_like(first[:, 0], dtype=torch.bool)
@@ -139,6 +154,19 @@ class SampleTerm(TapTerm):
             present: ``(N,)``, true for the samples that count.
         """
         raise NotImplementedError
+
+
+def _flattened(tensor: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return ``(B, …)`` on the largest grid of all processes, flattened, and true for samples with a position that counts."""
+    rows = upcast(tensor if tensor.ndim == 4 else tensor.transpose(1, 2))  # (B, C, positions)
+    present = torch.ones_like(rows[:, 0].flatten(1)[:, 0], dtype=torch.bool)
+    if weight is not None:
+        rows, present = rows.masked_fill((weight == 0)[:, None], 0) * weight[:, None], (weight > 0).flatten(1).any(1)
+    most = most_over_ranks(torch.tensor(rows.shape[2:], device=rows.device)).tolist()
+    wider = [
+        more for size, own in zip(reversed(most), reversed(rows.shape[2:]), strict=True) for more in (0, size - own)
+    ]
+    return F.pad(rows, wider).flatten(1), present
 
 
 @TERMS.register
@@ -173,3 +201,101 @@ class RKD(SampleTerm):
         parts = ((self.distance, rkd_distance), (self.angle, rkd_angle))
         found = [weight * loss(student, teacher, valid=present) for weight, loss in parts if weight]
         return torch.stack(found).sum()
+
+
+@TERMS.register
+@RECIPES.register("sp")
+class SimilarityPreserving(SampleTerm):
+    """SP: rows of the samples' Gram matrix follow the teacher's (Tung & Mori 2019, arXiv 1907.09682).
+
+    RepDistiller's weight is 3000, on the last maps of classifiers of CIFAR-100 in batches of 64. The loss is divided by N², and
+    shrinks about as 1 / N with the number N of samples; neither the width nor the size of maps matters.
+
+    Args:
+        tap, region: see :class:`~kdgraft.terms.SampleTerm`.
+        pool: ``"flat"`` for whole maps as in the paper; the mean costs processes less to exchange.
+        weight: 3000 in RepDistiller, which the authors verified.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [SimilarityPreserving("conv", pool="flat")], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.similarity_preserving.loss']
+    """
+
+    def __init__(self, tap: Taps | None = None, *, weight: float = 3000.0, **settings: Any) -> None:
+        super().__init__(tap, weight=weight, **settings)
+
+    def compare(self, student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+        return similarity_preserving(student, teacher, valid=present)
+
+
+@TERMS.register
+@RECIPES.register("cc")
+class CorrelationCongruence(SampleTerm):
+    """CC: a Gaussian kernel of the samples follows the teacher's (Peng et al. 2019, arXiv 1904.01802).
+
+    The paper draws batches with several samples of each class, which is up to the data loader here. No code of the authors is
+    public; the default weight is that of a public re-implementation (Knowledge-Distillation-Zoo) for the last features of
+    classifiers of CIFAR-10 in batches of 128. The loss is a mean over pairs of samples: neither batch nor width changes its scale.
+
+    Args:
+        tap, pool, region: see :class:`~kdgraft.terms.SampleTerm`.
+        gamma: γ of the kernel exp(−γ‖x − y‖²), 0.4 in the re-implementation.
+        order: the order P of its Taylor series.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [CorrelationCongruence("conv")], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.correlation_congruence.loss']
+    """
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        gamma: float = 0.4,
+        order: int = 2,
+        weight: float = 100.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(tap, weight=weight, **settings)
+        check_kernel(gamma, order)
+        self.gamma, self.order = gamma, order
+
+    def compare(self, student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+        return correlation_congruence(student, teacher, gamma=self.gamma, order=self.order, valid=present)
+
+
+@TERMS.register
+@RECIPES.register("pkt")
+class PKT(SampleTerm):
+    """PKT: probabilities of being each other's neighbours follow the teacher's (Passalis & Tefas 2018, arXiv 1803.10837).
+
+    RepDistiller's weight is 30000, on the last features of classifiers of CIFAR-100 in batches of 64; the authors train without a
+    loss beside it. In ``variant="code"`` the loss is a mean over pairs, and shrinks about as 1 / N with the number N of samples.
+
+    Args:
+        tap, pool, region: see :class:`~kdgraft.terms.SampleTerm`.
+        variant: ``"code"`` or ``"paper"``; see :func:`kdgraft.losses.pkt`.
+        weight: 30000 in RepDistiller, for ``variant="code"``.
+
+    Example:
+        >>> distiller = Distiller(student, teacher, [PKT("conv")], example=images)
+        >>> list(distiller(images).losses)
+        ['distill.pkt.loss']
+    """
+
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        variant: Literal["code", "paper"] = "code",
+        weight: float = 30000.0,
+        **settings: Any,
+    ) -> None:
+        super().__init__(tap, weight=weight, **settings)
+        check_choice(self, "variant", variant, ("code", "paper"))
+        self.variant: Literal["code", "paper"] = variant
+
+    def compare(self, student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
+        return pkt(student, teacher, variant=self.variant, valid=present)
