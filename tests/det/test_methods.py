@@ -18,7 +18,9 @@ OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, DetReader)
 SETTINGS: dict[str, dict[str, Any]] = {}
 """Settings of a term for detectors."""
-MODELS: dict[str, str] = dict.fromkeys(("DIST", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL"), "Faster R-CNN")
+MODELS: dict[str, str] = dict.fromkeys(
+    ("DKD", "NKD", "DIST", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL"), "Faster R-CNN"
+)
 """A term's detector, where it is not GFL: ``"Faster R-CNN"`` or the name of a DETR-type model."""
 
 
