@@ -23,6 +23,7 @@ from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.review import Review
 from .terms.samples import PKT, RKD, CorrelationCongruence, SampleTerm, SimilarityPreserving
 from .terms.statistics import FSP, NST, FeatureMMD
+from .terms.tokens import FreeKD, MasKD
 
 __version__: str
 
@@ -60,12 +61,14 @@ __all__ = [
     "FineGrained",
     "FocalGlobal",
     "ForwardKL",
+    "FreeKD",
     "GeneralizedJSD",
     "Hint",
     "Itself",
     "LabelledTerm",
     "LogitMatching",
     "MapTerm",
+    "MasKD",
     "MaskedGeneration",
     "Numbers",
     "PairTerm",

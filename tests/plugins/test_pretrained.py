@@ -15,19 +15,21 @@ from kdgraft import (
     Distiller,
     DistillError,
     FactorTransfer,
+    FreeKD,
     Itself,
+    MasKD,
     Peer,
     PretrainedTerm,
     UnsafeCheckpoint,
     WiringError,
 )
-from kdgraft.losses import factor_transfer
+from kdgraft.losses import factor_transfer, frequency_imitation, masked_imitation
 from support.pretrained_ranks import steps
 from support.processes import found_by_two
 from support.tensors import Payload
 
 X = torch.zeros(1)
-TERMS = [FactorTransfer]
+TERMS = [FactorTransfer, MasKD, FreeKD]
 every = pytest.mark.parametrize("kind", TERMS, ids=lambda kind: kind.__name__)
 
 
@@ -103,6 +105,28 @@ def test_the_paraphraser_learns_to_restore_the_features():
     model = distil(FactorTransfer, pretrain=100, lr=0.02, rate=1.0)
     told = [model(X).losses["distill.term.reconstruction"].item() for _ in range(100)]
     assert told[-1] < 0.5 * told[0]
+
+
+def test_the_masks_weigh_the_errors_and_later_those_of_the_student_too():
+    model = distil(MasKD, student_masks_after=1, tokens=3, weight=7.0)
+    model(X), model(X)
+    for both in (False, True):
+        expected = []
+        for level, network in enumerate(network_of(model)):
+            s, t = term_of(model).adapters[level].project(model.student.maps[level]), model.teacher.model.maps[level]
+            masks = network.masks(t) * (network.masks(s) if both else 1)
+            expected.append(masked_imitation(s, t, masks, shares=network.shares(t)))
+        torch.testing.assert_close(model(X).loss, 7 * torch.stack(expected).sum())
+
+
+def test_bands_and_features_are_compared_on_every_level():
+    model = distil(FreeKD, imitation=0.5, weight=2.0)
+    model(X), model(X)
+    expected = []
+    for level, network in enumerate(network_of(model)):
+        s, t = term_of(model).adapters[level].project(model.student.maps[level]), model.teacher.model.maps[level]
+        expected.append(frequency_imitation(s, t, network.masks(t)) + 0.5 * nn.functional.mse_loss(s, t))
+    torch.testing.assert_close(model(X).loss, 2 * torch.stack(expected).sum())
 
 
 # Its file.
@@ -199,7 +223,8 @@ def test_a_batch_without_any_position_is_no_step(kind: type[PretrainedTerm]):
 
 @every
 def test_half_precision_computes_in_float32(kind: type[PretrainedTerm]):
-    exact, model = distil(kind), distil(kind)
+    alike: dict[str, Any] = {} if kind is FactorTransfer else dict(adapter="none")  # which the host's autocast governs
+    exact, model = (distil(kind, student=6, **alike) for _ in range(2))
     for _ in range(3):
         with torch.autocast("cpu", torch.bfloat16):
             found = model(X).losses
@@ -244,3 +269,18 @@ def test_a_source_that_changes_is_refused(source: Any):
 def test_settings_that_make_no_sense(settings: dict[str, Any], said: str):
     with pytest.raises(DistillError, match=said):
         FactorTransfer("neck[*]", **settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        (MasKD, dict(tokens=0), "MasKD: tokens must be a whole number >= 1"),
+        (MasKD, dict(weigh_masks="no"), "MasKD: weigh_masks must be true or false"),
+        (MasKD, dict(student_masks_after=-1), "MasKD: student_masks_after must be a whole number >= 0"),
+        (FreeKD, dict(prompts=0), "FreeKD: prompts must be a whole number >= 1"),
+        (FreeKD, dict(imitation=-1), "FreeKD: imitation must be a number >= 0"),
+    ],
+)
+def test_settings_of_tokens_that_make_no_sense(kind: type[PretrainedTerm], settings: dict[str, Any], said: str):
+    with pytest.raises(DistillError, match=said):
+        kind("neck[*]", **settings)

@@ -18,6 +18,7 @@ from torch import Tensor
 import golden.dense
 from kdgraft import losses
 from kdgraft.losses.focal_global import GlobalRelation
+from kdgraft.losses.frequency import haar_bands
 from kdgraft.losses.scale import unit
 from support.tensors import gradient
 
@@ -177,6 +178,22 @@ def _generation(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None
     return losses.masked_generation(student, teacher, hand_on, everything, valid=valid, **settings)
 
 
+def _soft_masks(maps: Tensor) -> Tensor:
+    """Three masks of maps of this size, from 0.1 to 0.9."""
+    count, height, width = len(maps), *maps.shape[-2:]
+    masks = 0.5 + golden.wave((count, 3, height, width), 0.7, 0.3, 0.4)
+    return masks.to(losses.upcast(maps).dtype)
+
+
+def _marked(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    return losses.masked_imitation(student, teacher, _soft_masks(teacher), **settings)
+
+
+def _bands(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    masks = [_soft_masks(level[:, 0]) for level in haar_bands(teacher, 2)[1]]
+    return losses.frequency_imitation(student, teacher, masks, **settings)
+
+
 def _memory(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
     return losses.memory_relations(
         student, teacher, golden.dense.embeddings()[2].bfloat16().to(teacher.dtype), **settings
@@ -307,6 +324,8 @@ BY_NAME: dict[str, Declared] = {
     **_adversary("hinge"),
     "attention_transfer": masked(losses.attention_transfer, TWO_WIDTHS, (2,), lengths=False),
     "factor_transfer": masked(losses.factor_transfer, MAPS, (2,), lengths=False),
+    "frequency_imitation": masked(_bands, MAPS, (2,)),
+    "masked_imitation": masked(_marked, MAPS, (2,)),
     "hierarchical_context": masked(losses.hierarchical_context, MAPS, (2,)),
     "factor_transfer of the paper": masked(partial(losses.factor_transfer, variant="paper"), MAPS, (2,), lengths=False),
 }

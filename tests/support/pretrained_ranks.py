@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from kdgraft import Batch, Distiller, FactorTransfer, Review
+from kdgraft import Batch, Distiller, FactorTransfer, FreeKD, MasKD, Review
 from support.distiller_ranks import IMAGES, SHARES, SIZES, Net
 from support.processes import as_rank
 from support.tensors import gradients
@@ -20,7 +20,13 @@ def distiller() -> Distiller:
     """One term of each kind; their networks learn in the first two steps."""
     torch.manual_seed(0)
     settings: dict[str, Any] = dict(pretrain=2, lr=0.01)
-    terms = [FactorTransfer(["trunk", "deep"], **settings), Review(["trunk", "deep"])]
+    taps = ["trunk", "deep"]
+    terms = [
+        FactorTransfer(taps, **settings),
+        MasKD(taps, tokens=3, student_masks_after=1, **settings),
+        FreeKD(taps, prompts=2, **settings),
+        Review(taps),
+    ]
     return Distiller(Net(4), Net(6), terms, example=IMAGES[:1])
 
 

@@ -16,6 +16,7 @@ from .dist import dist_between_classes, dist_within_classes
 from .divergences import generalized_jsd, reverse_kl, skewed_kl
 from .factor_transfer import factor_transfer
 from .focal_global import focal_attention, focal_features
+from .frequency import frequency_imitation
 from .fsp import fsp
 from .hint import hint
 from .localization import localization
@@ -26,6 +27,7 @@ from .normalized import normalized
 from .nst import nst
 from .pearson import pearson
 from .pkt import pkt
+from .receptive_tokens import masked_imitation
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
 from .relations import relations
 from .review import hierarchical_context
@@ -61,6 +63,7 @@ __all__ = [
     "focal_attention",
     "focal_features",
     "focused_entropy",
+    "frequency_imitation",
     "fsp",
     "generalized_jsd",
     "gradient_penalty",
@@ -69,6 +72,7 @@ __all__ = [
     "localization",
     "logit_matching",
     "masked_generation",
+    "masked_imitation",
     "memory_relations",
     "mixed_targets",
     "mmd",

@@ -15,6 +15,7 @@ from . import (
     review,
     samples,
     statistics,
+    tokens,
 )
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
@@ -52,4 +53,5 @@ __all__ = [
     "samples",
     "statistics",
     "sum_of",
+    "tokens",
 ]
