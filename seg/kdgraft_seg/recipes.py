@@ -91,3 +91,15 @@ def cirkd(
 def mgd(weight: float = 2e-5, mask_ratio: float = 0.75, schedule: Any = None) -> list[dict[str, Any]]:
     """MGD (ECCV 2022, arXiv 2205.01529) on the backbone's last map, with the published settings for segmentation."""
     return _terms([dict(type="MaskedGeneration", name="mgd", weight=weight, mask_ratio=mask_ratio)], schedule)
+
+
+@RECIPES.register
+def maskd(
+    weight: float = 0.5, tokens: int = 8, tap: str = "decode_head", pretrain: int = 10000, schedule: Any = None
+) -> list[dict[str, Any]]:
+    """MasKD (ICLR 2023, 2205.14589) on the class scores, with the authors' settings for segmentation on Cityscapes.
+
+    They train the tokens for 10 000 iterations first. Masks are of equal importance, and always those of the teacher's scores.
+    """
+    fixed: dict[str, Any] = dict(weigh_masks=False, student_masks_after=None, adapter="none")
+    return _terms([dict(type="MasKD", weight=weight, tap=tap, tokens=tokens, pretrain=pretrain, **fixed)], schedule)

@@ -16,7 +16,9 @@ from kdgraft import Reader, Registry, TapTerm, Term
 SETTINGS: dict[str, dict[str, Any]] = {
     "FSP": dict(pairs=[[0, 0]]),  # of one layer with itself, as these tests tap one
     "SoftTargets": dict(temperature=2.0),
-    "FactorTransfer": dict(pretrain=1),
+    "FactorTransfer": dict(pretrain=2),
+    "MasKD": dict(pretrain=2),
+    "FreeKD": dict(pretrain=2),
     "BoundedRegression": dict(margin=1e6),  # no student is better than its teacher by so much
 }
 """Settings of a term in every host. Tests of a host override them by their own."""

@@ -234,6 +234,9 @@ class FactorTransfer(PretrainedTerm):
 
     def build_network(self, student: Tensor, teacher: Tensor) -> nn.Module:
         factors = max(round(teacher.shape[1] * self.rate), 1)
+        row = self.rows[len(self.translators)]
+        resized = ", resize" if row.adapter.endswith("resize") else ""
+        self.rows[len(self.translators)] = row._replace(adapter=f"Translator {student.shape[1]}→{factors}{resized}")
         self.translators.append(Translator(student.shape[1], factors).to(student.device))
         return Paraphraser(teacher.shape[1], factors)
 

@@ -61,6 +61,9 @@ class Review(FeatureTerm):
         super().wire(wiring)
         pairs = self.pairs(wiring.student_recording, wiring.teacher_recording)
         self.fusion = build_fusion(self, [(s, t) for s, t, _, _ in pairs], self.width)
+        for number, (row, (s, t, _, _)) in enumerate(zip(self.rows, pairs, strict=True)):
+            resized = ", resize" if row.adapter.endswith("resize") else ""
+            self.rows[number] = row._replace(adapter=f"Fusion {s.shape[1]}→{t.shape[1]}{resized}")
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         levels, weights, ratios = list(self.aligned(student, teacher, batch)), [], []
