@@ -17,7 +17,6 @@ USABLE, LACKING = split(TERMS, SegReader)
 SETTINGS: dict[str, dict[str, Any]] = {
     "Review": dict(tap=["backbone[1]", "backbone[2]"]),
     "AdversarialMask": dict(critic=SMALL_CRITIC),
-    "Review": dict(tap=["backbone[1]", "backbone[2]"]),
     "CrossImageRelations": dict(nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
 }
 """Settings of a term for segmentors."""
