@@ -16,22 +16,34 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 import kdgraft_det  # noqa: F401  registers DistilledDetector
+from kdgraft_det.reader import DetReader
 from kdgraft_mm.configs import load_config
 
 from ..mmdet_ld import mmdet_ld
+from .methods import methods
 from .mm import Variants, measure
 from .steps import Rows, publish
 
 STUDENT = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
 TEACHER = "mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py"
 PAPERS = ("chen2017", "fgfi", "fgd", "mgd", "pkd", "crosskd")
+SOFTMAX = {
+    name: dict(activation="softmax") for name in ("DIST", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL")
+}
 RECIPES: dict[str, dict[str, Any]] = {
     "LD, main region": dict(terms=[dict(type="LocalizationDistillation")]),
     "ld": dict(recipe="ld"),
     "foreground imitation": dict(terms=[dict(type="FeatureImitation", tap="neck[*]", region="foreground")]),
     "soft targets": dict(terms=[dict(type="SoftTargets")]),
     **{name: dict(recipe=name) for name in PAPERS},
+    **{
+        name: dict(terms=[term])
+        for name, term in methods(
+            DetReader, "neck[*]", SOFTMAX, without=("SoftTargets", "FocalGlobal", "DKD", "NKD")
+        ).items()
+    },
 }
+"""Variants to time. DKD and NKD need a head with one softmax, which GFL does not have."""
 SIZE = {"cpu": 256, "cuda": 800}
 IMAGES = {"cpu": 2, "cuda": 8}
 

@@ -10,18 +10,22 @@ from __future__ import annotations
 import copy
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+from kdgraft import TERMS
 from kdgraft_nlp.link import link_of
+from kdgraft_nlp.reader import HFReader
 from kdgraft_nlp.recipes import distilbert, minilmv2, pkd, tinybert
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch
 
 from ..timing import check_device, interleave, median_interval, peak_memory, ratio_interval
+from .methods import methods
 from .steps import Rows, compared, machine, publish, teacher_forward, training_step
 
 SIZES = {"cpu": (8, 128), "cuda": (64, 128)}
@@ -29,6 +33,14 @@ SIZES = {"cpu": (8, 128), "cuda": (64, 128)}
 TEACHERS = {"cpu": (384, 8), "cuda": (768, 12)}
 """Width and layers of the teacher."""
 MAPS = dict(type="AttentionMaps", layers="uniform", heads="averaged", of="distributions")
+STATES = "bert.encoder[last_hidden_state]"
+WITHOUT = ["SoftTargets", *(name for name in TERMS if {"maps", "images", "numbers"} & set(TERMS.needs(name)))]
+
+
+def _one(term: dict[str, Any]) -> list[Any]:
+    return [dict(term)]
+
+
 VARIANTS: dict[str, Callable[[], list[Any]]] = {
     "SoftTargets": lambda: [dict(type="SoftTargets")],
     "HiddenStates": lambda: [dict(type="HiddenStates")],
@@ -38,7 +50,9 @@ VARIANTS: dict[str, Callable[[], list[Any]]] = {
     "tinybert": lambda: tinybert(heads="averaged"),
     "distilbert": distilbert,
     "pkd": pkd,
+    **{name: partial(_one, term) for name, term in methods(HFReader, STATES, {}, WITHOUT).items()},
 }
+"""Variants to time. Terms on maps are left out, as BERT has none."""
 LM_TOKENS = 1024
 LM_VOCABULARIES = (32_768, 131_072)
 

@@ -19,14 +19,17 @@ from torch import Tensor
 
 from kdgraft.losses import class_prototypes, pairwise_affinity
 from kdgraft_mm.configs import load_config
+from kdgraft_seg.reader import SegReader
 from kdgraft_seg.relations import CrossImageRelations
 
 from ..timing import peak_memory
+from .methods import methods
 from .mm import Variants, measure
 from .steps import Rows, publish
 
 STUDENT = "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py"
 TEACHER = "mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py"
+LEVELS = dict(tap=[f"backbone[{stage}]" for stage in (1, 2, 3)])
 RECIPES: dict[str, dict[str, Any]] = {
     "SoftTargets": dict(terms=[dict(type="SoftTargets")]),
     "PairwiseAffinity": dict(terms=[dict(type="PairwiseAffinity")]),
@@ -37,6 +40,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "skd, no critic": dict(recipe=dict(type="skd", adversarial=0.0)),
     "skd": dict(recipe="skd"),
     "AdversarialMask alone": dict(terms=[dict(type="AdversarialMask", weight=0.1)]),
+    **{
+        name: dict(terms=[term])
+        for name, term in methods(SegReader, "backbone[-1]", dict.fromkeys(("FSP", "Review"), LEVELS)).items()
+        if name not in ("SoftTargets", "PairwiseAffinity", "DIST", "ChannelWise")
+    },
 }
 SIZE = {"cpu": 192, "cuda": 512}
 IMAGES = {"cpu": 2, "cuda": 8}
