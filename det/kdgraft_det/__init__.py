@@ -5,9 +5,11 @@ from kdgraft.hosts import require
 require("mmdet", "kdgraft_det")
 
 from .cross_head import CrossHead  # noqa: E402
-from .dense_heads import HEADS, DenseHead  # noqa: E402
+from .dense_heads import DenseHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
+from .heads import HEADS, HeadReader  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
+from .queries import QueryHead  # noqa: E402
 from .reader import DetReader as READER  # noqa: E402, N814
 from .recipes import (  # noqa: E402
     chen2017,
@@ -21,16 +23,21 @@ from .recipes import (  # noqa: E402
     pkd,
 )
 from .registry import RECIPES, TERMS  # noqa: E402
+from .rois import BoxHead, RoIHead  # noqa: E402
 
 __all__ = [
     "HEADS",
     "READER",
     "RECIPES",
     "TERMS",
+    "BoxHead",
     "CrossHead",
     "DenseHead",
     "DistilledDetector",
+    "HeadReader",
     "LocalizationDistillation",
+    "QueryHead",
+    "RoIHead",
     "chen2017",
     "combined",
     "crosskd",

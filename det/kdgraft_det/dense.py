@@ -15,7 +15,7 @@ from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
-from .dense_heads import DenseHead, dense_head, reads_proposals
+from .dense_heads import DenseHead, reads_proposals
 from .heads import Anchors, Heads, reordered, same_box_coder, same_number_of_classes
 from .picking import in_order_of_pick, pick_weights
 from .resolution import same_resolution
@@ -24,10 +24,9 @@ from .resolution import same_resolution
 class DenseHeads(Heads):
     """Two dense heads that predict on the same grid."""
 
-    def __init__(self, student: Any, teacher: Any, path: str, term: str) -> None:
-        self.student = dense_head(student, path, "student", term)
-        self.teacher = dense_head(teacher, path, "teacher", term)
-        same_grid(self.student, self.teacher, term)
+    def __init__(self, student: DenseHead, teacher: DenseHead, term: str) -> None:
+        self.student, self.teacher, path = student, teacher, student.path
+        same_grid(student, teacher, term)
         self.classes, self.host_losses = self.student.num_classes, self.student.losses
         self.proposes = path == "rpn_head" or reads_proposals(self.student)  # any dense head can be an RPN
         if path == "rpn_head":
@@ -95,6 +94,9 @@ class DenseHeads(Heads):
         ours, theirs = (getattr(head, kind) for head in (self.student, self.teacher))
         recorded = zip(wiring.student_recording.tensors(ours), wiring.teacher_recording.tensors(theirs), strict=True)
         return [(s, t, ours, theirs) for s, t in recorded]
+
+
+DenseHead.pair = DenseHeads
 
 
 def same_grid(student: DenseHead, teacher: DenseHead, term: str) -> None:

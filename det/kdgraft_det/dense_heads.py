@@ -12,26 +12,25 @@ from mmdet.models.task_modules.samplers import PseudoSampler
 from torch import Tensor
 
 from kdgraft.batch import Batch
-from kdgraft.errors import WiringError
-from kdgraft.registry import Registry
 from kdgraft.taps import Recording, Tap
 
 from .assignment import Assignment
-from .heads import check_upright, known_head
+from .heads import HEADS, HeadReader, find_reader
 from .picking import edges_of, in_order_of_pick, in_rows, joint_logits, pick, row_of, side_of
 
-HEADS = Registry("head", "kdgraft.det.heads")
-"""Readers of dense heads by the name of the head's class. A subclass is read as its nearest ancestor whose methods it keeps."""
+_FORWARD = ("forward", "forward_single")
 
 
 @HEADS.register("ATSSHead")
-class DenseHead:
-    """Reads one kind of dense head. It keeps no module, so that none is registered or copied.
+class DenseHead(HeadReader):
+    """Reads one kind of dense head.
 
     The base class reads heads that predict class logits and ``"deltas"`` of anchors, and whose ``get_targets`` returns lists per
     level of (anchors, labels, weights, targets, …), such as ATSS.
     """
 
+    trained = (*_FORWARD, "get_targets", "loss_by_feat", "_get_targets_single")
+    predicted = (*_FORWARD, "predict_by_feat", "_predict_by_feat_single")
     unit: ClassVar[str] = "deltas"
     """Boxes are compared in the box coder's ``"deltas"``, or as edges in ``"strides"``."""
     distributions: ClassVar[bool] = False
@@ -41,7 +40,7 @@ class DenseHead:
     losses: ClassVar[tuple[str, ...]] = ("loss_cls",)
 
     def __init__(self, head: Any, path: str, owner: str) -> None:
-        self.kind, self.owner, self.path = type(head).__name__, owner, path
+        super().__init__(head, path, owner)
         self.generator, self.bbox_coder = head.prior_generator, getattr(head, "bbox_coder", None)
         self.decoded_targets = getattr(head, "reg_decoded_bbox", False)
         self.samples = not isinstance(getattr(head, "sampler", None), (PseudoSampler, type(None)))
@@ -253,27 +252,9 @@ class _YOLOX(DenseHead):
         return torch.stack(labels), torch.ones_like(torch.stack(labels), dtype=torch.bool), torch.stack(targets)
 
 
-_FORWARD = ("forward", "forward_single")
-_TRAINED = (*_FORWARD, "get_targets", "loss_by_feat", "_get_targets_single")
-_PREDICTED = (*_FORWARD, "predict_by_feat", "_predict_by_feat_single")
-
-
 def dense_head(head: Any, path: str, owner: str, term: str) -> DenseHead:
-    """Return the reader of a model's dense head.
-
-    Raises:
-        WiringError: there is no reader for this class of heads; the message names terms that need none.
-    """
-    check_upright(head, owner, term)
-    kinds = [kind for kind in type(head).__mro__ if kind.__name__ in HEADS]
-    kind = known_head(head, kinds, owner, trained=_TRAINED, predicted=_PREDICTED)
-    if kind is None:
-        names = ", ".join(name for name in HEADS if name != "AnchorHead")
-        raise WiringError(
-            f"{term}: the {owner}'s head {type(head).__name__} is not one that this term can read ({names}); register a reader "
-            "of your own in kdgraft_det.HEADS; FeatureImitation works with any detector"
-        )
-    found: DenseHead = HEADS.get(kind.__name__)(head, path, owner)
+    """Return the reader of a model's dense head; see :func:`kdgraft_det.heads.find_reader`."""
+    found: DenseHead = find_reader(head, path, owner, term)
     return found
 
 

@@ -1,7 +1,8 @@
-"""Pairs of detection heads, as terms on predictions read them: aligned class scores and boxes of student and teacher.
+"""Detection heads as terms on predictions read them: one reader for each head, and pairs of two of them.
 
-A :class:`Heads` is built from two heads of one kind (dense heads, RoI heads, or heads on queries) before the dry run. It names the
-taps that it needs, and pairs class logits, and boxes with their targets.
+A :class:`HeadReader` says what the outputs of one kind of head mean; :data:`HEADS` finds it by the class of the head. A
+:class:`Heads` is built from the readers of two heads of one kind (dense heads, RoI heads, or heads on queries) before the dry run.
+It names the taps that it needs, and pairs class logits, and boxes with their targets.
 """
 
 from __future__ import annotations
@@ -19,11 +20,37 @@ from torch import Tensor, nn
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
 from kdgraft.pairs import Pairs
+from kdgraft.registry import Registry
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 from kdgraft_mm.class_outputs import scores_classes
 
 Anchors = Literal["all", "main", "vlr"]
+HEADS = Registry("head", "kdgraft.det.heads")
+"""Readers of heads by the name of the head's class. A subclass is read as its nearest ancestor whose methods it keeps."""
+
+
+class HeadReader:
+    """Reads one head of a detector; a subclass is registered in :data:`HEADS` under the name of the head's class.
+
+    It keeps no module, so that none is registered or copied with a term. Take the base that reads the nearest kind of head:
+    ``DenseHead``, ``RoIHead`` with ``BoxHead``, or ``QueryHead``; a reader of another kind brings a ``pair`` of its own.
+    """
+
+    pair: ClassVar[type[Heads]]
+    """The class that compares two heads of this kind: ``pair(student_reader, teacher_reader, term)``."""
+    paths: ClassVar[tuple[str, ...]] = ("bbox_head", "rpn_head")
+    """The places of a detector where such heads are."""
+    trained: ClassVar[tuple[str, ...]] = ("forward",)
+    """The methods of the head on which its training depends: a student whose class overrides one of them is not read."""
+    predicted: ClassVar[tuple[str, ...]] = ("forward",)
+    """The same of its prediction, which says what the outputs of a teacher mean, however that was trained."""
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        self.kind, self.path, self.owner = type(head).__name__, path, owner
+
+    def prepare(self, model: Any, term: str) -> None:
+        """Read what only the whole model knows; raise a :class:`WiringError` for a head that cannot be compared at all."""
 
 
 class Heads(ABC):
@@ -107,24 +134,30 @@ def check_upright(head: Any, owner: str, term: str) -> None:
         )
 
 
-def known_head(
-    head: Any, kinds: Sequence[type], owner: str, *, trained: Sequence[str], predicted: Sequence[str]
-) -> type | None:
-    """Return the first of ``kinds`` whose methods a head has unchanged, as an overridden method may change its outputs' meaning.
+def find_reader(head: Any, path: str, owner: str, term: str) -> Any:
+    """Return the reader of a head, that of the nearest class whose methods it keeps: an overridden one may change its outputs.
 
-    Args:
-        head: the head.
-        kinds: classes of heads.
-        owner: ``"student"`` or ``"teacher"``.
-        trained: methods that the training of a head uses.
-        predicted: methods that the prediction uses. They define a teacher's outputs, however it was trained.
+    Raises:
+        WiringError: there is no reader for this class of heads; the message names terms that need none.
     """
-    for methods in [trained] if owner == "student" else [trained, predicted]:
-        own = [method for method in methods if hasattr(head, method)]
-        for kind in kinds:
-            if isinstance(head, kind) and all(getattr(type(head), m, 0) is getattr(kind, m, 1) for m in own):
-                return kind
-    return None
+    check_upright(head, owner, term)
+    known = [(kind, HEADS.get(kind.__name__)) for kind in type(head).__mro__ if kind.__name__ in HEADS]
+    for by in ("trained",) if owner == "student" else ("trained", "predicted"):
+        for kind, reader in known:
+            if _keeps(head, kind, getattr(reader, by)):
+                return reader(head, path, owner)
+    readers: dict[str, Any] = {name: HEADS.get(name) for name in HEADS}
+    names = ", ".join(name for name, reader in readers.items() if path in reader.paths and name != "AnchorHead")
+    raise WiringError(
+        f"{term}: the {owner}'s {type(head).__name__} is not one that this term can read ({names}); register a reader "
+        "of your own in kdgraft_det.HEADS; FeatureImitation works with any detector"
+    )
+
+
+def _keeps(head: Any, kind: type, methods: Sequence[str]) -> bool:
+    """Return true if a head has the methods of one of its ancestors unchanged."""
+    own = [method for method in methods if hasattr(head, method)]
+    return all(getattr(type(head), method, 0) is getattr(kind, method, 1) for method in own)
 
 
 _SCORES_FIRST = (AnchorHead, AnchorFreeHead, DETRHead, SABLRetinaHead, YOLOXHead, BBoxHead)

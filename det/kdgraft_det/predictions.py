@@ -8,10 +8,8 @@ from torch import nn
 
 from kdgraft.errors import WiringError
 
-from .dense import DenseHeads
-from .heads import Heads
-from .queries import QueryHeads, has_queries
-from .rois import RoIHeads
+from . import dense, queries, rois  # noqa: F401  register the readers of mmdet's heads
+from .heads import Heads, find_reader
 
 HeadName = Literal["auto", "bbox_head", "rpn_head", "roi_head"]
 HEAD_NAMES = get_args(HeadName)
@@ -32,8 +30,15 @@ def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: st
                 f"{term}: the {owner}, a {type(model).__name__}, has no {which}; features work across detectors, "
                 "predictions are compared between heads of one kind"
             )
-    if which == "roi_head":
-        return RoIHeads(student, teacher, term)
-    if any(has_queries(head) for head in heads):
-        return QueryHeads(student, teacher, term)
-    return DenseHeads(heads[0], heads[1], which, term)
+    models = {"student": student, "teacher": teacher}
+    readers = [find_reader(head, which, owner, term) for owner, head in zip(models, heads, strict=True)]
+    ours, theirs = readers
+    if ours.pair is not theirs.pair:
+        raise WiringError(
+            f"{term}: the teacher's {theirs.kind} is not one that this term can read beside the student's {ours.kind}; give "
+            "both heads of one kind; FeatureImitation works with any detector"
+        )
+    for reader, model in zip(readers, models.values(), strict=True):
+        reader.prepare(model, term)
+    pair: Heads = ours.pair(ours, theirs, term)
+    return pair

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from mmdet.models.dense_heads import DeformableDETRHead, DETRHead, DINOHead
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
 from mmengine.structures import InstanceData
-from torch import Tensor, nn
+from torch import Tensor
 
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
@@ -16,19 +15,7 @@ from kdgraft.pairs import Pairs
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
-from .heads import Anchors, Heads, known_head, reordered, same_number_of_classes
-
-_CLASSES = Tap.parse("bbox_head[0]")
-_BOXES = Tap.parse("bbox_head[1]")
-_KINDS = (DeformableDETRHead, DETRHead, DINOHead)
-_READ = dict(
-    trained=("forward", "loss_by_feat_single"), predicted=("forward", "predict_by_feat", "_predict_by_feat_single")
-)
-
-
-def has_queries(head: nn.Module) -> bool:
-    """Return true for a head that predicts from object queries."""
-    return isinstance(head, DETRHead)
+from .heads import HEADS, Anchors, HeadReader, Heads, reordered, same_number_of_classes
 
 
 class QueryHeads(Heads):
@@ -40,21 +27,12 @@ class QueryHeads(Heads):
 
     anchors = ("main",)
     boxes_by_class = True
-    host_losses = ("loss_cls",)
+    averages = False  # each teacher may match an object of its own
 
-    def __init__(self, student: Any, teacher: Any, term: str) -> None:
-        for owner, model in (("student", student), ("teacher", teacher)):
-            head = model.bbox_head
-            if known_head(head, _KINDS, owner, **_READ) is None or not head.loss_cls.use_sigmoid:
-                raise WiringError(
-                    f"{term}: the {owner}'s {type(head).__name__} is not one that this term can read (the sigmoid heads of "
-                    "Deformable DETR and DINO, both models alike); FeatureImitation works with any detector"
-                )
-        self.assigner = student.bbox_head.assigner
-        self.averages = False  # each teacher may match an object of its own
-        self.classes, self.teacher_classes = student.bbox_head.num_classes, teacher.bbox_head.num_classes
-        self.queries = student.num_queries, teacher.num_queries
-        self.class_taps = self.box_taps = (_CLASSES, _BOXES), (_CLASSES, _BOXES)
+    def __init__(self, student: QueryHead, teacher: QueryHead, term: str) -> None:
+        self.student, self.teacher = student, teacher
+        self.classes, self.host_losses = student.num_classes, student.losses
+        self.class_taps = self.box_taps = student.taps, teacher.taps
 
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
         """Return the class logits ``(K, C)`` of both queries of each of the K objects."""
@@ -67,15 +45,22 @@ class QueryHeads(Heads):
         return [Pairs(ours[1], theirs[1], target=truth)]
 
     def check_classes(self, term: str) -> None:
-        same_number_of_classes(self.classes, self.teacher_classes, term)
+        same_number_of_classes(self.classes, self.teacher.num_classes, term)
 
     def check_boxes(self, term: str) -> None:
         """Raise a :class:`WiringError` unless both heads have equally many classes, which the matching of boxes uses too."""
         self.check_classes(term)
 
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        tap = _CLASSES if kind == "classes" else _BOXES
-        return [(wiring.student_recording[tap][-1], wiring.teacher_recording[tap][-1], tap, tap)]
+        taps = [getattr(reader, kind) for reader in (self.student, self.teacher)]
+        ours, theirs = (
+            reader.logits(recording) if kind == "classes" else reader.regression(recording)
+            for reader, recording in (
+                (self.student, wiring.student_recording),
+                (self.teacher, wiring.teacher_recording),
+            )
+        )
+        return [(ours, theirs, taps[0], taps[1])]
 
     def _matched(
         self, student: Recording, teacher: Recording, batch: Batch
@@ -84,9 +69,9 @@ class QueryHeads(Heads):
 
         def match() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
             assert batch.boxes is not None and batch.image_sizes is not None
-            outputs = [  # without DINO's denoising queries, which come first
-                (recording[_CLASSES][-1][:, -count:], recording[_BOXES][-1][:, -count:])
-                for recording, count in zip((student, teacher), self.queries, strict=True)
+            outputs = [
+                (reader.logits(recording), reader.regression(recording))
+                for reader, recording in ((self.student, student), (self.teacher, teacher))
             ]
             theirs = outputs[1][0].flatten(0, 1)
             outputs[1] = reordered(theirs, teacher.class_order).view_as(outputs[1][0]), outputs[1][1]
@@ -103,8 +88,8 @@ class QueryHeads(Heads):
                 true_classes.append(labels[both])
             joined = []
             for side in sides:
-                classes, places = zip(*side, strict=True)
-                joined.append((torch.cat(classes), torch.cat(places)))
+                all_classes, all_places = zip(*side, strict=True)
+                joined.append((torch.cat(all_classes), torch.cat(all_places)))
             return joined[0], joined[1], torch.cat(truths), torch.cat(true_classes)
 
         return batch.once(("queries", student.model, teacher.model), match)
@@ -116,7 +101,7 @@ class QueryHeads(Heads):
         # Non-finite values would make scipy end the run here. They cause the engine to drop the term later.
         scores, places = (torch.nan_to_num(part.float()) for part in (classes, boxes))
         predicted = InstanceData(scores=scores, bboxes=bbox_cxcywh_to_xyxy(places) * pixels)
-        assigned = self.assigner.assign(
+        assigned = self.student.assigner.assign(
             pred_instances=predicted,
             gt_instances=InstanceData(bboxes=truth, labels=labels),
             img_meta=dict(img_shape=size),
@@ -125,3 +110,49 @@ class QueryHeads(Heads):
         found = torch.full_like(labels, -1)
         found[assigned[queries] - 1] = queries
         return found
+
+
+@HEADS.register("DINOHead")
+@HEADS.register("DABDETRHead")
+@HEADS.register("ConditionalDETRHead")
+@HEADS.register("DETRHead")
+@HEADS.register("DeformableDETRHead")
+class QueryHead(HeadReader):
+    """Reads one kind of head on object queries: class logits and boxes of each decoder layer, of which the last is compared."""
+
+    pair = QueryHeads
+    paths = ("bbox_head",)
+    trained = ("forward", "loss_by_feat_single")
+    predicted = ("forward", "predict_by_feat", "_predict_by_feat_single")
+    losses: ClassVar[tuple[str, ...]] = ("loss_cls",)
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        self.num_classes = head.num_classes
+        self.assigner: Any = getattr(head, "assigner", None)  # a teacher needs none
+        self.sigmoid = head.loss_cls.use_sigmoid
+        self.classes, self.boxes = Tap.parse(f"{path}[0]"), Tap.parse(f"{path}[1]")
+
+    def prepare(self, model: Any, term: str) -> None:
+        """Read the number of queries, and refuse softmax classes."""
+        self.queries = model.num_queries
+        if not self.sigmoid:
+            raise WiringError(
+                f"{term}: the {self.owner}'s {self.kind} is not one that this term can read: its classes share a softmax, and "
+                "queries are compared by a sigmoid for each class; FeatureImitation works with any detector"
+            )
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """The taps that :meth:`logits` and :meth:`regression` read."""
+        return self.classes, self.boxes
+
+    def logits(self, recording: Recording) -> Tensor:
+        """Return the class logits ``(B, Q, C)`` of the last layer, without DINO's denoising queries, which come first."""
+        found: Tensor = recording[self.classes][-1]
+        return found[:, -self.queries :]
+
+    def regression(self, recording: Recording) -> Tensor:
+        """Return the boxes ``(B, Q, 4)`` of the last layer: centre and size as fractions of the image."""
+        found: Tensor = recording[self.boxes][-1]
+        return found[:, -self.queries :]

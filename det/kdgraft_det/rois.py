@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
-from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from torch import Tensor, nn
 
 from kdgraft.batch import Batch
@@ -20,10 +18,11 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
 from .heads import (
+    HEADS,
     Anchors,
+    HeadReader,
     Heads,
-    check_upright,
-    known_head,
+    find_reader,
     reordered,
     same_box_coder,
     same_number_of_classes,
@@ -105,61 +104,53 @@ class RoIHeads(Heads):
 
     softmax = True
 
-    def __init__(self, student: Any, teacher: Any, term: str) -> None:
-        heads = [
-            _box_heads(model.roi_head, owner, term)
-            for model, owner in zip((student, teacher), ("student", "teacher"), strict=True)
-        ]
-        same_stages(student.roi_head, teacher.roi_head, term)
-        self.heads = [[_Plain(head) for head in found] for found in heads]
-        self.classes = self.heads[0][0].num_classes
-        self.boxes_by_class = not all(head.agnostic for head in self.heads[1])
-        self.box_reading = [head.agnostic for head in self.heads[1]]
-        cascade = isinstance(student.roi_head, CascadeRoIHead)
-        stages = [f"[{i}]" for i in range(len(heads[0]))] if cascade else [""]
-        self.outputs = [Tap.parse(f"{ROI_HEAD}.bbox_head{stage}") for stage in stages]
-        self.targets = [Tap.parse(f"{ROI_HEAD}.bbox_head.loss_and_target(){stage}[bbox_targets]") for stage in stages]
-        self.class_taps = self.box_taps = (*self.outputs, *self.targets), tuple(self.outputs)
-        self.host_losses = tuple(f"s{i}.loss_cls" for i in range(len(stages))) if cascade else ("loss_cls",)
+    def __init__(self, student: RoIHead, teacher: RoIHead, term: str) -> None:
+        self.student, self.teacher = student, teacher
+        same_stages(student, teacher, term)
+        self.classes, self.host_losses = student.num_classes, student.losses
+        self.boxes_by_class = not all(stage.agnostic for stage in teacher.stages)
+        self.class_reading = [type(stage).logits for stage in teacher.stages]
+        self.box_reading = [(type(stage).boxes, stage.agnostic) for stage in teacher.stages]
+        self.class_taps = self.box_taps = (*student.outputs, *student.targets), tuple(teacher.outputs)
 
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
         """Return the class logits ``(K, C + 1)`` of both heads at the K sampled proposals of each stage."""
         found = []
-        for stage in range(len(self.outputs)):
-            logits = _seen(student, self.outputs, stage)[0]
+        for stage in range(len(self.student.stages)):
 
             def read(member: Recording, stage: int = stage) -> Tensor:
-                return reordered(_seen(member, self.outputs, stage)[0], member.class_order)
+                return reordered(self.teacher.logits(member, stage), member.class_order)
 
-            labels = _seen(student, self.targets, stage)[0]
+            labels, _ = self.student.assigned(student, stage)
             chosen = None if anchors == "all" else (labels < self.classes).float()
+            logits = self.student.logits(student, stage)
             found.append(Pairs(logits, combined(teacher, read, "softmax"), weight=chosen, labels=labels))
         return found
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         """Return the deltas ``(K, 4)`` of both heads and the true ones at the K positive proposals of each stage."""
         found = []
-        for stage in range(len(self.outputs)):
-            labels, _, targets, _ = _seen(student, self.targets, stage)
+        for stage in range(len(self.student.stages)):
+            labels, targets = self.student.assigned(student, stage)
             rows = (labels < self.classes).nonzero()[:, 0]
+            labels = labels[rows]
 
-            def read(
-                recording: Recording, side: int = 1, stage: int = stage, rows: Tensor = rows, labels: Tensor = labels
-            ) -> Tensor:
-                predicted = _seen(recording, self.outputs, stage)[1]
-                return self.heads[side][stage].boxes(predicted, rows, labels[rows], recording.class_order)
+            def read(member: Recording, stage: int = stage, rows: Tensor = rows, labels: Tensor = labels) -> Tensor:
+                wanted = labels if member.class_order is None else member.class_order[labels]
+                return self.teacher.regression(member, stage, rows, wanted)
 
-            found.append(Pairs(read(student, 0), combined(teacher, read, "value"), target=targets[rows]))
+            boxes = self.student.regression(student, stage, rows, labels)
+            found.append(Pairs(boxes, combined(teacher, read, "value"), target=targets[rows]))
         return found
 
     def check_classes(self, term: str) -> None:
-        same_number_of_classes(self.heads[0][0].num_classes, self.heads[1][0].num_classes, term)
+        same_number_of_classes(self.student.num_classes, self.teacher.num_classes, term)
 
     def check_boxes(self, term: str) -> None:
         """Raise a :class:`WiringError` unless both heads are trained on the deltas of the same box coder."""
         if self.boxes_by_class:
             self.check_classes(term)
-        for ours, theirs in zip(*self.heads, strict=True):
+        for ours, theirs in zip(self.student.stages, self.teacher.stages, strict=True):
             same_box_coder(ours, theirs, term)
             if ours.decoded_targets:
                 raise WiringError(
@@ -170,54 +161,103 @@ class RoIHeads(Heads):
     def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
         place = 0 if kind == "classes" else 1
         recordings = wiring.student_recording, wiring.teacher_recording
-        return [(*(recording[tap][place] for recording in recordings), tap, tap) for tap in self.outputs]
+        taps = zip(self.student.outputs, self.teacher.outputs, strict=True)
+        return [(recordings[0][ours][place], recordings[1][theirs][place], ours, theirs) for ours, theirs in taps]
 
 
-def _seen(recording: Recording, taps: Sequence[Tap], stage: int) -> Sequence[Tensor]:
-    """Return the outputs of a stage; for a stage that the host skipped (no proposals left) no rows of the first one's."""
-    if recording.calls(taps[stage]):
-        found: Sequence[Tensor] = recording[taps[stage]]
-        return found
-    return [part[:0] for part in recording[taps[0]]]
+@HEADS.register("CascadeRoIHead")
+@HEADS.register("StandardRoIHead")
+class RoIHead(HeadReader):
+    """Reads one kind of RoI head, stage by stage; what a stage's own ``bbox_head`` returns is read by a :class:`BoxHead`."""
+
+    pair = RoIHeads
+    paths = (ROI_HEAD,)
+    trained = ("loss", "bbox_loss", "_bbox_forward")
+    predicted = ("_bbox_forward", "predict_bbox")
+    stages: Sequence[BoxHead]
+    """The reader of each stage's ``bbox_head``."""
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        boxes = getattr(head, "bbox_head", None)
+        cascade = isinstance(boxes, nn.ModuleList)
+        places = [f"[{i}]" for i in range(len(boxes))] if isinstance(boxes, nn.ModuleList) else [""]
+        self.outputs = [Tap.parse(f"{path}.bbox_head{place}") for place in places]
+        self.targets = [Tap.parse(f"{path}.bbox_head.loss_and_target(){place}[bbox_targets]") for place in places]
+        self.losses = tuple(f"s{i}.loss_cls" for i in range(len(places))) if cascade else ("loss_cls",)
+
+    def prepare(self, model: Any, term: str) -> None:
+        """Find the reader of each stage's ``bbox_head``."""
+        boxes = getattr(model.get_submodule(self.path), "bbox_head", None)
+        heads = list(boxes) if isinstance(boxes, nn.ModuleList) else [boxes]
+        self.stages = [find_reader(head, f"{self.path}.bbox_head", self.owner, term) for head in heads]
+        for stage in self.stages:
+            stage.prepare(model, term)
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes without the background."""
+        return self.stages[0].num_classes
+
+    def logits(self, recording: Recording, stage: int) -> Tensor:
+        """Return the class logits ``(K, C + 1)`` of a stage at its K sampled proposals; the background is the last class."""
+        return self.stages[stage].logits(self.seen(recording, self.outputs, stage))
+
+    def regression(self, recording: Recording, stage: int, rows: Tensor, labels: Tensor) -> Tensor:
+        """Return the deltas ``(R, 4)`` of chosen rows; ``labels`` are their true classes, in this model's own order."""
+        return self.stages[stage].boxes(self.seen(recording, self.outputs, stage), rows, labels)
+
+    def assigned(self, recording: Recording, stage: int) -> tuple[Tensor, Tensor]:
+        """Return the labels ``(K,)`` of the proposals, the number of classes for the background, and the true deltas ``(K, 4)``."""
+        labels, _, targets, _ = self.seen(recording, self.targets, stage)
+        return labels, targets
+
+    @staticmethod
+    def seen(recording: Recording, taps: Sequence[Tap], stage: int) -> Sequence[Tensor]:
+        """Return the outputs of a stage; for a stage that the host skipped (no proposals left) no rows of the first one's."""
+        if recording.calls(taps[stage]):
+            found: Sequence[Tensor] = recording[taps[stage]]
+            return found
+        return [part[:0] for part in recording[taps[0]]]
 
 
-class _Plain:
-    """The properties of a box head that pairs need, without its module."""
+@HEADS.register("BBoxHead")
+class BoxHead(HeadReader):
+    """Reads the ``bbox_head`` of one stage of an RoI head: class logits and boxes of proposals."""
 
-    def __init__(self, head: Any) -> None:
+    paths = (f"{ROI_HEAD}.bbox_head",)
+    trained = predicted = ("get_targets",)
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
         self.num_classes, self.bbox_coder = head.num_classes, head.bbox_coder
         self.agnostic, self.decoded_targets = head.reg_class_agnostic, head.reg_decoded_bbox
+        self.softmax = not (head.custom_cls_channels or head.loss_cls.use_sigmoid)
 
-    def boxes(self, predicted: Tensor, rows: Tensor, labels: Tensor, order: Tensor | None) -> Tensor:
-        """Return the deltas ``(K, 4)`` of chosen rows, those of the true class if the head predicts a box for each class."""
+    def prepare(self, model: Any, term: str) -> None:
+        """Refuse classes that are no softmax over classes and background."""
+        if not self.softmax:
+            raise WiringError(
+                f"{term}: the {self.owner}'s {self.kind} is not one that this term can read: its classes are no softmax over classes "
+                "and background; FeatureImitation works with any detector"
+            )
+
+    def logits(self, outputs: Sequence[Tensor]) -> Tensor:
+        """Return the class logits ``(K, C + 1)``, the background last, from what the head returned."""
+        return outputs[0]
+
+    def boxes(self, outputs: Sequence[Tensor], rows: Tensor, labels: Tensor) -> Tensor:
+        """Return the deltas ``(R, 4)`` of chosen rows, those of the true class if the head predicts a box for each class."""
         if self.agnostic:
-            return predicted[rows]
-        wanted = labels if order is None else order[labels]
-        return predicted.unflatten(1, (self.num_classes, -1))[rows, wanted]
+            return outputs[1][rows]
+        return outputs[1].unflatten(1, (self.num_classes, -1))[rows, labels]
 
 
-def same_stages(student: nn.Module, teacher: nn.Module, term: str) -> None:
+def same_stages(student: RoIHead, teacher: RoIHead, term: str) -> None:
     """Raise a :class:`WiringError` unless both RoI heads have equally many stages."""
-    counts = [getattr(head, "num_stages", 1) for head in (student, teacher)]
+    counts = [len(head.stages) for head in (student, teacher)]
     if counts[0] != counts[1]:
         raise WiringError(
             f"{term}: the student's RoI head has {counts[0]} stages, the teacher's {counts[1]}; the teacher's is run on "
             "the student's proposals stage by stage, so both need as many"
         )
-
-
-def _box_heads(roi_head: Any, owner: str, term: str) -> Sequence[Any]:
-    kinds = (StandardRoIHead, CascadeRoIHead)
-    trained, predicted = ("loss", "bbox_loss", "_bbox_forward"), ("_bbox_forward", "predict_bbox")
-    known = known_head(roi_head, kinds, owner, trained=trained, predicted=predicted)
-    boxes: Any = getattr(roi_head, "bbox_head", None)
-    heads: list[Any] = list(boxes) if isinstance(boxes, nn.ModuleList) else [boxes]
-    for head in heads:
-        check_upright(head, owner, term)
-        reads = isinstance(head, BBoxHead) and type(head).get_targets is BBoxHead.get_targets
-        if known is None or not reads or head.custom_cls_channels or head.loss_cls.use_sigmoid:
-            raise WiringError(
-                f"{term}: the {owner}'s {type(roi_head).__name__} with {type(head).__name__} is not one that this term can "
-                "read (StandardRoIHead, CascadeRoIHead with softmax classes); FeatureImitation works with any detector"
-            )
-    return heads

@@ -114,10 +114,17 @@ def trained_step(kind, **settings):
     return model, *recorded(model)
 
 
+def pair(student, teacher, path="bbox_head"):
+    """Two dense heads side by side."""
+    return DenseHeads(
+        dense_head(student, path, "student", "term"), dense_head(teacher, path, "teacher", "term"), "term"
+    )
+
+
 def recorded(model, path="bbox_head", sizes=((96, 96),) * 4):
     """A head beside itself, one training step of it, and the batch."""
     head = model.get_submodule(path)
-    heads = DenseHeads(head, head, path, "term")
+    heads = pair(head, head, path)
     model.train()
     data = model.data_preprocessor(raw_batch(sizes=sizes), True)
     with Recorder(model, [*heads.class_taps[0], *heads.box_taps[0]]).record(model) as recording:
@@ -191,7 +198,7 @@ def test_fcos_distances_mean_the_same_of_a_student_that_trains_and_of_a_teacher(
     model = build(entry)
     # A teacher is in eval mode from the start; a head that trains is a student's or a peer's.
     teacher = build(entry).eval()
-    heads = DenseHeads(model.bbox_head, teacher.bbox_head, "bbox_head", "term")
+    heads = pair(model.bbox_head, teacher.bbox_head)
     picture = raw_batch()
     found = []
     for training, head in ((True, heads.student), (False, heads.teacher)):
@@ -259,7 +266,7 @@ def test_tood_scores_are_probabilities_already():
 
 def test_a_batch_of_one_image_of_yolox():
     model = build(zoo("YOLOX"))
-    head = DenseHeads(model.bbox_head, model.bbox_head, "bbox_head", "term").student
+    head = dense_head(model.bbox_head, "bbox_head", "student", "term")
     model.train()
     data = model.data_preprocessor(part(raw_batch(), slice(1)), True)
     with Recorder(model, [*head.class_taps, head.boxes, head.targets]).record(model) as recording:

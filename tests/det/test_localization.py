@@ -15,6 +15,7 @@ from kdgraft.batch import Batch
 from kdgraft_det import LocalizationDistillation, ld
 from kdgraft_det.assignment import Assignment
 from kdgraft_det.dense import DenseHeads
+from kdgraft_det.dense_heads import dense_head
 from kdgraft_det.reader import HeadScores
 from support.det import EVERY_TERM, Given, build, detector, distilled, losses, raw_batch
 from support.tensors import gradients
@@ -25,7 +26,7 @@ def golden(case):
     anchors, counts, boxes = anchors_and_boxes(case)
     strides = CASES[case][1]
     gfl = build(detector(classes=3, reg_max=16, strides=strides)).bbox_head
-    heads = DenseHeads(gfl, gfl, "bbox_head", "term")
+    heads = DenseHeads(*(dense_head(gfl, "bbox_head", owner, "term") for owner in ("student", "teacher")), "term")
     labels = torch.full((1, len(anchors)), 3)
     for anchor, box in POSITIVES[case].items():
         labels[0, anchor] = LABELS[box]

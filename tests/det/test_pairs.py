@@ -122,13 +122,13 @@ def test_a_teacher_that_was_trained_by_other_losses_teaches_as_its_kind_does(tmp
 def test_a_teacher_that_predicts_otherwise_is_refused(kind, head):
     settings = dict(type=head) | (dict(num_ins=3) if head == "RetinaSepBNHead" else {})
     entry = distilled(zoo(kind), zoo(kind, head=settings), "unread.pth", terms=[dict(type="SoftTargets")])
-    with pytest.raises(WiringError, match=f"the teacher's head {head} is not one that this term can read"):
+    with pytest.raises(WiringError, match=f"the teacher's {head} is not one that this term can read"):
         build(entry)
 
 
 def test_a_student_with_losses_of_its_own_is_refused():
     student = zoo("GFL", head=LD_HEAD)
-    with pytest.raises(WiringError, match="the student's head LDHead is not one that this term can read"):
+    with pytest.raises(WiringError, match="the student's LDHead is not one that this term can read"):
         build(distilled(student, zoo("GFL"), "unread.pth", terms=[dict(type="SoftTargets")]))
 
 

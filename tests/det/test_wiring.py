@@ -155,7 +155,7 @@ def test_a_head_that_is_not_known_is_refused_with_what_works():
         cannot_be_built(
             MODELS,
             distilled(student, detector(), "absent.pth", terms=terms),
-            "student's head PAAHead",
+            "student's PAAHead",
             "GFLHead, RTMDetHead",
             "FeatureImitation works with any detector",
         )
