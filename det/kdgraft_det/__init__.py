@@ -4,6 +4,7 @@ from kdgraft.hosts import require
 
 require("mmdet", "kdgraft_det")
 
+from .bckd import BCKD  # noqa: E402
 from .cross_head import CrossHead  # noqa: E402
 from .dense_heads import DenseHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
@@ -26,6 +27,7 @@ from .registry import RECIPES, TERMS  # noqa: E402
 from .rois import BoxHead, RoIHead  # noqa: E402
 
 __all__ = [
+    "BCKD",
     "HEADS",
     "READER",
     "RECIPES",

@@ -52,6 +52,11 @@ class Assignment:
         """``(B, N)`` mask of priors that are assigned to an object."""
         return (self.labels >= 0) & (self.labels < self.num_classes) & self.valid
 
+    @property
+    def counted(self) -> Tensor:
+        """The number of priors that the student's assigner gave an object, at least 1 an image, as mmdet counts them."""
+        return ((self.labels >= 0) & (self.labels < self.num_classes)).sum(1).clamp(min=1).sum()
+
     def weights(self, anchors: Anchors, batch: Batch, variant: Literal["paper", "code"] = "paper") -> Tensor:
         """Return weights ``(B, N)``: 1 at ``"all"`` valid priors or at the positives (``"main"``), the IoU in the ``"vlr"``.
 

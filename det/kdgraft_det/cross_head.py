@@ -156,9 +156,7 @@ class CrossHead(Term):
         ).sum()
         trust = torch.cat([self._trust(t, out, batch) for t, out in zip(wanted, outputs[1], strict=True)], 1)
         boxes = (self._box_items(outputs[1], targets[1]).masked_fill(trust == 0, 0) * trust).sum()
-        # The number of anchors that the student's own assigner gave an object, at least 1 an image.
-        labels = self._ours.assignment(student, batch).labels
-        positives = ((labels >= 0) & (labels < self._ours.num_classes)).sum(1).clamp(min=1).sum().to(boxes)
+        positives = self._ours.assignment(student, batch).counted.to(boxes)
         shares = torch.stack([positives, trust.sum() if self.bins else positives])
         return Ratio(torch.stack([self.classes * classes, self.box_weight * boxes]), shares)
 

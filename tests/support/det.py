@@ -36,12 +36,13 @@ EVERY_TERM: dict[str, Any] = dict(
         dict(type="FeatureImitation", tap="neck[0]", region="fine_grained", name="near"),
         dict(type="BoundedRegression", margin=1e6),
         dict(type="CrossHead"),
+        dict(type="BCKD"),
     ],
 )
 """Settings of a distilled detector with every kind of term."""
 TERM_NAMES = (
     *("ld_main", "ld_vlr", "class_main", "feature_imitation", "layer3", "tower", "soft_targets"),
-    *("focal_global", "masked_generation", "near", "bounded_regression", "cross_head"),
+    *("focal_global", "masked_generation", "near", "bounded_regression", "cross_head", "bckd"),
 )
 _names = count()
 

@@ -28,6 +28,7 @@ TERMS: dict[str, Any] = {
     "soft": dict(type="SoftTargets"),
     "soft_main": dict(type="SoftTargets", anchors="main", activation="softmax"),
     "cross_head": dict(type="CrossHead"),
+    "bckd": dict(type="BCKD"),
 }
 ON_PROPOSALS: dict[str, Any] = {
     "roi_classes": dict(type="SoftTargets"),

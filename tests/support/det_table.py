@@ -37,6 +37,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "… `head='rpn_head'`, boxes": dict(_BOUNDED, head="rpn_head"),
     "`LocalizationDistillation`": dict(type="LocalizationDistillation"),
     "`CrossHead`": dict(type="CrossHead"),
+    "`BCKD`": dict(type="BCKD"),
 }
 _ANCHORS = ("GFL", "ATSS", "RetinaNet", "TOOD")
 ONLY = {
@@ -46,6 +47,7 @@ ONLY = {
     "… `head='rpn_head'`, boxes": STAGED,
     "`LocalizationDistillation`": ("GFL",),
     "`CrossHead`": ("GFL", "ATSS", "RetinaNet", "FCOS", "RTMDet", "YOLOX"),
+    "`BCKD`": DENSE,
 }
 """Where a technique's heads are not there on every detector: those that have them."""
 
