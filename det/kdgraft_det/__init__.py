@@ -9,6 +9,7 @@ from .cross_head import CrossHead  # noqa: E402
 from .dense_heads import DenseHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
 from .heads import HEADS, HeadReader  # noqa: E402
+from .kd_detr import KDDETR  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
 from .queries import QueryHead  # noqa: E402
 from .reader import DetReader as READER  # noqa: E402, N814
@@ -29,6 +30,7 @@ from .rois import BoxHead, RoIHead  # noqa: E402
 __all__ = [
     "BCKD",
     "HEADS",
+    "KDDETR",
     "READER",
     "RECIPES",
     "TERMS",

@@ -129,7 +129,7 @@ class Recorder:
     def _listening(self, model: nn.Module, remaining: dict[tuple[str, str], int] | None) -> Iterator[Recording]:
         sources = {tap: self.resolve(model, tap) for tap in self.taps}
         recording = Recording(self.owner, sources, self._copied, self.name)
-        recording.training = model.training
+        recording.training, recording.root = model.training, model
         wants_gradient = torch.is_grad_enabled()
 
         def listener(source: Site) -> Listener:

@@ -145,6 +145,7 @@ class Recording:
         class_order: indices that put this model's classes in the student's order; ``None`` if the order is the same.
         scale: the ratio of this model's input size to the student's.
         training: true if the model ran in training mode, in which some heads return other outputs.
+        root: the recorded model itself, for terms that run a part of it once more within the step; ``None`` where there is none.
 
     Example:
         >>> tap = Tap.parse("conv")
@@ -156,6 +157,7 @@ class Recording:
     class_order: Tensor | None = None
     scale: float = 1.0
     training: bool = False
+    root: nn.Module | None = None
 
     def __init__(
         self, owner: str, sources: Mapping[Tap, Sequence[Site]], copied: set[tuple[str, str]], model: str = ""

@@ -18,9 +18,8 @@ OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, DetReader)
 SETTINGS: dict[str, dict[str, Any]] = {}
 """Settings of a term for detectors."""
-MODELS: dict[str, str] = dict.fromkeys(
-    ("DKD", "NKD", "DIST", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL"), "Faster R-CNN"
-)
+_SOFTMAX = ("DKD", "NKD", "DIST", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL")
+MODELS: dict[str, str] = {**dict.fromkeys(_SOFTMAX, "Faster R-CNN"), "KDDETR": "DeformableDETR"}
 """A term's detector, where it is not GFL: ``"Faster R-CNN"`` or the name of a DETR-type model."""
 
 

@@ -18,7 +18,11 @@ def model(detector: str, **settings):
     """A small real detector by its name in the table."""
     if detector in det_table.DENSE:
         return zoo(detector, **settings)
-    return staged(detector, **settings) if detector in STAGED else detr(detector.replace(" ", ""), **settings)
+    return (
+        staged(detector, **settings)
+        if detector in STAGED
+        else detr(detector.replace(" ", "").replace("-", ""), **settings)
+    )
 
 
 def batch(detector: str):

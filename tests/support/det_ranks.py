@@ -41,6 +41,7 @@ ON_PROPOSALS: dict[str, Any] = {
     "cascade_boxes": dict(type="BoundedRegression", margin=1e6),
     "query_classes": dict(type="SoftTargets"),
     "query_boxes": dict(type="BoundedRegression", margin=1e6),
+    "query_points": dict(type="KDDETR", points=6),
 }
 """Terms of detectors without a dense head; with more samples than proposals nothing is drawn at random."""
 WITH_A_PEER: dict[str, Any] = {

@@ -98,12 +98,17 @@ def _sampled(threshold: float, number: int) -> dict[str, Any]:
     return cfg | (dict(allowed_border=-1, sampler=dict(sampler, add_gt_as_proposals=False)) if number == 1000 else {})
 
 
-def detr(kind: str = "DeformableDETR", *, queries: int = 12, **settings: Any) -> dict[str, Any]:
-    """The ``model`` entry of a small ``DeformableDETR`` or ``DINO`` of 10 classes."""
+def detr(
+    kind: str = "DeformableDETR", *, queries: int = 12, two_stages: bool = False, **settings: Any
+) -> dict[str, Any]:
+    """The ``model`` entry of a small ``DeformableDETR`` or ``DINO`` of 10 classes, or of one of :data:`ONE_MAP`."""
     base = detector(**settings)
+    if kind in ONE_MAP:
+        return _on_one_map(kind, base, queries)
     dino = kind == "DINO"
-    # Upstream's DINO encodes its reference points in 512 numbers, whatever its width is; only 256 fits them.
-    width = 256 if dino and mmdet.__version__ == "3.3.0" else 16
+    # Upstream's DINO encodes its reference points in 512 numbers, whatever its width is; only 256 fits them. So do both stages
+    # of Deformable DETR, and Conditional DETR with its queries.
+    width = 256 if two_stages or (dino and mmdet.__version__ == "3.3.0") else 16
     attention = dict(embed_dims=width, num_levels=3, num_heads=2, num_points=2, dropout=0.0, batch_first=True)
     feed = dict(embed_dims=width, feedforward_channels=32, ffn_drop=0.0)
     own = dict(embed_dims=width, num_heads=2, dropout=0.0, batch_first=True)
@@ -125,8 +130,8 @@ def detr(kind: str = "DeformableDETR", *, queries: int = 12, **settings: Any) ->
         type=kind,
         num_queries=queries,
         num_feature_levels=3,
-        with_box_refine=dino,
-        as_two_stage=dino,
+        with_box_refine=dino or two_stages,
+        as_two_stage=dino or two_stages,
         data_preprocessor=base["data_preprocessor"],
         backbone=base["backbone"] | dict(out_indices=(1, 2, 3)),
         neck=dict(
@@ -155,6 +160,60 @@ def detr(kind: str = "DeformableDETR", *, queries: int = 12, **settings: Any) ->
             label_noise_scale=0.5, box_noise_scale=1.0, group_cfg=dict(dynamic=True, num_groups=None, num_dn_queries=10)
         )
     return model
+
+
+ONE_MAP = ("DETR", "ConditionalDETR", "DABDETR")
+"""DETRs whose encoder reads one map alone."""
+
+
+def _on_one_map(kind: str, base: dict[str, Any], queries: int) -> dict[str, Any]:
+    plain, width = kind == "DETR", 256 if kind == "ConditionalDETR" else 16
+    own: dict[str, Any] = dict(embed_dims=width, num_heads=2, dropout=0.0, batch_first=True)
+    feed = dict(embed_dims=width, feedforward_channels=32, ffn_drop=0.0, num_fcs=2)
+    conditional = dict(embed_dims=width, num_heads=2, attn_drop=0.0)
+    layer = dict(self_attn_cfg=own, cross_attn_cfg=own, ffn_cfg=feed)
+    if not plain:
+        layer |= dict(
+            self_attn_cfg=dict(conditional, cross_attn=False), cross_attn_cfg=dict(conditional, cross_attn=True)
+        )
+    decoder: dict[str, Any] = dict(num_layers=2, layer_cfg=layer, return_intermediate=True)
+    if kind == "DABDETR":
+        decoder |= dict(query_dim=4, query_scale_type="cond_elewise", with_modulated_hw_attn=True)
+    focal = dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=2.0)
+    softmax = dict(type="CrossEntropyLoss", bg_cls_weight=0.1, use_sigmoid=False, loss_weight=1.0, class_weight=1.0)
+    costs = [
+        dict(type="ClassificationCost", weight=1.0) if plain else dict(type="FocalLossCost", weight=2.0),
+        dict(type="BBoxL1Cost", weight=5.0, box_format="xywh"),
+        dict(type="IoUCost", iou_mode="giou", weight=2.0),
+    ]
+    return dict(
+        type=kind,
+        num_queries=queries,
+        data_preprocessor=base["data_preprocessor"],
+        backbone=base["backbone"] | dict(out_indices=(3,)),
+        neck=dict(
+            type="ChannelMapper",
+            in_channels=base["neck"]["in_channels"][-1:],
+            kernel_size=1,
+            out_channels=width,
+            act_cfg=None,
+            norm_cfg=None,
+            num_outs=1,
+        ),
+        encoder=dict(num_layers=1, layer_cfg=dict(self_attn_cfg=own, ffn_cfg=feed)),
+        decoder=decoder,
+        positional_encoding=dict(num_feats=width // 2, normalize=True),
+        bbox_head=dict(
+            type=f"{kind}Head",
+            num_classes=10,
+            embed_dims=width,
+            loss_cls=softmax if plain else focal,
+            loss_bbox=dict(type="L1Loss", loss_weight=5.0),
+            loss_iou=dict(type="GIoULoss", loss_weight=2.0),
+        ),
+        train_cfg=dict(assigner=dict(type="HungarianAssigner", match_costs=costs)),
+        test_cfg=dict(max_per_img=10),
+    )
 
 
 def with_masks(batch: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ MARKS = "<!-- support table: python tests/support/det_table.py -->", "<!-- end o
 
 DENSE = ("GFL", "ATSS", "RetinaNet", "FCOS", "TOOD", "RTMDet", "YOLOX")
 STAGED = ("Faster R-CNN", "Mask R-CNN", "Cascade R-CNN")
-QUERIES = ("Deformable DETR", "DINO")
+QUERIES = ("DAB-DETR", "Deformable DETR", "DINO")
 DETECTORS = (*DENSE, *STAGED, *QUERIES)
 
 _BOUNDED = dict(type="BoundedRegression", margin=1e6)  # with this margin no student is left alone
@@ -38,6 +38,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "`LocalizationDistillation`": dict(type="LocalizationDistillation"),
     "`CrossHead`": dict(type="CrossHead"),
     "`BCKD`": dict(type="BCKD"),
+    "`KDDETR`": dict(type="KDDETR", points=10),
 }
 _ANCHORS = ("GFL", "ATSS", "RetinaNet", "TOOD")
 ONLY = {
@@ -48,6 +49,7 @@ ONLY = {
     "`LocalizationDistillation`": ("GFL",),
     "`CrossHead`": ("GFL", "ATSS", "RetinaNet", "FCOS", "RTMDet", "YOLOX"),
     "`BCKD`": DENSE,
+    "`KDDETR`": QUERIES,
 }
 """Where a technique's heads are not there on every detector: those that have them."""
 
