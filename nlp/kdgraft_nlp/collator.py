@@ -31,6 +31,7 @@ class DistillCollator:
         words: a column with the text as a list of words, instead of ``text``.
         max_length: the maximum number of the teacher's tokens; the tokenizer's own limit by default.
         cache: stores the teacher's outputs, so that it runs once for each sample; not for random views of the samples.
+        id: the column that identifies the samples, for terms that remember them; the cache's by default.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class DistillCollator:
         words: str | None = None,
         max_length: int | None = None,
         cache: TeacherCache | None = None,
+        id: str | None = None,
     ) -> None:
         if not callable(collator):
             raise DistillError(f"DistillCollator wraps a collator, got {type(collator).__name__}")
@@ -53,6 +55,11 @@ class DistillCollator:
         self.words = words
         self.max_length = max_length
         self.cache = cache
+        if cache is not None and id not in (None, cache.id):
+            raise DistillError(
+                f"the cache identifies samples by {cache.id!r}, not by {id!r}; leave out id, or set TeacherCache(id=…)"
+            )
+        self.id = id if id is not None else None if cache is None else cache.id
         if cache is not None and getattr(collator, "mlm", False):
             raise DistillError(
                 "random masking changes the inputs in every epoch, so that outputs cannot be cached; leave out cache"
@@ -74,7 +81,7 @@ class DistillCollator:
     @property
     def columns(self) -> list[str]:
         """The columns of the data set that it reads beside the models' own and those that start with ``teacher_``."""
-        return [*self.text, *([self.words] if self.words else []), *([self.cache.id] if self.cache is not None else [])]
+        return [*self.text, *([self.words] if self.words else []), *([self.id] if self.id is not None else [])]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         """Return the wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
@@ -97,12 +104,15 @@ class DistillCollator:
             batch[TOKEN_PAIRS] = pairs
         if teacher:
             batch[TEACHER_INPUTS] = teacher
-        if self.cache is not None:
-            if self.cache.id not in features[0]:
-                raise DistillError(
-                    f"the cache needs column {self.cache.id!r}, not in {', '.join(features[0])}; keep it, or set TeacherCache(id=…)"
+        if self.id is not None:
+            if self.id not in features[0]:
+                who, remedy = (
+                    ("the cache", "TeacherCache(id=…)") if self.cache is not None else ("id", "id to a column")
                 )
-            batch[SAMPLE_IDS] = [str(feature[self.cache.id]) for feature in features]
+                raise DistillError(
+                    f"{who} needs column {self.id!r}, not in {', '.join(features[0])}; keep it, or set {remedy}"
+                )
+            batch[SAMPLE_IDS] = [str(feature[self.id]) for feature in features]
         return batch
 
     def _refuse_packed(self, feature: Mapping[str, Any]) -> None:
@@ -110,6 +120,7 @@ class DistillCollator:
         for reason, found in (
             ("a second tokenizer", self.teacher_tokenizer is not None),
             ("a cache", self.cache is not None),
+            (f"id={self.id!r}", self.id is not None),
             (f"column {', '.join(own)!r}", bool(own)),
         ):
             if found:

@@ -95,7 +95,7 @@ class Grafted:
 def _inputs_of_sources(
     link: Link, engine: Engine, inputs: Mapping[str, Any], batch: Batch, at: Step
 ) -> dict[str, Mapping[str, Any]]:
-    """Return the inputs of each source's model in a step, by its name, and give a cached teacher the ids of the samples.
+    """Return the inputs of each source's model in a step, by its name, and give the batch the ids of the samples.
 
     Raises:
         DistillError: the batch has the teacher's own tokens, and another source reads the student's.
@@ -112,8 +112,9 @@ def _inputs_of_sources(
         if name in link.sources and (source.trains or engine.active(at))
     }
     ids, teacher = inputs.get(SAMPLE_IDS), engine.teacher
-    if ids is not None and isinstance(teacher, Cached) and teacher.name in found:
-        batch.samples = Samples(ids, {k: v for k, v in found[teacher.name].items() if isinstance(v, Tensor)})
+    if ids is not None:
+        stored = found.get(teacher.name, {}) if isinstance(teacher, Cached) else {}
+        batch.samples = Samples(ids, {k: v for k, v in stored.items() if isinstance(v, Tensor)})
     return found
 
 

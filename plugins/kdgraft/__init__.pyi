@@ -11,6 +11,7 @@ from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
 from .sources import Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recording, Tap
 from .terms.base import TapTerm, Term
+from .terms.contrastive import CRD
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
@@ -28,6 +29,7 @@ from .terms.tokens import FreeKD, MasKD
 __version__: str
 
 __all__ = [
+    "CRD",
     "DIST",
     "DKD",
     "FSP",

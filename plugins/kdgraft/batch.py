@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Samples:
-    """Identities of the samples in a batch, for teachers whose outputs are cached.
+    """Identities of the samples in a batch, for teachers whose outputs are cached and for terms that remember samples.
 
     Attributes:
         ids: one identifier per sample, the same in every epoch.
@@ -23,7 +23,7 @@ class Samples:
     """
 
     ids: Sequence[Any]
-    inputs: dict[str, Tensor]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batch import Batch
+from .batch import Batch, Samples
 from .engine import Engine
 from .errors import DistillError, WiringError
 from .registry import RECIPES, expand_recipe
@@ -112,19 +112,24 @@ class Distiller(Engine):
             frozenset({"labels", "boxes", "valid"}),
         )
 
-    def forward(self, *args: Any, targets: Any = None, batch: Batch | None = None, **kwargs: Any) -> DistillOutput:
+    def forward(
+        self, *args: Any, targets: Any = None, batch: Batch | None = None, indices: Any = None, **kwargs: Any
+    ) -> DistillOutput:
         """Run every source and the student on the same input.
 
         Args:
             args, kwargs: arguments of all models.
             targets: labels, for terms that mix hard and soft targets.
             batch: sizes, boxes and so on, for terms with a region.
+            indices: the samples' indices in the training set, or other names, for terms that remember samples.
         """
         if not self.training:
             return DistillOutput(self.student(*args, **kwargs), {})
         batch = batch if batch is not None else Batch()
         if targets is not None:
             batch.labels = targets
+        if indices is not None:
+            batch.samples = Samples(indices.tolist() if isinstance(indices, Tensor) else list(indices))
         at, device = Step(self.iteration, self.epoch), next(self.student.parameters()).device
         with self.step(self.student, batch, at, lambda source: source.model(*args, **kwargs), device) as step:
             output = self.student(*args, **kwargs)

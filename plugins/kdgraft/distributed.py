@@ -5,6 +5,8 @@ They work with any launcher that sets up ``torch.distributed``: accelerate, torc
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -70,6 +72,15 @@ def _counts_of_ranks(values: Tensor) -> list[int]:
 def gather_rows(rows: Tensor) -> Tensor:
     """Concatenate ``(N, …)`` of all processes in the order of ranks, without gradient; N may differ."""
     return gather_over_ranks(rows)
+
+
+def gather_objects(values: list[Any]) -> list[Any]:
+    """Concatenate the lists of all processes in the order of ranks."""
+    if world_size() == 1:
+        return values
+    found: list[list[Any]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(found, values)
+    return [value for part in found for value in part]
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from mmengine.logging import print_log
 from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
-from kdgraft.batch import Batch
+from kdgraft.batch import Batch, Samples
 from kdgraft.classes import class_order
 from kdgraft.engine import Engine, Replay
 from kdgraft.errors import DistillError, WiringError, check_number
@@ -38,7 +38,7 @@ from .log import tell_the_run
 from .resolution import Resolution
 from .sources import SourceView, build_sources, check_inheritance, check_scales, teacher_classes
 from .state import HubLink
-from .views import channels_of, image_sizes
+from .views import channels_of, image_sizes, sample_ids
 
 logger = logging.getLogger("kdgraft")
 
@@ -376,7 +376,9 @@ class Graft(_Host, metaclass=GraftMeta):
     def _batch(self, inputs: Tensor, data_samples: Any, model: Any = None) -> Batch:
         """Return the data that terms may use of a batch of a model, by default the student; each task adds its own."""
         height, width = inputs.shape[-2:]
-        return Batch(padded_size=(height, width), image_sizes=image_sizes(data_samples))
+        names = sample_ids(data_samples)
+        samples = None if names is None else Samples(names)
+        return Batch(padded_size=(height, width), image_sizes=image_sizes(data_samples), samples=samples)
 
     def _reduced(self, inputs: Tensor, data_samples: Any, resolution: Resolution) -> tuple[Tensor, Any]:
         """Return the student's batch, made from the teacher's, which stays unchanged."""

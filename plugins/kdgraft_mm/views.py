@@ -71,6 +71,15 @@ def image_sizes(samples: Any) -> list[tuple[int, int]]:
     return [tuple(sample.metainfo["img_shape"][:2]) for sample in samples]
 
 
+def sample_ids(samples: Any) -> list[Any] | None:
+    """Return each image's id in the data set, or its file, by which a later epoch finds it again; ``None`` if one has neither."""
+    for name in ("img_id", "img_path"):
+        found = [sample.metainfo.get(name) for sample in samples]
+        if None not in found:
+            return found
+    return None
+
+
 def _normalisation(preprocessor: Any) -> tuple[Tensor, Tensor, bool]:
     """Return mean and standard deviation (float32, in the order of the normalised channels), and true if channels are swapped."""
     swap = bool(getattr(preprocessor, "_channel_conversion", getattr(preprocessor, "channel_conversion", False)))

@@ -236,6 +236,11 @@ def _adversary(kind: str) -> dict[str, Declared]:
     }
 
 
+def _contrast(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    negatives = golden.dense.embeddings()[2].bfloat16().to(teacher.dtype)
+    return losses.crd(student, teacher, negatives, temperature=0.5, **settings)
+
+
 BY_NAME: dict[str, Declared] = {
     # (…, C): a distribution over classes
     "soft_targets": weighted(losses.soft_targets, SCORES, (2, 3)),
@@ -272,6 +277,8 @@ BY_NAME: dict[str, Declared] = {
     "patient": weighted(losses.patient, SAMPLES, (5,), lengths=False),
     "patient in code": weighted(partial(losses.patient, variant="code"), SAMPLES, (5,), lengths=False),
     "bounded_regression": weighted(_bounded, SAMPLES, (5,), teacher_learns=False),
+    # A sample's two embeddings may be equal, but are never sure to be told from others.
+    "crd": weighted(_contrast, EMBEDDINGS, (7,), lengths=False, equal=False),
     "memory_relations": Declared(_memory, EMBEDDINGS, (7,), lengths=False),
     # (B, C): samples, related to each other
     "rkd_distance": masked(losses.rkd_distance, TWO_EMBEDDINGS, (5,), lengths=False),

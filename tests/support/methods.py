@@ -20,6 +20,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "MasKD": dict(pretrain=2),
     "FreeKD": dict(pretrain=2),
     "BoundedRegression": dict(margin=1e6),  # no student is better than its teacher by so much
+    # The loss is a sum over remembered samples: it rises until the memory is full.
+    "CRD": dict(memory=4),
 }
 """Settings of a term in every host. Tests of a host override them by their own."""
 

@@ -9,6 +9,7 @@ from .bounded_regression import bounded_regression
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
 from .correlation_congruence import correlation_congruence
+from .crd import crd
 from .cross_head import align_scale, focused_entropy
 from .cross_image import memory_relations, pixel_relations
 from .decoupled import decoupled
@@ -55,6 +56,7 @@ __all__ = [
     "class_prototypes",
     "correlation_congruence",
     "cosine",
+    "crd",
     "critic_loss",
     "decoupled",
     "dist_between_classes",

@@ -4,6 +4,7 @@ The terms themselves are public names of :mod:`kdgraft`; this package exports th
 """
 
 from . import (
+    contrastive,
     divergences,
     features,
     generation,
@@ -40,6 +41,7 @@ __all__ = [
     "Term",
     "build_terms",
     "check_choice",
+    "contrastive",
     "divergences",
     "features",
     "generation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,10 +59,11 @@ class SampleTerm(TapTerm):
 
     reads = "samples"
     needs = ("samples",)
+    pools: ClassVar[tuple[str, ...]] = ("mean", "first", "flat")
 
     def __init__(self, tap: Taps | None = None, *, pool: Pool = "mean", region: Any = "all", **settings: Any) -> None:
         super().__init__(tap, **settings)
-        check_choice(self, "pool", pool, ("mean", "first", "flat"))
+        check_choice(self, "pool", pool, self.pools)
         self.pool: Pool = pool
         self.region, self.region_name = build_region(region, self)
         if pool == "first" and not isinstance(self.region, All):
