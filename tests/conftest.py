@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -18,6 +19,17 @@ def _configs_are_written_as_they_come():
     with pytest.MonkeyPatch.context() as patch:
         if find_spec("yapf") is not None:
             patch.setattr("yapf.yapflib.yapf_api.FormatCode", lambda text, **_: (text, True))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _weights_are_initialised_without_an_account_of_it():
+    """mmengine takes the mean of each parameter before and after each step, and logs a line of each: a fifth of building a model."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "mmengine.model" in sys.modules:
+            for module in ("base_module", "weight_init"):
+                patch.setattr(f"mmengine.model.{module}.update_init_info", lambda *_, **__: None)
+            patch.setattr("mmengine.model.BaseModule._dump_init_info", lambda *_: None)
         yield
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from support.det import (
     save_teacher,
 )
 from support.det_zoo import zoo
+from support.forking import python
 from support.mm import needs_resume
 
 ROOT = Path(__file__).parents[2]
@@ -219,15 +218,7 @@ def test_checking_a_plain_config_says_what_to_set(config, capsys, tmp_path, scen
 
 def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(config, tmp_path):
     path = config(lambda m: m["teacher"].update(chekpoint="t.pth"))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("plugins", "det"))}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "kdgraft", "check", path],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = python("-W", "ignore", "-m", "kdgraft", "check", path, host="mmdet", folder=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "kdgraft: error: teacher takes no argument 'chekpoint'; did you mean 'checkpoint'?\n"
     assert "Traceback" not in done.stdout
@@ -244,15 +235,7 @@ def test_names_and_files_are_told_at_once_and_before_the_host_is_imported(config
         "import sys\nfrom kdgraft.cli import main\ncode = main(['check', sys.argv[1]])\n"
         "sys.exit(100 if {'mmcv', 'mmdet', 'kdgraft_det'} & set(sys.modules) else code)"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / name) for name in ("plugins", "det"))}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program, path],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = python("-W", "ignore", "-c", program, path, folder=tmp_path)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith("kdgraft: error: 4 mistakes: (1) no term is called 'SoftTarget'; did you mean 'SoftTargets'")

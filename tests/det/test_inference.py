@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 
@@ -18,6 +16,7 @@ from kdgraft.errors import DistillError, UnsafeCheckpoint
 from kdgraft.sources.teacher import read_checkpoint
 from kdgraft_mm.checkpoints import SAFE_TYPES, export_student
 from support.det import EVERY_TERM, build, detector, distilled, runner_config, save_teacher
+from support.forking import python
 from support.mm import loadable, run
 from support.tensors import assert_same
 
@@ -142,7 +141,7 @@ def test_the_export_works_in_a_process_without_this_suite(exported, image, expec
         assert not any(name.startswith("kdgraft") for name in sys.modules)
         print("scores", *found.scores.tolist())
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=240)
+    done = python("-c", textwrap.dedent(code), host="mmdet")
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("scores"))
     np.testing.assert_allclose([float(value) for value in line.split()[1:]], expected.scores.numpy(), rtol=1e-5)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from mmengine.config import Config
 from kdgraft.cli import main
 from support.commands import refused
 from support.det import CLASSES, build, detector, distilled, runner_config
+from support.forking import python
 from support.mm import needs_resume, run, weights
 from support.tensors import assert_same
 
@@ -140,11 +140,9 @@ def test_a_plan_that_was_killed_goes_on_to_the_same_weights(folder, capsys):
     )
     whole, path = plan(folder, "whole", text), plan(folder, "killed", text)
     assert main(["plan", str(whole)]) == 0
-    command = [sys.executable, "-m", "kdgraft", "plan", str(path)]
-    places = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    alike = {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on the number of threads
-    settings = {**os.environ, **alike, "PYTHONPATH": places, "DIE_AT": "student 3"}
-    killed = subprocess.run(command, env=settings, capture_output=True, text=True, timeout=300)
+    # Here and there one thread: sums depend on their number.
+    places = os.pathsep.join([str(folder), *filter(None, sys.path)])
+    killed = python("-m", "kdgraft", "plan", str(path), host="mmdet", PYTHONPATH=places, DIE_AT="student 3")
     assert killed.returncode == 9, killed.stderr[-2000:]
     assert (folder / "killed/teacher/seed0/finished.json").exists()
     assert not (folder / "killed/student/seed0/finished.json").exists()

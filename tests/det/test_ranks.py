@@ -23,7 +23,7 @@ def two_ranks(tmp_path_factory, teacher_checkpoint):
     folder = tmp_path_factory.mktemp("ranks")
     for kind in {det_ranks.kind_of(term) for term in det_ranks.ON_PROPOSALS}:
         save_teacher(Path(f"{teacher_checkpoint}.{kind}"), det_ranks.without_dense_head(kind, width=6))
-    return found_by_two("det_ranks", folder, teacher_checkpoint)
+    return found_by_two("det_ranks", folder, teacher_checkpoint, host="mmdet")
 
 
 @pytest.mark.parametrize("batch", list(det_ranks.BATCHES))

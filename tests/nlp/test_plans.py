@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +14,7 @@ from kdgraft.cli import main
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.run import train_recipe
 from support import nlp as support
+from support.forking import python
 
 PLAN = """
 [runs.student]
@@ -172,9 +170,8 @@ def test_teacher_assistant_student(folder: Path, capsys, steps):
 @pytest.mark.parametrize("at", [8, *(pytest.param(at, marks=pytest.mark.slow) for at in (2, 15))])
 def test_a_plan_that_was_killed_goes_on_to_the_same_weights(folder: Path, whole: Path, capsys, steps, at: int):
     path = plan(folder)
-    alike = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on the number of threads
-    command = [sys.executable, "-c", KILLED, str(path), str(at)]
-    killed = subprocess.run(command, env=alike, capture_output=True, timeout=300)
+    # Here and there one thread: sums depend on their number.
+    killed = python("-c", KILLED, str(path), str(at), host="transformers")
     assert killed.returncode == 9, killed.stderr[-2000:]
     assert not (folder / "out/student/seed0/finished.json").exists()
     steps.clear()

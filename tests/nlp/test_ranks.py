@@ -56,7 +56,7 @@ def test_the_host_adds_up_what_it_does_not_scale(tmp_path, caplog):
 
 def on_two_processes(family, tmp_path):
     """What the first of two processes with four samples each has found."""
-    return found_by_two("nlp_ranks", tmp_path, family, str(tmp_path))[0]
+    return found_by_two("nlp_ranks", tmp_path, family, str(tmp_path), host="transformers")[0]
 
 
 @pytest.mark.parametrize("family", list(nlp_ranks.TERMS))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +22,7 @@ from kdgraft_nlp.scores import scores, spans, tag_scores
 from kdgraft_nlp.settings import load
 from kdgraft_nlp.trainer import DistillTrainer
 from support import nlp as support
+from support.forking import python
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "nlp" / "configs"
@@ -248,9 +247,7 @@ def test_files_that_are_no_recipes(tmp_path, capsys):
 @pytest.mark.parametrize("script", ["classification", "token_classification", "language_model"])
 def test_scripts(script, data, tmp_path):
     files = [option.partition("=")[2] for option in data]
-    command = [
-        sys.executable,
-        str(RECIPES / f"{script}.py"),
+    options = [
         "--train",
         files[0],
         "--eval",
@@ -262,13 +259,7 @@ def test_scripts(script, data, tmp_path):
         "--epochs",
         "1",
     ]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    done = python(str(RECIPES / f"{script}.py"), *options, host="transformers", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr[-2000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("teacher:", "plain:", "distilled:"))]
     assert len(lines) == 3, done.stdout
@@ -335,7 +326,8 @@ def test_a_tokenizer_is_learned_alike_in_every_process():
     known = learned[0].get_vocab()
     assert len(known) == 90 and sorted(known.values()) == list(range(90))
     assert [known[name] for name in ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")] == [0, 1, 2, 3, 4]
-    done = subprocess.run([sys.executable, "-c", LEARN], capture_output=True, text=True, timeout=120, check=True)
+    done = python("-c", LEARN, host="transformers")
+    assert done.returncode == 0, done.stderr[-2000:]
     assert {one.backend_tokenizer.to_str() for one in learned} == {done.stdout.strip()}
 
 

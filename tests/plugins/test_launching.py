@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -12,13 +10,12 @@ import pytest
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
 from kdgraft.launching import check_launch, waiting
-from support.processes import environment
+from support.forking import Program, python, side_by_side
 
 
 def launched(tmp_path: Path, *how: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *how, "-m", "kdgraft"]
-    command += ["train", "absent.yaml"]
-    return subprocess.run(command, env=environment(), cwd=tmp_path, capture_output=True, text=True, timeout=200)
+    launch = ["-m", "accelerate.commands.launch", "--main_process_port", "0", *how]
+    return python(*launch, "-m", "kdgraft", "train", "absent.txt", folder=tmp_path)
 
 
 def lines(said: str) -> list[str]:
@@ -55,47 +52,49 @@ def test_launchers_that_say_how_many_there_are_pass(monkeypatch, count):
 RANK = """
 import sys, time
 from datetime import timedelta
+from pathlib import Path
 import torch, torch.distributed as dist
 from kdgraft.errors import DistillError
 from kdgraft.launching import waiting
-rank, store, how = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank, folder, how = int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+store, begun, told = f"file://{folder}/store", time.monotonic(), folder / "told"
 try:
     with waiting(3):
-        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=3))
+        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=3))
         dist.all_reduce(torch.ones(1))
         print("met", flush=True)
+        while rank == 1 and how == "stops" and not told.exists() and time.monotonic() - begun < 60:
+            time.sleep(0.1)
         if rank == 1:
-            time.sleep(60) if how == "stops" else sys.exit(0)
+            sys.exit(0)
         dist.all_reduce(torch.ones(1))
 except DistillError as error:
-    print(error, flush=True)
+    print(error, time.monotonic() - begun, sep="\\n", flush=True)
+    told.touch()
 """
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the first of two processes says when the second stops or ends; all four run at the same time."""
+    ways = ("stops", "ends")
+    folders = [str(tmp_path_factory.mktemp(how)) for how in ways]
+    programs = [
+        Program(["-c", RANK, str(rank), folder, how])
+        for how, folder in zip(ways, folders, strict=True)
+        for rank in range(2)
+    ]
+    return dict(zip(ways, [done.stdout for done in side_by_side(*programs, timeout=100)][::2], strict=True))
 
 
 @pytest.mark.parametrize(
     ("how", "said"),
     [("stops", "another process did not answer within 3 s (--timeout)"), ("ends", "another process is gone")],
 )
-def test_a_process_that_stops_or_ends_is_one_line_in_the_other(tmp_path, how, said):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store"), how],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        begun = time.monotonic()
-        found, _ = ranks[0].communicate(timeout=100)
-        assert time.monotonic() - begun < 50
-        met, told = found.splitlines()
-        assert met == "met" and told.startswith(said)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait(10)
+def test_a_process_that_stops_or_ends_is_one_line_in_the_other(left_alone, how, said):
+    met, told, seconds = left_alone[how].splitlines()
+    assert met == "met" and told.startswith(said)
+    assert float(seconds) < 50
 
 
 def test_other_errors_keep_their_names():

@@ -14,6 +14,7 @@ from kdgraft import LOSSES, REGIONS, SCHEDULES, TERMS, DistillError, Registry
 from kdgraft.cli import main
 from kdgraft.errors import nearest
 from kdgraft.listing import arguments_of, explained
+from support.forking import python
 
 
 class Widget:
@@ -388,7 +389,7 @@ model = lambda: torch.nn.Sequential(torch.nn.Linear(3, 2))
 distiller = Distiller(model(), model(), terms=[dict(type="TheirTerm", tap="0")], example=torch.ones(1, 3))
 print(list(distiller.terms), type(distiller.terms["their_term"]).__module__)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    done = python("-c", program)
     assert done.stdout.split("\n")[0] == "['their_term'] their_distillation", done.stderr
 
 

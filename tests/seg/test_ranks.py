@@ -16,7 +16,7 @@ ADVERSARIES = ("wgan-gp", "lsgan", "hinge")
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory, teacher):
     """What each of two gloo processes found."""
-    return found_by_two("seg_ranks", tmp_path_factory.mktemp("ranks"), teacher["checkpoint"])
+    return found_by_two("seg_ranks", tmp_path_factory.mktemp("ranks"), teacher["checkpoint"], host="mmseg")
 
 
 @pytest.fixture(scope="module")

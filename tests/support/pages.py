@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from kdgraft.hosts import installed
+from support.forking import IMPORTED, python
 
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -67,12 +68,16 @@ def program(*words: str) -> str:
     return found
 
 
-def missing_host(texts: Sequence[str]) -> str | None:
-    """A framework that these need and that is not installed."""
+def _frameworks(texts: Sequence[str]) -> list[str]:
+    """What these need beside torch."""
     needs = {"kdgraft_nlp": "transformers", "transformers": "transformers", "task: ": "transformers"}
     needs |= {"mmdet": "mmdet", "mmseg": "mmseg", "kdgraft_bench": "matplotlib"}
-    found = (need for word, need in needs.items() if any(word in text for text in texts) and not installed(need))
-    return next(found, None)
+    return [need for word, need in needs.items() if any(word in text for text in texts)]
+
+
+def missing_host(texts: Sequence[str]) -> str | None:
+    """A framework that these need and that is not installed."""
+    return next((need for need in _frameworks(texts) if not installed(need)), None)
 
 
 def run(command: Sequence[str], folder: Path, timeout: float = 240) -> str:
@@ -84,8 +89,11 @@ def run(command: Sequence[str], folder: Path, timeout: float = 240) -> str:
 
 
 def run_program(code: str, folder: Path) -> str:
-    """Runs a program from a folder; what it prints."""
-    return run([sys.executable, "-c", code], folder)
+    """Runs a program from a folder, in a process that has imported nothing of ours; what it prints."""
+    host = next((need for need in _frameworks([code]) if need in IMPORTED), "torch")
+    done = python("-c", code, host=host, folder=folder, CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
 
 
 def run_job(page: str, section: str, folder: Path, timeout: float) -> str:

@@ -15,6 +15,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from support.forking import Program, environment, side_by_side
+
 WORLD = 2
 launchers = pytest.mark.parametrize(
     "launcher",
@@ -25,12 +27,6 @@ launchers = pytest.mark.parametrize(
 )
 
 
-def environment(**more: str) -> dict[str, str]:
-    """An environment in which a process finds the modules that this one finds."""
-    path = os.pathsep.join(filter(None, sys.path))
-    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **more}
-
-
 def free_port() -> str:
     """A port that nobody listens on."""
     with socket.socket() as free:
@@ -38,27 +34,17 @@ def free_port() -> str:
         return str(free.getsockname()[1])
 
 
-def found_by_two(module: str, folder: Path, *arguments: str) -> list[Any]:
+def found_by_two(module: str, folder: Path, *arguments: str, host: str = "torch") -> list[Any]:
     """The results of ``python -m support.MODULE``, which calls :func:`as_rank`, on each of two gloo processes."""
     outs = [folder / f"rank{rank}.pt" for rank in range(WORLD)]
-    command = [sys.executable, "-W", "ignore", "-m", f"support.{module}", str(folder / "store")]
+    command = ["-W", "ignore", "-m", f"support.{module}", str(folder / "store")]
     shared = dict(WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())  # as accelerate wants them
-    started = [
-        subprocess.Popen(
-            [*command, str(out), *arguments],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    ranks = [
+        Program([*command, str(out), *arguments], environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **shared})
         for rank, out in enumerate(outs)
     ]
-    try:
-        said = [process.communicate(timeout=240)[0][-3000:] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0] * WORLD, said
+    done = side_by_side(*ranks, host=host)
+    assert [one.returncode for one in done] == [0] * WORLD, [one.stdout[-3000:] + one.stderr[-3000:] for one in done]
     return [torch.load(out, weights_only=False) for out in outs]
 
 
