@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +34,19 @@ def _weights_are_initialised_without_an_account_of_it():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _garbage_is_collected_when_there_is_some():
+    """mmengine collects at every dataset and accelerate at every training, with all that tests keep: Python does it often enough."""
+    kept = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 20)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("mmengine.dataset.base_dataset", "accelerate.utils.memory"):
+            if module in sys.modules:
+                patch.setattr(f"{module}.gc", SimpleNamespace(collect=lambda: 0))
+        yield
+    gc.set_threshold(*kept)
+
+
 def pytest_collection_finish():
-    """What importing the hosts left is not garbage: mmengine collects at every dataset, 0.6 s with those objects."""
+    """What importing the hosts left is not garbage."""
     gc.freeze()

@@ -15,18 +15,22 @@ from support.mm import Trained, run
 _numbers = count()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _in_mmdet():
-    """Other tests in this process may have entered another host's scope."""
-    DefaultScope.get_instance("det_tests", scope_name="mmdet")
+def _enter_mmdet() -> None:
+    name = f"det_test{next(_numbers)}"
+    DefaultScope.get_instance(name, scope_name="mmdet")
+    MessageHub.get_instance(name)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before fixtures of any scope: the test before this one may have been another host's."""
+    _enter_mmdet()
 
 
 @pytest.fixture(autouse=True)
 def _fresh_scope_and_hub():
-    """What an earlier test left, its scope and its iteration in mmengine's hub, is no business of this one."""
-    name = f"det_test{next(_numbers)}"
-    DefaultScope.get_instance(name, scope_name="mmdet")
-    MessageHub.get_instance(name)
+    """What a shared fixture's Runner left, its scope and its iteration in mmengine's hub, is no business of this test."""
+    _enter_mmdet()
 
 
 @pytest.fixture(scope="session")

@@ -11,8 +11,15 @@ from support import seg as models
 from support.mm import Trained, run
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Before fixtures of any scope: the test before this one may have been another host's."""
+    models.enter_host()
+
+
 @pytest.fixture(autouse=True)
 def _in_mmseg():
+    """After shared fixtures, whose Runners have a hub of their own."""
     models.enter_host()
 
 
