@@ -101,6 +101,7 @@ class HeadScores(Scores):
             raise WiringError(f"{term}: an RoI head's classes share one softmax; leave activation out")
         self.independent = not self.heads.softmax and activation != "softmax"
         self.background = self.heads.softmax or self.independent
+        self.width = self.heads.classes + self.heads.softmax
 
     def wire(self, wiring: Wiring) -> list[Compared]:
         """Return the compared class outputs of each level or stage."""

@@ -154,6 +154,7 @@ class OutputScores(Scores):
         check_layout(self.name, self.task, wiring.student, student)
         axis = 1 if self.task == "segmentation" else -1
         classes, others = student.shape[axis], teacher.shape[axis]
+        self.width = 0 if self.task in ("question", "choice") else min(classes, others)
         if self.task not in ("question", *LANGUAGE_MODELS):
             single = classes == 1 and self.task != "choice"
             if single or self.problem.named == REGRESSION:

@@ -10,12 +10,13 @@ from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, SOURCES, TERMS, Regis
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
 from .sources import Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recording, Tap
+from .terms.adversarial import AdversarialScores, AdversarialTerm
 from .terms.base import TapTerm, Term
 from .terms.contrastive import CRD
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
-from .terms.labelled import DKD, NKD, LabelledTerm
+from .terms.labelled import DKD, NKD
 from .terms.numbers import BoundedRegression
 from .terms.pairs import PairTerm, ScoreTerm, TemperedTerm
 from .terms.predictions import DIST, LogitMatching, SoftTargets
@@ -44,6 +45,8 @@ __all__ = [
     "SOURCES",
     "TERMS",
     "ActivationBoundaries",
+    "AdversarialScores",
+    "AdversarialTerm",
     "AttentionTransfer",
     "Batch",
     "BoundedRegression",
@@ -67,7 +70,6 @@ __all__ = [
     "GeneralizedJSD",
     "Hint",
     "Itself",
-    "LabelledTerm",
     "LogitMatching",
     "MapTerm",
     "MasKD",

@@ -129,6 +129,7 @@ class TapScores(Scores):
     def wire(self, wiring: Wiring) -> list[Compared]:
         found = paired(self.reader, self.taps, wiring.student_recording, wiring.teacher_recording)
         self.independent = any(self._each_alone(s) for s, _, _, _ in found)
+        self.width = common_width([s for s, _, _, _ in found])
         for s, t, s_tap, t_tap in found:
             if s.shape != t.shape:
                 raise WiringError(
@@ -251,6 +252,12 @@ def parse_taps(taps: Any) -> list[Tap]:
     if isinstance(taps, (list, tuple)) and not taps:
         raise DistillError("a term needs at least one tap, got an empty list")
     return [Tap.parse(tap) for tap in (taps if isinstance(taps, (list, tuple)) else [taps])]
+
+
+def common_width(scores: Sequence[Tensor]) -> int:
+    """Return the number of classes of several tensors of scores, 0 if they differ."""
+    widths = {tensor.shape[class_dim(tensor)] for tensor in scores}
+    return widths.pop() if len(widths) == 1 else 0
 
 
 def class_dim(tensor: Tensor) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,33 +10,29 @@ from torch import Tensor
 
 from kdgraft.adapters import resize_to
 from kdgraft.batch import Batch
-from kdgraft.errors import DistillError, check_flag, check_number
-from kdgraft.losses import Ratio, adversarial, weighted_ratio
-from kdgraft.losses.adversarial import ADVERSARIES, Adversary
+from kdgraft.errors import DistillError, check_flag
+from kdgraft.losses import Ratio, weighted_ratio
+from kdgraft.losses.adversarial import Adversary
 from kdgraft.registry import call
 from kdgraft.taps import Recording
-from kdgraft.terms import ScoreTerm
+from kdgraft.terms import AdversarialTerm
 from kdgraft.wiring import Wiring
 
-from .critic import Critic, Opponent
+from .critic import Critic
 from .registry import TERMS
 
 
 @TERMS.register
-class AdversarialMask(ScoreTerm):
+class AdversarialMask(AdversarialTerm):
     """Adversarial mask discriminator: holistic distillation of Structured KD (Liu et al. 2019, section 3.3), weight 0.1.
 
     In each training step the critic first learns, on detached class probabilities, to give the teacher's masks higher scores than
     the student's. Then the student's loss rewards high scores of its own masks. Positions that do not count are 0 in both masks;
-    images without a position that counts are left out. The critic and its optimizer belong to no module: no ``state_dict``
-    contains them, and they travel in the checkpoint beside the student.
+    images without a position that counts are left out. The critic is not saved with the student; see
+    :class:`kdgraft.AdversarialTerm`, also for what the log has.
 
     Self-attention needs (H·W)² numbers an image, where H and W are those of the masks divided by 8 and 16 (the default critic).
     This is little on the grid of the scores, but much with ``grid="labels"`` on large crops; use ``critic=dict(attention=0)``.
-
-    With gradient accumulation the critic makes its steps on each micro-batch. The log has, beside the loss, ``critic`` (the
-    critic's loss without the penalty), ``gap`` (mean score of the teacher's masks minus the student's), ``penalty``, and
-    ``skipped`` (the number of non-finite critic steps, skipped by all processes together) once there is one.
 
     Args:
         kind: ``"wgan-gp"``, ``"lsgan"`` or ``"hinge"``.
@@ -48,39 +44,19 @@ class AdversarialMask(ScoreTerm):
         tap, grid: see :meth:`kdgraft_seg.reader.SegReader.scores`.
     """
 
-    takes_independent = True
-
     def __init__(
         self,
         kind: Adversary = "wgan-gp",
         *,
-        penalty: float | None = None,
         condition_on_image: bool = False,
         critic: Mapping[str, Any] | None = None,
-        lr: float = 4e-4,
-        betas: Sequence[float] = (0.0, 0.9),
-        weight_decay: float = 0.0,
-        steps: int = 1,
         **settings: Any,
     ) -> None:
-        super().__init__(**settings)
-        if kind not in ADVERSARIES:
-            raise DistillError(f"AdversarialMask: kind must be one of {', '.join(ADVERSARIES)}, got {kind!r}")
-        if penalty is None:
-            penalty = 10.0 if kind == "wgan-gp" else 0.0
-        for name, value, low in (("penalty", penalty, 0.0), ("weight_decay", weight_decay, 0.0), ("lr", lr, 0.0)):
-            check_number("AdversarialMask", name, value, low, above=name == "lr")
-        check_number("AdversarialMask", "steps", steps, 1, whole=True)
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise DistillError(f"AdversarialMask: betas must be two numbers in [0, 1), got {betas!r}")
+        super().__init__(kind, **settings)
         if not isinstance(critic, (Mapping, type(None))):
             raise DistillError(f"AdversarialMask: critic must be a dict of its settings, got {critic!r}")
         check_flag("AdversarialMask", "condition_on_image", condition_on_image)
-        self.kind, self.condition_on_image = kind, condition_on_image
-        self._critic = dict(critic or {})
-        self._optimization: dict[str, Any] = dict(
-            penalty=penalty, lr=lr, betas=betas, weight_decay=weight_decay, steps=steps
-        )
+        self.condition_on_image, self._critic = condition_on_image, dict(critic or {})
 
     def wire(self, wiring: Wiring) -> None:
         """Build the critic for the number of classes, and refuse more than one map."""
@@ -89,27 +65,17 @@ class AdversarialMask(ScoreTerm):
             raise DistillError(f"{self.name}: takes one tap of one map, got {len(self.rows)}; add a term for each")
         (s,) = self.reader.tensors(wiring.student_recording, self.student_taps[0])
         settings = {"in_channels": s.shape[1] + 3 * self.condition_on_image, **self._critic}
-        critic = call(Critic, settings, f"{self.name}: critic").to(s.device)
-        self.auxiliaries["critic"] = Opponent(critic, self.kind, **self._optimization)
-        size = sum(p.numel() for p in critic.parameters())
-        self.rows[0] = self.rows[0]._replace(adapter=f"critic {self.kind}, {size / 1e6:.2g} M")
+        self.set_critic(call(Critic, settings, f"{self.name}: critic").to(s.device))
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         """Train the critic on detached masks, and return its judgement of the student's masks as the loss."""
-        (pairs,) = self.scores.pairs(student, teacher, batch)
+        (pairs,) = self.pairs(student, teacher, batch)
         valid = pairs.weight
         assert valid is not None
         present = valid.flatten(1).any(1)
         fake, real = (self._masks(scores, valid, batch) for scores in (pairs.student, pairs.teacher))
         self.monitor = self.opponent.learn(real, fake, present)
-        return weighted_ratio(adversarial(self.opponent.judge(fake), self.kind, reduction="none"), present)
-
-    @property
-    def opponent(self) -> Opponent:
-        """The critic and its training."""
-        opponent = self.auxiliaries["critic"]
-        assert isinstance(opponent, Opponent)
-        return opponent
+        return weighted_ratio(self.opponent.verdict(fake), present)
 
     def _masks(self, scores: Tensor, valid: Tensor, batch: Batch) -> Tensor:
         """Return the class probabilities, with the image's channels if the critic sees them; 0 where a position does not count."""

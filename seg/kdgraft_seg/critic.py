@@ -1,4 +1,4 @@
-"""The critic of adversarial distillation: a network that scores masks, and its training beside the student's.
+"""The critic of adversarial distillation: a network that scores masks.
 
 Liu et al., "Structured Knowledge Distillation for Semantic Segmentation", CVPR 2019, arXiv 1903.04197, section 3.3 and the
 authors' code; the layers are those of SAGAN (Zhang et al. 2018, arXiv 1805.08318).
@@ -7,17 +7,13 @@ authors' code; the layers are those of SAGAN (Zhang et al. 2018, arXiv 1805.0831
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as normalised
 
-from kdgraft.auxiliary import Auxiliary
-from kdgraft.distributed import rank, world_size
 from kdgraft.errors import DistillError
-from kdgraft.losses.adversarial import Adversary, critic_loss, gradient_penalty
 
 
 class SelfAttention(nn.Module):
@@ -84,62 +80,3 @@ class Critic(nn.Module):
         if min(height, width) < self.smallest:
             masks = F.pad(masks, (0, max(self.smallest - width, 0), 0, max(self.smallest - height, 0)))
         return self.score(self.trunk(masks)).mean((1, 2, 3))
-
-
-class Opponent(Auxiliary):
-    """A critic that learns to distinguish the teacher's masks from the student's.
-
-    Args:
-        critic: the network.
-        kind: ``"wgan-gp"``, ``"lsgan"`` or ``"hinge"``.
-        penalty: factor on the gradient penalty.
-        steps: critic steps per step of the student.
-        lr, betas, weight_decay: see :class:`kdgraft.auxiliary.Auxiliary`.
-    """
-
-    def __init__(
-        self, critic: nn.Module, kind: Adversary = "wgan-gp", penalty: float = 10.0, steps: int = 1, **optimizer: Any
-    ) -> None:
-        super().__init__(critic, **optimizer)
-        self.kind, self.penalty, self.steps = kind, penalty, steps
-
-    @property
-    def critic(self) -> nn.Module:
-        """The network that scores masks."""
-        return self.network
-
-    def learn(self, real: Tensor, fake: Tensor, present: Tensor | None = None) -> dict[str, Tensor]:
-        """Train the critic for ``steps`` steps on one batch. All processes must call this together.
-
-        Args:
-            real: the teacher's masks ``(B, C, H, W)``; B is the same on all processes.
-            fake: the student's masks, of the same shape.
-            present: ``(B,)`` mask of the samples to use; by default all.
-
-        Returns:
-            Figures to log, averaged over all samples.
-        """
-        if present is None:
-            present = torch.ones(len(real), dtype=torch.bool, device=real.device)
-        real, fake = real[present].detach().float(), fake[present].detach().float()
-        shown: dict[str, Tensor] = {}
-        with self.learning(real.device.type):
-            for _ in range(self.steps):
-                shown = self._step(real, fake, present)
-        return {**shown, **({"skipped": torch.tensor(float(self.skipped))} if self.skipped else {})}
-
-    def _step(self, real: Tensor, fake: Tensor, present: Tensor) -> dict[str, Tensor]:
-        scores = self.network(torch.cat([real, fake]))
-        on_real, on_fake = scores.split([len(real), len(fake)])
-        loss = critic_loss(on_real, on_fake, self.kind, reduction="sum")
-        figures = {"critic": loss, "gap": (on_real - on_fake).sum()}
-        if self.penalty:
-            figures["penalty"] = gradient_penalty(self.network, real, fake, self._mixing(present), reduction="sum")
-            loss = loss + self.penalty * figures["penalty"]
-        return self.step(loss, len(real), figures)
-
-    def _mixing(self, present: Tensor) -> Tensor:
-        """Return a random share in [0, 1) for each sample that is used; all processes take slices of one common draw."""
-        count = len(present)
-        everyone = torch.rand(count * world_size(), generator=self.random.of_all_ranks())
-        return everyone[count * rank() : count * (rank() + 1)].to(present.device)[present]

@@ -14,7 +14,7 @@ from kdgraft.adapters import resize_to
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.pairs import Compared, Pairs, Scores
-from kdgraft.readers import Reader, Taps, in_students_order, paired, parse_taps
+from kdgraft.readers import Reader, Taps, common_width, in_students_order, paired, parse_taps
 from kdgraft.regions import on_grid
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
@@ -163,6 +163,7 @@ class PixelScores(Scores):
             self.independent = s.shape[1] == 1
             resized = s.shape[-2:] != t.shape[-2:] or self.grid == "labels"
             found.append(Compared(s, t, (s_tap, t_tap), "all", "resize" if resized else "–"))
+        self.width = common_width([compared.student for compared in found])
         return found
 
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:

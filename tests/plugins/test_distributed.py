@@ -81,7 +81,7 @@ def test_a_term_at_weight_0_keeps_its_parameters_in_the_graph(results: list[dict
 
 @pytest.mark.parametrize("broken_on", range(RANKS))
 def test_a_term_infinite_on_one_process_is_dropped_by_all(results: list[dict], whole: dict[str, Any], broken_on: int):
-    sound = ("valid", "boxes", "related", "mixed", "soft", "decoupled", "later")
+    sound = ("valid", "boxes", "related", "mixed", "soft", "decoupled", "judged", "later")
     for rank in range(RANKS):
         result = results[rank][broken_on]
         assert result["dropped"] == {**dict.fromkeys(sound, 0), "broken": 2}

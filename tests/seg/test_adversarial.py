@@ -12,8 +12,9 @@ from mmengine.optim import OptimWrapper
 from kdgraft.errors import DistillError
 from kdgraft.losses import adversarial
 from kdgraft.losses.adversarial import ADVERSARIES
+from kdgraft.opponents import Opponent
 from kdgraft_seg import AdversarialMask
-from kdgraft_seg.critic import Critic, Opponent, SelfAttention
+from kdgraft_seg.critic import Critic, SelfAttention
 from support.mm import run
 from support.seg import SMALL_CRITIC, batch, build, config, distilled, losses_of, played, segmentor, total
 from support.tensors import assert_same, distillation, gradients
@@ -111,9 +112,9 @@ def test_optimization_is_as_the_config_says(teacher):
     (group,) = critic.optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.01, (0.3, 0.6), 0.02)
     assert {id(p) for p in group["params"]} == {id(p) for p in critic.critic.parameters()}
-    default = AdversarialMask()._optimization
+    default = AdversarialMask().optimization
     assert (default["lr"], default["betas"], default["penalty"], default["steps"]) == (4e-4, (0.0, 0.9), 10.0, 1)
-    assert AdversarialMask("lsgan")._optimization["penalty"] == AdversarialMask("hinge")._optimization["penalty"] == 0
+    assert AdversarialMask("lsgan").optimization["penalty"] == AdversarialMask("hinge").optimization["penalty"] == 0
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdgraft import DKD, Batch, Distiller, FeatureImitation, PearsonImitation, SoftTargets, WarmUp
+from kdgraft import DKD, AdversarialScores, Batch, Distiller, FeatureImitation, PearsonImitation, SoftTargets, WarmUp
 from kdgraft.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
 from kdgraft.losses import hint
 from support.processes import WORLD, as_rank
@@ -59,6 +59,7 @@ def distiller(broken_on: int | None) -> Distiller:
         SoftTargets(temperature=2, hard_weight=0.3, name="mixed"),
         SoftTargets(temperature=4, name="soft"),
         DKD(standardize=True, name="decoupled"),
+        AdversarialScores(width=4, name="judged"),
         FeatureImitation("deep", name="later", schedule=WarmUp(1)),
     ]
     if broken_on is not None:

@@ -241,6 +241,17 @@ def _contrast(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
     return losses.crd(student, teacher, negatives, temperature=0.5, **settings)
 
 
+def _conditional() -> dict[str, Declared]:
+    labels = torch.arange(5) * 3 % 5
+    told_apart = lambda s, t, **settings: losses.conditional_critic_loss(t, s, labels[: len(s)], **settings)  # noqa: E731
+    fooled = lambda s, t, **settings: losses.conditional_adversarial(s, labels[: len(s)], **settings)  # noqa: E731
+    shared: dict[str, Any] = dict(kind=SAMPLES, items=(5,), equal=False)
+    return {
+        "conditional_critic_loss": Declared(told_apart, **shared),
+        "conditional_adversarial": Declared(fooled, **shared, compares=False),
+    }
+
+
 BY_NAME: dict[str, Declared] = {
     # (…, C): a distribution over classes
     "soft_targets": weighted(losses.soft_targets, SCORES, (2, 3)),
@@ -329,6 +340,7 @@ BY_NAME: dict[str, Declared] = {
     **_adversary("wgan-gp"),
     **_adversary("lsgan"),
     **_adversary("hinge"),
+    **_conditional(),
     "attention_transfer": masked(losses.attention_transfer, TWO_WIDTHS, (2,), lengths=False),
     "factor_transfer": masked(losses.factor_transfer, MAPS, (2,), lengths=False),
     "frequency_imitation": masked(_bands, MAPS, (2,)),

@@ -8,6 +8,7 @@ from .attention_transfer import attention_transfer
 from .bounded_regression import bounded_regression
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
+from .conditional import conditional_adversarial, conditional_critic_loss
 from .correlation_congruence import correlation_congruence
 from .crd import crd
 from .cross_head import align_scale, focused_entropy
@@ -54,6 +55,8 @@ __all__ = [
     "bounded_regression",
     "channel_wise",
     "class_prototypes",
+    "conditional_adversarial",
+    "conditional_critic_loss",
     "correlation_congruence",
     "cosine",
     "crd",

@@ -4,6 +4,7 @@ The terms themselves are public names of :mod:`kdgraft`; this package exports th
 """
 
 from . import (
+    adversarial,
     contrastive,
     divergences,
     features,
@@ -18,18 +19,18 @@ from . import (
     statistics,
     tokens,
 )
+from .adversarial import AdversarialTerm
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .features import FeatureTerm
 from .generation import PerImageTerm
-from .labelled import LabelledTerm
 from .pairs import PairTerm, ScoreTerm, TemperedTerm
 from .pretrained import PretrainedTerm
 from .relations import MapTerm
 from .samples import SampleTerm
 
 __all__ = [
+    "AdversarialTerm",
     "FeatureTerm",
-    "LabelledTerm",
     "MapTerm",
     "PairTerm",
     "PerImageTerm",
@@ -39,6 +40,7 @@ __all__ = [
     "TapTerm",
     "TemperedTerm",
     "Term",
+    "adversarial",
     "build_terms",
     "check_choice",
     "contrastive",

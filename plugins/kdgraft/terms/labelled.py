@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..errors import DistillError, WiringError, check_number
+from ..errors import check_number
 from ..losses import decoupled, normalized
 from ..pairs import Pairs
 from ..registry import RECIPES, TERMS
-from .base import Wiring
 from .pairs import TemperedTerm
-
-
-class LabelledTerm(TemperedTerm):
-    """Base of score terms that need the label of each item; items without one are left out.
-
-    Example:
-        >>> class Confidence(LabelledTerm):
-        ...     def compare(self, pairs):
-        ...         s, t = (x.softmax(-1).gather(-1, pairs.labels[:, None])[:, 0] for x in (pairs.student, pairs.teacher))
-        ...         return (s - t).square()
-        >>> Confidence().compare(Pairs(torch.zeros(1, 2), torch.zeros(1, 2), labels=torch.tensor([1])))
-        tensor([0.])
-    """
-
-    needs = ("classes", "labels")
-
-    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
-        super().prepare(student, teacher)
-        self.scores.needs_labels = True
-
-    def wire(self, wiring: Wiring) -> None:
-        super().wire(wiring)
-        if self.scores.unlabelled:
-            raise WiringError(f"{self.name} needs the class of each item: {self.scores.unlabelled}")
-
-    def ready(self, pairs: Pairs) -> Pairs:
-        pairs = super().ready(pairs)
-        if pairs.labels is None:
-            raise DistillError(
-                f"{self.name} needs the class of each item, and the batch has none; {self.scores.no_labels}"
-            )
-        counted = (pairs.labels >= 0) & (pairs.labels < pairs.student.shape[pairs.dim])
-        return replace(pairs, weight=counted if pairs.weight is None else pairs.weight * counted, count=None)
 
 
 @TERMS.register
 @RECIPES.register("dkd")
-class DKD(LabelledTerm):
+class DKD(TemperedTerm):
     """Decoupled distillation (DKD): the true class against the rest, and the other classes (Zhao et al. 2022, arXiv 2203.08679).
 
     Published with weight 1 beside the hard loss of weight 1: β = 8 (CIFAR-100, between 1 and 8 by the pair) with T = 4, and
@@ -68,6 +33,8 @@ class DKD(LabelledTerm):
         >>> list(distiller(images, targets=labels).losses)
         ['distill.dkd.loss']
     """
+
+    needs = ("classes", "labels")
 
     def __init__(self, alpha: float = 1.0, beta: float = 8.0, temperature: float = 4.0, **settings: Any) -> None:
         super().__init__(temperature, **settings)
@@ -92,7 +59,7 @@ class DKD(LabelledTerm):
 
 @TERMS.register
 @RECIPES.register("nkd")
-class NKD(LabelledTerm):
+class NKD(TemperedTerm):
     """Normalized distillation (NKD): the true class, and the normalised other classes (Yang et al. 2023, arXiv 2303.13005).
 
     Published with weight 1 and γ = 1.5 beside the hard loss of weight 1, with T = 1 on ImageNet. The loss is a mean over items and
@@ -108,6 +75,8 @@ class NKD(LabelledTerm):
         >>> list(distiller(images, targets=labels).losses)
         ['distill.nkd.loss']
     """
+
+    needs = ("classes", "labels")
 
     def __init__(self, gamma: float = 1.5, temperature: float = 1.0, **settings: Any) -> None:
         super().__init__(temperature, **settings)

@@ -110,6 +110,8 @@ class PairTerm(Term):
 class ScoreTerm(PairTerm):
     """Base of terms that compare class scores item by item; a subclass computes the loss per item in :meth:`compare`.
 
+    With ``"labels"`` among :attr:`needs` only items with a label count, and ``pairs.labels`` has the label of each.
+
     Args:
         where: arguments of the host that select the scores: ``tap`` and ``independent`` in plain PyTorch, ``tap`` and ``grid`` in
             segmentation, ``head``, ``anchors`` and ``activation`` in detection, ``tokens`` in Hugging Face models.
@@ -143,15 +145,30 @@ class ScoreTerm(PairTerm):
             f"{self.scores.no_single_class}"
         )
 
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        self.scores.needs_labels = "labels" in self.needs
+
     def wire(self, wiring: Wiring) -> None:
         super().wire(wiring)
         if self.scores.independent and not self.takes_independent:
             raise WiringError(self.no_independent())
+        if "labels" in self.needs and self.scores.unlabelled:
+            raise WiringError(f"{self.name} needs the class of each item: {self.scores.unlabelled}")
 
     def ready(self, pairs: Pairs) -> Pairs:
         if pairs.independent and not self.takes_independent:
             raise DistillError(self.no_independent())
-        return pairs
+        return self._labelled(pairs) if "labels" in self.needs else pairs
+
+    def _labelled(self, pairs: Pairs) -> Pairs:
+        """Return the pairs with weight 0 for items without a label."""
+        if pairs.labels is None:
+            raise DistillError(
+                f"{self.name} needs the class of each item, and the batch has none; {self.scores.no_labels}"
+            )
+        counted = (pairs.labels >= 0) & (pairs.labels < pairs.student.shape[pairs.dim])
+        return replace(pairs, weight=counted if pairs.weight is None else pairs.weight * counted, count=None)
 
 
 class TemperedTerm(ScoreTerm):

@@ -1,0 +1,121 @@
+"""Critics that learn beside the student to distinguish its predictions from the teacher's, and a critic of class scores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .auxiliary import Auxiliary
+from .distributed import rank, world_size
+from .losses import conditional_adversarial, conditional_critic_loss
+from .losses.adversarial import Adversary, adversarial, critic_loss, gradient_penalty
+
+
+class ScoreCritic(nn.Module):
+    """Judges class scores, each item independently of the others: residual blocks on the scores, then a linear layer.
+
+    Args:
+        classes: the number of classes.
+        outputs: the number of outputs.
+        blocks: the number of residual blocks.
+        width: the width inside a block.
+    """
+
+    def __init__(self, classes: int, outputs: int, blocks: int, width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(classes, width), nn.ReLU(), nn.Linear(width, classes)) for _ in range(blocks)
+        )
+        self.last = nn.Linear(classes, outputs)
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Return the outputs ``(N, outputs)``, or ``(N,)`` for one output, of class scores ``(N, C)``."""
+        for block in self.blocks:
+            scores = F.relu(scores + block(scores))
+        return self.last(scores).squeeze(1) if self.last.out_features == 1 else self.last(scores)
+
+
+class Opponent(Auxiliary):
+    """A critic that learns to distinguish the teacher's samples from the student's.
+
+    Args:
+        critic: the network, which maps samples ``(B, …)`` to scores ``(B,)``.
+        kind: ``"wgan-gp"``, ``"lsgan"`` or ``"hinge"``.
+        penalty: factor on the gradient penalty.
+        steps: critic steps per step of the student.
+        lr, betas, weight_decay: see :class:`kdgraft.auxiliary.Auxiliary`.
+    """
+
+    def __init__(
+        self, critic: nn.Module, kind: Adversary = "wgan-gp", penalty: float = 10.0, steps: int = 1, **optimizer: Any
+    ) -> None:
+        super().__init__(critic, **optimizer)
+        self.kind, self.penalty, self.steps = kind, penalty, steps
+
+    @property
+    def critic(self) -> nn.Module:
+        """The network that scores samples."""
+        return self.network
+
+    def learn(
+        self, real: Tensor, fake: Tensor, present: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Train the critic for ``steps`` steps on one batch. All processes must call this together.
+
+        Args:
+            real: the teacher's samples ``(B, …)``; with a gradient penalty B is the same on all processes.
+            fake: the student's samples, of the same shape.
+            present: ``(B,)`` mask of the samples to use; by default all.
+            labels: the classes ``(B,)`` of the samples, for a :class:`ConditionalOpponent`.
+
+        Returns:
+            Figures to log, averaged over all samples.
+        """
+        if present is None:
+            present = torch.ones(len(real), dtype=torch.bool, device=real.device)
+        real, fake = real[present].detach().float(), fake[present].detach().float()
+        labels = None if labels is None else labels[present]
+        shown: dict[str, Tensor] = {}
+        with self.learning(real.device.type):
+            for _ in range(self.steps):
+                shown = self._step(real, fake, present, labels)
+        return {**shown, **({"skipped": torch.tensor(float(self.skipped))} if self.skipped else {})}
+
+    def told_apart(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the sum of the critic's losses, and the sum over samples of how far apart its verdicts are."""
+        return critic_loss(real, fake, self.kind, reduction="sum"), (real - fake).sum()
+
+    def verdict(self, fake: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the student's loss ``(B,)`` for its samples, with gradients to the samples only."""
+        return adversarial(self.judge(fake), self.kind, reduction="none")
+
+    def _step(self, real: Tensor, fake: Tensor, present: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
+        outputs = self.network(torch.cat([real, fake]))
+        loss, gap = self.told_apart(*outputs.split([len(real), len(fake)]), labels)
+        figures = {"critic": loss, "gap": gap}
+        if self.penalty:
+            figures["penalty"] = gradient_penalty(self.network, real, fake, self._mixing(present), reduction="sum")
+            loss = loss + self.penalty * figures["penalty"]
+        return self.step(loss, len(real), figures)
+
+    def _mixing(self, present: Tensor) -> Tensor:
+        """Return a random share in [0, 1) for each sample that is used; all processes take slices of one common draw."""
+        count = len(present)
+        everyone = torch.rand(count * world_size(), generator=self.random.of_all_ranks())
+        return everyone[count * rank() : count * (rank() + 1)].to(present.device)[present]
+
+
+class ConditionalOpponent(Opponent):
+    """A critic that also predicts the classes of samples: C + 2 outputs, see :mod:`kdgraft.losses.conditional`."""
+
+    def told_apart(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert labels is not None
+        believed = [outputs[:, -2:].softmax(1)[:, 0].sum() for outputs in (real, fake)]
+        return conditional_critic_loss(real, fake, labels, reduction="sum"), believed[0] - believed[1]
+
+    def verdict(self, fake: Tensor, labels: Tensor | None = None) -> Tensor:
+        assert labels is not None
+        return conditional_adversarial(self.judge(fake), labels, reduction="none")
