@@ -2,6 +2,7 @@ from .batch import Batch
 from .distiller import Distiller, DistillOutput
 from .engine import Engine
 from .errors import DistillError, UnsafeCheckpoint, WiringError
+from .inheriting import inherit
 from .pairs import Numbers, Pairs, Predictions, Scores
 from .readers import Reader
 from .recorder import Recorder
@@ -26,6 +27,7 @@ from .terms.review import Review
 from .terms.samples import PKT, RKD, CorrelationCongruence, SampleTerm, SimilarityPreserving
 from .terms.statistics import FSP, NST, FeatureMMD
 from .terms.tokens import FreeKD, MasKD
+from .terms.weights import WeightMatching
 
 __version__: str
 
@@ -108,5 +110,7 @@ __all__ = [
     "Term",
     "UnsafeCheckpoint",
     "WarmUp",
+    "WeightMatching",
     "WiringError",
+    "inherit",
 ]

@@ -13,9 +13,9 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .errors import WiringError, nearest
+from .errors import DistillError, WiringError, nearest
 from .taps import Recording, Site, Tap
 
 Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
@@ -139,6 +139,7 @@ class Recorder:
             def hear(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
                 seen.add("input", lambda: args[0] if args else next(iter(kwargs.values()), None))
                 seen.add("inputs", lambda: _by_name(original, args, kwargs))
+                seen.add("parameters", lambda: _parameters(source, self.owner))
                 output = original(*args, **kwargs)
                 if wants_gradient and source.method in self.differentiable and not torch.is_grad_enabled():
                     raise WiringError(
@@ -201,3 +202,19 @@ def shadow(module: nn.Module, method: str, replacement: Callable[..., Any]) -> C
 
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+
+
+def _parameters(source: Site, owner: str) -> dict[str, Tensor]:
+    """Return a module's parameters by name; raise a :class:`DistillError` where FSDP holds them only while a module runs."""
+    found: dict[str, Tensor] = dict(source.module.named_parameters())
+    sharded = any(_is_sharded(module) for module in source.module.modules())
+    if sharded or any(hasattr(parameter, "full_tensor") for parameter in found.values()):
+        raise DistillError(
+            f"the weights of '{source.path}' of the {owner} are sharded (FSDP), so that no term can read them whole; use DDP, or "
+            "leave out terms on weights"
+        )
+    return found
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)

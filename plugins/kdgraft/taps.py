@@ -4,6 +4,7 @@
 ``backbone.layer3``            the module's output
 ``backbone.layer3:input``      its input
 ``bbox_head.get_targets()``    the return value of a method (which the dry run need not call)
+``backbone.layer3:parameters`` its parameters by name, as they are when it runs
 ``head.cls_seg():input``       the first argument of a method
 ``head.cls_seg():inputs``      all arguments by name; ``head.cls_seg():inputs[feat]`` is one of them
 ``neck[*]``  ``neck[1]``       all entries, or one entry, of the returned list
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 from .errors import WiringError
 
-_GRAMMAR = re.compile(r"(?P<path>[\w.\-]*)(?P<what>\(\)(:inputs?)?|:inputs?)?(?P<index>(\[[\w*\-]+\])*)")
+_GRAMMAR = re.compile(r"(?P<path>[\w.\-]*)(?P<what>\(\)(:inputs?)?|:inputs?|:parameters)?(?P<index>(\[[\w*\-]+\])*)")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Tap:
         input: true if the first argument is read rather than the return value.
         index: indices into the value: integers, field names, or ``"*"`` for all entries of a list.
         inputs: true if all arguments are read, as a dict by name.
+        parameters: true if the module's parameters are read, as a dict by name.
 
     Example:
         >>> Tap.parse("bbox_head[1][*]").index
@@ -52,10 +54,13 @@ class Tap:
     input: bool = False
     index: tuple[int | str, ...] = ()
     inputs: bool = False
+    parameters: bool = False
 
     @property
     def side(self) -> str:
-        """The side of a call that is read: ``"output"``, ``"input"`` or ``"inputs"``."""
+        """The side of a call that is read: ``"output"``, ``"input"``, ``"inputs"`` or ``"parameters"``."""
+        if self.parameters:
+            return "parameters"
         return "inputs" if self.inputs else "input" if self.input else "output"
 
     def below(self, path: str) -> bool:
@@ -81,7 +86,7 @@ class Tap:
                 )
         parts = tuple(int(part) if re.fullmatch(r"-?\d+", part) else part for part in index)
         side = what.rpartition(":")[2] if what else ""
-        return cls(text, path, method, side == "input", parts, side == "inputs")
+        return cls(text, path, method, side == "input", parts, side == "inputs", side == "parameters")
 
     def __str__(self) -> str:
         return self.text or "(output)"
@@ -118,6 +123,8 @@ class _Seen:
     def add(self, side: str, read: Callable[[], Any]) -> None:
         if side not in self.values:
             return
+        if side == "parameters" and self.values[side]:
+            return  # a module that runs several times has them once
         value = read()
         if self.copied:
             value = _map(value, torch.clone)
@@ -179,6 +186,8 @@ class Recording:
         """Return true if a tensor of the tap has no gradient although it was recorded with gradient: its modules are frozen."""
         if tap.method != "forward" or tap.inputs:
             return False
+        if tap.parameters:
+            return not any(parameter.requires_grad for parameter in _tensors(self[tap]))
         return any(value.is_floating_point() and not value.requires_grad for value in _tensors(self[tap]))
 
     def joined(self, other: Recording) -> Recording:

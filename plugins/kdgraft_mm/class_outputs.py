@@ -16,11 +16,20 @@ Reads = Callable[[Any, Tap, Tensor], bool]
 
 
 def pairs_classes(term: Term, wiring: Wiring, reads: Reads) -> bool:
-    """Return true for a term on features that is tapped at class outputs and does not know the order of their classes."""
+    """Return true for a term on features or weights of class outputs that does not know the order of their classes."""
+    models = ((wiring.student, term.student_taps), (wiring.teacher, term.teacher_taps))
+    if any(tap.parameters and _owns_classes(model, tap) for model, taps in models for tap in taps):
+        return True
     if term.compares_classes or not isinstance(term, TapTerm):
         return False
     pairs = term.pairs(wiring.student_recording, wiring.teacher_recording)
     return any(reads(wiring.student, s_tap, s) or reads(wiring.teacher, t_tap, t) for s, t, s_tap, t_tap in pairs)
+
+
+def _owns_classes(model: Any, tap: Tap) -> bool:
+    """Return true where a tapped module lies in a module with a number of classes, or contains one."""
+    inside = model.get_submodule(tap.path).modules()
+    return head_of(model, tap) is not None or any(isinstance(getattr(m, "num_classes", None), int) for m in inside)
 
 
 def scores_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:

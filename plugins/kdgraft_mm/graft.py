@@ -19,6 +19,7 @@ from mmengine.logging import print_log
 from mmengine.registry import Registry as MMRegistry
 from torch import Tensor
 
+from kdgraft import inheriting
 from kdgraft.batch import Batch, Samples
 from kdgraft.classes import class_order
 from kdgraft.engine import Engine, Replay
@@ -307,9 +308,9 @@ class Graft(_Host, metaclass=GraftMeta):
             with isolated_rng():
                 for peer in self.distiller.peers.values():
                     peer.init_weights()  # type: ignore[operator]
-            for path in self.distill_context.inherit:
-                theirs = self.distiller.teacher.model.get_submodule(path).state_dict()
-                self.get_submodule(path).load_state_dict(theirs)  # type: ignore[attr-defined]
+            if self.distill_context.inherit:
+                paths = self.distill_context.inherit
+                inheriting.inherit(self, self.distiller.teacher.model, paths)  # type: ignore[type-var]
 
     def start_distilling(self, classes: Any = None) -> None:
         """Load the teacher and compare class names. This happens before the first step, as it needs weights and training set.

@@ -13,6 +13,7 @@ from mmengine.utils import import_modules_from_strings
 from torch import Tensor
 
 from kdgraft.errors import DistillError, WiringError, check_flag, nearest
+from kdgraft.inheriting import check_alike
 from kdgraft.sources import Itself, Peer, Source, Teacher, gather_sources
 
 from .checkpoints import SAFE_TYPES
@@ -111,21 +112,8 @@ def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[
     """Raise a :class:`WiringError` unless student and teacher have modules of the same shapes at these paths."""
     if paths and (len(sources) > 1 or not all(isinstance(source, Teacher) for source in sources.values())):
         raise WiringError(f"inherit takes weights from one teacher, and there are {', '.join(sources)}; leave it out")
-    for path in paths:
-        states = []
-        for owner, model in (("student", student), *((name, source.model) for name, source in sources.items())):
-            try:
-                states.append(model.get_submodule(path).state_dict())
-            except AttributeError:
-                names = [name for name, _ in model.named_modules() if name]
-                raise WiringError(f"inherit: the {owner} has no module {path!r}{nearest(path, names)}") from None
-        ours, theirs = ({key: tuple(value.shape) for key, value in state.items()} for state in states)
-        if ours != theirs:
-            key = next(key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key))
-            raise WiringError(
-                f"inherit: {path!r} differs, {key} is {ours.get(key, 'missing')} in the student and {theirs.get(key, 'missing')} in "
-                "the teacher; inherit only what is alike, such as a head on a pyramid of the same width"
-            )
+    for name, source in sources.items():
+        check_alike(student, source.model, paths, name)
 
 
 def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teacher:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdgraft.errors import WiringError
-from support.det import CLASSES, build, distilled, losses, raw_batch, save_plain
+from support.det import CLASSES, build, detector, distilled, losses, raw_batch, save_plain
 from support.det_families import cornernet, panoptic, solov2, ssd, yolof, yolov3
 from support.det_stages import staged, with_masks
 from support.det_zoo import zoo
@@ -78,3 +78,17 @@ def test_outputs_in_the_same_order_are_still_compared(tmp_path):
     model = made(tmp_path, solov2, "mask_head[1][*]", CLASSES)
     model.start_distilling(CLASSES)
     assert losses(model, with_masks(raw_batch()))["distill.paired.loss"] > 0
+
+
+@pytest.mark.parametrize(("modules", "of_classes"), [("bbox_head.gfl_cls", True), ("neck", False)])
+def test_weights_of_class_outputs_are_not_matched_in_another_order(tmp_path, modules, of_classes):
+    teacher = detector(channels=12)
+    checkpoint = save_plain(tmp_path / "teacher.pth", build(teacher), CLASSES[::-1])
+    term = dict(type="WeightMatching", modules=modules, name="paired")
+    model = build(distilled(detector(), teacher, checkpoint, terms=[term]))
+    if of_classes:
+        with pytest.raises(WiringError, match="paired: tapped at class outputs"):
+            model.start_distilling(CLASSES)
+    else:
+        model.start_distilling(CLASSES)
+        assert losses(model, raw_batch())["distill.paired.loss"] > 0

@@ -16,7 +16,7 @@ from support.methods import assert_falls, own_terms, spec, split, trained
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, DetReader)
-SETTINGS: dict[str, dict[str, Any]] = {"CRD": dict(tap="neck[0]")}
+SETTINGS: dict[str, dict[str, Any]] = {"CRD": dict(tap="neck[0]"), "WeightMatching": dict(modules="neck")}
 """Settings of a term for detectors."""
 _SOFTMAX = ("DKD", "NKD", "DIST", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL", "AdversarialScores")
 MODELS: dict[str, str] = {**dict.fromkeys(_SOFTMAX, "Faster R-CNN"), "KDDETR": "DeformableDETR"}

@@ -19,6 +19,7 @@ OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, HFReader)
 SETTINGS: dict[str, dict[str, Any]] = {
     "Review": dict(tap=["resnet.encoder.stages[0]", "resnet.encoder.stages[1]"]),
+    "WeightMatching": dict(modules="bert.encoder.layer.1"),
 }
 """Settings of a term for models of Hugging Face."""
 FAMILIES: dict[str, str] = {"UniversalLogits": "llama", "BoundedRegression": "regression"}

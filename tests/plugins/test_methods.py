@@ -17,6 +17,7 @@ USABLE, LACKING = split(TERMS, Reader)
 SETTINGS: dict[str, dict[str, Any]] = {
     "Review": dict(tap=["stem", "conv"]),
     "BoundedRegression": dict(bounded=False, margin=0),  # the targets are classes
+    "WeightMatching": dict(modules=["conv", "head"]),
 }
 """Settings of a term for plain models."""
 

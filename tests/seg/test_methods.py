@@ -18,6 +18,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "Review": dict(tap=["backbone[1]", "backbone[2]"]),
     "AdversarialMask": dict(critic=SMALL_CRITIC),
     "CrossImageRelations": dict(nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
+    "WeightMatching": dict(modules="backbone.layer2"),
 }
 """Settings of a term for segmentors."""
 

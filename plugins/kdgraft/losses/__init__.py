@@ -40,6 +40,7 @@ from .standardization import standardized
 from .states import cosine, patient
 from .token_relations import token_relations
 from .universal_logits import universal_logits
+from .weight_matching import weight_matching
 from .weighted_soft_targets import weighted_binary_soft_targets, weighted_soft_targets
 
 __all__ = [
@@ -101,6 +102,7 @@ __all__ = [
     "token_relations",
     "universal_logits",
     "upcast",
+    "weight_matching",
     "weighted_binary_soft_targets",
     "weighted_ratio",
     "weighted_soft_targets",

@@ -18,6 +18,7 @@ from . import (
     samples,
     statistics,
     tokens,
+    weights,
 )
 from .adversarial import AdversarialTerm
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
@@ -58,4 +59,5 @@ __all__ = [
     "statistics",
     "sum_of",
     "tokens",
+    "weights",
 ]
