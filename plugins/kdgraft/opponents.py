@@ -94,7 +94,8 @@ class Opponent(Auxiliary):
 
     def _step(self, real: Tensor, fake: Tensor, present: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
         outputs = self.network(torch.cat([real, fake]))
-        loss, gap = self.told_apart(*outputs.split([len(real), len(fake)]), labels)
+        verdicts = outputs.split([len(real), len(fake)])
+        loss, gap = self.told_apart(verdicts[0], verdicts[1], labels)
         figures = {"critic": loss, "gap": gap}
         if self.penalty:
             figures["penalty"] = gradient_penalty(self.network, real, fake, self._mixing(present), reduction="sum")

@@ -113,7 +113,7 @@ class AdversarialScores(AdversarialTerm):
         ['distill.adversarial_scores.critic', 'distill.adversarial_scores.gap', 'distill.adversarial_scores.loss']
     """
 
-    needs = ("classes", "labels")
+    needs: ClassVar[tuple[str, ...]] = ("classes", "labels")
     kinds = ("ac", "lsgan", "hinge")
 
     def __init__(
