@@ -18,6 +18,7 @@ from kdgraft_hosts import NLP
 
 from .chunked import head_of
 from .numbers import OutputNumbers
+from .packing import per_text
 from .predictions import (
     MULTI_LABEL,
     REGRESSION,
@@ -29,7 +30,7 @@ from .predictions import (
     problem_types_of,
 )
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, has_decoder, task_of
-from .tokens import IGNORED, ModelTokens, Tokens, take, tokens_of
+from .tokens import IGNORED, ModelTokens, Tokens, stack_of, take, tokens_of
 
 LAST_STATE = "last_hidden_state"
 """The tap of the last hidden state, for models of any architecture."""
@@ -40,7 +41,7 @@ CountedTokens = Literal["auto", "valid", "labelled"]
 class HFReader(Reader):
     """The reader of two models of Hugging Face of the same task."""
 
-    default_taps: ClassVar = {"samples": LAST_STATE}
+    default_taps: ClassVar = {"samples": LAST_STATE, "output": "[logits]"}
     lacks: ClassVar = NLP.lacks
     chunked = False
     """True where the host computes terms on logits in chunks, from hidden states."""
@@ -53,6 +54,16 @@ class HFReader(Reader):
         if not isinstance(getattr(model, path, None) if path else None, nn.Module):
             path = "encoder" if has_decoder(model) and isinstance(getattr(model, "encoder", None), nn.Module) else ""
         return Tap.parse(f"{path}[0]")
+
+    def samples(self, batch: Batch, tap: Tap | None = None) -> Tensor | None:
+        tokens = tokens_of(batch)
+        if tap is None:
+            return torch.tensor(float(tokens.samples))
+        stack = stack_of(tap, tokens)
+        real = tokens.student.of(stack)
+        if real is None:
+            return torch.tensor(float(tokens.size))
+        return (per_text(real.long(), tokens.student.texts_of(stack)) > 0).sum().float()
 
     def scores(  # type: ignore[override]  # each host has settings of its own
         self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"

@@ -110,8 +110,7 @@ class TextBatch(Batch):
         """
         tokens, parts = tokens_of(self), tap.path.split(".")
         side = tokens.teacher if owner == "teacher" else tokens.student
-        in_encoder = "encoder" in parts or any(str(key).startswith("encoder") for key in tap.index)
-        stack = "decoder" if tokens.two_stacks and not in_encoder else "layers"
+        stack = stack_of(tap, tokens)
         counted = side.of(stack)
         if feature.ndim == 3 and "decoder" not in parts and self._padded_images():
             raise WiringError(
@@ -132,6 +131,12 @@ class TextBatch(Batch):
 def tokens_of(batch: Batch) -> Tokens:
     """Return the :class:`Tokens` of a batch."""
     return batch.extra["tokens"]
+
+
+def stack_of(tap: Tap, tokens: Tokens) -> str:
+    """Return the stack that a tap reads: ``"decoder"`` or ``"layers"``."""
+    in_encoder = "encoder" in tap.path.split(".") or any(str(key).startswith("encoder") for key in tap.index)
+    return "decoder" if tokens.two_stacks and not in_encoder else "layers"
 
 
 FrameMask = Callable[[Tensor], Tensor] | None

@@ -27,6 +27,7 @@ from .terms.review import Review
 from .terms.samples import PKT, RKD, CorrelationCongruence, SampleTerm, SimilarityPreserving
 from .terms.statistics import FSP, NST, FeatureMMD
 from .terms.tokens import FreeKD, MasKD
+from .terms.vectors import MarginMSE, SampleEmbeddings, VectorTerm
 from .terms.weights import WeightMatching
 
 __version__: str
@@ -74,6 +75,7 @@ __all__ = [
     "Itself",
     "LogitMatching",
     "MapTerm",
+    "MarginMSE",
     "MasKD",
     "MaskedGeneration",
     "Numbers",
@@ -93,6 +95,7 @@ __all__ = [
     "Registry",
     "ReverseKL",
     "Review",
+    "SampleEmbeddings",
     "SampleTerm",
     "Schedule",
     "ScoreTerm",
@@ -109,6 +112,7 @@ __all__ = [
     "TemperedTerm",
     "Term",
     "UnsafeCheckpoint",
+    "VectorTerm",
     "WarmUp",
     "WeightMatching",
     "WiringError",

@@ -20,6 +20,7 @@ NEEDS = {
     "numbers": "regressed numbers, such as boxes",
     "images": "images as the input of both models",
     "boxes": "boxes around objects",
+    "queries": "scores of the candidates of a query",
 }
 """The kinds of tensors and facts that terms need, see :attr:`kdgraft.Term.needs`; a host may lack some of them."""
 

@@ -54,3 +54,9 @@ def first_of_each(states: Tensor, real: Tensor | None, texts: Tensor | None) -> 
     first = torch.ones_like(numbers, dtype=torch.bool)
     first[1:] = numbers[1:] != numbers[:-1]
     return states.flatten(0, 1)[places[first]]
+
+
+def last_of_each(states: Tensor, real: Tensor | None, texts: Tensor | None) -> Tensor:
+    """Select the state of each text's last token that is not padding; see :func:`first_of_each`."""
+    mirrored = (None if x is None else x.flip(0, 1) for x in (real, texts))
+    return first_of_each(states.flip(0, 1), *mirrored).flip(0)

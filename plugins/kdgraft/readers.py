@@ -43,9 +43,9 @@ class Reader:
         'head'
     """
 
-    default_taps: ClassVar[Mapping[str, str]] = {"scores": ""}
-    """The host's default taps for ``"features"``, class ``"scores"``, ``"embeddings"``, the input of the classifier, and
-    ``"samples"``, a feature that is pooled to one vector per sample."""
+    default_taps: ClassVar[Mapping[str, str]] = {"scores": "", "output": ""}
+    """The host's default taps for ``"features"``, class ``"scores"``, ``"embeddings"``, the input of the classifier, the model's
+    ``"output"``, and ``"samples"``, a feature that is pooled to one vector per sample."""
     lacks: ClassVar[Mapping[str, str]] = {}
     """The kinds of :data:`NEEDS` that models of this host never have, each with the reason."""
 
@@ -60,6 +60,13 @@ class Reader:
     def tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
         """Return the tensors of a tap that a term compares."""
         return recording.tensors(tap)
+
+    def samples(self, batch: Batch, tap: Tap | None = None) -> Tensor | None:
+        """Return the number of the student's rows of output, or of the samples with a vector of pooled states at a tap.
+
+        ``None`` is returned if the batch alone does not tell.
+        """
+        return None
 
     def reads_scores(self, tap: Tap) -> bool:
         """Return true if a tap reads class scores whose order of classes is known."""

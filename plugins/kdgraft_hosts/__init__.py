@@ -16,7 +16,8 @@ DET = Host(
     terms=Registry("term", "kdgraft.det.terms", parent=TERMS, home="kdgraft_det:TERMS"),
     recipes=Registry("recipe", "kdgraft.det.recipes", parent=RECIPES, home="kdgraft_det:RECIPES"),
     lacks={
-        "images": "a detector's loss depends on its own anchors, not on class scores with labels; use AttentionTransfer"
+        "images": "a detector's loss depends on its own anchors, not on class scores with labels; use AttentionTransfer",
+        "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
     },
 )
 SEG = Host(
@@ -34,6 +35,7 @@ SEG = Host(
     lacks={
         "numbers": "a segmentor predicts the classes of pixels; use terms on class scores, such as SoftTargets",
         "boxes": "a segmentor's data have masks; use MaskedGeneration",
+        "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
     },
 )
 NLP = Host(

@@ -48,6 +48,11 @@ def tokens() -> Tensor:
     return torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
 
 
+def candidates() -> tuple[Tensor, Tensor]:
+    """Scores of student and teacher for the two candidates of six queries, ``(6, 2)``."""
+    return chirp((6, 2), 0.41, 0.6, 2.0), chirp((6, 2), 0.29, 0.1, 3.0)
+
+
 # Each figure below: value, gradient at the last number of the student's first sequence, sum of the squared gradients.
 
 # huggingface/trl@f2cd57710ae345ea6428ae95363267fcf38a3dc8:trl/experimental/gkd/gkd_trainer.py, generalized_jsd_loss on
@@ -105,3 +110,7 @@ def figure(value: Tensor, student: Tensor) -> tuple[float, float, float]:
     """The three numbers above, of a loss's value and its student input."""
     (gradient,) = torch.autograd.grad(value, student)
     return value.item(), gradient[0].flatten()[-1].item(), gradient.square().sum().item()
+
+
+# sebastian-hofstaetter/neural-ranking-kd@aafcc73d6b78ee9849c3d8f5ccf084051fcae2e9:margin_mse_loss.py on candidates().
+MARGIN = (18.37242262339078, -0.09222875099434676, 24.496563497854368)

@@ -18,6 +18,7 @@ from support.methods import assert_falls, own_terms, spec, split, trained
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, HFReader)
 SETTINGS: dict[str, dict[str, Any]] = {
+    "MarginMSE": dict(candidates=3),
     "Review": dict(tap=["resnet.encoder.stages[0]", "resnet.encoder.stages[1]"]),
     "WeightMatching": dict(modules="bert.encoder.layer.1"),
 }

@@ -269,6 +269,7 @@ BY_NAME: dict[str, Declared] = {
     "weighted_soft_targets": weighted(losses.weighted_soft_targets, SCORES, (2, 3), equal=False),
     "universal_logits": weighted(losses.universal_logits, WORDS, (2, 3)),
     "universal_logits of fewer words": weighted(losses.universal_logits, FEWER_WORDS, (2, 3)),
+    "margin_mse": weighted(losses.margin_mse, SAMPLES, (5,)),
     "localization": weighted(losses.localization, EDGES, (5, 4)),
     "localization of the paper": weighted(partial(losses.localization, variant="paper"), EDGES, (5, 4)),
     "dist_between_classes": weighted(losses.dist_between_classes, SAMPLES, (5,), cuts=True),

@@ -20,6 +20,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "MasKD": dict(pretrain=2),
     "FreeKD": dict(pretrain=2),
     "BoundedRegression": dict(margin=1e6),  # no student is better than its teacher by so much
+    "MarginMSE": dict(tap=None, candidates=5),  # the output of a model: classes are the candidates of an image
     # The loss is a sum over remembered samples: it rises until the memory is full.
     "CRD": dict(memory=4),
 }

@@ -210,3 +210,13 @@ def distilled_step(student: Any, batch: Any) -> tuple[Tensor, dict[str, Tensor]]
     loss = loss_of(student, batch)
     loss.backward()
     return loss.detach(), gradients(student)
+
+
+def same_step(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Compare two results of :func:`distilled_step`; a gradient that one lacks is 0."""
+    torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-6)
+    for name in one[1].keys() | other[1].keys():
+        a, b = (found[1].get(name, torch.zeros(())) for found in (one, other))
+        torch.testing.assert_close(
+            *torch.broadcast_tensors(a, b), rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

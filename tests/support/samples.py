@@ -23,9 +23,11 @@ class Spread(SampleTerm):
 
 
 EVERY: dict[str, type[SampleTerm]] = {"Spread": Spread} | {
-    name: kind for name in TERMS if isinstance(kind := TERMS.get(name), type) and issubclass(kind, SampleTerm)
+    name: kind
+    for name in TERMS
+    if isinstance(kind := TERMS.get(name), type) and issubclass(kind, SampleTerm) and "queries" not in kind.needs
 }
-"""By name: those that are registered, and :class:`Spread`."""
+"""By name: those that are registered, and :class:`Spread`; no terms on queries, whose rows belong together."""
 
 STEPS = 3
 IMAGES = torch.sin(torch.arange(STEPS * 4 * 3 * 6 * 5.0)).reshape(STEPS, 4, 3, 6, 5)

@@ -23,6 +23,7 @@ from .fsp import fsp
 from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
+from .margin_mse import margin_mse
 from .masked_generation import masked_generation
 from .mmd import mmd
 from .normalized import normalized
@@ -77,6 +78,7 @@ __all__ = [
     "hint",
     "localization",
     "logit_matching",
+    "margin_mse",
     "masked_generation",
     "masked_imitation",
     "memory_relations",

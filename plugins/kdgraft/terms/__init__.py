@@ -18,6 +18,7 @@ from . import (
     samples,
     statistics,
     tokens,
+    vectors,
     weights,
 )
 from .adversarial import AdversarialTerm
@@ -28,6 +29,7 @@ from .pairs import PairTerm, ScoreTerm, TemperedTerm
 from .pretrained import PretrainedTerm
 from .relations import MapTerm
 from .samples import SampleTerm
+from .vectors import VectorTerm
 
 __all__ = [
     "AdversarialTerm",
@@ -41,6 +43,7 @@ __all__ = [
     "TapTerm",
     "TemperedTerm",
     "Term",
+    "VectorTerm",
     "adversarial",
     "build_terms",
     "check_choice",
@@ -59,5 +62,6 @@ __all__ = [
     "statistics",
     "sum_of",
     "tokens",
+    "vectors",
     "weights",
 ]

@@ -22,14 +22,15 @@ from ..losses import (
     upcast,
 )
 from ..losses.correlation_congruence import check_kernel
-from ..pooling import first_of_each, mean_of_each
+from ..pooling import first_of_each, last_of_each, mean_of_each
 from ..regions import All
 from ..registry import RECIPES, TERMS
 from ..taps import Recording, Tap
 from .base import Taps, TapTerm, Wiring, check_choice, mean_of
 from .features import build_region, check_region, placed
 
-Pool = Literal["mean", "first", "flat"]
+Pool = Literal["mean", "first", "last", "flat"]
+_ONE_TOKEN = ("first", "last")
 
 
 class SampleTerm(TapTerm):
@@ -58,7 +59,7 @@ class SampleTerm(TapTerm):
     """
 
     reads = "samples"
-    needs = ("samples",)
+    needs: ClassVar[tuple[str, ...]] = ("samples",)
     pools: ClassVar[tuple[str, ...]] = ("mean", "first", "flat")
 
     def __init__(self, tap: Taps | None = None, *, pool: Pool = "mean", region: Any = "all", **settings: Any) -> None:
@@ -66,27 +67,28 @@ class SampleTerm(TapTerm):
         check_choice(self, "pool", pool, self.pools)
         self.pool: Pool = pool
         self.region, self.region_name = build_region(region, self)
-        if pool == "first" and not isinstance(self.region, All):
+        if pool in _ONE_TOKEN and not isinstance(self.region, All):
             raise DistillError(
-                f"{type(self).__name__}: pool='first' takes one token whatever the region; leave region out"
+                f"{type(self).__name__}: pool={pool!r} takes one token whatever the region; leave region out"
             )
 
     def wire(self, wiring: Wiring) -> None:
         check_region(self, self.region, self.region_name, wiring)
         for s, t, s_tap, t_tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
-            for tensor, tap in ((s, s_tap), (t, t_tap)):
-                self._check(tensor, tap, wiring)
+            for tensor, tap, recording in ((s, s_tap, wiring.student_recording), (t, t_tap, wiring.teacher_recording)):
+                self._check(tensor, tap, self.pool_of(recording) in _ONE_TOKEN, wiring)
             self._check_samples(s, t, s_tap, t_tap)
-            region = "–" if s.ndim == t.ndim == 2 else "first token" if self.pool == "first" else self.region_name
+            region = "–" if s.ndim == t.ndim == 2 else self._region_name()
             self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter="any", region=region))
 
-    def _check(self, tensor: Tensor, tap: Tap, wiring: Wiring) -> None:
+    def _region_name(self) -> str:
+        return f"{self.pool} token" if self.pool in _ONE_TOKEN else self.region_name
+
+    def _check(self, tensor: Tensor, tap: Tap, one_token: bool, wiring: Wiring) -> None:
         """Raise a :class:`WiringError` unless a tensor gives one vector per sample."""
         shape, samples = tuple(tensor.shape), wiring.facts.get("samples")
-        if tensor.ndim not in (2, 3, 4) or not wiring.in_image(tap) or (self.pool == "first" and tensor.ndim == 4):
-            kinds = (
-                "states (B, L, C)" if self.pool == "first" else "vectors (B, C), states (B, L, C) or maps (B, C, H, W)"
-            )
+        if tensor.ndim not in (2, 3, 4) or not wiring.in_image(tap) or (one_token and tensor.ndim == 4):
+            kinds = "states (B, L, C)" if one_token else "vectors (B, C), states (B, L, C) or maps (B, C, H, W)"
             raise WiringError(f"{self.name}: {tap} {shape} gives no vector per sample; tap {kinds} of whole samples")
         if "tokens" in wiring.fields or tensor.ndim > 2 or not isinstance(self.region, All):
             placed(self, self.region, self.region_name, tensor, tap, wiring)
@@ -102,6 +104,10 @@ class SampleTerm(TapTerm):
                 f"{self.name}: {student_tap} {tuple(student.shape)} and {teacher_tap} {tuple(teacher.shape)} must hold the same "
                 "samples"
             )
+
+    def pool_of(self, recording: Recording) -> Pool:
+        """Return how the positions of one model become vectors."""
+        return self.pool
 
     def samples(self, student: Recording, teacher: Recording, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield for each tap both models' vectors ``(N, C)`` in float32, and ``(N,)``, true for samples that count.
@@ -123,17 +129,19 @@ class SampleTerm(TapTerm):
         if weight is not None and tensor.ndim == 2:
             assert place.tokens is not None
             tensor, weight = tensor.view(*place.tokens.shape, -1), weight.view(place.tokens.shape)
-        if self.pool == "mean":
+        pool = self.pool_of(recording)
+        if pool == "mean":
             return mean_of_each(tensor, weight, texts)
-        if self.pool == "flat":
+        if pool == "flat":
             if texts is not None:
                 raise WiringError(f"{self.name}: rows hold several texts, which cannot be flattened; use pool='mean'")
             return _flattened(tensor, weight)
-        first = upcast(first_of_each(tensor, None if weight is None else weight > 0, texts))
+        select = first_of_each if pool == "first" else last_of_each
+        picked = upcast(select(tensor, None if weight is None else weight > 0, texts))
         if weight is None or texts is not None:
-            return first, torch.ones_like(first[:, 0], dtype=torch.bool)
+            return picked, torch.ones_like(picked[:, 0], dtype=torch.bool)
         present = (weight > 0).any(1)
-        return first.masked_fill(~present[:, None], 0), present
+        return picked.masked_fill(~present[:, None], 0), present
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         return mean_of([self._related(*found) for found in self.samples(student, teacher, batch)])
