@@ -10,7 +10,7 @@ from .attention_terms import AttentionMaps, Relations  # noqa: E402
 from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
 from .initialisation import init_from_teacher  # noqa: E402
-from .logits import UniversalLogits  # noqa: E402
+from .logits import GOLD, UniversalLogits  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .state_terms import Embeddings, HiddenStates, PatientStates  # noqa: E402
@@ -19,6 +19,7 @@ from .trainer import DistillTrainer, distill  # noqa: E402
 
 __all__ = [
     "DIST",
+    "GOLD",
     "RECIPES",
     "TERMS",
     "AttentionMaps",

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdgraft.errors import DistillError
 
 from .cache import TeacherCache
-from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS
 
 PREFIX = "teacher_"
 
@@ -21,7 +21,8 @@ class DistillCollator:
 
     Columns that start with ``teacher_`` (``teacher_pixel_values``, ``teacher_token_type_ids`` …) are stacked and passed to
     the teacher only, without that prefix. With a second tokenizer the text is also tokenised for the teacher, with its own
-    padding and special tokens, and tokens are paired: those that end at the same character, or the first ones of each word.
+    padding and special tokens, and tokens are paired: those that end at the same character, or the first ones of each word. The
+    tokens between two pairs form groups, which stand for the same part of the text.
 
     Args:
         collator: any collator, such as ``DataCollatorWithPadding(tokenizer)``.
@@ -84,7 +85,7 @@ class DistillCollator:
         return [*self.text, *([self.words] if self.words else []), *([self.id] if self.id is not None else [])]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
-        """Return the wrapped collator's batch, with ``teacher_inputs`` and ``token_pairs`` where they are needed."""
+        """Return the wrapped collator's batch, with ``teacher_inputs``, ``token_pairs`` and ``token_starts`` where needed."""
         if not features or not isinstance(features[0], Mapping):
             return self.collator(features)
         extra = set(self.columns)
@@ -99,9 +100,9 @@ class DistillCollator:
             name.removeprefix(PREFIX): _stacked(features, name) for name in features[0] if name.startswith(PREFIX)
         }
         if self.teacher_tokenizer is not None:
-            encoded, pairs = self._second_view(features, batch)
+            encoded, found = self._second_view(features, batch)
             teacher.update(encoded)
-            batch[TOKEN_PAIRS] = pairs
+            batch.update(found)
         if teacher:
             batch[TEACHER_INPUTS] = teacher
         if self.id is not None:
@@ -126,7 +127,9 @@ class DistillCollator:
             if found:
                 raise DistillError(f"{reason} needs one row per sample; use a collator that pads, not one that packs")
 
-    def _second_view(self, features: list[Any], batch: Mapping[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    def _second_view(
+        self, features: list[Any], batch: Mapping[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         columns = [self.words] if self.words else self.text
         for column in columns:
             if column not in features[0]:
@@ -142,7 +145,7 @@ class DistillCollator:
         fields = [name for name in theirs if name != "offset_mapping"]
         padded = self.teacher_tokenizer.pad({name: theirs[name] for name in fields}, return_tensors="pt")
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
-        rows = []
+        pairs, starts = [], []
         for i in range(len(features)):
             place = mask[i].nonzero().flatten().tolist()
             found = batch["input_ids"][i][place].tolist()
@@ -156,13 +159,24 @@ class DistillCollator:
                     f"{', '.join(columns)!r} does not tokenise to the student's input_ids; use the tokenizer and text of the data set"
                 )
             there = padded["attention_mask"][i].nonzero().flatten().tolist()
-            rows.append([(place[a], there[b]) for a, b in align(own, theirs, sample, i, words=bool(self.words))])
-        longest = max(map(len, rows), default=0)
-        pairs = torch.full((len(rows), longest, 2), -1)
-        for i, row in enumerate(rows):
-            if row:
-                pairs[i, : len(row)] = torch.tensor(row)
-        return dict(padded), pairs
+            found_pairs = align(own, theirs, sample, i, words=bool(self.words))
+            pairs.append([(place[a], there[b]) for a, b in found_pairs])
+            if not self.words:
+                both = zip(*found_pairs, strict=True) if found_pairs else ((), ())
+                ends = zip((own, theirs), (sample, i), both, (place, there), strict=True)
+                sides = [[where[k] for k in group_starts(encoding, n, at)] for encoding, n, at, where in ends]
+                starts.append(list(zip(*sides, strict=True)))
+        views = {TOKEN_PAIRS: _padded(pairs), **({TOKEN_STARTS: _padded(starts)} if starts else {})}
+        return dict(padded), views
+
+
+def _padded(rows: list[list[tuple[int, int]]]) -> Tensor:
+    """Return pairs of positions as ``(B, P, 2)``, padded with −1."""
+    found = torch.full((len(rows), max(map(len, rows), default=0), 2), -1)
+    for i, row in enumerate(rows):
+        if row:
+            found[i, : len(row)] = torch.tensor(row)
+    return found
 
 
 def _stacked(features: list[Any], name: str) -> Tensor:
@@ -201,4 +215,25 @@ def _ends(encoding: Any, sample: int) -> dict[Any, int]:
     for place, ((start, end), part) in enumerate(zip(encoding["offset_mapping"][sample], parts, strict=True)):
         if part is not None and end > start:
             found[part, end] = place  # the last token of a character replaces the others
+    return found
+
+
+def group_starts(encoding: Any, sample: int, ends: Sequence[int]) -> list[int]:
+    """Return the first token of each group of tokens: those after the end of the group before, without special tokens.
+
+    Args:
+        encoding: the encoding of a fast tokenizer.
+        sample: the index of the sample in it.
+        ends: the last token of each group, ascending.
+    """
+    found: list[int] = []
+    start = before = None
+    for place, part in enumerate(encoding.sequence_ids(sample)):
+        if part is None:
+            continue
+        start = place if start is None or part != before else start
+        before = part
+        if len(found) < len(ends) and place == ends[len(found)]:
+            found.append(start)
+            start = None
     return found

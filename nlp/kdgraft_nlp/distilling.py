@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
 from .registry import RECIPES
 from .student import graft, undistill
+from .tokens import shared_tokens
 
 logger = logging.getLogger("kdgraft")
 
@@ -312,4 +314,6 @@ def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
     if others:
         same = all(other.get_vocab() == own.get_vocab() for other in others)
         facts["vocabulary"] = "same" if same else "different"
+        if len(others) == 1:
+            facts["shared_tokens"] = partial(shared_tokens, own, others[0])
     return facts

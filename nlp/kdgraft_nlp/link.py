@@ -18,7 +18,7 @@ from kdgraft.step import StepInProgress
 from .chunked import IDENTITY
 from .packing import marks_taken_by
 from .tasks import accepted, decoder_inputs, has_decoder
-from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, FrameMask, read_batch
+from .tokens import OUR_KEYS, TEACHER_INPUTS, FrameMask, read_batch
 
 LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
 
@@ -132,7 +132,7 @@ class Link:
 
     def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs without those that only sources take."""
-        foreign = {TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS} | (set().union(*self.sources.values()) - self.takes)
+        foreign = OUR_KEYS | (set().union(*self.sources.values()) - self.takes)
         return {name: value for name, value in inputs.items() if name not in foreign}
 
     def of_peer(self, inputs: Mapping[str, Any], name: str) -> dict[str, Any]:

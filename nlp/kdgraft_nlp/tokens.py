@@ -21,8 +21,15 @@ TEACHER_INPUTS = "teacher_inputs"
 TOKEN_PAIRS = "token_pairs"
 """Key of a batch: the positions ``(B, P, 2)`` of aligned tokens of student and teacher, −1 for none."""
 
+TOKEN_STARTS = "token_starts"
+"""Key of a batch: the positions ``(B, P, 2)`` of the first tokens of the groups that end at the aligned tokens, −1 for none."""
+
 SAMPLE_IDS = "sample_ids"
 """Key of a batch: the ids of its samples, for cached teacher outputs."""
+
+
+OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS})
+"""The keys of a batch that no model takes."""
 
 
 @dataclass
@@ -37,6 +44,7 @@ class ModelTokens:
         unknown: true where the decoder has tokens and their padding is unknown.
         texts: ``(B, L)``: the number of each token's text in the batch, for packed rows; ``None`` where each row is one text.
         targets: ``(B, L)``: the label of each position's logits, −100 for none; ``None`` without labels.
+        ids: ``(B, L)``: the tokens themselves; ``None`` without any.
     """
 
     real: Tensor | None
@@ -45,6 +53,7 @@ class ModelTokens:
     unknown: bool = False
     texts: Tensor | None = None
     targets: Tensor | None = None
+    ids: Tensor | None = None
 
     def of(self, stack: str) -> Tensor | None:
         """Return the tokens of a stack's hidden states that are not padding.
@@ -72,6 +81,8 @@ class Tokens:
         student, teacher: the tokens of each model.
         pairs: positions ``(B, P, 2)`` of aligned tokens, where the models have different tokenizers; ``None`` where position i
             is the same token for both.
+        starts: positions ``(B, P, 2)`` of the first token of each group of tokens that ends at an aligned pair: the tokens after
+            the pair before. ``None`` where groups are unknown.
         samples: the number of samples, each of which has one answer.
         two_stacks: true where the models have an encoder and a decoder, which read different sequences.
     """
@@ -82,6 +93,7 @@ class Tokens:
     pairs: Tensor | None = None
     samples: int = 0
     two_stacks: bool = False
+    starts: Tensor | None = None
 
     @property
     def paired(self) -> Tensor | None:
@@ -150,7 +162,7 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, Fr
         task: the student's task; see :func:`~kdgraft_nlp.tasks.task_of`.
         frames: the frame masks of student and teacher; see :func:`~kdgraft_nlp.tasks.frame_mask`.
     """
-    own = {name: value for name, value in inputs.items() if name not in (TEACHER_INPUTS, TOKEN_PAIRS, SAMPLE_IDS)}
+    own = {name: value for name, value in inputs.items() if name not in OUR_KEYS}
     tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
     if not tensors:
         raise DistillError("the batch holds no tensors; use a collator that returns a dict of tensors")
@@ -166,7 +178,7 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, Fr
         raise DistillError("packed rows cannot be aligned across two tokenizers; use a collator that pads")
     samples = len(tensors[0])
     size = samples if task != "choice" or student.real is None else len(student.real)
-    tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq")
+    tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq", inputs.get(TOKEN_STARTS))
     extra = {"tokens": tokens, "answers": [own.get(name) for name in ("start_positions", "end_positions")]}
     return TextBatch(labels=own.get("labels"), extra=extra, **_image_sizes(own.get("pixel_mask")))
 
@@ -222,7 +234,7 @@ def _model_tokens(inputs: Mapping[str, Any], task: str, frames: FrameMask) -> Mo
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()
     unknown = decoder is None and (task == "seq2seq" or "decoder_input_ids" in inputs)
-    return ModelTokens(real, decoder, labelled, unknown, texts, targets)
+    return ModelTokens(real, decoder, labelled, unknown, texts, targets, ids)
 
 
 def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
@@ -233,3 +245,10 @@ def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
     expanded = list(values.shape)
     expanded[dim] = index.shape[1]
     return values.gather(dim, index.view(shape).expand(expanded))
+
+
+def shared_tokens(student: Any, teacher: Any) -> Tensor:
+    """Return the ids ``(M, 2)`` of the tokens that two tokenizers write alike, in the order of the student's."""
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    found = sorted((place, theirs[token]) for token, place in ours.items() if token in theirs)
+    return torch.tensor(found, dtype=torch.long).reshape(-1, 2)

@@ -53,6 +53,26 @@ def candidates() -> tuple[Tensor, Tensor]:
     return chirp((6, 2), 0.41, 0.6, 2.0), chirp((6, 2), 0.29, 0.1, 3.0)
 
 
+def shared() -> Tensor:
+    """The entries of four tokens in both of :func:`vocabularies`, and in those of :func:`groups`."""
+    return torch.tensor([[0, 6], [1, 1], [5, 4], [6, 8]])
+
+
+def groups() -> dict[str, Tensor]:
+    """One text to two causal models: 2 and 3 tokens of a prompt, then tokens that end at the bytes below.
+
+    Its logits are ``(1, 8, 7)`` and ``(1, 8, 10)``.
+    """
+    return dict(
+        student=chirp((1, 8, 7), 0.41, 0.6, 2.0),
+        teacher=chirp((1, 8, 10), 0.29, 0.1, 3.0),
+        student_ids=torch.tensor([[0, 5, 3, 1, 6, 2, 4, 0]]),
+        teacher_ids=torch.tensor([[9, 0, 2, 7, 3, 8, 1, 4]]),
+        student_ends=torch.tensor([2, 3, 5, 6, 8, 9]),
+        teacher_ends=torch.tensor([1, 3, 6, 7, 9]),
+    )
+
+
 # Each figure below: value, gradient at the last number of the student's first sequence, sum of the squared gradients.
 
 # huggingface/trl@f2cd57710ae345ea6428ae95363267fcf38a3dc8:trl/experimental/gkd/gkd_trainer.py, generalized_jsd_loss on
@@ -114,3 +134,19 @@ def figure(value: Tensor, student: Tensor) -> tuple[float, float, float]:
 
 # sebastian-hofstaetter/neural-ranking-kd@aafcc73d6b78ee9849c3d8f5ccf084051fcae2e9:margin_mse_loss.py on candidates().
 MARGIN = (18.37242262339078, -0.09222875099434676, 24.496563497854368)
+
+# huggingface/trl 1.16.0 (the wheel):trl/experimental/gold/gold_trainer.py, ULDLoss._compute_hybrid_uld_loss on the six
+# items of vocabularies() and shared(), adaptive weights. beta: figure
+GOLD = {
+    0.0: (0.6217611680348758, 0.0044102601529664625, 0.008332960634968255),
+    0.5: (0.39479666866755386, 0.005588823899467621, 0.0024641994005798686),
+    1.0: (0.9504601576707707, 0.013540423853377696, 0.02571108504176267),
+}
+# ULDLoss on groups(), whose tokens are all in the answer after the prompt, with use_extended_uld, beta 0.5 and no end of
+# text; the gradient is that of entry 2 at token 3. (uld_token_merge_strategy, uld_use_hybrid_loss): figure
+GROUPS = {
+    ("observed", False): (0.37872488958945466, 0.00022283950906848576, 0.002414594188640874),
+    ("observed", True): (0.12886600766012926, 6.156083706037277e-05, 2.6308514482851778e-05),
+    ("bayesian", False): (0.40117353527339256, 0.0002405360796560843, 0.0070413464717572075),
+    ("bayesian", True): (0.1347329971632656, 5.517327758803656e-05, 0.000671318554174019),
+}

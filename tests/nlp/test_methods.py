@@ -23,7 +23,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "WeightMatching": dict(modules="bert.encoder.layer.1"),
 }
 """Settings of a term for models of Hugging Face."""
-FAMILIES: dict[str, str] = {"UniversalLogits": "llama", "BoundedRegression": "regression"}
+FACTS = {"shared_tokens": torch.arange(support.VOCABULARY)[:, None].expand(-1, 2)}
+"""What a trainer knows of two tokenizers."""
+FAMILIES: dict[str, str] = {"UniversalLogits": "llama", "GOLD": "llama", "BoundedRegression": "regression"}
 """A term's family of models, of ``support.TASKS``, where it is not BERT, ``"resnet"`` for terms on maps, ``"regression"`` for numbers."""
 
 
@@ -55,7 +57,7 @@ def student(kind: str) -> Any:
     name = family(kind)
     taps = {"resnet": "resnet.encoder.stages[1]", "bert": "bert.encoder[last_hidden_state]", "llama": "model.layers.1"}
     term = spec(OWN[kind], taps.get(name, ""), **SETTINGS.get(kind, {}))
-    return graft(model(name, 16, 1).train(), model(name, 32, 2), [term])
+    return graft(model(name, 16, 1).train(), model(name, 32, 2), [term], facts=FACTS)
 
 
 @pytest.mark.parametrize("kind", USABLE)

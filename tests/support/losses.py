@@ -60,6 +60,9 @@ TOKENS = Kind((2, 5, 8), (2, 5, 12), -1)
 ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), None)
 ROWS_OF_ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), -1)
 
+SHARED = torch.tensor([[0, 0], [2, 2], [6, 6]])
+"""Entries of the same tokens in two vocabularies."""
+
 FINITE = (0.0, 50.0, -1e15)
 ANYTHING = (*FINITE, 1e30, -1e30, math.inf, -math.inf, math.nan)
 
@@ -269,6 +272,8 @@ BY_NAME: dict[str, Declared] = {
     "weighted_soft_targets": weighted(losses.weighted_soft_targets, SCORES, (2, 3), equal=False),
     "universal_logits": weighted(losses.universal_logits, WORDS, (2, 3)),
     "universal_logits of fewer words": weighted(losses.universal_logits, FEWER_WORDS, (2, 3)),
+    "gold": weighted(partial(losses.gold, shared=SHARED), WORDS, (2, 3)),
+    "gold of fewer words": weighted(partial(losses.gold, shared=SHARED), FEWER_WORDS, (2, 3)),
     "margin_mse": weighted(losses.margin_mse, SAMPLES, (5,)),
     "localization": weighted(losses.localization, EDGES, (5, 4)),
     "localization of the paper": weighted(partial(losses.localization, variant="paper"), EDGES, (5, 4)),

@@ -20,6 +20,7 @@ from .factor_transfer import factor_transfer
 from .focal_global import focal_attention, focal_features
 from .frequency import frequency_imitation
 from .fsp import fsp
+from .gold import gold
 from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
@@ -73,6 +74,7 @@ __all__ = [
     "frequency_imitation",
     "fsp",
     "generalized_jsd",
+    "gold",
     "gradient_penalty",
     "hierarchical_context",
     "hint",

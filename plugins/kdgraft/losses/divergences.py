@@ -69,14 +69,17 @@ def generalized_jsd(
     """
     check_share("generalized_jsd", "beta", beta)
     student, teacher = _log_probabilities(student_logits, teacher_logits, temperature, dim, "generalized_jsd")
+    return reduce_loss(jsd_of_logs(student, teacher, beta, dim), weight, reduction)
+
+
+def jsd_of_logs(student: Tensor, teacher: Tensor, beta: float, dim: int) -> Tensor:
+    """Compute :func:`generalized_jsd` per item from log-probabilities, which need not be normalised."""
     if beta == 0:
-        items = _kl(teacher, student, dim)
-    elif beta == 1:
-        items = _kl(student, teacher, dim)
-    else:
-        mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-        items = beta * _kl(teacher, mixture, dim) + (1 - beta) * _kl(student, mixture, dim)
-    return reduce_loss(items, weight, reduction)
+        return _kl(teacher, student, dim)
+    if beta == 1:
+        return _kl(student, teacher, dim)
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * _kl(teacher, mixture, dim) + (1 - beta) * _kl(student, mixture, dim)
 
 
 @LOSSES.register
