@@ -9,6 +9,7 @@ from kdgraft import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, S
 from .attention_terms import AttentionMaps, Relations  # noqa: E402
 from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
+from .dual_space import DSKD  # noqa: E402
 from .initialisation import init_from_teacher  # noqa: E402
 from .logits import GOLD, UniversalLogits  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
@@ -19,6 +20,7 @@ from .trainer import DistillTrainer, distill  # noqa: E402
 
 __all__ = [
     "DIST",
+    "DSKD",
     "GOLD",
     "RECIPES",
     "TERMS",

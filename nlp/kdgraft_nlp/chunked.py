@@ -55,7 +55,7 @@ def head_of(model: Any, transform: LogitTransform = IDENTITY) -> Head:
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise WiringError(
-            f"chunked=True needs a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
+            f"losses from states need a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
         )
     return Head(layer.weight, layer.bias, transform)
 

@@ -104,6 +104,24 @@ def _find_transform(model: Any, given: Tensor, logits: Tensor) -> LogitTransform
     return None
 
 
+def transform_of(model: Any, states: Tensor, logits: Tensor) -> LogitTransform:
+    """Return the transform of logits that a language model applies after its output layer, from one pass.
+
+    Args:
+        model: the model.
+        states: the input of its output layer.
+        logits: the logits that it returns.
+
+    Raises:
+        WiringError: the output layer is not linear, or the model changes its logits in an unknown way.
+    """
+    with torch.no_grad():
+        found = _find_transform(model, head_of(model)(states), logits)
+    if found is None:
+        raise WiringError(f"{type(model).__name__} changes its logits after the output layer in an unknown way")
+    return found
+
+
 def _wide(plain: Tensor) -> Tensor:
     """Return logits of the same shape, of magnitudes 0.001 to 1000 and both signs at every position."""
     count = plain.shape[-1]

@@ -83,6 +83,12 @@ def test_without_labels_too(family, tmp_path):
     close(whole, on_two_processes(family, tmp_path)["gradient"])
 
 
+def test_attention_between_two_models_is_that_of_all_processes(tmp_path):
+    (family,) = nlp_ranks.ATTENTION
+    alone = nlp_ranks.gradients(family, tmp_path, nlp_ranks.ATTENTION[family], 8, 1).found
+    close(alone, on_two_processes(family, tmp_path)["gradient"])
+
+
 def test_one_process_on_several_gpus_is_refused(tmp_path, monkeypatch):
     from kdgraft import DistillError
     from kdgraft_nlp import DistillTrainer

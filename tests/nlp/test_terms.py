@@ -39,6 +39,7 @@ LANGUAGE = {
     "uld": dict(type="UniversalLogits"),
     "valid": dict(type="SoftTargets", tokens="valid"),
     "labelled": dict(type="SoftTargets", tokens="labelled"),
+    "dskd": dict(type="DSKD"),
 }
 CASES = [
     (family, name)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import golden.dense
 from kdgraft import losses
+from kdgraft.losses.dual_space import DIVERGENCES
 from kdgraft.losses.focal_global import GlobalRelation
 from kdgraft.losses.frequency import haar_bands
 from kdgraft.losses.scale import unit
@@ -227,6 +228,8 @@ def _unit_vectors(student: Tensor, teacher: Tensor, *, valid: Tensor | None = No
     )
     s, t = (unit(x, -1) for x in cut)
     return losses.mmd(s, t, kernel="poly", valid=valid, **settings)
+def _dual_space(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    return losses.dual_space(student, teacher, teacher.argmin(-1), **settings)
 
 
 def _adversary(kind: str) -> dict[str, Declared]:
@@ -274,6 +277,13 @@ BY_NAME: dict[str, Declared] = {
     "universal_logits of fewer words": weighted(losses.universal_logits, FEWER_WORDS, (2, 3)),
     "gold": weighted(partial(losses.gold, shared=SHARED), WORDS, (2, 3)),
     "gold of fewer words": weighted(partial(losses.gold, shared=SHARED), FEWER_WORDS, (2, 3)),
+    # Without cross-entropy equal inputs would cost nothing.
+    **{
+        f"dual_space by {name}": weighted(
+            partial(_dual_space, divergence=name), SCORES, (2, 3), equal=False, teacher_learns=False
+        )
+        for name in DIVERGENCES
+    },
     "margin_mse": weighted(losses.margin_mse, SAMPLES, (5,)),
     "localization": weighted(losses.localization, EDGES, (5, 4)),
     "localization of the paper": weighted(partial(losses.localization, variant="paper"), EDGES, (5, 4)),

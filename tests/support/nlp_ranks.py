@@ -31,10 +31,13 @@ TERMS: dict[str, list[Any]] = {
         dict(type="UniversalLogits"),
         dict(type="AttentionMaps", of="distributions"),
         dict(type="HiddenStates", loss="cosine"),
+        dict(type="DSKD"),
     ],
 }
 WITHOUT_LABELS: dict[str, list[Any]] = {"bert/BertModel": TERMS["bert"][1:5]}
 """A family and a class of it that has no loss of its own."""
+ATTENTION: dict[str, list[Any]] = {"llama/": [dict(type="DSKD", attention=True)]}
+"""A term that relates the tokens of a batch, so that accumulated batches are not one batch; by a name of its own."""
 
 
 class Recording(DistillTrainer):
@@ -77,7 +80,7 @@ def gradients(family: str, folder: Path, terms: list[Any], batch: int, accumulat
 
 def step(rank: int, family: str, folder: str) -> dict[str, Any]:
     """The gradient of this process's share and what the trainer logged."""
-    terms, steps = ({**TERMS, **WITHOUT_LABELS}[family], 2 if family in WITHOUT_LABELS else 1)
+    terms, steps = ({**TERMS, **WITHOUT_LABELS, **ATTENTION}[family], 2 if family in WITHOUT_LABELS else 1)
     done = gradients(family, Path(folder) / f"rank{rank}", terms, 4, 1, ddp_backend="gloo", max_steps=steps)
     logged = [entry for entry in done.state.log_history if "distill.hidden_states.loss" in entry]
     return {"gradient": done.found, "logged": next(iter(logged), None)}

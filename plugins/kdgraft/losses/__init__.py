@@ -16,6 +16,7 @@ from .cross_image import memory_relations, pixel_relations
 from .decoupled import decoupled
 from .dist import dist_between_classes, dist_within_classes
 from .divergences import generalized_jsd, reverse_kl, skewed_kl
+from .dual_space import cross_model_attention, dual_space
 from .factor_transfer import factor_transfer
 from .focal_global import focal_attention, focal_features
 from .frequency import frequency_imitation
@@ -64,9 +65,11 @@ __all__ = [
     "cosine",
     "crd",
     "critic_loss",
+    "cross_model_attention",
     "decoupled",
     "dist_between_classes",
     "dist_within_classes",
+    "dual_space",
     "factor_transfer",
     "focal_attention",
     "focal_features",
