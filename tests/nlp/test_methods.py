@@ -25,7 +25,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Settings of a term for models of Hugging Face."""
 FACTS = {"shared_tokens": torch.arange(support.VOCABULARY)[:, None].expand(-1, 2)}
 """What a trainer knows of two tokenizers."""
-FAMILIES: dict[str, str] = {"UniversalLogits": "llama", "GOLD": "llama", "DSKD": "llama", "BoundedRegression": "regression"}
+FAMILIES: dict[str, str] = {
+    "UniversalLogits": "llama",
+    "GOLD": "llama",
+    "DSKD": "llama",
+    "BoundedRegression": "regression",
+}
 """A term's family of models, of ``support.TASKS``, where it is not BERT, ``"resnet"`` for terms on maps, ``"regression"`` for numbers."""
 
 

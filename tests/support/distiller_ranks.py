@@ -12,7 +12,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdgraft import DKD, AdversarialScores, Batch, Distiller, FeatureImitation, PearsonImitation, SoftTargets, WarmUp
+from kdgraft import (
+    DKD,
+    FSP,
+    AdversarialScores,
+    Batch,
+    Distiller,
+    FeatureImitation,
+    FeatureMMD,
+    PearsonImitation,
+    SoftTargets,
+    WarmUp,
+    WeightMatching,
+)
 from kdgraft.distributed import SharedRandom, copy_from_first_rank, gather_over_ranks, rank, total_over_ranks
 from kdgraft.losses import hint
 from support.processes import WORLD, as_rank
@@ -60,6 +72,10 @@ def distiller(broken_on: int | None) -> Distiller:
         SoftTargets(temperature=4, name="soft"),
         DKD(standardize=True, name="decoupled"),
         AdversarialScores(width=4, name="judged"),
+        FeatureMMD("head", name="distribution"),
+        FeatureMMD("trunk", kernel="poly", name="moments"),
+        FSP(["trunk", "deep"], name="flow"),
+        WeightMatching("trunk", name="weights"),
         FeatureImitation("deep", name="later", schedule=WarmUp(1)),
     ]
     if broken_on is not None:

@@ -228,6 +228,8 @@ def _unit_vectors(student: Tensor, teacher: Tensor, *, valid: Tensor | None = No
     )
     s, t = (unit(x, -1) for x in cut)
     return losses.mmd(s, t, kernel="poly", valid=valid, **settings)
+
+
 def _dual_space(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
     return losses.dual_space(student, teacher, teacher.argmin(-1), **settings)
 
