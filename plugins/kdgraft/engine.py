@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .errors import DistillError, WiringError, nearest
+from .examining import RunLoss, examiners
 from .isolation import isolated_rng, own_random_stream
 from .readers import Reader
 from .recorder import Recorder
@@ -274,6 +275,7 @@ class Engine(nn.Module):
         *,
         totals: Mapping[str, Tensor] | None = None,
         parts: int = 1,
+        run_loss: RunLoss | None = None,
     ) -> Iterator[StepInProgress]:
         """Record everything that the terms of one step need, while the body runs the student on the host's own loss.
 
@@ -288,23 +290,18 @@ class Engine(nn.Module):
             totals: for a batch in parts (gradient accumulation), each term's denominator over all parts and all processes, from
                 :meth:`counts`; the losses of the parts then add up to the loss of the whole batch.
             parts: number of parts; a term without a total gives them equal weights.
+            run_loss: runs a source's model on the host's own loss, and returns it; for terms that train networks on it.
 
         Yields:
             The step; call its ``losses`` after the body.
         """
         active = self.active(at)
+        where = torch.device(device)
         current = StepInProgress(
-            self.sources,
-            self.all_terms,
-            active,
-            batch,
-            student,
-            at,
-            torch.device(device),
-            totals or {},
-            parts,
-            self.dropped,
+            self.sources, self.all_terms, active, batch, student, at, where, totals or {}, parts, self.dropped
         )
+        if run_loss is not None:
+            current.examiners = examiners(active, self.sources, self._rehearsal.recorders, run_loss, current.device)
         for source in self.sources.values():
             source.begin(student, at)
         heard = {name for term in active for name in (term.listener, *self.members(term.source))}

@@ -48,6 +48,23 @@ def own_random_stream() -> Iterator[None]:
 
 
 @contextmanager
+def loss_mode(module: nn.Module) -> Iterator[None]:
+    """Put a frozen model for the body in the mode in which its heads return what its loss reads, without noise or new statistics.
+
+    Modules of torch (dropout, normalisation) and modules without children run in eval mode, all others in training mode; the mode
+    of each is restored afterwards.
+    """
+    flags = [(child, child.training) for child in module.modules()]
+    for child, _ in flags:
+        child.training = any(True for _ in child.children()) and not type(child).__module__.startswith("torch.")
+    try:
+        yield
+    finally:
+        for child, training in flags:
+            child.training = training
+
+
+@contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
     """Put every submodule in eval mode for the body, and restore the mode of each afterwards."""
     flags = [(child, child.training) for child in module.modules()]

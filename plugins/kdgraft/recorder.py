@@ -19,6 +19,7 @@ from .errors import DistillError, WiringError, nearest
 from .taps import Recording, Site, Tap
 
 Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Change = Callable[[Tap, int, Tensor], Tensor]
 """Runs the original function in place of its caller: ``(original, args, kwargs) -> output``."""
 
 
@@ -126,6 +127,39 @@ class Recorder:
         return recording
 
     @contextmanager
+    def substituted(self, model: nn.Module, taps: Sequence[Tap], change: Change) -> Iterator[dict[Tap, int]]:
+        """Change the tapped outputs while the body runs the model; the model is restored afterwards.
+
+        Args:
+            model: the model.
+            taps: taps of outputs; those of inputs are left as they are.
+            change: called with a tap, the number of the tensor among those that the tap yields, and the tensor; returns the tensor
+                with which the model goes on.
+
+        Yields:
+            The number of tensors of each tap that were changed so far.
+        """
+        changed = dict.fromkeys(taps, 0)
+
+        def listener(tap: Tap, site: Site) -> Listener:
+            def one(tensor: Tensor) -> Tensor:
+                changed[tap] += 1
+                return change(tap, changed[tap] - 1, tensor)
+
+            index = tap.index[0 if site.path == tap.path else 1 :]
+            return lambda original, args, kwargs: _replaced(original(*args, **kwargs), index, one)
+
+        undo: list[Callable[[], None]] = [_fast_path_off()]
+        try:
+            for tap in changed:
+                if tap.side == "output":
+                    undo += [self.attach(site, listener(tap, site)) for site in self.resolve(model, tap)]
+            yield changed
+        finally:
+            for restore in reversed(undo):
+                restore()
+
+    @contextmanager
     def _listening(self, model: nn.Module, remaining: dict[tuple[str, str], int] | None) -> Iterator[Recording]:
         sources = {tap: self.resolve(model, tap) for tap in self.taps}
         recording = Recording(self.owner, sources, self._copied, self.name)
@@ -218,3 +252,18 @@ def _parameters(source: Site, owner: str) -> dict[str, Tensor]:
 
 def _is_sharded(module: nn.Module) -> bool:
     return any(kind.__name__ in ("FSDPModule", "FullyShardedDataParallel") for kind in type(module).__mro__)
+
+
+def _replaced(value: Any, index: Sequence[int | str], change: Callable[[Tensor], Tensor]) -> Any:
+    """Return a value with the tensors at ``index``, or all of a list there, changed; other kinds of values as they are."""
+    if isinstance(value, Tensor):
+        return value if index else change(value)
+    if not index or index[0] == "*":
+        return type(value)(map(change, value)) if type(value) in (list, tuple) else value
+    key, rest = index[0], index[1:]
+    if type(value) in (list, tuple) and isinstance(key, int):
+        place = key % len(value)
+        return type(value)(_replaced(x, rest, change) if i == place else x for i, x in enumerate(value))
+    if type(value) is dict and key in value:
+        return {**value, key: _replaced(value[key], rest, change)}
+    return value

@@ -16,6 +16,7 @@ from .schedules import Step
 from .sources import STUDENT, Ensemble, Source
 from .taps import Recording
 from .terms import Term
+from .terms.base import Examiner
 
 logger = logging.getLogger("kdgraft")
 
@@ -29,6 +30,7 @@ class StepInProgress:
         recordings: the recording of each model by its name.
         outputs: the result of running each peer.
         dropped: the names of terms that were not finite, after :meth:`losses`.
+        examiners: for each term a function that runs its teacher on the host's own loss, if the host can.
         figures: values for the log, after :meth:`losses`: ``distill.<term>.weight``, on the CPU, and, for each active term that
             is finite, ``distill.<term>.raw``, the loss before its weight.
     """
@@ -52,6 +54,7 @@ class StepInProgress:
         self.recordings: dict[str, Recording] = {}
         self.outputs: dict[str, Any] = {}
         self.dropped: set[str] = set()
+        self.examiners: dict[str, Examiner] = {}
         self.figures: dict[str, Tensor] = {}
         self._ever_dropped = dropped
 
@@ -147,7 +150,11 @@ class StepInProgress:
     def _run(self, term: Term) -> Ratio:
         listener = self.recordings[term.listener].heard_as("student")
         model = self._student if term.listener == STUDENT else self._sources[term.listener].model
-        return term(listener, self.heard(term.source), self.batch_of(model))
+        term.examiner = self.examiners.get(term.name)
+        try:
+            return term(listener, self.heard(term.source), self.batch_of(model))
+        finally:
+            term.examiner = None
 
     def host_share(self, name: str = "loss", listener: str = STUDENT) -> float:
         """Return the factor that active terms leave to one of the host's losses; see :attr:`kdgraft.Term.host_share`.

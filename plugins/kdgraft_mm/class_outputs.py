@@ -1,12 +1,14 @@
-"""Class outputs among tapped tensors, recognised by their number of channels, whatever the name of the layer."""
+"""Class outputs among tapped tensors, recognised by their number of channels, and labels that follow a model's classes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from kdgraft.errors import WiringError
+from kdgraft.sources import Source
 from kdgraft.taps import Tap
 from kdgraft.terms import TapTerm, Term
 from kdgraft.wiring import Wiring
@@ -76,3 +78,19 @@ def _class_channels(head: Any) -> set[int]:
         widths.add(getattr(head.bbox_coder, "encode_size", 4) * classes)
     priors = getattr(head, "num_base_priors", 1)
     return {width * count for width in widths for count in (1, *(priors if isinstance(priors, list) else [priors]))}
+
+
+def check_examined(terms: Sequence[Term], teacher: Source) -> None:
+    """Raise a :class:`WiringError` for terms that run a teacher on its own loss where the labels do not follow its classes."""
+    names = [term.name for term in terms if term.examines]
+    if names and teacher.class_order is not None:
+        raise WiringError(
+            f"{', '.join(names)}: first learns on the teacher's own loss, and its classes stand in another order than the labels; "
+            "set objective='features'"
+        )
+
+
+def own_loss(model: Any, inputs: Tensor, samples: Any) -> Tensor:
+    """Return the sum of a model's own losses on a batch, as the host adds them up."""
+    total: Tensor = model.parse_losses(model.loss(inputs, samples))[0]
+    return total

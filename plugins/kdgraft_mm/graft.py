@@ -32,7 +32,7 @@ from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Tap
 from kdgraft.telling import announced
 
-from .class_outputs import pairs_classes
+from .class_outputs import check_examined, own_loss, pairs_classes
 from .configs import MissingConfig, student_config
 from .context import GraftContext
 from .log import tell_the_run
@@ -279,10 +279,13 @@ class Graft(_Host, metaclass=GraftMeta):
             model: Any = source.model
             return model.loss(view, samples) if source.trains else self._raw_outputs(model, view, samples)
 
+        def judge(source: Source) -> Tensor:
+            return own_loss(source.model, *context.views[source.name](delivered, reduced))
+
         def batch(model: Any) -> Batch:
             return self._batch(*reduced, model)
 
-        with engine.step(self, batch, context.hub.step(), run, inputs.device) as step:  # type: ignore[arg-type]
+        with engine.step(self, batch, context.hub.step(), run, inputs.device, run_loss=judge) as step:  # type: ignore[arg-type]
             losses = super().loss(inputs, data_samples)  # type: ignore[misc]
         losses.update(step.losses(losses))
         context.figures = step.figures
@@ -345,10 +348,11 @@ class Graft(_Host, metaclass=GraftMeta):
         assert engine is not None
         terms = [term for term in engine.all_terms if teacher.name in engine.members(term.source)]
         paired = [term.name for term in terms if term.name in context.pairing]
-        if not (context.inherit or paired or any(term.compares_classes for term in terms)):
+        if not (context.inherit or paired or any(term.compares_classes or term.examines for term in terms)):
             return
         meta = context.hub.info("dataset_meta") or {}
         teacher.class_order = class_order(classes or meta.get("classes"), teacher_classes(teacher))
+        check_examined(terms, teacher)
         if context.inherit and teacher.class_order is not None:
             raise DistillError(
                 "inherit takes over the teacher's outputs as they are, and its classes stand in another order than the "

@@ -6,7 +6,7 @@ require("mmseg", "kdgraft_seg")
 
 from .adversarial import AdversarialMask  # noqa: E402
 from .reader import SegReader as READER  # noqa: E402, N814
-from .recipes import cirkd, cwd, ifvd, skd  # noqa: E402
+from .recipes import cirkd, cwd, ifvd, maskd, skd  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .relations import ClassPrototypes, CrossImageRelations  # noqa: E402
 from .segmentor import DistilledSegmentor  # noqa: E402
@@ -22,5 +22,6 @@ __all__ = [
     "cirkd",
     "cwd",
     "ifvd",
+    "maskd",
     "skd",
 ]

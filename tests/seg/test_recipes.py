@@ -7,11 +7,11 @@ import torch
 
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
-from kdgraft_seg import RECIPES, DistilledSegmentor, cirkd, cwd, ifvd, skd
+from kdgraft_seg import RECIPES, DistilledSegmentor, cirkd, cwd, ifvd, maskd, skd
 from support.seg import SMALL_CRITIC, batch, build, distilled, losses_of, segmentor
 from support.tensors import assert_same, distillation
 
-NAMES = ("skd", "cwd", "ifvd", "cirkd")
+NAMES = ("skd", "cwd", "ifvd", "cirkd", "maskd")
 
 
 def of(terms):
@@ -34,12 +34,14 @@ def test_the_weights_are_the_papers():
     relations = of(cirkd())["CrossImageRelations"]
     assert (relations["pixel"], relations["memory_pixel"], relations["memory_region"]) == (1.0, 0.1, 0.1)
     assert of(cirkd())["SoftTargets"]["weight"] == 1.0
+    masked = of(maskd())["MasKD"]
+    assert (masked["weight"], masked["tokens"], masked["pretrain"], masked["weigh_masks"]) == (0.5, 8, 10000, False)
 
 
 def test_a_term_at_0_is_left_out_and_a_schedule_reaches_all():
     assert list(of(skd(pair=0, adversarial=0))) == ["SoftTargets"]
     ramp = dict(type="WarmUp", end=10)
-    for recipe in (skd, cwd, ifvd, cirkd):
+    for recipe in (skd, cwd, ifvd, cirkd, maskd):
         assert all(term["schedule"] == ramp for term in recipe(schedule=ramp))
     critic = of(skd(critic=dict(kind="hinge", steps=2)))["AdversarialMask"]
     assert (critic["kind"], critic["steps"]) == ("hinge", 2)

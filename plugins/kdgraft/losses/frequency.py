@@ -36,6 +36,18 @@ def haar_bands(maps: Tensor, levels: int = 3) -> Bands:
     return maps, high
 
 
+def haar_maps(bands: Bands, size: Sequence[int]) -> Tensor:
+    """Return the maps ``(B, C, H, W)`` of the bands of :func:`haar_bands`, given H and W."""
+    maps, high = bands
+    for level in reversed(high):
+        across, columns, both = level.unbind(2)
+        maps = maps[..., : across.shape[-2], : across.shape[-1]]  # without the padding of the next level
+        # Rows by the sign of across, columns by the sign of columns, and both by their product.
+        corners = [maps + r * across + c * columns + r * c * both for r in (1, -1) for c in (1, -1)]
+        maps = F.pixel_shuffle(torch.stack(corners, 2).flatten(1, 2) / 2, 2)
+    return maps[..., : size[0], : size[1]]
+
+
 def halved(valid: Tensor | None, levels: int = 3) -> list[Tensor | None]:
     """Return for each level the mask ``(B, h, w)`` of the coefficients that a valid position ``(B, H, W)`` contributes to."""
     found: list[Tensor | None] = []
@@ -70,6 +82,14 @@ class FrequencyPrompts(nn.Module):
         present = halved(valid, len(high))
         read = [(low, present[-1]), *((level.sum(2), mask) for level, mask in zip(high, present, strict=True))]
         return [soft_masks(prompts, *pair) for prompts, pair in zip(self.prompts, read, strict=True)]
+
+    def masked(self, features: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the maps restored from bands times the sum of their masks, and the overlap ``(B,)`` of the masks."""
+        low, high = haar_bands(inside(features, valid), len(self.prompts) - 1)
+        masks = self._masks((low, high), valid)
+        kept = [level * own.sum(1)[:, None, None] for level, own in zip(high, masks[1:], strict=True)]
+        overlap = torch.stack([mask_overlap(own) for own in masks]).sum(0)
+        return haar_maps((low * masks[0].sum(1, keepdim=True), kept), features.shape[-2:]), overlap
 
     def errors(self, features: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Return the errors ``(B,)`` that the prompts learn to reduce: the overlap of the masks and what they miss."""

@@ -49,6 +49,13 @@ class ReceptiveTokens(nn.Module):
         found: Tensor = self.rate(spread / count[:, None, None, None]).flatten(1).softmax(1)
         return found
 
+    def masked(self, features: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the features times the sum of their masks, each times its share, and the overlap ``(B,)`` of the masks."""
+        masks, shares = self.masks(features, valid), self.shares(features, valid)
+        if self.spread is None:
+            shares = torch.ones_like(shares)  # the authors' sum of the masks
+        return features * (masks * shares[:, :, None, None]).sum(1, keepdim=True), mask_overlap(masks)
+
     def errors(self, features: Tensor, valid: Tensor | None = None) -> dict[str, Tensor]:
         """Return the errors ``(B,)`` that the tokens learn to reduce: see :func:`mask_overlap` and :func:`unmasked_share`."""
         masks, features = self.masks(features, valid), inside(features, valid)

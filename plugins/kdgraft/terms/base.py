@@ -15,11 +15,15 @@ from ..batch import Batch
 from ..errors import DistillError, check_number
 from ..losses import Ratio
 from ..readers import NEEDS, Reader, Taps, paired, parse_taps
+from ..recorder import Change
 from ..registry import TERMS, Registry
 from ..schedules import Step, build_schedule
 from ..sources import STUDENT
 from ..taps import Recording, Tap
 from ..wiring import Wiring, WiringRow
+
+Examiner = Callable[[Change], Tensor]
+"""Runs a frozen source on the host's own loss, with the tensors of the term's taps changed; returns the loss, with gradient."""
 
 
 class Term(nn.Module):
@@ -57,6 +61,10 @@ class Term(nn.Module):
     """Factor on those losses while the term is active."""
     reader: Reader
     """Interprets the tensors of both models. The engine sets it before :meth:`prepare`."""
+    examines = False
+    """True if the term runs the source on the host's own loss, so that both models must have the same classes in one order."""
+    examiner: Examiner | None = None
+    """Runs the source on the host's own loss, with changed features. The engine sets it for :meth:`forward`, where the host can."""
     listener = STUDENT
     """The name of the model that learns: the student, or, in the twin of a term on a peer, the peer."""
 

@@ -91,6 +91,8 @@ class PretrainedTerm(FeatureTerm):
         self.steps = 0
         """Number of steps so far, those of both stages."""
         self._unread = network is not None
+        self.places: dict[tuple[Tap, int], int] = {}
+        """The number of a map, from the teacher's tap and the number of the tensor among those of this tap."""
 
     def check_pair(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap, wiring: Wiring) -> None:
         check_in_image(self, teacher_tap, wiring)
@@ -102,7 +104,8 @@ class PretrainedTerm(FeatureTerm):
             )
         super().wire(wiring)
         networks = nn.ModuleList()
-        for s, t, _, _ in self.pairs(wiring.student_recording, wiring.teacher_recording):
+        for s, t, _, tap in self.pairs(wiring.student_recording, wiring.teacher_recording):
+            self.places[tap, sum(other == tap for other, _ in self.places)] = len(networks)
             networks.append(self.build_network(s, t).to(t.device))
         self.auxiliaries["network"] = Auxiliary(networks, **self._optimization)
         if self.network_file is not None and Path(self.network_file).expanduser().is_file():
@@ -145,21 +148,33 @@ class PretrainedTerm(FeatureTerm):
 
     def _learn(self, auxiliary: Auxiliary, levels: Sequence[Level]) -> None:
         """Take one step of the networks of all maps, on the images with a position that counts."""
-        sums: dict[str, Tensor] = {}
-        weights = [images_present(weight) for _, _, weight in levels]
+        present = [images_present(weight) for _, _, weight in levels]
+        images = [
+            torch.ones(len(t)) if some is None else some.float().cpu()
+            for some, (_, t, _) in zip(present, levels, strict=True)
+        ]
+        count = int(torch.stack(images).amax(0).sum())
         with auxiliary.learning(levels[0][1].device.type):
-            for network, (_, t, weight), present in zip(auxiliary.network.children(), levels, weights, strict=True):
-                valid = None if weight is None else weight > 0
-                for name, items in self.lesson(network, upcast(t.detach()), valid).items():
-                    value = weighted_ratio(items, present).numerator
-                    sums[name] = sums[name] + value if name in sums else value
-            count = sum(
-                torch.ones(len(t)) if p is None else p.cpu() for p, (_, t, _) in zip(weights, levels, strict=True)
-            )
-            assert isinstance(count, Tensor)
-            self.monitor = auxiliary.step(torch.stack(list(sums.values())).sum(), int((count > 0).sum()), sums)
+            sums = self.lessons(list(auxiliary.network.children()), levels, count)
+            self.monitor = auxiliary.step(torch.stack(list(sums.values())).sum(), count, sums)
         if auxiliary.skipped:
             self.monitor = {**self.monitor, "skipped": torch.tensor(float(auxiliary.skipped))}
+
+    def lessons(self, networks: Sequence[nn.Module], levels: Sequence[Level], count: int) -> dict[str, Tensor]:
+        """Return the losses of all networks by name, summed over the images with a position that counts.
+
+        Args:
+            networks: the networks of the maps, in training mode.
+            levels: the maps.
+            count: the number of these images.
+        """
+        sums: dict[str, Tensor] = {}
+        for network, (_, t, weight) in zip(networks, levels, strict=True):
+            valid = None if weight is None else weight > 0
+            for name, items in self.lesson(network, upcast(t.detach()), valid).items():
+                value = weighted_ratio(items, images_present(weight)).numerator
+                sums[name] = sums[name] + value if name in sums else value
+        return sums
 
     def _nothing(self, levels: Sequence[Level]) -> Ratio:
         """Return 0 with the student's features and the term's parameters in the graph."""

@@ -3,33 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..errors import check_flag, check_number
+from ..errors import DistillError, check_flag, check_number
 from ..losses import Ratio, frequency_imitation, hint, masked_imitation, weighted_ratio
 from ..losses.frequency import FrequencyPrompts
 from ..losses.masking import image_means, images_present, inside
 from ..losses.receptive_tokens import ReceptiveTokens
 from ..losses.reduction import upcast
 from ..registry import RECIPES, TERMS
-from .base import Taps, sum_of
+from ..taps import Tap
+from .base import Taps, check_choice, sum_of
 from .pretrained import Level, PretrainedTerm
 
 
 class TokenTerm(PretrainedTerm):
     """Base of terms with tokens for each map: the loss of an image's map, given its tokens, added up over maps.
 
-    A subclass builds the tokens in :meth:`build_network`, with ``errors`` that they learn to reduce, and compares an image in
-    :meth:`per_image`.
+    A subclass builds the tokens in :meth:`build_network` and compares an image in :meth:`per_image`.
+
+    Args:
+        objective: ``"task"`` trains the tokens as the authors do, on the teacher's own loss of the masked features, where the host
+            can compute it (detectors and segmentors), and otherwise on the features; ``"features"`` on the features everywhere.
+        lr: see :class:`PretrainedTerm`.
     """
 
     adapts_always = True
 
-    def __init__(self, tap: Taps | None = None, *, lr: float = 0.01, **settings: Any) -> None:
+    def __init__(
+        self,
+        tap: Taps | None = None,
+        *,
+        objective: Literal["task", "features"] = "task",
+        lr: float = 0.01,
+        **settings: Any,
+    ) -> None:
         super().__init__(tap, lr=lr, **settings)
+        check_choice(self, "objective", objective, ("task", "features"))
+        self.objective, self.examines = objective, objective == "task" and self.network_file is None
+
+    def lessons(self, networks: Sequence[nn.Module], levels: Sequence[Level], count: int) -> dict[str, Tensor]:
+        if self.examiner is None or not self.examines:
+            return super().lessons(networks, levels, count)
+        overlaps: dict[int, Tensor] = {}
+
+        def masked(tap: Tap, number: int, features: Tensor) -> Tensor:
+            place = self.places.get((tap, number), -1)
+            if place < 0 or features.shape != levels[place][1].shape:
+                return features
+            weight = levels[place][2]
+            kept, overlap = cast(Any, networks[place]).masked(upcast(features), weight)
+            overlaps[place] = weighted_ratio(overlap, images_present(weight)).numerator
+            if weight is not None:
+                kept = torch.where((weight > 0)[:, None], kept, features)
+            return kept.to(features.dtype).contiguous()  # some heads view it
+
+        task = self.examiner(masked)
+        if len(overlaps) != len(networks):
+            raise DistillError(
+                f"{self.name}: the teacher's own loss does not read {', '.join(map(str, self.teacher_taps))} as its predictions "
+                "do; set objective='features'"
+            )
+        return {"overlap": torch.stack(list(overlaps.values())).sum(), "task": task.float() * count}
 
     def lesson(self, network: nn.Module, teacher: Tensor, valid: Tensor | None) -> Mapping[str, Tensor]:
         assert isinstance(network, (ReceptiveTokens, FrequencyPrompts))
@@ -52,10 +91,10 @@ class TokenTerm(PretrainedTerm):
 class MasKD(TokenTerm):
     """Masked distillation with receptive tokens (MasKD; Huang et al. 2023, arXiv 2205.14589).
 
-    Tokens first learn on the teacher's features to mark regions (masks) that do not overlap (Dice) and together keep the
-    features. Then the student imitates the features within each mask. The authors train the tokens, with the same Dice term, on
-    the teacher's own task loss of the masked features; a term sees features only, so that here the masked features must restore
-    the features instead. Tokens that were trained elsewhere can be loaded with ``network``. The losses of several maps are added.
+    Tokens first learn to mark regions (masks) of the teacher's features that do not overlap (Dice) and that the task needs: the
+    teacher's own loss of the masked features. Then the student imitates the features within each mask. The losses of several maps
+    are added. In hosts that know no loss of the teacher (plain PyTorch and Hugging Face) the masked features must restore the
+    features instead, which is not the authors' objective.
 
     Args:
         tap: maps ``(B, C, H, W)``; a detector's pyramid or a segmentor's last stage by default.
@@ -63,6 +102,7 @@ class MasKD(TokenTerm):
         weigh_masks: learn the importance of each mask in an image; false in the authors' code for segmentors.
         student_masks_after: number of steps of teaching after which the masks are multiplied by those that the tokens find in the
             student's features (5000 to 8500 in the authors' configs, by detector); ``None`` for never.
+        objective: ``"task"``, or ``"features"`` for tokens whose masked features restore the features in every host.
         adapter, region: see :class:`~kdgraft.FeatureTerm`; by default each map has a 1×1 convolution, as in the authors' code.
         weight: in the authors' configs 1 for Faster R-CNN and Cascade R-CNN, 7 for RetinaNet, 10 for FCOS and RepPoints on COCO,
             and 0.5 for class scores of segmentors. The loss is a mean over images, channels and marked positions: batch size and
@@ -110,19 +150,18 @@ class MasKD(TokenTerm):
 class FreeKD(TokenTerm):
     """Frequency distillation with semantic prompts (FreeKD; Zhang et al. 2024, arXiv 2311.12079).
 
-    Prompts first learn on the teacher's features to mark coefficients of a Haar transform: masks that do not overlap (Dice) and
-    together keep the features. Then the student's high bands follow the teacher's within the masks, beside a squared error of
-    the features. The losses of several maps are added.
+    Prompts first learn to mark coefficients of a Haar transform of the teacher's features: masks that do not overlap (Dice) and
+    that the task needs, as in :class:`MasKD`. Then the student's high bands follow the teacher's within the masks, beside a
+    squared error of the features. The losses of several maps are added.
 
     The transform, the masks, the loss of the bands and the squared error are those of the authors' code (Gumpest/FreeKD@e0874f5),
     which has no low band in the loss and nothing of the paper's position-aware weights of channels; these are left out here, too.
-    The authors train the prompts on the teacher's own task loss of the masked features, with the same Dice term; a term sees
-    features only, so that here the masked bands must restore the features instead. Their recipe for RetinaNet adds a smooth L1
-    error between the two models' box regressions.
+    The authors' config for RetinaNet adds a smooth L1 error between the two models' box regressions.
 
     Args:
         tap: maps ``(B, C, H, W)``; a detector's pyramid or a segmentor's last stage by default.
         prompts: number of prompts of each level of bands.
+        objective: see :class:`MasKD`.
         imitation: weight of the squared error of the features, a mean over channels and positions; 5 in the authors' code.
         adapter, region: see :class:`~kdgraft.FeatureTerm`; by default each map has a 1×1 convolution, as in the authors' code.
         weight: 1 in the authors' code, for RetinaNet on COCO. The loss is a mean over images, prompts, channels and coefficients:

@@ -11,7 +11,7 @@ from torch import Tensor
 import golden.dense
 from kdgraft import DistillError
 from kdgraft.losses import frequency_imitation
-from kdgraft.losses.frequency import FrequencyPrompts, haar_bands, halved
+from kdgraft.losses.frequency import FrequencyPrompts, haar_bands, haar_maps, halved
 from support.tensors import gradient
 
 # Gumpest/FreeKD@e0874f5da980e762577cfb472e76d895ef7261a8: mmrazor/models/losses/freekd.py with pytorch_wavelets 1.3.0, on maps(size)
@@ -77,6 +77,20 @@ def test_padding_changes_nothing():
     found = frequency_imitation(*wide, module.masks(wide[1], valid), valid=valid)
     torch.testing.assert_close(found, frequency_imitation(student, teacher, module.masks(teacher)))
     torch.testing.assert_close(module.errors(wide[1], valid), module.errors(teacher))
+
+
+@pytest.mark.parametrize("size", [(16, 8), (11, 7), (1, 5)], ids=str)
+def test_the_bands_restore_the_maps(size: tuple[int, int]):
+    _, teacher = maps(size)
+    torch.testing.assert_close(haar_maps(haar_bands(teacher), size), teacher)
+
+
+def test_the_masked_map_is_the_authors():
+    _, teacher = maps((16, 8))
+    kept, overlap = prompts().masked(teacher)
+    shares = (kept - teacher).square().flatten(1).sum(1) / teacher.square().flatten(1).sum(1)
+    assert shares.tolist() == pytest.approx(RESTORED, rel=1e-6)
+    torch.testing.assert_close(overlap, prompts().errors(teacher)["overlap"])
 
 
 def test_a_coefficient_counts_if_a_valid_position_contributes():

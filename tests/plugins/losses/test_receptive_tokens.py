@@ -20,6 +20,8 @@ DETECTION = (1.8286303067184853, -0.0070937855189234615, 0.038973839934614854)
 STUDENTS_MASKS = (0.957874695875345, -0.008750082006457457, 0.01324308034153492)
 SEGMENTATION = (0.9248996352452905, -0.001979192646507886, 0.00812918133266918)
 DICE = 0.7727699517107944
+# The same MaskModules on the teacher's map: the first number of the masked features, and the sum of their squares.
+MASKED = {True: (1.1057554081069563, 145.1643719295796), False: (2.220913750639316, 1353.4462280394239)}
 
 
 def maps() -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,6 +51,13 @@ def test_authors_figures(which: str):
 
 def test_the_overlap_is_the_authors():
     assert tokens().errors(maps()[1])["overlap"].mean().item() == pytest.approx(DICE, rel=1e-10)
+
+
+@pytest.mark.parametrize("weigh", [True, False])
+def test_the_masked_features_are_the_authors(weigh: bool):
+    kept, overlap = tokens(weigh).masked(maps()[1])
+    assert [kept[0, 0, 0, 0].item(), kept.square().sum().item()] == pytest.approx(MASKED[weigh], rel=1e-10)
+    assert overlap.mean().item() == pytest.approx(DICE, rel=1e-10)
 
 
 def test_two_masks_by_hand():
