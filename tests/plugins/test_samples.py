@@ -154,6 +154,15 @@ def test_two_processes_are_one(name: str, ranks: list[dict[str, Any]]):
             torch.testing.assert_close(rank[1], slopes, rtol=1e-4, atol=1e-6)
 
 
+def test_flattened_maps_lie_on_the_largest_grid_of_all_processes(ranks: list[dict[str, Any]]):
+    # The second process has one image, which is not padded there.
+    for step, (loss, slopes) in enumerate(steps("SimilarityPreserving", slice(0, 4), pool="flat")):
+        assert loss > 0
+        for found in (rank["flat"][step] for rank in ranks):
+            torch.testing.assert_close(found[0], loss)
+            torch.testing.assert_close(found[1], slopes, rtol=1e-4, atol=1e-6)
+
+
 def test_rows_of_unequal_number_are_gathered(ranks: list[dict[str, Any]]):
     assert sample_ranks.SHARES[0].stop == 3
     for gathered, _, numbers in (rank["rows"] for rank in ranks):
@@ -171,7 +180,7 @@ def test_rows_of_unequal_number_are_gathered(ranks: list[dict[str, Any]]):
     ("example", "settings", "message"),
     [
         (IMAGES[0], dict(tap=None), "Spread needs a tap, or both student_tap and teacher_tap"),
-        (IMAGES[0], dict(pool="max"), "Spread: pool must be one of mean, first, got 'max'"),
+        (IMAGES[0], dict(pool="max"), "Spread: pool must be one of mean, first, flat, got 'max'"),
         (IMAGES[0], dict(pool="first"), r"mix \(4, 4, 6, 5\) gives no vector per sample; tap states \(B, L, C\)"),
         (IMAGES[0], dict(pool="first", region="foreground"), "pool='first' takes one token whatever the region"),
         (IMAGES[0], dict(region="inside"), "no region is called 'inside'"),

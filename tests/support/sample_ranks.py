@@ -17,6 +17,7 @@ SHARES = (slice(0, 3), slice(3, 4))
 def all_steps(rank: int) -> dict[str, Any]:
     """The steps of this process's share for every term, and rows that were gathered, with the gradient that came back."""
     found: dict[str, Any] = {name: steps(name, SHARES[rank], DistributedDataParallel) for name in EVERY}
+    found["flat"] = steps("SimilarityPreserving", SHARES[rank], DistributedDataParallel, pool="flat")
     rows = torch.full((2 - 2 * rank, 2), 1.0 + rank, requires_grad=True)  # the second process has none
     gathered = gather_over_ranks(rows)
     (gathered * torch.tensor([[1.0], [10.0]]) * (1 + rank)).sum().backward()

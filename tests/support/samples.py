@@ -68,8 +68,9 @@ def steps(
     found = []
     for images in IMAGES:
         model.zero_grad()
-        batch = Batch(padded_size=(6, 5), image_sizes=SIZES[share])
-        loss = wrapped(images[share], targets=torch.arange(4)[share], batch=batch).loss
+        height, width = (max(sides) for sides in zip(*SIZES[share], strict=True))  # padded as far as this share needs
+        batch = Batch(padded_size=(height, width), image_sizes=SIZES[share])
+        loss = wrapped(images[share, :, :height, :width], targets=torch.arange(4)[share], batch=batch).loss
         loss.backward()
         found.append((loss.detach(), gradients(model)))
     return found
