@@ -183,6 +183,7 @@ def _execute(arguments: list[str]) -> None:
     elif how == "-m":
         runpy.run_module(what, run_name="__main__", alter_sys=True)
     else:
+        sys.path[0] = str(Path(what).resolve().parent)
         runpy.run_path(what, run_name="__main__")
 
 
