@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import SharedRandom, copy_from_first_rank, sum_over_ranks
-from .errors import DistillError
+from .errors import DistillError, check_number, is_number
 
 A = TypeVar("A", bound="Auxiliary")
 
@@ -125,3 +125,12 @@ class Auxiliary:
 
     def __deepcopy__(self: A, memo: dict[int, Any]) -> A:
         return self
+
+
+def check_optimizer(owner: str, lr: Any, betas: Any, weight_decay: Any) -> None:
+    """Raise a :class:`DistillError` unless the settings of an auxiliary network's Adam make sense."""
+    check_number(owner, "lr", lr, above=True)
+    check_number(owner, "weight_decay", weight_decay)
+    pair = list(betas) if isinstance(betas, (tuple, list)) else []
+    if len(pair) != 2 or not all(is_number(beta) and 0 <= beta < 1 for beta in pair):
+        raise DistillError(f"{owner}: betas must be two numbers in [0, 1), got {betas!r}")

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..auxiliary import check_optimizer
 from ..batch import Batch
 from ..errors import DistillError, WiringError, check_number
 from ..losses import Ratio, upcast
@@ -61,11 +62,9 @@ class AdversarialTerm(ScoreTerm):
             raise DistillError(f"{owner}: kind must be one of {', '.join(self.kinds)}, got {kind!r}")
         if penalty is None:
             penalty = 10.0 if kind == "wgan-gp" else 0.0
-        for name, value, low in (("penalty", penalty, 0.0), ("weight_decay", weight_decay, 0.0), ("lr", lr, 0.0)):
-            check_number(owner, name, value, low, above=name == "lr")
+        check_number(owner, "penalty", penalty)
         check_number(owner, "steps", steps, 1, whole=True)
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-            raise DistillError(f"{owner}: betas must be two numbers in [0, 1), got {betas!r}")
+        check_optimizer(owner, lr, betas, weight_decay)
         self.kind = kind
         self.optimization: dict[str, Any] = dict(
             penalty=penalty, lr=lr, betas=betas, weight_decay=weight_decay, steps=steps

@@ -9,10 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..auxiliary import Auxiliary
+from ..auxiliary import Auxiliary, check_optimizer
 from ..batch import Batch
 from ..distributed import rank
-from ..errors import WiringError, check_number, check_share
+from ..errors import WiringError, check_number
 from ..files import written_whole
 from ..losses import Ratio, factor_transfer, weighted_ratio
 from ..losses.factor_transfer import Paraphraser, Translator
@@ -80,12 +80,7 @@ class PretrainedTerm(FeatureTerm):
         super().__init__(tap, **settings)
         kind = type(self).__name__
         check_number(kind, "pretrain", pretrain, 1, whole=True)
-        check_number(kind, "lr", lr, above=True)
-        check_number(kind, "weight_decay", weight_decay)
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise WiringError(f"{kind}: betas must be two numbers in [0, 1], got {betas!r}")
-        for beta in betas:
-            check_share(kind, "betas", beta)
+        check_optimizer(kind, lr, betas, weight_decay)
         self.pretrain, self.network_file, self.save_network = pretrain, network, save_network
         self._optimization: dict[str, Any] = dict(lr=lr, betas=betas, weight_decay=weight_decay)
         self.steps = 0
