@@ -80,3 +80,33 @@ def test_matched_queries_have_the_classes_of_their_objects(tmp_path):
 def test_sigmoid_classes_are_refused_when_built(term, tmp_path):
     with pytest.raises(WiringError, match="these models score each class on its own; use SoftTargets"):
         taught(detector(), detector(width=6, channels=12), tmp_path, type=term)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [dict(activation="softmax"), dict(activation="softmax", anchors="main"), dict(kind="lsgan", anchors="main")],
+)
+def test_a_critic_of_class_scores_sees_the_positives_alone(settings, tmp_path):
+    teacher = detector(width=6, channels=12)
+    model = taught(detector(frozen_bn=True), teacher, tmp_path, type="AdversarialScores", name="term", **settings)
+    opponent, seen = model.distiller.terms["term"].opponent, []
+    learn = opponent.learn
+    opponent.learn = lambda real, fake, labels=None: seen.append((real, labels)) or learn(real, fake, labels=labels)
+    (pairs,), loss = compared(model)
+    positive = (pairs.labels < 10).sum()
+    ((real, labels),) = seen
+    assert real.shape == (positive, 10) and loss > 0
+    assert (labels is None) == ("kind" in settings)
+
+
+def test_a_critic_of_proposals_sees_the_background_as_a_class(tmp_path):
+    model = taught(
+        staged("Cascade R-CNN", frozen_bn=True),
+        staged("Cascade R-CNN", width=6),
+        tmp_path,
+        type="AdversarialScores",
+        name="term",
+    )
+    stages, loss = compared(model)
+    assert len(stages) == 2 and loss > 0
+    assert model.distiller.terms["term"].opponent.critic.last.out_features == 11 + 2

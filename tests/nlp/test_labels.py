@@ -219,3 +219,31 @@ def test_what_regresses_no_numbers_is_refused():
         WiringError, match="softmax has no meaning for a single output; use BoundedRegression, which compares"
     ):
         graft(*regressors(), ["SoftTargets"])
+
+
+# --- a critic
+
+
+def test_a_critic_needs_classes_that_are_always_the_same():
+    with pytest.raises(WiringError, match="its critic needs scores of one fixed number of classes"):
+        graft(*answerers(), ["AdversarialScores"])
+    many = [support.model("bert", seed=seed, problem_type="multi_label_classification") for seed in (1, 2)]
+    with pytest.raises(WiringError, match="each class on its own"):
+        graft(*many, ["AdversarialScores"])
+    batch = support.collate(support.samples(4))
+    del batch["labels"]
+    for kind in ("lsgan", "hinge"):
+        many = [support.model("bert", seed=seed, problem_type="multi_label_classification") for seed in (1, 2)]
+        built = graft(*many, [dict(type="AdversarialScores", kind=kind)]).train()
+        assert support.distilled_step(built, batch)[0].isfinite()
+
+
+def test_a_critic_of_tokens_sees_those_with_a_label():
+    batch = given("causal")
+    built = graft(*models("causal"), [dict(type="AdversarialScores", name="term", width=8)]).train()
+    opponent, seen = built.distiller.terms["term"].opponent, []
+    learn = opponent.learn
+    opponent.learn = lambda real, fake, labels=None: seen.append(labels) or learn(real, fake, labels=labels)
+    assert support.distilled_step(built, batch)[0] > 0
+    wanted = batch["labels"][:, 1:]
+    assert torch.equal(seen[0], wanted[wanted != -100])
