@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from kdgraft import Batch, Distiller, FactorTransfer, FreeKD, MasKD, Review
+from kdgraft import Batch, Distiller, Engine, FactorTransfer, FreeKD, MasKD, Review, Step, Teacher
 from support.distiller_ranks import IMAGES, SHARES, SIZES, Net
 from support.processes import as_rank
 from support.tensors import gradients
@@ -47,5 +47,27 @@ def steps(share: slice, *, distributed: bool) -> dict[str, Any]:
     return found
 
 
+def examined(share: slice) -> dict[str, Any]:
+    """Two steps of tokens on the teacher's own loss: the figures of each, and the tokens in the end."""
+    torch.manual_seed(0)
+    student, images = Net(4), IMAGES[share]
+    engine = Engine(Teacher(Net(6)), [MasKD("trunk", name="term", pretrain=2, tokens=3)])
+    engine.wire(student, lambda: student(IMAGES[:1]), lambda source: source.model(IMAGES[:1]))
+    batch = Batch(padded_size=(8, 8), image_sizes=SIZES[share])
+    losses = []
+    for number in range(2):
+        run = lambda source: source.model(images)  # noqa: E731
+        own = lambda source: source.model(images).square().mean()  # noqa: E731
+        with engine.step(student, batch, Step(number), run, run_loss=own) as step:
+            student(images)
+        losses.append(step.losses())
+    return {"losses": losses, "tokens": engine.all_terms[0].auxiliaries["network"].network.state_dict()}
+
+
+def all_steps(rank: int) -> dict[str, Any]:
+    """The steps of this process's share."""
+    return {**steps(SHARES[rank], distributed=True), "examined": examined(SHARES[rank])}
+
+
 if __name__ == "__main__":
-    as_rank(lambda rank: steps(SHARES[rank], distributed=True))
+    as_rank(all_steps)

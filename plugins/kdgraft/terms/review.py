@@ -33,8 +33,8 @@ class Review(FeatureTerm):
             MobileNet on ImageNet).
         region: see :class:`FeatureTerm`; positions with weight 0 are excluded, the others have equal weight.
         weight: in the authors' code 1 to 2 for Faster R-CNN (1 for R101 → R50), 1 for RetinaNet, 1 (R34 → R18) and 8
-            (R50 → MobileNet) on ImageNet, 0.6 to 8 on CIFAR-100. The loss is a mean over images, channels and positions, so that
-            neither the batch size nor the size of the maps changes its scale.
+            (R50 → MobileNet) on ImageNet, 0.6 to 8 on CIFAR-100, where it rises linearly over the first 20 epochs. The loss is a
+            mean over images, channels and positions, so that neither the batch size nor the size of the maps changes its scale.
 
     Example:
         >>> class Stages(nn.Sequential):
