@@ -10,7 +10,7 @@ from mmengine.logging import MessageHub
 from mmengine.registry import DefaultScope
 
 from support import det as models
-from support.mm import Trained, run
+from support.mm import Trained, run, zeros_for_weights  # noqa: F401  a fixture
 
 _numbers = count()
 

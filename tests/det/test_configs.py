@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parents[2] / "det" / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
+@pytest.mark.usefixtures("zeros_for_weights")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ready_config_builds_wires_every_term_and_has_its_plain_student(name):
     config = Config.fromfile(FOLDER / name)

@@ -12,6 +12,7 @@ from support.pages import configs
 BLOCKS = configs("kdgraft_det")
 
 
+@pytest.mark.usefixtures("zeros_for_weights")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_config_of_the_pages_builds_and_wires_every_term(tmp_path, number):
     file = tmp_path / "my_config.py"

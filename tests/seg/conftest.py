@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from support import seg as models
-from support.mm import Trained, run
+from support.mm import Trained, run, zeros_for_weights  # noqa: F401  a fixture
 
 
 @pytest.hookimpl(tryfirst=True)

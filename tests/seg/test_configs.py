@@ -15,6 +15,7 @@ FOLDER = Path(__file__).parents[2] / "seg" / "configs"
 CONFIGS = sorted(path.name for path in FOLDER.glob("*.py"))
 
 
+@pytest.mark.usefixtures("zeros_for_weights")
 @pytest.mark.parametrize("name", CONFIGS)
 def test_ready_config_builds_and_wires_every_term(name):
     DefaultScope.get_instance(f"test_configs_{name}", scope_name="mmseg")

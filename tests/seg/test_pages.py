@@ -14,6 +14,7 @@ from support.pages import configs
 BLOCKS = configs("kdgraft_seg")
 
 
+@pytest.mark.usefixtures("zeros_for_weights")
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
 def test_a_config_of_the_pages_builds_and_wires_every_term(tmp_path, number):
     DefaultScope.get_instance(f"test_pages_{number}", scope_name="mmseg")

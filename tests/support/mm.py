@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.registry import Registry
 from mmengine.runner import Runner
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdgraft.errors import DistillError
 
@@ -39,6 +39,13 @@ def run(config: Config) -> Runner:
     runner = Runner.from_cfg(config)
     runner.train()
     return runner
+
+
+@pytest.fixture
+def zeros_for_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models start from zeros: at full width, random numbers and what follows from them are most of what building costs."""
+    for name in ("uniform_", "normal_", "kaiming_uniform_", "kaiming_normal_", "xavier_uniform_", "trunc_normal_"):
+        monkeypatch.setattr(nn.init, name, lambda tensor, *_, **__: tensor.detach().zero_())
 
 
 def history(runner: Runner, name: str) -> list[float]:
