@@ -66,7 +66,7 @@ def test_the_critic_separates_two_kinds_of_masks(kind):
         assert gaps[-1] < 1.2 * float((masks(6) - masks(0)).flatten(1).norm(dim=1).mean())
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 @pytest.mark.parametrize("kind", ADVERSARIES)
 def test_a_student_trained_against_it_moves_towards_the_teachers_masks(kind, seed):
     # The student has nothing else to go by: one mask to shape, and a critic that sees the teacher's masks of one kind, sure of
