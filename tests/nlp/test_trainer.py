@@ -568,7 +568,8 @@ def test_seq2seq_trainer_and_question_answering(tmp_path):
 def test_recipes_train_and_print(tmp_path):
     from kdgraft_nlp import RECIPES
 
-    assert set(RECIPES) == {"tinybert", "minilm", "minilmv2", "distilbert", "pkd", "mobilebert", "gkd"}
+    lists = {name for name in RECIPES if RECIPES.get(name).__module__ == "kdgraft_nlp.recipes"}  # the others are one term each
+    assert lists == {"tinybert", "minilm", "minilmv2", "distilbert", "pkd", "mobilebert", "gkd"}
     for recipe in ("tinybert", "minilm", "minilmv2", "distilbert", "pkd", "mobilebert"):
         layers = 2 if recipe == "mobilebert" else 4
         trainer = trained(
