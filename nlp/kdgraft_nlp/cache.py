@@ -64,6 +64,10 @@ class TeacherCache:
     def check(self, taps: Sequence[Tap], who: str) -> None:
         """Raise a :class:`WiringError` for taps whose values are not one tensor per sample."""
         for tap in taps:
+            if tap.leaf:
+                raise WiringError(
+                    f"{who} differentiates the teacher, which a cache does not run; leave out the cache or the term"
+                )
             if tap.parameters:
                 raise WiringError(
                     f"{who} reads weights ('{tap}'), which belong to no sample; leave out the cache or the term"

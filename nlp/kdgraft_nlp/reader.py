@@ -65,6 +65,14 @@ class HFReader(Reader):
             return torch.tensor(float(tokens.size))
         return (per_text(real.long(), tokens.student.texts_of(stack)) > 0).sum().float()
 
+    def images(self, model: nn.Module) -> Tap:
+        if getattr(model, "main_input_name", "") != "pixel_values":
+            raise WiringError(
+                f"{self.term} differentiates models by the images that they see, and {type(model).__name__} reads none; use terms on "
+                "layers or predictions"
+            )
+        return Tap.parse(":inputs[pixel_values]")
+
     def scores(  # type: ignore[override]  # each host has settings of its own
         self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"
     ) -> Scores:

@@ -17,6 +17,7 @@ from .terms.contrastive import CRD
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
+from .terms.gradients import GradientTransfer
 from .terms.labelled import DKD, NKD
 from .terms.numbers import BoundedRegression
 from .terms.pairs import PairTerm, ScoreTerm, TemperedTerm
@@ -71,6 +72,7 @@ __all__ = [
     "ForwardKL",
     "FreeKD",
     "GeneralizedJSD",
+    "GradientTransfer",
     "Hint",
     "Itself",
     "LogitMatching",

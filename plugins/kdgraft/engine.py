@@ -305,6 +305,9 @@ class Engine(nn.Module):
         for source in self.sources.values():
             source.begin(student, at)
         heard = {name for term in active for name in (term.listener, *self.members(term.source))}
+        live = {n for term in active if term.takes_gradients for n in (term.listener, *self.members(term.source))}
+        for name, recorder in self._rehearsal.recorders.items():
+            recorder.by_input = name in live
         for name in self._leaves:
             source = self.sources[name]
             if name in heard and not source.trains:

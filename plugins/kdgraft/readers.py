@@ -75,6 +75,10 @@ class Reader:
     def check_classes(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
         """Raise a :class:`WiringError` unless both tensors score the same number of classes."""
 
+    def images(self, model: nn.Module) -> Tap:
+        """Return the tap of the images that a model sees, by which a term differentiates it."""
+        return Tap.parse(self.default_taps.get("images", ":input"))
+
     def align_corners(self, tap: Tap) -> bool:
         """Return true if the host resizes the maps of this tap of the student with aligned corners."""
         return False

@@ -19,8 +19,8 @@ from .errors import DistillError, WiringError, nearest
 from .taps import Recording, Site, Tap
 
 Listener = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
-Change = Callable[[Tap, int, Tensor], Tensor]
 """Runs the original function in place of its caller: ``(original, args, kwargs) -> output``."""
+Change = Callable[[Tap, int, Tensor], Tensor]
 
 
 class Recorder:
@@ -49,6 +49,8 @@ class Recorder:
     def __init__(self, model: nn.Module, taps: Sequence[Tap], owner: str = "model", name: str = "") -> None:
         self.owner, self.name = owner, name or owner
         self.taps = tuple(dict.fromkeys(taps))
+        self.by_input = any(tap.leaf for tap in self.taps)
+        """True if the next pass must run so that it can be differentiated by its input; without a tap of a leaf it has no effect."""
         self._copied: set[tuple[str, str]] = set()
         self.expected: dict[tuple[str, str], int] = {}
         for tap in self.taps:
@@ -119,11 +121,15 @@ class Recorder:
         # Modules that the dry run did not reach (a head, when only a neck is tapped) may overwrite further tensors.
         self._copied |= recording.overwritten
 
-    @torch.no_grad()
     def record_prefix(self, model: nn.Module, run: Callable[[], Any]) -> Recording:
-        """Run the model without gradient, and stop as soon as every tap has fired as often as in the dry run."""
-        with self._listening(model, dict(self.expected)) as recording, suppress(_Complete):
-            run()
+        """Run the model without gradient, and stop as soon as every tap has fired as often as in the dry run.
+
+        A pass that is to be differentiated by its input runs with gradient.
+        """
+        with torch.set_grad_enabled(self.by_input):
+            with self._listening(model, dict(self.expected)) as recording, suppress(_Complete):
+                run()
+            recording.live = self.by_input
         return recording
 
     @contextmanager
@@ -165,12 +171,20 @@ class Recorder:
         recording = Recording(self.owner, sources, self._copied, self.name)
         recording.training, recording.root = model.training, model
         wants_gradient = torch.is_grad_enabled()
+        leaves = {
+            (site.path, site.method): tap.index
+            for tap, sites in sources.items()
+            for site in sites
+            if tap.leaf and self.by_input
+        }
 
         def listener(source: Site) -> Listener:
             seen = recording.seen[source.path, source.method]
             key = (source.path, source.method)
 
             def hear(original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                if key in leaves:
+                    args, kwargs = _with_leaf(args, kwargs, leaves[key])
                 seen.add("input", lambda: args[0] if args else next(iter(kwargs.values()), None))
                 seen.add("inputs", lambda: _by_name(original, args, kwargs))
                 seen.add("parameters", lambda: _parameters(source, self.owner))
@@ -190,7 +204,7 @@ class Recorder:
 
             return hear
 
-        undo: list[Callable[[], None]] = [_fast_path_off()]
+        undo: list[Callable[[], None]] = [_fast_path_off(), *([_fused_attention_off()] if leaves else ())]
         try:
             for source in {(s.path, s.method): s for found in sources.values() for s in found}.values():
                 undo.append(self.attach(source, listener(source)))
@@ -216,6 +230,29 @@ def _fast_path_off() -> Callable[[], None]:
     return lambda: torch.backends.mha.set_fastpath_enabled(before)
 
 
+def _fused_attention_off() -> Callable[[], None]:
+    """Let attention run by its formula, as its fused kernels have no second derivative; return the function that undoes it."""
+    context = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+    context.__enter__()
+
+    def undo() -> None:
+        context.__exit__(None, None, None)
+
+    return undo
+
+
+def _with_leaf(
+    args: tuple[Any, ...], kwargs: dict[str, Any], index: tuple[int | str, ...]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make one argument of a call, the first one or that of a name, a leaf of the graph."""
+    name = next((str(key) for key in index), None) or (None if args else next(iter(kwargs), None))
+    value = args[0] if name is None else kwargs.get(name)
+    if not isinstance(value, Tensor) or value.requires_grad or not value.is_floating_point():
+        return args, kwargs
+    leaf = value.detach().requires_grad_()
+    return ((leaf, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: leaf})
+
+
 class _Complete(BaseException):
     """Ends a forward pass when no tap needs the remaining modules; hosts must not catch it with ``except Exception``."""
 
@@ -235,7 +272,12 @@ def shadow(module: nn.Module, method: str, replacement: Callable[..., Any]) -> C
 
 
 def _by_name(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+    signature = inspect.signature(function)
+    found = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:  # those that a wrapper hands on
+            found.update(found.pop(name, {}))
+    return found
 
 
 def _parameters(source: Site, owner: str) -> dict[str, Tensor]:

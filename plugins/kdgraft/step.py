@@ -71,13 +71,19 @@ class StepInProgress:
             self._batches[id(model)] = self._batch(model)
         return self._batches[id(model)]
 
-    def heard(self, source: str) -> Recording:
-        """Return the recording of a source in this step, without gradient to the source."""
+    def heard(self, source: str, *, live: bool = False) -> Recording:
+        """Return the recording of a source in this step, without gradient to the source.
+
+        Args:
+            source: the name of the source.
+            live: keep the graph, for a term that differentiates the source's predictions by its input.
+        """
         if source != STUDENT and isinstance(ensemble := self._sources[source], Ensemble):
             return ensemble.of([self.heard(member) for member in ensemble.members])
         (model,) = (STUDENT,) if source == STUDENT else self._sources[source].members
-        trains = model == STUDENT or self._sources[model].trains
-        return self.recordings[model].heard_as("teacher", detached=trains)
+        recording = self.recordings[model]
+        has_graph = model == STUDENT or self._sources[model].trains or recording.live
+        return recording.heard_as("teacher", detached=has_graph and not live)
 
     def denominator(self, term: Term) -> Tensor | None:
         """Return a term's denominator over all parts of the batch and all processes; ``None`` if it is not known beforehand."""
@@ -152,7 +158,7 @@ class StepInProgress:
         model = self._student if term.listener == STUDENT else self._sources[term.listener].model
         term.examiner = self.examiners.get(term.name)
         try:
-            return term(listener, self.heard(term.source), self.batch_of(model))
+            return term(listener, self.heard(term.source, live=term.takes_gradients), self.batch_of(model))
         finally:
             term.examiner = None
 

@@ -42,6 +42,7 @@ class Tap:
         index: indices into the value: integers, field names, or ``"*"`` for all entries of a list.
         inputs: true if all arguments are read, as a dict by name.
         parameters: true if the module's parameters are read, as a dict by name.
+        leaf: true if the input becomes a leaf of the graph, by which the model can be differentiated.
 
     Example:
         >>> Tap.parse("bbox_head[1][*]").index
@@ -55,6 +56,7 @@ class Tap:
     index: tuple[int | str, ...] = ()
     inputs: bool = False
     parameters: bool = False
+    leaf: bool = False
 
     @property
     def side(self) -> str:
@@ -127,7 +129,7 @@ class _Seen:
             return  # a module that runs several times has them once
         value = read()
         if self.copied:
-            value = _map(value, torch.clone)
+            value = _map(value, _copied)
         else:
             self._versions += [(tensor, tensor._version) for tensor in _tensors(value)]
         self.values[side].append(value)
@@ -153,6 +155,7 @@ class Recording:
         scale: the ratio of this model's input size to the student's.
         training: true if the model ran in training mode, in which some heads return other outputs.
         root: the recorded model itself, for terms that run a part of it once more within the step; ``None`` where there is none.
+        live: true if the model, although it does not train, ran with gradients by its input.
 
     Example:
         >>> tap = Tap.parse("conv")
@@ -165,6 +168,7 @@ class Recording:
     scale: float = 1.0
     training: bool = False
     root: nn.Module | None = None
+    live: bool = False
 
     def __init__(
         self, owner: str, sources: Mapping[Tap, Sequence[Site]], copied: set[tuple[str, str]], model: str = ""
@@ -277,6 +281,11 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from _tensors(entry)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Copy a tensor; a leaf of the graph, which nothing may overwrite, stays the one that the model uses."""
+    return tensor if tensor.is_leaf and tensor.requires_grad else tensor.clone()
 
 
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -53,6 +53,7 @@ class SegReader(Reader):
         "scores": LOGITS,
         "embeddings": EMBEDDINGS,
         "samples": "backbone[-1]",
+        "images": "backbone:input",
     }
     lacks: ClassVar = SEG.lacks
 

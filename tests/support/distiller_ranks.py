@@ -20,6 +20,7 @@ from kdgraft import (
     Distiller,
     FeatureImitation,
     FeatureMMD,
+    GradientTransfer,
     PearsonImitation,
     SoftTargets,
     WarmUp,
@@ -76,6 +77,7 @@ def distiller(broken_on: int | None) -> Distiller:
         FeatureMMD("trunk", kernel="poly", name="moments"),
         FSP(["trunk", "deep"], name="flow"),
         WeightMatching("trunk", name="weights"),
+        GradientTransfer(weight=10, name="slopes"),
         FeatureImitation("deep", name="later", schedule=WarmUp(1)),
     ]
     if broken_on is not None:

@@ -332,6 +332,7 @@ BY_NAME: dict[str, Declared] = {
     "hint l1": weighted(partial(losses.hint, norm="l1"), MAPS, (2, 3, 4)),
     # Units that are right by less than the margin cost something, and of the teacher only the signs count.
     "activation_boundaries": weighted(losses.activation_boundaries, MAPS, (2, 3, 4), equal=False, teacher_learns=False),
+    "gradient_transfer": masked(losses.gradient_transfer, MAPS, (2,)),
     "pearson": weighted(losses.pearson, MAPS, (6,), cuts=True, lengths=False),
     "channel_wise": masked(losses.channel_wise, MAPS, (2, 6)),
     "focal_features": masked(_features, MAPS, (2,), counts_all=True),

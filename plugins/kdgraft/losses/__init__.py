@@ -22,6 +22,7 @@ from .focal_global import focal_attention, focal_features
 from .frequency import frequency_imitation
 from .fsp import fsp
 from .gold import gold
+from .gradient_transfer import gradient_transfer
 from .hint import hint
 from .localization import localization
 from .logit_matching import logit_matching
@@ -79,6 +80,7 @@ __all__ = [
     "generalized_jsd",
     "gold",
     "gradient_penalty",
+    "gradient_transfer",
     "hierarchical_context",
     "hint",
     "localization",

@@ -53,6 +53,8 @@ class Term(nn.Module):
     """True if the term compares class outputs, so that both models must have the same class names."""
     hears_ensembles = False
     """True if the term reads predictions through :func:`~kdgraft.sources.combined`, so that its source may be an Ensemble."""
+    takes_gradients = False
+    """True if the term differentiates predictions by the input, so that its source runs with gradients while it is active."""
     reading: Any = None
     """Settings, beside the taps, with which the source is read; equal for all members of an Ensemble. :meth:`prepare` sets it."""
     host_losses: Sequence[str] = ()
