@@ -36,7 +36,8 @@ class Batch:
         padded_size: (height, width) of the network input.
         image_sizes: (height, width) of each image, which lies at the top left of the padded input; ``None`` without padding.
         boxes: ground truth of each image, ``(n, 4)`` as x1, y1, x2, y2.
-        labels: the host's labels: ``(n,)`` per image, or one tensor, such as the classes of pixels ``(B, H, W)``.
+        labels: the host's labels: ``(n,)`` per image, or one tensor, such as the classes of pixels ``(B, H, W)`` or numbers to
+            regress ``(B, D)``.
         valid: ``(B, H, W)``, true for pixels that are neither ignored nor padding.
         tokens: ``(B, L)``, true for tokens that are not padding.
         texts: ``(B, L)``: the number of each token's text in the batch, for rows that hold several texts.

@@ -119,7 +119,7 @@ class Distiller(Engine):
 
         Args:
             args, kwargs: arguments of all models.
-            targets: labels, for terms that mix hard and soft targets.
+            targets: classes, for terms that need labels or mix hard and soft targets; or true numbers, for terms on numbers.
             batch: sizes, boxes and so on, for terms with a region.
             indices: the samples' indices in the training set, or other names, for terms that remember samples.
         """

@@ -157,6 +157,7 @@ class TapScores(Scores):
         for s, t in in_students_order(self.reader, self.taps, student, teacher, independent=self._apart):
             alone, dim = self._each_alone(s), class_dim(s)
             labels = integers_of(batch.labels, s.select(dim, 0).shape)
+            labels = None if labels is None else labels.to(s.device)
             weight = labels != -100 if self.labelled and labels is not None else None
             pairs = Pairs(s, t, weight, dim=dim, independent=alone, mean=self._apart)
             found.append(pairs if alone else replace(pairs, labels=labels))
