@@ -110,7 +110,9 @@ def check_scales(owner: str, teacher: Any, teachers: Any, scales: bool, distils:
 
 def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[str, ...]) -> None:
     """Raise a :class:`WiringError` unless student and teacher have modules of the same shapes at these paths."""
-    if paths and (len(sources) > 1 or not all(isinstance(source, Teacher) for source in sources.values())):
+    if not paths:
+        return  # sources such as an Ensemble have no model of their own
+    if len(sources) > 1 or not all(isinstance(source, Teacher) for source in sources.values()):
         raise WiringError(f"inherit takes weights from one teacher, and there are {', '.join(sources)}; leave it out")
     for name, source in sources.items():
         check_alike(student, source.model, paths, name)
