@@ -52,6 +52,9 @@ class CrossHead(Term):
     RetinaNet's anchors between its two thresholds. For FCOS it uses the IoU loss, divides by the sum of the centre-ness, and has
     the weights 0.4 and 0.75 and ``reused=2``. For ATSS it adds the centre-ness of positives.
 
+    Beside the plain step and the teacher's forward pass, a step runs the reused layers and the head's outputs on the student's
+    features, forward and backward to their input: for GFL, ResNet-101 teaching ResNet-18, 8.8 % more operations, at any image size.
+
     Args:
         reused: the number of last convolutions of each tower that are the teacher's; if these are all, the pyramid is aligned.
         classes, boxes: weights of the two parts; ``boxes`` is by default 4 with distributions and 1 without, as published.

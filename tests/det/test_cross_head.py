@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import reduce
 
 import pytest
 import torch
 from mmengine.config import Config
 from mmengine.hub import get_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from golden import wave
 from kdgraft.errors import DistillError, WiringError
@@ -314,6 +316,37 @@ def test_weights_of_the_two_parts(teachers):
     assert both == pytest.approx(boxes + classes / 2, rel=1e-5)
     halved = crossed(zoo("GFL"), *teachers("GFL"), classes=0, boxes=2.0)
     assert cross_loss(halved).item() == pytest.approx(boxes / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("reused", [1, 2])
+def test_a_step_costs_what_the_crossing_does_and_no_more(reused, tmp_path):
+    """The plain step, the teacher's forward pass, and the reused layers forward and backward to their inputs."""
+    entry = zoo("GFL", convs=2, frozen_bn=True)
+    model = crossed(entry, entry, save_teacher(tmp_path / "teacher.pth", entry), reused=reused)
+    teacher, plain = model.distiller.teacher.model, build(entry)
+    data = model.data_preprocessor(raw_batch(), True)
+
+    def flops(run):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return counter.get_total_flops()
+
+    def step(one):
+        found = losses(one, raw_batch())
+        torch.stack([value for name, value in found.items() if "loss" in name]).sum().backward()
+
+    head = teacher.bbox_head
+    maps = [torch.zeros(4, 8, size, size, requires_grad=True) for size in (12, 6, 3)]
+
+    def crossing():
+        for tower, last in ((head.cls_convs, head.gfl_cls), (head.reg_convs, head.gfl_reg)):
+            for level in maps:
+                last(reduce(lambda x, conv: conv(x), tower[2 - reused :], level)).sum().backward()
+
+    whole = flops(lambda: step(plain)) + flops(crossing)
+    with torch.no_grad():
+        whole += flops(lambda: teacher(data["inputs"], mode="tensor"))
+    assert flops(lambda: step(model)) == whole
 
 
 REFUSED = [
