@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import AttentionInterface
 
 from kdgraft.errors import WiringError
+from kdgraft.losses import upcast
 from kdgraft.recorder import Listener, Recorder
 from kdgraft.taps import Recording, Site, Tap
 
@@ -63,7 +64,7 @@ class AttentionCall(NamedTuple):
 
     def scores(self) -> Tensor:
         """Return the scores before mask and softmax, ``(B, H, Q, K)``, in at least float32."""
-        query, key = (x.float() if x.dtype in (torch.float16, torch.bfloat16) else x for x in (self.query, self.key))
+        query, key = (upcast(x) for x in (self.query, self.key))
         batch, heads, length, width = query.shape
         groups = key.shape[1]
         with torch.autocast(query.device.type, enabled=False):
@@ -74,6 +75,21 @@ class AttentionCall(NamedTuple):
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         return scores
+
+    def mean_scores(self) -> Tensor:
+        """Return the mean of :meth:`scores` over the heads, ``(B, 1, Q, K)``, without those of each head where they add up."""
+        if self.softcap is not None:
+            return self.scores().mean(1, keepdim=True)
+        query, key = (upcast(x) for x in (self.query, self.key))
+        batch, heads, length, width = query.shape
+        groups = key.shape[1]
+        with torch.autocast(query.device.type, enabled=False):
+            # Heads that share a key add up before the product, and the others in it.
+            added = query.reshape(batch, groups, heads // groups, length, width).sum(2)
+            both = (x.transpose(1, 2).flatten(2) for x in (added, key))
+            first, second = both
+            scores = (first @ second.mT)[:, None] * (self.scaling / heads)
+        return scores if self.bias is None else scores + self.bias.mean(1, keepdim=True)
 
     def vectors(self, which: str) -> Tensor:
         """Return ``"query"``, ``"key"`` or ``"value"`` with all heads side by side: ``(B, L, H·d)``."""

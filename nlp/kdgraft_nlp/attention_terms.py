@@ -70,12 +70,15 @@ class AttentionTerm(LayerTerm):
         """Raise a :class:`WiringError` unless the term can compare the attention of these two layers."""
         raise NotImplementedError
 
-    def _scores(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> tuple[Tensor, Tensor]:
-        """Return the scores of both models, ``(B, H, Q, K)``, at the paired tokens."""
+    def _scores(
+        self, s: AttentionCall, t: AttentionCall, tokens: Tokens, *, averaged: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Return the scores of both models, ``(B, H, Q, K)``, at the paired tokens, or their mean over heads."""
+        scores, targets = (call.mean_scores() if averaged else call.scores() for call in (s, t))
         if tokens.pairs is None:
-            return s.scores(), t.scores()
+            return scores, targets
         ours, theirs = tokens.pairs.unbind(-1)
-        return _take_square(s.scores(), ours), _take_square(t.scores(), theirs)
+        return _take_square(scores, ours), _take_square(targets, theirs)
 
 
 @TERMS.register
@@ -148,9 +151,10 @@ class AttentionMaps(AttentionTerm):
         return self._over_pairs(parts, attention_call(teacher, self.teacher_taps[0]).query)
 
     def _compare(self, s: AttentionCall, t: AttentionCall, tokens: Tokens) -> Ratio:
-        scores, targets = self._scores(s, t, tokens)
+        added = self.heads == "averaged" and self.of == "scores"
+        scores, targets = self._scores(s, t, tokens, averaged=added)
         valid = self._valid(s, t, tokens)
-        if self.heads == "averaged":
+        if self.heads == "averaged" and not added:
             # Distributions are averaged after the softmax; the softmax of the mean's logarithm is the mean.
             scores, targets = (self._averaged(x, valid) for x in (scores, targets))
         if self.of == "scores":
@@ -165,8 +169,6 @@ class AttentionMaps(AttentionTerm):
         return Ratio(items.masked_fill(~weight, 0).sum(), weight.sum().to(items.dtype))
 
     def _averaged(self, scores: Tensor, valid: Tensor | None) -> Tensor:
-        if self.of == "scores":
-            return scores.mean(1, keepdim=True)
         low = torch.finfo(scores.dtype).min
         shares = (scores if valid is None else scores.masked_fill(~valid, low)).softmax(-1).mean(1, keepdim=True)
         return shares.clamp(min=torch.finfo(scores.dtype).tiny).log()

@@ -87,6 +87,7 @@ class HiddenStates(LayerTerm):
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         tokens = tokens_of(batch)
         real = self._real(tokens)
+        places = None if real is None else real.flatten().nonzero().flatten()
         parts = []
         for k, s, t in self._states(student, teacher):
             s, t = tokens.align(s, t)
@@ -94,12 +95,18 @@ class HiddenStates(LayerTerm):
                 raise WiringError(
                     f"{self.name}: student and teacher have {s.shape[1]} and {t.shape[1]} positions; pass teacher_tokenizer=… to the collator"
                 )
-            if real is not None:
-                s, t = s[real], t[real]
+            if places is not None:
+                s, t = (_rows(x, places) for x in (s, t))
             items = self.loss(self.adapters[k](s, t), t, dim=-1, reduction="none")
             total = items.sum() if real is not None else items.mean(1).sum()
             parts.append(Ratio(total, total.new_tensor(float(len(s)))))
         return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
+
+
+def _rows(states: Tensor, places: Tensor) -> Tensor:
+    """Return the states ``(n, C)`` at places of all tokens; where these are all tokens, nothing is copied."""
+    flat = states.flatten(0, 1)
+    return flat if len(places) == len(flat) else flat.index_select(0, places)
 
 
 def _normalized(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:

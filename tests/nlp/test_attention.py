@@ -289,3 +289,20 @@ def test_towers_and_windows_are_told_apart():
         "text_model.encoder.layers.0",
         "text_model.encoder.layers.1",
     ]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("extra", [{}, dict(bias=True), dict(softcap=2.0)])
+def test_scores_averaged_in_one_product(groups, extra):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    query, key = draw(2, 6, 5, 4), draw(2, groups, 7, 4)
+    bias = draw(1, 6, 5, 7) if "bias" in extra else None
+    call = AttentionCall(query, key, key, None, 0.5, bias, False, extra.get("softcap"))
+    torch.testing.assert_close(call.mean_scores(), call.scores().mean(1, keepdim=True))
+    low = call._replace(query=query.bfloat16(), key=key.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low.mean_scores().dtype is (torch.float64 if bias is not None else torch.float32)
