@@ -252,6 +252,20 @@ def test_the_batch_and_the_queries_do_not_make_it_grow(teachers):
     assert double == pytest.approx(once, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["DETR", "DABDETR"])
+def test_under_autocast_it_is_computed_in_float32(kind, teachers):
+    model = taught(kind, *teachers(kind))
+    drawn = model.distiller.terms["kddetr"].hidden_state()
+    exact = losses(model, TWO)[LOSS]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.distiller.terms["kddetr"].load_hidden_state(drawn)
+        found = losses(model, TWO)[LOSS]
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(exact.item(), rel=0.1)
+    found.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
 def test_a_peer_teaches_and_learns(tmp_path):
     entry = distilled(
         detr("DINO", frozen_bn=True), None, "", terms=[dict(type="KDDETR", points=4, name="term", source="peer")]
