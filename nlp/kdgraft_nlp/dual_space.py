@@ -26,7 +26,7 @@ from .heads import transform_of
 from .link import link_of
 from .registry import RECIPES, TERMS
 from .tasks import LANGUAGE_MODELS, task_of
-from .tokens import IGNORED, ModelTokens, Tokens, take, tokens_of
+from .tokens import ModelTokens, Tokens, take, tokens_of
 
 
 class Taps(NamedTuple):
@@ -175,7 +175,8 @@ class DSKD(Term):
         tokens = tokens_of(batch)
         ours = self._side(student, self._taps[0], tokens.student)
         theirs = self._side(teacher, self._taps[1], tokens.teacher)
-        targets = self._targets(batch)[ours.counted]
+        assert tokens.student.targets is not None
+        targets = tokens.student.targets[ours.counted]
         if self.attention:
             to_student, to_teacher, heard, taught = self._attended(ours, theirs)
         else:
@@ -193,11 +194,6 @@ class DSKD(Term):
             raise WiringError(
                 f"{self.name}: the batch has other tokens for the teacher, which it compares one by one; use attention=True"
             )
-
-    def _targets(self, batch: Batch) -> Tensor:
-        """Return the entry that each position predicts, ``(B, L)``."""
-        labels: Tensor = batch.labels
-        return F.pad(labels, (0, 1), value=IGNORED)[:, 1:] if self.task == "causal" else labels
 
     def _own(self, side: Side) -> Tensor:
         """Return a model's logits ``(n, V)`` at the tokens that count, or, in chunks, the states that give them."""
