@@ -568,7 +568,9 @@ def test_seq2seq_trainer_and_question_answering(tmp_path):
 def test_recipes_train_and_print(tmp_path):
     from kdgraft_nlp import RECIPES
 
-    lists = {name for name in RECIPES if RECIPES.get(name).__module__ == "kdgraft_nlp.recipes"}  # the others are one term each
+    lists = {
+        name for name in RECIPES if RECIPES.get(name).__module__ == "kdgraft_nlp.recipes"
+    }  # the others are one term each
     assert lists == {"tinybert", "minilm", "minilmv2", "distilbert", "pkd", "mobilebert", "gkd"}
     for recipe in ("tinybert", "minilm", "minilmv2", "distilbert", "pkd", "mobilebert"):
         layers = 2 if recipe == "mobilebert" else 4
