@@ -52,7 +52,11 @@ def rows() -> dict[str, list[list[str]]]:
                 if (kind == "terms" and name in whole) or (name, id(holder)) in found:
                     continue
                 needs = _needs(registry, name, host.terms)
-                usable = [getattr(h, kind).holder(name) is holder and not set(needs) & set(h.lacks) for h in columns]
+                core = holder is getattr(
+                    hosts()["torch"], kind
+                )  # a plugin's recipe of the same name is the core's with its settings
+                here = [core or getattr(h, kind).holder(name) is holder for h in columns]
+                usable = [one and not set(needs) & set(h.lacks) for one, h in zip(here, columns, strict=True)]
                 cells = [
                     f"`{name}`",
                     _said(line),
