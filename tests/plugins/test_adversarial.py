@@ -15,22 +15,12 @@ from kdgraft import RECIPES, AdversarialScores, Distiller, DistillError, WiringE
 from kdgraft.opponents import ConditionalOpponent, Opponent, ScoreCritic
 from kdgraft.registry import expand_recipe
 from kdgraft.terms import build_terms
+from support.tensors import Emit
 
 EXAMPLE = torch.zeros(1, 1)
 LABELS = torch.arange(40) % 4
 KEY = "distill.adversarial_scores"
 KINDS = ("ac", "lsgan", "hinge")
-
-
-class Emit(nn.Module):
-    """Hands on one parameter, whatever its input."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = nn.Parameter(value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value * 1
 
 
 def sure(size: float, seed: int = 0) -> Tensor:

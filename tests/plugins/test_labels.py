@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import golden
 from kdgraft import (
@@ -30,20 +30,10 @@ from kdgraft import (
 from kdgraft.losses import binary_soft_targets, decoupled, logit_matching, normalized, soft_targets, standardized
 from kdgraft.registry import expand_recipe
 from kdgraft.terms import build_terms
+from support.tensors import Emit
 
 EXAMPLE = torch.zeros(1, 1)
 LABELS = torch.tensor([0, 2, -100, 6, 8])
-
-
-class Emit(nn.Module):
-    """Hands on one parameter, whatever its input."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = nn.Parameter(value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value * 1
 
 
 def distil(student: Tensor, teacher: Tensor, *terms: object, **settings: object) -> Distiller:

@@ -9,23 +9,13 @@ from torch import Tensor, nn
 from kdgraft import BoundedRegression, Distiller, DistillError, Ensemble, Peer, Teacher, WiringError
 from kdgraft.losses import bounded_regression
 from kdgraft.terms import build_terms
+from support.tensors import Emit
 
 EXAMPLE = torch.zeros(1, 1)
 STUDENT = torch.tensor([[3.0, 0.0], [1.0, 1.0], [0.0, 5.0]])
 TEACHER = torch.tensor([[5.0, 0.0], [1.0, 2.0], [0.0, 4.5]])
 TRUTH = torch.tensor([[4.0, 0.0], [1.0, 4.0], [1.0, 5.0]])
 # Squared distances to the truth: student 1, 9, 1; teacher 1, 4, 1.25. The third student is better than its teacher.
-
-
-class Emit(nn.Module):
-    """Hands on one parameter, whatever its input."""
-
-    def __init__(self, value: Tensor) -> None:
-        super().__init__()
-        self.value = nn.Parameter(value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.value * 1
 
 
 def distil(student: Tensor, teacher: Tensor, **settings: object) -> Distiller:
