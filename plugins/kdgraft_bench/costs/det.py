@@ -28,7 +28,7 @@ STUDENT = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
 TEACHER = "mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py"
 PAPERS = ("chen2017", "fgfi", "fgd", "mgd", "pkd", "crosskd")
 _EXCLUSIVE = ("DIST", "DKD", "NKD", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL", "AdversarialScores")
-SOFTMAX = {name: dict(activation="softmax") for name in _EXCLUSIVE}
+OWN = {**{name: dict(activation="softmax") for name in _EXCLUSIVE}, "WeightMatching": dict(modules="neck")}
 RECIPES: dict[str, dict[str, Any]] = {
     "LD, main region": dict(terms=[dict(type="LocalizationDistillation")]),
     "ld": dict(recipe="ld"),
@@ -37,7 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     **{name: dict(recipe=name) for name in PAPERS},
     **{
         name: dict(terms=[term])
-        for name, term in methods(DetReader, "neck[*]", SOFTMAX, without=("SoftTargets", "FocalGlobal")).items()
+        for name, term in methods(DetReader, "neck[*]", OWN, without=("SoftTargets", "FocalGlobal")).items()
     },
 }
 """Variants to time. Terms on exclusive classes read GFL's scores through a softmax; those with labels count the positives."""

@@ -165,6 +165,6 @@ def _tapped_bytes(model: Any, inputs: Tensor, samples: list[Any]) -> int:
     recording = distiller.record(
         "teacher", lambda source: source.model(inputs, samples, mode="tensor"), Batch(), inputs.device
     )
-    taps = {tap for term in distiller.terms.values() for tap in term.teacher_taps}
+    taps = {tap for term in distiller.terms.values() for tap in term.teacher_taps if not tap.parameters}
     held = {tensor.data_ptr(): tensor.nbytes for tap in taps for tensor in recording.tensors(tap)}
     return sum(held.values())

@@ -30,6 +30,7 @@ from .steps import Rows, publish
 STUDENT = "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py"
 TEACHER = "mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py"
 LEVELS = dict(tap=[f"backbone[{stage}]" for stage in (1, 2, 3)])
+OWN: dict[str, dict[str, Any]] = {"FSP": LEVELS, "Review": LEVELS, "WeightMatching": dict(modules="decode_head")}
 RECIPES: dict[str, dict[str, Any]] = {
     "SoftTargets": dict(terms=[dict(type="SoftTargets")]),
     "PairwiseAffinity": dict(terms=[dict(type="PairwiseAffinity")]),
@@ -42,7 +43,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "AdversarialMask alone": dict(terms=[dict(type="AdversarialMask", weight=0.1)]),
     **{
         name: dict(terms=[term])
-        for name, term in methods(SegReader, "backbone[-1]", dict.fromkeys(("FSP", "Review"), LEVELS)).items()
+        for name, term in methods(SegReader, "backbone[-1]", OWN).items()
         if name not in ("SoftTargets", "PairwiseAffinity", "DIST", "ChannelWise")
     },
 }
