@@ -240,8 +240,9 @@ def _across_hosts(groups: Sequence[tuple[str, Registry]], kind: str) -> list[tup
     lines: dict[tuple[str, int], str] = {}
     usable: dict[tuple[str, int], set[str]] = {}
     for host, registry in registries.items():
+        held = registry.held()
         for name, line in registry.describe().items():
-            key = name, id(registry.holder(name))
+            key = name, id(held[name])
             lines[key] = line
             if not set(registry.needs(name)) & set(hosts()[host].lacks):
                 usable.setdefault(key, set()).add(host)

@@ -42,7 +42,7 @@ def written(package: str, variable: str) -> dict[str, str]:
 def needs_written(package: str, variable: str, name: str) -> tuple[str, ...]:
     """Return :attr:`kdgraft.Term.needs` of a registered class, as its sources and those of its bases declare it."""
     node = _registered(package, variable).get(name)
-    classes = {one.name: one for home in ("kdgraft", package) for one in _definitions(home)}
+    classes = _by_name(package)
     while isinstance(node, ast.ClassDef):
         for line in node.body:
             target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
@@ -64,6 +64,12 @@ def _registered(package: str, variable: str) -> dict[str, ast.ClassDef | ast.Fun
             if ast.unparse(function) == f"{variable}.register":
                 found[str(named.value) if isinstance(named, ast.Constant) else node.name] = node
     return found
+
+
+@cache
+def _by_name(package: str) -> dict[str, ast.ClassDef | ast.FunctionDef]:
+    """Return the definitions of the core and of a package by name."""
+    return {one.name: one for home in ("kdgraft", package) for one in _definitions(home)}
 
 
 @cache

@@ -162,14 +162,18 @@ class Registry:
             return self
         return None if self.parent is None else self.parent.holder(name)
 
+    def held(self) -> dict[str, Registry]:
+        """Return the registry, this one or a parent, that holds each name of :meth:`describe`."""
+        inherited = {} if self.parent is None else self.parent.held()
+        return {**inherited, **dict.fromkeys(self._lines(), self)}
+
     def needs(self, name: str) -> tuple[str, ...]:
         """Return :attr:`kdgraft.Term.needs` of a name of :meth:`describe`, without importing ``home``; empty for a function."""
-        holder = self.holder(name)
-        if holder is not None and holder is not self:
-            return holder.needs(name)
         if name in self._own:
             return tuple(getattr(self._own[name], "needs", ()))
-        return needs_written(self._package, self._variable, name)
+        if self.parent is None or name in written(self._package, self._variable):
+            return needs_written(self._package, self._variable, name)
+        return self.parent.needs(name)
 
     def _lines(self) -> dict[str, str]:
         """Return the part of :meth:`describe` for the names of this registry without its parent."""
