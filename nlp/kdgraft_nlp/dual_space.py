@@ -38,7 +38,7 @@ class Taps(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What the term reads of one model at the tokens that count.
+    """Tensors of one model at the tokens that count, as the term reads them.
 
     Attributes:
         states: ``(B, L, H)``, the input of the output layer.
