@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -129,7 +129,7 @@ class Distiller(Engine):
         if targets is not None:
             batch.labels = targets
         if indices is not None:
-            batch.samples = Samples(indices.tolist() if isinstance(indices, Tensor) else list(indices))
+            batch.samples = Samples(_names(indices))
         at, device = Step(self.iteration, self.epoch), next(self.student.parameters()).device
         with self.step(self.student, batch, at, lambda source: source.model(*args, **kwargs), device) as step:
             output = self.student(*args, **kwargs)
@@ -148,6 +148,16 @@ class Distiller(Engine):
         """Restore :meth:`get_extra_state`."""
         self.iteration = int(state["iteration"])
         self.load_beyond_modules(state)
+
+
+def _names(indices: Any) -> list[Any]:
+    """Return one hashable name per sample; raise a :class:`DistillError` for anything else."""
+    names = indices.tolist() if isinstance(indices, Tensor) else indices
+    if not isinstance(names, (list, tuple, range)) or not all(isinstance(name, Hashable) for name in names):
+        raise DistillError(
+            f"indices must be a list or a tensor (B,) with one number or name for each sample, got {type(indices).__name__}"
+        )
+    return list(names)
 
 
 def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -633,3 +633,17 @@ def test_a_host_that_lacks_what_a_term_needs_refuses_it():
         DistillError, match=r"^AttentionTransfer needs feature maps .*: these models have none; use Hint$"
     ):
         build_terms([dict(type="AttentionTransfer", tap="conv")], reader=Blind)
+
+
+@pytest.mark.parametrize("indices", [5, [[1], [2]], torch.ones(2, 2)])
+def test_names_of_samples_that_are_none_are_one_line(indices):
+    distiller = distil({"a": torch.rand(2, 3)}, {"a": torch.rand(2, 3)}, Hint("parts.a"))
+    with pytest.raises(DistillError, match=r"^indices must be a list or a tensor \(B,\)"):
+        distiller(EXAMPLE, indices=indices)
+
+
+def test_modules_that_are_no_paths_are_one_line():
+    with pytest.raises(
+        DistillError, match=r"^WeightMatching: modules must be the path of a module or a list of paths, got 3$"
+    ):
+        build_terms([dict(type="WeightMatching", modules=3)])

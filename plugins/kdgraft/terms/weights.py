@@ -152,6 +152,8 @@ def _taps(side: str, paths: Taps | None) -> list[Tap]:
         raise DistillError(
             f"WeightMatching needs modules, or both student_modules and teacher_modules; {side} is missing"
         )
+    if not isinstance(paths, (str, list, tuple)):
+        raise DistillError(f"WeightMatching: modules must be the path of a module or a list of paths, got {paths!r}")
     return [Tap.parse(f"{path}:parameters") for path in ([paths] if isinstance(paths, str) else paths)]
 
 
