@@ -61,11 +61,13 @@ class TrainedModel:
         config: the config from which the host builds the plain model.
         weights: the file or folder of its weights.
         metrics: the final metrics that the host measured.
+        options: the overrides of the config that the model depends on; none where ``config`` already contains them.
     """
 
     config: str
     weights: str
     metrics: Mapping[str, float] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class PlainTrainer:
         weights = job.folder / WEIGHTS
         with written_whole(weights) as part:
             torch.save(fitted.model.state_dict(), part)
-        return TrainedModel(job.config, str(weights), fitted.history[-1])
+        return TrainedModel(job.config, str(weights), fitted.history[-1], dict(job.options))
 
     def train(
         self,
@@ -121,15 +121,18 @@ TRAINER = PlainTrainer()
 
 
 def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
-    """Build a teacher from a finished run or ``{config, checkpoint}``; return other tables for the distiller to build."""
+    """Build a teacher from a finished run or ``{config, options, checkpoint}``; return other tables for the distiller to build."""
     if isinstance(given, TrainedModel):
-        given = {"config": given.config, "checkpoint": given.weights}
+        given = {"config": given.config, "options": given.options, "checkpoint": given.weights}
     if "config" not in given:
         return dict(given)
     for key in given:
-        if key not in ("config", "checkpoint"):
-            raise DistillError(f"a teacher takes no argument {key!r}{nearest(key, ('config', 'checkpoint'))}")
-    return Teacher(_task(given["config"], {}).model, given.get("checkpoint"))
+        if key not in _TEACHER:
+            raise DistillError(f"a teacher takes no argument {key!r}{nearest(key, _TEACHER)}")
+    return Teacher(_task(given["config"], given.get("options", {})).model, given.get("checkpoint"))
+
+
+_TEACHER = ("config", "options", "checkpoint")
 
 
 def _task(config: str, options: Mapping[str, Any]) -> Task:

@@ -192,6 +192,18 @@ start = "first"
     assert torch.equal(task.model[0].weight, weights(found["second", 1])["0.weight"])
 
 
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_teacher_is_built_with_its_options(folder: Path, finished: bool):
+    first = '[runs.teacher]\nconfig = "tasks.py:small"\noptions = { width = 12 }\n'
+    said(plan(folder, first))
+    file = f'{{ config = "{folder}/tasks.py:small", options = {{ width = 12 }}, checkpoint = "{folder}/out/teacher/seed0/student.pth" }}'
+    told = '"teacher"' if finished else file
+    student = f'[runs.student]\nconfig = "tasks.py:small"\nteacher = {told}\nterms = ["SoftTargets"]\n'
+    _, found = said(plan(folder, first + student))
+    assert weights(found["teacher", 0])["0.weight"].shape == (12, 4)
+    assert weights(found["student", 0])["0.weight"].shape == (4, 4)
+
+
 def test_two_teachers_and_their_ensemble(folder: Path):
     text = """
 [runs.a]
