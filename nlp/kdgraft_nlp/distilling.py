@@ -19,6 +19,7 @@ from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
 from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
+from kdgraft.step import scaled
 
 from .checkpoints import Resuming
 from .collator import PREFIX, DistillCollator
@@ -168,7 +169,7 @@ class Distilling(Resuming):
         self._distilled = True
         loss, split = self._weighted(result[0] if return_outputs else result, step), 1 if scales else parts
         # Peers train on the host's own loss, as the student does.
-        peers = {f"peer.{name}.loss": _times(value * factor, self._host_weight) for name, value in step.peers.items()}
+        peers = {f"peer.{name}.loss": scaled(value * factor, self._host_weight) for name, value in step.peers.items()}
         extra = torch.stack([value for key, value in step.losses.items() if key.endswith(".loss")]).sum()
         self._keep({**step.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
         step.losses = {key: value.detach() for key, value in step.losses.items()}
@@ -178,14 +179,20 @@ class Distilling(Resuming):
 
     def _weighted(self, loss: Tensor, step: StudentStep) -> Tensor:
         """Return the host's loss times its share; a model that computes in chunks has already weighted it."""
-        if step.without_loss and self._host_weight and not self._told_of_labels and not loss.detach():
+        if (
+            step.without_loss
+            and self._host_weight
+            and step.host_share
+            and not self._told_of_labels
+            and not loss.detach()
+        ):
             self._told_of_labels = True
             logger.warning(
                 "the batches have no labels: the host's own loss is 0, and only the terms train; set host_weight=0 to confirm this"
             )
         if student_chunks(self.model):
             return loss
-        return _times(loss, self._host_weight * step.host_share)
+        return scaled(loss, self._host_weight * step.host_share)
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Warn once where the host sums the losses of micro-batches that its model did not scale; the terms' are scaled."""
@@ -258,11 +265,6 @@ class Distilling(Resuming):
         if isinstance(self.data_collator, DistillCollator):
             columns += self.data_collator.columns
         self._signature_columns = list(dict.fromkeys(columns))
-
-
-def _times(loss: Tensor, share: float) -> Tensor:
-    """Return a host's loss times its share; for a share of 0 it is 0 even where the loss is infinite."""
-    return loss * share if share else loss.flatten()[:0].sum()
 
 
 def student_chunks(model: Any) -> bool:

@@ -21,6 +21,7 @@ from kdgraft.hiding import hide_from_state_dict, own_children
 from kdgraft.isolation import isolated_rng
 from kdgraft.schedules import Step
 from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Teacher
+from kdgraft.step import scaled
 from kdgraft.terms import ScoreTerm
 
 from .attention import AttentionRecorder
@@ -84,7 +85,7 @@ class Grafted:
             ran = run_student(self, own)
         losses = ran.finish(step)
         peers = {
-            name: (found["loss"] if "loss" in found else no_loss(found)) * step.host_share(listener=name)
+            name: scaled(found["loss"] if "loss" in found else no_loss(found), step.host_share(listener=name))
             for name, found in step.outputs.items()
         }
         current.keep(step, losses, peers)

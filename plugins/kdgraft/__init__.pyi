@@ -26,6 +26,7 @@ from .terms.pretrained import FactorTransfer, PretrainedTerm
 from .terms.relations import AttentionTransfer, MapTerm, PairwiseAffinity
 from .terms.review import Review
 from .terms.samples import PKT, RKD, CorrelationCongruence, SampleTerm, SimilarityPreserving
+from .terms.share import TaskShare
 from .terms.statistics import FSP, NST, FeatureMMD
 from .terms.tokens import FreeKD, MasKD
 from .terms.vectors import MarginMSE, SampleEmbeddings, VectorTerm
@@ -110,6 +111,7 @@ __all__ = [
     "Stop",
     "Tap",
     "TapTerm",
+    "TaskShare",
     "Teacher",
     "TemperedTerm",
     "Term",

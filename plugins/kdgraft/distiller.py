@@ -16,6 +16,7 @@ from .registry import RECIPES, expand_recipe
 from .schedules import Step
 from .sources import Source, Teacher, gather_sources
 from .sources.base import share_parameters
+from .step import scaled
 
 
 @dataclass
@@ -26,7 +27,8 @@ class DistillOutput:
         student: the student's output.
         losses: the weighted distillation losses by name.
         peers: the output of each peer by name; train the peers on the task's loss as well.
-        host_share: factor that active terms leave to the task's own loss: 1 unless a ``SoftTargets`` has a ``hard_weight``.
+        host_share: factor that active terms leave to the task's own loss: 1 unless there is a ``TaskShare``, or a ``SoftTargets``
+            with a ``hard_weight``.
         peer_shares: the same factor for the task's own loss of each peer.
         figures: values for a log: ``distill.<term>.raw``, the loss before its weight, and ``distill.<term>.weight``.
 
@@ -51,7 +53,7 @@ class DistillOutput:
 
     def total(self, task_loss: Tensor) -> Tensor:
         """Return the task's own loss times :attr:`host_share` plus the distillation losses."""
-        return self.host_share * task_loss + self.loss
+        return scaled(task_loss, self.host_share) + self.loss
 
 
 class Distiller(Engine):

@@ -88,18 +88,15 @@ class Engine(nn.Module):
                     )
 
     def _with_mirrors(self, terms: list[Term]) -> list[Term]:
-        """Return the terms, with the twin of each term on a peer, in which the peer imitates the student, after it."""
+        """Return the terms, each with its twins after it."""
         found: list[Term] = []
         for term in terms:
-            source = self.sources.get(term.source)
-            if source is None:
+            if not term.alone and term.source not in self.sources:
                 raise DistillError(
                     f"{term.name}: there is no source {term.source!r}{nearest(term.source, self.sources)}; "
                     "set source=… to one of the sources"
                 )
-            found.append(term)
-            if source.trains:
-                found.append(term.mirrored())
+            found += [term, *term.twins(self.sources)]
         return found
 
     def _check_heard(self, terms: Sequence[Term]) -> None:
@@ -151,7 +148,8 @@ class Engine(nn.Module):
                     source.adopt(student)
         models = {STUDENT: student} | {name: self.sources[name].model for name in self._leaves}
         for term in self.all_terms:
-            self._prepare(term, models)
+            if not term.alone:
+                self._prepare(term, models)
         self._rehearsal = Rehearsal(self.all_terms, self.sources, self.recorder, replay)
         found: dict[str, Wiring] = {}
         with isolated_rng(), torch.no_grad(), self._naming_terms():
@@ -304,7 +302,7 @@ class Engine(nn.Module):
             current.examiners = examiners(active, self.sources, self._rehearsal.recorders, run_loss, current.device)
         for source in self.sources.values():
             source.begin(student, at)
-        heard = {name for term in active for name in (term.listener, *self.members(term.source))}
+        heard = {name for term in active if not term.alone for name in (term.listener, *self.members(term.source))}
         live = {n for term in active if term.takes_gradients for n in (term.listener, *self.members(term.source))}
         for name, recorder in self._rehearsal.recorders.items():
             recorder.by_input = name in live

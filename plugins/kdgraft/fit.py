@@ -19,6 +19,7 @@ from .distiller import Distiller
 from .errors import DistillError, check_number
 from .files import written_whole
 from .sources.teacher import load_strictly, read_checkpoint
+from .step import scaled
 from .telling import announced
 
 logger = logging.getLogger("kdgraft")
@@ -119,7 +120,7 @@ def _loss(model: nn.Module, inputs: Any, targets: Any, loss: TaskLoss) -> Tensor
     if not isinstance(plain, Distiller):
         return loss(model(inputs), targets)
     out = model(inputs, targets=targets)
-    peers = [out.peer_shares[name] * loss(output, targets) for name, output in out.peers.items()]
+    peers = [scaled(loss(output, targets), out.peer_shares[name]) for name, output in out.peers.items()]
     return out.total(loss(out.student, targets)) + sum(peers)
 
 

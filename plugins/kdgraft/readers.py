@@ -46,6 +46,8 @@ class Reader:
     default_taps: ClassVar[Mapping[str, str]] = {"scores": "", "output": ""}
     """The host's default taps for ``"features"``, class ``"scores"``, ``"embeddings"``, the input of the classifier, the model's
     ``"output"``, and ``"samples"``, a feature that is pooled to one vector per sample."""
+    names_losses: ClassVar[bool] = False
+    """True in a host whose models return several losses of their own by name."""
     lacks: ClassVar[Mapping[str, str]] = {}
     """The kinds of :data:`NEEDS` that models of this host never have, each with the reason."""
 

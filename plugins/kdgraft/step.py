@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .batch import Batch
 from .distributed import sum_over_ranks, world_size
+from .errors import DistillError, nearest
 from .losses.reduction import Ratio, divide
 from .schedules import Step
 from .sources import STUDENT, Ensemble, Source
@@ -108,7 +109,11 @@ class StepInProgress:
             computed: the sum and count of terms that the host computed itself, by name.
         """
         ready = computed or {}
-        ratios = {term.name: _flat(ready[term.name] if term.name in ready else self._run(term)) for term in self.active}
+        ratios = {
+            term.name: _flat(ready[term.name] if term.name in ready else self._run(term))
+            for term in self.active
+            if not term.alone
+        }
         self.dropped, denominators = self._agree(ratios)
         result: dict[str, Tensor] = {}
         for term in self._terms:
@@ -122,7 +127,7 @@ class StepInProgress:
                 share = divide(ratios[term.name].numerator, denominator).sum()
                 result[key] = share * (weight * world_size())
                 self.figures[f"distill.{term.name}.raw"] = share.detach() * world_size()
-            else:
+            elif not term.alone:
                 result[key] = _idle(term, self.device)
         for name in self.dropped:
             self._count_dropped(name)
@@ -141,6 +146,12 @@ class StepInProgress:
 
     def share_out(self, host: MutableMapping[str, Any], listener: str = STUDENT) -> None:
         """Multiply the host's own losses of the student, or of a peer, by the shares that active terms leave to them."""
+        for term in self.active:
+            absent = [
+                name for name in term.host_losses if term.alone and term.listener == listener and name not in host
+            ]
+            if absent:
+                raise DistillError(f"{term.name}: the host has no loss {absent[0]!r}{nearest(absent[0], host)}")
         for name in host:
             _scale(host, name, self.host_share(name, listener))
 
@@ -203,7 +214,12 @@ def _scale(losses: MutableMapping[str, Any], name: str, share: float) -> None:
     """Multiply one of the host's losses, a tensor or a list of tensors, in place; leave other figures unchanged."""
     if share != 1 and "loss" in name:
         value = losses[name]
-        losses[name] = [part * share for part in value] if isinstance(value, list) else value * share
+        losses[name] = [scaled(part, share) for part in value] if isinstance(value, list) else scaled(value, share)
+
+
+def scaled(loss: Tensor, share: float) -> Tensor:
+    """Return a host's loss times its share; for a share of 0 it is 0 even where the loss is infinite."""
+    return loss * share if share else torch.zeros_like(loss) + loss.flatten()[:0].sum()
 
 
 def _flat(ratio: Ratio) -> Ratio:

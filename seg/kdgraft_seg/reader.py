@@ -56,6 +56,7 @@ class SegReader(Reader):
         "images": "backbone:input",
     }
     lacks: ClassVar = SEG.lacks
+    names_losses = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         super().__init__(student, teacher, term)

@@ -12,7 +12,7 @@ from kdgraft_det.reader import DetReader
 from support import det_table
 from support.det import build, detector, distilled, losses, raw_batch, save_teacher
 from support.det_stages import detr, staged
-from support.methods import assert_falls, own_terms, spec, split, trained
+from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, DetReader)
@@ -40,6 +40,17 @@ def test_trains_a_detector(kind, tmp_path):
     if issubclass(OWN[kind], FeatureTerm) and term["tap"] == "neck[*]":
         assert len(built.distiller.rows) == len(built.neck.fpn_convs)
         assert built.distiller.terms["term"].adapter_kind == "any" or "8→12" in built.distiller.rows[0].adapter
+
+
+@pytest.mark.parametrize("kind", sharing(TERMS))
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_takes_a_share_of_a_detector_s_losses(kind, share, tmp_path):
+    teacher = detector()
+    terms = [dict(type=kind, name="term", share=share), "SoftTargets"]
+    built = build(distilled(detector(), teacher, save_teacher(tmp_path / "teacher.pth", teacher), terms=terms))
+    plain = build(detector())
+    plain.load_state_dict(built.state_dict())
+    assert_shared(losses(built, raw_batch()), losses(plain, raw_batch()), share)
 
 
 @pytest.mark.parametrize("kind", LACKING)

@@ -594,3 +594,17 @@ def test_a_peer_shares_its_own_loss_with_the_twin():
         for key, value in losses(plain, raw_batch()).items():
             share = 0.25 if key == "loss_cls" else 1.0
             assert found[prefix + key].item() == pytest.approx(share * value.item(), rel=1e-6), key
+
+
+def test_a_share_of_the_losses_that_are_named(teacher_model, teacher_checkpoint):
+    def build_with(*names):
+        share = dict(type="TaskShare", share=0.5, losses=list(names))
+        return build(distilled(STUDENT, teacher_model, teacher_checkpoint, terms=[share, "SoftTargets"]))
+
+    model, plain = build_with("loss_bbox"), build(STUDENT)
+    plain.load_state_dict(model.state_dict())
+    found, host = losses(model, raw_batch()), losses(plain, raw_batch())
+    for key, value in host.items():
+        assert found[key].item() == pytest.approx((0.5 if key == "loss_bbox" else 1) * value.item(), rel=1e-6), key
+    with pytest.raises(DistillError, match=r"^task_share: the host has no loss 'loss_box'; did you mean 'loss_bbox'"):
+        losses(build_with("loss_box"), raw_batch())

@@ -63,20 +63,14 @@ def test_general_distillation_by_hand(tmp_path, caplog):
         gradient = expected.get(name, torch.zeros_like(parameter))
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
     # Said to be meant, nothing is said.
-    caplog.clear()
-    quiet = trainer_of(
-        tmp_path,
-        [],
-        kind="BertModel",
-        task="none",
-        more=dict(
-            teacher=support.model("bert", 32, 4, seed=2, kind="BertModel"), terms=["HiddenStates"], host_weight=0
-        ),
-    )
-    quiet.train()
-    assert not [r for r in caplog.records if "labels" in r.message]
-    assert entries(quiet, "task_loss") == [0.0, 0.0]
-    assert entries(quiet, "loss") == pytest.approx(entries(quiet, "distill.hidden_states.loss"), rel=1e-4)
+    for meant in (dict(terms=["HiddenStates"], host_weight=0), dict(terms=["HiddenStates", "TaskShare"])):
+        caplog.clear()
+        more = dict(teacher=support.model("bert", 32, 4, seed=2, kind="BertModel"), **meant)
+        quiet = trainer_of(tmp_path, [], kind="BertModel", task="none", more=more)
+        quiet.train()
+        assert not [r for r in caplog.records if "labels" in r.message]
+        assert entries(quiet, "task_loss") == [0.0, 0.0]
+        assert entries(quiet, "loss") == pytest.approx(entries(quiet, "distill.hidden_states.loss"), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "vit"])
@@ -114,6 +108,25 @@ def test_the_share_of_the_host_by_hand(family, weight, tmp_path):
     loss.backward()
     for name, gradient in expected.items():
         torch.testing.assert_close(student.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [0, 0.25])
+@pytest.mark.parametrize("family", ["bert", "llama", "chunked"])
+def test_a_share_that_a_term_leaves_counts_as_the_weight_does(family, share, tmp_path):
+    chunked, family = (3, "llama") if family == "chunked" else (False, family)
+    batch = support.collate(support.samples(4, support.TASKS[family][1]))
+    found = []
+    for terms, weight in (([], share), ([dict(type="TaskShare", share=share)], 1)):
+        trainer = Trainer(model=support.quiet(support.model(family, seed=1)), args=support.arguments(tmp_path))
+        teacher = support.model(family, 32, 4, seed=2)
+        distill(trainer, teacher=teacher, terms=["ForwardKL", *terms], host_weight=weight, chunked=chunked)
+        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+        loss.backward()
+        found.append((loss.detach(), gradients(trainer.model)))
+    torch.testing.assert_close(*(loss for loss, _ in found))
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], gradient)
 
 
 def test_a_loss_that_is_not_finite_has_no_part_at_weight_0(tmp_path):

@@ -9,11 +9,11 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from kdgraft import DistillError
-from kdgraft_nlp import TERMS
+from kdgraft_nlp import TERMS, DistillTrainer
 from kdgraft_nlp.reader import HFReader
 from kdgraft_nlp.student import graft
 from support import nlp as support
-from support.methods import assert_falls, own_terms, spec, split, trained
+from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, HFReader)
@@ -74,6 +74,19 @@ def test_trains_a_model(kind):
         return built.distill_link.last.losses
 
     assert_falls(trained(losses, built.parameters()))
+
+
+@pytest.mark.parametrize("kind", sharing(TERMS))
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_takes_a_share_of_the_trainer_s_loss(kind, share, tmp_path):
+    terms = [dict(type=kind, name="term", share=share), "SoftTargets"]
+    trainer = DistillTrainer(
+        model=model("bert", 16, 1), teacher=model("bert", 32, 2), terms=terms, args=support.arguments(tmp_path)
+    )
+    plain = {"loss": model("bert", 16, 1).train()(**batch("bert")).loss.detach()}
+    total = trainer.compute_loss(trainer.model.train(), batch("bert")).detach()
+    found = trainer.model.distill_link.last.losses
+    assert_shared({"loss": total - found["distill.soft_targets.loss"], **found}, plain, share)
 
 
 @pytest.mark.parametrize("kind", LACKING)

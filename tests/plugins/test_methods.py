@@ -11,7 +11,7 @@ from torch import nn
 
 from kdgraft import TERMS, Distiller, Reader
 from kdgraft.batch import Batch
-from support.methods import assert_falls, own_terms, spec, split, trained
+from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 
 USABLE, LACKING = split(TERMS, Reader)
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -40,6 +40,15 @@ def test_trains_a_plain_model(kind):
         return distiller(images, targets=labels, batch=batch).losses
 
     assert_falls(trained(losses, distiller.parameters()))
+
+
+@pytest.mark.parametrize("kind", sharing(TERMS))
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_takes_a_share_of_the_task_s_loss(kind, share):
+    images, loss = torch.rand(4, 3, 8, 8), torch.tensor(3.0)
+    terms = [dict(type=kind, name="term", share=share), "SoftTargets"]
+    out = Distiller(model(4), model(8), terms, example=images)(images)
+    assert_shared({"loss": out.total(loss) - out.loss, **out.losses}, {"loss": loss}, share)
 
 
 def test_plain_models_lack_nothing():

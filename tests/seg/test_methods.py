@@ -9,7 +9,7 @@ import pytest
 from kdgraft import DistillError, FeatureTerm
 from kdgraft_seg import TERMS
 from kdgraft_seg.reader import SegReader
-from support.methods import assert_falls, own_terms, spec, split, trained
+from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 from support.seg import SMALL_CRITIC, batch, build, distilled, losses_of, segmentor
 
 OWN = own_terms(TERMS)
@@ -36,6 +36,16 @@ def test_trains_a_segmentor(kind, teacher):
     if issubclass(OWN[kind], FeatureTerm):
         assert {row.region for row in model.distiller.rows} == {"all"}
         assert losses_of(student(kind, teacher), *batch(ignored=1.0))["distill.term.loss"] == 0
+
+
+@pytest.mark.parametrize("kind", sharing(TERMS))
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_takes_a_share_of_a_segmentor_s_losses(kind, share, teacher):
+    settings = dict(dropout=0.0)
+    terms = [dict(type=kind, name="term", share=share), "SoftTargets"]
+    built, plain = build(distilled(segmentor(**settings), teacher, terms=terms)), build(segmentor(**settings))
+    plain.load_state_dict(built.state_dict())
+    assert_shared(losses_of(built, *batch()), losses_of(plain, *batch()), share)
 
 
 @pytest.mark.parametrize("kind", LACKING)

@@ -5,7 +5,7 @@ A new term is in the registry, and so in these tests. Where its defaults do not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,10 +34,28 @@ def own_terms(terms: Registry) -> dict[str, type[Term]]:
 
 
 def split(terms: Registry, reader: type[Reader]) -> tuple[list[str], list[str]]:
-    """The names of the terms that a host can use, and of those that need what the host lacks."""
-    found = own_terms(terms)
+    """The names of the terms that a host can use, and of those that need what the host lacks.
+
+    Terms without a loss of their own, which change the host's, are in neither; :func:`sharing` has them.
+    """
+    found = {name: one for name, one in own_terms(terms).items() if not one.alone}
     lacking = [name for name, one in found.items() if set(one.needs) & set(reader.lacks)]
     return [name for name in found if name not in lacking], lacking
+
+
+def sharing(terms: Registry) -> list[str]:
+    """The names of the terms that only take a share of the host's own loss."""
+    return [name for name, one in own_terms(terms).items() if one.alone]
+
+
+def assert_shared(found: Mapping[str, Tensor], plain: Mapping[str, Tensor], share: float) -> None:
+    """Every loss of the plain host is there, times its share, and the term that takes the share has no loss of its own."""
+    own = {name: value for name, value in found.items() if not name.startswith("distill.")}
+    assert own.keys() == plain.keys() and any("loss" in name for name in plain)
+    for name, value in plain.items():
+        expected = value * share if "loss" in name else value
+        torch.testing.assert_close(own[name], expected, msg=name)
+    assert "distill.term.loss" not in found and any(name.endswith(".loss") for name in found.keys() - own.keys())
 
 
 def spec(kind: type[Term], place: str, **settings: Any) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ..readers import NEEDS, Reader, Taps, paired, parse_taps
 from ..recorder import Change
 from ..registry import TERMS, Registry
 from ..schedules import Step, build_schedule
-from ..sources import STUDENT
+from ..sources import STUDENT, Source
 from ..taps import Recording, Tap
 from ..wiring import Wiring, WiringRow
 
@@ -69,6 +69,8 @@ class Term(nn.Module):
     """Runs the source on the host's own loss, with changed features. The engine sets it for :meth:`forward`, where the host can."""
     listener = STUDENT
     """The name of the model that learns: the student, or, in the twin of a term on a peer, the peer."""
+    alone = False
+    """True for a term without a loss, which hears no source and has a twin on every peer."""
 
     def __init__(
         self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None, source: str = "teacher"
@@ -101,10 +103,19 @@ class Term(nn.Module):
 
     def mirrored(self) -> Term:
         """Return the twin term in which the source imitates the student; call it before either term is wired."""
-        twin = copy.deepcopy(self)
-        twin.listener, twin.source = self.source, STUDENT
+        twin = self.of(self.source)
+        twin.source = STUDENT
         twin.student_taps, twin.teacher_taps = self.teacher_taps, self.student_taps
-        twin.name = f"{self.name}_of_{self.source}"
+        return twin
+
+    def twins(self, sources: Mapping[str, Source]) -> list[Term]:
+        """Return the twins of the term in which peers listen: the one in which its own source, if it trains, imitates the student."""
+        return [self.mirrored()] if sources[self.source].trains else []
+
+    def of(self, listener: str) -> Term:
+        """Return a copy of the term in which a peer listens; call it before the term is wired."""
+        twin = copy.deepcopy(self)
+        twin.listener, twin.name = listener, f"{self.name}_of_{listener}"
         return twin
 
     def hidden_state(self) -> dict[str, Any]:
@@ -151,7 +162,7 @@ class Term(nn.Module):
         return None
 
     def row(
-        self, student: Any, teacher: Any, *, taps: tuple[Tap, Tap], adapter: str = "–", region: str = "–"
+        self, student: Any, teacher: Any, *, taps: tuple[Tap | str, Tap | str], adapter: str = "–", region: str = "–"
     ) -> WiringRow:
         """Build a row for ``kdgraft check``; ``student`` and ``teacher`` are tensors or texts."""
         schedule = "" if type(self.schedule).__name__ == "Constant" else f" × {self.schedule!r}"
