@@ -13,6 +13,7 @@ from .sources import Ensemble, Itself, Peer, Source, Teacher
 from .taps import Recording, Tap
 from .terms.adversarial import AdversarialScores, AdversarialTerm
 from .terms.base import TapTerm, Term
+from .terms.born_again import CWTM, DKPP
 from .terms.contrastive import CRD
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
@@ -36,8 +37,10 @@ __version__: str
 
 __all__ = [
     "CRD",
+    "CWTM",
     "DIST",
     "DKD",
+    "DKPP",
     "FSP",
     "LOSSES",
     "NKD",

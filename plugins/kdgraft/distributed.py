@@ -5,6 +5,8 @@ They work with any launcher that sets up ``torch.distributed``: accelerate, torc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -114,6 +116,22 @@ class SharedRandom:
         seed = int(torch.randint(2**31, (), generator=self.of_all_ranks()))
         return torch.Generator().manual_seed(seed + rank())
 
+    def of_rows(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Return random integers in [0, 2⁶²) for the rows of all processes; this process receives those of its own rows.
+
+        A number depends only on the place of its row among the rows of all processes, in the order of ranks, so that two processes
+        draw what one draws for all rows. All processes must call this together.
+
+        Args:
+            shape: ``(N, …)`` of this process; N may differ.
+            device: the device of the result.
+        """
+        seed = int(torch.randint(2**62, (), generator=self.of_all_ranks()))
+        counts = [shape[0]] if world_size() == 1 else _counts_of_ranks(torch.empty(shape[0], 0, device=device))
+        width = math.prod(shape[1:])
+        places = torch.arange(shape[0] * width, device=device) + sum(counts[: rank()]) * width
+        return _mixed(places + 1, seed).view(*shape)
+
     def state(self) -> Tensor:
         """Return the state for a checkpoint; the first process may call this alone, as no communication takes place."""
         generator = self._generator or torch.Generator().manual_seed(self._seed)
@@ -126,6 +144,14 @@ class SharedRandom:
 
     def __deepcopy__(self, memo: dict[int, object]) -> SharedRandom:
         return self
+
+
+def _mixed(places: Tensor, seed: int) -> Tensor:
+    """Map integers to random ones by SplitMix64 (Steele et al. 2014): a function of each integer and the seed alone."""
+    mixed = places * -7046029254386353131 + seed  # 0x9E3779B97F4A7C15 as a signed number; products wrap around
+    for shift, factor in ((30, -4658895280553007687), (27, -7723592293110705685)):
+        mixed = (mixed ^ (mixed >> shift & (1 << 64 - shift) - 1)) * factor
+    return (mixed ^ (mixed >> 31 & (1 << 33) - 1)) & (1 << 62) - 1
 
 
 def rank() -> int:

@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdgraft import (
+    CWTM,
     DKD,
+    DKPP,
     FSP,
     AdversarialScores,
     Batch,
@@ -72,6 +74,8 @@ def distiller(broken_on: int | None) -> Distiller:
         SoftTargets(temperature=2, hard_weight=0.3, name="mixed"),
         SoftTargets(temperature=4, name="soft"),
         DKD(standardize=True, name="decoupled"),
+        CWTM(hard_weight=0.5, name="sure"),
+        DKPP(hard_weight=None, name="dark"),
         AdversarialScores(width=4, name="judged"),
         FeatureMMD("head", name="distribution"),
         FeatureMMD("trunk", kernel="poly", name="moments"),

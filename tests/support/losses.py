@@ -149,6 +149,11 @@ def _labelled(loss: Callable[..., Tensor], dim: int = -1) -> Callable[..., Tenso
     return told
 
 
+def _confident(student: Tensor, teacher: Tensor, dim: int = -1, **settings: Any) -> Tensor:
+    told = lambda s, t, labels, temperature, **more: losses.confidence_weighted(s, t, labels, **more)  # noqa: E731
+    return _labelled(told, dim)(student, teacher, **settings)
+
+
 def _prototypes(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
     labels = (torch.arange(math.prod(student[:, 0].shape)) // 2 % 3).reshape(student[:, 0].shape)
     labels = labels if valid is None else labels.masked_fill(~valid, 255)
@@ -297,6 +302,8 @@ BY_NAME: dict[str, Declared] = {
     "decoupled of maps": weighted(_labelled(losses.decoupled, 1), MAPS, (2, 3, 4), cuts=True),
     "normalized": weighted(_labelled(losses.normalized), SCORES, (2, 3), equal=False, cuts=True),
     "normalized of maps": weighted(_labelled(losses.normalized, 1), MAPS, (2, 3, 4), equal=False, cuts=True),
+    "confidence_weighted": weighted(_confident, SCORES, (2, 3), equal=False, cuts=True),
+    "confidence_weighted of maps": weighted(partial(_confident, dim=1), MAPS, (2, 3, 4), equal=False, cuts=True),
     # each class on its own
     "binary_soft_targets": weighted(losses.binary_soft_targets, EACH_CLASS, (5, 7)),
     "focused_entropy": weighted(losses.focused_entropy, EACH_CLASS, (5, 7)),

@@ -9,6 +9,7 @@ from .bounded_regression import bounded_regression
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
 from .conditional import conditional_adversarial, conditional_critic_loss
+from .confidence_weighted import confidence, confidence_weighted
 from .correlation_congruence import correlation_congruence
 from .crd import crd
 from .cross_head import align_scale, focused_entropy
@@ -32,6 +33,7 @@ from .mmd import mmd
 from .normalized import normalized
 from .nst import nst
 from .pearson import pearson
+from .permuted import permuted
 from .pkt import pkt
 from .receptive_tokens import masked_imitation
 from .reduction import Ratio, reduce_loss, upcast, weighted_ratio
@@ -62,6 +64,8 @@ __all__ = [
     "class_prototypes",
     "conditional_adversarial",
     "conditional_critic_loss",
+    "confidence",
+    "confidence_weighted",
     "correlation_congruence",
     "cosine",
     "crd",
@@ -96,6 +100,7 @@ __all__ = [
     "pairwise_affinity",
     "patient",
     "pearson",
+    "permuted",
     "pixel_relations",
     "pkt",
     "reduce_loss",

@@ -5,6 +5,7 @@ The terms themselves are public names of :mod:`kdgraft`; this package exports th
 
 from . import (
     adversarial,
+    born_again,
     contrastive,
     divergences,
     features,
@@ -47,6 +48,7 @@ __all__ = [
     "Term",
     "VectorTerm",
     "adversarial",
+    "born_again",
     "build_terms",
     "check_choice",
     "contrastive",
