@@ -32,6 +32,7 @@ from .terms.statistics import FSP, NST, FeatureMMD
 from .terms.tokens import FreeKD, MasKD
 from .terms.vectors import MarginMSE, SampleEmbeddings, VectorTerm
 from .terms.weights import WeightMatching
+from .views import Views
 
 __version__: str
 
@@ -120,6 +121,7 @@ __all__ = [
     "Term",
     "UnsafeCheckpoint",
     "VectorTerm",
+    "Views",
     "WarmUp",
     "WeightMatching",
     "WiringError",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor, nn
 
 from .batch import Batch, Samples
 from .engine import Engine
-from .errors import DistillError, WiringError
+from .errors import DistillError, WiringError, check_number
 from .registry import RECIPES, expand_recipe
 from .schedules import Step
 from .sources import Source, Teacher, gather_sources
 from .sources.base import share_parameters
 from .step import scaled
+from .views import Views, run_on
 
 
 @dataclass
@@ -67,7 +69,8 @@ class Distiller(Engine):
         student: the model to train.
         teacher: the model to learn from, which is frozen in eval mode; or any :class:`~kdgraft.Source`.
         terms: names, dicts or :class:`~kdgraft.Term` instances.
-        example: a small input for the dry run, on the device of the models: a tensor, or a tuple or dict of arguments.
+        example: a small input for the dry run, on the device of the models: a tensor, a tuple or dict of arguments, or
+            :class:`~kdgraft.Views` of models whose inputs differ.
         teachers: several teachers by name, instead of ``teacher``; the ``source`` of a term selects one of them.
         recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings. Its terms come before ``terms``.
 
@@ -103,42 +106,68 @@ class Distiller(Engine):
         self.student = student
         self.epoch = 0
         self.iteration = 0
+        self._share, self._completes = 1.0, True
         self.load()
         if terms and example is None:
             raise DistillError("terms need example=…, a small input of the models for the dry run, such as one batch")
-        args, kwargs = _arguments(example)
+        views = example if isinstance(example, Views) else Views(example)
+        views.check({*self._leaves})
         self.wire(
             student,
-            lambda: student(*args, **kwargs),
-            lambda source: source.model(*args, **kwargs),
+            lambda: run_on(student, views.student),
+            lambda source: run_on(source.model, views.of(source.name)),
             frozenset({"labels", "boxes", "valid"}),
         )
 
     def forward(
         self, *args: Any, targets: Any = None, batch: Batch | None = None, indices: Any = None, **kwargs: Any
     ) -> DistillOutput:
-        """Run every source and the student on the same input.
+        """Run every source and the student on the same input, or each on its own of :class:`~kdgraft.Views`.
 
         Args:
-            args, kwargs: arguments of all models.
+            args, kwargs: arguments of all models; one :class:`~kdgraft.Views` where the models' inputs differ.
             targets: classes, for terms that need labels or mix hard and soft targets; or true numbers, for terms on numbers.
             batch: sizes, boxes and so on, for terms with a region.
             indices: the samples' indices in the training set, or other names, for terms that remember samples.
         """
+        views = args[0] if len(args) == 1 and isinstance(args[0], Views) else Views(args)
+        views.check({*self._leaves})
         if not self.training:
-            return DistillOutput(self.student(*args, **kwargs), {})
+            return DistillOutput(run_on(self.student, views.student, **kwargs), {})
         batch = batch if batch is not None else Batch()
         if targets is not None:
             batch.labels = targets
         if indices is not None:
             batch.samples = Samples(_names(indices))
         at, device = Step(self.iteration, self.epoch), next(self.student.parameters()).device
-        with self.step(self.student, batch, at, lambda source: source.model(*args, **kwargs), device) as step:
-            output = self.student(*args, **kwargs)
-        self.iteration += 1
+
+        def run(source: Source) -> Any:
+            return run_on(source.model, views.of(source.name), **kwargs)
+
+        with self.step(self.student, batch, at, run, device, parts=1 / self._share) as step:
+            output = run_on(self.student, views.student, **kwargs)
+        self.iteration += self._completes
         losses = step.losses()
         shares = {name: step.host_share(listener=name) for name in step.outputs}
         return DistillOutput(output, losses, step.outputs, step.host_share(), shares, step.figures)
+
+    @contextmanager
+    def part(self, share: float, *, last: bool) -> Iterator[None]:
+        """Treat the call in the body as one part of the step's batch, for the accumulation of gradients.
+
+        The losses of the parts add up to that of the whole batch: exactly for terms that are a mean over samples, if ``share`` is
+        the part's share of the samples. Schedules count the whole batch as one iteration.
+
+        Args:
+            share: the part's share of the batch, in (0, 1]; multiply the task's own loss by it.
+            last: true for the last part.
+        """
+        check_number("Distiller.part", "share", share, above=True)
+        self._share, self._completes = share, last
+        try:
+            yield
+        finally:
+            self._share, self._completes = 1.0, True
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the number of iterations and the hidden state of terms and sources, which ``state_dict`` includes."""
@@ -160,9 +189,3 @@ def _names(indices: Any) -> list[Any]:
             f"indices must be a list or a tensor (B,) with one number or name for each sample, got {type(indices).__name__}"
         )
     return list(names)
-
-
-def _arguments(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(example, Mapping):
-        return (), dict(example)
-    return (tuple(example), {}) if isinstance(example, (tuple, list)) else ((example,), {})

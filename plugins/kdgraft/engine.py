@@ -272,7 +272,7 @@ class Engine(nn.Module):
         device: torch.device | str = "cpu",
         *,
         totals: Mapping[str, Tensor] | None = None,
-        parts: int = 1,
+        parts: float = 1,
         run_loss: RunLoss | None = None,
     ) -> Iterator[StepInProgress]:
         """Record everything that the terms of one step need, while the body runs the student on the host's own loss.
@@ -287,7 +287,7 @@ class Engine(nn.Module):
             device: the device for the zero losses of inactive terms.
             totals: for a batch in parts (gradient accumulation), each term's denominator over all parts and all processes, from
                 :meth:`counts`; the losses of the parts then add up to the loss of the whole batch.
-            parts: number of parts; a term without a total gives them equal weights.
+            parts: number of parts, or the batch's size by this part's; a term without a total weighs the part by its inverse.
             run_loss: runs a source's model on the host's own loss, and returns it; for terms that train networks on it.
 
         Yields:

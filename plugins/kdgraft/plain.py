@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,15 @@ from .hosts import Job, TrainedModel
 from .isolation import isolated_rng
 from .sources import Teacher
 from .sources.teacher import load_strictly, read_checkpoint
+from .training import MakeOptimizer
 
 WEIGHTS = "student.pth"
+SETTINGS = [
+    name
+    for name in inspect.signature(fit).parameters
+    if name not in ("model", "loader", "loss", "epochs", "optimizer", "evaluate", "folder", "resume")
+]
+"""The arguments of ``fit`` that a task may set; the others are its own fields, or the plan's."""
 
 
 @dataclass
@@ -35,14 +42,21 @@ class Task:
         epochs: number of epochs.
         optimizer: builds the optimizer from the parameters to train; AdamW by default.
         evaluate: computes metrics of the model after each epoch.
+        settings: further arguments of :func:`~kdgraft.fit.fit`, such as ``dict(schedule="cosine", clip=1.0, best="accuracy")``.
     """
 
     model: nn.Module
     loader: Iterable[Any]
     loss: TaskLoss
     epochs: int
-    optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = torch.optim.AdamW
+    optimizer: MakeOptimizer = torch.optim.AdamW
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in self.settings:
+            if name not in SETTINGS:
+                raise DistillError(f"Task: settings takes no {name!r}{nearest(name, SETTINGS)}")
 
 
 class PlainTrainer:
@@ -70,24 +84,24 @@ class PlainTrainer:
             load_strictly(model, read_checkpoint(job.start.weights), job.start.weights)
         if job.teachers:
             with isolated_rng():  # the same batches in the same order as without teachers
-                inputs, _ = next(iter(task.loader))
+                example = _example(task)
                 teachers = {name: _teacher(given) for name, given in job.teachers.items()}
-            model = Distiller(model, terms=job.terms, example=inputs[:1], teachers=teachers, recipe=job.recipe)
-        optimizer = task.optimizer([p for p in model.parameters() if p.requires_grad])
+            model = Distiller(model, terms=job.terms, example=example, teachers=teachers, recipe=job.recipe)
         fitted = fit(
             model,
             task.loader,
             task.loss,
             epochs=task.epochs,
-            optimizer=optimizer,
+            optimizer=task.optimizer,
             evaluate=task.evaluate,
             folder=job.folder,
             resume=job.resume,
+            **task.settings,
         )
         weights = job.folder / WEIGHTS
         with written_whole(weights) as part:
             torch.save(fitted.model.state_dict(), part)
-        return TrainedModel(job.config, str(weights), fitted.history[-1], dict(job.options))
+        return TrainedModel(job.config, str(weights), fitted.metrics, dict(job.options))
 
     def train(
         self,
@@ -118,6 +132,13 @@ class PlainTrainer:
 
 
 TRAINER = PlainTrainer()
+
+
+def _example(task: Task) -> Any:
+    """Return one sample of the first batch, as the models will see it."""
+    inputs, targets = next(iter(task.loader))
+    views = task.settings.get("views")
+    return inputs[:1] if views is None else views(inputs[:1], None if targets is None else targets[:1])[0]
 
 
 def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:

@@ -46,7 +46,7 @@ class StepInProgress:
         at: Step,
         device: torch.device,
         totals: Mapping[str, Tensor],
-        parts: int,
+        parts: float,
         dropped: MutableMapping[str, int],
     ) -> None:
         self._sources, self._terms, self._student, self.device = sources, terms, student, device
@@ -91,7 +91,7 @@ class StepInProgress:
         return self._totals.get(term.name)
 
     @property
-    def parts(self) -> int:
+    def parts(self) -> float:
         """The number of parts (accumulated batches) of this step's batch."""
         return self._parts
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from kdgraft import Distiller, DistillError, Hint, Itself, Peer, SoftTargets
+from kdgraft import Distiller, DistillError, DistillOutput, Hint, Itself, Peer, SoftTargets, Views
 from kdgraft.fit import STATE, fit
+from kdgraft.plain import Task
 
 X = torch.sin(torch.arange(40 * 3.0)).reshape(40, 3)
 Y = (X.sum(1) > 0).long()
@@ -148,3 +149,126 @@ def test_without_a_state_a_resumed_run_starts():
     assert fit(model("plain"), loader(), F.cross_entropy, epochs=1, resume=True).epochs == 1
     with pytest.raises(DistillError, match="epochs must be a whole number >= 1, got 0"):
         fit(model("plain"), loader(), F.cross_entropy, epochs=0)
+
+
+# --- modules around a student, and inputs that differ by model
+
+
+class Doubled(nn.Module):
+    """A module around a student that is no distiller: it adds a peer of its own, and a loss."""
+
+    def __init__(self, student: nn.Module, peer: nn.Module) -> None:
+        super().__init__()
+        self.student, self.peer = student, peer
+        self.epoch, self.epochs = 0, []
+
+    def forward(self, x: Tensor, targets: Tensor) -> DistillOutput:
+        self.epochs.append(self.epoch)
+        output, other = self.student(x), self.peer(x)
+        losses = {"distill.norm.loss": 0.1 * output.square().mean(), "distill.norm.weight": torch.tensor(0.1)}
+        return DistillOutput(output, losses, {"peer": other}, host_share=0.75, peer_shares={"peer": 0.5})
+
+
+def test_any_module_around_a_student_is_trained_on_the_losses_that_it_returns():
+    def models() -> list[nn.Module]:
+        found = [net(4, 0), net(5, 2)]
+        for one in found:
+            one[2].p = 0.0
+        return found
+
+    student, peer = models()
+    optimizer = torch.optim.SGD([*student.parameters(), *peer.parameters()], 0.1)
+    for start in (0, 8, 0, 8):
+        x, y = X[start : start + 8], Y[start : start + 8]
+        output = student(x)
+        loss = 0.75 * F.cross_entropy(output, y) + 0.1 * output.square().mean() + 0.5 * F.cross_entropy(peer(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    whole = Doubled(*models())
+    batches = [(X[:8], Y[:8]), (X[8:16], Y[8:16])]
+    found = fit(whole, batches, F.cross_entropy, epochs=2, optimizer=torch.optim.SGD, lr=0.1)
+    assert found.model is whole.student and whole.epochs == [0, 0, 1, 1]
+    for ours, theirs in ((whole.student, student), (whole.peer, peer)):
+        for mine, by_hand in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(mine, by_hand)
+
+
+def test_each_model_sees_its_own_view():
+    student, teacher = net(4, 0), net(8, 1)
+    student[2].p = 0.0
+    distiller = Distiller(student, teacher, [SoftTargets()], example=Views(X[:1], teacher=X[1:2]))
+    x, other = X[:8], X[8:16]
+    logits, guide = student(x), teacher(other)
+    expected = F.kl_div(logits.log_softmax(1), guide.softmax(1), reduction="batchmean")
+    out = distiller(Views(x, teacher=other))
+    torch.testing.assert_close(out.loss, expected)
+    torch.testing.assert_close(out.student, logits)
+    torch.testing.assert_close(distiller(Views(x)).loss, distiller(x).loss)
+    assert torch.equal(distiller.eval()(Views(x, teacher=other)).student, logits)
+
+
+def test_views_of_several_arguments_and_of_a_peer():
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, a: Tensor, b: Tensor | None = None) -> Tensor:
+            return self.head(a if b is None else a + b)
+
+    distiller = Distiller(Sum(), Peer(Sum()), [SoftTargets()], example=Views((X[:1], X[:1]), teacher={"a": X[:1]}))
+    out = distiller(Views((X[:8], X[8:16]), teacher={"a": X[:8], "b": X[16:24]}))
+    torch.testing.assert_close(out.student, distiller.student.head(X[:8] + X[8:16]))
+    torch.testing.assert_close(out.peers["teacher"], distiller.teacher.model.head(X[:8] + X[16:24]))
+
+
+def test_a_view_of_no_source_is_refused():
+    distiller = model("teacher")
+    with pytest.raises(
+        DistillError, match="Views: 'techer' is not a source with a model of its own; did you mean 'teacher'"
+    ):
+        distiller(Views(X[:8], techer=X[:8]))
+    with pytest.raises(DistillError, match="'teacher' is not a source with a model of its own"):
+        Distiller(net(4, 0), Itself(), [Hint("0")], example=Views(X[:1], teacher=X[:1]))
+
+
+@pytest.mark.parametrize("kind", ["plain", "teacher"])
+def test_views_are_made_of_each_batch(kind: str):
+    seen: list[tuple[Tensor, Tensor]] = []
+
+    def views(inputs: Tensor, targets: Tensor) -> tuple[Views, Tensor]:
+        seen.append((inputs, targets))
+        return Views(-inputs, teacher=inputs), 1 - targets
+
+    batches = [(X[:8], Y[:8]), (X[8:16], Y[8:16])]
+    torch.manual_seed(0)
+    by_views = fit(model(kind), batches, F.cross_entropy, epochs=1, views=views).model
+    assert len(seen) == 2 and torch.equal(seen[1][0], X[8:16]) and torch.equal(seen[1][1], Y[8:16])
+    turned = [(Views(-x, teacher=x) if kind == "teacher" else -x, 1 - y) for x, y in batches]
+    torch.manual_seed(0)
+    by_hand = fit(model(kind), turned, F.cross_entropy, epochs=1).model
+    for ours, theirs in zip(by_views.parameters(), by_hand.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_task_hands_its_settings_on_and_refuses_others():
+    task = Task(net(4, 0), loader(), F.cross_entropy, 1, settings=dict(clip=1.0, schedule="cosine"))
+    assert task.settings["clip"] == 1
+    for name, said in (
+        ("clp", "did you mean 'clip'"),
+        ("epochs", "takes no 'epochs'"),
+        ("resume", "takes no 'resume'"),
+    ):
+        with pytest.raises(DistillError, match=said):
+            Task(net(4, 0), loader(), F.cross_entropy, 1, settings={name: 1})
+
+
+def test_unlabelled_batches_are_for_terms_alone():
+    student, teacher = net(4, 0), net(8, 1)
+    alone = Distiller(student, teacher, [SoftTargets(hard_weight=0)], example=X[:1])
+    found = fit(alone, [(X[:8], None)], F.cross_entropy, epochs=1)
+    assert found.history[0]["loss"] > 0
+    beside = Distiller(net(4, 0), teacher, [SoftTargets(hard_weight=0.1)], example=X[:1])
+    with pytest.raises(DistillError, match="a batch without targets"):
+        fit(beside, [(X[:8], None)], F.cross_entropy, epochs=1)
