@@ -42,13 +42,23 @@ class LayerTerm(Term):
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         ours, theirs = self._stack(student, "student"), self._stack(teacher, "teacher")
-        if self.listener == STUDENT:
-            self.pairs = layer_pairs(self.layers, len(ours), len(theirs), self.name)
-        else:  # a peer listens: the pairs are given as (student, peer)
-            self.pairs = [(j, i) for i, j in layer_pairs(self.layers, len(theirs), len(ours), self.name)]
+        self.pairs = self._paired(len(ours), len(theirs))
         self.student_taps = [self._tap(ours[i]) for i, _ in self.pairs]
         self.teacher_taps = [self._tap(theirs[j]) for _, j in self.pairs]
         self.drops_layers = drops_layers(student, self.student_taps)
+
+    def _paired(self, ours: int, theirs: int) -> list[tuple[int, int]]:
+        """Return the pairs of layers of the listener and of the source; the user gives them as (student, other model)."""
+        if self.listener == STUDENT:
+            return layer_pairs(self.layers, ours, theirs, self.name)
+        if self.source == STUDENT:
+            return [(j, i) for i, j in layer_pairs(self.layers, theirs, ours, self.name)]
+        if not isinstance(self.layers, str):  # two peers: each at the layers that the user gave for it
+            told = [(j, j) for _, j in self.layers]
+            return layer_pairs(told, ours, theirs, self.name)
+        if ours > theirs:  # rules need the deeper model second
+            return [(j, i) for i, j in layer_pairs(self.layers, theirs, ours, self.name)]
+        return layer_pairs(self.layers, ours, theirs, self.name)
 
     def _stack(self, model: nn.Module, owner: str) -> list[Layer]:
         found = stacks(model)

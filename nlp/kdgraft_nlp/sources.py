@@ -38,13 +38,16 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         return {"teacher": Cached(Teacher(cache.stand_in()), cache, absent=True)}
     if teacher is None and teachers is None:
         raise DistillError("terms need teacher=…: a model, or the folder that save_pretrained wrote")
-    found = gather_sources(teacher, teachers, lambda name, given: _teacher(name, given, student))
+    found = gather_sources(
+        teacher,
+        teachers,
+        lambda name, given: _teacher(name, given, student),
+        lambda name, given: _load(_folder(name, given), student),
+    )
     for source in found.values():
         source.load()
         if isinstance(source, (Teacher, Peer)):
             source.model = base_of(source.model)
-        if isinstance(source, Peer) and share_parameters(student, source.model):
-            raise WiringError("student and peer share parameters; pass a copy.deepcopy of one")
     if cache is not None:
         (name, first), *others = found.items()
         if others or not isinstance(first, Teacher):
@@ -67,6 +70,12 @@ def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
     if not hasattr(model, "config"):
         raise DistillError(f"the teacher must be a Hugging Face model, got {type(model).__name__}")
     return Teacher(model)
+
+
+def _folder(name: str, given: Any) -> str | Path:
+    if not isinstance(given, (str, Path)):
+        raise DistillError(f"{name} must be a model or a folder, got {given!r}")
+    return given
 
 
 def _load(folder: str | Path, student: nn.Module) -> nn.Module:

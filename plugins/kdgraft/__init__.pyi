@@ -9,7 +9,7 @@ from .recorder import Recorder
 from .regions import FineGrained, Region
 from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, SOURCES, TERMS, Registry
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
-from .sources import Ensemble, Itself, Peer, Source, Teacher
+from .sources import Ensemble, Itself, Peer, Peers, Source, Teacher
 from .taps import Recording, Tap
 from .terms.adversarial import AdversarialScores, AdversarialTerm
 from .terms.base import TapTerm, Term
@@ -91,6 +91,7 @@ __all__ = [
     "PairwiseAffinity",
     "PearsonImitation",
     "Peer",
+    "Peers",
     "PerImageTerm",
     "Predictions",
     "PretrainedTerm",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .batch import Batch
+from .directions import directed
 from .errors import DistillError, WiringError, nearest
 from .examining import RunLoss, examiners
 from .isolation import isolated_rng, own_random_stream
@@ -23,8 +24,9 @@ from .recorder import Recorder
 from .registry import TERMS, Registry
 from .rehearsal import Rehearsal, Replay, RunSource, members, same_shapes, taps_of
 from .schedules import Step
-from .sources import STUDENT, Ensemble, Itself, Source
+from .sources import STUDENT, Ensemble, Itself, Source, with_parts
 from .sources.base import check_names
+from .sources.peer import check_peers
 from .step import StepInProgress
 from .taps import NeverFired, Recording, Tap
 from .terms import Term, build_terms
@@ -63,14 +65,14 @@ class Engine(nn.Module):
         reader: type[Reader] = Reader,
     ) -> None:
         super().__init__()
-        self.sources = {"teacher": sources} if isinstance(sources, Source) else dict(sources)
+        self.sources = with_parts({"teacher": sources} if isinstance(sources, Source) else sources)
         check_names(self.sources)
-        for name, source in self.sources.items():
-            source.name = name
         self._check_members()
         with isolated_rng():
-            built = self._with_mirrors(build_terms(terms, registry, reader))
-        self._check_heard(built)
+            asked = build_terms(terms, registry, reader)
+            self._check_heard(asked)
+            built, means = directed(asked, self.sources)
+        self.sources.update(means)
         self.terms = nn.ModuleDict({term.name: term for term in built})
         self.peers = nn.ModuleDict({name: source.model for name, source in self.sources.items() if source.trains})
         self.dropped = dict.fromkeys(self.terms, 0)
@@ -78,30 +80,24 @@ class Engine(nn.Module):
         self._rehearsal = Rehearsal((), {}, recorder, None)
 
     def _check_members(self) -> None:
+        models = [name for name, source in self.sources.items() if source.members == (name,)]
         for name, source in self.sources.items():
             for member in source.members if isinstance(source, Ensemble) else ():
-                found = self.sources.get(member)
-                if found is None or isinstance(found, Ensemble) or found.members == (STUDENT,):
-                    known = [other for other, one in self.sources.items() if not isinstance(one, Ensemble)]
+                if member not in models:
                     raise DistillError(
-                        f"Ensemble {name!r}: {member!r} is not a source with its own model{nearest(member, known)}"
+                        f"Ensemble {name!r}: {member!r} is not a source with its own model{nearest(member, models)}"
                     )
 
-    def _with_mirrors(self, terms: list[Term]) -> list[Term]:
-        """Return the terms, each with its twins after it."""
-        found: list[Term] = []
+    def _check_heard(self, terms: Sequence[Term]) -> None:
         for term in terms:
             if not term.alone and term.source not in self.sources:
                 raise DistillError(
                     f"{term.name}: there is no source {term.source!r}{nearest(term.source, self.sources)}; "
                     "set source=… to one of the sources"
                 )
-            found += [term, *term.twins(self.sources)]
-        return found
-
-    def _check_heard(self, terms: Sequence[Term]) -> None:
         heard = {term.source for term in terms}
         heard |= {member for name in heard - {STUDENT} for member in self.sources[name].members}
+        heard |= {part for source in self.sources.values() for part in source.parts()}  # told by their whole
         silent = [name for name in self.sources if name not in heard]
         if terms and silent:
             raise DistillError(
@@ -147,6 +143,7 @@ class Engine(nn.Module):
                 if isinstance(source, Itself):
                     source.adopt(student)
         models = {STUDENT: student} | {name: self.sources[name].model for name in self._leaves}
+        check_peers(models, self.peers)
         for term in self.all_terms:
             if not term.alone:
                 self._prepare(term, models)
@@ -193,8 +190,8 @@ class Engine(nn.Module):
         if isinstance(source, Ensemble):
             if not term.hears_ensembles:
                 raise WiringError(
-                    f"{term.name}: an Ensemble gives predictions, which this term does not compare; "
-                    f"use one of its members, source={source.members[0]!r}"
+                    f"{term.name}: the predictions that it compares have no mean over several models; add a term for each of "
+                    f"{', '.join(source.members)}, source={source.members[0]!r}"
                 )
             if any(found != readings[0] for found in readings):
                 raise WiringError(f"{term.name}: the members of the Ensemble {source.name!r} are not of one kind")
@@ -228,7 +225,7 @@ class Engine(nn.Module):
 
     @property
     def all_terms(self) -> list[Term]:
-        """The terms in order, including the twins of terms on a peer."""
+        """The terms in order, as :func:`~kdgraft.directions.directed` gives them."""
         return [term for term in self.terms.values() if isinstance(term, Term)]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -179,13 +180,14 @@ class StepInProgress:
         Terms that :meth:`losses` dropped do not reduce it. While a schedule reduces the weight of a term, the host's loss is
         reduced less in proportion.
         """
-        share = 1.0
+        taken: dict[str, list[float]] = {}  # by the user's term, whose parts take their parts of what it takes
         for term in self.active:
             if term.name in self.dropped or term.listener != listener or term.host_share == 1:
                 continue
             if not term.host_losses or name in term.host_losses:
-                share *= 1 - (1 - term.host_share) * min(term.weight_at(self.at) / term.weight, 1)
-        return share
+                whole = (1 - term.host_share) * min(term.weight_at(self.at) / term.weight, 1)
+                taken.setdefault(term.origin or term.name, []).append(term.part * whole)
+        return math.prod((_left(math.fsum(parts)) for parts in taken.values()), start=1.0)
 
     def _agree(self, ratios: Mapping[str, Ratio]) -> tuple[set[str], dict[str, Tensor]]:
         """Return the terms that are not finite on some rank, and all denominators over all ranks, in one communication."""
@@ -208,6 +210,11 @@ class StepInProgress:
             for (name, ratio), piece in zip(ratios.items(), pieces[1::2], strict=True)
         }
         return dropped, totals
+
+
+def _left(taken: float) -> float:
+    """Return what is left of 1; parts of a whole, such as three thirds, need not add up to exactly 1."""
+    return 0.0 if taken > 1 - 1e-9 else 1 - taken
 
 
 def _scale(losses: MutableMapping[str, Any], name: str, share: float) -> None:

@@ -22,7 +22,8 @@ def announced(engine: Engine, student: nn.Module, recipe: Any = None) -> str:
         recipe: a recipe's name, or ``dict(type=name, …)``.
     """
     several = len(engine.sources) > 1
-    sources = [f"{name}: {_named(source)}" if several else _named(source) for name, source in engine.sources.items()]
+    named = {name: source for name, source in engine.sources.items() if not source.parts()}
+    sources = [f"{name}: {_named(source)}" if several else _named(source) for name, source in named.items()]
     name = recipe.get("type") if isinstance(recipe, Mapping) else recipe
     by = f"{name}: " if name is not None else ""
     return f"distilling {', '.join(sources)} into {_class(student)} with {by}{', '.join(engine.terms)}"

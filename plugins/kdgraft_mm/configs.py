@@ -163,7 +163,11 @@ def peer_config(config: Config, peer: str, source: str, *, files: bool = False) 
     """
     model = config.get("model") or {}
     given = dict(model.get("teachers") or {"teacher": model.get("teacher")}) if is_distilled(model) else {}
-    peers = {name: spec for name, spec in given.items() if isinstance(spec, Mapping) and spec.get("type") == "Peer"}
+    peers: dict[str, Any] = {}
+    for name, spec in given.items():
+        kind = spec.get("type") if isinstance(spec, Mapping) else None
+        models = [spec] if kind == "Peer" else spec.get("models", ()) if kind == "Peers" else ()
+        peers |= {name if kind == "Peer" else f"{name}_{place}": one for place, one in enumerate(models)}
     if peer not in peers:
         raise DistillError(f"{source} has no peer {peer!r}{nearest(peer, peers)}")
     told = peers[peer].get("config")

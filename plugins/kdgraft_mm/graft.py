@@ -102,8 +102,8 @@ class Graft(_Host, metaclass=GraftMeta):
             teacher: ``dict(config=…, checkpoint=…)``; see :func:`~kdgraft_mm.sources.build_teacher`. With ``scale=2.0`` the
                 training pipeline delivers the teacher's images, and the student is trained on the same view at half their size.
             teachers: several sources by name, instead of ``teacher``: each as there, or ``dict(type="Ensemble", members=["a",
-                "b"])``, ``dict(type="Peer", config=…)``, ``dict(type="Itself", momentum=0.999)``. A term listens to the one
-                that its ``source`` names, by default to ``"teacher"``.
+                "b"])``, ``dict(type="Peer", config=…)``, ``dict(type="Peers", models=[dict(config=…), …])``, ``dict(type="Itself",
+                momentum=0.999)``. A term listens to the one that its ``source`` names, by default to ``"teacher"``.
             terms: a list of terms.
             recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings. Its terms come before ``terms``.
             inherit: modules of equal shapes whose weights the student takes over from the teacher before training: a path or a

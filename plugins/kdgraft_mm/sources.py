@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kdgraft.errors import DistillError, WiringError, check_flag, nearest
 from kdgraft.inheriting import check_alike
-from kdgraft.sources import Itself, Peer, Source, Teacher, gather_sources
+from kdgraft.sources import Itself, Source, Teacher, gather_sources
 
 from .checkpoints import SAFE_TYPES
 from .configs import load_config, model_of
@@ -69,13 +69,12 @@ def build_sources(teacher: Any, teachers: Any, models: MMRegistry) -> dict[str, 
         teachers: several sources by name.
         models: the host's model registry.
     """
-    return gather_sources(teacher, teachers, lambda name, spec: _build(name, spec, models))
-
-
-def _build(name: str, spec: Any, models: MMRegistry) -> Source:
-    if isinstance(spec, Mapping) and spec.get("type") == "Peer":
-        return Peer(_model(_checked(f"{name}, a Peer,", spec, ("type", "config"), ("config",)), models))
-    return build_teacher(spec, models, name)
+    return gather_sources(
+        teacher,
+        teachers,
+        lambda name, spec: build_teacher(spec, models, name),
+        lambda name, spec: _model(_checked(name, spec, ("config",), ("config",), "dict(config='…')"), models),
+    )
 
 
 def check_scales(owner: str, teacher: Any, teachers: Any, scales: bool, distils: bool) -> None:
@@ -147,16 +146,22 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
     return made
 
 
-def _checked(name: str, spec: Any, known: tuple[str, ...], needed: tuple[str, ...]) -> Mapping[str, Any]:
+def _checked(
+    name: str,
+    spec: Any,
+    known: tuple[str, ...],
+    needed: tuple[str, ...],
+    right: str = "teacher=dict(config='…', checkpoint='teacher.pth')",
+) -> Mapping[str, Any]:
     """Return a source's dict; raise a :class:`DistillError` for a key that is unknown or missing."""
     if not isinstance(spec, Mapping):
-        raise DistillError(f"{name} must be dict(config=…, checkpoint=…), got {spec!r}")
+        raise DistillError(f"{name} must be {right.removeprefix('teacher=')}, got {spec!r}")
     for key in spec:
         if key not in known:
             raise DistillError(f"{name} takes no argument {key!r}{nearest(key, known)}")
     for key in needed:
         if not spec.get(key):
-            raise DistillError(f"{name} needs {key}=…; write teacher=dict(config='…', checkpoint='teacher.pth')")
+            raise DistillError(f"{name} needs {key}=…; write {right}")
     return spec
 
 

@@ -236,23 +236,33 @@ def test_an_ensemble_of_roi_heads_teaches_the_mean_on_the_students_proposals(roi
 
 
 @pytest.mark.parametrize(
-    ("term", "message"),
+    "term",
     [
-        (dict(type="FeatureImitation", tap="neck[*]"), "feature_imitation: an Ensemble gives predictions.*source='a'"),
-        (dict(type="FocalGlobal"), "focal_global: an Ensemble gives predictions"),
-        (dict(type="CrossHead"), "cross_head: an Ensemble gives predictions"),
+        dict(type="FeatureImitation", tap="neck[*]", region="foreground"),
+        dict(type="FocalGlobal"),
+        dict(type="CrossHead", weight=2.0),
     ],
+    ids=lambda term: term["type"],
 )
-def test_what_has_no_mean_refuses_an_ensemble(pair, term, message):
-    with pytest.raises(WiringError, match=message) as caught:
-        build(entry(both(pair), term))
-    assert "\n" not in str(caught.value)
+def test_features_of_an_ensemble_are_a_mean_of_losses(pair, term):
+    model = taught(both(pair, weights=[3, 1]), dict(term, name="mean"))
+    alone = taught(pair, *(dict(term, name=f"mean_from_{name}", source=name) for name in "ab"))
+    alone.load_state_dict(model.state_dict())
+    assert list(model.distiller.terms) == list(alone.distiller.terms) == ["mean_from_a", "mean_from_b"]
+    alone.distiller.terms.load_state_dict(model.distiller.terms.state_dict())
+    found, expected = (losses(one, raw_batch()) for one in (model, alone))
+    for name, weight in (("a", 0.75), ("b", 0.25)):
+        key = f"distill.mean_from_{name}.loss"
+        torch.testing.assert_close(found[key], weight * expected[key])
+        assert found[key] > 0
 
 
 def test_queries_have_no_mean(tmp_path):
     model = detr("DeformableDETR")
     two = {name: given(tmp_path / f"{name}.pth", model, seed) for seed, name in enumerate("ab")}
-    with pytest.raises(WiringError, match="soft_targets: an Ensemble gives predictions"):
+    with pytest.raises(
+        WiringError, match="soft_targets: the predictions that it compares have no mean over several models"
+    ):
         build(entry(both(two), dict(type="SoftTargets"), student=model))
 
 

@@ -50,6 +50,10 @@ SOFT_TARGETS = {
     20: (6.85479442401, -0.0406680669408, 0.273130063604),
 }
 
+# chxy95/Deep-Mutual-Learning@650e2767684ec481841581b2ff74bfd88fce1d12:trainer.py, the loop of train_one_epoch over three
+# students: cross-entropy plus KL over K − 1, of logits() and a third one, wave((5, 10), 0.3, 0.8, 2.0), with labels 0 3 9 1 4.
+MUTUAL = (5.61031048112288, 7.0594587180663515, 3.998371285949019)
+
 # HobbitLong/RepDistiller@b84f547c5db6a35318d4671d7d5c4de74c822403:distiller_zoo/FitNet.py, HintLoss on features(), and
 # on regressor() after the convolution.
 HINT = 3.09701046687

@@ -246,6 +246,28 @@ def test_an_ensemble_trains_and_its_members_never_change(tmp_path):
     assert trainer.model.state_dict().keys() == model().state_dict().keys()
 
 
+def test_layers_and_attention_of_an_ensemble_are_a_mean_of_losses(tmp_path):
+    """Of a teacher of 4 layers and one of 2, each paired with the student's by the term's own rule."""
+    teachers = {"a": big(), "b": model(seed=3, width=24), "both": Ensemble(["a", "b"], weights=[3, 1])}
+    terms = [HiddenStates(source="both"), AttentionMaps(source="both", weight=2.0)]
+    trainer = trainer_of(tmp_path, model(), terms, teachers=teachers)
+    _, found = losses(trainer, batch_of())
+    names = ("hidden_states", "attention_maps")
+    assert [key for key in found if key.endswith(".loss")] == [
+        f"distill.{n}_from_{m}.loss" for n in names for m in "ab"
+    ]
+    for member, weight in (("a", 0.75), ("b", 0.25)):
+        single = {"teacher": copy.deepcopy(teachers[member])}
+        alone = trainer_of(tmp_path, model(), [HiddenStates(), AttentionMaps(weight=2.0)], teachers=single)
+        for name in names:
+            wired = trainer.distiller.terms[f"{name}_from_{member}"]
+            alone.distiller.terms[name].load_state_dict(wired.state_dict())
+        _, expected = losses(alone, batch_of())
+        for name in names:
+            ours, theirs = found[f"distill.{name}_from_{member}.loss"], expected[f"distill.{name}.loss"]
+            torch.testing.assert_close(ours, weight * theirs)
+
+
 def test_what_an_ensemble_cannot_teach(tmp_path):
     def refused(said, term, one, kind="", task="", student=None, **settings):
         teachers = {"a": big(one, kind=kind), "b": settings.pop("b", None) or big(one, 3, kind=kind)}
@@ -254,10 +276,10 @@ def test_what_an_ensemble_cannot_teach(tmp_path):
             trainer_of(tmp_path, student or model(one, kind=kind), [term], teachers=teachers, **settings)
         assert "\n" not in str(error.value)
 
-    message = r"an Ensemble gives predictions.*use one of its members, source='a'"
+    message = (
+        r"the predictions that it compares have no mean over several models; add a term for each of a, b, source='a'"
+    )
     refused(f"soft_targets: {message}", SoftTargets(), "bert", "BertForQuestionAnswering")
-    refused(f"hidden_states: {message}", HiddenStates(), "bert")
-    refused(f"attention_maps: {message}", AttentionMaps(), "bert")
     refused("chunked=True computes the losses of one frozen teacher", ForwardKL(), "llama", chunked=True)
     refused(
         "the members of an Ensemble must predict alike", UniversalLogits(), "llama", b=big("llama", 3, vocab_size=50)
@@ -818,7 +840,6 @@ def test_teachers_in_a_recipe_file(saved, tmp_path, capsys):
     fails("give teacher=…, or several", teacher=str(tmp_path / "a"))
     fails("there is no source 'c'", terms=[{"type": "SoftTargets", "source": "c"}])
     fails("no term uses 'a'", terms=[{"type": "SoftTargets", "source": "b"}])
-    fails("an Ensemble gives predictions", terms=["SoftTargets", {"type": "HiddenStates", "source": "both"}][1:])
 
 
 def test_a_wrapped_trainer_takes_several_sources(tmp_path):

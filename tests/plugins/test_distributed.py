@@ -46,6 +46,19 @@ def test_the_mean_of_the_losses_is_that_of_the_one_batch(results: list[dict], wh
         torch.testing.assert_close(sum(shares) / RANKS, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("average", [False, True])
+def test_students_that_teach_each_other_learn_what_they_would_on_one_process(results: list[dict], average: bool):
+    expected = distiller_ranks.students(WHOLE, average, distributed=False)
+    found = [result["students"][average] for result in results]
+    for name, value in expected["losses"].items():
+        torch.testing.assert_close(sum(one["losses"][name] for one in found) / RANKS, value, rtol=1e-5, atol=1e-7)
+    assert len({name.split(".")[1] for name in expected["gradients"] if name.startswith("peers")}) == 2
+    for one in found:
+        assert one["gradients"].keys() == expected["gradients"].keys()
+        for name, gradient in expected["gradients"].items():
+            torch.testing.assert_close(one["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
 def test_the_shares_are_unequal_enough_to_tell(results: list[dict]):
     # Each process dividing by its own count would give other gradients: the second has one image of four, no box at all,
     # and one label of three.

@@ -202,10 +202,13 @@ def test_both_models_must_read_the_same_samples():
         Distiller(Pointwise(4), Twice(6), [Spread("mix")], IMAGES[0])
 
 
-def test_an_ensemble_has_no_relations_of_its_own():
-    members = dict(a=Teacher(Pointwise(6)), b=Teacher(Pointwise(6)), both=Ensemble(["a", "b"]))
-    with pytest.raises(WiringError, match="an Ensemble gives predictions"):
-        Distiller(Pointwise(4), None, [Spread("mix", source="both")], IMAGES[0], teachers=members)
+def test_relations_of_an_ensemble_are_a_mean_of_losses():
+    torch.manual_seed(3)
+    members = dict(a=Teacher(Pointwise(6)), b=Teacher(Pointwise(7)), both=Ensemble(["a", "b"], weights=[3, 1]))
+    terms = [Spread("mix", source=name, name=name) for name in ("both", "a", "b")]
+    found = Distiller(Pointwise(4), None, terms, IMAGES[0], teachers=members)(IMAGES[0]).losses
+    for name, weight in (("a", 0.75), ("b", 0.25)):
+        torch.testing.assert_close(found[f"distill.both_from_{name}.loss"], weight * found[f"distill.{name}.loss"])
 
 
 def test_sizes_cover_what_is_tested():

@@ -164,17 +164,73 @@ def test_what_an_ensemble_refuses(settings: dict, said: str):
         Ensemble(**settings)
 
 
-def test_an_ensemble_has_predictions_alone_and_members_of_one_kind():
+def test_members_of_an_ensemble_predict_alike():
     def build(*terms, b: nn.Module | None = None, of=("a", "b")):
         teachers = dict(a=net(8, 1), b=b or net(5, 2), teacher=Ensemble(list(of)))
         return Distiller(net(4, 0), teachers=teachers, terms=list(terms), example=X)
 
-    with pytest.raises(WiringError, match=r"hint: an Ensemble gives predictions.*source='a'"):
-        build(Hint("0"))
     with pytest.raises(WiringError, match="the members of an Ensemble must predict alike"):
         build(LogitMatching(), b=net(5, 2, classes=3))
     with pytest.raises(DistillError, match="'c' is not a source with its own model"):
         build(LogitMatching(), of=("a", "c"))
+
+
+def test_features_of_an_ensemble_are_a_mean_of_losses():
+    """Each member has an adapter, as its space is its own; the weights of the ensemble are those of the losses."""
+    a, b = net(8, 1), net(5, 2)
+    model = Distiller(
+        net(4, 0),
+        teachers=dict(a=a, b=b, both=Ensemble(["a", "b"], mean="geometric", weights=[3, 1])),
+        terms=[Hint("0", source="both", weight=2.0), SoftTargets(source="both")],
+        example=X,
+    )
+    out = model.train()(X)
+    assert list(out.losses) == [f"distill.{name}.loss" for name in ("hint_from_a", "hint_from_b", "soft_targets")]
+    expected = 0
+    for name, teacher, weight in (("hint_from_a", a, 1.5), ("hint_from_b", b, 0.5)):
+        (adapter,) = model.terms[name].adapters
+        with torch.no_grad():
+            by_hand = F.mse_loss(adapter(model.student[0](X), teacher[0](X)), teacher[0](X))
+        torch.testing.assert_close(out.losses[f"distill.{name}.loss"].detach(), weight * by_hand)
+        expected += weight * by_hand
+    torch.testing.assert_close((out.loss - out.losses["distill.soft_targets.loss"]).detach(), expected)
+    assert [row.adapter for row in model.rows[:2]] == ["LinearAdapter 4→8", "LinearAdapter 4→5"]
+
+
+def test_an_ensemble_of_one_feature_space_twice_is_that_teacher():
+    guide = net(8, 1)
+    twice = dict(a=guide, b=copy.deepcopy(guide), both=Ensemble(["a", "b"]))
+    both = Distiller(net(4, 0), teachers=twice, terms=[Hint("0", source="both")], example=X)
+    alone = Distiller(net(4, 0), copy.deepcopy(guide), terms=[Hint("0")], example=X)
+    for name in "ab":
+        both.terms[f"hint_from_{name}"].load_state_dict(alone.terms["hint"].state_dict())
+    torch.testing.assert_close(both.train()(X).loss, alone.train()(X).loss)
+
+
+def test_a_term_on_features_takes_its_share_of_the_hosts_loss_once():
+    class Sharing(Hint):
+        host_share = 0.3
+
+    def build(*terms) -> Distiller:
+        teachers = dict(a=net(8, 1), b=net(5, 2), both=Ensemble(["a", "b"], weights=[3, 1]))
+        return Distiller(net(4, 0), teachers=teachers, terms=list(terms), example=X).train()
+
+    found = build(Sharing("0", source="both", name="first"), Sharing("0", source="both", name="second"))(X)
+    assert found.host_share == pytest.approx(0.3 * 0.3)
+    thirds = dict(a=net(8, 1), b=net(5, 2), c=net(6, 3), all=Ensemble(["a", "b", "c"]))
+    Sharing.host_share = 0.0
+    assert Distiller(net(4, 0), terms=[Sharing("0", source="all")], teachers=thirds, example=X)(X).host_share == 0
+    Sharing.host_share = 0.3
+    ramped = build(Sharing("0", source="both", schedule=dict(type="Ramp", end=10)))
+    ramped.iteration = 5
+    assert ramped(X).host_share == pytest.approx(1 - 0.7 / 2)
+
+
+def test_a_term_is_not_called_as_the_part_of_another_one():
+    teachers = dict(a=net(8, 1), b=net(5, 2), both=Ensemble(["a", "b"]))
+    terms = [Hint("0", source="both"), Hint("0", source="a", name="hint_from_a")]
+    with pytest.raises(DistillError, match="hint_from_a is one of the terms that hint becomes"):
+        Distiller(net(4, 0), teachers=teachers, terms=terms, example=X)
 
 
 # --- a peer

@@ -93,10 +93,17 @@ def test_an_ensemble_teaches_the_mean_of_every_pixel(pair, mean):
     assert expected != pytest.approx(ratio(s, a.softmax(1), valid), rel=1e-3)
 
 
-def test_features_have_no_mean(pair):
-    both = dict(pair, teacher=dict(type="Ensemble", members=["a", "b"]))
-    with pytest.raises(WiringError, match=r"feature_imitation: an Ensemble gives predictions.*source='a'"):
-        build(entry(both, dict(type="FeatureImitation", tap="backbone[3]")))
+def test_features_of_an_ensemble_are_a_mean_of_losses(pair):
+    term = dict(type="FeatureImitation", tap="backbone[3]", name="mean")
+    both = dict(pair, teacher=dict(type="Ensemble", members=["a", "b"], weights=[3, 1]))
+    model = build(entry(both, term))
+    alone = build(entry(pair, *(dict(term, name=f"mean_from_{name}", source=name) for name in "ab")))
+    alone.load_state_dict(model.state_dict())
+    alone.distiller.terms.load_state_dict(model.distiller.terms.state_dict())
+    found, expected = (losses_of(one, *batch()) for one in (model, alone))
+    for name, weight in (("a", 0.75), ("b", 0.25)):
+        key = f"distill.mean_from_{name}.loss"
+        torch.testing.assert_close(found[key], weight * expected[key])
 
 
 def test_members_are_resized_alike(pair, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +25,7 @@ from kdgraft import (
     FeatureMMD,
     GradientTransfer,
     PearsonImitation,
+    Peers,
     SoftTargets,
     WarmUp,
     WeightMatching,
@@ -105,6 +107,25 @@ def steps(share: slice, *, broken_on: int | None, distributed: bool) -> dict[str
     return result
 
 
+def students(share: slice, average: bool, *, distributed: bool) -> dict[str, Any]:
+    """A step of three students that teach each other, each with its own loss over the whole batch."""
+    torch.manual_seed(0)
+    peers = Peers([Net(5), Net(6)], average=average)
+    terms = [SoftTargets(temperature=2, hard_weight=0.4, weight=1.5), *([] if average else [PearsonImitation("deep")])]
+    model = Distiller(Net(4), peers, terms, example=IMAGES[:1])
+    wrapped = DistributedDataParallel(model) if distributed else model
+    out = wrapped(IMAGES[share], targets=LABELS[share])
+    scale = (WORLD if distributed else 1) / (LABELS != -100).sum()
+
+    def own(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, LABELS[share], reduction="sum") * scale
+
+    total = out.total(own(out.student)) + sum(out.peer_shares[name] * own(found) for name, found in out.peers.items())
+    total.backward()
+    losses = {name: value.detach() for name, value in out.losses.items()}
+    return {"losses": losses, "gradients": gradients(model)}
+
+
 def exchanges() -> dict[str, Any]:
     """What a process sends and gets, with the gradient that comes back to it."""
     own = rank()
@@ -133,7 +154,8 @@ def all_steps(rank: int) -> dict[Any, Any]:
     """The steps of this process's share, without and with a term that is infinite on one process, and what it exchanges."""
     share = SHARES[rank]
     results: dict[Any, Any] = {on: steps(share, broken_on=on, distributed=True) for on in (None, *range(WORLD))}
-    return results | {"exchanges": exchanges()}
+    mutual = {average: students(share, average, distributed=True) for average in (False, True)}
+    return results | {"exchanges": exchanges(), "students": mutual}
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ from ..registry import SOURCES
 from .base import STUDENT, Source
 from .cached import Cached
 from .ensemble import Ensemble, EnsembleRecording, combined
-from .gather import gather_sources
+from .gather import gather_sources, with_parts
 from .itself import Itself
-from .peer import Peer
+from .peer import Peer, Peers
 from .teacher import Teacher
 
 __all__ = [
@@ -17,8 +17,10 @@ __all__ = [
     "EnsembleRecording",
     "Itself",
     "Peer",
+    "Peers",
     "Source",
     "Teacher",
     "combined",
     "gather_sources",
+    "with_parts",
 ]

@@ -56,6 +56,10 @@ class Source:
         """The names of the sources whose recordings it combines; its own name if it has a model."""
         return (self.name,)
 
+    def parts(self) -> dict[str, Source]:
+        """Return further sources by name that it consists of; hosts and engine treat these as any other source."""
+        return {}
+
     def load(self) -> None:
         """Read weights that are not loaded yet; called when training starts."""
 

@@ -23,12 +23,14 @@ Kind = Literal["softmax", "sigmoid", "value"]
 class Ensemble(Source):
     """The mean of the predictions of several teachers (Hinton et al. 2015, arXiv 1503.02531, section 1).
 
-    Only terms on predictions can use it; a term on features uses one of its members.
+    A term on predictions imitates that mean. Features have none, as the members' spaces differ: there the loss is the mean of the
+    losses towards the members, by the same weights. The term then becomes one for each member, with adapters of its own, and is
+    logged as ``distill.<term>_from_<member>.loss``.
 
     Args:
-        members: the names of the sources to combine, two or more.
+        members: the names of the sources to combine, two or more. Each has its own order of classes and its own view of the batch.
         mean: ``"arithmetic"``: the mean of the probabilities at temperature 1; ``"geometric"``: their normalised geometric mean,
-            which is the mean of the logits. Boxes are averaged as numbers in both cases.
+            which is the mean of the logits. Boxes are averaged as numbers in both cases, and losses on features too.
         weights: one weight > 0 per member, normalised to a sum of 1; equal by default.
 
     Example:

@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import nn
+
 from ..errors import DistillError
 from ..registry import SOURCES
 from .base import Source
 
+BuildStudent = Callable[[str, Any], nn.Module]
+"""Builds a further student from ``(its name in messages, the host's own kind of argument)``."""
+
 
 def gather_sources(
-    teacher: Any, teachers: Mapping[str, Any] | None, build: Callable[[str, Any], Source]
+    teacher: Any,
+    teachers: Mapping[str, Any] | None,
+    build: Callable[[str, Any], Source],
+    build_student: BuildStudent | None = None,
 ) -> dict[str, Source]:
-    """Return the sources by name.
+    """Return the sources by name, and the single peers of :class:`~kdgraft.Peers` beside them.
 
     Args:
         teacher: the source to be named ``"teacher"``: a :class:`Source`, a dict with a registered type, such as
             ``dict(type="Itself", …)``, or an argument for ``build``.
         teachers: several of these by name, instead of ``teacher``.
         build: builds a source from ``(its name in messages, the host's own kind of argument: a model, a config, a folder)``.
+        build_student: builds the model of a ``dict(type="Peer", …)``, from its ``model`` or from all its other entries, and each
+            model of a ``dict(type="Peers", models=[…])``; ``None`` where the host has models only.
 
     Raises:
         DistillError: both arguments are given, or ``teachers`` is not a dict of sources.
@@ -31,9 +41,50 @@ def gather_sources(
         raise DistillError(f"teachers must be a dict of sources by name, got {said}")
     found: dict[str, Source] = {}
     for name, given in ({"teacher": teacher} if teachers is None else teachers).items():
-        named = isinstance(given, Mapping) and given.get("type") in list(SOURCES)
-        made = SOURCES.build(given) if named else given
-        found[name] = (
-            made if isinstance(made, Source) else build("teacher" if teachers is None else f"teachers[{name!r}]", made)
-        )
+        where = "teacher" if teachers is None else f"teachers[{name!r}]"
+        if isinstance(given, Mapping) and given.get("type") in list(SOURCES):
+            given = SOURCES.build(_with_models(where, given, build_student))
+        found[name] = given if isinstance(given, Source) else build(where, given)
+    return with_parts(found)
+
+
+def with_parts(sources: Mapping[str, Source]) -> dict[str, Source]:
+    """Return the sources, named, with the parts of each before it.
+
+    Raises:
+        DistillError: a part has the name of another source.
+    """
+    found: dict[str, Source] = {}
+    for name, source in sources.items():
+        source.name = name
+        for part, one in source.parts().items():
+            if sources.get(part, one) is not one:
+                raise DistillError(f"{part!r} is a part of the source {name!r}; give your own source another name")
+            one.name = part
+            found[part] = one
+        found[name] = source
     return found
+
+
+def _with_models(where: str, given: Mapping[str, Any], build_student: BuildStudent | None) -> dict[str, Any]:
+    """Return a source's dict, with the models of peers built by the host."""
+    spec = dict(given.items())
+    kind = spec["type"]
+    if kind == "Peer":
+        rest = {key: value for key, value in spec.items() if key != "type"}
+        told = rest["model"] if list(rest) == ["model"] else rest
+        return {"type": kind, "model": _student(f"{where}, a Peer,", told, build_student)}
+    if kind == "Peers" and isinstance(spec.get("models"), (list, tuple)):
+        spec["models"] = [
+            _student(f"{where}, peer {place} of {len(spec['models'])},", told, build_student)
+            for place, told in enumerate(spec["models"])
+        ]
+    return spec
+
+
+def _student(where: str, told: Any, build_student: BuildStudent | None) -> nn.Module:
+    if isinstance(told, nn.Module):
+        return told
+    if build_student is None:
+        raise DistillError(f"{where} must be given a model here: dict(type='Peer', model=…), got {told!r}")
+    return build_student(where, told)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,11 @@ from ..readers import NEEDS, Reader, Taps, paired, parse_taps
 from ..recorder import Change
 from ..registry import TERMS, Registry
 from ..schedules import Step, build_schedule
-from ..sources import STUDENT, Source
+from ..sources import STUDENT
 from ..taps import Recording, Tap
 from ..wiring import Wiring, WiringRow
+
+T = TypeVar("T")
 
 Examiner = Callable[[Change], Tensor]
 """Runs a frozen source on the host's own loss, with the tensors of the term's taps changed; returns the loss, with gradient."""
@@ -71,6 +73,10 @@ class Term(nn.Module):
     """The name of the model that learns: the student, or, in the twin of a term on a peer, the peer."""
     alone = False
     """True for a term without a loss, which hears no source and has a twin on every peer."""
+    origin = ""
+    """The name of the user's term that this one was made from; empty for the user's own."""
+    part = 1.0
+    """This term's part of the user's: the weight of the user's term, and what it takes of the host's loss, are divided by parts."""
 
     def __init__(
         self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None, source: str = "teacher"
@@ -101,22 +107,25 @@ class Term(nn.Module):
         self.monitor: dict[str, Tensor] = {}
         """Figures of the last step, logged as ``distill.<term>.<key>``; no key may contain "loss"."""
 
-    def mirrored(self) -> Term:
-        """Return the twin term in which the source imitates the student; call it before either term is wired."""
-        twin = self.of(self.source)
-        twin.source = STUDENT
-        twin.student_taps, twin.teacher_taps = self.teacher_taps, self.student_taps
-        return twin
+    def between(self, listener: str, source: str) -> Term:
+        """Return a copy of the term in which ``listener`` imitates ``source``; call it before the term is wired.
 
-    def twins(self, sources: Mapping[str, Source]) -> list[Term]:
-        """Return the twins of the term in which peers listen: the one in which its own source, if it trains, imitates the student."""
-        return [self.mirrored()] if sources[self.source].trains else []
-
-    def of(self, listener: str) -> Term:
-        """Return a copy of the term in which a peer listens; call it before the term is wired."""
+        Settings for the student, such as ``student_tap``, go with the student, and those for the teacher with all other models.
+        """
         twin = copy.deepcopy(self)
-        twin.listener, twin.name = listener, f"{self.name}_of_{listener}"
+        twin.listener, twin.source = listener, source
+        twin.origin = self.origin or self.name
+        twin.student_taps, twin.teacher_taps = twin.of_sides(self.student_taps, self.teacher_taps)
         return twin
+
+    def of_sides(self, student: T, teacher: T) -> tuple[T, T]:
+        """Return the settings of the listener and of the source, given those for the student and for all other models."""
+        return (student if self.listener == STUDENT else teacher), (student if self.source == STUDENT else teacher)
+
+    @property
+    def told_apart(self) -> bool:
+        """True if the user gave other taps for the student than for other models."""
+        return list(self.student_taps) != list(self.teacher_taps)
 
     def hidden_state(self) -> dict[str, Any]:
         """Return state beyond parameters and buffers that a resumed run needs: an optimizer, a random state, a counter."""

@@ -47,12 +47,11 @@ class GradientTransfer(ScoreTerm):
     """
 
     needs = ("images", "classes", "labels")
-    in_chunks = False
+    in_chunks = hears_ensembles = False
     takes_gradients = True
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         super().prepare(student, teacher)
-        self.hears_ensembles = False
         self.images = tuple(replace(self.reader.images(model), leaf=True) for model in (student, teacher))
         self.student_taps = [*self.student_taps, self.images[0]]
         self.teacher_taps = [*self.teacher_taps, self.images[1]]

@@ -19,6 +19,8 @@ from ..readers import Reader
 from ..taps import Recording
 from .base import Term, Wiring, mean_of
 
+_TAPS = ("student_tap", "teacher_tap")
+
 
 class PairTerm(Term):
     """Base of terms that compare predictions item by item; a subclass computes the loss per item in :meth:`compare`.
@@ -52,12 +54,18 @@ class PairTerm(Term):
         super().__init__(weight=weight, schedule=schedule, name=name, source=source)
         self.where = where
 
-    def mirrored(self) -> Term:
-        twin = super().mirrored()
+    def between(self, listener: str, source: str) -> Term:
+        twin = super().between(listener, source)
         assert isinstance(twin, PairTerm)
-        sides = {"student_tap": "teacher_tap", "teacher_tap": "student_tap"}
-        twin.where = {sides.get(key, key): value for key, value in self.where.items()}
+        taps = twin.of_sides(*(self.where.get(key) for key in _TAPS))
+        twin.where = {key: value for key, value in self.where.items() if key not in _TAPS}
+        twin.where |= {key: tap for key, tap in zip(_TAPS, taps, strict=True) if tap is not None}
         return twin
+
+    @property
+    def told_apart(self) -> bool:
+        ours, theirs = (self.where.get(key) for key in _TAPS)
+        return bool(ours != theirs)
 
     def check_settings(self, reader: type[Reader]) -> None:
         super().check_settings(reader)
@@ -71,7 +79,8 @@ class PairTerm(Term):
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         self.predictions = found = self.read(student, teacher)
         self.student_taps, self.teacher_taps = found.taps
-        self.compares_classes, self.hears_ensembles = found.compares_classes, found.averages
+        self.compares_classes = found.compares_classes
+        self.hears_ensembles = self.hears_ensembles and found.averages
         self.reading, self.host_losses = found.reading, found.host_losses
 
     def read(self, student: nn.Module, teacher: nn.Module) -> Predictions:

@@ -129,6 +129,21 @@ def logit_standardization(
     return [{**soft, "standardize": True, **settings}]
 
 
+@RECIPES.register("dml")
+def mutual_learning(weight: float = 1.0, source: str = "teacher", **settings: Any) -> list[dict[str, Any]]:
+    """Deep mutual learning (CVPR 2018, arXiv 1706.00384): students imitate each other's probabilities; the source is peers.
+
+    The source is a :class:`kdgraft.Peer` or :class:`kdgraft.Peers`. The divergence is at temperature 1, and as large as the host's
+    own loss, as in the paper.
+
+    Args:
+        weight: the weight of the term; with several peers it is divided by their number.
+        source: the name of the peers.
+        settings: see :class:`kdgraft.SoftTargets`.
+    """
+    return [{"type": "SoftTargets", "temperature": 1.0, "weight": weight, "source": source, **settings}]
+
+
 @TERMS.register
 class LogitMatching(ScoreTerm):
     """Squared error on the logits, the high-temperature limit of soft targets (Ba & Caruana 2014, arXiv 1312.6184).

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from ..errors import DistillError, check_share
 from ..readers import Reader
 from ..registry import TERMS
-from ..sources import STUDENT, Source
+from ..sources import STUDENT
 from .base import Term, Wiring
 
 
@@ -58,9 +58,6 @@ class TaskShare(Term):
         if losses is not None and not named:
             raise DistillError(f"TaskShare: losses must be a list of names of the host's own losses, got {losses!r}")
         self.host_share, self.host_losses = float(share), list(losses or ())
-
-    def twins(self, sources: Mapping[str, Source]) -> list[Term]:
-        return [self.of(name) for name, source in sources.items() if source.trains]
 
     def check_settings(self, reader: type[Reader]) -> None:
         super().check_settings(reader)

@@ -54,11 +54,10 @@ class VectorTerm(SampleTerm):
         self.both_pools = {"student": student_pool or pool, "teacher": teacher_pool or pool}
         self._pooled: set[bool] = set()
 
-    def mirrored(self) -> VectorTerm:
-        twin = super().mirrored()
+    def between(self, listener: str, source: str) -> VectorTerm:
+        twin = super().between(listener, source)
         assert isinstance(twin, VectorTerm)
-        ours, theirs = self.both_pools.values()
-        twin.both_pools = {"student": theirs, "teacher": ours}
+        twin.both_pools = dict(zip(("student", "teacher"), twin.of_sides(*self.both_pools.values()), strict=True))
         return twin
 
     def pool_of(self, recording: Recording) -> Pool:
