@@ -3,6 +3,7 @@ from .distiller import Distiller, DistillOutput
 from .engine import Engine
 from .errors import DistillError, UnsafeCheckpoint, WiringError
 from .inheriting import inherit
+from .netaug import NetAug
 from .pairs import Numbers, Pairs, Predictions, Scores
 from .readers import Reader
 from .recorder import Recorder
@@ -85,6 +86,7 @@ __all__ = [
     "MarginMSE",
     "MasKD",
     "MaskedGeneration",
+    "NetAug",
     "Numbers",
     "PairTerm",
     "Pairs",

@@ -160,3 +160,11 @@ def test_without_other_processes():
     assert (world_size(), distributed.rank()) == (1, 0)
     for exchange in (sum_over_ranks, total_over_ranks, gather_over_ranks):
         assert exchange(values) is values
+
+
+def test_a_net_inside_wider_ones_learns_as_on_one_process(results: list[dict]):
+    # The seeds of the two processes differ; the widths are those that the first one draws.
+    expected = distiller_ranks.netaug(WHOLE, distributed=False)
+    for found in (results[rank]["netaug"] for rank in range(RANKS)):
+        for name, parameter in expected.items():
+            torch.testing.assert_close(found[name], parameter, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")

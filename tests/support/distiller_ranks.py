@@ -24,6 +24,7 @@ from kdgraft import (
     FeatureImitation,
     FeatureMMD,
     GradientTransfer,
+    NetAug,
     PearsonImitation,
     Peers,
     SoftTargets,
@@ -126,6 +127,21 @@ def students(share: slice, average: bool, *, distributed: bool) -> dict[str, Any
     return {"losses": losses, "gradients": gradients(model)}
 
 
+def netaug(share: slice, *, distributed: bool) -> dict[str, Any]:
+    """Two steps of NetAug with an optimizer; on two processes both have two images, so that the mean of the gradients is that of all."""
+    torch.manual_seed(3 + (dist.get_rank() if distributed else 0))
+    model = NetAug(lambda width: Net(round(4 * width)), example=IMAGES[:1])
+    wrapped = DistributedDataParallel(model) if distributed else model
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(2):
+        out = wrapped(IMAGES[share])
+        loss = out.student.square().mean() + (out.peers["augmented"] - 1).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def exchanges() -> dict[str, Any]:
     """What a process sends and gets, with the gradient that comes back to it."""
     own = rank()
@@ -155,7 +171,9 @@ def all_steps(rank: int) -> dict[Any, Any]:
     share = SHARES[rank]
     results: dict[Any, Any] = {on: steps(share, broken_on=on, distributed=True) for on in (None, *range(WORLD))}
     mutual = {average: students(share, average, distributed=True) for average in (False, True)}
-    return results | {"exchanges": exchanges(), "students": mutual}
+    halves = (slice(0, 2), slice(2, 4))
+    wider = netaug(halves[rank], distributed=True)
+    return results | {"exchanges": exchanges(), "students": mutual, "netaug": wider}
 
 
 if __name__ == "__main__":
