@@ -144,6 +144,20 @@ def mutual_learning(weight: float = 1.0, source: str = "teacher", **settings: An
     return [{"type": "SoftTargets", "temperature": 1.0, "weight": weight, "source": source, **settings}]
 
 
+@RECIPES.register("funmatch")
+def function_matching(temperature: float = 1.0, **settings: Any) -> list[dict[str, Any]]:
+    """Function matching (CVPR 2022, arXiv 2106.05237): the KL to the teacher's predictions alone, without labels.
+
+    It is meant for consistent teaching, ``kdgraft.consistent.Teaching`` in plain PyTorch: the same aggressive crop and mixup for
+    both models, AdamW with a cosine schedule, gradients clipped to a norm of 1, and very long schedules.
+
+    Args:
+        temperature: T > 0; 1 in the authors' code on ImageNet.
+        settings: see :class:`kdgraft.SoftTargets`.
+    """
+    return [{"type": "SoftTargets", "temperature": temperature, "hard_weight": 0.0, **settings}]
+
+
 @TERMS.register
 class LogitMatching(ScoreTerm):
     """Squared error on the logits, the high-temperature limit of soft targets (Ba & Caruana 2014, arXiv 1312.6184).
