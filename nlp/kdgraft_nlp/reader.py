@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 from kdgraft_hosts import NLP
 
+from .attention import STUDENT_FORWARD
 from .chunked import head_of
 from .numbers import OutputNumbers
 from .packing import per_text
@@ -72,6 +73,9 @@ class HFReader(Reader):
                 "layers or predictions"
             )
         return Tap.parse(":inputs[pixel_values]")
+
+    def run(self, model: nn.Module, images: Tensor) -> Any:
+        return getattr(model, STUDENT_FORWARD, model)(pixel_values=images)
 
     def scores(  # type: ignore[override]  # each host has settings of its own
         self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"

@@ -15,6 +15,7 @@ from .taps import Recording, Tap
 from .terms.adversarial import AdversarialScores, AdversarialTerm
 from .terms.base import TapTerm, Term
 from .terms.born_again import CWTM, DKPP
+from .terms.boundary import BoundarySamples
 from .terms.contrastive import CRD
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
@@ -59,6 +60,7 @@ __all__ = [
     "AdversarialTerm",
     "AttentionTransfer",
     "Batch",
+    "BoundarySamples",
     "BoundedRegression",
     "ChannelWise",
     "Constant",

@@ -19,6 +19,7 @@ from .directions import directed
 from .errors import DistillError, WiringError, nearest
 from .examining import RunLoss, examiners
 from .isolation import isolated_rng, own_random_stream
+from .passes import passes
 from .readers import Reader
 from .recorder import Recorder
 from .registry import TERMS, Registry
@@ -297,6 +298,7 @@ class Engine(nn.Module):
         )
         if run_loss is not None:
             current.examiners = examiners(active, self.sources, self._rehearsal.recorders, run_loss, current.device)
+        current.passes = passes(active, self.sources, self._rehearsal.recorders, student, where)
         for source in self.sources.values():
             source.begin(student, at)
         heard = {name for term in active if not term.alone for name in (term.listener, *self.members(term.source))}

@@ -19,6 +19,8 @@ NEEDS = {
     "labels": "labels of exclusive classes",
     "numbers": "regressed numbers, such as boxes",
     "images": "images as the input of both models",
+    "classifiers": "classifiers of whole images, which can run on other images within a step",
+    "generators": "generators, which make an image of an image",
     "boxes": "boxes around objects",
     "queries": "scores of the candidates of a query",
 }

@@ -81,6 +81,10 @@ class Reader:
         """Return the tap of the images that a model sees, by which a term differentiates it."""
         return Tap.parse(self.default_taps.get("images", ":input"))
 
+    def run(self, model: nn.Module, images: Tensor) -> Any:
+        """Run a model on other images than those of the step, without labels, for terms that ask for further passes."""
+        return model(images)
+
     def align_corners(self, tap: Tap) -> bool:
         """Return true if the host resizes the maps of this tap of the student with aligned corners."""
         return False

@@ -14,6 +14,7 @@ from .batch import Batch
 from .distributed import sum_over_ranks, world_size
 from .errors import DistillError, nearest
 from .losses.reduction import Ratio, divide
+from .passes import Passes
 from .schedules import Step
 from .sources import STUDENT, Ensemble, Source
 from .taps import Recording
@@ -33,6 +34,7 @@ class StepInProgress:
         outputs: the result of running each peer.
         dropped: the names of terms that were not finite, after :meth:`losses`.
         examiners: for each term a function that runs its teacher on the host's own loss, if the host can.
+        passes: further passes of the models, for each term that asks for them.
         figures: values for the log, after :meth:`losses`: ``distill.<term>.weight``, on the CPU, and, for each active term that
             is finite, ``distill.<term>.raw``, the loss before its weight.
     """
@@ -57,6 +59,7 @@ class StepInProgress:
         self.outputs: dict[str, Any] = {}
         self.dropped: set[str] = set()
         self.examiners: dict[str, Examiner] = {}
+        self.passes: dict[str, Passes] = {}
         self.figures: dict[str, Tensor] = {}
         self._ever_dropped = dropped
 
@@ -168,11 +171,11 @@ class StepInProgress:
     def _run(self, term: Term) -> Ratio:
         listener = self.recordings[term.listener].heard_as("student")
         model = self._student if term.listener == STUDENT else self._sources[term.listener].model
-        term.examiner = self.examiners.get(term.name)
+        term.examiner, term.passes = self.examiners.get(term.name), self.passes.get(term.name)
         try:
             return term(listener, self.heard(term.source, live=term.takes_gradients), self.batch_of(model))
         finally:
-            term.examiner = None
+            term.examiner = term.passes = None
 
     def host_share(self, name: str = "loss", listener: str = STUDENT) -> float:
         """Return the factor that active terms leave to one of the host's losses; see :attr:`kdgraft.Term.host_share`.

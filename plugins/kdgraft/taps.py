@@ -188,7 +188,7 @@ class Recording:
 
     def frozen(self, tap: Tap) -> bool:
         """Return true if a tensor of the tap has no gradient although it was recorded with gradient: its modules are frozen."""
-        if tap.method != "forward" or tap.inputs:
+        if tap.method != "forward" or tap.inputs or (tap.input and not tap.path):  # the model's own inputs are data
             return False
         if tap.parameters:
             return not any(parameter.requires_grad for parameter in _tensors(self[tap]))

@@ -16,6 +16,8 @@ DET = Host(
     terms=Registry("term", "kdgraft.det.terms", parent=TERMS, home="kdgraft_det:TERMS"),
     recipes=Registry("recipe", "kdgraft.det.recipes", parent=RECIPES, home="kdgraft_det:RECIPES"),
     lacks={
+        "classifiers": "an image of a detector has many objects, and samples near a boundary one class; use SoftTargets",
+        "generators": "a detector makes no images; generators are models of plain PyTorch",
         "images": "a detector's loss depends on its own anchors, not on class scores with labels; use AttentionTransfer",
         "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
     },
@@ -33,6 +35,8 @@ SEG = Host(
     terms=Registry("term", "kdgraft.seg.terms", parent=TERMS, home="kdgraft_seg:TERMS"),
     recipes=Registry("recipe", "kdgraft.seg.recipes", parent=RECIPES, home="kdgraft_seg:RECIPES"),
     lacks={
+        "classifiers": "an image of a segmentor has many classes, and samples near a boundary one; use SoftTargets",
+        "generators": "a segmentor makes no images; generators are models of plain PyTorch",
         "numbers": "a segmentor predicts the classes of pixels; use terms on class scores, such as SoftTargets",
         "boxes": "a segmentor's data have masks; use MaskedGeneration",
         "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
@@ -49,7 +53,10 @@ NLP = Host(
     data="jsonl",
     terms=Registry("term", "kdgraft.nlp.terms", parent=TERMS, home="kdgraft_nlp:TERMS"),
     recipes=Registry("recipe", "kdgraft.nlp.recipes", parent=RECIPES, home="kdgraft_nlp:RECIPES"),
-    lacks={"boxes": "data of the Trainer have none; use MaskedGeneration for maps, HiddenStates for tokens"},
+    lacks={
+        "boxes": "data of the Trainer have none; use MaskedGeneration for maps, HiddenStates for tokens",
+        "generators": "models of the Trainer have losses of their own and make no images; generators are models of plain PyTorch",
+    },
 )
 TORCH = Host(
     "torch",

@@ -16,6 +16,8 @@ from support.processes import found_by_two
 
 RANKS = 2
 WHOLE = slice(0, 4)
+SCHEMES = {"near": "near_the_boundary"}
+"""The functions of ``support.distiller_ranks`` by the names of their results."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,20 @@ def test_students_that_teach_each_other_learn_what_they_would_on_one_process(res
         assert one["gradients"].keys() == expected["gradients"].keys()
         for name, gradient in expected["gradients"].items():
             torch.testing.assert_close(one["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("scheme", ["near"])
+def test_schemes_within_the_step_are_one(results: list[dict], scheme: str):
+    one = getattr(distiller_ranks, SCHEMES[scheme])(WHOLE, distributed=False)
+    for step in (0, 1):
+        for name, expected in one["losses"][step].items():
+            shares = [found[scheme]["losses"][step][name] for found in results]
+            torch.testing.assert_close(sum(shares) / RANKS, expected, rtol=1e-4, atol=1e-6)
+            assert not name.endswith(".loss") or expected > 0
+        for found in results:
+            assert found[scheme]["gradients"][step].keys() == one["gradients"][step].keys()
+            for name, gradient in one["gradients"][step].items():
+                torch.testing.assert_close(found[scheme]["gradients"][step][name], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_the_shares_are_unequal_enough_to_tell(results: list[dict]):

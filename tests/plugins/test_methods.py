@@ -33,7 +33,11 @@ def test_trains_a_plain_model(kind):
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 4, 2, 0])
     boxes = [torch.tensor([[1.0, 1.0, 6.0, 5.0]])] * 4
     term = spec(own_terms(TERMS)[kind], "conv", **SETTINGS.get(kind, {}))
-    distiller = Distiller(model(4), model(8), [term], example=images)
+    student, teacher = model(4), model(8)
+    if "classifiers" in own_terms(TERMS)[kind].needs:  # which both must get some images right
+        labels = student(images).argmax(1)
+        teacher.head.bias.data += 9 * nn.functional.one_hot(labels, 5).sum(0)
+    distiller = Distiller(student, teacher, [term], example=images)
 
     def losses():
         batch = Batch(padded_size=(8, 8), boxes=boxes)

@@ -20,6 +20,7 @@ from kdgraft import (
     FSP,
     AdversarialScores,
     Batch,
+    BoundarySamples,
     Distiller,
     FeatureImitation,
     FeatureMMD,
@@ -142,6 +143,24 @@ def netaug(share: slice, *, distributed: bool) -> dict[str, Any]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+def near_the_boundary(share: slice, *, distributed: bool) -> dict[str, Any]:
+    """Two steps on samples near the boundary, of which the first process has more than the second."""
+    torch.manual_seed(0)
+    student, teacher = Net(4), Net(6)
+    labels = student(IMAGES).argmax(1)
+    teacher.head.bias.data += 2.0 * labels.bincount(minlength=3)
+    model = Distiller(student, teacher, [BoundarySamples(samples=3, steps=3, step_size=2.0)], example=IMAGES[:1])
+    wrapped = DistributedDataParallel(model) if distributed else model
+    result: dict[str, Any] = {"losses": [], "gradients": []}
+    for _ in range(2):
+        model.zero_grad()
+        out = wrapped(IMAGES[share], targets=labels[share])
+        out.loss.backward()
+        result["losses"].append({name: value.detach() for name, value in out.losses.items()})
+        result["gradients"].append(gradients(model))
+    return result
+
+
 def exchanges() -> dict[str, Any]:
     """What a process sends and gets, with the gradient that comes back to it."""
     own = rank()
@@ -173,7 +192,8 @@ def all_steps(rank: int) -> dict[Any, Any]:
     mutual = {average: students(share, average, distributed=True) for average in (False, True)}
     halves = (slice(0, 2), slice(2, 4))
     wider = netaug(halves[rank], distributed=True)
-    return results | {"exchanges": exchanges(), "students": mutual, "netaug": wider}
+    near = near_the_boundary(share, distributed=True)
+    return results | {"exchanges": exchanges(), "students": mutual, "netaug": wider, "near": near}
 
 
 if __name__ == "__main__":

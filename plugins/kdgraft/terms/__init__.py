@@ -6,6 +6,7 @@ The terms themselves are public names of :mod:`kdgraft`; this package exports th
 from . import (
     adversarial,
     born_again,
+    boundary,
     contrastive,
     divergences,
     features,
@@ -49,6 +50,7 @@ __all__ = [
     "VectorTerm",
     "adversarial",
     "born_again",
+    "boundary",
     "build_terms",
     "check_choice",
     "contrastive",

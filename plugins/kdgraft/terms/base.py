@@ -14,6 +14,7 @@ from ..auxiliary import Auxiliary
 from ..batch import Batch
 from ..errors import DistillError, check_number
 from ..losses import Ratio
+from ..passes import Passes
 from ..readers import NEEDS, Reader, Taps, paired, parse_taps
 from ..recorder import Change
 from ..registry import TERMS, Registry
@@ -67,6 +68,10 @@ class Term(nn.Module):
     """Interprets the tensors of both models. The engine sets it before :meth:`prepare`."""
     examines = False
     """True if the term runs the source on the host's own loss, so that both models must have the same classes in one order."""
+    runs_again = False
+    """True if the term runs its source and the student on other inputs within the step, through :attr:`passes`."""
+    passes: Passes | None = None
+    """Runs both models on other inputs. The engine sets it for :meth:`forward` of a term that :attr:`runs_again`."""
     examiner: Examiner | None = None
     """Runs the source on the host's own loss, with changed features. The engine sets it for :meth:`forward`, where the host can."""
     listener = STUDENT
