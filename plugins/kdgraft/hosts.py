@@ -15,7 +15,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from .errors import DistillError, nearest
 from .registry import Registry
@@ -23,6 +23,8 @@ from .registry import Registry
 logger = logging.getLogger("kdgraft")
 
 GROUP = "kdgraft.hosts"
+Kind = Literal["softmax", "sigmoid", "value"]
+"""The kind of predictions that an ensemble averages: logits of exclusive classes, of independent ones, or numbers."""
 
 _MM = (
     'pip install "setuptools<81" wheel ninja psutil && pip install --no-build-isolation onedl-mmcv==2.3.6 && '
@@ -71,6 +73,21 @@ class TrainedModel:
 
 
 @dataclass(frozen=True)
+class TransferSet:
+    """The data of a run, where they are not simply those of its config.
+
+    Attributes:
+        set: another training set: data in the host's own format, or a config whose training set is taken.
+        share: the share of the training set that is drawn, with the run's seed.
+        labels: false for training on the terms alone: the host's own loss is left out, and labels are not read.
+    """
+
+    set: str | None = None
+    share: float = 1.0
+    labels: bool = True
+
+
+@dataclass(frozen=True)
 class Job:
     """A run to carry out.
 
@@ -83,6 +100,10 @@ class Job:
         terms, recipe: the distillation; without teachers the model trains alone.
         start: the run whose weights initialise the model.
         resume: true if the run was begun before; it then resumes from its newest checkpoint, if there is one.
+        stop: where the training ends before its schedule does, in the unit in which the host counts it.
+        data: the data to train on, if these are not those of the config.
+        ensemble: train nothing, and evaluate the ensemble ``teacher`` of the other teachers; its value is the kind of their
+            predictions: ``"softmax"``, ``"sigmoid"`` or ``"value"``.
     """
 
     config: str
@@ -94,6 +115,9 @@ class Job:
     recipe: Any = None
     start: TrainedModel | None = None
     resume: bool = False
+    stop: int | None = None
+    data: TransferSet | None = None
+    ensemble: Kind | None = None
 
 
 class HostTrainer(Protocol):
@@ -160,6 +184,7 @@ class Host:
             without them the package is imported.
         lacks: the kinds of :data:`kdgraft.readers.NEEDS` that models of this host never have, each with the reason; its reader
             refuses terms that need them.
+        refuses: keys of a plan's runs that mean nothing in this host, such as ``"ensemble"`` or ``"data.labels"``, with the reason.
     """
 
     name: str
@@ -174,6 +199,7 @@ class Host:
     terms: Registry | None = None
     recipes: Registry | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
+    refuses: Mapping[str, str] = field(default_factory=dict)
 
     def registries(self) -> tuple[Registry, Registry]:
         """Return the registries of terms and recipes; :class:`MissingHost` says what to install."""

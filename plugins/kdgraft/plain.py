@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ import torch
 from torch import nn
 
 from .distiller import Distiller
+from .ensembles import EnsembleModel, Kind
 from .errors import DistillError, nearest
 from .files import held, written_whole
 from .fit import TaskLoss, fit
-from .hosts import Job, TrainedModel
+from .hosts import Job, TrainedModel, TransferSet
 from .isolation import isolated_rng
-from .sources import Teacher
+from .sources import SOURCES, Teacher
 from .sources.teacher import load_strictly, read_checkpoint
 from .training import MakeOptimizer
+from .transfer import share_of, unlabelled
 
 WEIGHTS = "student.pth"
 SETTINGS = [
@@ -67,18 +70,41 @@ class PlainTrainer:
         return "::" not in config and ":" in config
 
     def fingerprint(self, config: str, options: Mapping[str, Any]) -> Any:
-        """Return the file's text, the function's name and its arguments."""
+        """Return the file's text, the function's name and its arguments.
+
+        Raises:
+            DistillError: there is no such file, or the function's name does not occur in it.
+        """
         file, _, name = config.rpartition(":")
-        return [Path(file).read_text(encoding="utf-8") if Path(file).is_file() else file, name, dict(options)]
+        text = _file(config).read_text(encoding="utf-8")
+        if not re.search(rf"\b{re.escape(name)}\b", text):
+            known = re.findall(r"^def (\w+)", text, re.MULTILINE)
+            raise DistillError(f"{file} has no function {name!r}{nearest(name, known)}")
+        return [text, name, dict(options)]
 
     def carry_out(self, job: Job) -> TrainedModel:
-        """Carry out one run with :func:`~kdgraft.fit.fit`, and lock its folder meanwhile."""
+        """Carry out one run with :func:`~kdgraft.fit.fit`, or evaluate an ensemble, and lock its folder meanwhile."""
         with held(job.folder):
-            return self._fit(job)
+            return self._fit(job) if job.ensemble is None else self._evaluate(job, job.ensemble)
+
+    def _evaluate(self, job: Job, kind: Kind) -> TrainedModel:
+        task = _task(job.config, job.options)
+        if task.evaluate is None:
+            raise DistillError(f"{job.config} measures nothing; give its Task evaluate=…, to evaluate the ensemble")
+        ensemble = SOURCES.build(job.teachers["teacher"])
+        members = [_teacher(job.teachers[name]) for name in ensemble.members]
+        for member in members:
+            member.load()
+        model = EnsembleModel([member.model for member in members], ensemble, kind).eval()
+        with torch.no_grad():
+            metrics = {name: float(value) for name, value in task.evaluate(model).items()}
+        return TrainedModel(job.config, str(job.folder), metrics, dict(job.options))
 
     def _fit(self, job: Job) -> TrainedModel:
         torch.manual_seed(job.seed)
         task = _task(job.config, job.options)
+        if job.data is not None:
+            task = _transferred(task, job.data, job.seed)
         model: nn.Module = task.model
         if job.start is not None:
             load_strictly(model, read_checkpoint(job.start.weights), job.start.weights)
@@ -96,7 +122,7 @@ class PlainTrainer:
             evaluate=task.evaluate,
             folder=job.folder,
             resume=job.resume,
-            **task.settings,
+            **{**task.settings, **({} if job.stop is None else {"stop": job.stop})},
         )
         weights = job.folder / WEIGHTS
         with written_whole(weights) as part:
@@ -156,16 +182,32 @@ def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
 _TEACHER = ("config", "options", "checkpoint")
 
 
+def _transferred(task: Task, data: TransferSet, seed: int) -> Task:
+    """Return a task with other data to train on; what it is evaluated on stays."""
+    if data.set is not None:
+        with isolated_rng():  # the model that the other task makes is not used
+            other = _called(data.set, {})
+        task = replace(task, loader=other.loader if isinstance(other, Task) else other)
+    if data.share != 1:
+        task = replace(task, loader=share_of(task.loader, data.share, seed))
+    return task if data.labels else replace(task, loader=unlabelled(task.loader))
+
+
 def _task(config: str, options: Mapping[str, Any]) -> Task:
     """Call the function that a config names.
 
     Raises:
         DistillError: there is no such file or function, or it does not return a :class:`Task`.
     """
-    file, _, name = config.rpartition(":")
-    path = Path(file)
-    if not path.is_file():
-        raise DistillError(f"config not found: {file}")
+    found = _called(config, options)
+    if not isinstance(found, Task):
+        raise DistillError(f"{config} returned a {type(found).__name__}, not a kdgraft.plain.Task")
+    return found
+
+
+def _called(config: str, options: Mapping[str, Any]) -> Any:
+    """Call the function that ``file.py:function`` names."""
+    path, name = _file(config), config.rpartition(":")[2]
     spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     module = module_from_spec(spec)
@@ -173,8 +215,12 @@ def _task(config: str, options: Mapping[str, Any]) -> Task:
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise DistillError(f"{file} has no function {name!r}{nearest(name, known)}")
-    found = function(**options)
-    if not isinstance(found, Task):
-        raise DistillError(f"{config} returned a {type(found).__name__}, not a kdgraft.plain.Task")
-    return found
+        raise DistillError(f"{path} has no function {name!r}{nearest(name, known)}")
+    return function(**options)
+
+
+def _file(config: str) -> Path:
+    file = Path(config.rpartition(":")[0])
+    if not file.is_file():
+        raise DistillError(f"config not found: {file}")
+    return file

@@ -21,6 +21,7 @@ DET = Host(
         "images": "a detector's loss depends on its own anchors, not on class scores with labels; use AttentionTransfer",
         "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
     },
+    refuses={"ensemble": "boxes of several detectors have no mean; make the ensemble the teacher of a run"},
 )
 SEG = Host(
     "seg",
@@ -41,6 +42,10 @@ SEG = Host(
         "boxes": "a segmentor's data have masks; use MaskedGeneration",
         "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
     },
+    refuses={
+        "ensemble": "a config builds one segmentor; make the ensemble the teacher of a run",
+        "data.labels": "a segmentor's own loss reads a map of each picture; give it maps of 255, which are ignored, and the term TaskShare",
+    },
 )
 NLP = Host(
     "nlp",
@@ -57,6 +62,7 @@ NLP = Host(
         "boxes": "data of the Trainer have none; use MaskedGeneration for maps, HiddenStates for tokens",
         "generators": "models of the Trainer have losses of their own and make no images; generators are models of plain PyTorch",
     },
+    refuses={"ensemble": "a recipe builds one model; make the ensemble the teacher of a run"},
 )
 TORCH = Host(
     "torch",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,60 +17,12 @@ from kdgraft.cli import main
 from kdgraft.fit import fit
 from kdgraft.isolation import isolated_rng
 from kdgraft.plain import TRAINER, _task
-from kdgraft.plans import carry_out, read_plan
+from kdgraft.plans import read_plan
 from support.commands import refused
 from support.forking import python
+from support.plans import TASKS, said, weights
+from support.plans import plan as written
 
-TASKS = """
-import os
-from pathlib import Path
-
-import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from kdgraft.plain import Task
-
-X = torch.sin(torch.arange(64 * 4.0)).reshape(64, 4)
-Y = (X.sum(1) > 0).long() + 2 * (X[:, 0] > 0).long()
-STEPS = Path(__file__).with_name("steps")
-
-
-def loss(output, targets):
-    done = len(STEPS.read_text()) if STEPS.exists() else 0
-    STEPS.write_text("." * (done + 1))
-    if done + 1 == int(os.environ.get("DIE_AT", "0")):
-        os._exit(9)
-    return F.cross_entropy(output, targets)
-
-
-def task(width):
-    model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Dropout(0.1), nn.Linear(width, 4))
-    return Task(
-        model,
-        DataLoader(TensorDataset(X, Y), 16, shuffle=True),
-        loss,
-        epochs=3,
-        evaluate=lambda model: {"accuracy": (model(X).argmax(1) == Y).float().mean()},
-    )
-
-
-def large():
-    return task(32)
-
-
-def middle():
-    return task(16)
-
-
-def small(width=4):
-    return task(width)
-
-
-def nothing():
-    return None
-"""
 PLAN = """
 [runs.student]
 config = "tasks.py:small"
@@ -92,19 +46,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def plan(folder: Path, text: str = PLAN, name: str = "plan", out: str = "out") -> Path:
-    path = folder / f"{name}.toml"
-    path.write_text(f'out = "{folder / out}"\n{text}')
-    return path
-
-
-def said(path: Path, **settings) -> tuple[list[str], dict]:
-    lines: list[str] = []
-    found = carry_out(read_plan(path), tell=lines.append, **settings)
-    return lines, found
-
-
-def weights(model) -> dict[str, torch.Tensor]:
-    return torch.load(model.weights, weights_only=True)
+    return written(folder, text, name, out)
 
 
 def test_teacher_assistant_student(folder: Path):
@@ -146,20 +88,78 @@ def test_what_is_finished_is_not_repeated(folder: Path):
     assert all(torch.equal(value, before[key]) for key, value in weights(again["assistant", 0]).items())
 
 
-@pytest.mark.parametrize("die_at", [17, *(pytest.param(at, marks=pytest.mark.slow) for at in (7, 33))])
-def test_a_plan_that_was_killed_goes_on_to_the_same_weights(folder: Path, die_at: int):
-    path, whole = plan(folder), plan(folder, name="whole", out="whole")
-    _, expected = said(whole)
-    (folder / "steps").unlink()
+ALL_KINDS = """
+[runs.teacher]
+config = "tasks.py:large"
+[runs.assistant]
+config = "tasks.py:small"
+teacher = "teacher"
+terms = [{ type = "SoftTargets", temperature = 2 }]
+each = { width = [8, 16] }
+choose = "accuracy"
+[runs.student]
+config = "tasks.py:small"
+teacher = "assistant"
+terms = [{ type = "SoftTargets", temperature = 2 }]
+generations = 2
+[runs.together]
+config = "tasks.py:small"
+ensemble = ["student-*"]
+"""
+COUNTED = """
+import os, signal, sys
+from kdgraft.cli import main
+
+calls, last = 0, int(sys.argv[2])
+
+
+def count(frame, event, argument):
+    global calls
+    calls += 1
+    if calls == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+sys.setprofile(count)
+code = main(["plan", sys.argv[1]])
+sys.setprofile(None)
+print(calls)
+sys.exit(code)
+"""
+"""Carries out a plan, and dies at a call or a return of a function, the last-th."""
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> tuple[dict, int]:
+    """What a plan makes that nobody kills, and its number of calls and returns."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "tasks.py").write_text(TASKS)
+    path = plan(place, ALL_KINDS)
     # Here and there one thread: sums depend on their number.
-    killed = python("-m", "kdgraft", "plan", str(path), DIE_AT=str(die_at))
-    assert killed.returncode == 9
-    lines, found = said(path)
-    assert sum("goes on" in line for line in lines) == 1
+    done = python("-c", COUNTED, str(path), "0")
+    assert done.returncode == 0, done.stderr
+    return said(path)[1], int(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", [pytest.param(n, marks=[] if n == 4 else pytest.mark.slow) for n in range(10)])
+def test_a_plan_that_was_killed_goes_on_to_the_same_results(folder: Path, uninterrupted, number: int):
+    expected, calls = uninterrupted
+    path = plan(folder, ALL_KINDS)
+    killed = python("-c", COUNTED, str(path), str(random.Random(number).randrange(int(calls * 0.98))))
+    assert killed.returncode == -signal.SIGKILL
+    _, found = said(path)
+    assert found.keys() == expected.keys()
     for key, model in expected.items():
-        ours, theirs = weights(found[key]), weights(model)
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         assert found[key].metrics == model.metrics
+        assert Path(found[key].weights).relative_to(folder) == Path(model.weights).relative_to(path_of(model))
+        if key[0] != "together":
+            ours, theirs = weights(found[key]), weights(model)
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def path_of(model) -> Path:
+    """The folder in which a plan was carried out, from a model in out/run/seed0."""
+    return next(parent.parent for parent in Path(model.weights).parents if parent.name == "out")
 
 
 def test_a_dry_run_does_nothing(folder: Path):

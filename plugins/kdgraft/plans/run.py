@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
-from ..files import digest, written_whole
-from ..hosts import Host, Job, TrainedModel, host_named, host_of
-from .plan import Plan, PlannedRun
+from ..files import digest, digest_of_file, written_whole
+from ..hosts import Host, Job, TrainedModel, TransferSet, host_named, host_of
+from .plan import Choice, Plan, PlannedRun
 
 RECORD = "finished.json"
-"""The file beside a run's results that records its settings and the trained model."""
+"""The file beside a run's results that records its settings and the trained model, or which run was chosen."""
 BEGUN = "begun.json"
 
+Key = tuple[str, int]
+"""A run and its seed."""
 
-def carry_out(
-    plan: Plan, *, dry_run: bool = False, tell: Callable[[str], None] = print
-) -> dict[tuple[str, int], TrainedModel]:
+
+@dataclass(frozen=True)
+class _State:
+    """A run's place on the disk before the plan is carried out.
+
+    Attributes:
+        folder: its folder.
+        settings: the digest of everything that its result depends on.
+        done: its result, if it is finished.
+        begun: true if it was begun.
+    """
+
+    folder: Path
+    settings: str
+    done: TrainedModel | None
+    begun: bool
+
+
+def carry_out(plan: Plan, *, dry_run: bool = False, tell: Callable[[str], None] = print) -> dict[Key, TrainedModel]:
     """Carry out every unfinished run of a plan in order; an interrupted run is resumed.
+
+    All configs and folders are looked at before the first run.
 
     Args:
         plan: the plan.
@@ -29,58 +49,130 @@ def carry_out(
         tell: function that is called with a line for each run.
 
     Returns:
-        The finished runs by name and seed; in a dry run those that were finished before.
+        The finished runs by name and seed, and the chosen ones by the name of the choice; in a dry run those that were finished
+        before.
 
     Raises:
-        DistillError: a run's folder holds a run with other settings.
+        DistillError: a config is missing, or a run's folder holds a run with other settings.
     """
-    settled = {run.name: _host(run) for run in plan.runs}
-    digests: dict[tuple[str, int], str] = {}
-    found: dict[tuple[str, int], TrainedModel] = {}
+    hosts = {run.name: _host(run) for run in plan.runs if isinstance(run, PlannedRun)}
+    states = _states(plan, hosts)
+    found: dict[Key, TrainedModel] = {}
     for run, seed in plan:
-        folder, host = plan.folder(run.name, seed), settled[run.name]
-        own = digest(
-            {
-                "host": host.name,
-                "config": host.make_trainer().fingerprint(run.config, run.options),
-                "seed": seed,
-                "distillation": [run.terms, run.recipe],
-                "teachers": {
-                    source: digests[teacher, seed] if isinstance(teacher, str) else teacher
-                    for source, teacher in run.teachers.items()
-                },
-                "start": digests[run.start, seed] if run.start else None,
-            }
-        )
-        digests[run.name, seed] = own
-        done = _finished(folder, own)
-        line = f"{run.name} (seed {seed}, {host.name})"
-        if done is not None:
-            found[run.name, seed] = done
-            tell(f"{line}: finished, in {folder}{_told(done)}")
+        state = states[run.name, seed]
+        where = f", {hosts[run.name].name}" if isinstance(run, PlannedRun) else ""
+        line = f"{run.name} (seed {seed}{where})"
+        if state.done is not None:
+            found[run.name, seed] = state.done
+            tell(f"{line}: finished, in {state.folder}{_told(state.done)}")
             continue
-        begun = _begun(folder, own)
-        needs = f" after {', '.join(run.needs)}" if run.needs else ""
-        tell(f"{line}: {'goes on' if begun else 'trains'}{needs}, in {folder}")
+        tell(f"{line}: {_intent(run, state)}, in {state.folder}")
         if dry_run:
             continue
-        folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / BEGUN, {"settings": own})
-        teachers = {
-            source: found[teacher, seed] if isinstance(teacher, str) else teacher
-            for source, teacher in run.teachers.items()
-        }
-        start = found[run.start, seed] if run.start else None
-        job = Job(run.config, run.options, folder, seed, teachers, run.terms, run.recipe, start, begun)
-        made = host.make_trainer().carry_out(job)
-        _write(folder / RECORD, {"settings": own, "model": asdict(made)})
+        state.folder.mkdir(parents=True, exist_ok=True)
+        needed = {name: found[name, seed] for name in run.needs}
+        if isinstance(run, Choice):
+            made, tells = _choose(run, needed, state)
+        else:
+            made, tells = _train(run, seed, needed, hosts[run.name], state), "done"
         found[run.name, seed] = made
-        tell(f"{line}: done{_told(made)}")
+        tell(f"{line}: {tells}{_told(made)}")
     return found
 
 
+def _train(run: PlannedRun, seed: int, needed: Mapping[str, TrainedModel], host: Host, state: _State) -> TrainedModel:
+    _write(state.folder / BEGUN, {"settings": state.settings})
+    teachers = {
+        source: needed[teacher] if isinstance(teacher, str) else teacher for source, teacher in run.teachers.items()
+    }
+    job = Job(
+        run.config,
+        run.options,
+        state.folder,
+        seed,
+        teachers,
+        run.terms,
+        run.recipe,
+        needed[run.start] if run.start else None,
+        state.begun,
+        run.stop,
+        run.data,
+        run.ensemble,
+    )
+    made = host.make_trainer().carry_out(job)
+    _write(state.folder / RECORD, {"settings": state.settings, "model": asdict(made)})
+    return made
+
+
+def _choose(run: Choice, needed: Mapping[str, TrainedModel], state: _State) -> tuple[TrainedModel, str]:
+    """Choose a run, and record it: the choice stays, whatever becomes of the others."""
+    metrics = {name: model.metrics for name, model in needed.items()}
+    name = run.pick(metrics)
+    values = {candidate: metrics[candidate][run.metric] for candidate in run.needs}
+    record = {"settings": state.settings, "chosen": name, "by": run.by, "values": values, "model": asdict(needed[name])}
+    _write(state.folder / RECORD, record)
+    return needed[name], f"{name} is chosen"
+
+
+def _intent(run: PlannedRun | Choice, state: _State) -> str:
+    """Say what is to be done."""
+    if isinstance(run, Choice):
+        midway = f", midway between {' and '.join(run.midway)}" if run.midway else ""
+        return f"chooses by {run.by}{midway} among {', '.join(run.candidates)}"
+    doing = "goes on" if state.begun else "evaluates an ensemble" if run.ensemble else "trains"
+    return doing + (f" after {', '.join(run.needs)}" if run.needs else "")
+
+
 def _host(run: PlannedRun) -> Host:
-    return host_named(run.host) if run.host else host_of(run.config)
+    host = host_named(run.host) if run.host else host_of(run.config)
+    for key in run.special:
+        if key in host.refuses:
+            raise DistillError(f"{run.name}: {key} means nothing in the host {host.name}: {host.refuses[key]}")
+    return host
+
+
+# --- settings and records
+
+
+def _states(plan: Plan, hosts: Mapping[str, Host]) -> dict[Key, _State]:
+    """Look at the configs and folders of all runs."""
+    found: dict[Key, _State] = {}
+    for run, seed in plan:
+        folder, needed = plan.folder(run.name, seed), {name: found[name, seed].settings for name in run.needs}
+        if isinstance(run, Choice):
+            settings = digest({"by": run.by, **{kind: [needed[n] for n in getattr(run, kind)] for kind in _COMPARED}})
+        else:
+            settings = digest(_settings(run, seed, needed, hosts[run.name]))
+        done = _finished(folder, settings)
+        found[run.name, seed] = _State(folder, settings, done, done is None and _begun(folder, settings))
+    return found
+
+
+_COMPARED = ("candidates", "midway")
+
+
+def _settings(run: PlannedRun, seed: int, needed: Mapping[str, str], host: Host) -> dict[str, Any]:
+    """Return everything that the result of a run depends on, with digests in place of runs."""
+    found = {
+        "host": host.name,
+        "config": host.make_trainer().fingerprint(run.config, run.options),
+        "seed": seed,
+        "distillation": [run.terms, run.recipe],
+        "teachers": {source: needed[t] if isinstance(t, str) else t for source, t in run.teachers.items()},
+        "start": needed[run.start] if run.start else None,
+    }
+    more = {"stop": run.stop, "data": run.data and _content(run.data), "ensemble": run.ensemble}
+    return found | {key: value for key, value in more.items() if value is not None}
+
+
+def _content(data: TransferSet) -> dict[str, Any]:
+    """Return a transfer set with the content of its file in place of the file; a folder is known by its name."""
+    if data.set is None or "::" in data.set:
+        return asdict(data)
+    path, _, name = data.set.partition(":")
+    if not Path(path).exists():
+        raise DistillError(f"data.set not found: {path}")
+    return {**asdict(data), "set": [digest_of_file(path), name] if Path(path).is_file() else data.set}
 
 
 def _finished(folder: Path, settings: str) -> TrainedModel | None:

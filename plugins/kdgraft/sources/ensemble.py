@@ -64,6 +64,17 @@ class Ensemble(Source):
         """Combine the recordings of the members into the ensemble's."""
         return EnsembleRecording(self.name, recordings, self)
 
+    def average(self, values: Sequence[Tensor], kind: Kind, dim: int = -1) -> Tensor:
+        """Return the mean of the members' logits or numbers, all of one shape; see :func:`combined`."""
+        stacked = torch.stack([upcast(value) for value in values])
+        weights = stacked.new_tensor(self.weights).view(-1, *[1] * (stacked.ndim - 1))
+        if kind == "value" or self.mean == "geometric":
+            return (stacked * weights).sum(0)
+        if kind == "softmax":
+            return (stacked.log_softmax(dim if dim < 0 else dim + 1) + weights.log()).logsumexp(0)
+        yes, no = ((F.logsigmoid(side) + weights.log()).logsumexp(0) for side in (stacked, -stacked))
+        return yes - no
+
 
 class EnsembleRecording(Recording):
     """The recordings of an ensemble's members; read it with :func:`combined`."""
@@ -94,11 +105,4 @@ def combined(source: Recording, read: Callable[[Recording], Tensor], kind: Kind,
     """
     if not isinstance(source, EnsembleRecording):
         return read(source)
-    values = torch.stack([upcast(read(member)) for member in source.members])
-    weights = values.new_tensor(source.ensemble.weights).view(-1, *[1] * (values.ndim - 1))
-    if kind == "value" or source.ensemble.mean == "geometric":
-        return (values * weights).sum(0)
-    if kind == "softmax":
-        return (values.log_softmax(dim if dim < 0 else dim + 1) + weights.log()).logsumexp(0)
-    yes, no = ((F.logsigmoid(side) + weights.log()).logsumexp(0) for side in (values, -values))
-    return yes - no
+    return source.ensemble.average([read(member) for member in source.members], kind, dim)
