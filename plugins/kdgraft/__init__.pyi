@@ -16,6 +16,8 @@ from .terms.adversarial import AdversarialScores, AdversarialTerm
 from .terms.base import TapTerm, Term
 from .terms.born_again import CWTM, DKPP
 from .terms.boundary import BoundarySamples
+from .terms.byot import BYOT
+from .terms.classifiers import ClassifierTerm
 from .terms.contrastive import CRD
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
@@ -23,6 +25,7 @@ from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
 from .terms.gradients import GradientTransfer
 from .terms.labelled import DKD, NKD
 from .terms.numbers import BoundedRegression
+from .terms.one import ONE
 from .terms.pairs import PairTerm, ScoreTerm, TemperedTerm
 from .terms.predictions import DIST, LogitMatching, SoftTargets
 from .terms.pretrained import FactorTransfer, PretrainedTerm
@@ -39,6 +42,7 @@ from .views import Views
 __version__: str
 
 __all__ = [
+    "BYOT",
     "CRD",
     "CWTM",
     "DIST",
@@ -48,6 +52,7 @@ __all__ = [
     "LOSSES",
     "NKD",
     "NST",
+    "ONE",
     "PKT",
     "RECIPES",
     "REGIONS",
@@ -63,6 +68,7 @@ __all__ = [
     "BoundarySamples",
     "BoundedRegression",
     "ChannelWise",
+    "ClassifierTerm",
     "Constant",
     "CorrelationCongruence",
     "Decay",

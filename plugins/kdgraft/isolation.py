@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
 
 @contextmanager
 def isolated_rng() -> Iterator[None]:

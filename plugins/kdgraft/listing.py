@@ -23,6 +23,7 @@ NEEDS = {
     "generators": "generators, which make an image of an image",
     "boxes": "boxes around objects",
     "queries": "scores of the candidates of a query",
+    "single-label": "one class for each sample",
 }
 """The kinds of tensors and facts that terms need, see :attr:`kdgraft.Term.needs`; a host may lack some of them."""
 

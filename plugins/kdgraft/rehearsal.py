@@ -11,13 +11,11 @@ from torch import nn
 
 from .batch import Batch
 from .errors import WiringError
-from .isolation import eval_mode
+from .isolation import DROPOUTS, eval_mode
 from .recorder import Recorder
 from .sources import STUDENT, Source
 from .taps import Recording, Tap
 from .terms import Term
-
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 RunSource = Callable[[Source], Any]
 """Runs a source's model on the step's batch, in the source's own view of it."""

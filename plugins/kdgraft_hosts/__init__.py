@@ -20,6 +20,7 @@ DET = Host(
         "generators": "a detector makes no images; generators are models of plain PyTorch",
         "images": "a detector's loss depends on its own anchors, not on class scores with labels; use AttentionTransfer",
         "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
+        "single-label": "a detector classifies objects, not images; use FeatureImitation with the source Itself",
     },
     refuses={"ensemble": "boxes of several detectors have no mean; make the ensemble the teacher of a run"},
 )
@@ -41,6 +42,7 @@ SEG = Host(
         "numbers": "a segmentor predicts the classes of pixels; use terms on class scores, such as SoftTargets",
         "boxes": "a segmentor's data have masks; use MaskedGeneration",
         "queries": "images are no candidates of a query; rankers are models of Hugging Face, or plain PyTorch",
+        "single-label": "a segmentor classifies pixels, not images; use FeatureImitation with the source Itself",
     },
     refuses={
         "ensemble": "a config builds one segmentor; make the ensemble the teacher of a run",

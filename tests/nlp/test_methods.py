@@ -8,18 +8,20 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
-from kdgraft import DistillError
+from kdgraft import DistillError, Itself
 from kdgraft_nlp import TERMS, DistillTrainer
 from kdgraft_nlp.reader import HFReader
 from kdgraft_nlp.student import graft
 from support import nlp as support
-from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
+from support.methods import OF_ITSELF, assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, HFReader)
 SETTINGS: dict[str, dict[str, Any]] = {
     "MarginMSE": dict(candidates=3),
     "Review": dict(tap=["resnet.encoder.stages[0]", "resnet.encoder.stages[1]"]),
+    "BYOT": dict(tap=["resnet.encoder.stages[0]", "resnet.encoder.stages[1]"]),
+    "ONE": dict(branch="resnet.encoder.stages.1"),
     "WeightMatching": dict(modules="bert.encoder.layer.1"),
 }
 """Settings of a term for models of Hugging Face."""
@@ -30,6 +32,8 @@ FAMILIES: dict[str, str] = {
     "GOLD": "llama",
     "DSKD": "llama",
     "BoundedRegression": "regression",
+    "BYOT": "resnet",
+    "ONE": "resnet",
 }
 """A term's family of models, of ``support.TASKS``, where it is not BERT, ``"resnet"`` for terms on maps, ``"regression"`` for numbers."""
 
@@ -62,7 +66,8 @@ def student(kind: str) -> Any:
     name = family(kind)
     taps = {"resnet": "resnet.encoder.stages[1]", "bert": "bert.encoder[last_hidden_state]", "llama": "model.layers.1"}
     term = spec(OWN[kind], taps.get(name, ""), **SETTINGS.get(kind, {}))
-    return graft(model(name, 16, 1).train(), model(name, 32, 2), [term], facts=FACTS)
+    teacher = Itself() if kind in OF_ITSELF else model(name, 32, 2)
+    return graft(model(name, 16, 1).train(), teacher, [term], facts=FACTS)
 
 
 @pytest.mark.parametrize("kind", USABLE)

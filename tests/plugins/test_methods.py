@@ -9,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from kdgraft import TERMS, Distiller, Reader
+from kdgraft import TERMS, Distiller, Itself, Reader
 from kdgraft.batch import Batch
-from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
+from support.methods import OF_ITSELF, assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 
 USABLE, LACKING = split(TERMS, Reader)
 SETTINGS: dict[str, dict[str, Any]] = {
     "Review": dict(tap=["stem", "conv"]),
+    "BYOT": dict(tap=["stem", "conv"]),
+    "ONE": dict(branch="conv"),
     "BoundedRegression": dict(bounded=False, margin=0),  # the targets are classes
     "WeightMatching": dict(modules=["conv", "head"]),
 }
@@ -37,7 +39,7 @@ def test_trains_a_plain_model(kind):
     if "classifiers" in own_terms(TERMS)[kind].needs:  # which both must get some images right
         labels = student(images).argmax(1)
         teacher.head.bias.data += 9 * nn.functional.one_hot(labels, 5).sum(0)
-    distiller = Distiller(student, teacher, [term], example=images)
+    distiller = Distiller(student, Itself() if kind in OF_ITSELF else teacher, [term], example=images)
 
     def losses():
         batch = Batch(padded_size=(8, 8), boxes=boxes)

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdgraft import (
+    BYOT,
     CWTM,
     DKD,
     DKPP,
     FSP,
+    ONE,
     AdversarialScores,
     Batch,
     BoundarySamples,
@@ -25,6 +27,7 @@ from kdgraft import (
     FeatureImitation,
     FeatureMMD,
     GradientTransfer,
+    Itself,
     NetAug,
     PearsonImitation,
     Peers,
@@ -86,11 +89,14 @@ def distiller(broken_on: int | None) -> Distiller:
         FSP(["trunk", "deep"], name="flow"),
         WeightMatching("trunk", name="weights"),
         GradientTransfer(weight=10, name="slopes"),
+        BYOT(["trunk", "deep"], source="itself", width=4, name="exits"),
+        ONE(["deep", "head"], source="itself", name="branches"),
         FeatureImitation("deep", name="later", schedule=WarmUp(1)),
     ]
     if broken_on is not None:
         terms.append(FeatureImitation("deep", loss=broken, name="broken"))
-    return Distiller(student, teacher, terms, example=IMAGES[:1])
+    teachers = dict(teacher=teacher, itself=Itself())
+    return Distiller(student, terms=terms, example=IMAGES[:1], teachers=teachers)
 
 
 def steps(share: slice, *, broken_on: int | None, distributed: bool) -> dict[str, Any]:

@@ -254,6 +254,22 @@ def _contrast(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
     return losses.crd(student, teacher, negatives, temperature=0.5, **settings)
 
 
+def _own_class(student: Tensor, valid: Tensor | None) -> Tensor:
+    """A class for each of the samples, −100 where they are left out."""
+    labels = torch.arange(len(student)) * 5 % student.shape[1]
+    return labels if valid is None else labels.masked_fill(~valid, -100)
+
+
+def _exit(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    labels = _own_class(student, valid)
+    return losses.exit_imitation(student, teacher, labels, student, teacher, feature_weight=0.1, **settings)
+
+
+def _branches(student: Tensor, teacher: Tensor, *, valid: Tensor | None = None, **settings: Any) -> Tensor:
+    scores = torch.stack([losses.upcast(student), losses.upcast(student).flip(1)])
+    return losses.native_ensemble(scores, teacher, _own_class(student, valid), **settings)
+
+
 def _conditional() -> dict[str, Declared]:
     labels = torch.arange(5) * 3 % 5
     told_apart = lambda s, t, **settings: losses.conditional_critic_loss(t, s, labels[: len(s)], **settings)  # noqa: E731
@@ -291,6 +307,8 @@ BY_NAME: dict[str, Declared] = {
         )
         for name in DIVERGENCES
     },
+    "exit_imitation": masked(_exit, SAMPLES, (5,), equal=False),
+    "native_ensemble": masked(_branches, SAMPLES, (5,), equal=False, teacher_learns=False),
     "margin_mse": weighted(losses.margin_mse, SAMPLES, (5,)),
     "localization": weighted(losses.localization, EDGES, (5, 4)),
     "localization of the paper": weighted(partial(losses.localization, variant="paper"), EDGES, (5, 4)),

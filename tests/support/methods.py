@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from kdgraft import Reader, Registry, TapTerm, Term
 
+OF_ITSELF = ("BYOT", "ONE")
+"""Terms in which the student teaches itself, so that their source is ``Itself``."""
+
 SETTINGS: dict[str, dict[str, Any]] = {
     "FSP": dict(pairs=[[0, 0]]),  # of one layer with itself, as these tests tap one
     "SoftTargets": dict(temperature=2.0),

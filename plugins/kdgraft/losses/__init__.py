@@ -6,6 +6,7 @@ from .affinity import pairwise_affinity
 from .attention_maps import attention_distributions, attention_scores
 from .attention_transfer import attention_transfer
 from .bounded_regression import bounded_regression
+from .byot import exit_imitation
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
 from .conditional import conditional_adversarial, conditional_critic_loss
@@ -32,6 +33,7 @@ from .masked_generation import masked_generation
 from .mmd import mmd
 from .normalized import normalized
 from .nst import nst
+from .one import gated_scores, native_ensemble
 from .pearson import pearson
 from .permuted import permuted
 from .pkt import pkt
@@ -75,12 +77,14 @@ __all__ = [
     "dist_between_classes",
     "dist_within_classes",
     "dual_space",
+    "exit_imitation",
     "factor_transfer",
     "focal_attention",
     "focal_features",
     "focused_entropy",
     "frequency_imitation",
     "fsp",
+    "gated_scores",
     "generalized_jsd",
     "gold",
     "gradient_penalty",
@@ -95,6 +99,7 @@ __all__ = [
     "memory_relations",
     "mixed_targets",
     "mmd",
+    "native_ensemble",
     "normalized",
     "nst",
     "pairwise_affinity",

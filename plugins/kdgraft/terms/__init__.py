@@ -7,6 +7,8 @@ from . import (
     adversarial,
     born_again,
     boundary,
+    byot,
+    classifiers,
     contrastive,
     divergences,
     features,
@@ -14,6 +16,7 @@ from . import (
     gradients,
     labelled,
     numbers,
+    one,
     predictions,
     pretrained,
     relations,
@@ -27,6 +30,7 @@ from . import (
 )
 from .adversarial import AdversarialTerm
 from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
+from .classifiers import ClassifierTerm
 from .features import FeatureTerm
 from .generation import PerImageTerm
 from .pairs import PairTerm, ScoreTerm, TemperedTerm
@@ -37,6 +41,7 @@ from .vectors import VectorTerm
 
 __all__ = [
     "AdversarialTerm",
+    "ClassifierTerm",
     "FeatureTerm",
     "MapTerm",
     "PairTerm",
@@ -52,7 +57,9 @@ __all__ = [
     "born_again",
     "boundary",
     "build_terms",
+    "byot",
     "check_choice",
+    "classifiers",
     "contrastive",
     "divergences",
     "features",
@@ -61,6 +68,7 @@ __all__ = [
     "labelled",
     "mean_of",
     "numbers",
+    "one",
     "predictions",
     "pretrained",
     "relations",

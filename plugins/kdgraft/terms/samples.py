@@ -23,7 +23,7 @@ from ..losses import (
 )
 from ..losses.correlation_congruence import check_kernel
 from ..pooling import first_of_each, last_of_each, mean_of_each
-from ..regions import All
+from ..regions import All, Region
 from ..registry import RECIPES, TERMS
 from ..taps import Recording, Tap
 from .base import Taps, TapTerm, Wiring, check_choice, mean_of
@@ -122,26 +122,7 @@ class SampleTerm(TapTerm):
 
     def _vectors(self, tensor: Tensor, tap: Tap, recording: Recording, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return one vector per sample of one model, and true for samples that have one."""
-        place = batch.at(tap, tensor, owner=recording.owner)
-        weight, texts = self.region(place, tensor, recording.scale), place.texts
-        if tensor.ndim == 2 and (weight is None or place.tokens is None):
-            return upcast(tensor), torch.ones_like(tensor[:, 0], dtype=torch.bool)
-        if weight is not None and tensor.ndim == 2:
-            assert place.tokens is not None
-            tensor, weight = tensor.view(*place.tokens.shape, -1), weight.view(place.tokens.shape)
-        pool = self.pool_of(recording)
-        if pool == "mean":
-            return mean_of_each(tensor, weight, texts)
-        if pool == "flat":
-            if texts is not None:
-                raise WiringError(f"{self.name}: rows hold several texts, which cannot be flattened; use pool='mean'")
-            return _flattened(tensor, weight)
-        select = first_of_each if pool == "first" else last_of_each
-        picked = upcast(select(tensor, None if weight is None else weight > 0, texts))
-        if weight is None or texts is not None:
-            return picked, torch.ones_like(picked[:, 0], dtype=torch.bool)
-        present = (weight > 0).any(1)
-        return picked.masked_fill(~present[:, None], 0), present
+        return vectors_of(self.name, self.region, self.pool_of(recording), tensor, tap, recording, batch)
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
         return mean_of([self._related(*found) for found in self.samples(student, teacher, batch)])
@@ -163,6 +144,41 @@ class SampleTerm(TapTerm):
             present: ``(N,)``, true for the samples that count.
         """
         raise NotImplementedError
+
+
+def vectors_of(
+    term: str, region: Region, pool: Pool, tensor: Tensor, tap: Tap, recording: Recording, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """Return one vector ``(N, C)`` per sample of a model, and ``(N,)``, true for samples that have one.
+
+    Args:
+        term: the term's name, for messages.
+        region: the weights of the positions.
+        pool: see :class:`SampleTerm`.
+        tensor: vectors ``(B, C)``, states ``(B, L, C)`` or maps ``(B, C, H, W)``.
+        tap: the tap of ``tensor``.
+        recording: the recording that it comes from.
+        batch: the facts about the batch.
+    """
+    place = batch.at(tap, tensor, owner=recording.owner)
+    weight, texts = region(place, tensor, recording.scale), place.texts
+    if tensor.ndim == 2 and (weight is None or place.tokens is None):
+        return upcast(tensor), torch.ones_like(tensor[:, 0], dtype=torch.bool)
+    if weight is not None and tensor.ndim == 2:
+        assert place.tokens is not None
+        tensor, weight = tensor.view(*place.tokens.shape, -1), weight.view(place.tokens.shape)
+    if pool == "mean":
+        return mean_of_each(tensor, weight, texts)
+    if pool == "flat":
+        if texts is not None:
+            raise WiringError(f"{term}: rows hold several texts, which cannot be flattened; use pool='mean'")
+        return _flattened(tensor, weight)
+    select = first_of_each if pool == "first" else last_of_each
+    picked = upcast(select(tensor, None if weight is None else weight > 0, texts))
+    if weight is None or texts is not None:
+        return picked, torch.ones_like(picked[:, 0], dtype=torch.bool)
+    present = (weight > 0).any(1)
+    return picked.masked_fill(~present[:, None], 0), present
 
 
 def _flattened(tensor: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -16,9 +16,10 @@ from .base import Term, Wiring
 class TaskShare(Term):
     """A share of the host's own loss, none by default, while the term is active.
 
-    The term has no loss and hears no source. With a schedule that stops, the first stage of a two-stage method trains on the other terms alone: FitNets (arXiv 1412.6550),
-    FSP (CVPR 2017) and AB (arXiv 1811.03233) train on features first and then on labels. Without a schedule the whole training is
-    on the teacher's predictions, as on data without labels (arXiv 2106.05237). It applies to peers as to the student.
+    The term has no loss and hears no source. With a schedule that stops, the first stage of a two-stage method trains on the other
+    terms alone: FitNets (arXiv 1412.6550), FSP (CVPR 2017) and AB (arXiv 1811.03233) train on features first and then on labels.
+    Without a schedule the whole training is on the teacher's predictions, as on data without labels (arXiv 2106.05237). It applies
+    to peers as to the student.
 
     A share of 0 gives parameters that no other term reaches a gradient of zeros rather than none, as DDP needs; an optimizer's
     weight decay still moves them.
