@@ -30,7 +30,9 @@ from .training import (
     Updates,
     build_optimizer,
     grouped,
+    join_processes,
     learning_rate,
+    precision_of,
     random_state,
     set_random_state,
     shares,
@@ -134,12 +136,12 @@ def fit(
     check_number("fit", "epochs", epochs, 1, whole=True)
     check_number("fit", "accumulate", accumulate, 1, whole=True)
     end = epochs if stop is None else _checked_stop(stop, epochs)
-    accelerator = Accelerator()
+    accelerator = join_processes()
     student: Any = model.student if distils(model) else model
     made = build_optimizer(optimizer, model, lr=lr, weight_decay=weight_decay)
     wrapped, batches = accelerator.prepare(model, loader)
     rate = learning_rate(schedule, warmup, epochs, batches, accumulate)
-    updates = Updates(made, rate, clip, precision or accelerator.mixed_precision, accelerator.device.type)
+    updates = Updates(made, rate, clip, precision_of(precision, accelerator), accelerator.device.type)
     fitted, kept = Fitted(student), Best(best, ["loss"] if evaluate is None else None)
     file = None if folder is None else Path(folder) / STATE
     if resume and file is not None and file.is_file():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -13,6 +14,7 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from accelerate.utils import find_batch_size
 from torch import Tensor, nn
 
@@ -28,6 +30,40 @@ MakeOptimizer = Callable[..., torch.optim.Optimizer]
 
 Schedule = Literal["constant", "cosine"] | Callable[[float], float]
 """A name, or the factor on the learning rate as a function of the share of the training done, in [0, 1)."""
+
+
+def join_processes() -> Accelerator:
+    """Return accelerate's, of all processes that were started together; on CPUs it joins them only if it is told of CPUs.
+
+    Raises:
+        DistillError: accelerate was set up before for one process alone.
+    """
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    if started > accelerator.num_processes:
+        raise DistillError(
+            f"fit: {started} processes were started, and accelerate was set up for {accelerator.num_processes} before; on CPUs "
+            "build no Accelerator() of your own, or Accelerator(cpu=True)"
+        )
+    return accelerator
+
+
+def precision_of(given: Precision | None, accelerator: Accelerator) -> Any:
+    """Return the precision to train in; ``accelerate launch --mixed_precision`` has wrapped the model already.
+
+    Args:
+        given: the user's setting, if any.
+        accelerator: accelerate's state.
+
+    Raises:
+        DistillError: the two differ.
+    """
+    launched = accelerator.mixed_precision
+    if given is not None and launched not in ("no", given):
+        raise DistillError(
+            f"fit: precision={given!r}, but accelerate was launched with {launched!r}; leave one of them out"
+        )
+    return given or launched
 
 
 class Updates:
