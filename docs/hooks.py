@@ -26,6 +26,13 @@ PACKAGES = {
 MODULES = {
     "kdgraft.fit": ("fit", "Fitted"),
     "kdgraft.plain": ("Task",),
+    "kdgraft.specialists": (
+        "confusable_classes",
+        "specialist_of",
+        "SpecialistData",
+        "correct_dustbin",
+        "combine_specialists",
+    ),
     "kdgraft.hosts": ("Host", "HostTrainer", "Job", "TrainedModel"),
 }
 

@@ -27,6 +27,7 @@ class DetReader(Reader):
 
     default_taps: ClassVar = {"features": "neck[*]", "samples": "backbone[-1]"}
     lacks: ClassVar = DET.lacks
+    no_specialists = "they know classes of whole samples, and a detector scores places of an image"
     names_losses = True
 
     def scores(  # type: ignore[override]  # each host has settings of its own

@@ -47,6 +47,11 @@ class HFReader(Reader):
     chunked = False
     """True where the host computes terms on logits in chunks, from hidden states."""
 
+    def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
+        super().__init__(student, teacher, term)
+        if task_of(student) not in ("sequence", "image", "audio"):
+            self.no_specialists = f"they know classes of whole samples, which {type(student).__name__} does not score"
+
     def settle(self, tap: Tap, model: nn.Module) -> Tap:
         """Return the tap of this model's last hidden state, or of the last map of a convolutional model, for its name."""
         if tap.text != LAST_STATE:

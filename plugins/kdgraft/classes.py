@@ -45,3 +45,8 @@ def class_order(
             "remove the terms on class outputs, or use a teacher of the same classes"
         )
     return torch.tensor([teacher.index(name) for name in student])
+
+
+def class_axis(ndim: int) -> int:
+    """Return the axis of classes or channels of a tensor of so many axes: 1 for maps ``(B, C, H, W)``, −1 otherwise."""
+    return 1 if ndim == 4 else -1

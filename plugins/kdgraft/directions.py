@@ -35,6 +35,7 @@ def directed(terms: Sequence[Term], sources: Mapping[str, Source]) -> tuple[list
         elif isinstance(source, Peers):
             found += _averaged(term, source, means) if source.average else _pairwise(term, source)
         elif isinstance(source, Ensemble) and not term.hears_ensembles:
+            source.check_features(term.name)
             found += [
                 _named(term, STUDENT, member, weight, f"_from_{member}")
                 for member, weight in zip(source.members, source.weights, strict=True)

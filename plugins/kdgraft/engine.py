@@ -86,7 +86,7 @@ class Engine(nn.Module):
             for member in source.members if isinstance(source, Ensemble) else ():
                 if member not in models:
                     raise DistillError(
-                        f"Ensemble {name!r}: {member!r} is not a source with its own model{nearest(member, models)}"
+                        f"{type(source).__name__} {name!r}: {member!r} is not a source with its own model{nearest(member, models)}"
                     )
 
     def _check_heard(self, terms: Sequence[Term]) -> None:
@@ -157,7 +157,7 @@ class Engine(nn.Module):
             with torch.enable_grad():
                 for term in self.all_terms:
                     ours, theirs = recordings[term.listener], [recordings[name] for name in self.members(term.source)]
-                    same_shapes(term, theirs)
+                    same_shapes(term, theirs, self.sources.get(term.source))
                     found[term.name] = Wiring(
                         models[term.listener],
                         models[theirs[0].model],
@@ -169,6 +169,8 @@ class Engine(nn.Module):
                         outside,
                     )
                     term.wire(found[term.name])
+                    if isinstance(heard := self.sources.get(term.source), Ensemble):
+                        heard.check(term.name, term.reader, getattr(term, "predictions", None))
         return found
 
     @contextmanager

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from .batch import Batch
+from .classes import class_axis
 from .errors import DistillError, WiringError, check_flag
 from .listing import NEEDS as NEEDS
 from .pairs import Compared, Numbers, Pairs, Scores, Sides
@@ -50,6 +51,8 @@ class Reader:
     """True in a host whose models return several losses of their own by name."""
     lacks: ClassVar[Mapping[str, str]] = {}
     """The kinds of :data:`NEEDS` that models of this host never have, each with the reason."""
+    no_specialists: str = ""
+    """The reason why a :class:`~kdgraft.Specialists` has no meaning for the predictions of these models; empty where it has one."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         self.term = term
@@ -280,7 +283,7 @@ def common_width(scores: Sequence[Tensor]) -> int:
 
 def class_dim(tensor: Tensor) -> int:
     """Return the axis of classes or channels: 1 for maps ``(B, C, H, W)``, −1 otherwise."""
-    return 1 if tensor.ndim == 4 else -1
+    return class_axis(tensor.ndim)
 
 
 def in_order(scores: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:

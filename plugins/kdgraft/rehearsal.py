@@ -13,7 +13,7 @@ from .batch import Batch
 from .errors import WiringError
 from .isolation import DROPOUTS, eval_mode
 from .recorder import Recorder
-from .sources import STUDENT, Source
+from .sources import STUDENT, Ensemble, Source
 from .taps import Recording, Tap
 from .terms import Term
 
@@ -149,19 +149,19 @@ def _rehearsed(recorder: Recorder, model: nn.Module, run: Callable[[], Any]) -> 
             return recorder.rehearse(model, run)
 
 
-def same_shapes(term: Term, members: Sequence[Recording]) -> None:
-    """Raise a :class:`WiringError` unless the members of an ensemble predict tensors of the same shapes."""
-    if len(members) < 2:
+def same_shapes(term: Term, members: Sequence[Recording], source: Source | None) -> None:
+    """Raise a :class:`WiringError` unless the members of an ensemble predict tensors of the shapes that it combines."""
+    if not isinstance(source, Ensemble):
         return
     for tap in term.teacher_taps:
         shapes = {m.model: [tuple(t.shape) for t in m.tensors(tap)] for m in members if m.calls(tap)}
         first, *others = shapes or [""]
         for other in others:
-            if shapes[other] != shapes[first]:
+            wanted = [source.shape_of(other, shape) for shape in shapes[first]]
+            if shapes[other] != wanted:
                 counts = tuple(f"{len(shapes[name])} tensors" for name in (other, first))
-                pairs = zip(shapes[other], shapes[first], strict=False)
-                theirs, ours = next(((x, y) for x, y in pairs if x != y), counts)
+                places = [i for i, (x, y) in enumerate(zip(shapes[other], wanted, strict=False)) if x != y]
+                theirs, ours = (shapes[other][places[0]], shapes[first][places[0]]) if places else counts
                 raise WiringError(
-                    f"{term.name}: '{tap}' gives {theirs} in {other!r} and {ours} in {first!r}; the members of an Ensemble "
-                    "must predict alike"
+                    f"{term.name}: '{tap}' gives {theirs} in {other!r} and {ours} in {first!r}; {source.alike}"
                 )

@@ -31,7 +31,7 @@ def announced(engine: Engine, student: nn.Module, recipe: Any = None) -> str:
 
 def _named(source: Source) -> str:
     if isinstance(source, Ensemble):
-        return f"the mean of {' and '.join(source.members)}"
+        return source.told
     model = getattr(source, "model", None)
     if not isinstance(model, nn.Module):
         return type(source).__name__

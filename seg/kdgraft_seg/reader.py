@@ -56,6 +56,7 @@ class SegReader(Reader):
         "images": "backbone:input",
     }
     lacks: ClassVar = SEG.lacks
+    no_specialists = "they know classes of whole samples, and a segmentor scores pixels"
     names_losses = True
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:

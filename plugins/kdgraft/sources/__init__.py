@@ -1,4 +1,4 @@
-"""Sources of supervision: a frozen teacher, an ensemble, a peer that trains too, the student itself."""
+"""Sources of supervision: a frozen teacher, an ensemble, specialists, a peer that trains too, the student itself."""
 
 from ..registry import SOURCES
 from .base import STUDENT, Source
@@ -7,6 +7,7 @@ from .ensemble import Ensemble, EnsembleRecording, combined
 from .gather import gather_sources, with_parts
 from .itself import Itself
 from .peer import Peer, Peers
+from .specialists import Specialists
 from .teacher import Teacher
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Peer",
     "Peers",
     "Source",
+    "Specialists",
     "Teacher",
     "combined",
     "gather_sources",

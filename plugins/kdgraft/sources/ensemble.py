@@ -40,6 +40,9 @@ class Ensemble(Source):
         ['distill.soft_targets.loss']
     """
 
+    alike = "the members of an Ensemble must predict alike"
+    """Advice where the shapes of the members' predictions differ from :meth:`shape_of`."""
+
     def __init__(
         self, members: Sequence[str], mean: Mean = "arithmetic", weights: Sequence[float] | None = None
     ) -> None:
@@ -63,6 +66,27 @@ class Ensemble(Source):
     def of(self, recordings: Sequence[Recording]) -> EnsembleRecording:
         """Combine the recordings of the members into the ensemble's."""
         return EnsembleRecording(self.name, recordings, self)
+
+    @property
+    def told(self) -> str:
+        """Its name in the log."""
+        return f"the mean of {' and '.join(self.members)}"
+
+    def shape_of(self, member: str, first: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape that a member's predictions must have, from that of the first member's."""
+        return first
+
+    def check_features(self, term: str) -> None:
+        """Raise a :class:`WiringError` where a term on features cannot hear it."""
+
+    def check(self, term: str, reader: Any, predictions: Any) -> None:
+        """Raise a :class:`WiringError` where a wired term cannot hear it.
+
+        Args:
+            term: the term's name.
+            reader: the host's reader of the term.
+            predictions: what the term compares, a :class:`~kdgraft.Predictions`.
+        """
 
     def average(self, values: Sequence[Tensor], kind: Kind, dim: int = -1) -> Tensor:
         """Return the mean of the members' logits or numbers, all of one shape; see :func:`combined`."""
