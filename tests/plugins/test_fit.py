@@ -226,9 +226,9 @@ def test_views_of_several_arguments_and_of_a_peer():
 def test_a_view_of_no_source_is_refused():
     distiller = model("teacher")
     with pytest.raises(
-        DistillError, match="Views: 'techer' is not a source with a model of its own; did you mean 'teacher'"
+        DistillError, match="Views: 'teachher' is not a source with a model of its own; did you mean 'teacher'"
     ):
-        distiller(Views(X[:8], techer=X[:8]))
+        distiller(Views(X[:8], teachher=X[:8]))
     with pytest.raises(DistillError, match="'teacher' is not a source with a model of its own"):
         Distiller(net(4, 0), Itself(), [Hint("0")], example=Views(X[:1], teacher=X[:1]))
 

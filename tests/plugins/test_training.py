@@ -348,7 +348,10 @@ def test_a_state_of_other_settings_is_refused(tmp_path: Path, settings: dict[str
         (dict(precision="fp8"), "precision must be 'no', 'bf16' or 'fp16', got 'fp8'"),
         (dict(lr=-1.0), "lr must be a number >= 0"),
         (dict(best="accuracy"), "best='accuracy' is no metric of evaluate; known: 'loss'"),
-        (dict(best="acuracy", evaluate=accuracy), "best='acuracy' is no metric of evaluate; did you mean 'accuracy'"),
+        (
+            dict(best="accuracyy", evaluate=accuracy),
+            "best='accuracyy' is no metric of evaluate; did you mean 'accuracy'",
+        ),
         (dict(optimizer=torch.optim.LBFGS, weight_decay=0.1), "the optimizer takes no weight_decay"),
         (dict(optimizer=lambda parameters: None), "must build an optimizer from parameters, got a NoneType"),
     ],
