@@ -20,7 +20,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.hiding import hide_from_state_dict, own_children
 from kdgraft.isolation import isolated_rng
 from kdgraft.schedules import Step
-from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Teacher
+from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Specialists, Teacher
 from kdgraft.step import scaled
 from kdgraft.terms import ScoreTerm
 
@@ -226,6 +226,7 @@ def _one_model(sources: Mapping[str, Source]) -> Any:
 def _of_classes(engine: Engine) -> dict[str, Source]:
     """Return the sources whose classes a term compares with the student's."""
     heard = {name for term in engine.all_terms if term.compares_classes for name in engine.members(term.source)}
+    heard -= {name for one in engine.sources.values() if isinstance(one, Specialists) for name in one.classes}
     return {name: source for name, source in engine.sources.items() if name in heard}
 
 

@@ -169,8 +169,6 @@ class Engine(nn.Module):
                         outside,
                     )
                     term.wire(found[term.name])
-                    if isinstance(heard := self.sources.get(term.source), Ensemble):
-                        heard.check(term.name, term.reader, getattr(term, "predictions", None))
         return found
 
     @contextmanager
@@ -191,6 +189,7 @@ class Engine(nn.Module):
             term.prepare(models[term.listener], models[name])
             readings.append((list(term.teacher_taps), term.reading))
         if isinstance(source, Ensemble):
+            source.check(term.name, term.reader, getattr(term, "predictions", None))
             if not term.hears_ensembles:
                 raise WiringError(
                     f"{term.name}: the predictions that it compares have no mean over several models; add a term for each of "

@@ -307,6 +307,15 @@ def test_members_whose_boxes_are_one_for_each_class_or_one_for_all(rois, tmp_pat
         build(entry(both(dict(a=rois["a"], b=other)), dict(type="SoftTargets"), student=student))
 
 
+def test_specialists_are_refused_with_the_reason(pair):
+    together = dict(pair, teacher=dict(type="Specialists", generalist="a", specialists=dict(b=[0])))
+    with pytest.raises(
+        WiringError,
+        match="'teacher' is Specialists: they know classes of whole samples, and a detector scores places of an image",
+    ):
+        taught(together, dict(type="SoftTargets"))
+
+
 # --- a peer
 
 PEER = detector(width=6, channels=12, frozen_bn=True)

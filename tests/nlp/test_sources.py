@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
-from kdgraft import Distiller, DistillError, Ensemble, Itself, Peer, WiringError
+from kdgraft import Distiller, DistillError, Ensemble, Itself, Peer, Specialists, WiringError
+from kdgraft.specialists import combine_specialists, specialist_of
 from kdgraft_nlp import (
     AttentionMaps,
     DistillCollator,
@@ -285,6 +286,35 @@ def test_what_an_ensemble_cannot_teach(tmp_path):
         "the members of an Ensemble must predict alike", UniversalLogits(), "llama", b=big("llama", 3, vocab_size=50)
     )
     refused("the models have different tasks", SoftTargets(), "bert", b=big("roberta", 3))
+
+
+# --- specialists
+
+
+def test_a_generalist_and_specialists_by_hand(tmp_path):
+    teachers = {"all": named(big(), "owl", "cat", "dog")}  # permuted into the student's order: cat, dog, owl
+    teachers |= {"a": specialist_of(big(seed=3), [0, 2]), "b": specialist_of(big(seed=4), [1, 2])}
+    assert teachers["a"].config.num_labels == teachers["a"].num_labels == 3
+    together = {"type": "Specialists", "generalist": "all", "specialists": {"a": [0, 2], "b": [1, 2]}}
+    student = named(model(), *NAMES)
+    trainer = trainer_of(tmp_path, student, [SoftTargets(2, source="both")], teachers={**teachers, "both": together})
+    batch = batch_of()
+    _, found = losses(trainer, batch)
+    with torch.no_grad():
+        everything, a, b = (one(**{**batch, "labels": None}).logits for one in teachers.values())
+        said = combine_specialists(everything[:, [1, 2, 0]], [a, b], [[0, 2], [1, 2]])
+        by_hand = kl(model()(**batch).logits, (said / 2).softmax(-1), 2)
+    torch.testing.assert_close(found["distill.soft_targets.loss"], by_hand)
+    trainer.train()
+    assert "distill.soft_targets" in str(trainer.state.log_history)
+
+
+def test_specialists_know_classes_of_whole_samples(tmp_path):
+    teachers = {"g": big("llama"), "a": big("llama", seed=3), "teacher": Specialists("g", {"a": [0, 1]})}
+    with pytest.raises(
+        WiringError, match=r"Specialists: they know classes of whole samples, which LlamaForCausalLM does not"
+    ):
+        trainer_of(tmp_path, model("llama"), [SoftTargets()], teachers=teachers)
 
 
 # --- a peer

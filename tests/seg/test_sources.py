@@ -115,6 +115,14 @@ def test_members_are_resized_alike(pair, tmp_path):
         build(entry(both, dict(type="SoftTargets")))
 
 
+def test_specialists_are_refused_with_the_reason(pair):
+    both = dict(pair, teacher=dict(type="Specialists", generalist="a", specialists=dict(b=[0])))
+    with pytest.raises(
+        WiringError, match="'teacher' is Specialists: they know classes of whole samples, and a segmentor scores pixels"
+    ):
+        build(entry(both, dict(type="SoftTargets")))
+
+
 # --- a peer
 
 PEER = segmentor("PSPNet", width=6, dropout=0.0, frozen_bn=True)

@@ -80,7 +80,7 @@ class Ensemble(Source):
         """Raise a :class:`WiringError` where a term on features cannot hear it."""
 
     def check(self, term: str, reader: Any, predictions: Any) -> None:
-        """Raise a :class:`WiringError` where a wired term cannot hear it.
+        """Raise a :class:`WiringError` where a term that is prepared cannot hear it.
 
         Args:
             term: the term's name.
