@@ -16,7 +16,7 @@ from typing import Any
 
 from . import __version__
 from .errors import DistillError, check_number, nearest
-from .hosts import MissingHost, host_named, host_of, host_of_checkpoint, hosts
+from .hosts import MissingHost, demos, host_named, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
 from .listing import NEEDS, explained
 from .plans import carry_out, read_plan
@@ -111,14 +111,22 @@ def _add_measurements(commands: Any) -> None:
     """Add the demos and the cost benchmarks."""
     demo = commands.add_parser("demo", help="train a teacher, plain and distilled students on embedded data")
     demo.add_argument(
-        "task", nargs="?", default="all", choices=["all", *(name for name, host in hosts().items() if host.demo)]
+        "task",
+        nargs="?",
+        default="all",
+        choices=["all", *demos()],
+        help="core: plain PyTorch, the literature's experiments",
     )
     demo.add_argument("--seeds", type=int, default=1, help="number of seeds to train and average over (default: 1)")
-    demo.add_argument("--recipes", default="default", help="'default', 'all', 'none', or names separated by commas")
+    demo.add_argument(
+        "--recipes",
+        default="default",
+        help="'default', 'all', 'none', or names separated by commas; of experiments in core",
+    )
     demo.add_argument("--iterations", type=int, help="iterations of every training (default: the task's own)")
     demo.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default: 0)")
     demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune, with other seeds")
-    layouts = "; ".join(f"{name}: {host.data}" for name, host in hosts().items() if host.data)
+    layouts = "; ".join(f"{name}: {host.data}" for name, host in demos().items() if host.data)
     demo.add_argument("--data", help=f"train on the real dataset in this folder instead ({layouts})")
     demo.add_argument(
         "--fraction", type=float, help="fraction of --data's training set, if the demo supports it (default: 1)"
@@ -300,12 +308,12 @@ def _demo(arguments: argparse.Namespace) -> None:
         raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
     if arguments.iterations is not None and arguments.iterations < 2:
         raise DistillError(f"--iterations must be at least 2, got {arguments.iterations}")
-    tasks = [name for name, host in hosts().items() if host.demo] if arguments.task == "all" else [arguments.task]
+    tasks = list(demos()) if arguments.task == "all" else [arguments.task]
     if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
         raise DistillError(f"recipes belong to one task: kdgraft demo TASK --recipes {arguments.recipes}")
     if arguments.data is not None and arguments.task == "all":
         raise DistillError("--data belongs to one task: kdgraft demo TASK --data DIR")
-    mains = {task: host_named(task).demonstration().main for task in tasks}
+    mains = {task: demos()[task].demonstration().main for task in tasks}
     shares = all("fraction" in signature(main).parameters for main in mains.values())
     if arguments.fraction is not None and not shares:
         raise DistillError(f"kdgraft demo {arguments.task} takes no --fraction of a training set")

@@ -179,6 +179,7 @@ class Host:
         suffixes: suffixes of the configs that it trains.
         checkpoints: suffixes of the checkpoints that ``kdgraft export`` passes to it.
         demo, bench: the modules behind ``kdgraft demo`` and ``kdgraft bench``, if the host has them.
+        demo_name: the demo's name on the command line, if it is not the host's.
         data: layout of the real datasets that the demo accepts, if it does.
         terms, recipes: the package's two registries with their ``home``, so that their contents can be listed without an import;
             without them the package is imported.
@@ -195,6 +196,7 @@ class Host:
     checkpoints: tuple[str, ...] = ()
     demo: str | None = None
     bench: str | None = None
+    demo_name: str | None = None
     data: str | None = None
     terms: Registry | None = None
     recipes: Registry | None = None
@@ -249,6 +251,11 @@ def hosts() -> Mapping[str, Host]:
         else:
             logger.warning("host %s cannot be used: %s is no kdgraft.hosts.Host", point.name, point.value)
     return found
+
+
+def demos() -> Mapping[str, Host]:
+    """Return the hosts that have a demo, by the demo's name."""
+    return {host.demo_name or name: host for name, host in hosts().items() if host.demo}
 
 
 def host_named(name: str) -> Host:

@@ -72,6 +72,9 @@ TORCH = Host(
     framework="torch",
     trainer="kdgraft.plain:TRAINER",
     suffixes=(".py",),
+    demo="kdgraft_bench.core.demo",
+    demo_name="core",
+    data="train/CLASS/*.jpg",
     terms=TERMS,
     recipes=RECIPES,
 )

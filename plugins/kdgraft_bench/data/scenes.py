@@ -20,18 +20,15 @@ from typing import Any
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.datasets import load_digits
 
 from kdgraft.files import written_whole
 
-CLASSES = tuple("0123456789")
+from .digits import CLASSES, SPLITS, all_digits, sources_of
+
 SEGMENTATION_CLASSES = ("background", *CLASSES)
-SPLITS = ("train", "val", "test")
 
 # This number changes whenever the same seed gives different pictures, so that an older set on disk is written anew.
 _VERSION = 2
-# The n-th picture of each class belongs to the split at n % 5: three fifths to train, one fifth each to val and test.
-_SPLIT_OF_REMAINDER = ("train", "train", "val", "train", "test")
 _SIDE = 64  # the side of an enlarged digit: 8 source pixels times 8
 _INK = 0.5  # the opacity from which a pixel belongs to its digit
 
@@ -70,16 +67,12 @@ class Scene:
 @lru_cache(maxsize=len(SPLITS))
 def digits_of(split: str) -> Digits:
     """Return the digits of ``'train'``, ``'val'`` or ``'test'``: disjoint sets that do not depend on the scenes' seed."""
-    if split not in SPLITS:
-        raise ValueError(f"no split {split!r}: choose one of {', '.join(SPLITS)}")
-    data = load_digits()
-    rank = np.cumsum(data.target[:, None] == np.arange(10), axis=0)[np.arange(len(data.target)), data.target] - 1
-    source = np.flatnonzero(np.array(_SPLIT_OF_REMAINDER)[rank % 5] == split).astype(np.int64)
+    (images, labels), source = all_digits(), sources_of(split)
     pictures = np.zeros((len(source), _SIDE, _SIDE), dtype=np.uint8)
     for row, index in enumerate(source):
-        large = cv2.resize(data.images[index].astype(np.float32), (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC)
-        pictures[row] = np.clip(large * (255 / 16), 0, 255)
-    return Digits(pictures, data.target[source].astype(np.int64), source)
+        large = cv2.resize(images[index], (_SIDE, _SIDE), interpolation=cv2.INTER_CUBIC)
+        pictures[row] = np.clip(large * 255, 0, 255)
+    return Digits(pictures, labels[source], source)
 
 
 def render_scene(

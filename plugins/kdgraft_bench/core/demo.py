@@ -1,0 +1,160 @@
+"""``kdgraft demo core``: the experiments of the literature on small nets, in plain PyTorch, with the published figures beside them.
+
+The runs of all experiments are one plan for each seed; runs that several experiments share are trained once, and finished ones are
+not repeated. Processes may share a folder if each has seeds of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from kdgraft.errors import DistillError
+from kdgraft.files import digest
+from kdgraft.hosts import TrainedModel
+from kdgraft.plans import Plan, carry_out
+from kdgraft.tables import print_rows
+
+from ..comparison import choose
+from ..finished import describe
+from ..results import Result, markdown, write_results
+from ..timing import check_device
+from . import batches, nets, tasks
+from . import data as pictures
+from .claims import Figures
+from .data import pictures_of
+from .experiments import EXPERIMENTS, Experiment
+from .pictures import PICTURES, draw_examples
+from .report import claim_rows, experiment_rows
+from .runs import Runs
+
+STEPS = 600
+"""The steps of a training of length 1."""
+REAL = ("methods",)
+"""The experiments on a real set by default."""
+
+
+def main(
+    seeds: int = 1,
+    recipes: str = "default",
+    out: str | Path = "runs/demo/core",
+    device: str = "cpu",
+    first_seed: int = 0,
+    split: str = "test",
+    iterations: int | None = None,
+    data: str | None = None,
+) -> list[Result]:
+    """Run experiments, print their table, and write ``results.csv``, ``table.md`` and pictures to ``out``.
+
+    Args:
+        seeds: the number of seeds.
+        recipes: ``"default"`` or ``"all"`` for all experiments (on a real set by default only the comparison of methods), names of
+            experiments separated by commas, or ``"none"``.
+        out: the folder of the results.
+        device: ``"cpu"`` or ``"cuda"``; with ``"cpu"`` no GPU is used.
+        first_seed: the first seed.
+        split: the split for the test; ``"val"`` for tuning, with other seeds than those of the table.
+        iterations: the steps of a training of length 1; 600 by default.
+        data: the folder of a real set with ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, ten classes.
+
+    Raises:
+        DistillError: an experiment, the split or the device is unknown, or the real set has another layout.
+    """
+    if split not in ("val", "test"):
+        raise DistillError(f"split must be 'val' or 'test', got {split!r}")
+    check_device(device)
+    names = list(REAL) if data and recipes == "default" else choose(recipes, list(EXPERIMENTS))
+    if not names:
+        print(f"core: there is no experiment without a recipe; the experiments are {', '.join(EXPERIMENTS)}")
+        return []
+    if data:
+        for each in ("train", "val"):  # before anything is trained
+            pictures_of(each, data)
+    folder, steps, started = Path(out), iterations or STEPS, time.perf_counter()
+    runs = Runs(steps, split=split if split != "test" else "", data=data or "")
+    labels = {EXPERIMENTS[name]: EXPERIMENTS[name].plan(runs) for name in names}
+    place = folder / "runs" / _key(steps, split, data, device)
+    found: dict[int, Mapping[str, TrainedModel]] = {}
+    results: list[Result] = []
+    chosen = range(first_seed, first_seed + seeds)
+    dataset = Path(data).resolve().name if data else "hard digits"
+    for seed in chosen:
+        with _alone(device):
+            found[seed] = _carried_out(runs.plan(place, seed))
+        results = list(_results(labels, found, dataset))
+        write_results(results, folder / "results.csv")
+    _report({experiment: _figures(names, found) for experiment, names in labels.items()}, folder, dataset, split)
+    draw_examples(folder / "examples.png", data or "")
+    print(f"results, pictures and runs in {folder} ({time.perf_counter() - started:.0f} s)")
+    return results
+
+
+def _key(steps: int, split: str, data: str | None, device: str) -> str:
+    """Return a name for runs of these settings, this data and this code of the trainings."""
+    code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (pictures, batches, nets, tasks)]
+    return digest([code, steps, split, describe(Path(data)) if data else "", device, torch.__version__])[:12]
+
+
+@contextmanager
+def _alone(device: str) -> Iterator[None]:
+    """Train on one thread, which is fastest for small nets, and on no GPU unless asked; restore both afterwards."""
+    threads, key = torch.get_num_threads(), "ACCELERATE_USE_CPU"
+    before = os.environ.get(key)
+    torch.set_num_threads(1)
+    if device == "cpu":
+        os.environ[key] = "true"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if device == "cpu":
+            os.environ.pop(key) if before is None else os.environ.update({key: before})
+
+
+def _carried_out(plan: Plan) -> dict[str, TrainedModel]:
+    """Carry out the plan of one seed under a progress bar."""
+    (seed,) = plan.seeds
+    with tqdm(total=len(plan.runs), desc=f"seed {seed}", unit="run", mininterval=1.0) as bar:
+
+        def tell(line: str) -> None:
+            name, _, doing = line.partition(" ")
+            if any(f": {word}" in doing for word in ("done", "finished")) or "is chosen" in doing:
+                bar.update()
+            bar.set_postfix_str(name, refresh=False)
+
+        found = carry_out(plan, tell=tell)
+    return {name: model for (name, _), model in found.items()}
+
+
+def _figures(labels: Mapping[str, str], found: Mapping[int, Mapping[str, TrainedModel]]) -> Figures:
+    return {label: [models[run].metrics["accuracy"] for models in found.values()] for label, run in labels.items()}
+
+
+def _results(
+    labels: Mapping[Experiment, Mapping[str, str]], found: Mapping[int, Mapping[str, TrainedModel]], dataset: str
+) -> Iterator[Result]:
+    """Yield a row for each label of each experiment and seed."""
+    for seed, models in found.items():
+        for experiment, runs in labels.items():
+            for label, run in runs.items():
+                options = models[run].options
+                net = f"{options['net']} {options['width']}"
+                value = models[run].metrics["accuracy"]
+                yield Result("core", dataset, net, f"{experiment.name}: {label}", seed, "accuracy", value)
+
+
+def _report(experiments: Mapping[Experiment, Figures], folder: Path, dataset: str, split: str) -> None:
+    count = len(next(iter(next(iter(experiments.values())).values())))
+    title = f"{dataset}, {split} split, {count} seed{'s' if count > 1 else ''}"
+    claims, figures = claim_rows(experiments), experiment_rows(experiments)
+    print_rows(claims, f"\n{title}")
+    (folder / "table.md").write_text(f"{title}\n\n{markdown(figures)}\n\n{markdown(claims)}\n", encoding="utf-8")
+    for experiment, measured in experiments.items():
+        if experiment.name in PICTURES:
+            PICTURES[experiment.name](measured, folder / f"{experiment.name}.png")

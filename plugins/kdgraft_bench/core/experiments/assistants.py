@@ -1,0 +1,80 @@
+"""The capacity gap between teacher and student, and three ways around it: assistants, stopping the term, stopping the teacher."""
+
+from __future__ import annotations
+
+from ..claims import Claim
+from ..runs import Runs, soft
+from .base import Experiment
+from .convolutional import STUDENT, TEACHER, TEMPERATURE, plain, taught
+
+TEACHERS = (6, 8, 12, TEACHER, 24)
+LARGEST = max(TEACHERS)
+ASSISTANTS = (6, 8, 12)
+STOPS = (0.25, 0.5)
+"""The shares of the training after which the term is stopped."""
+
+
+def chain(runs: Runs, largest: int = LARGEST) -> str:
+    """Plan assistants between a teacher and the student, the student of the one whose accuracy is midway, and return the latter."""
+    teacher, student = plain(runs, largest), plain(runs, STUDENT)
+    candidates = [taught(runs, width, teacher, f"assistant{width}-of-conv{largest}") for width in ASSISTANTS]
+    chosen = runs.choose(f"assistant-of-conv{largest}", candidates, midway=[teacher, student])
+    return taught(runs, STUDENT, chosen, f"conv{STUDENT}-of-assistant-of-conv{largest}")
+
+
+def of(runs: Runs, width: int) -> str:
+    """Plan the student of a teacher of this width."""
+    return taught(runs, STUDENT, plain(runs, width), f"conv{STUDENT}-of-conv{width}")
+
+
+def _gap(runs: Runs) -> dict[str, str]:
+    found = {"none": plain(runs, STUDENT)}
+    found |= {f"teacher of width {width}": plain(runs, width) for width in TEACHERS}
+    found |= {f"student of width {width}": of(runs, width) for width in TEACHERS}
+    return {**found, "assistant": chain(runs)}
+
+
+def _stopping(runs: Runs) -> dict[str, str]:
+    found = {"none": plain(runs, STUDENT), "whole": of(runs, LARGEST)}
+    for share in STOPS:
+        stop = {"type": "Stop", "end": runs.count(share)}
+        found[f"term stopped at {share:.0%}"] = runs.train(
+            f"conv{STUDENT}-term-stopped-{share * 100:.0f}",
+            "conv",
+            STUDENT,
+            teacher=plain(runs, LARGEST),
+            terms=[soft(TEMPERATURE, schedule=stop)],
+        )
+    early = runs.train(f"conv{LARGEST}-stopped", "conv", LARGEST, stop=2)
+    found["teacher stopped at 40 %"] = early
+    found["student of the stopped teacher"] = taught(runs, STUDENT, early, f"conv{STUDENT}-of-stopped")
+    return found
+
+
+GAP = Experiment(
+    "capacity_gap",
+    "student's accuracy against the teacher's size; an assistant",
+    "Mirzadeh et al. 2020 (TAKD), arXiv 1902.03393, table 1 and figure 2",
+    "CIFAR-10, plain CNN of 10 layers teaches one of 2, by one of 4: none 70.16 %, KD 72.57 %, TAKD 73.51 %",
+    _gap,
+    (
+        Claim("KD beats no teacher", "70.16 → 72.57", {f"student of width {LARGEST}": 1, "none": -1}),
+        Claim("an assistant beats KD", "72.57 → 73.51", {"assistant": 1, f"student of width {LARGEST}": -1}),
+        Claim(
+            "the largest teacher is worse for the student than one of half its width",
+            "figure 2: the accuracy falls",
+            {"student of width 12": 1, f"student of width {LARGEST}": -1},
+        ),
+    ),
+)
+STOPPING = Experiment(
+    "stopping",
+    "stopping the term early, and stopping the teacher early",
+    "Cho & Hariharan 2019 (ESKD), arXiv 1910.01348",
+    "ImageNet and CIFAR-10: both help; a fully trained large teacher can be worse than none",
+    _stopping,
+    (
+        Claim("stopping the term half-way helps", "it does", {"term stopped at 50%": 1, "whole": -1}),
+        Claim("a teacher that was stopped early helps", "it does", {"student of the stopped teacher": 1, "whole": -1}),
+    ),
+)

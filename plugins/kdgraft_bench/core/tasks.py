@@ -1,0 +1,125 @@
+"""The trainings of ``kdgraft demo core``, as a task of a plan: ``tasks.py:task`` with options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kdgraft import Distiller, DistillError, NetAug, Peers
+from kdgraft.consistent import Teaching
+from kdgraft.isolation import isolated_rng
+from kdgraft.plain import Task
+from kdgraft_bench.core import nets
+from kdgraft_bench.core.batches import Accuracies, Batches
+from kdgraft_bench.core.data import Pictures, part_of, pictures_of
+
+BATCH = 64
+PARTS = 5
+"""A training has so many epochs of equal numbers of steps, after each of which it is evaluated and its state is saved."""
+RATES = {"mlp": 2e-3, "conv": 1e-2}
+CROP = (0.4, 1.0)
+"""The areas of crops; a digit fills half of its picture, so that FunMatch's smallest crop, 0.08, would not show it."""
+
+
+def task(
+    net: str,
+    width: int,
+    *,
+    steps: int,
+    split: str = "test",
+    data: str = "",
+    share: float = 1.0,
+    member: int = 0,
+    special: str = "",
+    mode: str = "",
+    mixup: bool = False,
+    large: bool = False,
+    teacher_large: bool = False,
+    optimizer: str = "adamw",
+    **sizes: Any,
+) -> Task:
+    """Return the training of one net.
+
+    Args:
+        net: ``"mlp"`` or ``"conv"``.
+        width: the net's width.
+        steps: the number of batches; a multiple of five, or less than five.
+        split: the split of the metric ``accuracy``, ``"test"`` or ``"val"``; the metric ``val`` is always of the latter.
+        data: the folder of a real set; the embedded one if empty.
+        share: the share of the training pictures, that of each class, drawn with the seed.
+        member: members of an ensemble have one seed; the number of a member makes it start from other weights.
+        special: ``"mutual"`` for deep mutual learning with a second net of this size, ``"netaug"`` for NetAug.
+        mode: ``"alone"`` for random crops without a teacher, or the mode of :class:`kdgraft.consistent.Teaching`; the pictures as
+            they are if empty.
+        mixup: mix pictures, as there.
+        large, teacher_large: the net, or its teacher, sees pictures at their full resolution.
+        optimizer: ``"adamw"`` or ``"shampoo"``.
+        sizes: further arguments of the net.
+    """
+    torch.manual_seed(torch.initial_seed() + 1000 * member)
+    pictures = part_of(pictures_of("train", data), share)
+    parts = min(PARTS, steps)
+    settings = dict(lr=RATES[net], schedule="cosine", warmup=steps // 10, clip=1.0)
+    return Task(
+        _MODELS[special](net, width, pictures, large, sizes),
+        Batches(pictures.large if mode or large else pictures.small, pictures.labels, BATCH, steps // parts),
+        F.cross_entropy,
+        epochs=parts,
+        evaluate=Accuracies({"val": pictures_of("val", data), "accuracy": pictures_of(split, data)}, large),
+        optimizer=_OPTIMIZERS[optimizer],
+        settings={**settings, "views": _views(mode, mixup, pictures, large, teacher_large)} if mode else settings,
+    )
+
+
+def _views(mode: str, mixup: bool, pictures: Pictures, large: bool, teacher_large: bool) -> Callable[..., Any]:
+    """Return the views of a batch of pictures at full resolution."""
+    full = pictures.large.shape[-1]
+    sides = [full if each else full // 2 for each in (large, teacher_large)]
+    if mode == "alone":
+        crops = Teaching("consistent", crop=CROP, mixup=False, size=sides[0])
+        return lambda images, labels: (crops(images, labels)[0].student, labels)
+    return Teaching(mode, crop=CROP, mixup=mixup, size=sides[0], teacher_size=sides[1], classes=nets.CLASSES)
+
+
+def _plain(net: str, width: float, pictures: Pictures, large: bool, sizes: dict[str, Any]) -> nn.Module:
+    channels, side = pictures.large.shape[1], pictures.large.shape[-1] // (1 if large else 2)
+    if net == "mlp":
+        return nets.mlp(round(width), pixels=channels * side**2, **sizes)
+    return nets.conv(round(width), channels=channels, **sizes)
+
+
+def _mutual(net: str, width: int, *about: Any) -> Distiller:
+    student = _plain(net, width, *about)
+    with isolated_rng():  # the same weights and batches of the student as alone
+        torch.manual_seed(torch.initial_seed() + 999)
+        return Distiller(student, Peers([_plain(net, width, *about)]), recipe="dml", example=_example(*about))
+
+
+def _netaug(net: str, width: int, *about: Any) -> NetAug:
+    return NetAug(lambda factor: _plain(net, width * factor, *about), example=_example(*about))
+
+
+def _example(pictures: Pictures, large: bool, sizes: Any) -> Tensor:
+    return (pictures.large if large else pictures.small)[:2]
+
+
+_MODELS: dict[str, Callable[..., nn.Module]] = {"": _plain, "mutual": _mutual, "netaug": _netaug}
+
+
+def _shampoo(parameters: Any, lr: float) -> torch.optim.Optimizer:
+    try:
+        from pytorch_optimizer import ScalableShampoo
+    except ImportError:
+        raise DistillError("Shampoo needs the package pytorch-optimizer: pip install pytorch-optimizer") from None
+    return ScalableShampoo(parameters, lr=lr, start_preconditioning_step=5, preconditioning_compute_steps=5)
+
+
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, weight_decay=0.01),
+    "shampoo": _shampoo,
+}

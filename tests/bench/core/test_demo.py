@@ -1,0 +1,95 @@
+"""``kdgraft demo core`` end to end: a few steps, but real plans, trainings, tables and pictures."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kdgraft import DistillError
+from kdgraft.cli import main as command
+from kdgraft.hosts import demos
+from kdgraft.plans import carry_out
+from kdgraft_bench.core import demo
+from kdgraft_bench.core.experiments import EXPERIMENTS
+from kdgraft_bench.core.pictures import PICTURES
+from kdgraft_bench.core.runs import Runs
+from support.commands import refused
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("core")
+    return out, demo.main(recipes="share,netaug", out=out, iterations=2, seeds=2)
+
+
+def test_the_demo_writes_every_figure(finished):
+    out, results = finished
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["task", "dataset", "model", "method", "seed", "metric", "value"]
+    assert len(rows) == len(results) == 2 * (3 + 4)
+    assert {row["method"] for row in rows} >= {"share: 3 %, soft", "netaug: tiny, NetAug"}
+    assert all(0 <= float(row["value"]) <= 1 for row in rows)
+    table = (out / "table.md").read_text()
+    assert "2 seeds" in table and "| NetAug helps a tiny net | 51.7 → 53.3 |" in table
+    assert Image.open(out / "examples.png").size[0] > 800
+
+
+def test_finished_runs_are_not_repeated_and_experiments_share_runs(finished, capsys):
+    out, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("student.pth")}
+    again = demo.main(recipes="hard_soft,share", out=out, iterations=2, seeds=2)
+    after = {path: path.stat().st_mtime_ns for path in out.rglob("student.pth")}
+    assert {path: after[path] for path in before} == before
+    assert len(after) - len(before) == 2  # the soft student, with each seed
+    assert len(again) == 2 * (3 + 3)
+    assert "soft targets beat hard ones on 3 %" in capsys.readouterr().out
+
+
+def test_saved_students_are_plain(finished):
+    out, _ = finished
+    (place,) = (out / "runs").iterdir()
+    plain, augmented = (
+        torch.load(place / name / "seed0/student.pth", weights_only=True) for name in ("conv2", "netaug2")
+    )
+    assert plain.keys() == augmented.keys()
+    assert all(plain[key].shape == augmented[key].shape for key in plain)
+
+
+def test_all_experiments_are_one_plan(tmp_path: Path):
+    runs = Runs(600)
+    for experiment in EXPERIMENTS.values():
+        experiment.plan(runs)
+    lines: list[str] = []
+    carry_out(runs.plan(tmp_path, 0), dry_run=True, tell=lines.append)
+    assert len(lines) == len(runs.planned)
+    known = set()
+    for name, run in runs.planned.items():
+        assert set(run.needs) <= known, name
+        known.add(name)
+    with pytest.raises(DistillError, match="two experiments have different runs that are called 'conv4'"):
+        runs.train("conv4", "conv", 5)
+
+
+def test_lengths_are_whole_parts():
+    assert [Runs(600).count(length) for length in (1, 0.5, 0.01, 0.751)] == [600, 300, 5, 450]
+    assert Runs(2).count(3) == 5 and Runs(2).count(0.1) == 1
+
+
+@pytest.mark.slow
+def test_every_experiment_runs_and_is_drawn(tmp_path: Path):
+    results = demo.main(out=tmp_path, iterations=5)
+    assert {result.method.partition(":")[0] for result in results} == set(EXPERIMENTS)
+    for name in PICTURES:
+        assert Image.open(tmp_path / f"{name}.png").size[0] > 600
+
+
+def test_the_command_knows_the_demo_by_its_own_name(capsys):
+    assert demos()["core"].name == "torch"
+    refused(capsys, ["demo", "core", "--recipes", "nothing"], "no recipe 'nothing'; known: hard_soft, ")
+    refused(capsys, ["demo", "core", "--data", "nowhere", "--recipes", "methods"], "must have ten folders")
+    assert command(["demo", "core", "--recipes", "none"]) == 0
