@@ -22,6 +22,7 @@ from .terms.contrastive import CRD
 from .terms.divergences import ForwardKL, GeneralizedJSD, ReverseKL, SkewedKL
 from .terms.features import ActivationBoundaries, ChannelWise, FeatureImitation, FeatureTerm, Hint, PearsonImitation
 from .terms.generation import FocalGlobal, MaskedGeneration, PerImageTerm
+from .terms.generators import AdversarialImages, Reconstruction
 from .terms.gradients import GradientTransfer
 from .terms.labelled import DKD, NKD
 from .terms.numbers import BoundedRegression
@@ -61,6 +62,7 @@ __all__ = [
     "SOURCES",
     "TERMS",
     "ActivationBoundaries",
+    "AdversarialImages",
     "AdversarialScores",
     "AdversarialTerm",
     "AttentionTransfer",
@@ -107,6 +109,7 @@ __all__ = [
     "PretrainedTerm",
     "Ramp",
     "Reader",
+    "Reconstruction",
     "Recorder",
     "Recording",
     "Region",

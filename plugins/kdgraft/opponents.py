@@ -1,7 +1,8 @@
-"""Critics that learn beside the student to distinguish its predictions from the teacher's, and a critic of class scores."""
+"""Critics that learn beside the student to tell its predictions from others, and critics of class scores and of images."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,6 +37,39 @@ class ScoreCritic(nn.Module):
         for block in self.blocks:
             scores = F.relu(scores + block(scores))
         return self.last(scores).squeeze(1) if self.last.out_features == 1 else self.last(scores)
+
+
+class PatchCritic(nn.Module):
+    """Judges images patch by patch (PatchGAN; Isola et al. 2017, arXiv 1611.07004), normalising each image by itself.
+
+    The modules are those of the discriminators of pix2pix and of GAN compression, under the same names.
+
+    Args:
+        channels: the number of channels of an image, with those of its condition.
+        width: the number of channels after the first convolution.
+        layers: the number of convolutions with stride 2; each doubles the channels, up to 8 times ``width``.
+    """
+
+    def __init__(self, channels: int, width: int, layers: int) -> None:
+        super().__init__()
+        parts: list[nn.Module] = [nn.Conv2d(channels, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+        widths = [width * min(2**depth, 8) for depth in range(layers + 1)]
+        for depth, (before, after) in enumerate(pairwise(widths), 1):
+            stride = 2 if depth < layers else 1
+            parts += [
+                nn.Conv2d(before, after, 4, stride=stride, padding=1),
+                nn.InstanceNorm2d(after),
+                nn.LeakyReLU(0.2),
+            ]
+        self.model = nn.Sequential(*parts, nn.Conv2d(widths[-1], 1, 4, padding=1))
+        for module in self.model:
+            if isinstance(module, nn.Conv2d) and module.bias is not None:
+                nn.init.normal_(module.weight, 0.0, 0.02)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the scores ``(B, h, w)`` of the patches of images ``(B, C, H, W)``."""
+        return self.model(images).squeeze(1)
 
 
 class Opponent(Auxiliary):
@@ -107,6 +141,17 @@ class Opponent(Auxiliary):
         count = len(present)
         everyone = torch.rand(count * world_size(), generator=self.random.of_all_ranks())
         return everyone[count * rank() : count * (rank() + 1)].to(present.device)[present]
+
+
+class PatchOpponent(Opponent):
+    """A critic whose verdicts on the patches ``(B, h, w)`` of a sample are averaged after the loss of each."""
+
+    def told_apart(self, real: Tensor, fake: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        items = critic_loss(real, fake, self.kind, reduction="none")
+        return items.flatten(1).mean(1).sum(), (real - fake).flatten(1).mean(1).sum()
+
+    def verdict(self, fake: Tensor, labels: Tensor | None = None) -> Tensor:
+        return super().verdict(fake).flatten(1).mean(1)
 
 
 class ConditionalOpponent(Opponent):

@@ -18,7 +18,18 @@ OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, DetReader)
 SETTINGS: dict[str, dict[str, Any]] = {"CRD": dict(tap="neck[0]"), "WeightMatching": dict(modules="neck")}
 """Settings of a term for detectors."""
-_SOFTMAX = ("DKD", "NKD", "DIST", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL", "AdversarialScores")
+_SOFTMAX = (
+    "DKD",
+    "NKD",
+    "CWTM",
+    "DKPP",
+    "DIST",
+    "ForwardKL",
+    "ReverseKL",
+    "GeneralizedJSD",
+    "SkewedKL",
+    "AdversarialScores",
+)
 MODELS: dict[str, str] = {**dict.fromkeys(_SOFTMAX, "Faster R-CNN"), "KDDETR": "DeformableDETR"}
 """A term's detector, where it is not GFL: ``"Faster R-CNN"`` or the name of a DETR-type model."""
 

@@ -74,7 +74,7 @@ def student(kind: str) -> Any:
 def test_trains_a_model(kind):
     built, given = student(kind), batch(family(kind))
     if "classifiers" in OWN[kind].needs:  # which both must get some images right
-        given["labels"] = built(pixel_values=given["pixel_values"]).logits.argmax(1)
+        given["labels"] = built.plain_forward(pixel_values=given["pixel_values"]).logits.argmax(1)
         built.distiller.teacher.model.classifier[-1].bias.data += 9 * given["labels"].bincount(minlength=3)
 
     def losses():

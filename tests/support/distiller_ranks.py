@@ -156,11 +156,38 @@ def near_the_boundary(share: slice, *, distributed: bool) -> dict[str, Any]:
     labels = student(IMAGES).argmax(1)
     teacher.head.bias.data += 2.0 * labels.bincount(minlength=3)
     model = Distiller(student, teacher, [BoundarySamples(samples=3, steps=3, step_size=2.0)], example=IMAGES[:1])
+    return _steps(model, share, labels[share], distributed=distributed)
+
+
+class Generator(nn.Module):
+    """Images of images, without batch statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner, self.last = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(width, 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.inner(x).tanh())
+
+
+def generators(share: slice, *, distributed: bool) -> dict[str, Any]:
+    """Two steps of GAN compression, whose discriminator learns from the images of both processes."""
+    torch.manual_seed(5)
+    recipe = dict(type="gan_compression", tap="inner", layers=1, width=4, lr=0.01)
+    model = Distiller(Generator(3), Generator(5), recipe=recipe, example=IMAGES[:1])
+    for layer in model.terms["adversarial_images"].opponent.network.model:
+        if isinstance(layer, nn.Conv2d):  # those of 0.02 hardly judge
+            layer.weight.data *= 10
+    return _steps(model, share, IMAGES[share, :2].flip(-1), distributed=distributed)
+
+
+def _steps(model: Distiller, share: slice, targets: Tensor, *, distributed: bool) -> dict[str, Any]:
+    """Two steps without an optimizer of the student."""
     wrapped = DistributedDataParallel(model) if distributed else model
     result: dict[str, Any] = {"losses": [], "gradients": []}
     for _ in range(2):
         model.zero_grad()
-        out = wrapped(IMAGES[share], targets=labels[share])
+        out = wrapped(IMAGES[share], targets=targets)
         out.loss.backward()
         result["losses"].append({name: value.detach() for name, value in out.losses.items()})
         result["gradients"].append(gradients(model))
@@ -198,8 +225,14 @@ def all_steps(rank: int) -> dict[Any, Any]:
     mutual = {average: students(share, average, distributed=True) for average in (False, True)}
     halves = (slice(0, 2), slice(2, 4))
     wider = netaug(halves[rank], distributed=True)
-    near = near_the_boundary(share, distributed=True)
-    return results | {"exchanges": exchanges(), "students": mutual, "netaug": wider, "near": near}
+    near, generated = (scheme(share, distributed=True) for scheme in (near_the_boundary, generators))
+    return results | {
+        "exchanges": exchanges(),
+        "students": mutual,
+        "netaug": wider,
+        "near": near,
+        "generated": generated,
+    }
 
 
 if __name__ == "__main__":
