@@ -24,6 +24,9 @@ from .teacher import Teacher
 class Itself(Source):
     r"""The student's own recording of the same pass, without gradient: deeper layers teach earlier ones.
 
+    Any term may hear it; :class:`~kdgraft.BYOT` adds exits to a classifier's shallow layers, and :class:`~kdgraft.ONE` branches
+    beside its last part.
+
     With a momentum it is the moving average of the student (mean teacher; Tarvainen & Valpola 2017, arXiv 1703.01780):
     a frozen copy in eval mode, which starts as the student does and follows it after each step of the optimizer,
     :math:`\bar\theta \leftarrow m \bar\theta + (1 - m) \theta`. Buffers, such as running statistics, are copied.
