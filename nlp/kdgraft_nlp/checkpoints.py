@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError
 from kdgraft.files import check_intact, written_whole
-from kdgraft.sources.teacher import read_checkpoint
+from kdgraft.sources.teacher import load_strictly, read_checkpoint
 from kdgraft.telling import announced
 
 from .checks import one_line
@@ -124,6 +124,7 @@ class Resuming(_Host):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with one_line(f"cannot resume from {resume_from_checkpoint}"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_renamed(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.distiller is not None and STATE_FILE not in self._anew:
@@ -146,6 +147,22 @@ class Resuming(_Host):
         cache = self._settings["cache"]
         if cache is not None and cache.folder is not None:
             cache.save()
+
+
+def load_renamed(model: Any, folder: str | Path) -> None:
+    """Load the weights that ``save_pretrained`` wrote under other names than the model's own, as it does for vision transformers.
+
+    The Trainer, which resumes by the model's own names, leaves them out with no more than a warning.
+    """
+    saved = {name for file in Path(folder).glob("model*.safetensors") for name in _names(file)}
+    if not saved - model.state_dict().keys() or not isinstance(model, PreTrainedModel):
+        return
+    load_strictly(model, type(model).from_pretrained(folder).state_dict(), str(folder), "student")
+
+
+def _names(file: Path) -> list[str]:
+    with safe_open(file, "pt") as opened:
+        return list(opened.keys())
 
 
 def write_checksums(folder: str | Path) -> None:

@@ -27,6 +27,7 @@ from .link import StudentStep, is_tied, link_of
 from .registry import RECIPES
 from .student import graft, undistill
 from .tokens import shared_tokens
+from .views import check_views, viewed
 
 logger = logging.getLogger("kdgraft")
 
@@ -49,6 +50,7 @@ class Distilling(Resuming):
         host_weight: float = 1.0,
         teachers: Mapping[str, Any] | None = None,
         init_from: Any = None,
+        views: Any = None,
     ) -> None:
         """Graft the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
@@ -76,6 +78,9 @@ class Distilling(Resuming):
         if peers and _has_own_loss(self):
             undistill(self.model)
             raise DistillError("a peer trains on its model's own loss; leave out label smoothing and your own losses")
+        self._views = views
+        if views is not None:
+            check_views(views, self.distiller.all_terms if self.distiller else (), link_of(self.model).takes)
         self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
         self._new_parameters()
 
@@ -142,6 +147,9 @@ class Distilling(Resuming):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
         """Run the host's training step, and raise a :class:`DistillError` where it did not distil."""
         self._distilled = False
+        if self._views is not None and self.distiller is not None:
+            names = [name for name, source in self.distiller.sources.items() if source.members == (name,)]
+            inputs = viewed(self._views, inputs, [n for n in names if not self.distiller.sources[n].trains])
         loss = super().training_step(model, inputs, *args, **settings)
         if self.distiller is not None and not self._distilled:
             raise DistillError(

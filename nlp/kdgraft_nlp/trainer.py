@@ -30,6 +30,8 @@ class DistillTrainer(Distilling, Trainer):
             the student, in ``peers/<name>``.
         init_from: layers of the teacher to initialise the student from, ``[1, 3, 5]``; see
             :func:`~kdgraft_nlp.init_from_teacher`.
+        views: for images: makes ``(pixel_values, labels)`` of a training batch into others, such as
+            :class:`kdgraft.consistent.Teaching`, whose views may differ by model; with its mixup the batch has no labels.
 
     Example::
 
@@ -50,10 +52,12 @@ class DistillTrainer(Distilling, Trainer):
         host_weight: float = 1.0,
         teachers: Mapping[str, Any] | None = None,
         init_from: Any = None,
+        views: Any = None,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        self.start_distilling(teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from)
+        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views)
+        self.start_distilling(*told)
 
 
 @cache
@@ -72,12 +76,13 @@ def distill(
     host_weight: float = 1.0,
     teachers: Mapping[str, Any] | None = None,
     init_from: Any = None,
+    views: Any = None,
 ) -> Any:
     """Add distillation to a trainer that you already have, an instance of Trainer or of a subclass, before ``train()``.
 
     Args:
         trainer: the trainer, changed in place; its own ``compute_loss`` and callbacks stay active.
-        teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from: as for :class:`DistillTrainer`.
+        teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views: as for :class:`DistillTrainer`.
 
     Returns:
         The trainer.
@@ -89,7 +94,7 @@ def distill(
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
-        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from)
+        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views)
         Distilling.start_distilling(trainer, *told)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = before

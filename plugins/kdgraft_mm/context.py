@@ -27,6 +27,7 @@ class GraftContext:
         recipe: the recipe, as the config gives it.
         ready: true once the teacher is loaded and the class names are compared.
         figures: the terms' figures in the last step, until they are logged.
+        mixup: true where training batches are mixed.
     """
 
     hub: HubLink
@@ -37,6 +38,7 @@ class GraftContext:
     recipe: Any
     ready: bool = False
     figures: dict[str, Tensor] = field(default_factory=dict)
+    mixup: bool = False
 
     def take_figures(self) -> dict[str, Tensor]:
         """Return the figures of the last step and forget them."""

@@ -11,11 +11,13 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 from kdgraft.batch import Batch
+from kdgraft.errors import check_flag
 from kdgraft.regions import valid_positions
 from kdgraft.taps import Tap
 from kdgraft_mm.class_outputs import scores_classes
 from kdgraft_mm.graft import Graft
 
+from .mixing import check_mixable, mixed_batch
 from .reader import SegReader, main_head, reads_scores, scores_pixels
 from .registry import RECIPES, TERMS
 
@@ -32,7 +34,7 @@ class DistilledSegmentor(Graft):
             teacher=dict(config='mmseg::pspnet/pspnet_r101-d8_4xb2-80k_cityscapes-512x1024.py', checkpoint='teacher.pth'),
             recipe='skd')
 
-    The arguments are those of :meth:`kdgraft_mm.graft.Graft.build`.
+    The arguments are those of :meth:`kdgraft_mm.graft.Graft.build`, and ``mixup``.
     """
 
     _models = MODELS
@@ -40,6 +42,29 @@ class DistilledSegmentor(Graft):
     _recipes = RECIPES
     _reader = SegReader
     _fields = frozenset({"labels", "valid", "image_sizes"})
+
+    @classmethod
+    def build(cls, *given: Any, mixup: bool = False, **settings: Any) -> Any:
+        """Build the student as the host would, and graft the distiller onto it.
+
+        Args:
+            given, settings: see :meth:`kdgraft_mm.graft.Graft.build`.
+            mixup: mix each image of a training batch with the one before it, by one share for the batch, uniform on [0, 1]; student
+                and teacher see the same mixture (arXiv 2106.05237). Mixed images have no labels, so that the terms alone train:
+                ``recipe='funmatch'``, or ``dict(type='TaskShare')`` beside other terms on predictions or features.
+        """
+        check_flag(cls.__name__, "mixup", mixup)
+        grafted = super().build(*given, **settings)
+        if mixup:
+            check_mixable(grafted)
+        grafted.distill_context.mixup = mixup
+        return grafted
+
+    def loss(self, inputs: Tensor, data_samples: Any) -> dict[str, Any]:
+        """Return the losses of :meth:`kdgraft_mm.graft.Graft.loss`, with ``mixup`` those of mixed images."""
+        if self.distill_context.mixup and self.training and torch.is_grad_enabled():
+            inputs, data_samples = mixed_batch(inputs, data_samples, main_head(self).ignore_index)
+        return super().loss(inputs, data_samples)
 
     @classmethod
     def _example_samples(cls, size: int) -> list[SegDataSample]:

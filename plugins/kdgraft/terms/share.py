@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import DistillError, check_share
 from ..readers import Reader
 from ..registry import TERMS
+from ..schedules import Constant
 from ..sources import STUDENT
 from .base import Term, Wiring
 
@@ -69,3 +70,12 @@ class TaskShare(Term):
         names = ", ".join(self.host_losses)
         own = f"own loss {names}" if names else "own loss"
         self.rows.append(self.row(f"× {self.host_share:g}", "–", taps=(own, "–")))
+
+
+def silences_task(terms: Iterable[Term]) -> bool:
+    """Return true if one of the terms leaves nothing to any of the student's own losses throughout the training."""
+    return any(
+        term.host_share == 0 and not term.host_losses and isinstance(term.schedule, Constant) and term.weight > 0
+        for term in terms
+        if term.listener == STUDENT
+    )
