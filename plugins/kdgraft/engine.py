@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from .batch import Batch
 from .directions import directed
 from .errors import DistillError, WiringError, nearest
-from .examining import RunLoss, examiners
+from .examining import RunLoss, examiners, passes
 from .isolation import isolated_rng, own_random_stream
-from .passes import passes
 from .readers import Reader
 from .recorder import Recorder
 from .registry import TERMS, Registry
@@ -144,7 +143,7 @@ class Engine(nn.Module):
                 if isinstance(source, Itself):
                     source.adopt(student)
         models = {STUDENT: student} | {name: self.sources[name].model for name in self._leaves}
-        check_peers(models, self.peers)
+        check_peers(models, list(self.peers))
         for term in self.all_terms:
             if not term.alone:
                 self._prepare(term, models)

@@ -1,16 +1,17 @@
-"""Examination of a teacher: its own loss with changed features, for terms that train networks on it."""
+"""Further runs of a step's models for terms: a teacher's own loss with changed features, and passes on other inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import DistillError
 from .isolation import loss_mode, own_random_stream
+from .passes import Passes
 from .recorder import Change, Recorder
-from .sources import Source, Teacher
+from .sources import STUDENT, Source, Teacher
 from .terms import Term
 from .terms.base import Examiner
 
@@ -65,3 +66,28 @@ def _examiner(term: Term, source: Teacher, recorder: Recorder, run_loss: RunLoss
             ) from error
 
     return examine
+
+
+def passes(
+    terms: Sequence[Term],
+    sources: Mapping[str, Source],
+    recorders: Mapping[str, Recorder],
+    student: nn.Module,
+    device: torch.device,
+) -> dict[str, Passes]:
+    """Return the passes of each term that asks for them, by the term's name.
+
+    Args:
+        terms: the terms.
+        sources: the sources by name.
+        recorders: the recorder of each model by its name.
+        student: the student.
+        device: the device of the step.
+    """
+    return {
+        term.name: Passes(
+            term.reader.run, sources[term.source], student, (recorders[term.source], recorders[STUDENT]), device
+        )
+        for term in terms
+        if term.runs_again
+    }

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .isolation import own_random_stream
 from .recorder import Recorder
-from .sources import STUDENT, Source
+from .sources import Source
 from .taps import Recording
-
-if TYPE_CHECKING:
-    from .terms import Term
 
 RunOn = Callable[[nn.Module, Tensor], Any]
 """Runs a model of the host on other inputs alone, without labels; see :meth:`kdgraft.Reader.run`."""
@@ -57,28 +54,3 @@ class Passes:
         with own_random_stream(), self._recorders[1].record(self._listener) as found:
             self._run(self._listener, inputs)
         return found.heard_as("student")
-
-
-def passes(
-    terms: Sequence[Term],
-    sources: Mapping[str, Source],
-    recorders: Mapping[str, Recorder],
-    student: nn.Module,
-    device: torch.device,
-) -> dict[str, Passes]:
-    """Return the passes of each term that asks for them, by the term's name.
-
-    Args:
-        terms: the terms.
-        sources: the sources by name.
-        recorders: the recorder of each model by its name.
-        student: the student.
-        device: the device of the step.
-    """
-    return {
-        term.name: Passes(
-            term.reader.run, sources[term.source], student, (recorders[term.source], recorders[STUDENT]), device
-        )
-        for term in terms
-        if term.runs_again
-    }
