@@ -18,7 +18,7 @@ from .distributed import SharedRandom
 from .errors import DistillError, WiringError, check_number, is_number
 from .isolation import eval_mode, isolated_rng, own_random_stream
 from .schedules import Step, build_schedule
-from .views import arguments
+from .views import Views, arguments
 
 Make = Callable[..., nn.Module]
 
@@ -50,10 +50,11 @@ class NetAug(nn.Module):
         make: builds the net with the multiplier of its numbers of channels: ``make(width)``, or ``make(*widths)`` with one multiplier
             for each of ``stages``. The number of classes must not depend on it. Modules must be created as usual, without values
             that are read while the net is built, as wider nets are built on torch's meta device.
-        widths: the multipliers in rising order; the first one gives the tiny net.
+        widths: the multipliers in rising order; the first one gives the tiny net. A list for each stage where these differ: the
+            authors draw widths of 1, 1.8, 2.6 and, within blocks, expansion ratios of 1, 1.6, 2.2, 2.8 times those of the tiny net.
         weight: the weight of the wider net's loss, >= 0; at 0 only the tiny net trains, exactly as it would alone.
-        schedule: schedule of this weight, such as ``Stop(75, by="epoch")``: the authors end with the tiny net alone.
-        stages: number of multipliers that are drawn in each step, and given to ``make``.
+        schedule: schedule of this weight, such as ``Stop(75, by="epoch")``, which ends with the tiny net alone.
+        stages: number of multipliers that are drawn in each step, and given to ``make``; not needed with a list for each.
         example: a small input for the dry run: a tensor, or a tuple or dict of arguments.
 
     Attributes:
@@ -78,19 +79,18 @@ class NetAug(nn.Module):
     def __init__(
         self,
         make: Make,
-        widths: Sequence[float] = (1, 1.6, 2.2, 2.8),
+        widths: Sequence[float] | Sequence[Sequence[float]] = (1, 1.6, 2.2, 2.8),
         *,
         weight: float = 1.0,
         schedule: Any = None,
-        stages: int = 1,
+        stages: int | None = None,
         example: Any,
     ) -> None:
         super().__init__()
-        _check_settings(widths, stages)
         check_number("NetAug", "weight", weight)
         self.weight, self.schedule = float(weight), build_schedule(schedule)
         check_number("NetAug", "weight times the schedule's largest factor", weight * self.schedule.largest)
-        self.widths, self.stages = tuple(widths), stages
+        self.widths = _widths_by_stage(widths, stages)
         self.epoch = self.iteration = 0
         self._drawn: tuple[float, ...] | None = None
         self._completes = True
@@ -115,6 +115,8 @@ class NetAug(nn.Module):
             args, kwargs: arguments of the net.
             targets: not used; :func:`kdgraft.fit.fit` hands them to every module with a ``student``.
         """
+        if any(isinstance(given, Views) for given in args):
+            raise DistillError("NetAug has no teacher with a view of its own; give it the student's input alone")
         output = self.student(*args, **kwargs)
         if not self.training:
             return DistillOutput(output, {})
@@ -132,8 +134,8 @@ class NetAug(nn.Module):
         Its dropout has a random stream of its own, so that the tiny net draws the numbers that it would draw alone.
         """
         if self._drawn is None:
-            places = torch.randint(len(self.widths), (self.stages,), generator=self._random.of_all_ranks())
-            self._drawn = tuple(self.widths[place] for place in places.tolist())
+            shares = torch.rand(len(self.widths), generator=self._random.of_all_ranks()).tolist()
+            self._drawn = tuple(own[int(share * len(own))] for own, share in zip(self.widths, shares, strict=True))
         drawn = self._drawn
         self._drawn = None if self._completes else drawn
         with own_random_stream():
@@ -143,7 +145,7 @@ class NetAug(nn.Module):
         """Return the output of the net of these widths.
 
         Args:
-            multipliers: one of :attr:`widths` for each stage.
+            multipliers: one for each stage, out of its :attr:`widths`.
             args, kwargs: arguments of the net.
         """
         return self._run(tuple(multipliers), dict(self.extra.items()), args, kwargs)
@@ -191,23 +193,23 @@ class NetAug(nn.Module):
         return functional_call(template, found, tuple(args), dict(kwargs))
 
     def _all(self, place: int) -> tuple[float, ...]:
-        return (self.widths[place],) * self.stages
+        """Return the widths at one place of each stage's list, or its last one."""
+        return tuple(own[min(place, len(own) - 1)] for own in self.widths)
 
     def _single(self) -> list[tuple[float, ...]]:
         """Return the widths of the widest net, and those of the nets with one wide stage."""
-        tiny, widest = self.widths[0], self.widths[-1]
-        alone = [tuple(widest if i == place else tiny for i in range(self.stages)) for place in range(self.stages)]
-        return list(dict.fromkeys([self._all(-1), *alone]))
+        tiny, widest = self._all(0), self._all(-1)
+        alone = [(*tiny[:place], widest[place], *tiny[place + 1 :]) for place in range(len(tiny))]
+        return list(dict.fromkeys([widest, *alone]))
 
     def _check_shapes(self) -> None:
         """Raise a :class:`WiringError` unless the tensors of narrower nets are parts of those of the widest."""
         tiny, widest = _tensors(self.student), _tensors(self._template(*self._all(-1)))
         if all(tensor.shape == tiny[name].shape for name, tensor in widest.items() if name in tiny):
             raise WiringError(
-                f"NetAug: make gives the same shapes for the widths {self.widths[0]} and {self.widths[-1]}; "
-                "multiply its numbers of channels by the width"
+                f"NetAug: {_call(self._all(0))} and {_call(self._all(-1))} have the same shapes; multiply numbers of channels by the width"
             )
-        several = [self._all(place) for place in range(1, len(self.widths))]
+        several = [self._all(place) for place in range(1, max(map(len, self.widths)))]
         for multipliers in [*several, *self._single()]:
             _check_part(tiny, _tensors(self._template(*multipliers)), self._all(0), multipliers)
             _check_part(_tensors(self._template(*multipliers)), widest, multipliers, self._all(-1))
@@ -242,13 +244,21 @@ class NetAug(nn.Module):
                 _check_same(expected, found, self._all(0), multipliers)
 
 
-def _check_settings(widths: Any, stages: Any) -> None:
-    check_number("NetAug", "stages", stages, 1, whole=True)
-    numbers = isinstance(widths, (list, tuple)) and len(widths) > 1 and all(is_number(w) for w in widths)
-    if not numbers or widths[0] <= 0 or any(a >= b for a, b in pairwise(widths)):
-        raise DistillError(
-            f"NetAug: widths must be two or more rising multipliers, the tiny net's first, got {widths!r}"
-        )
+def _widths_by_stage(widths: Any, stages: int | None) -> tuple[tuple[float, ...], ...]:
+    """Return the multipliers of each stage; raise a :class:`DistillError` unless each stage has two or more that rise."""
+    if stages is not None:
+        check_number("NetAug", "stages", stages, 1, whole=True)
+    several = isinstance(widths, (list, tuple)) and bool(widths) and all(isinstance(w, (list, tuple)) for w in widths)
+    if several and stages not in (None, len(widths)):
+        raise DistillError(f"NetAug: {len(widths)} lists of widths are for as many stages, got stages={stages}")
+    found = list(widths) if several else [widths] * (stages or 1)
+    for own in found:
+        numbers = isinstance(own, (list, tuple)) and len(own) > 1 and all(is_number(w) for w in own)
+        if not numbers or own[0] <= 0 or any(a >= b for a, b in pairwise(own)):
+            raise DistillError(
+                f"NetAug: widths must be two or more rising multipliers, the tiny net's first, got {own!r}"
+            )
+    return tuple(map(tuple, found))
 
 
 def _structure(make: Make, *multipliers: float) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from golden import netaug as golden
-from kdgraft import DistillError, NetAug, Stop, WiringError
+from kdgraft import DistillError, NetAug, Stop, Views, WiringError
 from kdgraft.batchnorm import reestimate_batchnorm
 from kdgraft.fit import fit
 
@@ -29,8 +29,8 @@ def make(first: float, second: float | None = None) -> nn.Module:
         nn.Conv2d(3, a, 3, bias=False),
         nn.BatchNorm2d(a),
         nn.ReLU6(),
-        nn.Conv2d(a, a, 3, groups=a),
-        nn.Conv2d(a, b, 1),
+        nn.Conv2d(a, a, 3, groups=a, bias=False),
+        nn.Conv2d(a, b, 1, bias=False),
         nn.BatchNorm2d(b),
         nn.ReLU(),
         nn.AdaptiveAvgPool2d(1),
@@ -104,6 +104,22 @@ def test_all_widths_are_drawn_for_all_stages():
     assert any(a != b for a, b in seen)
 
 
+def test_stages_may_have_widths_of_their_own():
+    net = seeded(lambda: NetAug(make, widths=((1, 2.5), (1, 1.5, 2)), example=X[:1])).train()
+    seen = set()
+    original = net.at_widths
+    net.at_widths = lambda drawn, *args: seen.add(tuple(drawn)) or original(drawn, *args)  # type: ignore[method-assign]
+    for _ in range(30):
+        net.augmented(X[:2])
+    assert seen == {(a, b) for a in (1, 2.5) for b in (1, 1.5, 2)}
+    assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in make(2.5, 2).parameters())
+
+
+def test_inputs_of_a_teacher_are_refused():
+    with pytest.raises(DistillError, match="no teacher with a view of its own"):
+        NetAug(make, example=X[:1])(Views(X, teacher=X))
+
+
 # --- the tiny net
 
 
@@ -147,7 +163,7 @@ def test_wider_passes_leave_its_dropout_and_its_statistics_alone():
 
 
 def test_training_reaches_all_weights_and_the_tiny_net_is_saved_plain():
-    net = NetAug(make, stages=2, example=X[:1]).train()
+    net = seeded(lambda: NetAug(make, widths=(1, 2.8), stages=2, example=X[:1])).train()
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
     before = copy.deepcopy(dict(net.named_parameters()))
     for _ in range(12):
@@ -294,7 +310,7 @@ def shrinking(width: float) -> nn.Module:
 @pytest.mark.parametrize(
     ("built", "said"),
     [
-        (lambda w: nn.Conv2d(3, 4, 1), "gives the same shapes for the widths 1 and 2.8; multiply"),
+        (lambda w: nn.Conv2d(3, 4, 1), r"make\(1\) and make\(2.8\) have the same shapes; multiply"),
         (
             lambda w: nn.Conv2d(3, round(4 * w), 1),
             r"outputs are \[\(1, 4, 8, 8\)\] of make\(1\) and \[\(1, 11, 8, 8\)\]",
@@ -338,6 +354,8 @@ def test_stages_whose_widths_do_not_agree_are_refused():
         (dict(widths=(2, 1)), "widths must be two or more rising multipliers"),
         (dict(widths=(0, 1)), "widths must be two or more rising multipliers"),
         (dict(widths="12"), "widths must be two or more rising multipliers"),
+        (dict(widths=((1, 2), (2, 1))), "widths must be two or more rising multipliers"),
+        (dict(widths=((1, 2), (1, 2)), stages=3), "2 lists of widths are for as many stages, got stages=3"),
         (dict(stages=0), "stages must be a whole number >= 1"),
         (dict(weight=-1), "weight must be a number >= 0"),
         (dict(weight="1"), "weight must be a number >= 0"),
