@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 import golden
 from kdgraft import (
@@ -27,6 +28,7 @@ from kdgraft import (
     WiringError,
 )
 from kdgraft.boundary import base_samples, boundary_samples, target_classes
+from kdgraft.fit import fit
 from kdgraft.losses import soft_targets
 from kdgraft.registry import expand_recipe
 from kdgraft.terms import build_terms
@@ -255,6 +257,21 @@ def test_a_resumed_run_continues(tmp_path: Path):
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert [other(IMAGES, targets=labels).loss.item() for _ in range(3)] == following
     assert len(set(following)) > 1
+
+
+def test_a_run_that_is_interrupted_ends_as_one_that_is_not(tmp_path: Path):
+    loader = DataLoader(list(zip(IMAGES, labels_of(net(0.0)), strict=True)), batch_size=6, shuffle=True)
+
+    def run(folder: str, epochs: int) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = Distiller(net(0.25), net(0.0), recipe=dict(type="bss", epochs=4, steps=2), example=IMAGES[:2])
+        found = fit(model, loader, nn.functional.cross_entropy, epochs=epochs, folder=tmp_path / folder, resume=True)
+        return found.model.state_dict()
+
+    run("parts", 1)
+    parts, whole = run("parts", 2), run("whole", 2)
+    assert parts.keys() == net(0.0).state_dict().keys()
+    assert all(torch.equal(parts[name], x) for name, x in whole.items())
 
 
 def test_under_autocast():

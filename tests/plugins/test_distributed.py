@@ -31,6 +31,20 @@ def whole() -> dict[str, Any]:
     return distiller_ranks.steps(WHOLE, broken_on=None, distributed=False)
 
 
+def test_random_numbers_of_rows_are_those_of_splitmix64():
+    random = SharedRandom()
+    random.load(torch.Generator().manual_seed(3).get_state())
+    found = random.of_rows((50, 4), torch.device("cpu"))
+    seed, whole = int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(3))), (1 << 64) - 1
+    for place, number in enumerate(found.flatten().tolist(), 1):
+        mixed = (place * 0x9E3779B97F4A7C15 + seed) & whole
+        mixed = ((mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9) & whole
+        mixed = ((mixed ^ mixed >> 27) * 0x94D049BB133111EB) & whole
+        assert number == (mixed ^ mixed >> 31) & ((1 << 62) - 1)
+    many = random.of_rows((20000, 1), torch.device("cpu")) / 2.0**62
+    assert abs(many.mean() - 0.5) < 0.01 and abs(many.var() - 1 / 12) < 0.002
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_gradients_are_those_of_the_one_batch(results: list[dict], whole: dict[str, Any], step: int):
     expected = whole["gradients"][step]
