@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from kdgraft import Distiller, DistillError, DistillOutput, Hint, Itself, Peer, SoftTargets, Views
 from kdgraft.fit import STATE, fit
 from kdgraft.plain import Task
+from kdgraft.plans import carry_out, read_plan
 
 X = torch.sin(torch.arange(40 * 3.0)).reshape(40, 3)
 Y = (X.sum(1) > 0).long()
@@ -223,6 +224,22 @@ def test_views_of_several_arguments_and_of_a_peer():
     torch.testing.assert_close(out.peers["teacher"], distiller.teacher.model.head(X[:8] + X[16:24]))
 
 
+def test_features_of_a_teacher_at_a_higher_resolution_are_resized():
+    def convolutions(width: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(3, width, 3, padding=1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 2)
+        )
+
+    images = torch.sin(torch.arange(4 * 3 * 8 * 8.0)).reshape(4, 3, 8, 8)
+    views = Views(images, teacher=F.interpolate(images, (16, 16), mode="bilinear"))
+    distiller = Distiller(convolutions(4), convolutions(6), [Hint("0"), SoftTargets()], example=views)
+    (row, _) = distiller.rows
+    assert (row.student_shape, row.teacher_shape) == ("4×4×8×8", "4×6×16×16")
+    out = distiller(views)
+    out.loss.backward()
+    assert out.losses["distill.hint.loss"] > 0 and distiller.student[0].weight.grad.abs().max() > 0
+
+
 def test_a_view_of_no_source_is_refused():
     distiller = model("teacher")
     with pytest.raises(
@@ -272,3 +289,60 @@ def test_unlabelled_batches_are_for_terms_alone():
     beside = Distiller(net(4, 0), teacher, [SoftTargets(hard_weight=0.1)], example=X[:1])
     with pytest.raises(DistillError, match="a batch without targets"):
         fit(beside, [(X[:8], None)], F.cross_entropy, epochs=1)
+
+
+TASKS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdgraft import Views
+from kdgraft.plain import Task
+from kdgraft.plans import carry_out, read_plan
+
+X = torch.sin(torch.arange(40 * 3.0)).reshape(40, 3)
+Y = (X.sum(1) > 0).long()
+
+
+class Wide(nn.Linear):
+    def forward(self, x):
+        assert x.shape[1] == 6  # the teacher's view alone is of this width
+        return super().forward(x)
+
+
+def teacher():
+    return Task(Wide(6, 2), [(torch.cat([X, X], 1), Y)], F.cross_entropy, 1)
+
+
+def student():
+    def views(x, y):
+        return Views(x, teacher=torch.cat([x, -x], 1)), y
+
+    accuracies = iter([0.1, 0.9, 0.2])
+    settings = dict(views=views, clip=1.0, schedule="cosine", best="accuracy")
+    return Task(
+        nn.Linear(3, 2),
+        DataLoader(TensorDataset(X, Y), 8),
+        F.cross_entropy,
+        3,
+        torch.optim.SGD,
+        lambda model: {"accuracy": next(accuracies)},
+        {**settings, "lr": 0.1},
+    )
+"""
+
+
+def test_a_plan_trains_a_task_with_its_settings(tmp_path: Path):
+    (tmp_path / "tasks.py").write_text(TASKS)
+    (tmp_path / "plan.toml").write_text(
+        f'out = "{tmp_path}/out"\n[runs.teacher]\nconfig = "tasks.py:teacher"\n'
+        '[runs.student]\nconfig = "tasks.py:student"\nteacher = "teacher"\nterms = ["SoftTargets"]\n'
+    )
+    found = carry_out(read_plan(tmp_path / "plan.toml"), tell=lambda line: None)
+    assert found["student", 0].metrics["accuracy"] == 0.9  # of the best epoch, whose weights are kept
+    state = torch.load(tmp_path / "out/student/seed0" / STATE, weights_only=True)
+    weights = torch.load(found["student", 0].weights, weights_only=True)
+    assert state["best"]["epoch"] == 1
+    assert all(torch.equal(state["best"]["weights"][name], value) for name, value in weights.items())
+    assert not torch.equal(state["model"]["student.weight"], weights["weight"])

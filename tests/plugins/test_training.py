@@ -18,6 +18,7 @@ from kdgraft.fit import STATE, fit
 from kdgraft.sources.teacher import read_checkpoint
 from support import fit_ranks
 from support.fit_ranks import X, Y, accuracy, net
+from support.forking import python
 from support.processes import found_by_two
 
 BATCHES = [(X[start : start + 8], Y[start : start + 8]) for start in range(0, 40, 8)]
@@ -309,6 +310,35 @@ def test_a_run_with_all_settings_that_was_killed_goes_on_bit_for_bit(
     assert same(rest, whole) and rest.iteration == whole.iteration == 15
     first, second = (read_checkpoint(tmp_path / name / STATE) for name in ("whole", "parts"))
     assert first["scaler"] == second["scaler"] and first["updates"] == second["updates"] == 15
+
+
+KILLED = """
+import os, signal, sys, threading
+from pathlib import Path
+
+import torch
+from support.fit_ranks import run
+
+torch.manual_seed(0)
+if float(sys.argv[1]):
+    threading.Timer(float(sys.argv[1]), lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+folder = Path(sys.argv[2])
+found = run(4, 1, folder, dropout=0.3, epochs=10, resume=True)
+torch.save(found, folder / "found.pt")
+os._exit(0)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_ends_at_the_same_weights(tmp_path: Path):
+    whole = fit_ranks.run(4, 1, dropout=0.3, epochs=10)
+    moments = (0.1, 0.23, 0.31, 0.4, 0.57, 0.8, 0.0)
+    done = [python("-c", KILLED, str(moment), str(tmp_path)).returncode for moment in moments]
+    assert done[-1] == 0 and done[0] != 0
+    found = torch.load(tmp_path / "found.pt", weights_only=False)
+    assert found["history"] == whole["history"] and found["iterations"] == whole["iterations"] == 100
+    for name, value in whole["student"].items():
+        assert torch.equal(found["student"][name], value)
 
 
 @pytest.mark.parametrize(
