@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from kdgraft import TERMS, Reader
-from kdgraft.terms import TapTerm
+from kdgraft.terms import ClassifierTerm, TapTerm
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "FactorTransfer": dict(pretrain=1),  # the warm-up step; the steps that are timed teach
@@ -19,7 +19,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def methods(
     reader: type[Reader], tap: str, settings: Mapping[str, Mapping[str, Any]], without: Collection[str] = ()
 ) -> dict[str, dict[str, Any]]:
-    """Return the entry of each term of the core that a host can use, by the term's name.
+    """Return the entry of each term of the core that a host can use, by the term's name; of those that hear a teacher.
 
     Args:
         reader: the host's reader.
@@ -31,6 +31,8 @@ def methods(
     for name in TERMS:
         kind: Any = TERMS.get(name)
         if not kind.__module__.startswith("kdgraft.") or set(kind.needs) & set(reader.lacks) or name in without:
+            continue
+        if kind.alone or issubclass(kind, ClassifierTerm):  # they hear none
             continue
         place = dict(tap=tap) if issubclass(kind, TapTerm) and kind.reads not in reader.default_taps else {}
         found[name] = {"type": name, **place, **SETTINGS.get(name, {}), **settings.get(name, {})}
