@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from kdgraft import (
     BoundedRegression,
@@ -287,6 +288,41 @@ def test_a_student_learns_what_they_say_together():
     out.loss.backward()
     assert all(p.grad is None for name in "gab" for p in given[name].parameters())
     assert "teacher: g with the specialists a, b into Sequential" in announced(model, student)
+
+
+class Stopped(Exception):
+    """The run was stopped."""
+
+
+@pytest.mark.parametrize("kind", ["specialist", "student"])
+def test_a_run_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path, kind: str):
+    inputs, labels = torch.sin(torch.arange(40 * 3.0)).reshape(40, 3), torch.arange(40) % 5
+    whole = TensorDataset(inputs, labels)
+    data = SpecialistData(whole, labels, [3, 1]) if kind == "specialist" else whole
+    steps = 0
+
+    def stopping(output: Tensor, targets: Tensor) -> Tensor:
+        nonlocal steps
+        steps += 1
+        if steps > 6:  # of four or five an epoch
+            raise Stopped
+        return F.cross_entropy(output, targets)
+
+    def run(seed: int, loss: Any, name: str) -> Any:
+        model: nn.Module = specialist_of(net(6, 4), [3, 1])
+        if kind == "student":
+            model = Distiller(net(4, 0), teachers=sources(), terms=[SoftTargets(2)], example=X[:1])
+        torch.manual_seed(seed)
+        loader = DataLoader(data, 8, shuffle=True)
+        return fit(model, loader, loss, epochs=3, folder=tmp_path / name, resume=True)
+
+    expected = run(0, F.cross_entropy, "whole")
+    with pytest.raises(Stopped):
+        run(0, stopping, "parts")
+    found = run(1, F.cross_entropy, "parts")
+    assert found.history == expected.history and len(found.history) == 3
+    ours, theirs = found.model.state_dict(), expected.model.state_dict()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def test_classes_of_a_specialist_in_another_order_are_refused():
