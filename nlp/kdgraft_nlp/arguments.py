@@ -88,24 +88,24 @@ def training_arguments(config: Mapping[str, Any]) -> TrainingArguments:
         return call(TrainingArguments, {"output_dir": config.get("output", "work_dirs/nlp"), **training}, "training")
 
 
-def check_student(spec: Mapping[str, Any], task: str | None) -> None:
+def check_student(spec: Mapping[str, Any], task: str | None, owner: str = "student") -> None:
     """Check the names in a student's config and in its parts; the configs themselves accept any name."""
     if not isinstance(spec.get("model_type"), str):
         raise DistillError(
-            "student is a folder, or a config such as {model_type: bert, hidden_size: 64, num_hidden_layers: 2}"
+            f"{owner} is a folder, or a config such as {{model_type: bert, hidden_size: 64, num_hidden_layers: 2}}"
         )
     for name in _FROM_DATA:
         if name in spec:
-            raise DistillError(f"student.{name} is set by the task and the data; leave it out")
+            raise DistillError(f"{owner}.{name} is set by the task and the data; leave it out")
     for name, value in spec.items():
         if isinstance(value, float) and not math.isfinite(value):
-            raise DistillError(f"student.{name} must be finite, got {value!r}")
-    with one_line("student"):
+            raise DistillError(f"{owner}.{name} must be finite, got {value!r}")
+    with one_line(owner):
         kind = type(AutoConfig.for_model(spec["model_type"]))
-    _check_names("student", kind, spec)
+    _check_names(owner, kind, spec)
     mapping = AUTO_CLASSES[task]._model_mapping if task else {}
     if task and kind not in mapping:
-        raise DistillError(f"student: transformers has no model of type {spec['model_type']!r} for this task")
+        raise DistillError(f"{owner}: transformers has no model of type {spec['model_type']!r} for this task")
 
 
 def _check_names(owner: str, kind: Any, spec: Mapping[str, Any]) -> None:

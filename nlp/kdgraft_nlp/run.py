@@ -11,7 +11,8 @@
 ``teacher``      a folder, or a source such as ``{type: Itself, momentum: 0.99}``; without it the model trains alone (as a
                  teacher, or as a plain student)
 ``teachers``     several by name instead, for the terms' ``source``: ``{a: large, b: larger}``; a source may combine others:
-                 ``{teacher: {type: Ensemble, members: [a, b]}, …}``
+                 ``{teacher: {type: Ensemble, members: [a, b]}, …}``, or train beside the student, from a folder or a config:
+                 ``{peers: {type: Peers, models: [{model_type: bert, …}, …]}}``, ``{peer: {type: Peer, model: folder}}``
 ``init_from``    layers of the teacher that the student starts from, ``[1, 3, 5]``; see :func:`~kdgraft_nlp.init_from_teacher`
 ``recipe``       a recipe's name, or ``{type: name, …}``
 ``terms``        a list of terms beside the recipe's
@@ -45,8 +46,10 @@ from transformers import (
 
 from kdgraft.errors import DistillError
 from kdgraft.files import held
+from kdgraft.isolation import isolated_rng
 from kdgraft.launching import waiting
 from kdgraft.registry import call
+from kdgraft.sources import with_students
 from kdgraft.telling import said_aloud
 
 from .checkpoints import newest_first
@@ -229,6 +232,15 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     encoded = {split: encode(task, found, tokenizer, columns, names, length) for split, found in sets.items()}
     student = _model(config["student"], task, tokenizer, names)
     settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
+
+    def peer(owner: str, spec: Any) -> Any:
+        return _model(spec, task, tokenizer, names, owner)
+
+    with isolated_rng():
+        settings["teacher"] = with_students("teacher", settings["teacher"], peer)
+        if isinstance(settings["teachers"], Mapping):
+            several = settings["teachers"].items()
+            settings["teachers"] = {name: with_students(f"teachers.{name}", one, peer) for name, one in several}
     taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
         trainer = DistillTrainer(
@@ -300,7 +312,7 @@ def _tokenizer(
         return call(train_tokenizer, {"texts": flat, "pairs": not isinstance(column, str), **spec}, "tokenizer")
 
 
-def _model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | None) -> Any:
+def _model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | None, owner: str = "student") -> Any:
     labels: dict[str, Any] = {}
     if names is not None:
         labels = dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
@@ -309,7 +321,7 @@ def _model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | None) ->
     if task == "regression":
         labels = dict(num_labels=1, problem_type="regression")
     kind = AUTO_CLASSES[TASKS[task]]
-    with one_line("student"):
+    with one_line(owner):
         if isinstance(spec, (str, Path)):
             return kind.from_pretrained(spec, **labels)
         settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **spec, **labels}

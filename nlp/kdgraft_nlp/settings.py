@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from kdgraft.errors import DistillError, check_number, nearest
 from kdgraft.isolation import isolated_rng
 from kdgraft.registry import expand_recipe
+from kdgraft.sources import students_in
 from kdgraft.terms import build_terms
 
 from .arguments import check_student, training_arguments, training_mistakes
@@ -185,9 +186,17 @@ def _check_evaluation(task: str, arguments: TrainingArguments, evaluates: bool, 
 def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str | None, told: _Mistakes) -> None:
     folders = {entry: fine.get(entry) for entry in ("teacher", "student")}
     folders |= {f"teachers.{name}": given for name, given in (fine.get("teachers") or {}).items()}
-    for entry, given in folders.items():
+    peers = {f"{entry}{end}": one for entry, given in folders.items() for end, one in students_in(given).items()}
+    for entry, given in (folders | peers).items():
         if isinstance(given, (str, Path)):
             told.look(check_folder, entry, given)
+    for entry, given in peers.items():
+        if isinstance(given, Mapping):
+            told.look(check_student, given, task, entry)
+        elif not isinstance(given, (str, Path)):
+            told.append(
+                f"{entry} is a folder, or a config such as {{model_type: bert, hidden_size: 64}}; got {given!r}"
+            )
     if isinstance(fine.get("student"), Mapping):
         told.look(check_student, fine["student"], task)
     elif config.get("student") is None:

@@ -20,12 +20,12 @@ from .files import held, written_whole
 from .fit import TaskLoss, fit
 from .hosts import Job, TrainedModel, TransferSet
 from .isolation import isolated_rng
-from .sources import SOURCES, Teacher
+from .sources import SOURCES, Teacher, gather_sources
 from .sources.teacher import load_strictly, read_checkpoint
 from .training import MakeOptimizer
 from .transfer import share_of, unlabelled
 
-WEIGHTS = "student.pth"
+WEIGHTS, PEERS = "student.pth", "peer_{}.pth"
 SETTINGS = [
     name
     for name in inspect.signature(fit).parameters
@@ -92,7 +92,7 @@ class PlainTrainer:
         if task.evaluate is None:
             raise DistillError(f"{job.config} measures nothing; give its Task evaluate=…, to evaluate the ensemble")
         ensemble = SOURCES.build(job.teachers["teacher"])
-        members = [_teacher(job.teachers[name]) for name in ensemble.members]
+        members = [_teacher(name, job.teachers[name]) for name in ensemble.members]
         for member in members:
             member.load()
         model = EnsembleModel([member.model for member in members], ensemble, kind).eval()
@@ -111,7 +111,7 @@ class PlainTrainer:
         if job.teachers:
             with isolated_rng():  # the same batches in the same order as without teachers
                 example = _example(task)
-                teachers = {name: _teacher(given) for name, given in job.teachers.items()}
+                teachers = gather_sources(None, job.teachers, _teacher, _peer)
             model = Distiller(model, terms=job.terms, example=example, teachers=teachers, recipe=job.recipe)
         fitted = fit(
             model,
@@ -125,8 +125,12 @@ class PlainTrainer:
             **{**task.settings, **({} if job.stop is None else {"stop": job.stop})},
         )
         weights = job.folder / WEIGHTS
-        with written_whole(weights) as part:
-            torch.save(fitted.model.state_dict(), part)
+        saved = {weights: fitted.model}
+        if isinstance(model, Distiller):
+            saved |= {job.folder / PEERS.format(name): peer for name, peer in model.peers.items()}
+        for file, trained in saved.items():
+            with written_whole(file) as part:
+                torch.save(trained.state_dict(), part)
         return TrainedModel(job.config, str(weights), fitted.metrics, dict(job.options))
 
     def train(
@@ -154,7 +158,9 @@ class PlainTrainer:
 
     def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
         """Raise a :class:`DistillError`: :func:`~kdgraft.fit.fit` saves the plain student already."""
-        raise DistillError(f"{checkpoint}: a plan's student is plain already, see student.pth in the run's folder")
+        raise DistillError(
+            f"{checkpoint}: a plan's student and peers are plain already, see student.pth and peer_<name>.pth in the run's folder"
+        )
 
 
 TRAINER = PlainTrainer()
@@ -167,16 +173,27 @@ def _example(task: Task) -> Any:
     return inputs[:1] if views is None else views(inputs[:1], None if targets is None else targets[:1])[0]
 
 
-def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:
-    """Build a teacher from a finished run or ``{config, options, checkpoint}``; return other tables for the distiller to build."""
+def _teacher(where: str, given: Any) -> Teacher:
+    """Build a teacher from a finished run or ``{config, options, checkpoint}``."""
     if isinstance(given, TrainedModel):
         given = {"config": given.config, "options": given.options, "checkpoint": given.weights}
-    if "config" not in given:
-        return dict(given)
+    return Teacher(_model(where, given, _TEACHER), given.get("checkpoint"))
+
+
+def _peer(where: str, given: Any) -> nn.Module:
+    """Build a further student from ``{config, options}``."""
+    return _model(where, given, _TEACHER[:2])
+
+
+def _model(where: str, given: Any, known: Sequence[str]) -> nn.Module:
+    if not isinstance(given, Mapping):
+        raise DistillError(f"{where} must be a table with config = 'file.py:function', got {given!r}")
     for key in given:
-        if key not in _TEACHER:
-            raise DistillError(f"a teacher takes no argument {key!r}{nearest(key, _TEACHER)}")
-    return Teacher(_task(given["config"], given.get("options", {})).model, given.get("checkpoint"))
+        if key not in known:
+            raise DistillError(f"{where} takes no argument {key!r}{nearest(key, known)}")
+    if "config" not in given:
+        raise DistillError(f"{where} needs config = 'file.py:function'")
+    return _task(given["config"], given.get("options", {})).model
 
 
 _TEACHER = ("config", "options", "checkpoint")

@@ -13,6 +13,7 @@ from mmengine.config import utils as config_utils
 from mmengine.utils import is_installed
 
 from kdgraft.errors import DistillError, UnsafeCheckpoint, nearest
+from kdgraft.sources import students_in
 
 PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
 """The type of a distilled model -> the package that registers it."""
@@ -165,9 +166,7 @@ def peer_config(config: Config, peer: str, source: str, *, files: bool = False) 
     given = dict(model.get("teachers") or {"teacher": model.get("teacher")}) if is_distilled(model) else {}
     peers: dict[str, Any] = {}
     for name, spec in given.items():
-        kind = spec.get("type") if isinstance(spec, Mapping) else None
-        models = [spec] if kind == "Peer" else spec.get("models", ()) if kind == "Peers" else ()
-        peers |= {name if kind == "Peer" else f"{name}_{place}": one for place, one in enumerate(models)}
+        peers |= {f"{name}{end}": one for end, one in students_in(spec).items()}
     if peer not in peers:
         raise DistillError(f"{source} has no peer {peer!r}{nearest(peer, peers)}")
     told = peers[peer].get("config")

@@ -20,6 +20,7 @@ from kdgraft_mm.checkpoints import SAFE_TYPES
 from kdgraft_mm.state import KEY
 from support.commands import refused
 from support.det import (
+    BOXES,
     CLASSES,
     build,
     detector,
@@ -316,6 +317,50 @@ def test_specialists_are_refused_with_the_reason(pair):
         taught(together, dict(type="SoftTargets"))
 
 
+def test_members_of_an_ensemble_each_see_their_own_view(rois, tmp_path):
+    """One in a normalisation and a channel order of its own, one at twice the resolution; both with classes in another order."""
+    own = staged("Faster R-CNN", width=6)
+    own["data_preprocessor"].update(mean=[100.0, 110.0, 120.0], std=[50.0, 60.0, 70.0], bgr_to_rgb=False)
+    members = dict(a=given(tmp_path / "a.pth", own, 7, REVERSED), b=dict(rois["b"], scale=2.0))
+    model = taught(
+        both(members, weights=[3, 1]), dict(type="SoftTargets"), student=staged("Faster R-CNN", frozen_bn=True)
+    )
+    seen = {}
+
+    def watched(name, one):
+        inner, first = one.roi_head._bbox_forward, one.backbone
+        first.register_forward_pre_hook(lambda _, args: seen.update({f"{name} sees": args[0].detach().clone()}))
+
+        def forward(x, regions):
+            found = inner(x, regions)
+            seen[name] = regions, found["cls_score"].detach()
+            return found
+
+        one.roi_head._bbox_forward = forward
+
+    watched("student", model)
+    for name in "ab":
+        watched(name, model.distiller.sources[name].model)
+    batch = raw_batch(
+        [[[2 * value for value in box] for box in image] for image in BOXES], sizes=[(192, 192)] * len(BOXES)
+    )
+    found = losses(model, batch)["distill.soft_targets.loss"]
+    small = seen["student sees"]
+    mean, std = (torch.tensor(model_) for model_ in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375]))
+    pixels = small * std.view(3, 1, 1) + mean.view(3, 1, 1)  # of the student, in RGB
+    theirs = [torch.tensor(own["data_preprocessor"][key]).view(3, 1, 1) for key in ("mean", "std")]
+    torch.testing.assert_close(seen["a sees"], (pixels.flip(1) - theirs[0]) / theirs[1], rtol=1e-4, atol=1e-4)
+    assert seen["b sees"].shape[-2:] == (2 * small.shape[-2], 2 * small.shape[-1])
+    regions, scores = seen["student"]
+    assert torch.equal(seen["a"][0], regions)
+    torch.testing.assert_close(seen["b"][0][:, 1:], 2 * regions[:, 1:])
+    probabilities = [
+        seen[name][1][:, [*places(classes), 10]].softmax(1) for name, classes in (("a", REVERSED), ("b", SHUFFLED))
+    ]
+    target = 0.75 * probabilities[0] + 0.25 * probabilities[1]
+    torch.testing.assert_close(found, F.kl_div(scores.log_softmax(1), target, reduction="batchmean"), rtol=1e-4, atol=0)
+
+
 # --- a peer
 
 PEER = detector(width=6, channels=12, frozen_bn=True)
@@ -503,6 +548,89 @@ def test_a_peer_trains_on_proposals_of_its_own():
     found = losses(model, raw_batch())
     assert {"peer.peer.loss_rpn_cls", "peer.peer.loss_bbox", "distill.soft_targets_of_peer.loss"} <= set(found)
     assert distillation(found) > 0
+
+
+# --- peers
+
+OTHER = detector(width=5, channels=10, frozen_bn=True)
+
+
+def with_peers(*terms, models=(PEER, OTHER), student: dict = STUDENT, **settings) -> dict:
+    told = dict(type="Peers", models=[dict(config=config) for config in models], **settings)
+    return entry(dict(peers=told), *terms, student=student)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_three_detectors_teach_each_other_by_hand(average):
+    model = build(with_peers(dict(type="SoftTargets", source="peers", weight=2.0), average=average))
+    names = ("student", "peers_0", "peers_1")
+    alone = {name: build(config, seed=5) for name, config in zip(names, (STUDENT, PEER, OTHER), strict=True)}
+    model.load_state_dict(alone["student"].state_dict())
+    for name, peer in model.distiller.peers.items():
+        peer.load_state_dict(alone[name].state_dict())
+    found = losses(model, raw_batch())
+    own = {name: losses(one, raw_batch()) for name, one in alone.items()}
+    for name, host in own.items():
+        for key, value in host.items():
+            assert torch.equal(found[key if name == "student" else f"peer.{name}.{key}"], value), (name, key)
+    inputs = inputs_of(alone["student"])
+    scores = {name: rows(one(inputs, mode="tensor")[0]).detach() for name, one in alone.items()}
+    for name in names:
+        others = [other for other in names if other != name]
+        twin = "" if name == "student" else f"_of_{name}"
+        if average:
+            targets = {f"soft_targets{twin}": (sum(scores[other].sigmoid() for other in others) / 2, 2.0)}
+        else:
+            targets = {f"soft_targets{twin}_from_{other}": (scores[other].sigmoid(), 1.0) for other in others}
+        for key, (target, weight) in targets.items():
+            expected = weight * kl(scores[name], target).sum() / target.amax(1).sum()
+            assert found[f"distill.{key}.loss"].item() == pytest.approx(expected.item(), rel=1e-4), key
+    assert len([key for key in found if key.startswith("distill.")]) == (3 if average else 6)
+
+
+@needs_resume
+def test_peers_resume_bit_by_bit_and_each_is_exported(scenes, tmp_path, capsys):
+    terms = [dict(type="FeatureImitation", tap="neck[*]", source="peers")]
+    models = [detector(width=6, channels=12), detector(width=5, channels=10)]
+    model = with_peers(*terms, models=models, student=detector()) | dict(recipe=dict(type="dml", source="peers"))
+    whole = run(runner_config(model, scenes, tmp_path / "whole"))
+    told = dict(resume=True, load_from=str(tmp_path / "whole" / "iter_2.pth"))
+    resumed = run(runner_config(model, scenes, tmp_path / "resumed", **told))
+    assert_same(weights(resumed), weights(whole))
+    assert history(resumed, "loss") == history(whole, "loss") and len(history(whole, "peer.peers_1.loss_cls")) == 4
+    assert list(torch.load(tmp_path / "whole/iter_4.pth", weights_only=False)["state_dict"]) == list(
+        build(detector()).state_dict()
+    )
+    for name, plain in zip(("peers_0", "peers_1"), models, strict=True):
+        states = [dict(one.model.distiller.peers[name].state_dict()) for one in (resumed, whole)]
+        assert_same(*states)
+        out = tmp_path / f"{name}.pth"
+        assert main(["export", str(tmp_path / "whole" / "iter_4.pth"), str(out), "--peer", name]) == 0
+        built = build(Config.fromfile(out.with_suffix(".py")).model.to_dict())
+        built.load_state_dict(torch.load(out, weights_only=True)["state_dict"], strict=True)
+        assert_same(dict(built.state_dict()), states[1])
+        assert built.backbone.base_channels == plain["backbone"]["base_channels"]
+    line = refused(capsys, ["export", str(tmp_path / "whole/iter_4.pth"), str(tmp_path / "x.pth"), "--peer", "peers"])
+    assert "has no peer 'peers'; did you mean 'peers_0'" in line
+
+
+@pytest.mark.parametrize(
+    ("models", "settings", "message"),
+    [
+        ([], {}, "a single student has no peers"),
+        ([dict(config=PEER)], dict(average=True), "leave average out"),
+        ([dict(config=PEER, checkpoint="a.pth")], {}, r"peer 0 of 1, takes no argument 'checkpoint'"),
+        ([dict(confg=PEER)], {}, r"takes no argument 'confg'; did you mean 'config'"),
+        ([{}], {}, r"teachers\['peers'\], peer 0 of 1, needs config=…; write dict\(config='…'\)"),
+        ([3], {}, r"peer 0 of 1, must be dict\(config='…'\), got 3"),
+        ([dict(config=PEER)], dict(avrage=True), "source Peers takes no argument 'avrage'; did you mean 'average'"),
+    ],
+)
+def test_what_peers_of_a_detector_refuse(models, settings, message):
+    told = dict(type="Peers", models=models, **settings)
+    with pytest.raises(DistillError, match=message) as caught:
+        build(entry(dict(peers=told), dict(type="SoftTargets", source="peers")))
+    assert "\n" not in str(caught.value)
 
 
 # --- itself

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, Trainer
 
-from kdgraft import Distiller, DistillError, Ensemble, Itself, Peer, Specialists, WiringError
+from kdgraft import Distiller, DistillError, Ensemble, Itself, Peer, Peers, Specialists, WiringError
 from kdgraft.specialists import combine_specialists, specialist_of
 from kdgraft_nlp import (
     AttentionMaps,
@@ -181,7 +181,7 @@ def test_what_several_sources_cannot_mean(tmp_path):
     refused("there is no source 'teacher'; known: 'a'", teachers={"a": big()})
     refused("no term uses 'b'", teachers={"teacher": big(), "b": big(seed=3)})
     refused("share parameters", (one := model()), teachers={"teacher": one})
-    refused("student and peer share parameters", (one := model()), teachers={"teacher": Peer(one)})
+    refused("student and the peer .teacher. share parameters", (one := model()), teachers={"teacher": Peer(one)})
     refused(
         "chunked=True computes the losses of one frozen teacher",
         model("llama"),
@@ -575,6 +575,86 @@ def test_layers_of_peers_pair_the_same_way_in_both_directions(layers, tmp_path):
     same_gradients(b, gradients(plain[1]))
 
 
+# --- peers
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_three_students_teach_each_other_by_hand(average, tmp_path):
+    built = model(), big(seed=3), model(seed=4, width=24)
+    plain = copy.deepcopy(built)
+    batch = batch_of()
+    outputs = [one(**batch) for one in plain]
+    total = 0
+    for i, output in enumerate(outputs):
+        others = [other.logits.detach().softmax(-1) for j, other in enumerate(outputs) if j != i]
+        parts = [sum(others) / 2] if average else others
+        total = total + output.loss + sum(3.0 * kl(output.logits, part) for part in parts) / len(parts)
+    total.backward()
+    student, *others = built
+    peers = Peers(others, average=average)
+    terms = dict(terms=None, recipe=dict(type="dml", source="peers", weight=3.0))
+    trainer = trainer_of(tmp_path, student, teachers={"peers": peers}, **terms)
+    loss, found = losses(trainer, batch)
+    torch.testing.assert_close(loss.detach(), total.detach())
+    assert len([key for key in found if key.startswith("distill.") and key.endswith(".loss")]) == (3 if average else 6)
+    loss.backward()
+    for one, by_hand in zip(built, plain, strict=True):
+        same_gradients(one, gradients(by_hand))
+
+
+@pytest.mark.parametrize(
+    ("layers", "pairs"),
+    [("uniform", ((2, 1), (3, 2), (4, 3))), ([[0, 1], [1, 2]], ((2, 2), (3, 3)))],
+    ids=["a rule", "pairs"],
+)
+def test_layers_of_two_peers(layers, pairs, tmp_path):
+    """A student of 2 layers; of its peers one has 4, the other 3. Rules pair the deeper one's with those of the other."""
+    peers = model(seed=3, layers=4), model(seed=4, layers=3)
+    plain = copy.deepcopy(peers)
+    batch = batch_of()
+    term = HiddenStates(layers=layers, source="peers", adapter="none")
+    trainer = trainer_of(tmp_path, model(), [term], teachers={"peers": Peers(peers)})
+    _, found = losses(trainer, batch)
+    ours, theirs = (one(**batch, output_hidden_states=True).hidden_states for one in plain)
+    real = batch["attention_mask"].bool()
+    by_hand = sum(F.mse_loss(ours[i][real], theirs[j][real]) for i, j in pairs) / len(pairs)
+    for name in ("peers_0_from_peers_1", "peers_1_from_peers_0"):
+        torch.testing.assert_close(found[f"distill.hidden_states_of_{name}.loss"], by_hand.detach() / 2)
+
+
+def test_peers_resume_bit_for_bit_and_each_is_saved_plain(tmp_path):
+    def run(folder, resume=None, seed=1):
+        built = [
+            support.model("bert", *size, seed=seed + k) for k, size in enumerate(((), (32, 4), (24, 4)))
+        ]  # dropout
+        settings = dict(optim="adamw_torch", learning_rate=1e-3, max_steps=4, save_strategy="steps", save_steps=2)
+        terms = [SoftTargets(2, source="peers"), HiddenStates(source="peers", name="layers")]
+        trainer = trainer_of(folder, built[0], terms, teachers={"peers": Peers(built[1:])}, **settings)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, built
+
+    whole, built = run(tmp_path / "whole")
+    _, again = run(tmp_path / "again", str(tmp_path / "whole" / "checkpoint-2"), seed=8)
+    for one, other in zip(built, again, strict=True):
+        same(one, other)
+    whole.save_model(tmp_path / "student")
+    for name, peer in zip(("peers_0", "peers_1"), built[1:], strict=True):
+        same(AutoModelForSequenceClassification.from_pretrained(tmp_path / "student" / "peers" / name), peer)
+
+
+def test_what_peers_of_a_text_model_refuse(tmp_path):
+    def refused(said, teachers, term=None):
+        with pytest.raises(DistillError, match=said) as error:
+            trainer_of(tmp_path, model(), [term or SoftTargets(source="peers")], teachers=teachers)
+        assert "\n" not in str(error.value)
+
+    a = model(seed=3)
+    refused("share parameters", {"peers": Peers([a, a])})
+    refused("does not compare predictions", {"peers": Peers([a, big()], average=True)}, HiddenStates(source="peers"))
+    refused("peer 1 of 2, must be a model or a folder, got 5", {"peers": dict(type="Peers", models=[a, 5])})
+    refused("no peers", {"peers": dict(type="Peers", models=[])})
+
+
 # --- itself
 
 
@@ -863,6 +943,26 @@ def test_teachers_in_a_recipe_file(saved, tmp_path, capsys):
         line = support.refused(capsys, ["check", str(path)])
         for part in said:
             assert part in line
+
+    second = dict(BERT, hidden_size=32)
+    peers = dict(type="Peers", models=[str(tmp_path / "a"), second], average=True)
+    single = dict(type="Peer", **second)
+    mutual_ = {**saved, "tokenizer": dict(vocab_size=60), "teachers": dict(peers=peers, one=single)}
+    mutual_["terms"] = [{"type": "SoftTargets", "source": name} for name in ("peers", "one")]
+    path.write_text(yaml.safe_dump(mutual_))
+    assert main(["train", str(path)]) == 0
+    for name, width in (("peers_0", 16), ("peers_1", 32), ("one", 32)):
+        found = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "peers" / name).config
+        assert found.hidden_size == width and set(found.label2id) == {"a", "b"}
+
+    def fails_of_peers(said, *models):
+        path.write_text(yaml.safe_dump({**mutual_, "teachers": dict(peers=dict(peers, models=[*models]), one=single)}))
+        capsys.readouterr()
+        assert said in support.refused(capsys, ["check", str(path)])
+
+    fails_of_peers("teachers.peers_1", second, dict(second, hiden_size=3))
+    fails_of_peers("no teachers.peers_0 at nowhere", "nowhere", second)
+    fails_of_peers("teachers.peers_0 is a folder, or a config", 5, second)
 
     fails("no teachers.c at nowhere", teachers={**recipe["teachers"], "c": "nowhere"})
     fails("teachers is folders by name", teachers=["a"])

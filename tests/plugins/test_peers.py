@@ -23,8 +23,10 @@ from kdgraft import (
     SoftTargets,
     WiringError,
 )
+from kdgraft.cli import main
 from kdgraft.fit import fit
 from kdgraft.telling import announced
+from support.commands import refused
 from support.tensors import Emit, assert_same
 
 X = torch.sin(torch.arange(6 * 3.0)).reshape(6, 3)
@@ -293,3 +295,43 @@ def test_peers_by_name():
     assert model.peers["peers_1"] is models[1]
     with pytest.raises(DistillError, match=r"teachers\['one'\], a Peer, must be given a model here"):
         Distiller(net(4, 0), terms=terms, teachers=dict(one=dict(type="Peer", model="net.pth")), example=X)
+
+
+TASKS = """
+import torch
+import torch.nn.functional as F
+from torch import nn
+from kdgraft.plain import Task
+
+X = torch.sin(torch.arange(64 * 4.0)).reshape(64, 4)
+Y = (X.sum(1) > 0).long()
+
+
+def task(width=4):
+    model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+    return Task(model, [(X[:32], Y[:32]), (X[32:], Y[32:])], F.cross_entropy, epochs=2)
+"""
+
+
+def test_peers_in_a_plan_are_saved_as_plain_as_the_student(tmp_path: Path, capsys):
+    (tmp_path / "tasks.py").write_text(TASKS)
+    config = f"{tmp_path}/tasks.py:task"
+    plan = f"""out = "{tmp_path}/out"
+[runs.student]
+config = "{config}"
+terms = [{{ type = "SoftTargets", source = "peers" }}, {{ type = "SoftTargets", source = "one" }}]
+[runs.student.teachers]
+one = {{ type = "Peer", config = "{config}" }}
+peers = {{ type = "Peers", average = true, models = [
+    {{ config = "{config}", options = {{ width = 6 }} }}, {{ config = "{config}" }},
+] }}
+"""
+    (tmp_path / "plan.toml").write_text(plan)
+    assert main(["plan", str(tmp_path / "plan.toml")]) == 0
+    folder = tmp_path / "out/student/seed0"
+    for name, width in (("student", 4), ("peer_peers_0", 6), ("peer_peers_1", 4), ("peer_one", 4)):
+        state = torch.load(folder / f"{name}.pth", weights_only=True)
+        nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2)).load_state_dict(state)
+    (tmp_path / "plan.toml").write_text(plan.replace("options = {", "option = {").replace("/out", "/new"))
+    line = refused(capsys, ["plan", str(tmp_path / "plan.toml")])
+    assert "teachers['peers'], peer 0 of 2, takes no argument 'option'; did you mean 'options'" in line

@@ -239,6 +239,64 @@ def test_a_student_that_is_exported_leaves_its_teachers_behind(peer_run, tmp_pat
     build(plain.model.to_dict()).load_state_dict(torch.load(out, weights_only=True)["state_dict"])
 
 
+# --- peers
+
+OTHER = segmentor("FCN", width=5, dropout=0.0, frozen_bn=True)
+
+
+def with_peers(*terms, student: dict = STUDENT, models=(PEER, OTHER), **settings) -> dict:
+    told = dict(type="Peers", models=[dict(config=config) for config in models], **settings)
+    return entry(dict(peers=told), *terms, student=student)
+
+
+@pytest.mark.parametrize("average", [False, True])
+def test_three_segmentors_teach_each_other_by_hand(average):
+    model = build(with_peers(dict(type="SoftTargets", source="peers"), average=average))
+    names = ("student", "peers_0", "peers_1")
+    alone = {name: build(config_, seed=5) for name, config_ in zip(names, (STUDENT, PEER, OTHER), strict=True)}
+    model.load_state_dict(alone["student"].state_dict())
+    for name, peer in model.distiller.peers.items():
+        peer.load_state_dict(alone[name].state_dict())
+    inputs, samples = batch(ignored=0.3)
+    found = losses_of(model, inputs, samples)
+    for name in names[1:]:
+        for key, value in losses_of(alone[name], inputs, samples).items():
+            assert torch.equal(found[f"peer.{name}.{key}"], value), (name, key)
+    scores = {name: one(inputs, mode="tensor").detach() for name, one in alone.items()}
+    valid = valid_on(samples, scores["student"].shape[-2:])
+    for name in names:
+        others = [other for other in names if other != name]
+        twin = "" if name == "student" else f"_of_{name}"
+        if average:
+            targets = {f"soft_targets{twin}": (sum(scores[other].softmax(1) for other in others) / 2, 1.0)}
+        else:
+            targets = {f"soft_targets{twin}_from_{other}": (scores[other].softmax(1), 0.5) for other in others}
+        for key, (target, weight) in targets.items():
+            expected = weight * ratio(scores[name], target, valid)
+            assert found[f"distill.{key}.loss"].item() == pytest.approx(expected, rel=1e-4), key
+
+
+@needs_resume
+def test_peers_resume_bit_by_bit_and_each_is_exported(scenes, tmp_path):
+    models = [segmentor("PSPNet", width=6, dropout=0.0), segmentor("FCN", width=5, dropout=0.0)]
+    soft = dict(type="SoftTargets", source="peers")
+    model = with_peers(soft, student=segmentor(dropout=0.0), models=models, average=True)
+    whole = run(config(model, scenes, tmp_path / "whole"))
+    told = dict(resume=True, load_from=str(tmp_path / "whole" / "iter_2.pth"))
+    resumed = run(config(model, scenes, tmp_path / "resumed", **told))
+    assert_same(weights(resumed), weights(whole))
+    for name, head in (("peers_0", "PSPHead"), ("peers_1", "FCNHead")):
+        states = [dict(one.model.distiller.peers[name].state_dict()) for one in (resumed, whole)]
+        assert_same(*states)
+        out = tmp_path / f"{name}.pth"
+        assert main(["export", str(tmp_path / "whole" / "iter_4.pth"), str(out), "--peer", name]) == 0
+        plain = Config.fromfile(out.with_suffix(".py"))
+        assert plain.model.decode_head.type == head
+        built = build(plain.model.to_dict())
+        built.load_state_dict(torch.load(out, weights_only=True)["state_dict"], strict=True)
+        assert_same(dict(built.state_dict()), states[1])
+
+
 # --- plans
 
 

@@ -4,7 +4,7 @@ from ..registry import SOURCES
 from .base import STUDENT, Source
 from .cached import Cached
 from .ensemble import Ensemble, EnsembleRecording, combined
-from .gather import gather_sources, with_parts
+from .gather import gather_sources, students_in, with_parts, with_students
 from .itself import Itself
 from .peer import Peer, Peers
 from .specialists import Specialists
@@ -24,5 +24,7 @@ __all__ = [
     "Teacher",
     "combined",
     "gather_sources",
+    "students_in",
     "with_parts",
+    "with_students",
 ]

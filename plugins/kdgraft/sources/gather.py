@@ -43,7 +43,7 @@ def gather_sources(
     for name, given in ({"teacher": teacher} if teachers is None else teachers).items():
         where = "teacher" if teachers is None else f"teachers[{name!r}]"
         if isinstance(given, Mapping) and given.get("type") in list(SOURCES):
-            given = SOURCES.build(_with_models(where, given, build_student))
+            given = SOURCES.build(with_students(where, given, build_student))
         found[name] = given if isinstance(given, Source) else build(where, given)
     return with_parts(found)
 
@@ -66,25 +66,33 @@ def with_parts(sources: Mapping[str, Source]) -> dict[str, Source]:
     return found
 
 
-def _with_models(where: str, given: Mapping[str, Any], build_student: BuildStudent | None) -> dict[str, Any]:
-    """Return a source's dict, with the models of peers built by the host."""
-    spec = dict(given.items())
-    kind = spec["type"]
+def students_in(given: Any) -> dict[str, Any]:
+    """Return what a ``dict(type="Peer", …)`` or ``dict(type="Peers", …)`` says of each model, by the end of the peer's name.
+
+    A peer's model is its entry ``model``, or all its entries but the type.
+    """
+    kind = given.get("type") if isinstance(given, Mapping) else None
     if kind == "Peer":
-        rest = {key: value for key, value in spec.items() if key != "type"}
-        told = rest["model"] if list(rest) == ["model"] else rest
-        return {"type": kind, "model": _student(f"{where}, a Peer,", told, build_student)}
-    if kind == "Peers" and isinstance(spec.get("models"), (list, tuple)):
-        spec["models"] = [
-            _student(f"{where}, peer {place} of {len(spec['models'])},", told, build_student)
-            for place, told in enumerate(spec["models"])
-        ]
-    return spec
+        rest = {key: value for key, value in given.items() if key != "type"}
+        return {"": rest["model"] if list(rest) == ["model"] else rest}
+    models = given.get("models") if kind == "Peers" else None
+    return {f"_{place}": one for place, one in enumerate(models)} if isinstance(models, (list, tuple)) else {}
 
 
-def _student(where: str, told: Any, build_student: BuildStudent | None) -> nn.Module:
-    if isinstance(told, nn.Module):
-        return told
-    if build_student is None:
-        raise DistillError(f"{where} must be given a model here: dict(type='Peer', model=…), got {told!r}")
-    return build_student(where, told)
+def with_students(where: str, given: Any, build_student: BuildStudent | None) -> Any:
+    """Return a source's dict with the models of peers built, and any other argument as it is.
+
+    Raises:
+        DistillError: a model is described, and the host builds none.
+    """
+    students = students_in(given)
+    for end, told in students.items():
+        if not isinstance(told, nn.Module):
+            name = f"{where}, a Peer," if end == "" else f"{where}, peer {end[1:]} of {len(students)},"
+            if build_student is None:
+                raise DistillError(f"{name} must be given a model here: dict(type='Peer', model=…), got {told!r}")
+            students[end] = build_student(name, told)
+    if not students:
+        return given
+    kept = {key: value for key, value in given.items() if given["type"] == "Peers" or key == "type"}
+    return {**kept, **({"model": students[""]} if "" in students else {"models": list(students.values())})}
