@@ -40,7 +40,7 @@ READERS = {
     "nlp": ("kdgraft_nlp.reader", "HFReader"),
 }
 """What reads class scores in each host; its arguments are those of terms on class scores."""
-MADE = {"student.pth", "peer.pth", "run", "runs", "out", "student"}
+MADE = {"student.pth", "peer.pth", "teacher_0.pth", "teacher_1.pth", "run", "runs", "out", "student"}
 """What programs on the pages may leave in the folder that they run in."""
 PRINTED = {
     "Plain PyTorch": "distilled {'loss'",

@@ -29,5 +29,5 @@ def test_a_config_of_the_pages_builds_and_wires_every_term(tmp_path, number):
     assert wired and wired == set(model.distiller.terms)
 
 
-def test_there_is_one_with_terms_and_one_with_a_recipe():
-    assert len(BLOCKS) == 2 and sum("recipe=" in code for code in BLOCKS) == 1
+def test_there_is_one_with_terms_and_two_with_a_recipe():
+    assert len(BLOCKS) == 3 and sum("recipe=" in code for code in BLOCKS) == 2
