@@ -293,4 +293,4 @@ def in_order(scores: Tensor, order: Tensor | None, dim: int = 1) -> Tensor:
     """
     if order is None:
         return scores
-    return -scores if scores.shape[dim] == 1 else scores.index_select(dim, order)
+    return -scores if scores.shape[dim] == 1 else scores.index_select(dim, order.to(scores.device))

@@ -19,6 +19,7 @@ from kdgraft import (
     Peer,
     SoftTargets,
     Teacher,
+    Views,
     WiringError,
 )
 from kdgraft.sources import SOURCES, combined, gather_sources
@@ -112,6 +113,26 @@ def test_an_ensemble_teaches_the_mean_of_the_probabilities(mean: str):
             product = a(X).softmax(1) ** 0.75 * b(X).softmax(1) ** 0.25
             expected = product / product.sum(1, keepdim=True)
     torch.testing.assert_close(losses(model)["distill.soft_targets.loss"], soft(net(4, 0).train()(X), expected))
+
+
+def test_members_of_an_ensemble_have_their_own_view_and_order_of_classes():
+    """One sees the images in another normalisation, the other at twice the size, with its classes in another order."""
+
+    def vision(seed: int) -> nn.Sequential:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3))
+
+    student, a, b = (vision(seed) for seed in range(3))
+    images = torch.rand(4, 1, 8, 8)
+    views = Views(images, a=images * 3 - 1, b=F.interpolate(images, scale_factor=2))
+    teachers = dict(a=a, b=Teacher(b, class_order=[2, 0, 1]), both=Ensemble(["a", "b"], weights=[1, 3]))
+    model = Distiller(student, terms=[SoftTargets(source="both")], teachers=teachers, example=views)
+    with torch.no_grad():
+        target = a(views.of("a")).softmax(1) / 4 + b(views.of("b")).softmax(1)[:, [2, 0, 1]] * 3 / 4
+    out = model.train()(views)
+    torch.testing.assert_close(out.losses["distill.soft_targets.loss"], soft(out.student, target))
+    with pytest.raises(DistillError, match="class_order must have each number from 0 to 2 once"):
+        Teacher(b, class_order=[0, 1, 1])
 
 
 def members(*values: Tensor, mean: str = "arithmetic") -> EnsembleRecording:

@@ -34,6 +34,8 @@ class Teacher(Source):
             ``"fp32"`` disables the host's autocast for it.
         trusted: load the checkpoint even if it holds arbitrary pickled objects. Only for files that you made.
         safe_types: further harmless types to allow in the checkpoint, such as a host's own.
+        class_order: for each of the student's classes, the number of that class in this model, where its order is another one;
+            hosts that know the classes' names find it by themselves.
 
     Example:
         >>> torch.save(teacher.state_dict(), "teacher.pth")
@@ -48,8 +50,15 @@ class Teacher(Source):
         precision: Precision = "inherit",
         trusted: bool = False,
         safe_types: Sequence[Any] = (),
+        class_order: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        if class_order is not None:
+            if sorted(class_order) != list(range(len(class_order))):
+                raise DistillError(
+                    f"class_order must have each number from 0 to {len(class_order) - 1} once, got {list(class_order)}"
+                )
+            self.class_order = torch.tensor(list(class_order))
         if precision not in ("inherit", "fp32", *_DTYPES):
             raise DistillError(f"teacher precision must be 'inherit', 'fp32', 'bf16' or 'fp16', got {precision!r}")
         self.model = model.requires_grad_(False).eval()
