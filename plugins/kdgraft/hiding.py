@@ -19,9 +19,14 @@ def hide_from_state_dict(module: nn.Module) -> None:
                 del described[key]
 
     def keep(owner: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-        # Loading gives the child its own values back, so that no key is missing.
-        tensors = {**dict(owner.named_parameters()), **dict(owner.named_buffers())}
-        state.update({prefix + name: tensor.detach() for name, tensor in tensors.items()})
+        # Loading gives the child its own values back, so that no key is missing; names of tied weights are keys too.
+        everything = *owner.named_parameters(remove_duplicate=False), *owner.named_buffers(remove_duplicate=False)
+        unsaved = {
+            f"{path}.{name}" if path else name
+            for path, part in owner.named_modules(remove_duplicate=False)
+            for name in part._non_persistent_buffers_set
+        }
+        state.update({prefix + name: tensor.detach() for name, tensor in everything if name not in unsaved})
 
     module.register_state_dict_post_hook(drop)
     module.register_load_state_dict_pre_hook(keep)
