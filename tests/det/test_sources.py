@@ -331,9 +331,10 @@ def test_members_of_an_ensemble_each_see_their_own_view(rois, tmp_path):
         inner, first = one.roi_head._bbox_forward, one.backbone
         first.register_forward_pre_hook(lambda _, args: seen.update({f"{name} sees": args[0].detach().clone()}))
 
-        def forward(x, regions):
-            found = inner(x, regions)
-            seen[name] = regions, found["cls_score"].detach()
+        def forward(x, rois):
+            seen[name] = rois  # a teacher runs as far as its last tap, inside this call
+            found = inner(x, rois)
+            seen[f"{name} says"] = found["cls_score"].detach()
             return found
 
         one.roi_head._bbox_forward = forward
@@ -351,14 +352,17 @@ def test_members_of_an_ensemble_each_see_their_own_view(rois, tmp_path):
     theirs = [torch.tensor(own["data_preprocessor"][key]).view(3, 1, 1) for key in ("mean", "std")]
     torch.testing.assert_close(seen["a sees"], (pixels.flip(1) - theirs[0]) / theirs[1], rtol=1e-4, atol=1e-4)
     assert seen["b sees"].shape[-2:] == (2 * small.shape[-2], 2 * small.shape[-1])
-    regions, scores = seen["student"]
-    assert torch.equal(seen["a"][0], regions)
-    torch.testing.assert_close(seen["b"][0][:, 1:], 2 * regions[:, 1:])
-    probabilities = [
-        seen[name][1][:, [*places(classes), 10]].softmax(1) for name, classes in (("a", REVERSED), ("b", SHUFFLED))
-    ]
+    assert torch.equal(seen["a"], seen["student"])
+    torch.testing.assert_close(seen["b"][:, 1:], 2 * seen["student"][:, 1:])
+    probabilities = []
+    for name, classes in (("a", REVERSED), ("b", SHUFFLED)):
+        teacher = model.distiller.sources[name].model
+        with torch.no_grad():
+            said = teacher.roi_head._bbox_forward(teacher.extract_feat(seen[f"{name} sees"]), seen[name])["cls_score"]
+        probabilities.append(said[:, [*places(classes), 10]].softmax(1))
     target = 0.75 * probabilities[0] + 0.25 * probabilities[1]
-    torch.testing.assert_close(found, F.kl_div(scores.log_softmax(1), target, reduction="batchmean"), rtol=1e-4, atol=0)
+    expected = F.kl_div(seen["student says"].log_softmax(1), target, reduction="batchmean")
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-4, atol=0)
 
 
 # --- a peer
@@ -552,7 +556,7 @@ def test_a_peer_trains_on_proposals_of_its_own():
 
 # --- peers
 
-OTHER = detector(width=5, channels=10, frozen_bn=True)
+OTHER = detector(width=5, channels=8, frozen_bn=True)
 
 
 def with_peers(*terms, models=(PEER, OTHER), student: dict = STUDENT, **settings) -> dict:
@@ -591,7 +595,7 @@ def test_three_detectors_teach_each_other_by_hand(average):
 @needs_resume
 def test_peers_resume_bit_by_bit_and_each_is_exported(scenes, tmp_path, capsys):
     terms = [dict(type="FeatureImitation", tap="neck[*]", source="peers")]
-    models = [detector(width=6, channels=12), detector(width=5, channels=10)]
+    models = [detector(width=6, channels=12), detector(width=5, channels=8)]
     model = with_peers(*terms, models=models, student=detector()) | dict(recipe=dict(type="dml", source="peers"))
     whole = run(runner_config(model, scenes, tmp_path / "whole"))
     told = dict(resume=True, load_from=str(tmp_path / "whole" / "iter_2.pth"))
@@ -611,7 +615,7 @@ def test_peers_resume_bit_by_bit_and_each_is_exported(scenes, tmp_path, capsys):
         assert_same(dict(built.state_dict()), states[1])
         assert built.backbone.base_channels == plain["backbone"]["base_channels"]
     line = refused(capsys, ["export", str(tmp_path / "whole/iter_4.pth"), str(tmp_path / "x.pth"), "--peer", "peers"])
-    assert "has no peer 'peers'; did you mean 'peers_0'" in line
+    assert "has no peer 'peers'; did you mean" in line and "'peers_0'" in line
 
 
 @pytest.mark.parametrize(
