@@ -31,7 +31,7 @@ from .claims import Figures
 from .data import pictures_of
 from .experiments import EXPERIMENTS, Experiment
 from .pictures import PICTURES, draw_examples
-from .report import claim_rows, experiment_rows
+from .report import claim_rows, experiment_rows, figure_rows
 from .runs import Runs
 
 STEPS = 600
@@ -152,9 +152,10 @@ def _results(
 def _report(experiments: Mapping[Experiment, Figures], folder: Path, dataset: str, split: str) -> None:
     count = len(next(iter(next(iter(experiments.values())).values())))
     title = f"{dataset}, {split} split, {count} seed{'s' if count > 1 else ''}"
-    claims, figures = claim_rows(experiments), experiment_rows(experiments)
+    claims = claim_rows(experiments)
     print_rows(claims, f"\n{title}")
-    (folder / "table.md").write_text(f"{title}\n\n{markdown(figures)}\n\n{markdown(claims)}\n", encoding="utf-8")
+    tables = [markdown(rows) for rows in (experiment_rows(experiments), claims, figure_rows(experiments))]
+    (folder / "table.md").write_text("\n\n".join([title, *tables]) + "\n", encoding="utf-8")
     for experiment, measured in experiments.items():
         if experiment.name in PICTURES:
             PICTURES[experiment.name](measured, folder / f"{experiment.name}.png")

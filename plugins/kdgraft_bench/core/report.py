@@ -21,7 +21,7 @@ def claim_rows(experiments: Mapping[Experiment, Figures]) -> list[dict[str, str]
     """Return a row for each claim: what was published, the two sides of the claim as measured, their difference, the verdict."""
     return [
         {
-            "experiment": experiment.title if place == 0 else "",
+            "experiment": experiment.name if place == 0 else "",
             "claim": claim.text,
             "published": claim.published,
             "here (%)": f"{_side(claim, figures, 1)} against {_side(claim, figures, -1)}",
@@ -34,16 +34,27 @@ def claim_rows(experiments: Mapping[Experiment, Figures]) -> list[dict[str, str]
 
 
 def experiment_rows(experiments: Mapping[Experiment, Figures]) -> list[dict[str, str]]:
-    """Return a row for each experiment: source, published figures, its own figures, the verdict on all its claims."""
+    """Return a row for each experiment: its source and published figures, its own, the verdict on all its claims."""
     return [
         {
-            "experiment": experiment.title,
+            "experiment": f"{experiment.name}: {experiment.title}",
             "source": experiment.source,
             "published": experiment.published,
-            "here (accuracy, %)": ", ".join(f"{label} {percent(values)}" for label, values in figures.items()),
+            "here (accuracy, %)": ", ".join(
+                f"{label} {percent(figures[label])}" for label in experiment.shown or figures
+            ),
             "agrees": overall(experiment, figures),
         }
         for experiment, figures in experiments.items()
+    ]
+
+
+def figure_rows(experiments: Mapping[Experiment, Figures]) -> list[dict[str, str]]:
+    """Return a row for each figure of each experiment."""
+    return [
+        {"experiment": experiment.name if place == 0 else "", "model": label, "accuracy (%)": percent(values)}
+        for experiment, figures in experiments.items()
+        for place, (label, values) in enumerate(figures.items())
     ]
 
 

@@ -21,7 +21,8 @@ from kdgraft_bench.core.data import Pictures, part_of, pictures_of
 BATCH = 64
 PARTS = 5
 """A training has so many epochs of equal numbers of steps, after each of which it is evaluated and its state is saved."""
-RATES = {"mlp": 2e-3, "conv": 1e-2}
+RATES = {"mlp": 2e-3, "conv": 1e-2, "shampoo": 0.1}
+"""The learning rates by the kind of net, of AdamW; and that of Shampoo."""
 CROP = (0.4, 1.0)
 """The areas of crops; a digit fills half of its picture, so that FunMatch's smallest crop, 0.08, would not show it."""
 
@@ -41,6 +42,7 @@ def task(
     large: bool = False,
     teacher_large: bool = False,
     optimizer: str = "adamw",
+    rate: float | None = None,
     **sizes: Any,
 ) -> Task:
     """Return the training of one net.
@@ -59,12 +61,14 @@ def task(
         mixup: mix pictures, as there.
         large, teacher_large: the net, or its teacher, sees pictures at their full resolution.
         optimizer: ``"adamw"`` or ``"shampoo"``.
+        rate: the learning rate; that of :data:`RATES` if omitted.
         sizes: further arguments of the net.
     """
     torch.manual_seed(torch.initial_seed() + 1000 * member)
     pictures = part_of(pictures_of("train", data), share)
     parts = min(PARTS, steps)
-    settings = dict(lr=RATES[net], schedule="cosine", warmup=steps // 10, clip=1.0)
+    rate = rate or RATES[optimizer if optimizer in RATES else net]
+    settings = dict(lr=rate, schedule="cosine", warmup=steps // 10, clip=1.0)
     return Task(
         _MODELS[special](net, width, pictures, large, sizes),
         Batches(pictures.large if mode or large else pictures.small, pictures.labels, BATCH, steps // parts),
@@ -116,7 +120,8 @@ def _shampoo(parameters: Any, lr: float) -> torch.optim.Optimizer:
         from pytorch_optimizer import ScalableShampoo
     except ImportError:
         raise DistillError("Shampoo needs the package pytorch-optimizer: pip install pytorch-optimizer") from None
-    return ScalableShampoo(parameters, lr=lr, start_preconditioning_step=5, preconditioning_compute_steps=5)
+    # Its update has the norm of SGD with momentum, and its preconditioner is computed anew every ten steps.
+    return ScalableShampoo(parameters, lr=lr, start_preconditioning_step=10, preconditioning_compute_steps=10)
 
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

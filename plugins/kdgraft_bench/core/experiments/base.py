@@ -20,6 +20,7 @@ class Experiment:
         published: the figures of the paper.
         plan: adds the runs that it needs, and returns label -> run; the labels are those of tables and claims.
         claims: what the paper says of these figures.
+        shown: the labels in the table of experiments; all if empty.
     """
 
     name: str
@@ -28,3 +29,4 @@ class Experiment:
     published: str
     plan: Callable[[Runs], Mapping[str, str]]
     claims: tuple[Claim, ...]
+    shown: tuple[str, ...] = ()
