@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from kdgraft import Distiller, DistillError, Ensemble, SoftTargets
+from kdgraft.cli import main
 from kdgraft.ensembles import EnsembleModel
 from kdgraft.fit import fit
 from kdgraft.isolation import isolated_rng
 from kdgraft.plain import _task
-from kdgraft.plans import Choice, read_plan
+from kdgraft.plans import Choice, PlannedRun, read_plan
 from support.commands import refused
 from support.plans import TASKS, plan, said, weights
 
@@ -62,8 +64,8 @@ def test_a_chain_through_several_configs_and_options(folder: Path):
     text = f'[runs.net]\n{NET}{SOFT}chain = {{ config = ["tasks.py:large", "x.py:f"], "a.b" = [[1, 2], [3]] }}\n'
     made = runs(folder, text)
     assert [(run.name, run.config, run.options) for run in made.values()] == [
-        ("net-1", f"{folder}/tasks.py:large", {"a.b": [1, 2]}),
-        ("net-2", "x.py:f", {"a.b": [3]}),
+        ("net-large", f"{folder}/tasks.py:large", {"a.b": [1, 2]}),
+        ("net-f", "x.py:f", {"a.b": [3]}),
     ]
 
 
@@ -462,3 +464,27 @@ def test_everything_is_looked_at_before_the_first_run(folder: Path, capsys):
         ["plan", str(plan(folder, f"[runs.a]\n{NET}data = {{ set = 'no.py:f' }}\n"))],
         "data.set not found: no.py",
     )
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "plans.md").read_text(encoding="utf-8")
+PRINTED = re.findall(r"^```toml\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("number", range(len(PRINTED)))
+def test_a_plan_of_the_page_runs_as_printed(tmp_path: Path, monkeypatch, capsys, number: int):
+    assert len(PRINTED) == 7 and len([line for line in PRINTED[number].splitlines() if line]) <= 15
+    (tmp_path / "tasks.py").write_text(re.search(r'title="tasks.py"\n(.*?)```', PAGE, re.DOTALL)[1])
+    (tmp_path / "printed.toml").write_text(PRINTED[number])
+    monkeypatch.chdir(tmp_path)
+    assert main(["plan", "printed.toml", "--dry-run"]) == 0
+    told = capsys.readouterr().out
+    assert not (tmp_path / "runs").exists()
+    assert main(["plan", "printed.toml"]) == 0
+    made = read_plan("printed.toml")
+    assert told.count("\n") == len(made.runs)
+    for run in made.runs:
+        folder = made.folder(run.name, 0)
+        assert (folder / "finished.json").is_file()
+        if isinstance(run, PlannedRun) and run.ensemble is None:
+            model = _task("tasks.py:net", {**run.options, "width": run.options.get("width", 4)}).model
+            model.load_state_dict(torch.load(folder / "student.pth"))  # plain

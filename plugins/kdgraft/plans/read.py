@@ -255,7 +255,8 @@ def _chain(where: str, entry: Mapping[str, Any], folder: Path) -> Mapping[str, C
 def _changes(where: str, key: str, options: Mapping[str, Any], folder: Path) -> dict[str, Changes]:
     """Turn lists of values by option into the options of each run by its label.
 
-    The labels are the values of the first option, such as ``16``; numbers from 1 where these would be no file names.
+    The labels are the values of the first option, such as ``16``, or the names of configs without folders and suffixes; numbers
+    from 1 where these would be no file names.
     """
     for option, values in options.items():
         if not isinstance(values, list) or not values:
@@ -263,11 +264,16 @@ def _changes(where: str, key: str, options: Mapping[str, Any], folder: Path) -> 
     if len({len(values) for values in options.values()}) > 1:
         told = ", ".join(f"{len(values)} of {option}" for option, values in options.items())
         raise DistillError(f"{where}: {key} needs equally many values of each option, got {told}")
+    first = next(iter(options), None)
+    if first is None:
+        return {}
     rows = [dict(zip(options, row, strict=True)) for row in zip(*options.values(), strict=True)]
     for row in rows:
         if "config" in row:
             row["config"] = _located(row["config"], folder)
-    labels = [str(value) for value in next(iter(options.values()), [])]
+    labels = [
+        re.sub(r"^.*[/:]|\.\w+$", "", str(value)) if first == "config" else str(value) for value in options[first]
+    ]
     if len({*labels}) < len(labels) or not all(re.fullmatch(r"[\w.]+", label) for label in labels):
         labels = [str(number) for number in range(1, len(rows) + 1)]
     return dict(zip(labels, rows, strict=True))
