@@ -17,6 +17,7 @@ from .checkpoints import export_student
 from .configs import imported_names, is_distilled, load_config, scope_of
 from .evaluation import evaluate
 from .resuming import newest_checkpoint
+from .transfer import end_early, transfer
 
 STUDENT = "student.pth"
 """The plain student of a finished run, with its config beside it."""
@@ -61,6 +62,10 @@ class MMTrainer:
         config = self._config(job.config, job.options)
         config.work_dir = str(job.folder)
         config.randomness = {**config.get("randomness", {}), "seed": job.seed}
+        if job.data is not None:
+            transfer(config, job.data, job.seed, job.folder, self.scope)
+        if job.stop is not None:
+            end_early(config, job.stop)
         if job.teachers:
             self._distil(config, job)
         config.load_from = newest_checkpoint(config) if job.resume else None
@@ -69,9 +74,10 @@ class MMTrainer:
             config.load_from = job.start.weights
         runner = run.train_config(config, job.config)
         trained = any(hook.trained for hook in runner.hooks if isinstance(hook, run.Outset))
-        if not trained and config.get("val_cfg"):
-            # The run was killed after its last checkpoint, which the host saves before it validates. Runner.val() would restart
-            # hooks: an average of weights would start from those of the last step.
+        if config.get("val_cfg") and (not trained or job.stop is not None):
+            # An early end need not be among the iterations after which the host validates; or the run was killed after its last
+            # checkpoint, which the host saves before it validates. Runner.val() would restart hooks: an average of weights would
+            # start from those of the last step.
             runner.val_loop.run()
         checkpoint = find_latest_checkpoint(str(job.folder))
         if checkpoint is None:

@@ -159,3 +159,137 @@ def test_a_config_that_is_distilled_already_is_one_line(folder, scenes, teacher_
     text = '[runs.student]\nconfig = "small.py"\nteacher = { config = "large.py", checkpoint = "x.pth" }\nterms = ["SoftTargets"]\n'
     line = refused(capsys, ["plan", str(plan(folder, text=text))])
     assert "is distilled already; give the plan the plain student's config" in line
+
+
+def student_by_hand(folder: Path, scenes: str, name: str, teacher: dict, change=lambda config: None, terms=None):
+    """The weights of the student that a Runner trains from the files of a plan's teacher."""
+    model = distilled(detector(), teacher["config"], teacher["weights"], terms=terms or [dict(type="SoftTargets")])
+    settings = dict(SETTINGS, custom_hooks=[], randomness=dict(seed=0, deterministic=True))
+    config = runner_config(model, scenes, folder / name, **settings)
+    change(config)
+    return weights(run(config))
+
+
+TAKD = """
+[runs.teacher]
+config = "large.py"
+[runs.alone]
+config = "small.py"
+[runs.assistant]
+config = "middle.py"
+teacher = "teacher"
+terms = ["SoftTargets"]
+each = { config = ["middle.py", "between.py"] }
+choose = { by = "coco/bbox_mAP", midway = ["teacher", "alone"] }
+[runs.student]
+config = "small.py"
+teacher = "assistant"
+terms = ["SoftTargets"]
+"""
+
+
+@needs_resume
+def test_the_assistant_midway_is_chosen_and_teaches(folder, scenes, capsys, tmp_path):
+    between = Config.fromfile(folder / "middle.py")
+    between.model.backbone.base_channels = between.model.backbone.stem_channels = 5
+    between.model.neck.in_channels = [5, 10, 20, 40]
+    between.dump(folder / "between.py")
+    path = plan(folder, text=TAKD)
+    assert main(["plan", str(path)]) == 0
+    said = capsys.readouterr().out
+    chosen = json.loads((folder / "out/assistant/seed0/finished.json").read_text())
+    assert f"{chosen['chosen']} is chosen" in said
+    values = chosen["values"]
+    assert set(values) == {"assistant-middle", "assistant-between", "teacher", "alone"}
+    middle = (values["teacher"] + values["alone"]) / 2
+    assert chosen["chosen"] == min(list(values)[:2], key=lambda name: abs(values[name] - middle))
+    assistant = record(folder, chosen["chosen"])
+    assert chosen["model"] == assistant
+    assert_same(student_by_hand(tmp_path, scenes, "by_hand", assistant), state(folder, "student"))
+    build(detector()).load_state_dict(state(folder, "student"), strict=True)
+    assert main(["plan", str(path)]) == 0
+    assert set(verbs(capsys.readouterr().out).values()) == {"finished"}
+
+
+BORN_AGAIN = """
+[runs.teacher]
+config = "small.py"
+stop = 2
+[runs.ban]
+config = "small.py"
+teacher = "teacher"
+terms = ["SoftTargets"]
+generations = 2
+[runs.student]
+config = "small.py"
+teacher = ["ban-*"]
+terms = ["SoftTargets"]
+"""
+
+
+@needs_resume
+def test_generations_of_detectors_and_their_ensemble(folder, scenes, capsys, tmp_path):
+    assert main(["plan", str(plan(folder, text=BORN_AGAIN))]) == 0
+    # The teacher that was stopped early is the checkpoint of that iteration of the whole training.
+    settings = dict(SETTINGS, custom_hooks=[], randomness=dict(seed=0, deterministic=True))
+    run(runner_config(detector(), scenes, tmp_path / "whole", **settings))
+    early = torch.load(tmp_path / "whole/iter_2.pth", weights_only=False)["state_dict"]
+    assert_same(dict(early), state(folder, "teacher"))
+    assert "coco/bbox_mAP" in record(folder, "teacher")["metrics"]
+    assert_same(student_by_hand(tmp_path, scenes, "second", record(folder, "ban-1")), state(folder, "ban-2"))
+    config = Config.fromfile(record(folder, "student")["config"])
+    assert config.model.type == "GFL"
+
+    def taught_by_both(config):
+        both = {f"teacher_{i}": record(folder, f"ban-{i + 1}") for i in range(2)}
+        sources = {name: dict(config=r["config"], checkpoint=r["weights"]) for name, r in both.items()}
+        config.model.pop("teacher")
+        config.model.teachers = {**sources, "teacher": dict(type="Ensemble", members=list(both))}
+
+    taught = student_by_hand(tmp_path, scenes, "both", record(folder, "ban-2"), taught_by_both)
+    assert_same(taught, state(folder, "student"))
+    # An ensemble of detectors is measured nowhere.
+    text = BORN_AGAIN + '[runs.together]\nconfig = "small.py"\nensemble = ["ban-*"]\n'
+    refused(
+        capsys, ["plan", str(plan(folder, text=text))], "together: ensemble means nothing in the host det: boxes of"
+    )
+
+
+@needs_resume
+def test_a_transfer_set_of_detection(folder, scenes, capsys, tmp_path):
+    text = """
+[runs.teacher]
+config = "large.py"
+[runs.student]
+config = "small.py"
+teacher = "teacher"
+terms = ["SoftTargets"]
+data = { set = "large.py", share = 0.5, labels = false }
+"""
+    assert main(["plan", str(plan(folder, text=text))]) == 0
+    kept = sorted(torch.randperm(16, generator=torch.Generator().manual_seed(0))[:8].tolist())
+    made = Config.fromfile(record(folder, "student")["config"]).train_dataloader.dataset
+    assert made.indices == kept and json.loads(Path(made.ann_file).read_text())["annotations"] == []
+
+    def without_boxes(config):
+        dataset = config.train_dataloader.dataset
+        file = tmp_path / "no_boxes.json"
+        found = json.loads((Path(scenes) / dataset.ann_file).read_text())
+        file.write_text(json.dumps({**found, "annotations": []}))
+        dataset.update(ann_file=str(file), filter_cfg=dict(filter_empty_gt=False), indices=kept)
+
+    terms = ["SoftTargets", "TaskShare"]
+    by_hand = student_by_hand(tmp_path, scenes, "by_hand", record(folder, "teacher"), without_boxes, terms)
+    assert_same(by_hand, state(folder, "student"))
+    several = Config.fromfile(folder / "small.py")
+    several.train_dataloader.dataset = dict(type="ConcatDataset", datasets=[several.train_dataloader.dataset] * 2)
+    several.dump(folder / "small.py")
+    other = text.replace('set = "large.py", ', "")
+    refused(capsys, ["plan", str(plan(folder, "other", other))], "data: the training set is of several", progress=True)
+    other = text.replace('data = { set = "large.py", share = 0.5, labels = false }', "stop = 5")
+    refused(
+        capsys,
+        ["plan", str(plan(folder, "other2", other))],
+        "stop must be at most train_cfg.max_iters=4, got 5",
+        progress=True,
+    )
