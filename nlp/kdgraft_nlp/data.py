@@ -56,15 +56,21 @@ def drawn(found: Dataset, fraction: float, seed: int) -> Dataset:
 
 
 def columns_of(task: str, data: Mapping[str, Any], sets: Mapping[str, Dataset]) -> tuple[TextColumns, str | None]:
-    """Return the columns of texts and labels; a :class:`DistillError` is raised where a set lacks one."""
+    """Return the columns of texts and labels; a :class:`DistillError` is raised where a set lacks one.
+
+    With ``labels: false`` the training set needs no labels, and the evaluation set, which names the classes, must be there.
+    """
     entries = ("words", "tags") if task == "tokens" else ("text", "label")
     standard = ("tokens", "tags") if task == "tokens" else ("text", "label")
     text, label = (data.get(entry) or column for entry, column in zip(entries, standard, strict=True))
     wanted = [(column, entries[0]) for column in _names(text)]
-    wanted += [(label, entries[1])] if task in LABELLED else []
+    unlabelled = data.get("labels") is False
+    if unlabelled and task in LABELLED and "eval" not in sets:
+        raise DistillError("data.labels is false, so that data.eval must name the classes; add it")
     for split, found in sets.items():
         owner = "training" if split == "train" else "evaluation"
-        for column, entry in wanted:
+        labelled = task in LABELLED and not (unlabelled and split == "train")
+        for column, entry in [*wanted, *([(label, entries[1])] if labelled else [])]:
             if column not in found.column_names:
                 raise DistillError(
                     f"the {owner} set has no column {column!r} but {', '.join(found.column_names)}; name it with data.{entry}"
@@ -164,7 +170,10 @@ def encode(
     names: Sequence[str] | None,
     length: int,
 ) -> Dataset:
-    """Encode a set as token ids and labels: tags on each word's first token, blocks of ``length`` tokens for language models."""
+    """Encode a set as token ids and labels: tags on each word's first token, blocks of ``length`` tokens for language models.
+
+    Without a column of labels the set is encoded as token ids alone.
+    """
     text, label = columns
     texts = texts_of(found, text, words=task == "tokens")
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
@@ -176,6 +185,9 @@ def encode(
         # A class that the training set lacks counts as wrong, whatever the prediction.
         return ids.get(name, -100)
 
+    if task in LABELLED and label is None:
+        words = task == "tokens"
+        return Dataset.from_dict({**tokenizer(*texts, truncation=True, max_length=length, is_split_into_words=words)})
     if task in ("classification", "regression"):
         assert label is not None
         encoded = tokenizer(*texts, truncation=True, max_length=length)

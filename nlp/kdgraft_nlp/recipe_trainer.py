@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kdgraft.errors import DistillError, nearest
-from kdgraft.hosts import Job, TrainedModel
+from kdgraft.hosts import Job, TrainedModel, TransferSet
 
 from . import run
 from .checkpoints import NothingComplete, newest_first
@@ -78,12 +78,40 @@ class RecipeTrainer:
             recipe |= {"teacher": teachers["teacher"]} if list(teachers) == ["teacher"] else {"teachers": teachers}
         if job.start is not None:
             recipe["student"] = job.start.weights
+        if job.data is not None:
+            recipe["data"] = _transferred(recipe.get("data"), job.data)
+        schedule = 1.0 if job.stop is None else _stopped(recipe["training"], job.stop)
         try:
-            _, metrics = run.train_recipe(recipe, "auto" if job.resume and newest_first(job.folder) else None)
+            resume = "auto" if job.resume and newest_first(job.folder) else None
+            _, metrics = run.train_recipe(recipe, resume, schedule=schedule)
         except NothingComplete as error:  # killed while it wrote its first checkpoint
             logger.warning("%s; the run starts afresh", error)
-            _, metrics = run.train_recipe(recipe)
+            _, metrics = run.train_recipe(recipe, schedule=schedule)
         return TrainedModel(job.config, str(job.folder), metrics)
+
+
+def _transferred(data: Any, transfer: TransferSet) -> dict[str, Any]:
+    """Return a recipe's data with another training set, a share of it, or without its labels."""
+    found = dict(data or {})
+    if transfer.set is not None:
+        found["train"] = transfer.set
+    if transfer.share != 1:
+        found["fraction"] = transfer.share
+    return found if transfer.labels else {**found, "labels": False}
+
+
+def _stopped(training: dict[str, Any], stop: int) -> float:
+    """Set where a training ends, in steps if it is counted in ``max_steps`` and else in epochs; return the schedule's length.
+
+    Raises:
+        DistillError: the training is shorter.
+    """
+    unit = "max_steps" if (training.get("max_steps") or -1) > 0 else "num_train_epochs"
+    whole = training.get(unit) or 3  # the default of the Trainer
+    if not isinstance(whole, (int, float)) or stop > whole:
+        raise DistillError(f"stop must be at most training.{unit}={whole}, got {stop}")
+    training[unit] = stop
+    return float(whole) / stop
 
 
 def _teacher(given: TrainedModel | Mapping[str, Any]) -> Any:

@@ -4,7 +4,7 @@
 ``task``         ``classification``, ``regression``, ``tokens``, ``causal`` or ``masked``
 ``data``         ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``text`` (or ``words``),
                  ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts; ``fraction``: the share of the
-                 training set to use; ``length``: tokens
+                 training set to use; ``length``: tokens; ``labels: false``: train on the terms alone, on texts without labels
 ``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither the
                  student's nor the teacher's folder has one
 ``student``      a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
@@ -122,19 +122,22 @@ def train(
 
 
 def train_recipe(
-    config: Mapping[str, Any], resume: str | None = None, partial: bool = False
+    config: Mapping[str, Any], resume: str | None = None, partial: bool = False, schedule: float = 1.0
 ) -> tuple[DistillTrainer, dict[str, float]]:
     """Train a recipe, and save the plain student and its tokenizer in its ``output``, which only one run at a time may use.
 
     Args:
         config: the recipe's entries.
         resume, partial: see :func:`train`.
+        schedule: the length of the learning rate's schedule in units of the training, which stops early in a longer one.
 
     Returns:
         The trainer, and the student's metrics on the ``eval`` set, if any.
     """
     with held(config["output"]):
         trainer = build(config)
+        if schedule != 1:
+            _lengthen(trainer, schedule)
         first_step = _FirstStep()
         trainer.add_callback(first_step)
         # Errors before the first step are mistakes in the recipe; later errors are not.
@@ -146,6 +149,16 @@ def train_recipe(
         found = with_perplexity(config, _last_evaluation(trainer) or trainer.evaluate())
         trainer.save_metrics("eval", found)
         return trainer, _shown(found)
+
+
+def _lengthen(trainer: DistillTrainer, schedule: float) -> None:
+    """Let the learning rate follow a schedule that is longer than the training."""
+    create = trainer.create_scheduler
+
+    def create_longer(num_training_steps: int, *others: Any, **named: Any) -> Any:
+        return create(round(num_training_steps * schedule), *others, **named)
+
+    trainer.create_scheduler = create_longer  # type: ignore[method-assign]
 
 
 def _last_evaluation(trainer: DistillTrainer) -> dict[str, float] | None:
@@ -224,12 +237,15 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     sets = dict(data) if data is not None else read_data(told)
     columns = columns_of(task, told, sets)
     tokenizer = _tokenizer(config.get("tokenizer"), sets["train"], columns[0], task, config)
+    unlabelled = columns[1] is not None and told.get("labels") is False
+    labelled = sets["eval" if unlabelled else "train"]
     if task == "tokens" and columns[1]:
-        check_tags(sets["train"], columns[0], columns[1])
-    names = class_names(task, sets["train"], columns[1]) if columns[1] and task != "regression" else None
+        check_tags(labelled, columns[0], columns[1])
+    names = class_names(task, labelled, columns[1]) if columns[1] and task != "regression" else None
     sets["train"] = drawn(sets["train"], told.get("fraction") or 1, arguments.seed)
     length = told.get("length") or 128
-    encoded = {split: encode(task, found, tokenizer, columns, names, length) for split, found in sets.items()}
+    read = {split: (columns[0], None) if unlabelled and split == "train" else columns for split in sets}
+    encoded = {split: encode(task, found, tokenizer, read[split], names, length) for split, found in sets.items()}
     student = _model(config["student"], task, tokenizer, names)
     settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
 

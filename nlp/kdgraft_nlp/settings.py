@@ -57,6 +57,7 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "tags": ((str,), "a column's name"),
     "fraction": ((int, float), "a number in (0, 1]"),
     "length": ((int,), "a whole number of tokens"),
+    "labels": ((bool,), "true or false"),
 }
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
 """The suffixes of data files, with the names of their readers in datasets."""

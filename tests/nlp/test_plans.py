@@ -11,6 +11,8 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from kdgraft.cli import main
+from kdgraft_bench.plans import SCHEMES, measure
+from kdgraft_bench.results import read_results
 from kdgraft_nlp import DistillTrainer
 from kdgraft_nlp.run import train_recipe
 from support import nlp as support
@@ -33,6 +35,8 @@ config = "large.yaml"
 KILLED = """
 import os, sys
 from kdgraft.cli import main
+from kdgraft_bench.plans import SCHEMES, measure
+from kdgraft_bench.results import read_results
 from kdgraft_nlp import DistillTrainer
 
 plain, done = DistillTrainer.training_step, []
@@ -274,7 +278,10 @@ terms = ["SoftTargets"]
             "a teacher needs checkpoint: the folder that save_pret",
         ),
         ("teacher = { checkpoint = 'nowhere' }\nterms = ['SoftTargets']", "no teacher at nowhere"),
-        ("teacher = { type = 'Ensemble', members = ['a'] }\nterms = ['SoftTargets']", "two or more different sources"),
+        (
+            "teacher = { type = 'Ensemble', members = ['a'] }\nterms = ['SoftTargets']",
+            "these runs wait for each other: a → a",
+        ),
         ("options = { 'training.max_step' = 3 }", "training takes no argument 'max_step'; did you mean 'max_steps'"),
         ("options = { tusk = 'x' }", "a recipe has no entry 'tusk'; did you mean 'task'"),
     ],
@@ -282,3 +289,135 @@ terms = ["SoftTargets"]
 def test_a_plan_that_is_wrong_is_one_line(folder: Path, capsys, entries: str, said: str):
     path = plan(folder, f'[runs.a]\nconfig = "small.yaml"\n{entries}\n')
     support.refused(capsys, ["plan", str(path)], said)
+
+
+def by_hand(folder: Path, name: str, taught_by: str | None, **entries) -> dict[str, torch.Tensor]:
+    """The student that a recipe trains from the folder of a plan's teacher."""
+    found = yaml.safe_load((folder / "small.yaml").read_text())
+    teacher = dict(teacher=str(folder / taught_by)) if taught_by else {}
+    found |= dict(terms=["SoftTargets"], output=str(folder / name)) | teacher | entries
+    found["training"]["seed"] = 0
+    train_recipe(found)
+    return AutoModelForSequenceClassification.from_pretrained(folder / name).state_dict()
+
+
+TAKD = """
+[runs.teacher]
+config = "large.yaml"
+[runs.assistant]
+config = "middle.yaml"
+teacher = "teacher"
+terms = ["SoftTargets"]
+each = { "student.hidden_size" = [24, 16] }
+[runs.student]
+config = "small.yaml"
+teacher = "assistant"
+terms = ["SoftTargets"]
+choose = "-loss"
+"""
+
+
+def test_the_assistant_of_the_best_student_is_chosen(folder: Path, capsys, steps):
+    path = plan(folder, TAKD)
+    lines = told(capsys, path)
+    names = ["teacher", "assistant-24", "assistant-16", "student-24", "student-16"]
+    assert steps == [name for name in names for _ in range(5)]
+    chosen = json.loads((folder / "out/student/seed0/finished.json").read_text())
+    assert set(chosen["values"]) == {"student-24", "student-16"}
+    assert chosen["chosen"] == min(chosen["values"], key=chosen["values"].get)
+    assert f"{chosen['chosen']} is chosen" in lines[-1]
+    assert student(folder, "assistant-24")["classifier.weight"].shape[1] == 24
+    same(by_hand(folder, "by_hand", "out/assistant-16/seed0"), student(folder, "student-16"))
+    steps.clear()
+    assert all("finished" in line for line in told(capsys, path)) and not steps
+
+
+BORN_AGAIN = """
+[runs.teacher]
+config = "small.yaml"
+stop = 2
+[runs.ban]
+config = "small.yaml"
+teacher = "teacher"
+terms = ["SoftTargets"]
+generations = 2
+[runs.student]
+config = "small.yaml"
+teacher = ["ban-*"]
+terms = ["SoftTargets"]
+"""
+
+
+def test_generations_and_their_ensemble(folder: Path, capsys, steps):
+    told(capsys, plan(folder, BORN_AGAIN))
+    assert steps == ["teacher"] * 2 + [name for name in ("ban-1", "ban-2", "student") for _ in range(5)]
+    # The teacher that was stopped early is the checkpoint of that step of the whole training.
+    by_hand(folder, "whole", None, terms=None)
+    early = AutoModelForSequenceClassification.from_pretrained(folder / "whole/checkpoint-2").state_dict()
+    same(early, student(folder, "teacher"))
+    same(by_hand(folder, "second", "out/ban-1/seed0"), student(folder, "ban-2"))
+    both = {f"teacher_{i}": str(folder / f"out/ban-{i + 1}/seed0") for i in range(2)}
+    both["teacher"] = dict(type="Ensemble", members=["teacher_0", "teacher_1"])
+    same(by_hand(folder, "both", None, teachers=both), student(folder, "student"))
+    text = BORN_AGAIN + '[runs.together]\nconfig = "small.yaml"\nensemble = ["ban-*"]\n'
+    support.refused(
+        capsys, ["plan", str(plan(folder, text))], "together: ensemble means nothing in the host nlp: a recipe"
+    )
+    support.refused(
+        capsys,
+        ["plan", str(plan(folder, "[runs.a]\nconfig = 'small.yaml'\nstop = 6\n", "b"))],
+        "stop must be at most training.max_steps=5, got 6",
+    )
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_unlabelled_texts_teach_by_the_predictions_alone(folder: Path, capsys, labelled: bool):
+    texts = [f"other {i % 4} or {i * i % 5}" for i in range(16)]
+    wrong = [{"text": text, "label": "cab"[i % 3]} for i, text in enumerate(texts)]
+    (folder / "wrong.jsonl").write_text("\n".join(map(json.dumps, wrong)))
+    rows = wrong if labelled else [{"text": text} for text in texts]
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    text = """
+[runs.teacher]
+config = "large.yaml"
+[runs.student]
+config = "small.yaml"
+teacher = "teacher"
+terms = ["SoftTargets"]
+data = { set = "texts.jsonl", share = 0.5, labels = false }
+"""
+    told(capsys, plan(folder, text))
+    data = dict(train=str(folder / "wrong.jsonl"), eval=str(folder / "a.jsonl"), length=16, fraction=0.5)
+    same(by_hand(folder, "by_hand", "out/teacher/seed0", data=data, host_weight=0), student(folder, "student"))
+
+
+def test_unlabelled_texts_need_labels_to_evaluate_on(folder: Path, capsys):
+    recipe = yaml.safe_load((folder / "small.yaml").read_text())
+    recipe["data"].pop("eval")
+    (folder / "blind.yaml").write_text(yaml.safe_dump(recipe))
+    text = '[runs.teacher]\nconfig = "large.yaml"\n[runs.a]\nconfig = "blind.yaml"\nteacher = "teacher"\nterms = ["SoftTargets"]\n'
+    path = plan(folder, text + "data = { labels = false }\n")
+    support.refused(
+        capsys, ["plan", str(path)], "data.labels is false, so that data.eval must name the classes; add it"
+    )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_plan_that_ships_says_what_it_will_do(tmp_path, monkeypatch, capsys, scheme: str):
+    monkeypatch.chdir(tmp_path)
+    assert measure(scheme, "nlp", dry_run=True) == []
+    said = [line for line in capsys.readouterr().out.splitlines() if " (seed 0" in line]
+    assert len(said) == dict(takd=10, born_again=5)[scheme] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_plan_that_ships_is_measured(tmp_path, monkeypatch, capsys, scheme: str):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kdgraft_bench.demos.nlp.DATA", dict(train=140, val=70, test=70))
+    found = measure(scheme, "nlp", iterations=2)
+    runs = dict(takd=10, born_again=5)[scheme]
+    assert len(found) == 2 * runs and read_results(f"runs/plans/{scheme}_nlp/results.csv") == found
+    assert all(0 <= result.value <= 1 for result in found)
+    table = capsys.readouterr().out.partition(f"{scheme} in nlp: ")[2]
+    assert [line.split()[0] for line in table.splitlines()[1:] if line] == ["run", *(r.model for r in found[::2])]
