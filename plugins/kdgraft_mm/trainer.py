@@ -74,10 +74,9 @@ class MMTrainer:
             config.load_from = job.start.weights
         runner = run.train_config(config, job.config)
         trained = any(hook.trained for hook in runner.hooks if isinstance(hook, run.Outset))
-        if config.get("val_cfg") and (not trained or job.stop is not None):
-            # An early end need not be among the iterations after which the host validates; or the run was killed after its last
-            # checkpoint, which the host saves before it validates. Runner.val() would restart hooks: an average of weights would
-            # start from those of the last step.
+        if not trained and config.get("val_cfg"):
+            # The run was killed after its last checkpoint, which the host saves before it validates. Runner.val() would restart
+            # hooks: an average of weights would start from those of the last step.
             runner.val_loop.run()
         checkpoint = find_latest_checkpoint(str(job.folder))
         if checkpoint is None:

@@ -12,6 +12,8 @@ import torch
 from mmengine.config import Config
 
 from kdgraft.cli import main
+from kdgraft_bench.plans import SCHEMES, measure
+from kdgraft_bench.results import read_results
 from support.commands import refused
 from support.det import CLASSES, build, detector, distilled, runner_config
 from support.forking import python
@@ -293,3 +295,24 @@ data = { set = "large.py", share = 0.5, labels = false }
         "stop must be at most train_cfg.max_iters=4, got 5",
         progress=True,
     )
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_plan_that_ships_says_what_it_will_do(tmp_path, monkeypatch, capsys, scheme: str):
+    monkeypatch.chdir(tmp_path)
+    assert measure(scheme, "det", dry_run=True) == []
+    said = [line for line in capsys.readouterr().out.splitlines() if " (seed 0" in line]
+    assert len(said) == dict(takd=10, born_again=5)[scheme] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_plan_that_ships_is_measured(tmp_path, monkeypatch, capsys, scheme: str):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kdgraft_bench.demos.det.DATA", dict(seed=0, train=16, val=4, test=4))
+    found = measure(scheme, "det", iterations=2)
+    runs = dict(takd=10, born_again=5)[scheme]
+    assert len(found) == 2 * runs and read_results(f"runs/plans/{scheme}_det/results.csv") == found
+    assert all(0 <= result.value <= 1 for result in found)
+    table = capsys.readouterr().out.partition(f"{scheme} in det: ")[2]
+    assert [line.split()[0] for line in table.splitlines()[1:] if line] == ["run", *(r.model for r in found[::2])]

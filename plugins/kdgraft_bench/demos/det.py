@@ -23,7 +23,7 @@ from mmdet.registry import DATASETS
 
 import kdgraft_det  # noqa: F401  registers DistilledDetector
 
-from ..comparison import TWO_SPLITS, Outcome, run
+from ..comparison import TWO_SPLITS, Outcome, Training, run
 from ..data.coco import RealSet
 from ..data.scenes import CLASSES, write_detection_set
 from ..mmdet_ld import mmdet_ld
@@ -222,6 +222,33 @@ def scenes() -> Detection:
     )
 
 
+def write_data(folder: Path) -> Path:
+    """Write the scenes to a folder, unless they are there; return it."""
+    return write_detection_set(folder, size=SIZE, **DATA)
+
+
+def plan_config(data: str | Path) -> dict[str, Any]:
+    """Return the Runner's config of the plain student on the scenes, for plans, which set its sizes and its length by options.
+
+    The learning rate's schedule follows ``train_cfg.max_iters``, and every tenth of the training is a checkpoint to resume from.
+
+    Args:
+        data: the folder of the scenes.
+    """
+    training = Training("plain", 0, ITERATIONS, "test", "cpu", Path(data), Path("unused"))
+    config = scenes().config(training).to_dict()
+    for entry in ("work_dir", "randomness"):
+        del config[entry]
+    for entry in ("begin", "end", "T_max"):  # by default the whole training; the warm-up is a factor beside it
+        del config["param_scheduler"][1][entry]
+    every = ITERATIONS // 10
+    config["train_cfg"]["val_interval"] = ITERATIONS
+    config["default_hooks"]["checkpoint"] = dict(
+        type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=1
+    )
+    return config
+
+
 def own_set(real: RealSet) -> Detection:
     """Return the comparison on a real set, with small pictures, flips in all directions, and mmdet's own distillation."""
     return Detection(
@@ -253,6 +280,6 @@ def main(out: str = "runs/demo/det", data: str | None = None, **settings: Any) -
         **settings: see :func:`kdgraft_bench.comparison.run`.
     """
     if data is None:
-        return run([scenes()], lambda folder: write_detection_set(folder, size=SIZE, **DATA), out, **settings)
+        return run([scenes()], write_data, out, **settings)
     real = RealSet.read(Path(data))
     return run([own_set(real)], lambda folder: real.shrunk(folder, REAL_SIZE), out, **settings)

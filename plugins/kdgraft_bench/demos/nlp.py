@@ -338,6 +338,11 @@ def own_set(root: Path, fraction: float) -> list[TrainerComparison]:
     ]
 
 
+def write_data(folder: Path) -> Path:
+    """Write the sentences to a folder; return it."""
+    return write_sentences(folder, DATA)
+
+
 def main(
     out: str | Path = "runs/demo/nlp", data: str | None = None, fraction: float = 1.0, **settings: Any
 ) -> list[Result]:
@@ -350,7 +355,7 @@ def main(
         **settings: see :func:`kdgraft_bench.comparison.run`.
     """
     if data is None:
-        return run([SENTENCES, LANGUAGE], lambda folder: write_sentences(folder, DATA), out, **settings)
+        return run([SENTENCES, LANGUAGE], write_data, out, **settings)
     root = Path(data)
     with quiet():
         comparisons = own_set(root, fraction)
