@@ -1,4 +1,4 @@
-"""Puts into the site what GitHub shows elsewhere: pages and figures where they lie, and a reference page for each package.
+"""Puts into the site what GitHub shows elsewhere: pages, figures and tests where they lie, and a reference page for each package.
 
 Pages keep their paths, so that the same links work here and there. The reference is made from the names in ``__all__`` and their
 docstrings, which are read and not imported.
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from pygments.formatters import HtmlFormatter
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "[!.]*/README.md", "docs/**/*.md", "[!.]*/figures/*")
+PAGES = ("*.md", "[!.]*/README.md", "docs/**/*.md", "[!.]*/figures/*", "tests/**/test_*.py")
 PACKAGES = {
     "kdgraft": "plugins/kdgraft/__init__.pyi",
     "kdgraft.losses": "plugins/kdgraft/losses/__init__.py",
