@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,8 @@ def _check(words: list[str]) -> None:
         from torch.distributed.run import get_args_parser
 
         _check_launched(rest, get_args_parser())
+    elif rest[0] == "-m":
+        assert tool == "python" and find_spec(rest[1]), rest[1]
     else:
         assert tool == "python" and (ROOT / rest[0]).is_file()
 
