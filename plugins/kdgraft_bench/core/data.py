@@ -23,7 +23,7 @@ from ..data.digits import CLASSES, SPLITS, all_digits, sources_of
 
 SIDE = 32
 """The side of a canvas; nets see it at half this resolution, except teachers of a higher one."""
-COPIES = {"train": 10, "val": 4, "test": 8}
+COPIES = {"train": 2, "val": 2, "test": 8}
 """The number of pictures of each digit, each with its own transformation and clutter."""
 
 _PIECES = 2  # the number of pieces of other digits on a canvas

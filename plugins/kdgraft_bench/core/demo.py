@@ -34,7 +34,7 @@ from .pictures import PICTURES, draw_examples
 from .report import claim_rows, experiment_rows, figure_rows
 from .runs import Runs
 
-STEPS = 600
+STEPS = 500
 """The steps of a training of length 1."""
 REAL = ("methods",)
 """The experiments on a real set by default."""
@@ -60,7 +60,7 @@ def main(
         device: ``"cpu"`` or ``"cuda"``; with ``"cpu"`` no GPU is used.
         first_seed: the first seed.
         split: the split for the test; ``"val"`` for tuning, with other seeds than those of the table.
-        iterations: the steps of a training of length 1; 600 by default.
+        iterations: the steps of a training of length 1; 500 by default.
         data: the folder of a real set with ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, ten classes.
 
     Raises:

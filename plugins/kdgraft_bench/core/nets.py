@@ -36,22 +36,29 @@ def mlp(width: int, *, pixels: int = 256, dropout: float = 0.0) -> nn.Sequential
     )
 
 
-def conv(width: int, *, depth: int = 1, channels: int = 1) -> nn.Sequential:
+def conv(width: int, *, depth: int = 1, channels: int = 1, stem: bool = False) -> nn.Sequential:
     """Return a convolutional net of three stages of ``width``, 2 × and 4 × ``width`` channels, each of which halves the resolution.
 
     Args:
         width: the channels of the first stage.
         depth: the 3×3 convolutions of a stage.
         channels: the channels of a picture.
+        stem: begin with a layer of half the width that halves the resolution, for pictures of twice the usual one.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     inputs = channels
+    if stem:
+        layers["stem"] = _layer(inputs, max(width // 2, 1), 2)
+        inputs = max(width // 2, 1)
     for place, name in enumerate(STAGES):
         outputs, stage = width * 2**place, list[nn.Module]()
         for turn in range(depth):
-            stride = 1 if turn else 2
-            stage += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
+            stage.append(_layer(inputs, outputs, 1 if turn else 2))
             inputs = outputs
         layers[name] = nn.Sequential(*stage)
     layers |= {"pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten(), "classes": nn.Linear(inputs, CLASSES)}
     return nn.Sequential(layers)
+
+
+def _layer(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())

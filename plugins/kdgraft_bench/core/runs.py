@@ -28,7 +28,7 @@ class Runs:
         self.planned: dict[str, PlannedRun | Choice] = {}
 
     def count(self, length: float = 1.0) -> int:
-        """Return the steps of a training of this length: a multiple of five, unless there are fewer."""
+        """Return the steps of a training of this length: a multiple of the parts, unless there are fewer."""
         steps = max(round(self.steps * length), 1)
         return steps if steps < PARTS else steps // PARTS * PARTS
 
@@ -55,7 +55,7 @@ class Runs:
             teacher: the run that teaches, or several sources by name.
             terms, recipe: the distillation.
             start: the run from whose weights it starts.
-            stop: the parts, of five, after which it ends, with the schedule of all five.
+            stop: the parts after which it ends, with the schedule of all of them.
             options: further options of the task.
         """
         told = {"net": net, "width": width, "steps": self.count(length), **self.common, **options}

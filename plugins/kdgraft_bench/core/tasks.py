@@ -19,12 +19,12 @@ from kdgraft_bench.core.batches import Accuracies, Batches
 from kdgraft_bench.core.data import Pictures, part_of, pictures_of
 
 BATCH = 64
-PARTS = 5
-"""A training has so many epochs of equal numbers of steps, after each of which it is evaluated and its state is saved."""
+PARTS = 4
+"""A training has so many epochs, of equal numbers of steps, after each of which it is evaluated and its state is saved."""
 RATES = {"mlp": 2e-3, "conv": 1e-2, "shampoo": 0.1}
 """The learning rates by the kind of net, of AdamW; and that of Shampoo."""
-CROP = (0.4, 1.0)
-"""The areas of crops; a digit fills half of its picture, so that FunMatch's smallest crop, 0.08, would not show it."""
+CROP = (0.6, 1.0)
+"""The areas of crops; a digit fills more than half of its picture, so that FunMatch's smallest crop, 0.08, would not show it."""
 
 
 def task(
@@ -50,7 +50,7 @@ def task(
     Args:
         net: ``"mlp"`` or ``"conv"``.
         width: the net's width.
-        steps: the number of batches; a multiple of five, or less than five.
+        steps: the number of batches; a multiple of :data:`PARTS`, or less.
         split: the split of the metric ``accuracy``, ``"test"`` or ``"val"``; the metric ``val`` is always of the latter.
         data: the folder of a real set; the embedded one if empty.
         share: the share of the training pictures, that of each class, drawn with the seed.
@@ -94,7 +94,7 @@ def _plain(net: str, width: float, pictures: Pictures, large: bool, sizes: dict[
     channels, side = pictures.large.shape[1], pictures.large.shape[-1] // (1 if large else 2)
     if net == "mlp":
         return nets.mlp(round(width), pixels=channels * side**2, **sizes)
-    return nets.conv(round(width), channels=channels, **sizes)
+    return nets.conv(round(width), channels=channels, stem=large, **sizes)
 
 
 def _mutual(net: str, width: int, *about: Any) -> Distiller:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..runs import Runs, soft
 
-STUDENT, TEACHER = 4, 16
+STUDENT, TEACHER = 6, 24
 """Widths; a net has about width² × 47 weights."""
 TEMPERATURE = 4.0
 

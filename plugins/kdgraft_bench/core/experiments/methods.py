@@ -7,7 +7,7 @@ from typing import Any
 
 from ..claims import Claim
 from ..nets import STAGES
-from ..runs import Runs, soft
+from ..runs import PARTS, Runs, soft
 from .assistants import chain, of
 from .base import Experiment
 from .convolutional import STUDENT, TEACHER, TEMPERATURE, plain
@@ -47,10 +47,10 @@ def _methods(runs: Runs) -> dict[str, str]:
             "conv",
             STUDENT,
             teacher=teacher,
-            recipe={"type": "bss", "epochs": min(runs.steps, 5), "bound": BOUND},
+            recipe={"type": "bss", "epochs": min(runs.steps, PARTS), "bound": BOUND},
         ),
         "mutual": runs.train("mutual", "conv", STUDENT, special="mutual"),
-        "TAKD": chain(runs, TEACHER),
+        "TAKD": chain(runs),
     }
 
 

@@ -7,9 +7,10 @@ from typing import Any
 from ..claims import Claim
 from ..runs import Runs
 from .base import Experiment
-from .convolutional import STUDENT, TEACHER
+from .convolutional import STUDENT
 
-LENGTHS = (0.5, 1.0, 3.0)
+LENGTHS = (0.25, 0.5, 1.5)
+TEACHER = 16
 SHORT, LONG = LENGTHS[0], LENGTHS[-1]
 MODES = ("fixed", "independent", "consistent")
 
