@@ -38,6 +38,8 @@ STEPS = 500
 """The steps of a training of length 1."""
 REAL = ("methods",)
 """The experiments on a real set by default."""
+NAMED = ("every",)
+"""The experiments that run only if they are named, or all are."""
 
 
 def main(
@@ -54,8 +56,8 @@ def main(
 
     Args:
         seeds: the number of seeds.
-        recipes: ``"default"`` or ``"all"`` for all experiments (on a real set by default only the comparison of methods), names of
-            experiments separated by commas, or ``"none"``.
+        recipes: ``"all"`` for all experiments, ``"default"`` for all but the comparison of every method (on a real set only for the
+            short comparison of methods), names of experiments separated by commas, or ``"none"``.
         out: the folder of the results.
         device: ``"cpu"`` or ``"cuda"``; with ``"cpu"`` no GPU is used.
         first_seed: the first seed.
@@ -69,7 +71,8 @@ def main(
     if split not in ("val", "test"):
         raise DistillError(f"split must be 'val' or 'test', got {split!r}")
     check_device(device)
-    names = list(REAL) if data and recipes == "default" else choose(recipes, list(EXPERIMENTS))
+    usual = list(REAL) if data else [name for name in EXPERIMENTS if name not in NAMED]
+    names = usual if recipes == "default" else choose(recipes, list(EXPERIMENTS))
     if not names:
         print(f"core: there is no experiment without a recipe; the experiments are {', '.join(EXPERIMENTS)}")
         return []

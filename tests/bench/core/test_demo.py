@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from kdgraft import DistillError
+from kdgraft import TERMS, DistillError
 from kdgraft.cli import main as command
 from kdgraft.hosts import demos
 from kdgraft.plans import carry_out
+from kdgraft.registry import RECIPES, expand_recipe
 from kdgraft_bench.core import demo
 from kdgraft_bench.core.experiments import EXPERIMENTS
 from kdgraft_bench.core.pictures import PICTURES
@@ -80,9 +81,28 @@ def test_lengths_are_whole_parts():
     assert Runs(2).count(3) == 4 and Runs(2).count(0.1) == 1
 
 
+def test_every_method_is_compared_if_it_is_named():
+    usual = {name for name in EXPERIMENTS if name not in demo.NAMED}
+    assert set(EXPERIMENTS) - usual == {"every"}
+    runs = Runs(600)
+    assert len(EXPERIMENTS["every"].plan(runs)) == 41
+    given = [[*run.terms, *expand_recipe(run.recipe, RECIPES)] for run in runs.planned.values()]
+    taught = {term if isinstance(term, str) else term["type"] for terms in given for term in terms}
+    known = {name for name in TERMS if TERMS.get(name).__module__.startswith("kdgraft.")}
+    others = {
+        "AdversarialImages",
+        "BoundedRegression",
+        "FocalGlobal",
+        "MarginMSE",
+        "Reconstruction",
+    }  # not for classifiers
+    equal = {"ForwardKL", "TaskShare"}  # KD at T = 1; no method by itself
+    assert known - taught == others | equal | {"BoundarySamples"}  # which `methods` has
+
+
 @pytest.mark.slow
 def test_every_experiment_runs_and_is_drawn(tmp_path: Path):
-    results = demo.main(out=tmp_path, iterations=5)
+    results = demo.main(out=tmp_path, iterations=5, recipes="all")
     assert {result.method.partition(":")[0] for result in results} == set(EXPERIMENTS)
     for name in PICTURES:
         assert Image.open(tmp_path / f"{name}.png").size[0] > 600

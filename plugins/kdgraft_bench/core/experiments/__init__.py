@@ -3,6 +3,7 @@
 from .assistants import GAP, STOPPING
 from .augmented import NETAUG
 from .base import Experiment
+from .every import EVERY
 from .generations import BORN_AGAIN
 from .hinton import ENSEMBLE, HARD_SOFT, SHARE, TEMPERATURE
 from .methods import METHODS
@@ -10,7 +11,7 @@ from .patience import PATIENCE
 
 EXPERIMENTS = {
     each.name: each
-    for each in (HARD_SOFT, TEMPERATURE, SHARE, ENSEMBLE, GAP, STOPPING, METHODS, PATIENCE, BORN_AGAIN, NETAUG)
+    for each in (HARD_SOFT, TEMPERATURE, SHARE, ENSEMBLE, GAP, STOPPING, METHODS, EVERY, PATIENCE, BORN_AGAIN, NETAUG)
 }
 
 __all__ = ["EXPERIMENTS", "Experiment"]
