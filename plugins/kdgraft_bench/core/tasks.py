@@ -21,7 +21,7 @@ from kdgraft_bench.core.data import Pictures, part_of, pictures_of
 BATCH = 64
 PARTS = 4
 """A training has so many epochs, of equal numbers of steps, after each of which it is evaluated and its state is saved."""
-RATES = {"mlp": 2e-3, "conv": 1e-2, "shampoo": 0.1}
+RATES = {"mlp": 6e-3, "conv": 1e-2, "shampoo": 0.1}
 """The learning rates by the kind of net, of AdamW; and that of Shampoo."""
 CROP = (0.6, 1.0)
 """The areas of crops; a digit fills more than half of its picture, so that FunMatch's smallest crop, 0.08, would not show it."""

@@ -10,19 +10,21 @@ TEMPERATURES = (1.0, 2.5, 4.0, 8.0, 20.0)
 NARROW, WIDE = 10, 100
 """The widths of the students; the wide one is also the student of the other experiments."""
 MEMBERS = 10
+LENGTH = 2
+"""The length of all trainings here; perceptrons need more steps than convolutional nets."""
 
 
 def teacher(runs: Runs) -> str:
     """Plan the large perceptron, regularised by dropout, that teaches the others."""
-    return runs.train("perceptron-teacher", "mlp", 400, length=2, dropout=0.5)
+    return runs.train("perceptron-teacher", "mlp", 400, length=LENGTH, dropout=0.5)
 
 
 def student(runs: Runs, width: int = WIDE, temperature: float | None = None) -> str:
     """Plan a perceptron without regularisation, on hard targets or on soft ones of a temperature."""
     if temperature is None:
-        return runs.train(f"perceptron{width}", "mlp", width)
+        return runs.train(f"perceptron{width}", "mlp", width, length=LENGTH)
     name = f"perceptron{width}-T{temperature:g}".replace(".", "_")
-    return runs.train(name, "mlp", width, teacher=teacher(runs), terms=[soft(temperature)])
+    return runs.train(name, "mlp", width, length=LENGTH, teacher=teacher(runs), terms=[soft(temperature)])
 
 
 def _hard_soft(runs: Runs) -> dict[str, str]:
@@ -38,17 +40,21 @@ def _temperature(runs: Runs) -> dict[str, str]:
 
 
 def _share(runs: Runs) -> dict[str, str]:
-    hard = runs.train("perceptron-3-percent", "mlp", WIDE, share=0.03)
+    hard = runs.train("perceptron-3-percent", "mlp", WIDE, length=LENGTH, share=0.03)
     taught = runs.train(
-        "perceptron-3-percent-soft", "mlp", WIDE, share=0.03, teacher=teacher(runs), terms=[soft(4.0, 0.0)]
+        "perceptron-3-percent-soft", "mlp", WIDE, length=LENGTH, share=0.03, teacher=teacher(runs), terms=[soft(4.0)]
     )
     return {"all data, hard": student(runs), "3 %, hard": hard, "3 %, soft": taught}
 
 
 def _ensemble(runs: Runs) -> dict[str, str]:
-    members = [runs.train(f"perceptron-member{turn}", "mlp", WIDE, member=turn) for turn in range(1, MEMBERS)]
+    members = [
+        runs.train(f"perceptron-member{turn}", "mlp", WIDE, length=LENGTH, member=turn) for turn in range(1, MEMBERS)
+    ]
     members.insert(0, student(runs))
-    distilled = runs.train("perceptron-of-ensemble", "mlp", WIDE, teacher=together(members), terms=[soft(4.0)])
+    distilled = runs.train(
+        "perceptron-of-ensemble", "mlp", WIDE, length=LENGTH, teacher=together(members), terms=[soft(4.0)]
+    )
     return {
         "one": members[0],
         "ensemble of 10": runs.ensemble("perceptron-ensemble", members, "mlp", WIDE),
