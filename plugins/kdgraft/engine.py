@@ -18,7 +18,7 @@ from .batch import Batch
 from .directions import directed
 from .errors import DistillError, WiringError, nearest
 from .examining import RunLoss, examiners, passes
-from .isolation import isolated_rng, own_random_stream
+from .isolation import Turns, isolated_rng, own_random_stream
 from .readers import Reader
 from .recorder import Recorder
 from .registry import TERMS, Registry
@@ -77,7 +77,7 @@ class Engine(nn.Module):
         self.peers = nn.ModuleDict({name: source.model for name, source in self.sources.items() if source.trains})
         self.dropped = dict.fromkeys(self.terms, 0)
         self.recorder, self.reader = recorder, reader
-        self._rehearsal = Rehearsal((), {}, recorder, None)
+        self._rehearsal, self._turns = Rehearsal((), {}, recorder, None), Turns()
 
     def _check_members(self) -> None:
         models = [name for name, source in self.sources.items() if source.members == (name,)]
@@ -315,9 +315,10 @@ class Engine(nn.Module):
                 yield current
         else:
             yield current
-        for name in self.peers:
+        turn = self._turns.next(at.iteration)
+        for place, name in enumerate(self.peers):
             source = self.sources[name]
-            with own_random_stream(), self._rehearsal.recorders[name].record(source.model) as recording:
+            with own_random_stream(place, *turn), self._rehearsal.recorders[name].record(source.model) as recording:
                 current.outputs[name] = run_source(source)
             current.recordings[name] = source.marked(recording)
         for name in heard & self._rehearsal.replayers.keys():

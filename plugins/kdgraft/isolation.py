@@ -30,23 +30,48 @@ def isolated_rng() -> Iterator[None]:
 
 
 @contextmanager
-def own_random_stream() -> Iterator[None]:
+def own_random_stream(*turn: int) -> Iterator[None]:
     """Run the body on a random stream of its own, whose seed is derived from the surrounding random state.
 
     Numbers drawn after the body do not change, and the body does not draw the numbers that the surrounding code will draw. The
     same surrounding state gives the same numbers, so that a resumed run repeats them.
+
+    Args:
+        turn: numbers that tell this body from others on the same surrounding state, such as the iteration where nothing else draws.
     """
     gpus = torch.cuda.default_generators if torch.cuda.is_initialized() else ()
     with isolated_rng():
         drawn = int(torch.randint(2**31, (), device="cpu"))
         # A host that draws on GPUs only changes nothing but their offsets from one step to the next.
         seed = (drawn + sum(generator.get_offset() for generator in gpus)) % 2**31
+        for number in turn:
+            seed = (seed * 1_000_003 + number) % 2**31
         random.seed(seed)
         np.random.seed(seed)
         # torch.manual_seed would also seed GPUs that are initialised later, after this body has ended.
         for generator in (torch.default_generator, *gpus):
             generator.manual_seed(seed)
         yield
+
+
+class Turns:
+    """Counts the calls within each iteration, such as the parts of an accumulated batch; a resumed run counts alike.
+
+    Example:
+        >>> from kdgraft.isolation import Turns
+        >>> turns = Turns()
+        >>> [turns.next(iteration) for iteration in (7, 7, 8)]
+        [(7, 0), (7, 1), (8, 0)]
+    """
+
+    def __init__(self) -> None:
+        self._last = (-1, 0)
+
+    def next(self, iteration: int) -> tuple[int, int]:
+        """Return the iteration and the number of calls in it before."""
+        before, count = self._last
+        self._last = (iteration, count + 1 if iteration == before else 0)
+        return self._last
 
 
 @contextmanager

@@ -138,7 +138,7 @@ class NetAug(nn.Module):
             self._drawn = tuple(own[int(share * len(own))] for own, share in zip(self.widths, shares, strict=True))
         drawn = self._drawn
         self._drawn = None if self._completes else drawn
-        with own_random_stream():
+        with own_random_stream(self.iteration):
             return self.at_widths(drawn, *args, **kwargs)
 
     def at_widths(self, multipliers: Sequence[float], *args: Any, **kwargs: Any) -> Any:

@@ -335,3 +335,40 @@ peers = {{ type = "Peers", average = true, models = [
     (tmp_path / "plan.toml").write_text(plan.replace("options = {", "option = {").replace("/out", "/new"))
     line = refused(capsys, ["plan", str(tmp_path / "plan.toml")])
     assert "teachers['peers'], peer 0 of 2, takes no argument 'option'; did you mean 'options'" in line
+
+
+def test_each_peer_draws_random_numbers_of_its_own_in_each_step_and_in_each_part_of_one():
+    drawn: dict[str, list[list[int]]] = {"a": [], "b": []}
+
+    class Noise(nn.Module):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def forward(self, x: Tensor) -> Tensor:
+            kept = F.dropout(torch.ones_like(x), 0.5, self.training)
+            if self.training:
+                drawn[self.name].append(kept.flatten().tolist())
+            return x * kept
+
+    # A student that draws nothing leaves the random state as it is from one step to the next.
+    models = [nn.Linear(3, 4), *(nn.Sequential(net(6, seed), Noise(name)) for seed, name in enumerate("ab"))]
+    distiller = mutual(models, SoftTargets(source="peers"), average=True)
+    distiller(X)
+    for last in (False, True):
+        with distiller.part(0.5, last=last):
+            distiller(X)
+    masks = [tuple(mask) for one in drawn.values() for mask in one]
+    assert len(masks) == 6 and len({*masks}) == 6
+
+
+def test_peers_that_start_alike_are_told_of(caplog):
+    mutual(three(), SoftTargets(source="peers"))
+    assert not caplog.records
+    mutual([net(4, 0), net(6, 1), net(6, 1)], SoftTargets(source="peers"))
+    (line,) = caplog.messages
+    assert line.startswith("the peer peers_0 and the peer peers_1 start with equal weights"), line
+    caplog.clear()
+    mutual([net(4, 0), net(4, 0)], SoftTargets(source="peers"))
+    (line,) = caplog.messages
+    assert line.startswith("student and the peer peers_0 start with equal weights"), line

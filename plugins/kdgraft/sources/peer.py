@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import DistillError, WiringError, check_flag
 from ..registry import SOURCES
-from .base import Source, share_parameters
+from .base import STUDENT, Source, share_parameters
 from .ensemble import Ensemble
+
+logger = logging.getLogger("kdgraft")
 
 
 @SOURCES.register
@@ -103,6 +107,8 @@ class Peers(Source):
 def check_peers(models: Mapping[str, nn.Module], peers: Collection[str]) -> None:
     """Raise a :class:`WiringError` for a peer that has nothing to train, or shares what it trains with another model.
 
+    Warn about a peer that starts as the student or another peer does, and has nothing to teach it.
+
     Args:
         models: the student and all models of sources, by name.
         peers: the names of the peers among them.
@@ -115,3 +121,22 @@ def check_peers(models: Mapping[str, nn.Module], peers: Collection[str]) -> None
         for other, model in models.items():
             if other != name and share_parameters(models[name], model):
                 raise WiringError(f"{other} and the peer {name!r} share parameters; pass a copy.deepcopy of one")
+    learning = [name for name in models if name == STUDENT or name in peers]
+    for place, name in enumerate(learning):
+        for other in learning[:place]:
+            if _equal(models[name], models[other]):
+                logger.warning(
+                    "%s and the peer %s start with equal weights, so that they learn the same: build them from different random "
+                    "numbers (does a function of yours seed them?), or from different checkpoints",
+                    other if other == STUDENT else f"the peer {other}",
+                    name,
+                )
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    """Return true if two models have equal parameters; those on the meta device have none yet."""
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    if ours.keys() != theirs.keys():
+        return False
+    pairs = [(ours[name], theirs[name]) for name in ours]
+    return all(not a.is_meta and not b.is_meta and a.device == b.device and torch.equal(a, b) for a, b in pairs)
