@@ -114,8 +114,8 @@ class Distiller(Engine):
         views.check({*self._leaves})
         self.wire(
             student,
-            lambda: run_on(student, views.student),
-            lambda source: run_on(source.model, views.of(source.name)),
+            lambda: _plain("the student", student, run_on(student, views.student)),
+            lambda source: _plain(source.name, source.model, run_on(source.model, views.of(source.name))),
             frozenset({"labels", "boxes", "valid"}),
         )
 
@@ -179,6 +179,16 @@ class Distiller(Engine):
         """Restore :meth:`get_extra_state`."""
         self.iteration = int(state["iteration"])
         self.load_beyond_modules(state)
+
+
+def _plain(name: str, model: nn.Module, output: Any) -> Any:
+    """Return the output of a dry run; raise a :class:`WiringError` for that of a module around a student."""
+    if isinstance(output, DistillOutput):
+        raise WiringError(
+            f"{name} is a {type(model).__name__} around a student; give its .student here. A NetAug takes no teacher: in a loop of "
+            "your own, add the loss on its augmented(x) to that of the Distiller"
+        )
+    return output
 
 
 def _names(indices: Any) -> list[Any]:

@@ -32,6 +32,7 @@ from .training import (
     grouped,
     join_processes,
     learning_rate,
+    pair_of,
     precision_of,
     random_state,
     set_random_state,
@@ -137,7 +138,7 @@ def fit(
     check_number("fit", "accumulate", accumulate, 1, whole=True)
     end = epochs if stop is None else _checked_stop(stop, epochs)
     accelerator = join_processes()
-    student: Any = model.student if distils(model) else model
+    student = student_of(model)
     made = build_optimizer(optimizer, model, lr=lr, weight_decay=weight_decay)
     wrapped, batches = accelerator.prepare(model, loader)
     rate = learning_rate(schedule, warmup, epochs, batches, accumulate)
@@ -174,6 +175,11 @@ def distils(model: nn.Module) -> bool:
     return isinstance(getattr(model, "student", None), nn.Module)
 
 
+def student_of(model: nn.Module) -> nn.Module:
+    """Return the student of a module around one, and any other model as it is."""
+    return model.student if distils(model) else model  # type: ignore[return-value]
+
+
 def _checked_stop(stop: int, epochs: int) -> int:
     check_number("fit", "stop", stop, 1, whole=True)
     if stop > epochs:
@@ -201,7 +207,7 @@ def _step(
     total = torch.zeros((), device=accelerator.device)
     for number, (batch, share) in enumerate(zip(group, shares(group), strict=True), 1):
         last = number == len(group)
-        inputs, targets = send_to_device(batch, accelerator.device)
+        inputs, targets = send_to_device(pair_of(batch), accelerator.device)
         if views is not None:
             inputs, targets = views(inputs, targets)
         with nullcontext() if last else accelerator.no_sync(wrapped):

@@ -11,19 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from .distiller import Distiller
 from .ensembles import EnsembleModel, Kind
 from .errors import DistillError, nearest
 from .files import held, written_whole
-from .fit import TaskLoss, fit
+from .fit import TaskLoss, distils, fit, student_of
 from .hosts import Job, TrainedModel, TransferSet
 from .isolation import isolated_rng
 from .sources import SOURCES, Teacher, gather_sources
 from .sources.teacher import load_strictly, read_checkpoint
-from .training import MakeOptimizer
+from .training import MakeOptimizer, pair_of
 from .transfer import share_of, unlabelled
+from .views import Views
 
 WEIGHTS, PEERS = "student.pth", "peer_{}.pth"
 SETTINGS = [
@@ -107,8 +109,12 @@ class PlainTrainer:
             task = _transferred(task, job.data, job.seed)
         model: nn.Module = task.model
         if job.start is not None:
-            load_strictly(model, read_checkpoint(job.start.weights), job.start.weights)
+            load_strictly(student_of(model), read_checkpoint(job.start.weights), job.start.weights, "student")
         if job.teachers:
+            if distils(model):
+                raise DistillError(
+                    f"{job.config} trains a {type(model).__name__}, which takes no teacher in a plan; give its Task the student"
+                )
             with isolated_rng():  # the same batches in the same order as without teachers
                 example = _example(task)
                 teachers = gather_sources(None, job.teachers, _teacher, _peer)
@@ -168,9 +174,13 @@ TRAINER = PlainTrainer()
 
 def _example(task: Task) -> Any:
     """Return one sample of the first batch, as the models will see it."""
-    inputs, targets = next(iter(task.loader))
+    inputs, targets = tree_map(
+        lambda part: part[:1] if isinstance(part, Tensor) and part.ndim else part, pair_of(next(iter(task.loader)))
+    )
     views = task.settings.get("views")
-    return inputs[:1] if views is None else views(inputs[:1], None if targets is None else targets[:1])[0]
+    if views is not None:
+        inputs, _ = views(inputs, targets)
+    return inputs if isinstance(inputs, (Tensor, Views)) else (inputs,)  # the model's only argument, as fit gives it
 
 
 def _teacher(where: str, given: Any) -> Teacher:
@@ -181,7 +191,7 @@ def _teacher(where: str, given: Any) -> Teacher:
 
 
 def _peer(where: str, given: Any) -> nn.Module:
-    """Build a further student from ``{config, options}``."""
+    """Build a further student from ``{config, options}``, which trains on the student's own loss and data."""
     return _model(where, given, _TEACHER[:2])
 
 
@@ -193,7 +203,7 @@ def _model(where: str, given: Any, known: Sequence[str]) -> nn.Module:
             raise DistillError(f"{where} takes no argument {key!r}{nearest(key, known)}")
     if "config" not in given:
         raise DistillError(f"{where} needs config = 'file.py:function'")
-    return _task(given["config"], given.get("options", {})).model
+    return student_of(_task(given["config"], given.get("options", {})).model)
 
 
 _TEACHER = ("config", "options", "checkpoint")
@@ -202,6 +212,8 @@ _TEACHER = ("config", "options", "checkpoint")
 def _transferred(task: Task, data: TransferSet, seed: int) -> Task:
     """Return a task with other data to train on; what it is evaluated on stays."""
     if data.set is not None:
+        if not TRAINER.reads(data.set):
+            raise DistillError(f"data.set must name a function, 'file.py:function', got {data.set!r}")
         with isolated_rng():  # the model that the other task makes is not used
             other = _called(data.set, {})
         task = replace(task, loader=other.loader if isinstance(other, Task) else other)
@@ -233,6 +245,10 @@ def _called(config: str, options: Mapping[str, Any]) -> Any:
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise DistillError(f"{path} has no function {name!r}{nearest(name, known)}")
+    try:
+        inspect.signature(function).bind(**options)
+    except TypeError as error:
+        raise DistillError(f"{config} cannot be called with options {dict(options)}: {error}") from None
     return function(**options)
 
 

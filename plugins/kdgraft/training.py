@@ -207,6 +207,19 @@ def grouped(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield group
 
 
+def pair_of(batch: Any) -> tuple[Any, Any]:
+    """Return the inputs and the targets of a batch; raise a :class:`DistillError` for one that is not these two.
+
+    A tensor of two samples is none, although it can be unpacked.
+    """
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        many = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise DistillError(
+            f"fit: the loader must yield (inputs, targets), got a {type(batch).__name__}{many}; targets may be None"
+        )
+    return batch[0], batch[1]
+
+
 def shares(group: Sequence[Any]) -> list[float]:
     """Return the share of each batch in the samples of all; equal ones where the number of samples cannot be seen."""
     try:

@@ -346,3 +346,43 @@ def test_a_plan_trains_a_task_with_its_settings(tmp_path: Path):
     assert state["best"]["epoch"] == 1
     assert all(torch.equal(state["best"]["weights"][name], value) for name, value in weights.items())
     assert not torch.equal(state["model"]["student.weight"], weights["weight"])
+
+
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        (X[:2], "got a Tensor"),
+        ({"x": X, "y": Y}, "got a dict"),
+        ((X, Y, Y), "got a tuple of 3"),
+        (DataLoader(TensorDataset(X), 4), "got a list of 1"),
+    ],
+)
+def test_a_batch_that_is_no_pair_is_refused(batch, said: str):
+    with pytest.raises(DistillError, match=rf"must yield \(inputs, targets\), {said}"):
+        fit(net(4, 0), batch if isinstance(batch, DataLoader) else [batch], F.cross_entropy, epochs=1)
+
+
+def test_a_plan_of_models_that_take_a_dict(tmp_path: Path):
+    (tmp_path / "tasks.py").write_text("""
+import torch
+import torch.nn.functional as F
+from torch import nn
+from kdgraft.plain import Task
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, given):
+        return self.layer(given["x"] + given["more"][0])
+
+
+def task():
+    return Task(Net(), [({"x": torch.ones(4, 3), "more": [torch.ones(4, 1)]}, torch.arange(4) % 2)], F.cross_entropy, 1)
+""")
+    text = "[runs.a]\nconfig = 'tasks.py:task'\n[runs.b]\nconfig = 'tasks.py:task'\nteacher = 'a'\nterms = ['SoftTargets']\n"
+    (tmp_path / "plan.toml").write_text(f"out = '{tmp_path}/out'\n{text}")
+    carry_out(read_plan(tmp_path / "plan.toml"))
+    assert (tmp_path / "out/b/seed0/student.pth").exists()

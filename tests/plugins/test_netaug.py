@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from golden import netaug as golden
-from kdgraft import DistillError, NetAug, Stop, Views, WiringError
+from kdgraft import Distiller, DistillError, NetAug, Stop, Views, WiringError
 from kdgraft.batchnorm import reestimate_batchnorm
 from kdgraft.fit import fit
 
@@ -118,6 +118,14 @@ def test_stages_may_have_widths_of_their_own():
 def test_inputs_of_a_teacher_are_refused():
     with pytest.raises(DistillError, match="no teacher with a view of its own"):
         NetAug(make, example=X[:1])(Views(X, teacher=X))
+
+
+def test_a_distiller_around_it_or_taught_by_it_is_refused_with_the_remedy():
+    net, other = NetAug(make, example=X[:1]), make(1)
+    for student, teacher, name in ((net, other, "the student"), (other, net, "teacher")):
+        with pytest.raises(WiringError, match=f"{name} is a NetAug around a student; give its .student here"):
+            Distiller(student, teacher, ["SoftTargets"], X[:1])
+    Distiller(net.student, other, ["SoftTargets"], X[:1])
 
 
 # --- the tiny net

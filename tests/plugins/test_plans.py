@@ -315,3 +315,43 @@ def test_the_plan_of_the_pages_runs_as_printed(tmp_path: Path, monkeypatch, caps
     capsys.readouterr()
     assert main(["plan", "chain.toml"]) == 0
     assert capsys.readouterr().out.count("finished") == 6
+
+
+def test_a_tiny_net_that_trained_inside_wider_ones_teaches_starts_and_is_averaged_as_itself(folder: Path, capsys):
+    with (folder / "tasks.py").open("a") as file:
+        file.write("""
+from dataclasses import replace
+from kdgraft import NetAug
+
+
+def inside(width=4):
+    net = NetAug(lambda w: small(round(width * w)).model, widths=(1, 2), example=X[:1])
+    return replace(small(), model=net)
+""")
+    config, net = "tasks.py:inside", 'config = "tasks.py:small"\n'
+    text = f"""
+[runs.tiny]
+config = "{config}"
+[runs.again]
+config = "{config}"
+start = "tiny"
+[runs.student]
+{net}teacher = "tiny"
+terms = ["SoftTargets"]
+[runs.together]
+{net}ensemble = ["tiny", "again"]
+"""
+    _, found = said(plan(folder, text))
+    tiny, task = weights(found["tiny", 0]), _task(f"{folder}/tasks.py:small", {})
+    task.model.load_state_dict(tiny)
+    accuracy = float(task.evaluate(task.model.eval())["accuracy"])
+    assert found["tiny", 0].metrics["accuracy"] == pytest.approx(accuracy)
+    # The teacher of the student is the tiny net alone.
+    torch.manual_seed(0)
+    student = _task(f"{folder}/tasks.py:small", {})
+    distiller = Distiller(student.model, task.model, ["SoftTargets"], torch.zeros(1, 4))
+    fit(distiller, student.loader, F.cross_entropy, epochs=3)
+    for name, value in student.model.state_dict().items():
+        assert torch.equal(value, weights(found["student", 0])[name]), name
+    text = f'[runs.a]\n{net}[runs.b]\nconfig = "{config}"\nteacher = "a"\nterms = ["SoftTargets"]\n'
+    refused(capsys, ["plan", str(plan(folder, text, out="new"))], "trains a NetAug, which takes no teacher in a plan")
