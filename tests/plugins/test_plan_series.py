@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -184,12 +185,28 @@ def test_a_choice_by_what_was_not_measured_is_refused():
             "each needs equally many values of each option, got 2 of width, 1 of depth",
         ),
         ("chain = [3]\n" + SOFT, "chain must be a table, got [3]"),
+        ("each = {}", "each is empty; leave it out"),
+        ("stages = []", "stages is empty; leave it out"),
+        ("each = { config = [3, 4] }", "each.config must be a list of configs, got [3, 4]"),
+        ("each = { width = [3, 3] }", "each gives the same values twice; leave one of them out"),
+        ("chain = { width = [1, 2] }\neach = { width = [3] }\n" + SOFT, "each and chain both change width"),
+        (
+            "stages = [{}, { options = { width = 2 } }]\neach = { width = [3] }",
+            "each and stages both change width; change it in one of them",
+        ),
+        (
+            "generations = 2\nchoose = 'accuracy'\n" + SOFT,
+            "or a teacher that has it; runs of which each follows the one before are no choice",
+        ),
+        ("each = { width = [1, 2] }\nchoose = { by = 'x', midway = ['b', 'b'] }", "midway must be two different runs"),
+        ("ensemble = ['b-*']\neach = { width = [1] }", "an ensemble is evaluated and not trained; leave out each"),
+        ("ensemble = ['b-*']\nstages = [{}]", "an ensemble is evaluated and not trained; leave out stages"),
         ("stages = [3]", "a stage must be a table such as { terms = […] }, got 3"),
         ("stages = [{ terms = ['Hint'] }]", "terms need a teacher"),
         ("each = { width = [1, 2] }\nchoose = 3", "choose must be a metric or a table such as"),
         ("each = { width = [1, 2] }\nchoose = { bye = 'x' }", "choose has no entry 'bye'; did you mean 'by'"),
         ("each = { width = [1, 2] }\nchoose = { by = '-' }", "choose needs by = 'metric', or '-metric' for the lowest"),
-        ("each = { width = [1, 2] }\nchoose = { by = 'x', midway = ['b'] }", "midway must be two runs"),
+        ("each = { width = [1, 2] }\nchoose = { by = 'x', midway = ['b'] }", "midway must be two different runs"),
         ("each = { width = [1, 2] }\nchoose = { by = '-x', midway = ['b', 'b'] }", "write by = 'x'"),
         ("each = { width = [1, 2] }\nchoose = { by = 'x', midway = ['b', 'c'] }", "a needs 'c', which is not a run"),
         ("choose = 'accuracy'", "a: choose needs several runs: each = { option = [value, …] }"),
@@ -445,6 +462,16 @@ def test_labels_are_left_out_of_data_that_have_them(folder: Path, capsys):
 def test_a_loader_that_cannot_be_drawn_from_is_refused(folder: Path, capsys):
     text = TAUGHT + 'data = { set = "tasks.py:ordered", share = 0.5 }\n'
     refused(capsys, ["plan", str(plan(with_data(folder), text))], "data.share needs a DataLoader", "got list")
+
+
+def test_a_set_that_gives_no_batches_of_inputs_and_targets_is_one_line(folder: Path, capsys):
+    def line(data: str, *parts: str) -> None:
+        refused(capsys, ["plan", str(plan(with_data(folder), TAUGHT + f"data = {data}\n"))], *parts)
+        shutil.rmtree(folder / "out")
+
+    line('{ set = "tasks.py:inputs" }', "the loader must yield (inputs, targets), got a Tensor")
+    line('{ set = "tasks.py" }', "data.set must name a function, 'file.py:function', got", "tasks.py")
+    line('{ set = "tasks.py:task" }', "cannot be called with options {}: missing a required argument: 'width'")
 
 
 def test_a_teacher_that_is_stopped_early(folder: Path, capsys):

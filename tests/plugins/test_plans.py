@@ -255,6 +255,7 @@ def test_other_settings_in_a_folder_are_refused(folder: Path):
         ("seeds = []\n[runs.a]\nconfig = 'x.py:f'\n", "seeds must be a list of different whole numbers"),
         ("seeds = [1, 1]\n[runs.a]\nconfig = 'x.py:f'\n", "seeds must be a list of different whole numbers"),
         ("seeds = [-1]\n[runs.a]\nconfig = 'x.py:f'\n", "a seed must be a whole number >= 0, got -1"),
+        (f"seeds = [{2**32}]\n[runs.a]\nconfig = 'x.py:f'\n", "a seed must be below 2**32, got 4294967296"),
         ("[runs.a]\nconfig = 'x.py:f'\nteacher = 'b'\nterms = ['SoftTargets']\n", "a needs 'b', which is not a run"),
         (
             "[runs.a]\nconfig = 'x.py:f'\nteacher = 'b'\n[runs.b]\nconfig = 'x.py:f'\n",

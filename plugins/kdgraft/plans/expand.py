@@ -160,8 +160,9 @@ def _expanded(name: str, entry: Entry, made: Mapping[str, _Made]) -> tuple[list[
     if entry.choose is None:
         return runs, _Made(names, last if variants else last[""])
     if not variants:
+        turns = "; runs of which each follows the one before are no choice" if len(runs) > 1 else ""
         raise DistillError(
-            f"{name}: choose needs several runs: each = {{ option = [value, …] }}, or a teacher that has it"
+            f"{name}: choose needs several runs: each = {{ option = [value, …] }}, or a teacher that has it{turns}"
         )
     middle, several = _meanings(name, entry.choose.midway, made)
     if len(middle) < len({*entry.choose.midway}):

@@ -76,6 +76,8 @@ def _seeds(where: str, seeds: Any) -> tuple[int, ...]:
         raise DistillError(f"{where}: seeds must be a list of different whole numbers, got {seeds!r}")
     for seed in seeds:
         check_number(where, "a seed", seed, whole=True)
+        if seed >= 2**32:
+            raise DistillError(f"{where}: a seed must be below 2**32, got {seed}")
     return tuple(seeds)
 
 
@@ -88,9 +90,12 @@ def _entry(name: str, entry: Any, host: Any, folder: Path) -> Entry:
         raise DistillError(f"{where}: a run's name must be letters, digits, '-' and '_'")
     _known(where, entry, RUN_KEYS)
     _check_kinds(where, entry)
+    if "ensemble" in entry:
+        _check_ensemble(where, entry)
     _check_series(where, entry)
     single = {"host": host, **{key: value for key, value in entry.items() if key not in SERIES_KEYS}}
     stages = tuple(_stage(name, single, stage, folder) for stage in entry.get("stages", ()))
+    _check_overlap(where, entry)
     alone = "chain" in entry or "generations" in entry
     return Entry(
         stages[0] if stages else _run(name, single, folder, alone=alone),
@@ -108,9 +113,7 @@ def _run(name: str, entry: Mapping[str, Any], folder: Path, *, alone: bool = Fal
         raise DistillError(f"{where} needs config = '…', the config to train")
     teachers = _teachers(where, entry)
     distils = bool(entry.get("terms") or entry.get("recipe"))
-    if "ensemble" in entry:
-        _check_ensemble(where, entry)
-    elif distils != bool(teachers) and not (alone and distils):
+    if "ensemble" not in entry and distils != bool(teachers) and not (alone and distils):
         raise DistillError(f"{where}: " + ("terms need a teacher" if distils else "a teacher needs terms or a recipe"))
     if "stop" in entry:
         check_number(where, "stop", entry["stop"], 1, whole=True)
@@ -234,15 +237,29 @@ def _data(where: str, data: Mapping[str, Any], taught: bool, folder: Path) -> Tr
 
 
 def _check_series(where: str, entry: Mapping[str, Any]) -> None:
+    for key in ("each", "chain", "stages"):
+        if key in entry and not entry[key]:
+            raise DistillError(f"{where}: {key} is empty; leave it out")
     found = [key for key in ("chain", "generations", "stages") if key in entry]
     if len(found) > 1:
-        raise DistillError(f"{where}: {' and '.join(found)} exclude each other; make two runs of them")
+        raise DistillError(f"{where}: {' and '.join(found)} exclude each other; make a run of each")
     if not found or found == ["stages"]:
         return
     if "teachers" in entry:
         raise DistillError(f"{where}: {found[0]} needs one teacher = '…', in whose place each run teaches the next")
     if not entry.get("terms") and not entry.get("recipe"):
         raise DistillError(f"{where}: {found[0]} needs terms or a recipe, by which each run teaches the next")
+
+
+def _check_overlap(where: str, entry: Mapping[str, Any]) -> None:
+    """Refuse an option that both ``each`` and a chain or stages change, as one of the two would be without effect."""
+    later = {"chain": [*entry.get("chain", ())], "stages": list[str]()}
+    for stage in entry.get("stages", ()):
+        later["stages"] += [*stage.get("options", ()), *{"config"} & set(stage)]
+    for key, changed in later.items():
+        both = [option for option in entry.get("each", ()) if option in changed]
+        if both:
+            raise DistillError(f"{where}: each and {key} both change {', '.join(both)}; change it in one of them")
 
 
 def _chain(where: str, entry: Mapping[str, Any], folder: Path) -> Mapping[str, Changes]:
@@ -267,7 +284,11 @@ def _changes(where: str, key: str, options: Mapping[str, Any], folder: Path) -> 
     first = next(iter(options), None)
     if first is None:
         return {}
+    if not all(isinstance(config, str) for config in options.get("config", ())):
+        raise DistillError(f"{where}: {key}.config must be a list of configs, got {options['config']!r}")
     rows = [dict(zip(options, row, strict=True)) for row in zip(*options.values(), strict=True)]
+    if key == "each" and any(row in rows[:place] for place, row in enumerate(rows)):
+        raise DistillError(f"{where}: each gives the same values twice; leave one of them out")
     for row in rows:
         if "config" in row:
             row["config"] = _located(row["config"], folder)
@@ -306,7 +327,7 @@ def _choice(name: str, given: Any) -> Choice:
     if midway and by.startswith("-"):
         raise DistillError(f"{where}: midway is nearest to the mean of two runs, not the lowest; write by = {by[1:]!r}")
     if "midway" in given and not (
-        isinstance(midway, list) and len(midway) == 2 and all(isinstance(run, str) for run in midway)
+        isinstance(midway, list) and all(isinstance(run, str) for run in midway) and len(midway) == len({*midway}) == 2
     ):
-        raise DistillError(f"{where}: midway must be two runs, such as ['teacher', 'alone'], got {midway!r}")
+        raise DistillError(f"{where}: midway must be two different runs, such as ['teacher', 'alone'], got {midway!r}")
     return Choice(name, (), by, tuple(midway))
