@@ -15,8 +15,8 @@ LENGTH = 2
 
 
 def teacher(runs: Runs) -> str:
-    """Plan the large perceptron, regularised by dropout, that teaches the others."""
-    return runs.train("perceptron-teacher", "mlp", 400, length=LENGTH, dropout=0.5)
+    """Plan the large perceptron that teaches the others, with dropout and, as in the paper, pictures that are moved at random."""
+    return runs.train("perceptron-teacher", "mlp", 400, length=3, rate=2e-3, dropout=0.25, mode="alone")
 
 
 def student(runs: Runs, width: int = WIDE, temperature: float | None = None) -> str:
