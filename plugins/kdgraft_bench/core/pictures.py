@@ -37,7 +37,7 @@ def draw_gap(figures: Figures, path: Path) -> None:
     left, right = figure.subplots(1, 2)
     _line(left, TEACHERS, [figures[f"student of width {width}"] for width in TEACHERS], "taught by it")
     _level(left, figures["none"], "no teacher")
-    _level(left, figures["assistant"], f"by an assistant of width {TEACHERS[-1]}'s", style=":", colour="C2")
+    _level(left, figures["assistant"], f"by an assistant that width {TEACHERS[-1]} taught", style=":", colour="C2")
     left.set(title="the student", xlabel="teacher's width (channels)", ylabel="test accuracy (%)")
     _line(right, TEACHERS, [figures[f"teacher of width {width}"] for width in TEACHERS], "teacher")
     right.set(title="the teacher itself", xlabel="teacher's width (channels)", ylabel="test accuracy (%)")
@@ -51,9 +51,10 @@ def draw_patience(figures: Figures, path: Path) -> None:
     """Draw the accuracy of each way of teaching against the length of the training."""
     figure = Figure(figsize=(6.4, 4), layout="constrained")
     axis = figure.subplots()
-    for mode in (*MODES, "mixup"):
+    for turn, mode in enumerate((*MODES, "mixup")):
         label = "consistent, with mixup" if mode == "mixup" else mode
-        _line(axis, LENGTHS, [figures[f"{mode}, length {length:g}"] for length in LENGTHS], label)
+        apart = [length * 1.03 ** (turn - 1.5) for length in LENGTHS]  # so that no bar hides another
+        _line(axis, apart, [figures[f"{mode}, length {length:g}"] for length in LENGTHS], label)
     axis.set_xscale("log")
     axis.set_xticks(LENGTHS, [f"{length:g}" for length in LENGTHS])
     axis.minorticks_off()
