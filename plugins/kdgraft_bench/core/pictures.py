@@ -35,7 +35,7 @@ def draw_gap(figures: Figures, path: Path) -> None:
     """Draw the student's accuracy against the teacher's width, with no teacher and with an assistant as levels."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _line(left, TEACHERS, [figures[f"student of width {width}"] for width in TEACHERS], "taught by it")
+    _line(left, TEACHERS, [figures[f"taught by width {width}"] for width in TEACHERS], "taught by it")
     _level(left, figures["none"], "no teacher")
     _level(left, figures["assistant"], f"by an assistant that width {TEACHERS[-1]} taught", style=":", colour="C2")
     left.set(title="the student", xlabel="teacher's width (channels)", ylabel="test accuracy (%)")

@@ -105,6 +105,7 @@ TEMPERATURE = Experiment(
             _units(NARROW, {2.5: 0.5, 4.0: 0.5, 1.0: -1}),
         ),
     ),
+    tuple(f"{width} units, T = {t:g}" for width in (NARROW, WIDE) for t in (1.0, 4.0, 20.0)),
 )
 SHARE = Experiment(
     "share",

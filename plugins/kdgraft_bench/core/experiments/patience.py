@@ -76,4 +76,10 @@ PATIENCE = Experiment(
             {"Shampoo, a quarter": 1, "AdamW, a quarter": -1},
         ),
     ),
+    (
+        *(f"{mode}, length {LONG:g}" for mode in (*MODES, "mixup")),
+        "taught at 32×32",
+        "AdamW, a quarter",
+        "Shampoo, a quarter",
+    ),
 )
