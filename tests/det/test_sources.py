@@ -624,7 +624,7 @@ def test_peers_resume_bit_by_bit_and_each_is_exported(scenes, tmp_path, capsys):
         ([], {}, "a single student has no peers"),
         ([dict(config=PEER)], dict(average=True), "leave average out"),
         ([dict(config=PEER, checkpoint="a.pth")], {}, r"peer 0 of 1, takes no argument 'checkpoint'"),
-        ([dict(confg=PEER)], {}, r"takes no argument 'confg'; did you mean 'config'"),
+        ([dict(confi=PEER)], {}, r"takes no argument 'confi'; did you mean 'config'"),
         ([{}], {}, r"teachers\['peers'\], peer 0 of 1, needs config=…; write dict\(config='…'\)"),
         ([3], {}, r"peer 0 of 1, must be dict\(config='…'\), got 3"),
         ([dict(config=PEER)], dict(avrage=True), "source Peers takes no argument 'avrage'; did you mean 'average'"),

@@ -111,8 +111,8 @@ def test_views_that_cannot_be_meant(tmp_path, views, settings, message):
 def test_views_are_of_images(tmp_path):
     with pytest.raises(DistillError, match="views are of images, and the student takes no pixel_values"):
         trainer(tmp_path, Teaching(), student=support.model("bert"), teacher=support.model("bert", 32, seed=2))
-    built = trainer(tmp_path, lambda images, labels: (Views(images, techer=images), labels))
-    with pytest.raises(DistillError, match="'techer' is not a source"):
+    built = trainer(tmp_path, lambda images, labels: (Views(images, teecher=images), labels))
+    with pytest.raises(DistillError, match="'teecher' is not a source"):
         built.train()
     with pytest.raises(DistillError, match="views need pixel_values in the batch, which has labels"):
         viewed(Teaching(), {"labels": torch.zeros(2, dtype=torch.long)}, ["teacher"])
