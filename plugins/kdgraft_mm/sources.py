@@ -151,17 +151,18 @@ def _checked(
     spec: Any,
     known: tuple[str, ...],
     needed: tuple[str, ...],
-    right: str = "teacher=dict(config='…', checkpoint='teacher.pth')",
+    right: str = "",
 ) -> Mapping[str, Any]:
-    """Return a source's dict; raise a :class:`DistillError` for a key that is unknown or missing."""
+    """Return a source's dict, like ``right`` or else a teacher's; raise a :class:`DistillError` for a key that is unknown or missing."""
     if not isinstance(spec, Mapping):
-        raise DistillError(f"{name} must be {right.removeprefix('teacher=')}, got {spec!r}")
+        raise DistillError(f"{name} must be {right or 'dict(config=…, checkpoint=…)'}, got {spec!r}")
     for key in spec:
         if key not in known:
             raise DistillError(f"{name} takes no argument {key!r}{nearest(key, known)}")
     for key in needed:
         if not spec.get(key):
-            raise DistillError(f"{name} needs {key}=…; write {right}")
+            write = right or "teacher=dict(config='…', checkpoint='teacher.pth')"
+            raise DistillError(f"{name} needs {key}=…; write {write}")
     return spec
 
 
