@@ -186,8 +186,8 @@ def encode(
         return ids.get(name, -100)
 
     if task in LABELLED and label is None:
-        words = task == "tokens"
-        return Dataset.from_dict({**tokenizer(*texts, truncation=True, max_length=length, is_split_into_words=words)})
+        settings = dict(truncation=True, max_length=length, is_split_into_words=task == "tokens")
+        return Dataset.from_dict({**tokenizer(*texts, **settings)})
     if task in ("classification", "regression"):
         assert label is not None
         encoded = tokenizer(*texts, truncation=True, max_length=length)

@@ -80,7 +80,7 @@ def task(
     )
 
 
-def _views(mode: str, mixup: bool, pictures: Pictures, large: bool, teacher_large: bool) -> Callable[..., Any]:
+def _views(mode: Any, mixup: bool, pictures: Pictures, large: bool, teacher_large: bool) -> Callable[..., Any]:
     """Return the views of a batch of pictures at full resolution."""
     full = pictures.large.shape[-1]
     sides = [full if each else full // 2 for each in (large, teacher_large)]
