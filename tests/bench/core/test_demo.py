@@ -15,10 +15,14 @@ from kdgraft.hosts import demos
 from kdgraft.plans import carry_out
 from kdgraft.registry import RECIPES, expand_recipe
 from kdgraft_bench.core import demo
+from kdgraft_bench.core.data import pictures_of
 from kdgraft_bench.core.experiments import EXPERIMENTS
+from kdgraft_bench.core.experiments.convolutional import STUDENT, TEACHER
+from kdgraft_bench.core.nets import conv
 from kdgraft_bench.core.pictures import PICTURES
 from kdgraft_bench.core.runs import Runs
 from support.commands import refused
+from support.pages import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +78,16 @@ def test_all_experiments_are_one_plan(tmp_path: Path):
         known.add(name)
     with pytest.raises(DistillError, match="two experiments have different runs that are called 'conv6'"):
         runs.train("conv6", "conv", 5)
+
+
+def test_the_page_has_the_sizes_of_sets_nets_and_comparisons():
+    page = (ROOT / "docs/results/core.md").read_text(encoding="utf-8")
+    train, val, test = (len(pictures_of(split, "").labels) for split in ("train", "val", "test"))
+    assert f"{train} training pictures (2 of each digit), {val} for validation (2) and {test} for the test (8)" in page
+    student, teacher = (sum(p.numel() for p in conv(width).parameters()) for width in (STUDENT, TEACHER))
+    assert f"{student / 1000:.1f} k weights; their teacher has width {TEACHER} and {teacher / 1000:.0f} k" in page
+    methods = EXPERIMENTS["every"].plan(Runs(600)).keys() - {"teacher", "none"}
+    assert f"compares {len(methods)} methods" in page and f"**Training:** {demo.STEPS} steps of 64 pictures" in page
 
 
 def test_lengths_are_whole_parts():
