@@ -103,12 +103,13 @@ class PlainTrainer:
         return TrainedModel(job.config, str(job.folder), metrics, dict(job.options))
 
     def _fit(self, job: Job) -> TrainedModel:
+        own = {"start": job.start.weights} if job.start is not None and _starts(job.config) else {}
         torch.manual_seed(job.seed)
-        task = _task(job.config, job.options)
+        task = _task(job.config, {**job.options, **own})
         if job.data is not None:
             task = _transferred(task, job.data, job.seed)
         model: nn.Module = task.model
-        if job.start is not None:
+        if job.start is not None and not own:
             load_strictly(student_of(model), read_checkpoint(job.start.weights), job.start.weights, "student")
         if job.teachers:
             if distils(model):
@@ -234,8 +235,13 @@ def _task(config: str, options: Mapping[str, Any]) -> Task:
     return found
 
 
-def _called(config: str, options: Mapping[str, Any]) -> Any:
-    """Call the function that ``file.py:function`` names."""
+def _starts(config: str) -> bool:
+    """Return true if a task's function has an argument ``start``, the file of the weights from which its model starts."""
+    return "start" in inspect.signature(_function(config)).parameters
+
+
+def _function(config: str) -> Callable[..., Any]:
+    """Return the function that ``file.py:function`` names."""
     path, name = _file(config), config.rpartition(":")[2]
     spec = spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
@@ -245,6 +251,12 @@ def _called(config: str, options: Mapping[str, Any]) -> Any:
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
         raise DistillError(f"{path} has no function {name!r}{nearest(name, known)}")
+    return function
+
+
+def _called(config: str, options: Mapping[str, Any]) -> Any:
+    """Call the function that ``file.py:function`` names."""
+    function = _function(config)
     try:
         inspect.signature(function).bind(**options)
     except TypeError as error:

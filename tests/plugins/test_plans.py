@@ -192,6 +192,41 @@ start = "first"
     assert torch.equal(task.model[0].weight, weights(found["second", 1])["0.weight"])
 
 
+def test_a_task_with_an_argument_start_is_given_the_weights_of_that_run(folder: Path):
+    tasks = folder / "tasks.py"
+    tasks.write_text(
+        TASKS
+        + """
+def grown(start=None):
+    found = task(6)
+    if start is not None:  # twice as many units: the old ones, and new ones of weight 0
+        old = torch.load(start, weights_only=True)
+        for name, own in found.model.state_dict().items():
+            own.zero_()[tuple(slice(0, size) for size in old[name].shape)] = old[name]
+    return found
+"""
+    )
+    text = """
+[runs.first]
+config = "tasks.py:small"
+options = { width = 3 }
+[runs.second]
+config = "tasks.py:grown"
+start = "first"
+[runs.student]
+config = "tasks.py:small"
+teacher = "second"
+terms = ["SoftTargets"]
+"""
+    _, found = said(plan(folder, text))
+    assert weights(found["second", 0])["0.weight"].shape == (6, 4)
+    torch.manual_seed(0)
+    task = _task(f"{folder}/tasks.py:grown", {"start": found["first", 0].weights})
+    assert torch.equal(task.model[0].weight[:3], weights(found["first", 0])["0.weight"])
+    fit(task.model, task.loader, F.cross_entropy, epochs=3)
+    assert torch.equal(task.model[0].weight, weights(found["second", 0])["0.weight"])
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_a_teacher_is_built_with_its_options(folder: Path, finished: bool):
     first = '[runs.teacher]\nconfig = "tasks.py:small"\noptions = { width = 12 }\n'

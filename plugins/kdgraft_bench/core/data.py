@@ -38,17 +38,24 @@ class Pictures:
         large: about 0 in the mean and 1 in the standard deviation, ``(N, C, S, S)``; 1 channel and a side of 32 in the embedded set.
         labels: 0 to 9, ``(N,)``.
         source: the digit's index in scikit-learn's set, ``(N,)``; the picture's own number in a real set.
+        clean: the digits alone, without pieces of others and noise, as ``large``; ``None`` in a real set.
     """
 
     large: Tensor
     labels: Tensor
     source: Tensor
+    clean: Tensor | None = None
 
     @cached_property
     def small(self) -> Tensor:
         """The pictures at half the resolution, ``(N, C, S / 2, S / 2)``."""
-        side = self.large.shape[-1] // 2  # as kdgraft.consistent.Teaching does it
-        return F.interpolate(self.large, (side, side), mode="bilinear", antialias=True)
+        return halved(self.large)
+
+
+def halved(pictures: Tensor) -> Tensor:
+    """Return pictures ``(N, C, S, S)`` at half the resolution, as :class:`kdgraft.consistent.Teaching` does it."""
+    side = pictures.shape[-1] // 2
+    return F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
 
 
 @lru_cache(maxsize=len(SPLITS))
@@ -79,13 +86,17 @@ def _rendered(split: str) -> Pictures:
     source = np.tile(own, COPIES[split])
     ink = F.interpolate(torch.from_numpy(images)[:, None], size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
     count = len(source)
-    canvas = _placed(rng, ink[source], size=(20, 28), turn=20, reach=3, opacity=(0.6, 1.0))
+    clean = canvas = _placed(rng, ink[source], size=(20, 28), turn=20, reach=3, opacity=(0.6, 1.0))
     for _ in range(_PIECES):
         pieces = _pieces(rng, ink[rng.choice(own, count)])
         canvas = torch.maximum(canvas, _placed(rng, pieces, size=(16, 26), turn=180, reach=14, opacity=(0.3, 0.7)))
     noise = torch.from_numpy(rng.standard_normal(canvas.shape, dtype=np.float32))
     large = (canvas + _NOISE * noise).clamp(0, 1)
-    return Pictures((large - 0.2) / 0.25, torch.from_numpy(labels[source]), torch.from_numpy(source))
+    return Pictures(_normalised(large), torch.from_numpy(labels[source]), torch.from_numpy(source), _normalised(clean))
+
+
+def _normalised(ink: Tensor) -> Tensor:
+    return (ink - 0.2) / 0.25
 
 
 def _pieces(rng: np.random.Generator, ink: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from ..comparison import choose
 from ..finished import describe
 from ..results import Result, markdown, write_results
 from ..timing import check_device
-from . import batches, nets, tasks
+from . import batches, generators, nets, reading, specialists, tasks
 from . import data as pictures
 from .claims import Figures
 from .data import pictures_of
@@ -98,9 +98,12 @@ def main(
     return results
 
 
+_CODE = (pictures, batches, nets, tasks, specialists, generators, reading)
+
+
 def _key(steps: int, split: str, data: str | None, device: str) -> str:
     """Return a name for runs of these settings, this data and this code of the trainings."""
-    code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in (pictures, batches, nets, tasks)]
+    code = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in _CODE]
     return digest([code, steps, split, describe(Path(data)) if data else "", device, torch.__version__])[:12]
 
 

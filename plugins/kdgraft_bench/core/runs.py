@@ -44,6 +44,7 @@ class Runs:
         recipe: Any = None,
         start: str | None = None,
         stop: int | None = None,
+        config: str = CONFIG,
         **options: Any,
     ) -> str:
         """Plan a training, and return its name.
@@ -56,6 +57,7 @@ class Runs:
             terms, recipe: the distillation.
             start: the run from whose weights it starts.
             stop: the parts after which it ends, with the schedule of all of them.
+            config: the task's function.
             options: further options of the task.
         """
         told = {"net": net, "width": width, "steps": self.count(length), **self.common, **options}
@@ -64,7 +66,7 @@ class Runs:
         teachers = {"teacher": teacher} if isinstance(teacher, str) else dict(teacher or {})
         return self._add(
             PlannedRun(
-                name, CONFIG, options=told, teachers=teachers, terms=tuple(terms), recipe=recipe, start=start, stop=stop
+                name, config, options=told, teachers=teachers, terms=tuple(terms), recipe=recipe, start=start, stop=stop
             )
         )
 

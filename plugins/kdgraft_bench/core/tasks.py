@@ -37,6 +37,8 @@ def task(
     share: float = 1.0,
     member: int = 0,
     special: str = "",
+    peers: int = 1,
+    average: bool = False,
     mode: str = "",
     mixup: bool = False,
     large: bool = False,
@@ -55,7 +57,8 @@ def task(
         data: the folder of a real set; the embedded one if empty.
         share: the share of the training pictures, that of each class, drawn with the seed.
         member: members of an ensemble have one seed; the number of a member makes it start from other weights.
-        special: ``"mutual"`` for deep mutual learning with a second net of this size, ``"netaug"`` for NetAug.
+        special: ``"mutual"`` for deep mutual learning with other nets of this size, ``"netaug"`` for NetAug.
+        peers, average: in mutual learning, the number of other nets, and to imitate the mean of all others (DML_e).
         mode: ``"alone"`` for random crops without a teacher, or the mode of :class:`kdgraft.consistent.Teaching`; the pictures as
             they are if empty.
         mixup: mix pictures, as there.
@@ -70,7 +73,7 @@ def task(
     rate = rate or RATES[optimizer if optimizer in RATES else net]
     settings = dict(lr=rate, schedule="cosine", warmup=steps // 10, clip=1.0)
     return Task(
-        _MODELS[special](net, width, pictures, large, sizes),
+        _model(special, peers, average, net, width, pictures, large, sizes),
         Batches(pictures.large if mode or large else pictures.small, pictures.labels, BATCH, steps // parts),
         F.cross_entropy,
         epochs=parts,
@@ -97,22 +100,20 @@ def _plain(net: str, width: float, pictures: Pictures, large: bool, sizes: dict[
     return nets.conv(round(width), channels=channels, stem=large, **sizes)
 
 
-def _mutual(net: str, width: int, *about: Any) -> Distiller:
+def _model(special: str, peers: int, average: bool, net: str, width: int, *about: Any) -> nn.Module:
+    if special == "netaug":
+        return NetAug(lambda factor: _plain(net, width * factor, *about), example=_example(*about))
     student = _plain(net, width, *about)
+    if special != "mutual":
+        return student
     with isolated_rng():  # the same weights and batches of the student as alone
         torch.manual_seed(torch.initial_seed() + 999)
-        return Distiller(student, Peers([_plain(net, width, *about)]), recipe="dml", example=_example(*about))
-
-
-def _netaug(net: str, width: int, *about: Any) -> NetAug:
-    return NetAug(lambda factor: _plain(net, width * factor, *about), example=_example(*about))
+        others = Peers([_plain(net, width, *about) for _ in range(peers)], average=average)
+        return Distiller(student, others, recipe="dml", example=_example(*about))
 
 
 def _example(pictures: Pictures, large: bool, sizes: Any) -> Tensor:
     return (pictures.large if large else pictures.small)[:2]
-
-
-_MODELS: dict[str, Callable[..., nn.Module]] = {"": _plain, "mutual": _mutual, "netaug": _netaug}
 
 
 def _shampoo(parameters: Any, lr: float) -> torch.optim.Optimizer:

@@ -5,13 +5,31 @@ from .augmented import NETAUG
 from .base import Experiment
 from .every import EVERY
 from .generations import BORN_AGAIN
+from .generators import GENERATORS
 from .hinton import ENSEMBLE, HARD_SOFT, SHARE, TEMPERATURE
 from .methods import METHODS
+from .mutual import MUTUAL
+from .panel import SPECIALISTS
 from .patience import PATIENCE
 
 EXPERIMENTS = {
     each.name: each
-    for each in (HARD_SOFT, TEMPERATURE, SHARE, ENSEMBLE, GAP, STOPPING, METHODS, EVERY, PATIENCE, BORN_AGAIN, NETAUG)
+    for each in (
+        HARD_SOFT,
+        TEMPERATURE,
+        SHARE,
+        ENSEMBLE,
+        SPECIALISTS,
+        GAP,
+        STOPPING,
+        METHODS,
+        EVERY,
+        MUTUAL,
+        PATIENCE,
+        BORN_AGAIN,
+        NETAUG,
+        GENERATORS,
+    )
 }
 
 __all__ = ["EXPERIMENTS", "Experiment"]

@@ -11,6 +11,7 @@ from ..runs import PARTS, Runs, soft
 from .assistants import chain, of
 from .base import Experiment
 from .convolutional import STUDENT, TEACHER, TEMPERATURE, plain
+from .mutual import pair
 
 FIRST_STAGE = 0.4
 """The length of the first stage of FitNets and FSP, which train on features before the labels; it comes in addition."""
@@ -49,7 +50,7 @@ def _methods(runs: Runs) -> dict[str, str]:
             teacher=teacher,
             recipe={"type": "bss", "epochs": min(runs.steps, PARTS), "bound": BOUND},
         ),
-        "mutual": runs.train("mutual", "conv", STUDENT, special="mutual"),
+        "mutual": pair(runs),
         "TAKD": chain(runs),
     }
 
