@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from kdgraft.errors import DistillError
 
 from .checks import one_line
+from .second_tokenizer import able_to_pad, cut, kept_columns
 from .settings import FILES, LABELLED, check_file
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -84,7 +85,7 @@ def texts_of(found: Dataset, column: TextColumns, *, words: bool = False) -> lis
     Raises:
         DistillError: a sample is neither; the message names the first one, which the tokenizer's own error does not.
     """
-    read = [list(found[name]) for name in _names(column)]
+    read = [list(found[name][:]) for name in _names(column)]  # at once, as one by one takes seconds
     for name, values in zip(_names(column), read, strict=True):
         for i, value in enumerate(values):
             fine = isinstance(value, list) and all(isinstance(word, str) for word in value)
@@ -169,48 +170,83 @@ def encode(
     columns: tuple[TextColumns, str | None],
     names: Sequence[str] | None,
     length: int,
+    *,
+    joined: bool = True,
+    kept: bool = False,
 ) -> Dataset:
     """Encode a set as token ids and labels: tags on each word's first token, blocks of ``length`` tokens for language models.
 
-    Without a column of labels the set is encoded as token ids alone.
+    Args:
+        task: the recipe's task.
+        found: the set.
+        tokenizer: the student's tokenizer.
+        columns: the columns of texts and of labels; without labels the set is encoded as token ids alone.
+        names: the classes.
+        length: the number of tokens that are kept of a text, or that make a block.
+        joined: for language models, join the texts to blocks; else each text is encoded on its own, with the special tokens
+            that the tokenizer adds, and texts of less than two tokens are left out.
+        kept: keep the texts, cut to what is encoded, in columns of their own, for a teacher with another tokenizer.
+
+    Raises:
+        DistillError: special tokens leave no place for others, a sample is malformed, or no text is long enough.
     """
     text, label = columns
-    texts = texts_of(found, text, words=task == "tokens")
+    texts, words = texts_of(found, text, words=task == "tokens"), task == "tokens"
     special = tokenizer.num_special_tokens_to_add(pair=len(texts) == 2)
     if length <= special:
         raise DistillError(f"data.length is {length}, and special tokens take {special} of it; raise data.length")
+    if kept:
+        texts = cut(texts, tokenizer, length, words=words)
+    more = kept_columns(texts, words=words) if kept else {}
+    if task in LABELLED:
+        encoded = tokenizer(*texts, truncation=True, max_length=length, is_split_into_words=words)
+        labels = {} if label is None else {"labels": _labels(task, found, text, label, names, encoded)}
+        return Dataset.from_dict({**encoded, **labels, **more})
+    rows = _blocks(texts[0], tokenizer, length) if joined else _apart(texts[0], tokenizer, length)
+    blocks = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows], **more})
+    if joined:
+        return blocks
+    longer = [i for i, row in enumerate(rows) if len(row) > 1]
+    if not longer:
+        raise DistillError("no text of the set has two tokens, so that there is no next token to predict")
+    return blocks if len(longer) == len(rows) else blocks.select(longer)
+
+
+def _labels(
+    task: str, found: Dataset, text: TextColumns, label: str, names: Sequence[str] | None, encoded: Any
+) -> list[Any]:
+    """Return the number, the class or the tags of each sample."""
+    if task == "regression":
+        return _numbers(found, label)
     ids = {name: i for i, name in enumerate(names or [])}
 
     def number(name: str) -> int:
         # A class that the training set lacks counts as wrong, whatever the prediction.
         return ids.get(name, -100)
 
-    if task in LABELLED and label is None:
-        settings = dict(truncation=True, max_length=length, is_split_into_words=task == "tokens")
-        return Dataset.from_dict({**tokenizer(*texts, **settings)})
-    if task in ("classification", "regression"):
-        assert label is not None
-        encoded = tokenizer(*texts, truncation=True, max_length=length)
-        labels = (
-            _numbers(found, label) if task == "regression" else [number(name) for name in _classes(task, found, label)]
-        )
-        return Dataset.from_dict({**encoded, "labels": labels})
-    if task == "tokens":
-        assert label is not None
-        check_tags(found, text, label)
-        tagged = _classes(task, found, label)
-        encoded = tokenizer(texts[0], truncation=True, max_length=length, is_split_into_words=True)
-        rows = []
-        for i, tags in enumerate(tagged):
-            places = encoded.word_ids(i)
-            words = zip(places, [None, *places[:-1]], strict=True)
-            rows.append([number(tags[word]) if word not in (None, before) else -100 for word, before in words])
-        return Dataset.from_dict({**encoded, "labels": rows})
-    flat = [
-        token for row in tokenizer(texts[0], add_special_tokens=False)["input_ids"] for token in [*row, _end(tokenizer)]
-    ]
-    blocks = [flat[i : i + length] for i in range(0, max(len(flat) - length + 1, 1), length)]
-    return Dataset.from_dict({"input_ids": blocks, "attention_mask": [[1] * len(block) for block in blocks]})
+    if task == "classification":
+        return [number(name) for name in _classes(task, found, label)]
+    check_tags(found, text, label)
+    rows = []
+    for i, tags in enumerate(_classes(task, found, label)):
+        places = encoded.word_ids(i)
+        words = zip(places, [None, *places[:-1]], strict=True)
+        rows.append([number(tags[word]) if word not in (None, before) else -100 for word, before in words])
+    return rows
+
+
+def _blocks(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """Return the tokens of all texts, each with an end-of-text token, in blocks of ``length``."""
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    flat = [token for row in encoded for token in [*row, _end(tokenizer)]]
+    return [flat[i : i + length] for i in range(0, max(len(flat) - length + 1, 1), length)]
+
+
+def _apart(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """Return the first ``length`` tokens of each text."""
+    able_to_pad(tokenizer, "student's")
+    found: list[list[int]] = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    return found
 
 
 def _end(tokenizer: Any) -> int:

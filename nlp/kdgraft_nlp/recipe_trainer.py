@@ -12,7 +12,7 @@ from kdgraft.hosts import Job, TrainedModel, TransferSet
 
 from . import run
 from .checkpoints import NothingComplete, newest_first
-from .settings import load
+from .settings import load, untaught
 from .trainer import DistillTrainer
 
 logger = logging.getLogger("kdgraft")
@@ -68,12 +68,12 @@ class RecipeTrainer:
     def carry_out(self, job: Job) -> TrainedModel:
         """Train in the run's folder, in which the student is saved too."""
         recipe = load(job.config, [f"{key}={value}" for key, value in job.options.items()])
+        if not job.teachers:
+            recipe = untaught(recipe)
         recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None}
         recipe |= {"teacher": None, "teachers": None}  # the plan gives the teachers
         recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}
-        if not job.teachers:
-            recipe.pop("init_from", None)
-        else:
+        if job.teachers:
             teachers = {name: _teacher(given) for name, given in job.teachers.items()}
             recipe |= {"teacher": teachers["teacher"]} if list(teachers) == ["teacher"] else {"teachers": teachers}
         if job.start is not None:

@@ -1,26 +1,33 @@
 """Training from a recipe file: ``kdgraft train recipe.yaml``; the scripts of ``nlp/configs`` and the demo use it too.
 
-===============  ====================================================================================================
-``task``         ``classification``, ``regression``, ``tokens``, ``causal`` or ``masked``
-``data``         ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``text`` (or ``words``),
-                 ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts; ``fraction``: the share of the
-                 training set to use; ``length``: tokens; ``labels: false``: train on the terms alone, on texts without labels
-``tokenizer``    a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither the
-                 student's nor the teacher's folder has one
-``student``      a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
-``teacher``      a folder, or a source such as ``{type: Itself, momentum: 0.99}``; without it the model trains alone (as a
-                 teacher, or as a plain student)
-``teachers``     several by name instead, for the terms' ``source``: ``{a: large, b: larger}``; a source may combine others:
-                 ``{teacher: {type: Ensemble, members: [a, b]}, …}``, or train beside the student, from a folder or a config:
-                 ``{peers: {type: Peers, models: [{model_type: bert, …}, …]}}``, ``{peer: {type: Peer, model: folder}}``
-``init_from``    layers of the teacher that the student starts from, ``[1, 3, 5]``; see :func:`~kdgraft_nlp.init_from_teacher`
-``recipe``       a recipe's name, or ``{type: name, …}``
-``terms``        a list of terms beside the recipe's
-``host_weight``  the factor of the host's own loss under a teacher, 1 by default
-``chunked``      for causal models under a teacher; see :class:`~kdgraft_nlp.DistillTrainer`
-``training``     arguments of :class:`transformers.TrainingArguments`
-``output``       the folder of checkpoints and of the student
-===============  ====================================================================================================
+=====================  ====================================================================================================
+``task``               ``classification``, ``regression``, ``tokens``, ``causal`` or ``masked``
+``data``               ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``text`` (or
+                       ``words``), ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts;
+                       ``fraction``: the share of the training set to use; ``length``: tokens; ``labels: false``: train on
+                       the terms alone, on texts without labels; ``joined: false``: a language model reads each text on its
+                       own, cut to ``length``, not blocks of joined texts
+``tokenizer``          a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither
+                       the student's nor the teacher's folder has one
+``student``            a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
+``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``; without it the model trains alone
+                       (as a teacher, or as a plain student)
+``teacher_tokenizer``  where the teacher has another tokenizer, ``true`` (the one in its folder) or a folder: each text is
+                       encoded by both, on its own (``joined`` is false), cut to what the student reads of it; for terms such
+                       as ``UniversalLogits``, ``GOLD``, ``DSKD`` and those on samples
+``teachers``           several by name instead, for the terms' ``source``: ``{a: large, b: larger}``; a source may combine
+                       others: ``{teacher: {type: Ensemble, members: [a, b]}, …}``, or train beside the student, from a
+                       folder or a config: ``{peers: {type: Peers, models: [{model_type: bert, …}, …]}}``, ``{peer: {type:
+                       Peer, model: folder}}``
+``init_from``          layers of the teacher that the student starts from, ``[1, 3, 5]``; see
+                       :func:`~kdgraft_nlp.init_from_teacher`
+``recipe``             a recipe's name, or ``{type: name, …}``
+``terms``              a list of terms beside the recipe's
+``host_weight``        the factor of the host's own loss under a teacher, 1 by default
+``chunked``            for causal models under a teacher; see :class:`~kdgraft_nlp.DistillTrainer`
+``training``           arguments of :class:`transformers.TrainingArguments`
+``output``             the folder of checkpoints and of the student
+=====================  ====================================================================================================
 """
 
 from __future__ import annotations
@@ -54,11 +61,11 @@ from kdgraft.telling import said_aloud
 
 from .checkpoints import newest_first
 from .checks import one_line
-from .collator import DistillCollator
 from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
 from .scores import number_scores, scores, tag_scores
-from .settings import TASKS, check_settings, load, tokenizer_folder
+from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
+from .settings import TASKS, check_settings, encoding, load, tokenizer_folder, untaught
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
 
@@ -193,7 +200,7 @@ def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ())
     """
     config = {**load(path, options), "student": str(student)}
     config["tokenizer"] = tokenizer_folder(config) or config.get("tokenizer")
-    config |= dict.fromkeys(("teacher", "teachers", "init_from", "recipe", "terms"))
+    config = untaught(config)
     if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
         raise DistillError(f"{path} has no set to evaluate the student on; add data.eval")
     with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
@@ -243,9 +250,10 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
         check_tags(labelled, columns[0], columns[1])
     names = class_names(task, labelled, columns[1]) if columns[1] and task != "regression" else None
     sets["train"] = drawn(sets["train"], told.get("fraction") or 1, arguments.seed)
-    length = told.get("length") or 128
+    theirs, how = teacher_tokenizer(config), encoding(config)
+    collator = second_view(_collator(task, tokenizer), theirs, columns[0], words=task == "tokens")
     read = {split: (columns[0], None) if unlabelled and split == "train" else columns for split in sets}
-    encoded = {split: encode(task, found, tokenizer, read[split], names, length) for split, found in sets.items()}
+    encoded = {split: encode(task, found, tokenizer, read[split], names, **how) for split, found in sets.items()}
     student = _model(config["student"], task, tokenizer, names)
     settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
 
@@ -264,7 +272,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             args=arguments,
             train_dataset=encoded["train"],
             eval_dataset=encoded.get("eval"),
-            data_collator=DistillCollator(_collator(task, tokenizer)),
+            data_collator=collator,
             processing_class=tokenizer,
             compute_metrics=_metrics(task, names),
             chunked=(config.get("chunked") or False) if taught else False,
@@ -272,9 +280,10 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             **settings,
         )
     _check_sizes("student", student, tokenizer, encoded)
+    seen = (tokenizer, encoded) if theirs is None else (theirs, read_by_teacher(collator, encoded))
     for name, source in trainer.distiller.sources.items() if trainer.distiller is not None else ():
         if source.members == (name,):
-            _check_sizes(name, source.model, tokenizer, encoded)
+            _check_sizes(name, source.model, *seen)
     return trainer
 
 
@@ -285,12 +294,12 @@ def _check_sizes(owner: str, model: Any, tokenizer: Any, sets: Mapping[str, Data
         raise DistillError(
             f"the tokenizer has {len(tokenizer)} entries, and the {owner} has {words} embeddings; raise vocab_size"
         )
-    longest = max(len(row) for found in sets.values() for row in found["input_ids"])
+    longest = max(len(row) for found in sets.values() for row in found["input_ids"][:])
     kinds = [
         max(row) + 1
         for found in sets.values()
         if "token_type_ids" in found.column_names
-        for row in found["token_type_ids"]
+        for row in found["token_type_ids"][:]
     ]
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]

@@ -36,6 +36,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "task": ((str,), "a name"),
     "data": ((Mapping,), "a mapping, such as {train: train.jsonl}"),
     "tokenizer": ((str, Path, Mapping, PreTrainedTokenizerBase), "a folder, or {vocab_size: 4000}"),
+    "teacher_tokenizer": ((bool, str, Path), "true (the one in the teacher's folder), or a folder"),
     "student": ((str, Path, Mapping), "a folder, or a config such as {model_type: bert, hidden_size: 64}"),
     "teacher": ((str, Path, Mapping), "a folder, or a source such as {type: Itself, momentum: 0.99}"),
     "teachers": ((Mapping,), "folders by name, such as {a: large, b: larger}"),
@@ -58,6 +59,7 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "fraction": ((int, float), "a number in (0, 1]"),
     "length": ((int,), "a whole number of tokens"),
     "labels": ((bool,), "true or false"),
+    "joined": ((bool,), "true or false"),
 }
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
 """The suffixes of data files, with the names of their readers in datasets."""
@@ -150,6 +152,7 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
         _check_evaluation(name, arguments, not files or bool(data.get("eval")), told)
     _check_models(config, fine, TASKS.get(name), told)
     _check_teaching(config, fine, told)
+    _check_second_tokenizer(name, data, fine, told)
     if told or arguments is None:
         many = f"{len(told)} mistakes: " if len(told) > 1 else ""
         raise DistillError(many + "; ".join(f"({i}) {said}" if many else said for i, said in enumerate(told, 1)))
@@ -225,6 +228,32 @@ def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], told: _M
         told.look(partial(check_number, whole=True), "chunked", "the number of tokens", fine["chunked"], 1)
 
 
+def _check_second_tokenizer(task: str, data: Mapping[str, Any], fine: Mapping[str, Any], told: _Mistakes) -> None:
+    if data.get("joined") is not None and task in LABELLED:
+        told.append(
+            f"data.joined is for language models, whose texts are joined to blocks; leave it out for task {task}"
+        )
+    given, teacher = fine.get("teacher_tokenizer"), fine.get("teacher")
+    if not given:
+        return
+    if isinstance(teacher, (str, Path)):
+        told.look(check_folder, "teacher_tokenizer", teacher if given is True else given, "tokenizer_config.json")
+    else:
+        told.append("teacher_tokenizer needs teacher: the folder of one model, which reads the texts with it")
+    if task == "masked":
+        told.append(
+            "teacher_tokenizer: the same random mask cannot be drawn for two tokenizers; distil masked models with one tokenizer"
+        )
+    if data.get("joined"):
+        told.append(
+            "data.joined: the tokens of two tokenizers are paired text by text, not in blocks; leave it out, or set it to false"
+        )
+    if fine.get("init_from") is not None:
+        told.append(
+            "init_from copies the teacher's embeddings, which teacher_tokenizer says are of other tokens; leave out one"
+        )
+
+
 def _fits(value: Any, kinds: tuple[type, ...]) -> bool:
     return value is None or (isinstance(value, kinds) and (bool in kinds or not isinstance(value, bool)))
 
@@ -278,10 +307,10 @@ def check_file(split: str, source: Any) -> None:
 
 
 def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
-    """Return the folder of the student, or else of a teacher, that contains a tokenizer."""
+    """Return the folder of the student, or else of a teacher with the same tokenizer, that contains a tokenizer."""
     teachers = config.get("teachers")
-    several = teachers.values() if isinstance(teachers, Mapping) else ()
-    for source in (config.get("student"), config.get("teacher"), *several):
+    several = [config.get("teacher"), *(teachers.values() if isinstance(teachers, Mapping) else ())]
+    for source in (config.get("student"), *([] if config.get("teacher_tokenizer") else several)):
         if isinstance(source, (str, Path)):
             try:
                 check_folder("tokenizer", source, "tokenizer_config.json")
@@ -289,6 +318,22 @@ def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
                 continue
             return source
     return None
+
+
+def encoding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the sets of a recipe are encoded: the settings of :func:`kdgraft_nlp.data.encode`."""
+    data, second = config.get("data") or {}, bool(config.get("teacher_tokenizer"))
+    joined = data.get("joined") is not False and not second
+    return dict(length=data.get("length") or 128, joined=joined, kept=second)
+
+
+def untaught(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe without its teachers and terms, which encodes its texts as before."""
+    taught = ("teacher", "teachers", "teacher_tokenizer", "init_from", "recipe", "terms")
+    found = {**config, **dict.fromkeys(taught)}
+    if config.get("teacher_tokenizer") and config.get("task") == "causal" and isinstance(config.get("data"), Mapping):
+        found["data"] = {**config["data"], "joined": False}
+    return found
 
 
 def _check_terms(recipe: Any, terms: Any, told: _Mistakes) -> None:
