@@ -107,7 +107,7 @@ class Comparison(ABC):
         dataset: the dataset's name in tables and results.
         teacher, student: (name, the host's description of the model).
         recipes: settings of a distilled model by name.
-        default: the recipes to run by default.
+        default: the recipes to run by default; a comparison without any runs only where one of its recipes is named.
         scores: metric -> (its name in the host, digits in the table); the first metric measures the gap.
         iterations: the iterations of every training.
         evaluations: the number of evaluations of a training on the validation split.
@@ -116,6 +116,7 @@ class Comparison(ABC):
         tested: the name of the test split in the table's title.
         picture: the file of :meth:`draw`.
         folder: the folder of the results below the demo's own; empty for the first comparison.
+        one_scale: the teacher's scores are on the scale of the students', so that there is a gap between them to close.
     """
 
     task: str
@@ -132,6 +133,7 @@ class Comparison(ABC):
     tested: str
     picture: str
     folder: str = ""
+    one_scale: bool = True
     costs: ClassVar[Mapping[str, int]]
     """The costs of a model: metric -> digits in the table."""
 
@@ -176,6 +178,10 @@ class Comparison(ABC):
     @abstractmethod
     def batch(self, run: Any) -> Any:
         """Return one training batch."""
+
+    def batches(self, runs: Sequence[Any]) -> list[Any]:
+        """Return a training batch for each model: the same for all."""
+        return [self.batch(runs[0])] * len(runs)
 
     @abstractmethod
     def loss(self, run: Any, batch: Any) -> Tensor:
@@ -228,7 +234,7 @@ def run(
     for comparison in comparisons:
         wanted = comparison.default if recipes == "default" else chosen
         names = [name for name in wanted if name in comparison.methods]
-        if names or recipes == "none":
+        if names or (recipes == "none" and comparison.default):
             steps = iterations or comparison.iterations
             teacher = Training("teacher", first_seed, steps, split, device, data, folder / comparison.folder)
             with comparison.entered(device):
@@ -277,7 +283,7 @@ def compare(comparison: Comparison, teacher: Training, names: Sequence[str], see
     rows = summary(results, {**digits, **comparison.costs})
     print_rows(rows, title)
     (folder / "table.md").write_text(markdown(rows) + "\n")
-    for name in names:
+    for name in names if comparison.one_scale else ():
         closed = gap_closed(results, comparison.metric, name)
         told = "has no gap to close" if math.isnan(closed) else f"closes {closed:.0%} of the gap"
         print(f"{name} {told} from plain student to teacher")
@@ -307,13 +313,12 @@ def train_once(comparison: Comparison, training: Training, world: Any) -> Outcom
 
 
 def time_steps(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[float]:
-    """Return the median seconds of a training step (forward, loss, backward) of each model, timed in turn on one batch.
+    """Return the median seconds of a training step (forward, loss, backward) of each model, timed in turn on its batch.
 
     The statistics of batch norms, which steps change, are restored afterwards.
     """
-    batch = comparison.batch(outcomes[0].run)
 
-    def step(run: Any) -> Callable[[], None]:
+    def step(run: Any, batch: Any) -> Callable[[], None]:
         run.model.train()
 
         def once() -> None:
@@ -325,7 +330,8 @@ def time_steps(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[floa
     models = [outcome.run.model for outcome in outcomes]
     before = [{name: buffer.clone() for name, buffer in model.named_buffers()} for model in models]
     device = next(models[0].parameters()).device.type
-    steps = {outcome.method: step(outcome.run) for outcome in outcomes}
+    batches = comparison.batches([outcome.run for outcome in outcomes])
+    steps = {one.method: step(one.run, batch) for one, batch in zip(outcomes, batches, strict=True)}
     seconds = interleave(steps, comparison.rounds, device=device)
     for model, buffers in zip(models, before, strict=True):
         for name, buffer in model.named_buffers():

@@ -87,6 +87,8 @@ MAY |= {
         "nlp": {"kdgraft_nlp", "transformers"},
     }.items()
 }
+# What is drawn for one host alone.
+MAY["kdgraft_bench.demos.attention"] = MAY["kdgraft_bench.demos.nlp"]
 PACKAGES = {name.partition(".")[0] for name in MAY}
 HOSTS = {"mmengine", "mmcv", "mmdet", "mmseg", "transformers"}
 MODULES = {

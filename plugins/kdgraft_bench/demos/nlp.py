@@ -2,8 +2,9 @@
 
 In the first comparison BERTs classify sentences of docstrings by their library: a teacher from scratch, a smaller student, and the
 student with the recipes for classifiers. In the second, a small Llama teaches a smaller one on the same text, measured by
-perplexity. All students have the same training set and schedule. The weights of terms were tuned on the validation split with other
-seeds; the tables are of the test split. ``--data DIR`` takes real sentences (``train.jsonl``, ``val.jsonl``) instead.
+perplexity; in the third, which runs where one of its recipes is named, the smaller one has a tokenizer of its own. All students have
+the same training set and schedule. The weights of terms were tuned on the validation split with other seeds; the tables are of the
+test split. ``--data DIR`` takes real sentences (``train.jsonl``, ``val.jsonl``) instead.
 """
 
 from __future__ import annotations
@@ -18,17 +19,16 @@ import datasets
 import torch
 import transformers
 from datasets import Dataset
-from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from kdgraft.errors import DistillError
 from kdgraft.registry import expand_recipe
 from kdgraft_nlp import RECIPES, DistillTrainer
 from kdgraft_nlp.data import encode, read
 from kdgraft_nlp.run import build, with_perplexity
-from kdgraft_nlp.tasks import AUTO_CLASSES, task_of
+from kdgraft_nlp.settings import encoding
 
 from ..comparison import TWO_SPLITS, Comparison, Outcome, Training, run
 from ..data import check_layout
@@ -36,6 +36,7 @@ from ..data.docstrings import write_sentences
 from ..finished import code
 from ..pictures import Curves
 from ..results import Result
+from .attention import draw_attention
 
 DATA = dict(train=14_000, val=2100, test=4200)
 
@@ -142,7 +143,8 @@ class TrainerComparison(Comparison):
         curves = self._curves(trainer.state.log_history)
         tokenizer: Any = trainer.processing_class
         names = [trainer.model.config.id2label[i] for i in range(trainer.model.config.num_labels)]
-        tested = encode(self.recipe_task, sets["test"], tokenizer, self.columns, names, self.told["length"])
+        how = encoding(self.config(training))
+        tested = encode(self.recipe_task, sets["test"], tokenizer, self.columns, names, **how)
         metrics = self.figures(trainer.evaluate(tested))
         own = [p for name, p in trainer.model.named_parameters() if not name.startswith("distiller.")]
         metrics["parameters (k)"] = sum(p.numel() for p in own) / 1e3
@@ -185,6 +187,29 @@ class TrainerComparison(Comparison):
                     if key.startswith("distill."):
                         curves.setdefault(key, []).append((step, value))
         return curves
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerComparison(TrainerComparison):
+    """A comparison of language models in which the students have another tokenizer than their teacher, and texts stay apart.
+
+    Attributes:
+        student_vocabulary: the number of entries of the students' tokenizer, which is trained on the training set.
+    """
+
+    student_vocabulary: int = 1000
+
+    def config(self, training: Training) -> dict[str, Any]:
+        found = super().config(training)
+        if training.method != "teacher":
+            found["tokenizer"] = dict(vocab_size=self.student_vocabulary)
+        if training.method in self.recipes:
+            found["teacher_tokenizer"] = True
+        return found
+
+    def batches(self, runs: Sequence[DistillTrainer]) -> list[Any]:
+        """Return each model's first batch, in its own tokens."""
+        return [self.batch(run) for run in runs]
 
 
 class _Watch(TrainerCallback):
@@ -238,6 +263,8 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     # The published ratio 5 : 1 : 2, where the last number is the weight of the host's loss.
     "distilbert": dict(recipe=dict(type="distilbert", soft=2.5, cosine=0.5)),
 }
+TWO_TOKENIZERS: dict[str, dict[str, Any]] = {name: dict(recipe=name) for name in ("uld", "gold", "dskd")}
+"""The recipes for a teacher with another tokenizer, at the weights that their authors give."""
 DEFAULT = ("tinybert",)
 
 SENTENCES = TrainerComparison(
@@ -272,38 +299,24 @@ LANGUAGE = TrainerComparison(
     batch_size=8,
     folder="language_model",
 )
-
-
-def draw_attention(outcomes: Sequence[Outcome], text: str | list[str], path: Path) -> None:
-    """Draw the last layer's attention maps on one sentence, with a row for each model and a column for each head."""
-    found = []
-    for outcome in outcomes:
-        folder = str(outcome.training.folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AUTO_CLASSES[task_of(outcome.run.model)].from_pretrained(folder, attn_implementation="eager").eval()
-        inputs = tokenizer(text, return_tensors="pt", is_split_into_words=isinstance(text, list))
-        with torch.no_grad():
-            maps = model(**inputs, output_attentions=True).attentions[-1][0]
-        tokens = [token.replace("Ġ", " ").strip() for token in tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])]
-        found.append((outcome.method, tokens, maps.numpy()))
-    heads = max(len(maps) for _, _, maps in found)
-    shape = (2.3 * heads + 0.8, 2.3 * len(found) + 0.5)
-    figure = Figure(figsize=shape, layout="constrained")
-    axes = figure.subplots(len(found), heads, squeeze=False)
-    last = len(found) - 1
-    for place, (row, (method, tokens, maps)) in enumerate(zip(axes, found, strict=True)):
-        for head, axis in enumerate(row):
-            if head >= len(maps):
-                axis.set_axis_off()
-                continue
-            axis.imshow(maps[head], cmap="viridis", vmin=0, vmax=maps.max())
-            axis.set_xticks(
-                range(len(tokens)), tokens if place == last else [""] * len(tokens), rotation=90, fontsize=6
-            )
-            axis.set_yticks(range(len(tokens)), tokens if head == 0 else [""] * len(tokens), fontsize=6)
-            axis.set_title(f"{method}, head {head + 1}", fontsize=8)
-    figure.suptitle("attention of the last layer: each row is the attention of one token", fontsize=9)
-    figure.savefig(path, dpi=130)
+# Texts of the same kind for both models; only the students' perplexities are of the same tokens.
+TOKENIZERS = TokenizerComparison(
+    dataset="docstring text, another tokenizer",
+    recipe_task="causal",
+    told=dict(length=64, joined=False),
+    teacher=LANGUAGE.teacher,
+    student=LANGUAGE.student,
+    rates=LANGUAGE.rates,
+    recipes=TWO_TOKENIZERS,
+    default=(),
+    scores=LANGUAGE.scores,
+    tested="test split (perplexity of each model's own tokens: to be compared among the students)",
+    vocabulary=LANGUAGE.vocabulary,
+    batch_size=16,  # sentences: about as many tokens as in the blocks of LANGUAGE
+    folder="other_tokenizer",
+    evaluations=3,
+    one_scale=False,
+)
 
 
 def own_set(root: Path, fraction: float) -> list[TrainerComparison]:
@@ -355,7 +368,7 @@ def main(
         **settings: see :func:`kdgraft_bench.comparison.run`.
     """
     if data is None:
-        return run([SENTENCES, LANGUAGE], write_data, out, **settings)
+        return run([SENTENCES, LANGUAGE, TOKENIZERS], write_data, out, **settings)
     root = Path(data)
     with quiet():
         comparisons = own_set(root, fraction)

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import pytest
 from PIL import Image
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import support.nlp  # noqa: F401  quiet, one thread
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
-from kdgraft_bench.comparison import Training
+from kdgraft_bench.comparison import Training, run
 from kdgraft_bench.demos import nlp as demo
 
 
@@ -24,6 +24,8 @@ def shrink(patch):
         whole = getattr(demo, name)
         sizes = dict(teacher=models(32, 2), student=models(16, 1), vocabulary=300, batch_size=4, evaluations=2)
         patch.setattr(demo, name, replace(whole, told=dict(whole.told, length=16), **sizes))
+    sizes |= dict(vocabulary=80, student_vocabulary=50, rounds=2)
+    patch.setattr(demo, "TOKENIZERS", replace(demo.TOKENIZERS, told=dict(length=16, joined=False), **sizes))
 
 
 @pytest.fixture
@@ -98,6 +100,38 @@ def test_finished_trainings_are_taken_as_they_are(small, finished, monkeypatch, 
         demo.main(recipes="none", out=out, iterations=4)
 
 
+def test_students_with_another_tokenizer(small, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, count in (("train", 24), ("val", 4), ("test", 6)):
+        texts = [
+            f"returns the {word} of a given array in turn {i}" for i, word in zip(range(count), ["sum", "mean"] * 12)
+        ]
+        (data / f"{split}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    for recipes in ("default", "none"):  # it runs where one of its recipes is named
+        assert run([demo.TOKENIZERS], lambda _: data, tmp_path, recipes=recipes) == []
+    results = run([demo.TOKENIZERS], lambda _: data, tmp_path, recipes="gold", iterations=2)
+    said = capsys.readouterr().out
+    assert "to be compared among the students" in said and "of the gap" not in said
+    folder = tmp_path / "other_tokenizer"
+    assert {row["method"] for row in rows(folder)} == {"teacher", "plain", "gold"}
+    assert len(rows(folder)) == len(results) == 3 * 3
+    assert Image.open(folder / "attention.png").size[0] > 0
+    entries = {}
+    for method in ("teacher", "plain", "gold"):
+        saved = folder / "seed0" / method
+        tokenizer, model = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
+        entries[method] = len(tokenizer)
+        assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert entries["teacher"] > entries["plain"] == entries["gold"] == 50
+    # A plain student and a distilled one are trained and tested on the same tokens.
+    trainings = [Training(name, 0, 1, "test", "cpu", data, folder) for name in ("plain", "gold")]
+    plain, gold = map(demo.TOKENIZERS.restore, trainings)
+    assert plain.train_dataset["input_ids"] == gold.train_dataset["input_ids"]
+    batches = demo.TOKENIZERS.batches([plain, gold])
+    assert ["teacher_inputs" in batch for batch in batches] == [False, True]
+
+
 @pytest.fixture
 def real(tmp_path):
     """A set in the layout of ``--data``: words, tags and labels."""
@@ -155,4 +189,5 @@ def test_options_that_mean_nothing_are_one_line(capsys):
     assert main(["demo", "nlp", "--fraction", "0.5"]) == 2
     assert "kdgraft demo nlp --data DIR --fraction 0.1" in capsys.readouterr().err
     assert main(["demo", "nlp", "--recipes", "nothing"]) == 2
-    assert "no recipe 'nothing'" in capsys.readouterr().err
+    assert "no recipe 'nothing'; known: tinybert" in (said := capsys.readouterr().err)
+    assert {*demo.LANGUAGE_MODELS, *demo.TWO_TOKENIZERS} < set(said.replace(",", "").split())
