@@ -11,6 +11,7 @@ import torch
 from mmdet.models.losses.iou_loss import giou_loss
 from torch import Tensor, nn
 
+from kdgraft.balance import Weight
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError, check_number
 from kdgraft.losses import Ratio, focused_entropy, upcast
@@ -49,7 +50,7 @@ class BCKD(Term):
     compares_classes = hears_ensembles = True
     heads: DenseHeads
 
-    def __init__(self, *, classes: float = 1.0, boxes: float = 4.0, weight: float = 1.0, **settings: Any) -> None:
+    def __init__(self, *, classes: float = 1.0, boxes: float = 4.0, weight: Weight = 1.0, **settings: Any) -> None:
         super().__init__(weight=weight, **settings)
         check_number("BCKD", "classes", classes)
         check_number("BCKD", "boxes", boxes)

@@ -16,6 +16,7 @@ from mmdet.models.losses.iou_loss import giou_loss
 from torch import Tensor, nn
 
 from kdgraft.adapters import AdapterKind, adapter_label, build_adapter
+from kdgraft.balance import Weight
 from kdgraft.batch import Batch
 from kdgraft.distributed import total_over_ranks
 from kdgraft.errors import WiringError, check_number
@@ -68,7 +69,7 @@ class CrossHead(Term):
         classes: float = 1.0,
         boxes: float | None = None,
         adapter: AdapterKind = "auto",
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(weight=weight, **settings)

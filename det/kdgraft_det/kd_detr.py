@@ -15,6 +15,7 @@ from mmdet.models.losses.iou_loss import giou_loss
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 
+from kdgraft.balance import Weight
 from kdgraft.batch import Batch
 from kdgraft.distributed import SharedRandom
 from kdgraft.errors import DistillError, WiringError, check_number
@@ -83,7 +84,7 @@ class KDDETR(Term):
         classes: float = 1.0,
         boxes: float = 5.0,
         overlaps: float = 2.0,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(weight=weight, **settings)

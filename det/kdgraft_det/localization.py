@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from kdgraft.balance import Weight
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, localization, weighted_ratio
@@ -51,7 +52,7 @@ class LocalizationDistillation(Term):
         anchors: Literal["main", "vlr"] = "main",
         variant: Literal["code", "paper"] = "paper",
         vlr_variant: Literal["paper", "code"] = "paper",
-        weight: float = 1.2,
+        weight: Weight = 1.2,
         **settings: Any,
     ) -> None:
         super().__init__(weight=weight, **settings)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, Trainer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from kdgraft.balance import AutoWeight
 from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
@@ -31,7 +32,7 @@ from .views import check_views, viewed
 
 logger = logging.getLogger("kdgraft")
 
-LATEST = (".dropped", ".weight")
+LATEST = (".dropped", ".weight", ".share")
 """Suffixes of figures that are logged by their latest value instead of the mean over steps."""
 
 
@@ -78,6 +79,17 @@ class Distilling(Resuming):
         if peers and _has_own_loss(self):
             undistill(self.model)
             raise DistillError("a peer trains on its model's own loss; leave out label smoothing and your own losses")
+        auto = (
+            [term.name for term in self.distiller.all_terms if isinstance(term.balance, AutoWeight)]
+            if self.distiller
+            else []
+        )
+        if auto and _has_own_loss(self):
+            undistill(self.model)
+            raise DistillError(
+                f"{auto[0]}: weight='auto' compares with its model's own loss; leave out label smoothing and your own losses, or set "
+                "weight to a number"
+            )
         self._views = views
         if views is not None:
             check_views(views, self.distiller.all_terms if self.distiller else (), link_of(self.model).takes)

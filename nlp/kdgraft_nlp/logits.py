@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kdgraft.balance import Weight
 from kdgraft.errors import WiringError, check_share
 from kdgraft.losses import gold, universal_logits, upcast
 from kdgraft.losses.gold import FLOOR
@@ -50,7 +51,7 @@ class UniversalLogits(ScoreTerm):
         *,
         merge: Merge = "bayesian",
         tokens: CountedTokens = "auto",
-        weight: float = 1.5,
+        weight: Weight = 1.5,
         **settings: Any,
     ) -> None:
         super().__init__(weight=weight, **settings)
@@ -94,7 +95,7 @@ class GOLD(UniversalLogits):
         *,
         beta: float = 0.5,
         shared_weight: float | None = None,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(align, weight=weight, **settings)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,8 @@ class StudentPass:
 
     def finish(self, step: StepInProgress) -> dict[str, Tensor]:
         """Return the terms' losses."""
-        return step.losses()
+        own = self.output.get("loss") if isinstance(self.output, Mapping) else None
+        return step.losses(own=None if own is None else own * link_of(self.student).last.host_factor)
 
 
 def run_student(student: Any, inputs: dict[str, Any]) -> StudentPass:

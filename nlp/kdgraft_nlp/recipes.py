@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdgraft.balance import Weight
+
 from .registry import RECIPES
 
 
@@ -54,7 +56,7 @@ def minilm(attention: float = 1.0, values: float = 1.0, layers: Any = "final") -
 
 
 @RECIPES.register
-def minilmv2(weight: float = 1.0, layers: Any = "final", heads: int | None = None) -> list[dict[str, Any]]:
+def minilmv2(weight: Weight = 1.0, layers: Any = "final", heads: int | None = None) -> list[dict[str, Any]]:
     """MiniLMv2 (arXiv 2012.15828): relations of queries, keys and values, for any numbers of heads.
 
     Args:
@@ -121,7 +123,7 @@ def mobilebert(
 
 
 @RECIPES.register
-def gkd(weight: float = 1.0, beta: float = 0.5, temperature: float = 1.0) -> list[dict[str, Any]]:
+def gkd(weight: Weight = 1.0, beta: float = 0.5, temperature: float = 1.0) -> list[dict[str, Any]]:
     """Generalised knowledge distillation for language models (arXiv 2306.13649): its loss, on the tokens of the training set.
 
     Args:

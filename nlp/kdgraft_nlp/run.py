@@ -35,6 +35,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,9 @@ from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
 from .settings import TASKS, check_settings, encoding, load, tokenizer_folder, untaught
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
+
+MEASURED = 4
+"""Number of batches on which ``kdgraft check`` measures the terms' shares of the gradient."""
 
 
 class _FirstStep(TrainerCallback):
@@ -208,8 +212,9 @@ def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ())
 
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
-    """Build everything, run one step on one batch and print the wiring."""
+    """Build everything, run one step on one batch and print the wiring; up to three more give the terms' shares of the gradient."""
     from kdgraft.tables import print_rows
+    from kdgraft.telling import share_rows, watch
 
     config = load(path, options)
     config.setdefault("output", f"work_dirs/{Path(path).stem}")
@@ -217,15 +222,27 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
     trainer.state.epoch = 0.0
     trainer.current_gradient_accumulation_steps = 1
     with one_line("training"):
-        batch = next(iter(trainer.get_train_dataloader()))  # on the device, as accelerate prepares it
-        loss = trainer.compute_loss(trainer.model.train(), dict(batch))
+        batches = list(islice(trainer.get_train_dataloader(), MEASURED))  # on the device, as accelerate prepares them
+        measured = trainer.distiller if link_of(trainer.model).chunk is None else None
+        if measured is not None:
+            watch(measured)
+        loss = trainer.compute_loss(trainer.model.train(), dict(batches[0]))
+        first = dict(link_of(trainer.model).last.losses)
+        for batch in batches[1:] if measured is not None else ():
+            trainer.compute_loss(trainer.model, dict(batch))
     if trainer.distiller is None:
         print("no terms: the model trains alone")
     else:
         print_rows([row._asdict() for row in trainer.distiller.rows])
-        for key, value in link_of(trainer.model).last.losses.items():
+        for key, value in first.items():
             print(f"{key:<40} {float(value.detach()):.5f}")
     print(f"{'loss':<40} {float(loss.detach()):.5f}")
+    if measured is not None:
+        shares, remarks = share_rows(measured)
+        print_rows(
+            shares, title=f"gradient of each term over that of the model's own loss, mean of {len(batches)} batches"
+        )
+        print(*remarks, sep="\n", end="\n" if remarks else "")
 
 
 def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) -> DistillTrainer:

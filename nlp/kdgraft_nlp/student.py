@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdgraft.balance import AutoWeight
 from kdgraft.batch import Batch, Samples
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, WiringError
@@ -375,6 +376,10 @@ def _chunk(
     for term in engine.all_terms:
         if isinstance(term, ScoreTerm) and not term.in_chunks:
             raise WiringError(f"{term.name} cannot be computed in chunks of tokens; leave out chunked")
+        if isinstance(term.balance, AutoWeight):
+            raise WiringError(
+                f"{term.name}: weight='auto' needs whole losses; set weight to a number, or leave out chunked"
+            )
     return transforms
 
 

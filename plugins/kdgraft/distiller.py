@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +17,7 @@ from .registry import RECIPES, expand_recipe
 from .schedules import Step
 from .sources import Source, Teacher, gather_sources
 from .sources.base import share_parameters
-from .step import scaled
+from .step import StepInProgress, scaled
 from .views import Views, run_on
 
 
@@ -33,6 +33,8 @@ class DistillOutput:
             with a ``hard_weight``.
         peer_shares: the same factor for the task's own loss of each peer.
         figures: values for a log: ``distill.<term>.raw``, the loss before its weight, and ``distill.<term>.weight``.
+        settle: sets the weights that depend on the task's own loss, given that loss, and returns the losses of these terms, which are
+            0 until then; ``None`` in steps where no weight does. :meth:`total` calls it.
 
     Example:
         >>> out = Distiller(student, teacher, ["ForwardKL"], example=images)(images)
@@ -46,6 +48,7 @@ class DistillOutput:
     host_share: float = 1.0
     peer_shares: dict[str, float] = field(default_factory=dict)
     figures: dict[str, Tensor] = field(default_factory=dict)
+    settle: Callable[[Tensor], Mapping[str, Tensor]] | None = field(default=None, repr=False)
 
     @property
     def loss(self) -> Tensor:
@@ -55,6 +58,9 @@ class DistillOutput:
 
     def total(self, task_loss: Tensor) -> Tensor:
         """Return the task's own loss times :attr:`host_share` plus the distillation losses."""
+        if self.settle is not None:
+            self.losses.update(self.settle(task_loss))
+            self.settle = None
         return scaled(task_loss, self.host_share) + self.loss
 
 
@@ -107,6 +113,7 @@ class Distiller(Engine):
         self.epoch = 0
         self.iteration = 0
         self._share, self._completes = 1.0, True
+        self._settled = True
         self.load()
         if terms and example is None:
             raise DistillError("terms need example=…, a small input of the models for the dry run, such as one batch")
@@ -134,6 +141,10 @@ class Distiller(Engine):
         views.check({*self._leaves})
         if not self.training:
             return DistillOutput(run_on(self.student, views.student, **kwargs), {})
+        if not self._settled:
+            raise DistillError(
+                "weight='auto' compares with the task's own loss: add up the losses of each step by out.total(task_loss)"
+            )
         batch = batch if batch is not None else Batch()
         if targets is not None:
             batch.labels = targets
@@ -147,9 +158,15 @@ class Distiller(Engine):
         with self.step(self.student, batch, at, run, device, parts=1 / self._share) as step:
             output = run_on(self.student, views.student, **kwargs)
         self.iteration += self._completes
-        losses = step.losses()
+        losses = step.losses(later=True)
+        self._settled = not step.unweighted
         shares = {name: step.host_share(listener=name) for name in step.outputs}
-        return DistillOutput(output, losses, step.outputs, step.host_share(), shares, step.figures)
+        settle = None if self._settled else lambda own: self._settle(step, own)
+        return DistillOutput(output, losses, step.outputs, step.host_share(), shares, step.figures, settle)
+
+    def _settle(self, step: StepInProgress, own: Tensor) -> Mapping[str, Tensor]:
+        self._settled = True
+        return step.settle(own)
 
     @contextmanager
     def part(self, share: float, *, last: bool) -> Iterator[None]:

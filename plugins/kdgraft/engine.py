@@ -30,6 +30,7 @@ from .sources.peer import check_peers
 from .step import StepInProgress
 from .taps import NeverFired, Recording, Tap
 from .terms import Term, build_terms
+from .terms.share import check_auto
 from .wiring import Wiring, WiringRow
 
 logger = logging.getLogger("kdgraft")
@@ -71,6 +72,7 @@ class Engine(nn.Module):
         with isolated_rng():
             asked = build_terms(terms, registry, reader)
             self._check_heard(asked)
+            check_auto(asked, [name for name, source in self.sources.items() if source.trains])
             built, means = directed(asked, self.sources)
         self.sources.update(means)
         self.terms = nn.ModuleDict({term.name: term for term in built})
@@ -351,7 +353,7 @@ class Engine(nn.Module):
         return {
             "terms": dict(self.terms.state_dict()),
             "dropped": dict(self.dropped),
-            "hidden": {term.name: state for term in self.all_terms if (state := term.hidden_state())},
+            "hidden": {term.name: state for term in self.all_terms if (state := term.kept_state())},
             "sources": {name: state for name, source in self.sources.items() if (state := source.state())},
         }
 
@@ -385,7 +387,7 @@ class Engine(nn.Module):
         hidden = state.get("hidden", {})
         for term in self.all_terms:
             if term.name in hidden:
-                term.load_hidden_state(hidden[term.name])
+                term.load_kept_state(hidden[term.name])
         for name, own in state.get("sources", {}).items():
             self.sources[name].load_state(own)
 

@@ -240,6 +240,10 @@ def _loss(
             raise DistillError(
                 "fit: a batch without targets needs terms that leave nothing to the task's own loss; add TaskShare()"
             )
+        if out.settle is not None:
+            raise DistillError(
+                "fit: weight='auto' compares with the task's own loss, which a batch without targets lacks"
+            )
         return out.loss
     peers = [scaled(own(output), out.peer_shares[name]) for name, output in out.peers.items()]
     return out.total(own(out.student)) + sum(peers)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .balance import gradient_norms, own_loss
 from .batch import Batch
 from .distributed import sum_over_ranks, world_size
 from .errors import DistillError, nearest
@@ -36,7 +37,9 @@ class StepInProgress:
         examiners: for each term a function that runs its teacher on the host's own loss, if the host can.
         passes: further passes of the models, for each term that asks for them.
         figures: values for the log, after :meth:`losses`: ``distill.<term>.weight``, on the CPU, and, for each active term that
-            is finite, ``distill.<term>.raw``, the loss before its weight.
+            is finite, ``distill.<term>.raw``, the loss before its weight; where the term's share of the gradient was measured,
+            ``distill.<term>.share``.
+        unweighted: losses of which the weight is not known yet, as it depends on the host's own loss; see :meth:`settle`.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class StepInProgress:
         self.examiners: dict[str, Examiner] = {}
         self.passes: dict[str, Passes] = {}
         self.figures: dict[str, Tensor] = {}
+        self.unweighted: dict[str, Tensor] = {}
         self._ever_dropped = dropped
 
     @property
@@ -100,7 +104,12 @@ class StepInProgress:
         return self._parts
 
     def losses(
-        self, host: MutableMapping[str, Any] | None = None, computed: Mapping[str, Ratio] | None = None
+        self,
+        host: MutableMapping[str, Any] | None = None,
+        computed: Mapping[str, Ratio] | None = None,
+        *,
+        own: Tensor | None = None,
+        later: bool = False,
     ) -> dict[str, Tensor]:
         """Return the weighted losses, ``{"distill.<term>.loss": scalar}``; all processes must call this.
 
@@ -111,6 +120,11 @@ class StepInProgress:
         Args:
             host: the host's own losses by name; each is multiplied in place by the share that active terms leave to it.
             computed: the sum and count of terms that the host computed itself, by name.
+            own: the host's own loss, for hosts that have one alone; terms whose share of the gradient is measured need it.
+            later: the host's own loss is not known yet: these terms give 0, and their losses are those of :meth:`settle`.
+
+        Raises:
+            DistillError: a weight depends on the host's own loss, and there is none.
         """
         ready = computed or {}
         ratios = {
@@ -119,20 +133,23 @@ class StepInProgress:
             if not term.alone
         }
         self.dropped, denominators = self._agree(ratios)
+        raw = {
+            name: self._mean(name, ratio, denominators[name])
+            for name, ratio in ratios.items()
+            if name not in self.dropped
+        }
+        self.unweighted = {name: value for name, value in raw.items() if self._is_due(name)}
+        settled = {} if later or not self.unweighted else self.settle(own if host is None else own_loss(host))
         result: dict[str, Tensor] = {}
         for term in self._terms:
-            key, weight = f"distill.{term.name}.loss", term.weight_at(self.at)
-            self.figures[f"distill.{term.name}.weight"] = torch.tensor(weight)
-            if term.name in ratios and term.name not in self.dropped:
-                whole = self._totals.get(term.name)
-                denominator = (
-                    denominators[term.name] * self._parts if whole is None else whole.to(denominators[term.name])
-                )
-                share = divide(ratios[term.name].numerator, denominator).sum()
-                result[key] = share * (weight * world_size())
-                self.figures[f"distill.{term.name}.raw"] = share.detach() * world_size()
+            key = f"distill.{term.name}.loss"
+            if key in settled:
+                result[key] = settled[key]
+            elif term.name in raw and term.name not in self.unweighted:
+                result[key] = self._weighted(term, raw[term.name])
             elif not term.alone:
                 result[key] = _idle(term, self.device)
+            self.figures[f"distill.{term.name}.weight"] = torch.tensor(term.weight_at(self.at))
         for name in self.dropped:
             self._count_dropped(name)
         for term in self.active:
@@ -147,6 +164,51 @@ class StepInProgress:
         if host is not None:
             self.share_out(host)
         return result
+
+    def settle(self, own: Tensor | None) -> dict[str, Tensor]:
+        """Measure the shares of the gradient of :attr:`unweighted` terms, and return their losses; all processes must call this.
+
+        Args:
+            own: the host's own loss, before terms leave it a share.
+
+        Raises:
+            DistillError: there is none.
+        """
+        if own is None:
+            raise DistillError(
+                f"{next(iter(self.unweighted))}: weight='auto' compares with the host's own loss, and this batch has none; add labels, "
+                "or set weight to a number"
+            )
+        parameters = [p for p in self._student.parameters() if p.requires_grad]
+        norms = gradient_norms(own, self.unweighted, parameters)
+        found: dict[str, Tensor] = {}
+        for term in self.active:
+            if term.name in norms:
+                term.weigh(norms[term.name])
+                found[f"distill.{term.name}.loss"] = self._weighted(term, self.unweighted[term.name])
+                self.figures[f"distill.{term.name}.weight"] = torch.tensor(term.weight_at(self.at))
+                ratio = norms[term.name].ratio
+                if ratio is not None:
+                    self.figures[f"distill.{term.name}.share"] = torch.tensor(ratio * term.weight)
+        return found
+
+    def _mean(self, name: str, ratio: Ratio, denominator: Tensor) -> Tensor:
+        """Return a term's loss before its weight."""
+        whole = self._totals.get(name)
+        divisor = denominator * self._parts if whole is None else whole.to(denominator)
+        return divide(ratio.numerator, divisor).sum() * world_size()
+
+    def _weighted(self, term: Term, raw: Tensor) -> Tensor:
+        """Return a term's weighted loss, and note its value before the weight for the log."""
+        self.figures[f"distill.{term.name}.raw"] = raw.detach()
+        if term.name not in self.unweighted and term.balance is not None:
+            term.weigh(None)
+        return raw * term.weight_at(self.at)
+
+    def _is_due(self, name: str) -> bool:
+        """Return true if a term's share of the gradient is to be measured in this step."""
+        balance = next(term.balance for term in self.active if term.name == name)
+        return balance is not None and balance.due
 
     def share_out(self, host: MutableMapping[str, Any], listener: str = STUDENT) -> None:
         """Multiply the host's own losses of the student, or of a peer, by the shares that active terms leave to them."""

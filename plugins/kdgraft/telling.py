@@ -1,4 +1,4 @@
-"""The log line that summarises a run."""
+"""The log line that summarises a run, and the terms' shares of the gradient."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from .balance import AutoWeight, Gauge, remark
 from .engine import Engine
+from .schedules import Constant
 from .sources import Ensemble, Source
 
 
@@ -41,6 +43,29 @@ def _named(source: Source) -> str:
 
 def _class(model: nn.Module) -> str:
     return type(model).__name__.removeprefix("Distilled")
+
+
+def watch(engine: Engine) -> None:
+    """Let all terms of an engine run at their full weight, and measure their shares of the gradient in the steps that follow."""
+    for term in engine.all_terms:
+        term.schedule = Constant()  # a warm-up starts at weight 0, at which a term is not computed at all
+        if term.balance is None:
+            term.balance = Gauge()
+
+
+def share_rows(engine: Engine) -> tuple[list[dict[str, str]], list[str]]:
+    """Return the gradient shares that were measured since :func:`watch`, one row a term, and remarks on small and large ones."""
+    rows, remarks = [], []
+    for term in engine.all_terms:
+        found = None if term.balance is None else term.balance.share(term.weight)
+        if term.alone or term.balance is None:
+            continue
+        auto = " (auto)" if isinstance(term.balance, AutoWeight) else ""
+        share = "none: one of the gradients is 0" if found is None else f"{found:.3g}"
+        rows.append({"term": term.name, "weight": f"{term.weight:.4g}{auto}", "gradient share": share})
+        said = None if found is None or auto else remark(term.name, found)
+        remarks += [] if said is None else [said]
+    return rows, remarks
 
 
 @contextmanager

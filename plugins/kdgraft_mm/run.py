@@ -10,6 +10,7 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
 from kdgraft.launching import TIMEOUT, waiting
 from kdgraft.resuming import lost_terms
-from kdgraft.schedules import Constant
 from kdgraft.tables import print_rows
+from kdgraft.telling import share_rows, watch
 from kdgraft.wiring import WiringRow
 
 from .configs import PLUGINS, load_config, scope_of, type_name
@@ -41,6 +42,10 @@ MISTAKES = (
     *(RuntimeError, ArithmeticError),
 )
 """Exceptions that hosts raise for a mistake in a config."""
+
+
+MEASURED = 4
+"""Number of batches on which ``kdgraft check`` measures the terms' shares of the gradient."""
 
 
 class Outset(Hook):
@@ -274,8 +279,8 @@ class _OnCPUs(Runner):
 def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> list[WiringRow]:
     """Build everything, print the wiring, and run one training step on one batch of the training set without an update.
 
-    The step computes every term at its full weight, whatever weight its schedule starts with. The wiring needs no data set and
-    is printed even if the data is not on this machine.
+    The step computes every term at its full weight, whatever weight its schedule starts with. It and up to three more batches
+    give the terms' shares of the gradient. The wiring needs no data set and is printed even if the data is not on this machine.
 
     Args:
         path: the config file.
@@ -315,18 +320,23 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
         model.start_distilling(classes)
         model.train()
         if model.distiller is not None:
-            for term in model.distiller.all_terms:
-                term.schedule = Constant()  # a warm-up starts at weight 0, at which a term is not computed at all
+            watch(model.distiller)
         for counter in ("iter", "epoch"):  # a train loop writes them, and some heads read them
             runner.message_hub.update_info(counter, 0)
         with isolated_rng():
             with data_on_this_machine(config, "the wiring above holds; the first step was not run"):
-                drawn = next(iter(loader))
-            data = model.data_preprocessor(drawn, True)
-            losses = model(**data, mode="loss")
-            total, values = model.parse_losses(losses)
+                drawn = list(islice(iter(loader), MEASURED))
+            total, values = model.parse_losses(model(**model.data_preprocessor(drawn[0], True), mode="loss"))
             total.backward()
+            for batch in drawn[1:] if model.distiller is not None else ():
+                model(**model.data_preprocessor(batch, True), mode="loss")
         print_rows([{"loss": k, "first step": f"{v.item():.4g}"} for k, v in values.items()], title="one step")
+        if model.distiller is not None:
+            shares, remarks = share_rows(model.distiller)
+            print_rows(
+                shares, title=f"gradient of each term over that of the host's own loss, mean of {len(drawn)} batches"
+            )
+            print(*remarks, sep="\n", end="\n" if remarks else "")
         for handler in [h for h in runner.logger.handlers if isinstance(h, logging.FileHandler)]:
             runner.logger.removeHandler(handler)  # so that no later model of this process writes to a closed file
             handler.close()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kdgraft.balance import Weight
+
 from .registry import RECIPES
 
 
@@ -36,7 +38,7 @@ def skd(
 
 
 @RECIPES.register
-def cwd(weight: float = 3.0, temperature: float = 4.0, schedule: Any = None) -> list[dict[str, Any]]:
+def cwd(weight: Weight = 3.0, temperature: float = 4.0, schedule: Any = None) -> list[dict[str, Any]]:
     """CWD (ICCV 2021, arXiv 2011.13256): the scores of each class as a distribution over positions."""
     return _terms([dict(type="ChannelWise", weight=weight, temperature=temperature)], schedule)
 
@@ -88,14 +90,14 @@ def cirkd(
 
 
 @RECIPES.register
-def mgd(weight: float = 2e-5, mask_ratio: float = 0.75, schedule: Any = None) -> list[dict[str, Any]]:
+def mgd(weight: Weight = 2e-5, mask_ratio: float = 0.75, schedule: Any = None) -> list[dict[str, Any]]:
     """MGD (ECCV 2022, arXiv 2205.01529) on the backbone's last map, with the published settings for segmentation."""
     return _terms([dict(type="MaskedGeneration", name="mgd", weight=weight, mask_ratio=mask_ratio)], schedule)
 
 
 @RECIPES.register
 def maskd(
-    weight: float = 0.5, tokens: int = 8, tap: str = "decode_head", pretrain: int = 10000, schedule: Any = None
+    weight: Weight = 0.5, tokens: int = 8, tap: str = "decode_head", pretrain: int = 10000, schedule: Any = None
 ) -> list[dict[str, Any]]:
     """MasKD (ICLR 2023, 2205.14589) on the class scores, with the authors' settings for segmentation on Cityscapes.
 

@@ -114,6 +114,24 @@ def test_kill_and_resume_makes_no_difference(tmp_path, scenes, model, distilled_
 
 
 @needs_resume
+def test_a_weight_that_is_set_by_the_gradient_resumes_exactly(tmp_path, scenes, teacher_model, teacher_checkpoint):
+    # Stopped after two of the three batches that are measured; the other one is corrected after every two.
+    features = dict(type="FeatureImitation", tap="neck[*]", weight=dict(type="auto", share=0.5, batches=3))
+    scores = dict(type="SoftTargets", weight=dict(type="auto", batches=1, every=2, band=0.0))
+    model = distilled(detector(), teacher_model, teacher_checkpoint, terms=[features, scores])
+    whole = run(runner_config(model, scenes, tmp_path / "whole", default_hooks=EVERY_CHECKPOINT))
+    assert history(whole, "distill.feature_imitation.share") and all(history(whole, "distill.soft_targets.share"))
+    before = tmp_path / "whole" / "iter_2.pth"
+    kept = read(before)["message_hub"]["runtime_info"][KEY]["hidden"]
+    assert len(kept["feature_imitation"]["auto_weight"]["ratios"]) == 2 and kept["soft_targets"]["auto_weight"]["set"]
+    resumed = run(runner_config(model, scenes, tmp_path / "resumed", resume=True, load_from=str(before)))
+    for name, term in whole.model.distiller.terms.items():
+        assert resumed.model.distiller.terms[name].weight == term.weight != 1
+    assert_same(weights(resumed), weights(whole))
+    assert_same(adapters(resumed), adapters(whole))
+
+
+@needs_resume
 def test_the_resumed_adapters_are_the_saved_ones(tmp_path, scenes, model, distilled_run):
     # The same checkpoint with its adapters zeroed gives another run: what is resumed is what was saved, not what the seed built.
     saved = torch.load(distilled_run.checkpoint(2), weights_only=False)

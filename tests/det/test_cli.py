@@ -57,6 +57,19 @@ def test_check_prints_the_wiring_and_leaves_nothing_behind(config, capsys, tmp_p
     assert not (tmp_path / "work").exists()
 
 
+def test_check_tells_the_shares_of_the_gradient(config, capsys):
+    features = dict(type="FeatureImitation", tap="neck[*]")
+    weak = dict(features, weight=1e-6, name="weak", schedule=dict(type="WarmUp", end=9))
+    auto = dict(features, weight=dict(type="auto", share=0.5, batches=2), name="fitting")
+    path = config(lambda model: model.update(recipe=None, terms=[weak, auto]))
+    assert main(["check", path]) == 0
+    said = capsys.readouterr().out
+    assert "gradient of each term over that of the host's own loss, mean of 4 batches" in said
+    assert "auto (share 0.5)" in said and "(auto)" in said
+    (remark,) = [line for line in said.splitlines() if line.startswith("weak: the norm of its gradient is ")]
+    assert remark.endswith("it hardly teaches; change its weight, or set weight='auto'")
+
+
 @pytest.mark.parametrize("kind", ["TOOD", "YOLOX"])
 def test_check_runs_what_reads_the_iteration_from_the_training_loop(tmp_path, scenes, capsys, kind):
     teacher, student = zoo(kind), zoo(kind)

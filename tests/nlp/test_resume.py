@@ -101,6 +101,28 @@ def test_the_newest_checkpoint_is_taken_without_a_word_where_it_is_complete(stop
     assert not [record for record in caplog.records if record.name == "kdgraft"]
 
 
+def test_a_weight_that_is_set_by_the_gradient_resumes_exactly(tmp_path):
+    # Accumulated batches are measured one by one: after the second step three of the four.
+    terms = [dict(type="SoftTargets", weight=dict(type="auto", batches=4)), dict(type="HiddenStates", weight="auto")]
+    settings = dict(terms=terms, gradient_accumulation_steps=2, logging_steps=1)
+    done = trainer(tmp_path, 5, **settings)
+    done.train()
+    logged = [
+        entry["distill.soft_targets.share"] for entry in done.state.log_history if "distill.soft_targets.share" in entry
+    ]
+    assert len(logged) == 3 and all(0.05 < share < 2 for share in logged)
+    again = trainer(tmp_path, 5, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert ends_like(again, (tmp_path, done.model.state_dict()))
+    for name, term in done.distiller.terms.items():
+        assert again.distiller.terms[name].weight == term.weight != 1
+
+
+def test_a_weight_that_is_set_by_the_gradient_needs_the_models_own_loss(tmp_path):
+    with pytest.raises(DistillError, match="compares with its model's own loss; leave out label smoothing"):
+        trainer(tmp_path, terms=[dict(type="SoftTargets", weight="auto")], label_smoothing_factor=0.1)
+
+
 @pytest.mark.parametrize("steps", [3, 5])
 def test_a_run_that_is_over_makes_no_step_more(steps, tmp_path):
     # The host alone makes one, where the last step is within an epoch (here of three steps).

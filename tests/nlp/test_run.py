@@ -70,6 +70,7 @@ def test_a_recipe_file_trains_a_teacher_then_a_student(recipe, terms, data, tmp_
     assert main(["check", str(RECIPES / recipe), "--cfg-options", *options]) == 0
     said = capsys.readouterr().out
     assert len([line for line in said.splitlines() if line.startswith("distill.") and ".loss" in line]) == terms
+    assert ("gradient of each term over that of the model's own loss" in said) != (recipe == "language_model.yaml")
     assert (
         main(
             [

@@ -16,7 +16,7 @@ from support.processes import found_by_two
 
 RANKS = 2
 WHOLE = slice(0, 4)
-SCHEMES = {"near": "near_the_boundary", "generated": "generators"}
+SCHEMES = {"near": "near_the_boundary", "generated": "generators", "balanced": "balanced"}
 """The functions of ``support.distiller_ranks`` by the names of their results."""
 
 
@@ -87,6 +87,15 @@ def test_schemes_within_the_step_are_one(results: list[dict], scheme: str):
             assert found[scheme]["gradients"][step].keys() == one["gradients"][step].keys()
             for name, gradient in one["gradients"][step].items():
                 torch.testing.assert_close(found[scheme]["gradients"][step][name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_weights_by_the_share_of_the_gradient_are_those_of_the_one_batch(results: list[dict]):
+    expected = distiller_ranks.balanced(WHOLE, distributed=False)["weights"]
+    found = [one["balanced"]["weights"] for one in results]
+    assert found[0] == found[1] == pytest.approx(expected, rel=1e-4)
+    # Each process by its own gradients would find others.
+    alone = [distiller_ranks.balanced(share, distributed=False)["weights"] for share in distiller_ranks.SHARES]
+    assert all(abs(one["hinted"] / expected["hinted"] - 1) > 0.01 for one in alone)
 
 
 def test_the_shares_are_unequal_enough_to_tell(results: list[dict]):

@@ -181,6 +181,27 @@ def generators(share: slice, *, distributed: bool) -> dict[str, Any]:
     return _steps(model, share, IMAGES[share, :2].flip(-1), distributed=distributed)
 
 
+def balanced(share: slice, *, distributed: bool) -> dict[str, Any]:
+    """Two steps with weights that are set by the share of the gradient of both processes."""
+    torch.manual_seed(0)
+    auto = dict(type="auto", share=0.5, batches=1)
+    terms = [
+        FeatureImitation("trunk", weight=auto, name="hinted"),
+        SoftTargets(temperature=4, weight="auto", name="soft"),
+    ]
+    model = Distiller(Net(4), Net(6), terms, example=IMAGES[:1])
+    wrapped = DistributedDataParallel(model) if distributed else model
+    scale = (WORLD if distributed else 1) / (LABELS != -100).sum()
+    result: dict[str, Any] = {"losses": [], "gradients": []}
+    for _ in range(2):
+        model.zero_grad()
+        out = wrapped(IMAGES[share], targets=LABELS[share])
+        out.total(F.cross_entropy(out.student, LABELS[share], reduction="sum") * scale).backward()
+        result["losses"].append({name: value.detach() for name, value in out.losses.items()})
+        result["gradients"].append(gradients(model))
+    return result | {"weights": {name: term.weight for name, term in model.terms.items()}}
+
+
 def _steps(model: Distiller, share: slice, targets: Tensor, *, distributed: bool) -> dict[str, Any]:
     """Two steps without an optimizer of the student."""
     wrapped = DistributedDataParallel(model) if distributed else model
@@ -225,13 +246,15 @@ def all_steps(rank: int) -> dict[Any, Any]:
     mutual = {average: students(share, average, distributed=True) for average in (False, True)}
     halves = (slice(0, 2), slice(2, 4))
     wider = netaug(halves[rank], distributed=True)
-    near, generated = (scheme(share, distributed=True) for scheme in (near_the_boundary, generators))
+    schemes = near_the_boundary, generators, balanced
+    near, generated, balance = (scheme(share, distributed=True) for scheme in schemes)
     return results | {
         "exchanges": exchanges(),
         "students": mutual,
         "netaug": wider,
         "near": near,
         "generated": generated,
+        "balanced": balance,
     }
 
 

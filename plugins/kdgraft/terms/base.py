@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
@@ -11,19 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from ..auxiliary import Auxiliary
+from ..balance import AutoWeight, Gauge, Norms, Weight
 from ..batch import Batch
+from ..distributed import rank
 from ..errors import DistillError, check_number
 from ..losses import Ratio
 from ..passes import Passes
 from ..readers import NEEDS, Reader, Taps, paired, parse_taps
 from ..recorder import Change
-from ..registry import TERMS, Registry
+from ..registry import TERMS, Registry, call
 from ..schedules import Step, build_schedule
 from ..sources import STUDENT
 from ..taps import Recording, Tap
 from ..wiring import Wiring, WiringRow
 
 T = TypeVar("T")
+logger = logging.getLogger("kdgraft")
 
 Examiner = Callable[[Change], Tensor]
 """Runs a frozen source on the host's own loss, with the tensors of the term's taps changed; returns the loss, with gradient."""
@@ -33,7 +37,8 @@ class Term(nn.Module):
     """Base of all terms: a subclass declares its taps, builds its trainable parts in :meth:`wire` and implements :meth:`forward`.
 
     Args:
-        weight: factor on the loss, >= 0.
+        weight: factor on the loss, >= 0; ``"auto"``, or ``dict(type="auto", share=…)``, sets it once from the first steps, by the
+            term's share of the gradient: see :class:`~kdgraft.balance.AutoWeight`.
         schedule: schedule of the weight over training; see :func:`kdgraft.schedules.build_schedule`.
         name: name of the term in logs and of its parameters; the class name in snake case by default.
         source: the name of the source that the student imitates.
@@ -84,12 +89,13 @@ class Term(nn.Module):
     """This term's part of the user's: the weight of the user's term, and what it takes of the host's loss, are divided by parts."""
 
     def __init__(
-        self, *, weight: float = 1.0, schedule: Any = None, name: str | None = None, source: str = "teacher"
+        self, *, weight: Weight = 1.0, schedule: Any = None, name: str | None = None, source: str = "teacher"
     ) -> None:
         super().__init__()
         kind = type(self).__name__
-        check_number(kind, "weight", weight)
-        self.weight = float(weight)
+        self.balance: Gauge | None = _auto_weight(kind, weight)
+        """Sets the weight by the term's share of the gradient, or only measures the share; ``None`` does neither."""
+        self.weight = 1.0 if self.balance is not None else float(weight)  # type: ignore[arg-type]
         self.schedule = build_schedule(schedule)
         check_number(kind, "weight times the schedule's largest factor", self.weight * self.schedule.largest)
         self.name = (
@@ -131,6 +137,41 @@ class Term(nn.Module):
     def told_apart(self) -> bool:
         """True if the user gave other taps for the student than for other models."""
         return list(self.student_taps) != list(self.teacher_taps)
+
+    def weigh(self, norms: Norms | None) -> None:
+        """Count a step in which the term is active, and set the weight if its share of the gradient decides it.
+
+        Args:
+            norms: the norms of the gradients in this step; ``None`` if they were not measured.
+
+        Raises:
+            DistillError: there is nothing to compare.
+        """
+        assert self.balance is not None
+        auto = isinstance(self.balance, AutoWeight)
+        if auto and norms is not None and norms.tensors == 0:
+            raise DistillError(
+                f"{self.name}: weight='auto' compares its gradient with that of the host's own loss, and no trained parameter of the "
+                "student has both (those inside reentrant checkpoints are not seen); set weight to a number"
+            )
+        told = self.balance.count(None if norms is None else norms.ratio)
+        if self.balance.weight is not None:
+            self.weight = self.balance.weight * self.part
+        if told and rank() == 0:
+            logger.info("%s: %s", self.name, told)
+
+    def kept_state(self) -> dict[str, Any]:
+        """Return :meth:`hidden_state`, and that of a weight that is set by the share of the gradient."""
+        auto = {"auto_weight": self.balance.state()} if isinstance(self.balance, AutoWeight) else {}
+        return {**self.hidden_state(), **auto}
+
+    def load_kept_state(self, state: Mapping[str, Any]) -> None:
+        """Restore :meth:`kept_state`."""
+        self.load_hidden_state(state)
+        if isinstance(self.balance, AutoWeight) and "auto_weight" in state:
+            self.balance.load(state["auto_weight"])
+            if self.balance.weight is not None:
+                self.weight = self.balance.weight * self.part
 
     def hidden_state(self) -> dict[str, Any]:
         """Return state beyond parameters and buffers that a resumed run needs: an optimizer, a random state, a counter."""
@@ -188,7 +229,7 @@ class Term(nn.Module):
             str(taps[1]),
             _shape(teacher),
             region,
-            f"{self.weight:g}{schedule}",
+            f"{self.balance!r}{schedule}" if isinstance(self.balance, AutoWeight) else f"{self.weight:g}{schedule}",
         )
 
 
@@ -248,6 +289,20 @@ class TapTerm(Term):
             WiringError: the taps of the two models yield different numbers of tensors.
         """
         return paired(self.reader, (self.student_taps, self.teacher_taps), student, teacher)
+
+
+def _auto_weight(kind: str, weight: Any) -> AutoWeight | None:
+    """Return what sets a weight that is not a number; raise a :class:`DistillError` for what is no weight."""
+    settings = {"type": weight} if isinstance(weight, str) else dict(weight) if isinstance(weight, Mapping) else None
+    if settings is None:
+        check_number(kind, "weight", weight)
+        return None
+    if settings.pop("type", None) != "auto":
+        raise DistillError(
+            f'{kind}: weight must be a number >= 0, "auto" or dict(type="auto", share=…), got {weight!r}'
+        )
+    found: AutoWeight = call(AutoWeight, settings, f"{kind}: weight='auto'")
+    return found
 
 
 def build_terms(specs: Sequence[Any], registry: Registry = TERMS, reader: type[Reader] = Reader) -> list[Term]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from ..balance import Weight
 from ..batch import Batch
 from ..boundary import base_samples, boundary_samples, target_classes
 from ..distributed import SharedRandom
@@ -67,7 +68,7 @@ class BoundarySamples(TemperedTerm):
         steps: int = 10,
         step_size: float = 0.3,
         bound: float | None = 2.5,
-        weight: float = 2 / 9,
+        weight: Weight = 2 / 9,
         **settings: Any,
     ) -> None:
         super().__init__(temperature, weight=weight, **settings)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..balance import Weight
 from ..batch import Batch
 from ..distributed import SharedRandom, gather_objects, gather_rows
 from ..errors import DistillError, check_number, check_share
@@ -73,7 +74,7 @@ class CRD(SampleTerm):
         memory: int = 16384,
         negatives: int = 16384,
         momentum: float = 0.5,
-        weight: float = 0.8,
+        weight: Weight = 0.8,
         **settings: Any,
     ) -> None:
         super().__init__(tap, weight=weight, **settings)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import AdapterKind, adapter_label, build_adapter
+from ..balance import Weight
 from ..batch import Batch
 from ..distributed import total_over_ranks, world_size
 from ..errors import DistillError, WiringError, check_number
@@ -36,7 +37,7 @@ class FeatureTerm(TapTerm):
 
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
-        adapter: ``"auto"``, ``"conv1x1"``, ``"linear"``, ``"none"`` (equal channels) or ``"any"`` (no adapter, for a loss that
+        adapter: ``"auto"``, ``"conv1x1"``, ``"mlp"`` (two 1×1 convolutions), ``"linear"``, ``"none"`` (equal channels) or ``"any"`` (no adapter, for a loss that
             accepts any two widths); each tensor has its own, sized by the dry run.
         region: ``"all"`` (without padding and ignored positions), ``"foreground"`` if the host has boxes, or another registered
             region.
@@ -261,7 +262,7 @@ class ActivationBoundaries(FeatureTerm):
 
     reads = "features"
 
-    def __init__(self, tap: Taps | None = None, *, margin: float = 1.0, weight: float = 3e-3, **settings: Any) -> None:
+    def __init__(self, tap: Taps | None = None, *, margin: float = 1.0, weight: Weight = 3e-3, **settings: Any) -> None:
         super().__init__(tap, weight=weight, **settings)
         check_number("ActivationBoundaries", "margin", margin)
         self.margin = margin

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..balance import Weight
 from ..batch import Batch
 from ..distributed import SharedRandom, rank
 from ..errors import DistillError, WiringError, check_number, check_share
@@ -95,7 +96,7 @@ class MaskedGeneration(PerImageTerm):
     """
 
     def __init__(
-        self, tap: Taps | None = None, *, mask_ratio: float = 0.65, weight: float = 2e-5, **settings: Any
+        self, tap: Taps | None = None, *, mask_ratio: float = 0.65, weight: Weight = 2e-5, **settings: Any
     ) -> None:
         super().__init__(tap, weight=weight, **settings)
         check_share("MaskedGeneration", "mask_ratio", mask_ratio)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..auxiliary import check_optimizer
+from ..balance import Weight
 from ..batch import Batch
 from ..errors import DistillError, WiringError, check_flag, check_number
 from ..losses import Ratio, hint, weighted_ratio
@@ -50,7 +51,7 @@ class Reconstruction(TapTerm):
         tap: Taps | None = None,
         *,
         to: Literal["truth", "teacher"] = "truth",
-        weight: float | None = None,
+        weight: Weight | None = None,
         **settings: Any,
     ) -> None:
         published = 100.0 if to == "truth" else 10.0

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..balance import Weight
 from ..errors import DistillError, check_flag, check_number
 from ..losses import bounded_regression
 from ..losses.reduction import upcast
@@ -48,7 +49,7 @@ class BoundedRegression(PairTerm):
     needs = ("numbers",)
     pairs_from = "numbers"
 
-    def __init__(self, margin: float = 0.0, *, bounded: bool = True, weight: float = 0.5, **settings: Any) -> None:
+    def __init__(self, margin: float = 0.0, *, bounded: bool = True, weight: Weight = 0.5, **settings: Any) -> None:
         super().__init__(weight=weight, **settings)
         check_number("BoundedRegression", "margin", margin)
         check_flag("BoundedRegression", "bounded", bounded)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
+from ..balance import Weight
 from ..batch import Batch
 from ..errors import DistillError, WiringError, nearest
 from ..listing import arguments_of
@@ -45,7 +46,7 @@ class PairTerm(Term):
     def __init__(
         self,
         *,
-        weight: float = 1.0,
+        weight: Weight = 1.0,
         schedule: Any = None,
         name: str | None = None,
         source: str = "teacher",

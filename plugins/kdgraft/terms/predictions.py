@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..balance import Weight
 from ..batch import Batch
 from ..distributed import total_over_ranks, world_size
 from ..errors import DistillError, WiringError, check_flag, check_number, check_share
@@ -113,7 +114,7 @@ class SoftTargets(TemperedTerm):
 
 @RECIPES.register("ls")
 def logit_standardization(
-    temperature: float = 2.0, hard_weight: float = 0.1, weight: float = 10.0, **settings: Any
+    temperature: float = 2.0, hard_weight: float = 0.1, weight: Weight = 10.0, **settings: Any
 ) -> list[dict[str, Any]]:
     """Logit standardization (CVPR 2024, arXiv 2403.01427): soft targets of standardised logits, beside a tenth of the hard loss.
 
@@ -130,7 +131,7 @@ def logit_standardization(
 
 
 @RECIPES.register("dml")
-def mutual_learning(weight: float = 1.0, source: str = "teacher", **settings: Any) -> list[dict[str, Any]]:
+def mutual_learning(weight: Weight = 1.0, source: str = "teacher", **settings: Any) -> list[dict[str, Any]]:
     """Deep mutual learning (CVPR 2018, arXiv 1706.00384): students imitate each other's probabilities; the source is peers.
 
     The source is a :class:`kdgraft.Peer` or :class:`kdgraft.Peers`. The divergence is at temperature 1, and as large as the host's

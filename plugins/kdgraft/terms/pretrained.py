@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..auxiliary import Auxiliary, check_optimizer
+from ..balance import Weight
 from ..batch import Batch
 from ..distributed import rank
 from ..errors import WiringError, check_number
@@ -233,7 +234,7 @@ class FactorTransfer(PretrainedTerm):
         *,
         rate: float = 0.5,
         variant: Literal["code", "paper"] = "code",
-        weight: float = 500.0,
+        weight: Weight = 500.0,
         **settings: Any,
     ) -> None:
         super().__init__(tap, adapter="any", weight=weight, **settings)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..balance import Weight
 from ..batch import Batch
 from ..losses import Ratio, attention_transfer, pairwise_affinity, weighted_ratio
 from ..losses.affinity import Pool, check_patch
@@ -103,7 +104,7 @@ class AttentionTransfer(MapTerm):
         tap: Taps | None = None,
         *,
         variant: Literal["code", "paper"] = "code",
-        weight: float = 1000.0,
+        weight: Weight = 1000.0,
         **settings: Any,
     ) -> None:
         super().__init__(tap, weight=weight, **settings)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..balance import Weight
 from ..batch import Batch
 from ..distributed import gather_over_ranks, most_over_ranks, world_size
 from ..errors import DistillError, WiringError, check_number
@@ -247,7 +248,7 @@ class SimilarityPreserving(SampleTerm):
         ['distill.similarity_preserving.loss']
     """
 
-    def __init__(self, tap: Taps | None = None, *, weight: float = 3000.0, **settings: Any) -> None:
+    def __init__(self, tap: Taps | None = None, *, weight: Weight = 3000.0, **settings: Any) -> None:
         super().__init__(tap, weight=weight, **settings)
 
     def compare(self, student: Tensor, teacher: Tensor, present: Tensor) -> Tensor:
@@ -280,7 +281,7 @@ class CorrelationCongruence(SampleTerm):
         *,
         gamma: float = 0.4,
         order: int = 2,
-        weight: float = 100.0,
+        weight: Weight = 100.0,
         **settings: Any,
     ) -> None:
         super().__init__(tap, weight=weight, **settings)
@@ -315,7 +316,7 @@ class PKT(SampleTerm):
         tap: Taps | None = None,
         *,
         variant: Literal["code", "paper"] = "code",
-        weight: float = 30000.0,
+        weight: Weight = 30000.0,
         **settings: Any,
     ) -> None:
         super().__init__(tap, weight=weight, **settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from ..balance import AutoWeight
 from ..errors import DistillError, check_share
 from ..readers import Reader
 from ..registry import TERMS
@@ -79,3 +80,22 @@ def silences_task(terms: Iterable[Term]) -> bool:
         for term in terms
         if term.listener == STUDENT
     )
+
+
+def check_auto(terms: Iterable[Term], peers: Sequence[str]) -> None:
+    """Raise a :class:`DistillError` for a weight that is set by the host's own loss where that has no fixed meaning.
+
+    Args:
+        terms: the user's terms.
+        peers: the names of the sources that train beside the student.
+    """
+    terms = list(terms)
+    auto = next((term.name for term in terms if isinstance(term.balance, AutoWeight)), None)
+    if auto is not None and peers:
+        raise DistillError(
+            f"{auto}: weight='auto' compares with the student's own loss, and {peers[0]!r} trains on one of its own; set weight to a number"
+        )
+    if auto is not None and silences_task(terms):
+        raise DistillError(
+            f"{auto}: weight='auto' compares with the host's own loss, of which another term leaves nothing; set weight to a number"
+        )

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..balance import Weight
 from ..batch import Batch
 from ..distributed import gather_over_ranks, world_size
 from ..errors import DistillError, WiringError, check_number
@@ -108,7 +109,7 @@ class NST(MapTerm):
         *,
         kernel: Kernel = "poly",
         bandwidth: float | None = None,
-        weight: float = 50.0,
+        weight: Weight = 50.0,
         **settings: Any,
     ) -> None:
         super().__init__(tap, weight=weight, **settings)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..balance import Weight
 from ..batch import Batch
 from ..errors import DistillError, WiringError
 from ..losses import Ratio, weight_matching
@@ -74,7 +75,7 @@ class WeightMatching(Term):
         student_modules: Taps | None = None,
         teacher_modules: Taps | None = None,
         adapter: Literal["auto", "none"] = "auto",
-        weight: float = 0.01,
+        weight: Weight = 0.01,
         **settings: Any,
     ) -> None:
         super().__init__(weight=weight, **settings)
