@@ -23,9 +23,11 @@ from .recipes import (  # noqa: E402
     ld,
     mgd,
     pkd,
+    rtdetrv4,
 )
 from .registry import RECIPES, TERMS  # noqa: E402
 from .rois import BoxHead, RoIHead  # noqa: E402
+from .scored import ScoredImitation  # noqa: E402
 
 __all__ = [
     "BCKD",
@@ -42,6 +44,7 @@ __all__ = [
     "LocalizationDistillation",
     "QueryHead",
     "RoIHead",
+    "ScoredImitation",
     "chen2017",
     "combined",
     "crosskd",
@@ -51,4 +54,5 @@ __all__ = [
     "ld",
     "mgd",
     "pkd",
+    "rtdetrv4",
 ]

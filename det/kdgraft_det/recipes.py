@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdgraft.balance import Weight
+
 from .registry import RECIPES
 
 
@@ -37,7 +39,7 @@ def ld(
 
 @RECIPES.register
 def imitation(
-    weight: float = 1.0, tap: str = "neck[*]", region: str = "foreground", schedule: Any = None
+    weight: Weight = 1.0, tap: str = "neck[*]", region: str = "foreground", schedule: Any = None
 ) -> list[dict[str, Any]]:
     """Hint on the pyramid through 1×1 adapters (Chen et al., NeurIPS 2017), inside the objects: every box has the same weight."""
     return [dict(type="FeatureImitation", tap=tap, region=region, weight=weight, schedule=schedule)]
@@ -83,7 +85,7 @@ def chen2017(
 
 
 @RECIPES.register
-def pkd(weight: float = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
+def pkd(weight: Weight = 10.0, tap: str = "neck[*]", schedule: Any = None) -> list[dict[str, Any]]:
     """PKD (NeurIPS 2022, arXiv 2207.02039): the pyramid's channels correlate with the teacher's, whatever their scale.
 
     The losses of the levels add up. The published weight is 10 for one-stage detectors (RetinaNet) and 6 for two-stage ones. The
@@ -112,7 +114,7 @@ def fgd(
 
 @RECIPES.register
 def mgd(
-    weight: float = 2e-5, mask_ratio: float = 0.65, tap: str = "neck[*]", schedule: Any = None
+    weight: Weight = 2e-5, mask_ratio: float = 0.65, tap: str = "neck[*]", schedule: Any = None
 ) -> list[dict[str, Any]]:
     """MGD (ECCV 2022, arXiv 2205.01529) on the pyramid, with the weight for one-stage detectors.
 
@@ -123,7 +125,7 @@ def mgd(
 
 @RECIPES.register
 def fgfi(
-    weight: float = 1.28, threshold: float = 0.5, tap: str = "neck[*]", schedule: Any = None
+    weight: Weight = 1.28, threshold: float = 0.5, tap: str = "neck[*]", schedule: Any = None
 ) -> list[dict[str, Any]]:
     """FGFI (CVPR 2019, arXiv 1906.03609): imitation at the positions whose anchors are near an object (``threshold`` is ψ).
 
@@ -135,12 +137,33 @@ def fgfi(
 
 
 @RECIPES.register
-def crosskd(weight: float = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
+def crosskd(weight: Weight = 1.0, reused: int = 1, schedule: Any = None) -> list[dict[str, Any]]:
     """CrossKD (CVPR 2024, arXiv 2306.11369): the student's head features pass through the teacher's last convolutions.
 
     Within the term boxes have the weight 4 (distributions) or 1, and classes 1.
     """
     return [dict(type="CrossHead", name="crosskd", weight=weight, reused=reused, schedule=schedule)]
+
+
+@RECIPES.register
+def rtdetrv4(
+    weight: Weight = 5.0, tap: str = "backbone[-1]", teacher_tap: str | None = None, schedule: Any = None
+) -> list[dict[str, Any]]:
+    """RT-DETRv4 (arXiv 2510.25257): the deepest map points into the direction of the teacher's, through one linear layer.
+
+    The paper teaches by a DINOv3 ViT, on the student's map of stride 32 after one layer of its encoder, with weights of 5 (S and M),
+    15 (L) and 20 (X) that follow the gradient's share: ``weight=dict(type="auto", share=0.1, every=1000)``, see
+    :class:`~kdgraft.balance.AutoWeight`. Here any teacher with a map teaches, by default one of the same host by the last map of its
+    backbone. Where the grids differ, the student's map is resized to the teacher's; the authors' code resizes the teacher's.
+
+    Args:
+        weight: the weight.
+        tap: the tap of the map; of the student's alone if there is a ``teacher_tap``.
+        teacher_tap: the tap of the teacher's map, where it differs.
+        schedule: the schedule of the weight.
+    """
+    taps = dict(tap=tap) if teacher_tap is None else dict(student_tap=tap, teacher_tap=teacher_tap)
+    return [dict(type="FeatureImitation", name="rtdetrv4", loss="cosine", **taps, weight=weight, schedule=schedule)]
 
 
 def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:

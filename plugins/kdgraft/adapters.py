@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .errors import WiringError
 
-AdapterKind = Literal["auto", "conv1x1", "linear", "none", "any"]
+AdapterKind = Literal["auto", "conv1x1", "mlp", "linear", "none", "any"]
 
 
 class ConvAdapter(nn.Module):
@@ -32,6 +32,21 @@ class ConvAdapter(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.project.in_channels}→{self.project.out_channels}"
+
+
+class PerceptronAdapter(ConvAdapter):
+    """Two 1×1 convolutions with a ReLU between them, and the resize of :class:`ConvAdapter`.
+
+    Shapes: ``(B, C_s, H, W) -> (B, C_t, H_t, W_t)``. The hidden layer has the teacher's channels, as in Ultralytics' distillation.
+    """
+
+    def __init__(self, student_channels: int, teacher_channels: int, *, align_corners: bool = False) -> None:
+        super().__init__(student_channels, teacher_channels, align_corners=align_corners)
+        self.output = nn.Conv2d(teacher_channels, teacher_channels, 1)
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        projected = self.output(self.project(student.to(self.project.weight.dtype)).relu())
+        return resize_to(projected, teacher.shape[-2:], align_corners=self.align_corners)
 
 
 class LinearAdapter(nn.Module):
@@ -69,8 +84,8 @@ def build_adapter(
     """Build the adapter between two tensors of the dry run.
 
     Args:
-        kind: ``"auto"`` builds a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``; ``"none"`` and
-            ``"any"`` have no parameters, and ``"any"`` accepts channels that differ.
+        kind: ``"auto"`` builds a 1×1 convolution for maps ``(B, C, H, W)`` and a linear map for vectors ``(…, C)``; ``"mlp"`` two
+            such convolutions with a ReLU between them; ``"none"`` and ``"any"`` have no parameters, and ``"any"`` accepts channels that differ.
         student, teacher: the tensors of the dry run; the adapter is placed on the student's device.
         where: the term and its taps, for messages.
         align_corners: passed to the resize of maps; set it as the host does.
@@ -83,10 +98,11 @@ def build_adapter(
         raise WiringError(f"{shapes}: a map and a sequence cannot be compared; tap two of the same kind")
     if kind == "auto":
         kind = "conv1x1" if student.ndim == 4 else "linear"
-    if kind == "conv1x1":
+    if kind in ("conv1x1", "mlp"):
         if student.ndim != 4:
-            raise WiringError(f"{shapes}: adapter 'conv1x1' needs (B, C, H, W); use adapter='linear'")
-        return ConvAdapter(student.shape[1], teacher.shape[1], align_corners=align_corners).to(student.device)
+            raise WiringError(f"{shapes}: adapter {kind!r} needs (B, C, H, W); use adapter='linear'")
+        convolution = ConvAdapter if kind == "conv1x1" else PerceptronAdapter
+        return convolution(student.shape[1], teacher.shape[1], align_corners=align_corners).to(student.device)
     if kind == "linear":
         if student.ndim == 4 or student.shape[1:-1] != teacher.shape[1:-1]:
             raise WiringError(
@@ -100,7 +116,7 @@ def build_adapter(
         if not matches:
             raise WiringError(f"{shapes}: adapter 'none' needs equal channels; use adapter='auto'")
         return NoAdapter(align_corners=align_corners)
-    raise WiringError(f"{where}: adapter must be 'auto', 'conv1x1', 'linear', 'none' or 'any', got {kind!r}")
+    raise WiringError(f"{where}: adapter must be 'auto', 'conv1x1', 'mlp', 'linear', 'none' or 'any', got {kind!r}")
 
 
 def adapter_label(adapter: nn.Module, student: Tensor, teacher: Tensor) -> str:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import golden
 from kdgraft import WiringError
-from kdgraft.adapters import ConvAdapter, LinearAdapter, NoAdapter, build_adapter, resize_to
+from kdgraft.adapters import ConvAdapter, LinearAdapter, NoAdapter, PerceptronAdapter, build_adapter, resize_to
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -24,6 +24,7 @@ def zeros(*shape: int) -> torch.Tensor:
         ("auto", (2, 7, 3), (2, 7, 5), LinearAdapter, [(5, 3), (5,)]),
         ("auto", (2, 3), (2, 5), LinearAdapter, [(5, 3), (5,)]),
         ("conv1x1", (2, 3, 8, 8), (2, 5, 8, 8), ConvAdapter, [(5, 3, 1, 1), (5,)]),
+        ("mlp", (2, 3, 8, 8), (2, 5, 4, 4), PerceptronAdapter, [(5, 3, 1, 1), (5,), (5, 5, 1, 1), (5,)]),
         ("linear", (2, 7, 3), (2, 7, 5), LinearAdapter, [(5, 3), (5,)]),
         ("none", (2, 4, 8, 8), (2, 4, 4, 4), NoAdapter, []),
         ("none", (2, 7, 3), (2, 7, 3), NoAdapter, []),

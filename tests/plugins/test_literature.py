@@ -54,7 +54,7 @@ SYSTEMS = (
     *("Chen 2017: hint", "Chen 2017: a teacher at a higher resolution", "LD", "CrossKD", "BCKD", "KD-DETR"),
     *(
         "Ultralytics",
-        "RT-DETRv4",
+        "RT-DETRv4: deep",
         "Structured KD",
         "Structured KD: pair-wise",
         "Structured KD: holistic",
@@ -65,10 +65,11 @@ SYSTEMS = (
     *("TinyBERT", "MobileBERT", "MiniLM", "MiniLMv2", "DistilBERT", "PKD-BERT", "Forward KL", "Reverse KL", "GKD"),
     *("Skewed KL", "ULD", "GOLD", "DSKD", "GKD λ", "MiniLLM", "Embeddings", "MarginMSE"),
     # other schemes
+    "RT-DETRv4: weights",
     *("NetAug", "GAN compression", "Weights matching", "Mean teacher", "Stages"),
 )
 """The systems that the project set out to have; a row's system begins with one of these words."""
-NOT_BUILT = ("Ultralytics", "RT-DETRv4", "GKD λ", "MiniLLM")
+NOT_BUILT = ("GKD λ", "MiniLLM")
 KINDS = "term|recipe|source|schedule|region|plan key|class|function|argument"
 
 
@@ -194,4 +195,4 @@ def test_what_is_missing_is_missing():
         for folder in ("plugins", "det", "nlp")
         for path in (ROOT / folder).rglob("*.py")
     )
-    assert not re.search(r"\.generate\(|rt-?detrv4[\"']|ultralytics", code, re.IGNORECASE)
+    assert not re.search(r"\.generate\(", code, re.IGNORECASE)

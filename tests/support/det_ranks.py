@@ -29,6 +29,7 @@ TERMS: dict[str, Any] = {
     "soft_main": dict(type="SoftTargets", anchors="main", activation="softmax"),
     "cross_head": dict(type="CrossHead"),
     "bckd": dict(type="BCKD"),
+    "scored": dict(type="ScoredImitation"),
 }
 ON_PROPOSALS: dict[str, Any] = {
     "roi_classes": dict(type="SoftTargets"),

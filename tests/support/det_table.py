@@ -29,6 +29,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "`ChannelWise`": dict(type="ChannelWise", tap="neck[*]", temperature=1.0),
     "`FocalGlobal`": dict(type="FocalGlobal"),
     "`MaskedGeneration`": dict(type="MaskedGeneration"),
+    "`ScoredImitation`": dict(type="ScoredImitation"),
     "`SoftTargets`": dict(type="SoftTargets"),
     "… `background_weight`, `hard_weight`": dict(type="SoftTargets", background_weight=1.5, hard_weight=0.5),
     "… anchors `vlr`": dict(type="SoftTargets", anchors="vlr"),
@@ -42,6 +43,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 _ANCHORS = ("GFL", "ATSS", "RetinaNet", "TOOD")
 ONLY = {
+    "`ScoredImitation`": DENSE,
     "… of RoIs": STAGED,
     "… anchors `vlr`": _ANCHORS,
     "… `head='rpn_head'`": STAGED,

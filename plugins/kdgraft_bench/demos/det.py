@@ -70,6 +70,8 @@ def recipes(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
         "mgd": dict(recipe=dict(type="mgd", weight=2e-5 * channels * positions)),
         "pkd": dict(recipe="pkd"),
         "crosskd": dict(recipe="crosskd"),
+        "ultralytics": dict(recipe="ultralytics"),
+        "rtdetrv4": dict(recipe="rtdetrv4"),
     }
 
 
