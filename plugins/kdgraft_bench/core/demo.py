@@ -38,7 +38,7 @@ STEPS = 500
 """The steps of a training of length 1."""
 REAL = ("methods",)
 """The experiments on a real set by default."""
-NAMED = ("every",)
+NAMED = ("every", "weights")
 """The experiments that run only if they are named, or all are."""
 
 
@@ -56,7 +56,7 @@ def main(
 
     Args:
         seeds: the number of seeds.
-        recipes: ``"all"`` for all experiments, ``"default"`` for all but the comparison of every method (on a real set only for the
+        recipes: ``"all"`` for all experiments, ``"default"`` for all but the comparisons of every method and of weights (on a real set only for the
             short comparison of methods), names of experiments separated by commas, or ``"none"``.
         out: the folder of the results.
         device: ``"cpu"`` or ``"cuda"``; with ``"cpu"`` no GPU is used.

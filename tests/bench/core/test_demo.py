@@ -97,7 +97,7 @@ def test_lengths_are_whole_parts():
 
 def test_every_method_is_compared_if_it_is_named():
     usual = {name for name in EXPERIMENTS if name not in demo.NAMED}
-    assert set(EXPERIMENTS) - usual == {"every"}
+    assert set(EXPERIMENTS) - usual == {"every", "weights"}
     runs = Runs(600)
     assert len(EXPERIMENTS["every"].plan(runs)) == 41
     given = [[*run.terms, *expand_recipe(run.recipe, RECIPES)] for run in runs.planned.values()]

@@ -11,6 +11,7 @@ from .methods import METHODS
 from .mutual import MUTUAL
 from .panel import SPECIALISTS
 from .patience import PATIENCE
+from .weights import WEIGHTS
 
 EXPERIMENTS = {
     each.name: each
@@ -29,6 +30,7 @@ EXPERIMENTS = {
         BORN_AGAIN,
         NETAUG,
         GENERATORS,
+        WEIGHTS,
     )
 }
 
