@@ -37,8 +37,8 @@ class FeatureTerm(TapTerm):
 
     Args:
         tap, student_tap, teacher_tap: maps ``(B, C, H, W)`` or vectors ``(…, C)``.
-        adapter: ``"auto"``, ``"conv1x1"``, ``"mlp"`` (two 1×1 convolutions), ``"linear"``, ``"none"`` (equal channels) or ``"any"`` (no adapter, for a loss that
-            accepts any two widths); each tensor has its own, sized by the dry run.
+        adapter: ``"auto"``, ``"conv1x1"``, ``"mlp"`` (two 1×1 convolutions), ``"linear"``, ``"none"`` (equal channels) or ``"any"``
+            (no adapter, for a loss that accepts any two widths); each tensor has its own, sized by the dry run.
         region: ``"all"`` (without padding and ignored positions), ``"foreground"`` if the host has boxes, or another registered
             region.
 
