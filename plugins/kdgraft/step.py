@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .balance import gradient_norms, own_loss
+from .balance import AutoWeight, gradient_norms, own_loss
 from .batch import Batch
 from .distributed import sum_over_ranks, world_size
 from .errors import DistillError, nearest
@@ -169,27 +169,27 @@ class StepInProgress:
         """Measure the shares of the gradient of :attr:`unweighted` terms, and return their losses; all processes must call this.
 
         Args:
-            own: the host's own loss, before terms leave it a share.
+            own: the host's own loss, before terms leave it a share; ``None`` if there is none, so that nothing is measured.
 
         Raises:
-            DistillError: there is none.
+            DistillError: there is none, and a weight depends on it.
         """
-        if own is None:
+        due = [term for term in self.active if term.name in self.unweighted]
+        auto = next((term.name for term in due if isinstance(term.balance, AutoWeight)), None)
+        if own is None and auto is not None:
             raise DistillError(
-                f"{next(iter(self.unweighted))}: weight='auto' compares with the host's own loss, and this batch has none; add labels, "
-                "or set weight to a number"
+                f"{auto}: weight='auto' compares with the host's own loss, and this batch has none; add labels, or set weight to a number"
             )
         parameters = [p for p in self._student.parameters() if p.requires_grad]
-        norms = gradient_norms(own, self.unweighted, parameters)
+        norms = {} if own is None else gradient_norms(own, self.unweighted, parameters)
         found: dict[str, Tensor] = {}
-        for term in self.active:
-            if term.name in norms:
-                term.weigh(norms[term.name])
-                found[f"distill.{term.name}.loss"] = self._weighted(term, self.unweighted[term.name])
-                self.figures[f"distill.{term.name}.weight"] = torch.tensor(term.weight_at(self.at))
-                ratio = norms[term.name].ratio
-                if ratio is not None:
-                    self.figures[f"distill.{term.name}.share"] = torch.tensor(ratio * term.weight)
+        for term in due:
+            term.weigh(norms.get(term.name))
+            found[f"distill.{term.name}.loss"] = self._weighted(term, self.unweighted[term.name])
+            self.figures[f"distill.{term.name}.weight"] = torch.tensor(term.weight_at(self.at))
+            ratio = norms[term.name].ratio if term.name in norms else None
+            if ratio is not None:
+                self.figures[f"distill.{term.name}.share"] = torch.tensor(ratio * term.weight)
         return found
 
     def _mean(self, name: str, ratio: Ratio, denominator: Tensor) -> Tensor:

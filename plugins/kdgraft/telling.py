@@ -54,14 +54,17 @@ def watch(engine: Engine) -> None:
 
 
 def share_rows(engine: Engine) -> tuple[list[dict[str, str]], list[str]]:
-    """Return the gradient shares that were measured since :func:`watch`, one row a term, and remarks on small and large ones."""
+    """Return the gradient shares that were measured since :func:`watch`, one row a term, and remarks on small and large ones.
+
+    A share is not measured where the host has no loss of its own, or one of the two gradients is 0.
+    """
     rows, remarks = [], []
     for term in engine.all_terms:
         found = None if term.balance is None else term.balance.share(term.weight)
         if term.alone or term.balance is None:
             continue
         auto = " (auto)" if isinstance(term.balance, AutoWeight) else ""
-        share = "none: one of the gradients is 0" if found is None else f"{found:.3g}"
+        share = "not measured" if found is None else f"{found:.3g}"
         rows.append({"term": term.name, "weight": f"{term.weight:.4g}{auto}", "gradient share": share})
         said = None if found is None or auto else remark(term.name, found)
         remarks += [] if said is None else [said]

@@ -260,6 +260,18 @@ def test_all_terms_can_be_measured_at_their_weights():
     assert isinstance(model.terms["weak"].balance, Gauge) and model.terms["weak"].weight == 0.01
 
 
+def test_without_a_loss_of_the_hosts_own_terms_run_and_are_not_measured():
+    model = hinted(3.0)
+    watch(model)
+    assert model(POINTS).settle(None)["distill.hint.loss"] == 3 * 10
+    assert [tuple(row.values()) for row in share_rows(model)[0]] == [("hint", "3", "not measured")]
+    model = hinted("auto")
+    with pytest.raises(
+        DistillError, match="hint: weight='auto' compares with the host's own loss, and this batch has none"
+    ):
+        model(POINTS).settle(None)
+
+
 def test_remarks_are_on_less_than_a_hundredth_and_more_than_ten_times():
     assert [remark("term", share) is None for share in (0.0099, 0.01, 1.0, 10.0, 10.1)] == [
         False,
