@@ -315,7 +315,7 @@ def train_once(comparison: Comparison, training: Training, world: Any) -> Outcom
 def time_steps(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[float]:
     """Return the median seconds of a training step (forward, loss, backward) of each model, timed in turn on its batch.
 
-    The statistics of batch norms, which steps change, are restored afterwards.
+    The statistics of batch norms, which steps change, are restored afterwards, and the models are left as they predict.
     """
 
     def step(run: Any, batch: Any) -> Callable[[], None]:
@@ -334,6 +334,7 @@ def time_steps(comparison: Comparison, outcomes: Sequence[Outcome]) -> list[floa
     steps = {one.method: step(one.run, batch) for one, batch in zip(outcomes, batches, strict=True)}
     seconds = interleave(steps, comparison.rounds, device=device)
     for model, buffers in zip(models, before, strict=True):
+        model.eval()
         for name, buffer in model.named_buffers():
             buffer.copy_(buffers[name])
     return [float(np.median(seconds[outcome.method])) for outcome in outcomes]
