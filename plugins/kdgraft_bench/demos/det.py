@@ -55,7 +55,8 @@ def recipes(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
     """Return the compared recipes: ``combined`` with weights tuned on the validation scenes, the others with published weights.
 
     FGD and MGD *sum* over maps, and their weights are for COCO: 256 channels, 800×1216 pixels, strides 8 to 128. They are
-    multiplied here by the ratio of the numbers of summands on COCO and on this pyramid.
+    multiplied here by the ratio of the numbers of summands on COCO and on this pyramid. BCKD's sums are divided by the positives, as
+    the host's own losses are, and keep the published weights.
 
     Args:
         size: (height, width) of the padded pictures, for strides 8, 16 and 32.
@@ -72,6 +73,7 @@ def recipes(size: tuple[int, int]) -> dict[str, dict[str, Any]]:
         "crosskd": dict(recipe="crosskd"),
         "ultralytics": dict(recipe="ultralytics"),
         "rtdetrv4": dict(recipe="rtdetrv4"),
+        "bckd": dict(recipe="bckd"),
     }
 
 
