@@ -214,7 +214,7 @@ def run(
         write_data: makes or finds the dataset in a folder, and returns the folder of the dataset.
         out: the folder of the results.
         seeds: the number of seeds.
-        recipes: ``"default"``, ``"all"``, ``"none"``, or names separated by commas.
+        recipes: ``"default"``, ``"all"``, ``"none"`` (teachers and plain students alone), or names separated by commas.
         device: ``"cpu"`` or ``"cuda"``; with ``"cpu"`` no GPU is used.
         iterations: the iterations of every training; by default the comparisons' own.
         first_seed: the first seed.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ..data.scenes import CLASSES, write_detection_set
 from ..mmdet_ld import mmdet_ld
 from ..pictures import draw_grid
 from ..results import Result
+from . import queries
 from .mm import RunnerComparison, resnet18
 
 SIZE = 96
@@ -226,6 +227,22 @@ def scenes() -> Detection:
     )
 
 
+def query_scenes() -> Detection:
+    """Return the comparison of detectors with queries on the digit scenes, which runs where its recipes are named."""
+    dense = scenes()
+    return replace(
+        dense,
+        teacher=queries.with_queries(dense.teacher),
+        student=queries.with_queries(dense.student),
+        recipes=queries.RECIPES,
+        default=(),
+        iterations=queries.ITERATIONS,
+        batch_size=queries.BATCH,
+        lr=queries.LR,
+        folder="detr",
+    )
+
+
 def write_data(folder: Path) -> Path:
     """Write the scenes to a folder, unless they are there; return it."""
     return write_detection_set(folder, size=SIZE, **DATA)
@@ -284,6 +301,6 @@ def main(out: str = "runs/demo/det", data: str | None = None, **settings: Any) -
         **settings: see :func:`kdgraft_bench.comparison.run`.
     """
     if data is None:
-        return run([scenes()], write_data, out, **settings)
+        return run([scenes(), query_scenes()], write_data, out, **settings)
     real = RealSet.read(Path(data))
     return run([own_set(real)], lambda folder: real.shrunk(folder, REAL_SIZE), out, **settings)

@@ -23,7 +23,8 @@ from mmengine.device import utils as device_utils
 from mmengine.hooks import Hook
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import Runner
-from torch import Tensor
+from mmengine.structures import BaseDataElement
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kdgraft.files import written_whole
@@ -188,7 +189,9 @@ class RunnerComparison(Comparison):
             runner.train()
             metrics = self.figures(runner.test())
             plain = plain_view(runner.model)
-            complexity = get_model_complexity_info(plain, (3, *self.size), show_table=False, show_arch=False)
+            complexity = get_model_complexity_info(
+                _Sized(plain, self.size), (3, *self.size), show_table=False, show_arch=False
+            )
         metrics["parameters (k)"] = sum(p.numel() for p in plain.parameters()) / 1e3
         metrics["MFLOPs"] = complexity["flops"] / 1e6
         return Outcome(training, metrics, runner, self._curves(runner, training.iterations))
@@ -261,6 +264,18 @@ class _Watch(Hook):
             shown[self.metric] = hub.get_scalar(self.score).current()
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
+
+
+class _Sized(nn.Module):
+    """A model's forward pass on pictures of one size alone; detectors with queries ask for the size beside the pictures."""
+
+    def __init__(self, model: nn.Module, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.model = model
+        self.sample = BaseDataElement(metainfo=dict(img_shape=size, batch_input_shape=size))
+
+    def forward(self, pictures: Tensor) -> Any:
+        return self.model(pictures, [self.sample] * len(pictures), mode="tensor")
 
 
 @contextmanager
