@@ -18,6 +18,11 @@ def logits() -> tuple[Tensor, Tensor]:
     return chirp((2, 4, 9), 0.37, 0.2, 2.0), chirp((2, 4, 9), 0.53, 0.9, 3.0)
 
 
+def drawn() -> Tensor:
+    """A token for each of the 2×4 items of :func:`logits`."""
+    return (torch.arange(8) * 5 % 9).view(2, 4)
+
+
 def answered() -> Tensor:
     """Which of the 2×4 tokens belong to the answer."""
     return torch.tensor([[0, 1, 1, 1], [0, 0, 1, 1]], dtype=torch.bool)
@@ -131,6 +136,20 @@ def figure(value: Tensor, student: Tensor) -> tuple[float, float, float]:
     (gradient,) = torch.autograd.grad(value, student)
     return value.item(), gradient[0].flatten()[-1].item(), gradient.square().sum().item()
 
+
+# microsoft/LMOps@4f2a9deb5f08e459fd44c2e4792344d78ca89fc3:minillm/minillm on logits() in float32, tokens drawn(), texts of 4 and 3
+# tokens, α = 0.2. Weights: sampler.py. Rewards: losses.py, _get_advantages_and_returns with γ = 1, without whitening, moved by one
+# token. Then figures, with the gradient's first number in place of the last: _pg_loss with ε = 0.2 of these, and _reg_loss.
+MINILLM_WEIGHTS = (
+    *(0.8979385495185852, 1.2269608974456787, 1.2441508769989014, 1.2136629819869995),
+    *(1.2055888175964355, 0.6819514632225037, 0.8410818576812744),
+)
+MINILLM_REWARDS = (
+    *(-2.8949058055877686, -3.047952175140381, -2.122270345687866, 0.0),
+    *(0.9343314170837402, 0.6651201248168945, 0.0),
+)
+MINILLM_POLICY = (1.0578304529190063, 0.3430205285549164, 0.7568718194961548**2)
+MINILLM_SINGLE = (1.4461501836776733, -0.017619125545024872, 0.2590186297893524**2)
 
 # sebastian-hofstaetter/neural-ranking-kd@aafcc73d6b78ee9849c3d8f5ccf084051fcae2e9:margin_mse_loss.py on candidates().
 MARGIN = (18.37242262339078, -0.09222875099434676, 24.496563497854368)

@@ -30,6 +30,7 @@ from .localization import localization
 from .logit_matching import logit_matching
 from .margin_mse import margin_mse
 from .masked_generation import masked_generation
+from .minillm import minillm
 from .mmd import mmd
 from .normalized import normalized
 from .nst import nst
@@ -97,6 +98,7 @@ __all__ = [
     "masked_generation",
     "masked_imitation",
     "memory_relations",
+    "minillm",
     "mixed_targets",
     "mmd",
     "native_ensemble",
