@@ -25,9 +25,10 @@ from kdgraft.step import scaled
 from .checkpoints import Resuming
 from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
+from .on_policy import OnPolicy, Writer, read_on_policy, written_figures
 from .registry import RECIPES
 from .student import graft, undistill
-from .tokens import shared_tokens
+from .tokens import WRITTEN, shared_tokens
 from .views import check_views, viewed
 
 logger = logging.getLogger("kdgraft")
@@ -40,6 +41,7 @@ class Distilling(Resuming):
     """The mixin before a Trainer class that runs the distillation in its steps."""
 
     _signature_columns: Any
+    _writer: Writer | None = None
 
     def start_distilling(
         self,
@@ -52,18 +54,21 @@ class Distilling(Resuming):
         teachers: Mapping[str, Any] | None = None,
         init_from: Any = None,
         views: Any = None,
+        on_policy: OnPolicy | Mapping[str, Any] | None = None,
     ) -> None:
         """Graft the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
             raise DistillError(f"terms must be a list, got {terms!r}")
-        check_told(terms, recipe, teacher=teacher, teachers=teachers, dry_run=dry_run, init_from=init_from)
+        given = dict(dry_run=dry_run, init_from=init_from, on_policy=on_policy)
+        check_told(terms, recipe, teacher=teacher, teachers=teachers, **given)
         _refuse_hosts(self)
         check_number("host_weight", "the host's share", host_weight, 0)
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         if host_weight != 1 and not specs:
             raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
-        facts = _vocabularies(self, [teacher] if teachers is None else others)
+        told = read_on_policy(on_policy)
+        facts = _vocabularies(self, [teacher] if teachers is None else others) | {"on_policy": told}
         self._recipe = recipe
         cache = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
@@ -102,6 +107,12 @@ class Distilling(Resuming):
         graft(model, settings.pop("teacher"), copy.deepcopy(settings.pop("terms")), **settings)
         link = link_of(model)
         link.hosted, link.host_weight = True, self._host_weight
+        told = self._settings["facts"].get("on_policy")
+        try:
+            self._writer = None if told is None else Writer(told, self, model)
+        except DistillError:
+            undistill(model)
+            raise
 
     def call_model_init(self, trial: Any = None) -> Any:
         """Build a new model, graft the distiller on it and reset the peers."""
@@ -133,6 +144,8 @@ class Distilling(Resuming):
             # Resumed from the last step; within an epoch the host would run one more.
             self.control.should_training_stop = True
             return [], None
+        if self._writer is not None:
+            epoch_iterator = self._writer.batches(self.model, epoch_iterator, self.state.global_step)
         found = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.state.global_step < self._last_step:  # another run of the same trainer
             self._logged, self._logged_in = {}, {}
@@ -141,6 +154,19 @@ class Distilling(Resuming):
         if self.distiller is not None and found[0]:
             self._totals = self._count(found[0], device)
         return found
+
+    def written(self, batch: Any) -> Any:
+        """Return a batch as an on-policy step has it; the batch itself where no step is on-policy."""
+        writer = self._writer
+        return batch if writer is None or not writer.settings.share else writer.written(self.model, batch, 0)
+
+    def on_policy_losses(self, batch: Any) -> dict[str, Tensor]:
+        """Return the terms' losses of an on-policy step on a batch, for the figures of a check; none where no step is one."""
+        written = self.written(batch)
+        if written is batch:
+            return {}
+        self.compute_loss(self.model.train(), dict(written))
+        return {f"{key}, on-policy": value for key, value in link_of(self.model).last.losses.items()}
 
     def _count(self, batches: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         """Return each term's number of items over the accumulated batch and all processes."""
@@ -177,11 +203,16 @@ class Distilling(Resuming):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_host(model, inputs, num_items_in_batch)
         state, scales = self.state, self._host_scales(num_items_in_batch)
+        # Texts that the student wrote are no labels for the host's own loss.
+        hard = link_of(self.model).host_weight = 0.0 if WRITTEN in inputs else self._host_weight
         parts = max(int(getattr(self, "current_gradient_accumulation_steps", 1) or 1), 1)
         factor = self._host_factor(num_items_in_batch)
         at = Step(state.global_step, int(state.epoch or 0))
         # The inputs are copied, as losses may remove the labels.
         step = StudentStep(at, dict(inputs), self._totals, parts, factor / (1 if scales else parts))
+        written = inputs.get(WRITTEN)
+        if written is not None and not student_chunks(self.model) and not _has_own_loss(self):
+            inputs = {name: value for name, value in inputs.items() if name != "labels"}  # without labels, no loss
         with link_of(self.model).asking(step):
             result: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not step.passes:
@@ -189,9 +220,14 @@ class Distilling(Resuming):
         self._distilled = True
         loss, split = self._weighted(result[0] if return_outputs else result, step), 1 if scales else parts
         # Peers train on the host's own loss, as the student does.
-        peers = {f"peer.{name}.loss": scaled(value * factor, self._host_weight) for name, value in step.peers.items()}
+        peers = {f"peer.{name}.loss": scaled(value * factor, hard) for name, value in step.peers.items()}
         extra = torch.stack([value for key, value in step.losses.items() if key.endswith(".loss")]).sum()
-        self._keep({**step.losses, **{name: value / split for name, value in peers.items()}}, loss, split)
+        figures = {**step.losses, **{name: value / split for name, value in peers.items()}}
+        if written is None:
+            figures["task_loss"] = loss / split
+        if self._writer is not None:
+            figures |= written_figures(written, parts, loss.device)
+        self._keep(figures)
         step.losses = {key: value.detach() for key, value in step.losses.items()}
         # The Trainer divides unscaled losses by the number of micro-batches; the terms' losses are scaled already.
         whole = sum(peers.values(), loss) + extra * split
@@ -201,7 +237,7 @@ class Distilling(Resuming):
         """Return the host's loss times its share; a model that computes in chunks has already weighted it."""
         if (
             step.without_loss
-            and self._host_weight
+            and link_of(self.model).host_weight
             and step.host_share
             and not self._told_of_labels
             and not loss.detach()
@@ -212,7 +248,7 @@ class Distilling(Resuming):
             )
         if student_chunks(self.model):
             return loss
-        return scaled(loss, self._host_weight * step.host_share)
+        return scaled(loss, link_of(self.model).host_weight * step.host_share)
 
     def _check_host(self, model: nn.Module, inputs: Any, num_items: Any) -> None:
         """Warn once where the host sums the losses of micro-batches that its model did not scale; the terms' are scaled."""
@@ -250,8 +286,8 @@ class Distilling(Resuming):
         accepts = self.model_accepts_loss_kwargs and num_items is not None
         return bool(accepts or self.compute_loss_func is not None)
 
-    def _keep(self, losses: Mapping[str, Tensor], host: Tensor, parts: int) -> None:
-        for key, value in {**losses, "task_loss": host / parts}.items():
+    def _keep(self, figures: Mapping[str, Tensor]) -> None:
+        for key, value in figures.items():
             value = value.detach().float()
             last = key.endswith(LATEST)
             self._logged[key] = value if last or key not in self._logged else self._logged[key] + value

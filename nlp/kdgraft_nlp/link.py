@@ -159,10 +159,10 @@ class Link:
         found = {key: value for key, value in found.items() if key in keep}
         if "use_cache" in keep:
             found["use_cache"] = False
-        return _moved(model, found)
+        return moved(model, found)
 
 
-def _moved(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+def moved(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
     """Move inputs to a model with a ``device_map``; where it spans several devices, accelerate's hooks move them."""
     if not getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook"):
         return inputs

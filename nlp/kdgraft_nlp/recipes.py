@@ -124,7 +124,10 @@ def mobilebert(
 
 @RECIPES.register
 def gkd(weight: Weight = 1.0, beta: float = 0.5, temperature: float = 1.0) -> list[dict[str, Any]]:
-    """Generalised knowledge distillation for language models (arXiv 2306.13649): its loss, on the tokens of the training set.
+    """Generalised knowledge distillation for language models (arXiv 2306.13649): its loss.
+
+    It is computed on the texts of the training set; beside it, ``on_policy`` of the trainer or of a recipe file gives the share λ
+    of the steps that train on texts of the student.
 
     Args:
         weight, beta, temperature: settings of the only term; β = 0 is the forward KL, β = 1 the reverse KL.

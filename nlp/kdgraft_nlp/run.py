@@ -24,6 +24,8 @@
 ``recipe``             a recipe's name, or ``{type: name, …}``
 ``terms``              a list of terms beside the recipe's
 ``host_weight``        the factor of the host's own loss under a teacher, 1 by default
+``on_policy``          for causal models under a teacher: ``{share: 0.5, max_new_tokens: 64, …}``: a share of the steps
+                       trains on texts that the student writes; see :class:`~kdgraft_nlp.OnPolicy`
 ``chunked``            for causal models under a teacher; see :class:`~kdgraft_nlp.DistillTrainer`
 ``training``           arguments of :class:`transformers.TrainingArguments`
 ``output``             the folder of checkpoints and of the student
@@ -223,6 +225,7 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
     trainer.current_gradient_accumulation_steps = 1
     with one_line("training"):
         batches = list(islice(trainer.get_train_dataloader(), MEASURED))  # on the device, as accelerate prepares them
+        tried = trainer.on_policy_losses(batches[0])
         measured = trainer.distiller if link_of(trainer.model).chunk is None else None
         if measured is not None:
             watch(measured)
@@ -234,7 +237,7 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
         print("no terms: the model trains alone")
     else:
         print_rows([row._asdict() for row in trainer.distiller.rows])
-        for key, value in first.items():
+        for key, value in {**first, **tried}.items():
             print(f"{key:<40} {float(value.detach()):.5f}")
     print(f"{'loss':<40} {float(loss.detach()):.5f}")
     if measured is not None:
@@ -294,6 +297,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             compute_metrics=_metrics(task, names),
             chunked=(config.get("chunked") or False) if taught else False,
             host_weight=config.get("host_weight", 1) if taught else 1,
+            on_policy=config.get("on_policy") if taught else None,
             **settings,
         )
     _check_sizes("student", student, tokenizer, encoded)

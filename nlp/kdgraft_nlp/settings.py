@@ -20,6 +20,7 @@ from kdgraft.terms import build_terms
 
 from .arguments import check_student, training_arguments, training_mistakes
 from .checks import check_folder, flat, one_line
+from .on_policy import read_on_policy
 from .reader import HFReader
 from .registry import RECIPES, TERMS
 
@@ -44,6 +45,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "recipe": ((str, Mapping), "a name, or {type: name, …}"),
     "terms": ((list, tuple), "a list of names, or of {type: name, …}"),
     "host_weight": ((int, float), "a number >= 0"),
+    "on_policy": ((Mapping,), "a mapping, such as {share: 0.5, max_new_tokens: 64}"),
     "chunked": ((bool, int), "true, false, or a number of tokens"),
     "training": ((Mapping,), "a mapping of TrainingArguments, such as {max_steps: 100}"),
     "output": ((str, Path), "a folder"),
@@ -224,6 +226,8 @@ def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], told: _M
         told.append("a teacher is given, and nothing says what to learn; name terms or a recipe, or leave it out")
     if fine.get("host_weight") is not None:
         told.look(check_number, "host_weight", "the host's share", fine["host_weight"], 0)
+    if fine.get("on_policy") is not None:
+        told.look(_check_on_policy, fine["on_policy"], config.get("task"), taught)
     if fine.get("chunked") and fine["chunked"] is not True:
         told.look(partial(check_number, whole=True), "chunked", "the number of tokens", fine["chunked"], 1)
 
@@ -251,6 +255,15 @@ def _check_second_tokenizer(task: str, data: Mapping[str, Any], fine: Mapping[st
     if fine.get("init_from") is not None:
         told.append(
             "init_from copies the teacher's embeddings, which teacher_tokenizer says are of other tokens; leave out one"
+        )
+
+
+def _check_on_policy(given: Mapping[str, Any], task: Any, taught: bool) -> None:
+    """Raise a :class:`DistillError` for settings that make no sense, or where nothing is learnt from texts of the student."""
+    read_on_policy(given)
+    if not taught or task != "causal":
+        raise DistillError(
+            f"on_policy needs {'task: causal' if taught else 'teacher, which reads what the student writes'}"
         )
 
 
@@ -329,7 +342,7 @@ def encoding(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def untaught(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe without its teachers and terms, which encodes its texts as before."""
-    taught = ("teacher", "teachers", "teacher_tokenizer", "init_from", "recipe", "terms")
+    taught = ("teacher", "teachers", "teacher_tokenizer", "init_from", "recipe", "terms", "on_policy")
     found = {**config, **dict.fromkeys(taught)}
     if config.get("teacher_tokenizer") and config.get("task") == "causal" and isinstance(config.get("data"), Mapping):
         found["data"] = {**config["data"], "joined": False}

@@ -28,8 +28,26 @@ SAMPLE_IDS = "sample_ids"
 """Key of a batch: the ids of its samples, for cached teacher outputs."""
 
 
-OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS})
+WRITTEN = "written"
+"""Key of a batch whose texts the student wrote, for a :class:`Written`."""
+
+OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS, WRITTEN})
 """The keys of a batch that no model takes."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """How the texts of a batch were written.
+
+    Attributes:
+        mix: the teacher's share in the distribution from which tokens were drawn.
+        length: the mean number of tokens of a continuation.
+        seconds: the time that writing took.
+    """
+
+    mix: float
+    length: float
+    seconds: float
 
 
 @dataclass
@@ -179,7 +197,8 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, Fr
     samples = len(tensors[0])
     size = samples if task != "choice" or student.real is None else len(student.real)
     tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq", inputs.get(TOKEN_STARTS))
-    extra = {"tokens": tokens, "answers": [own.get(name) for name in ("start_positions", "end_positions")]}
+    extra: dict[Any, Any] = {"tokens": tokens, "written": inputs.get(WRITTEN)}
+    extra["answers"] = [own.get(name) for name in ("start_positions", "end_positions")]
     return TextBatch(labels=own.get("labels"), extra=extra, **_image_sizes(own.get("pixel_mask")))
 
 

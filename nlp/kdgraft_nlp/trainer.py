@@ -11,6 +11,7 @@ from transformers import Trainer
 from kdgraft.errors import DistillError
 
 from .distilling import Distilling
+from .on_policy import OnPolicy
 
 
 class DistillTrainer(Distilling, Trainer):
@@ -32,6 +33,8 @@ class DistillTrainer(Distilling, Trainer):
             :func:`~kdgraft_nlp.init_from_teacher`.
         views: for images: makes ``(pixel_values, labels)`` of a training batch into others, such as
             :class:`kdgraft.consistent.Teaching`, whose views may differ by model; with its mixup the batch has no labels.
+        on_policy: for causal models: train a share of the steps on texts that the student writes; see
+            :class:`~kdgraft_nlp.OnPolicy`.
 
     Example::
 
@@ -53,10 +56,11 @@ class DistillTrainer(Distilling, Trainer):
         teachers: Mapping[str, Any] | None = None,
         init_from: Any = None,
         views: Any = None,
+        on_policy: OnPolicy | Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views)
+        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy)
         self.start_distilling(*told)
 
 
@@ -77,12 +81,13 @@ def distill(
     teachers: Mapping[str, Any] | None = None,
     init_from: Any = None,
     views: Any = None,
+    on_policy: OnPolicy | Mapping[str, Any] | None = None,
 ) -> Any:
     """Add distillation to a trainer that you already have, an instance of Trainer or of a subclass, before ``train()``.
 
     Args:
         trainer: the trainer, changed in place; its own ``compute_loss`` and callbacks stay active.
-        teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views: as for :class:`DistillTrainer`.
+        teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy: as for :class:`DistillTrainer`.
 
     Returns:
         The trainer.
@@ -94,7 +99,7 @@ def distill(
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
-        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views)
+        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy)
         Distilling.start_distilling(trainer, *told)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = before

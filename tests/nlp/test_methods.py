@@ -9,7 +9,7 @@ import torch
 from transformers import ResNetConfig, ResNetForImageClassification
 
 from kdgraft import DistillError, Itself
-from kdgraft_nlp import TERMS, DistillTrainer
+from kdgraft_nlp import TERMS, DistillTrainer, OnPolicy
 from kdgraft_nlp.reader import HFReader
 from kdgraft_nlp.student import graft
 from support import nlp as support
@@ -25,11 +25,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "WeightMatching": dict(modules="bert.encoder.layer.1"),
 }
 """Settings of a term for models of Hugging Face."""
-FACTS = {"shared_tokens": torch.arange(support.VOCABULARY)[:, None].expand(-1, 2)}
-"""What a trainer knows of two tokenizers."""
+FACTS = {"shared_tokens": torch.arange(support.VOCABULARY)[:, None].expand(-1, 2), "on_policy": OnPolicy()}
+"""What a trainer knows of two tokenizers, and of the texts that its student writes."""
 FAMILIES: dict[str, str] = {
     "UniversalLogits": "llama",
     "GOLD": "llama",
+    "MiniLLM": "llama",
     "DSKD": "llama",
     "BoundedRegression": "regression",
     "BYOT": "resnet",
