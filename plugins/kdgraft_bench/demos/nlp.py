@@ -367,8 +367,10 @@ def main(
         fraction: the share of a real set's training sentences to use, drawn with the seed.
         **settings: see :func:`kdgraft_bench.comparison.run`.
     """
+    from .on_policy import ON_POLICY  # which is made of this module's
+
     if data is None:
-        return run([SENTENCES, LANGUAGE, TOKENIZERS], write_data, out, **settings)
+        return run([SENTENCES, LANGUAGE, TOKENIZERS, ON_POLICY], write_data, out, **settings)
     root = Path(data)
     with quiet():
         comparisons = own_set(root, fraction)
