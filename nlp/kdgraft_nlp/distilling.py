@@ -25,7 +25,8 @@ from kdgraft.step import scaled
 from .checkpoints import Resuming
 from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
-from .on_policy import OnPolicy, Writer, read_on_policy, written_figures
+from .on_policy import Writer, written_figures
+from .policy import OnPolicy, read_on_policy
 from .registry import RECIPES
 from .student import graft, undistill
 from .tokens import WRITTEN, shared_tokens

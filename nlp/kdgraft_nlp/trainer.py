@@ -11,7 +11,7 @@ from transformers import Trainer
 from kdgraft.errors import DistillError
 
 from .distilling import Distilling
-from .on_policy import OnPolicy
+from .policy import OnPolicy
 
 
 class DistillTrainer(Distilling, Trainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +27,9 @@ from kdgraft.sources import Teacher
 
 from .link import moved
 from .packing import texts_of
+from .policy import OnPolicy
 from .tasks import accepted
 from .tokens import IGNORED, WRITTEN, Written
-
-if TYPE_CHECKING:
-    from .on_policy import OnPolicy
 
 _READ = frozenset({"input_ids", "attention_mask", "labels", "sample_ids"})
 _MADE_ANEW = frozenset({"position_ids", "token_type_ids", "special_tokens_mask"})

@@ -102,7 +102,7 @@ def test_errors_name_both_shapes(kind: str, student: tuple, teacher: tuple, mess
 
 def test_unknown_kind():
     with pytest.raises(
-        WiringError, match="adapter must be 'auto', 'conv1x1', 'linear', 'none' or 'any', got 'conv3x3'"
+        WiringError, match="adapter must be 'auto', 'conv1x1', 'mlp', 'linear', 'none' or 'any', got 'conv3x3'"
     ):
         build_adapter("conv3x3", zeros(1, 2, 2, 2), zeros(1, 2, 2, 2), "hint")
 

@@ -87,8 +87,9 @@ MAY |= {
         "nlp": {"kdgraft_nlp", "transformers"},
     }.items()
 }
-# What is drawn for one host alone.
-MAY["kdgraft_bench.demos.attention"] = MAY["kdgraft_bench.demos.nlp"]
+# Parts of a host's demo.
+MAY |= {f"kdgraft_bench.demos.{part}": MAY["kdgraft_bench.demos.nlp"] for part in ("attention", "hf", "on_policy")}
+MAY["kdgraft_bench.demos.queries"] = MAY["kdgraft_bench.demos.det"]
 PACKAGES = {name.partition(".")[0] for name in MAY}
 HOSTS = {"mmengine", "mmcv", "mmdet", "mmseg", "transformers"}
 MODULES = {

@@ -315,7 +315,9 @@ def test_list_explains_one_name(capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().out
     assert re.match(r"LogitMatching \(.*torch terms\)\n\nSquared error on the logits", said)
     assert "arXiv 1312.6184" in said
-    assert "    weight = 1.0    factor on the loss, >= 0." in said.splitlines()
+    assert any(
+        line.startswith('    weight = 1.0    factor on the loss, >= 0; ``"auto"``, or ') for line in said.splitlines()
+    )
     assert "    source = 'teacher'    the name of the source that the student imitates." in said.splitlines()
     for name, part in (
         ("hint", "norm = "),

@@ -21,7 +21,7 @@ from kdgraft_nlp.data import encode
 from kdgraft_nlp.writing import Pen
 
 from ..comparison import Outcome, Training
-from .nlp import LANGUAGE, TrainerComparison, llama
+from .hf import TrainerComparison, llama
 
 LENGTH = 32
 # Blocks of joined sentences go on after a sentence, and so do the texts, which are as long.
@@ -119,10 +119,10 @@ ON_POLICY = OnPolicyComparison(
     told=dict(length=LENGTH),
     teacher=llama(64, 2),
     student=llama(32, 1),
-    rates=LANGUAGE.rates,
+    rates=(2e-3, 4e-3),
     recipes=METHODS,
     default=(),
-    scores={**LANGUAGE.scores, "reverse KL": ("", 3), "teacher's loss": ("", 3)},
+    scores={"perplexity": ("eval_perplexity", 2), "reverse KL": ("", 3), "teacher's loss": ("", 3)},
     iterations=300,
     evaluations=2,
     rounds=5,

@@ -27,7 +27,7 @@ def finished(tmp_path_factory):
     sizes = dict(vocabulary=300, batch_size=4, rounds=2, texts=6, iterations=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "DATA", dict(train=140, val=14, test=28))
-        patch.setattr(on_policy, "ON_POLICY", replace(on_policy.ON_POLICY, **models, **sizes))
+        patch.setattr(demo, "ON_POLICY", replace(demo.ON_POLICY, **models, **sizes))
         for texts in (on_policy.TEXTS, *(on_policy.METHODS[name]["on_policy"] for name in ("on_policy", "minillm"))):
             patch.setitem(texts, "max_new_tokens", 8)
         demo.main(recipes=NAMES, out=out)
@@ -54,7 +54,7 @@ def test_finished_trainings_are_taken_as_they_are(finished, capsys):
 
 
 def test_texts_are_measured_by_their_writer_and_the_teacher(finished):
-    out, comparison = finished[0], on_policy.ON_POLICY
+    out, comparison = finished[0], demo.ON_POLICY
     run = comparison.restore(Training("plain", 0, 10, "test", "cpu", out / "data", out / "on_policy"))
     folder = out / "on_policy" / "seed0"
     model, teacher = (AutoModelForCausalLM.from_pretrained(folder / name).eval() for name in ("plain", "teacher"))
@@ -80,4 +80,4 @@ def test_other_runs_leave_it_out(monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(demo, "run", lambda comparisons, *_, **__: seen.extend(comparisons) or [])
     demo.main(out=tmp_path)
-    assert on_policy.ON_POLICY in seen and not on_policy.ON_POLICY.default
+    assert demo.ON_POLICY in seen and not demo.ON_POLICY.default
