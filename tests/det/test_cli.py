@@ -229,6 +229,7 @@ def test_checking_a_plain_config_says_what_to_set(config, capsys, tmp_path, scen
     refused(capsys, ["check", str(path)], "trains a plain GFL; set model.type='DistilledDetector'")
 
 
+@pytest.mark.slow
 def test_a_mistake_in_a_process_of_its_own_prints_one_line_and_no_traceback(config, tmp_path):
     path = config(lambda m: m["teacher"].update(chekpoint="t.pth"))
     done = python("-W", "ignore", "-m", "kdgraft", "check", path, host="mmdet", folder=tmp_path)

@@ -191,6 +191,7 @@ terms = ["SoftTargets"]
 """
 
 
+@pytest.mark.slow
 def test_the_assistant_midway_is_chosen_and_teaches(folder, scenes, capsys, tmp_path):
     between = Config.fromfile(folder / "middle.py")
     between.model.backbone.base_channels = between.model.backbone.stem_channels = 5
@@ -229,6 +230,7 @@ terms = ["SoftTargets"]
 """
 
 
+@pytest.mark.slow
 def test_generations_of_detectors_and_their_ensemble(folder, scenes, capsys, tmp_path):
     assert main(["plan", str(plan(folder, text=BORN_AGAIN))]) == 0
     # The teacher that was stopped early is the checkpoint of that iteration of the whole training.
@@ -256,6 +258,7 @@ def test_generations_of_detectors_and_their_ensemble(folder, scenes, capsys, tmp
     )
 
 
+@pytest.mark.slow
 def test_a_transfer_set_of_detection(folder, scenes, capsys, tmp_path):
     text = """
 [runs.teacher]

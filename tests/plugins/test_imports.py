@@ -25,6 +25,7 @@ def test_import(module: str):
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(find_spec("transformers") is None, reason="needs the host")
 def test_a_recipe_trains_and_evaluates_without_libraries_of_figures_and_tables(tmp_path: Path):
     rows = "\n".join(f'{{"text": "{w} cat", "label": "{w}"}}' for w in ("red", "blue") * 4)

@@ -15,6 +15,7 @@ from kdgraft_bench.mmdet_ld import mmdet_ld
 from support.det import STRIDES, detector
 
 
+@pytest.mark.slow
 def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, capsys):
     student = mmdet_ld(detector(classes=80), "teacher.py", "teacher.pth")
     for name, model in (("STUDENT", student), ("TEACHER", detector(classes=80, width=8, channels=16))):

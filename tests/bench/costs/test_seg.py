@@ -13,6 +13,7 @@ from kdgraft_bench.costs import seg as costs
 from support.seg import SMALL_CRITIC, segmentor
 
 
+@pytest.mark.slow
 def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch, capsys):
     for name, width in (("STUDENT", 4), ("TEACHER", 8)):
         path = tmp_path / f"{name}.py"

@@ -139,6 +139,7 @@ def again(digits, monkeypatch):
     return lambda **settings: demo.main(**{**plain, **settings})
 
 
+@pytest.mark.slow
 def test_demo_takes_a_real_set(real):
     out, results = real
     assert {result.dataset for result in results} == {"digits"}

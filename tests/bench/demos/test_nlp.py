@@ -81,6 +81,7 @@ def test_demo_evaluates_what_it_saves(finished):
         assert right / len(lines) == pytest.approx(told[method])
 
 
+@pytest.mark.slow
 def test_finished_trainings_are_taken_as_they_are(small, finished, monkeypatch, capsys):
     out, results = finished
 
@@ -144,6 +145,7 @@ def real(tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_demo_takes_a_real_set(small, tmp_path, real):
     results = demo.main(recipes="none", out=tmp_path / "out", iterations=2, data=str(real), fraction=0.5)
     assert {(r.dataset, r.metric) for r in results} >= {("own", "accuracy"), ("own, tags", "span_f1")}

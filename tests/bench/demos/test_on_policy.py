@@ -48,6 +48,7 @@ def test_methods_start_as_the_plain_student(finished):
         assert 0 < (state["lm_head.weight"] - first).abs().max() < 0.1  # three small steps
 
 
+@pytest.mark.slow
 def test_finished_trainings_are_taken_as_they_are(finished, capsys):
     finished[1]()
     assert capsys.readouterr().out.count("taken from") == 5

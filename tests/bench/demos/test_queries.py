@@ -27,6 +27,7 @@ def finished(tmp_path_factory):
         return out, demo.main(recipes="kddetr", out=str(out), iterations=2)
 
 
+@pytest.mark.slow
 def test_a_student_with_queries_learns_from_a_wider_one(finished):
     out, results = finished
     assert {(result.method, result.model) for result in results} == {

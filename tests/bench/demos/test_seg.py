@@ -64,6 +64,7 @@ def test_demo_draws_the_critic_beside_the_losses(finished):
     assert cv2.imread(str(out / "curves.png")).shape[1] > 2000  # a fourth plot
 
 
+@pytest.mark.slow
 def test_finished_trainings_are_taken_as_they_are(finished, monkeypatch):
     out, results = finished
     monkeypatch.setattr(demo, "DATA", dict(seed=0, train=24, val=4, test=5))
@@ -82,6 +83,7 @@ def test_finished_trainings_are_taken_as_they_are(finished, monkeypatch):
         demo.main(seeds=1, recipes="none", out=str(out), iterations=4)
 
 
+@pytest.mark.slow
 def test_demo_takes_a_real_set(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "REAL_BATCH", 2)
     monkeypatch.setattr(demo, "EVALUATIONS", 1)

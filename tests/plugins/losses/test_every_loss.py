@@ -157,14 +157,15 @@ def test_zeros_and_constants_stay_finite(declared: Declared):
 
 
 @every()
-def test_gradient(declared: Declared):
-    """That of every item is the numerical one; that of the other reductions follows from the items'."""
+@pytest.mark.parametrize("along", ["random", pytest.param("every", marks=pytest.mark.slow)])
+def test_gradient(declared: Declared, along: str):
+    """That of every item is the numerical one, along random directions or each axis; that of the other reductions follows from it."""
     student, teacher = declared.inputs(size=1.0)
     student.requires_grad_(), teacher.requires_grad_(declared.compares and declared.teacher_learns)
     asked = [x for x in (student, teacher) if x.requires_grad]
     for settings in ({}, declared.left_out()) if declared.leaves_out else ({},):
         loss = lambda s, t, reduction="none", k=settings: declared.loss(s, t, reduction=reduction, **k)  # noqa: E731
-        assert torch.autograd.gradcheck(loss, (student, teacher))
+        assert torch.autograd.gradcheck(loss, (student, teacher), fast_mode=along == "random")
         total = loss(student, teacher).sum()
         slopes = torch.autograd.grad(total, asked, retain_graph=True)
         for reduction in ("sum", "mean"):
