@@ -13,7 +13,7 @@ from .dual_space import DSKD  # noqa: E402
 from .initialisation import init_from_teacher  # noqa: E402
 from .logits import GOLD, UniversalLogits  # noqa: E402
 from .minillm import MiniLLM  # noqa: E402
-from .policy import OnPolicy  # noqa: E402
+from .on_policy import OnPolicy  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .state_terms import Embeddings, HiddenStates, PatientStates  # noqa: E402

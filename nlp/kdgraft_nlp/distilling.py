@@ -25,12 +25,12 @@ from kdgraft.step import scaled
 from .checkpoints import Resuming
 from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
-from .on_policy import Writer, written_figures
-from .policy import OnPolicy, read_on_policy
+from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
 from .student import graft, undistill
 from .tokens import WRITTEN, shared_tokens
 from .views import check_views, viewed
+from .writer import Writer, written_figures
 
 logger = logging.getLogger("kdgraft")
 

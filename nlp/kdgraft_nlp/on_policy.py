@@ -1,127 +1,117 @@
-"""On-policy distillation: a share of the steps trains on texts that the student writes (GKD), or teacher and student together."""
+"""The settings of on-policy distillation, and its choice of steps and random numbers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from kdgraft.balance import AutoWeight
-from kdgraft.distributed import rank, world_size
-from kdgraft.engine import Engine
-from kdgraft.errors import DistillError
-from kdgraft.sources import Cached, Teacher
+from kdgraft.errors import DistillError, check_number, check_share
+from kdgraft.registry import call
 
-from .collator import DistillCollator
-from .policy import OnPolicy
-from .tasks import base_of, task_of
-from .tokens import Written
-from .writing import Pen, room_of
+COIN, TEXTS = 0, 1
+"""The streams of random numbers: of whether a step is on-policy, and, from 1 on, of each text of a step."""
 
 
-class Writer:
-    """The writer of a trainer's on-policy batches.
+@dataclass(frozen=True, kw_only=True)
+class OnPolicy:
+    """Settings of on-policy distillation of a causal language model.
+
+    In the chosen steps the student continues the prompts of the data set, and the terms compare it with the teacher on what it
+    wrote (GKD, Agarwal et al. 2024, arXiv 2306.13649, algorithm 1). The host's own loss has weight 0 in these steps, as the
+    student's texts are no labels; in the others nothing changes.
+
+    A sample's prompt is its text before the first label that is not −100: where no label is left, the whole text.
 
     Args:
-        settings: the settings.
-        trainer: the trainer.
-        model: its student, which is grafted already.
+        share: λ in [0, 1]: the share of the steps that are on-policy; every process and every part of an accumulated batch agrees.
+        max_new_tokens: the length of a continuation, at most; it ends with the end-of-text token.
+        temperature: T > 0 of the distribution that tokens are drawn from.
+        top_k, top_p: draw from the k most probable tokens, from the most probable ones that together have the probability p.
+        mix: α in [0, 1): tokens are drawn from α·teacher + (1 − α)·student, which keeps a weak student from texts that no teacher
+            would write (MiniLLM, Gu et al. 2024, arXiv 2306.08543, equation 4, with 0.2). :class:`~kdgraft_nlp.MiniLLM` weighs
+            tokens for it; other terms do not.
+        prompt: the number of tokens that are the prompt of a sample with labels from its first token on, or without any.
+        eos_token_id: the end-of-text token, or several; by default the tokenizer's (``processing_class``), or the model's.
+        seed: the seed of the choice of steps and of all texts; that of the training arguments by default.
 
     Raises:
-        DistillError: the trainer cannot distil on texts that its student writes; the message says the reason.
+        DistillError: a setting makes no sense.
+
+    Example:
+        >>> from kdgraft_nlp import OnPolicy
+        >>> OnPolicy(share=0.25).chooses(7, 3), OnPolicy(share=1.0).chooses(7, 3)
+        (False, True)
     """
 
-    def __init__(self, settings: OnPolicy, trainer: Any, model: Any) -> None:
-        self.settings = settings
-        self.seed = trainer.args.seed if settings.seed is None else settings.seed
-        _check(model, trainer.data_collator, settings.share)
-        teacher = _teacher(model.distiller) if settings.mix else None
-        models = {"student": base_of(model), **_models(model.distiller)}
-        self._check_room(models)
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        self._pen = Pen(settings, models, tokenizer, teacher)
+    share: float = 0.5
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    mix: float = 0.0
+    prompt: int = 8
+    eos_token_id: int | Sequence[int] | None = None
+    seed: int | None = None
 
-    def _check_room(self, models: Mapping[str, Any]) -> None:
-        told = self.settings
-        for owner, model in models.items():
-            room = room_of(model)
-            if room is not None and told.prompt + told.max_new_tokens > room:
-                raise DistillError(
-                    f"on_policy: prompt={told.prompt} and max_new_tokens={told.max_new_tokens} need "
-                    f"{told.prompt + told.max_new_tokens} positions, and the {owner} has {room}; lower max_new_tokens"
-                )
+    def __post_init__(self) -> None:
+        check_share("on_policy", "share", self.share)
+        check_share("on_policy", "mix", self.mix)
+        if self.mix == 1:
+            raise DistillError("on_policy: mix must be below 1, where the teacher would write alone")
+        for name in ("max_new_tokens", "prompt"):
+            check_number("on_policy", name, getattr(self, name), 1, whole=True)
+        check_number("on_policy", "temperature", self.temperature, above=True)
+        if self.top_k is not None:
+            check_number("on_policy", "top_k", self.top_k, 1, whole=True)
+        if self.top_p is not None:
+            check_number("on_policy", "top_p", self.top_p, above=True)
+            check_share("on_policy", "top_p", self.top_p)
+        if self.seed is not None:
+            check_number("on_policy", "seed", self.seed, whole=True)
+        if self.mix and self.cuts:
+            raise DistillError("on_policy: mix draws from whole distributions; leave out top_k and top_p, or mix")
+        for token in self.ends or ():
+            check_number("on_policy", "eos_token_id", token, whole=True)
 
-    def batches(self, model: Any, given: Iterator[Any], step: int) -> Iterator[Any]:
-        """Iterate over the parts of a step's batch, which are written by the student where the step is on-policy."""
-        chosen = self.settings.chooses(self.seed, step)
-        for part, batch in enumerate(given):
-            yield self.written(model, batch, step, part) if chosen else batch
+    @property
+    def cuts(self) -> bool:
+        """True if tokens are drawn from a part of the distribution."""
+        return self.top_k is not None or self.top_p is not None
 
-    def written(self, model: Any, batch: Mapping[str, Any], step: int, part: int = 0) -> dict[str, Any]:
-        """Return the batch of the texts that the student writes for the prompts of a batch.
+    @property
+    def ends(self) -> list[int] | None:
+        """The end-of-text tokens that were given; ``None`` for those of the tokenizer or the model."""
+        if self.eos_token_id is None or isinstance(self.eos_token_id, int):
+            return None if self.eos_token_id is None else [self.eos_token_id]
+        return list(self.eos_token_id)
+
+    def chooses(self, seed: int, step: int) -> bool:
+        """Return whether a step is on-policy: a function of the seed and the step alone."""
+        return bool(_numbers(seed, step, COIN, 1)[0] < self.share)
+
+    def numbers(self, seed: int, step: int, row: int) -> np.ndarray:
+        """Return the random numbers in [0, 1) that draw the tokens of a text, ``(max_new_tokens,)``.
 
         Args:
-            model: the student, which is not changed.
-            batch: the batch of the data set.
+            seed: the seed of the run.
             step: the step.
-            part: the number of the part in an accumulated batch.
-
-        Raises:
-            DistillError: the batch has more than one text in a row, or inputs beside its tokens, or a prompt leaves no room.
+            row: the text's place among those of all processes and parts of the step's batch, so that the division does not matter.
         """
-        rows = len(batch["input_ids"]) if "input_ids" in batch else 0
-        first = (part * world_size() + rank()) * rows
-        numbers = [self.settings.numbers(self.seed, step, first + row) for row in range(rows)]
-        return self._pen.write(model, batch, numbers)
+        return _numbers(seed, step, TEXTS + row, self.max_new_tokens)
 
 
-def written_figures(written: Written | None, parts: int, device: torch.device) -> dict[str, Tensor]:
-    """Return the figures of a part of a step for the log: the share of on-policy steps, and of these the time and the length.
-
-    The Trainer adds up the parts of an accumulated batch, of which there are ``parts``.
-    """
-    found = {"on_policy.fraction": float(written is not None) / parts}
-    if written is not None:
-        found |= {"on_policy.seconds": written.seconds, "on_policy.length": written.length / parts}
-    return {name: torch.tensor(value, device=device) for name, value in found.items()}
+def _numbers(seed: int, step: int, stream: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, step, stream]).random(count)
 
 
-def _models(engine: Engine) -> dict[str, Any]:
-    return {name: source.model for name, source in engine.sources.items() if getattr(source, "model", None) is not None}
-
-
-def _teacher(engine: Engine) -> Teacher:
-    found = list(engine.sources.values())
-    if len(found) != 1 or not isinstance(found[0], Teacher):
-        raise DistillError(
-            "on_policy: mix needs one frozen teacher that writes along; leave mix out with other sources"
-        )
-    return found[0]
-
-
-def _check(model: Any, collator: Any, share: float) -> None:
-    """Raise a :class:`DistillError` unless terms can be computed on texts that a grafted student writes."""
-    engine, student = model.distiller, base_of(model)
-    if task_of(student) != "causal":
-        raise DistillError(
-            f"on_policy is for causal language models, and {type(student).__name__} is none; leave it out"
-        )
-    if engine is None:
-        raise DistillError("on_policy: nothing is compared on the student's texts; name terms or a recipe")
-    if isinstance(collator, DistillCollator) and collator.teacher_tokenizer is not None:
-        raise DistillError("on_policy: the teacher must read the student's tokens, and it has a tokenizer of its own")
-    auto = [term.name for term in engine.all_terms if isinstance(term.balance, AutoWeight)]
-    if auto and share:
-        raise DistillError(
-            f"on_policy: {auto[0]} has weight='auto', which compares with the host's own loss, and the student's texts have none; set "
-            "weight to a number"
-        )
-    for name, source in engine.sources.items():
-        if isinstance(source, Cached):
-            raise DistillError("on_policy: a cache knows the texts of the data set alone; leave it out")
-        if source.trains:
-            raise DistillError(
-                f"on_policy: the peer {name!r} trains on labels, and the student's texts have none; use a teacher"
-            )
+def read_on_policy(given: Any) -> OnPolicy | None:
+    """Return the settings that were given as such or as a mapping; a :class:`DistillError` names what is wrong."""
+    if given is None or isinstance(given, OnPolicy):
+        return given
+    if not isinstance(given, Mapping):
+        raise DistillError(f"on_policy is OnPolicy(share=0.5, …) or a mapping of its arguments, got {given!r}")
+    found: OnPolicy = call(OnPolicy, dict(given), "on_policy")
+    return found

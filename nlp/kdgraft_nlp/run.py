@@ -72,9 +72,6 @@ from .settings import TASKS, check_settings, encoding, load, tokenizer_folder, u
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
 
-MEASURED = 4
-"""Number of batches on which ``kdgraft check`` measures the terms' shares of the gradient."""
-
 
 class _FirstStep(TrainerCallback):
     """Callback that notes the first finished step."""
@@ -216,7 +213,7 @@ def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ())
 def check(path: str | Path, options: Sequence[str] = ()) -> None:
     """Build everything, run one step on one batch and print the wiring; up to three more give the terms' shares of the gradient."""
     from kdgraft.tables import print_rows
-    from kdgraft.telling import share_rows, watch
+    from kdgraft.telling import MEASURED, print_shares, watch
 
     config = load(path, options)
     config.setdefault("output", f"work_dirs/{Path(path).stem}")
@@ -241,11 +238,7 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
             print(f"{key:<40} {float(value.detach()):.5f}")
     print(f"{'loss':<40} {float(loss.detach()):.5f}")
     if measured is not None:
-        shares, remarks = share_rows(measured)
-        print_rows(
-            shares, title=f"gradient of each term over that of the model's own loss, mean of {len(batches)} batches"
-        )
-        print(*remarks, sep="\n", end="\n" if remarks else "")
+        print_shares(measured, len(batches), "model")
 
 
 def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) -> DistillTrainer:

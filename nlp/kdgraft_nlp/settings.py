@@ -20,7 +20,7 @@ from kdgraft.terms import build_terms
 
 from .arguments import check_student, training_arguments, training_mistakes
 from .checks import check_folder, flat, one_line
-from .policy import read_on_policy
+from .on_policy import read_on_policy
 from .reader import HFReader
 from .registry import RECIPES, TERMS
 

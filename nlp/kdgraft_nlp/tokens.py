@@ -37,7 +37,7 @@ OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS, WRI
 
 @dataclass(frozen=True)
 class Written:
-    """How the texts of a batch were written.
+    """The way in which the texts of a batch were written.
 
     Attributes:
         mix: the teacher's share in the distribution from which tokens were drawn.

@@ -11,7 +11,7 @@ from transformers import Trainer
 from kdgraft.errors import DistillError
 
 from .distilling import Distilling
-from .policy import OnPolicy
+from .on_policy import OnPolicy
 
 
 class DistillTrainer(Distilling, Trainer):

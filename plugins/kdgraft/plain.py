@@ -104,6 +104,8 @@ class PlainTrainer:
 
     def _fit(self, job: Job) -> TrainedModel:
         own = {"start": job.start.weights} if job.start is not None and _starts(job.config) else {}
+        if own and "start" in job.options:
+            raise DistillError(f"{job.config} gets start from the run's own entry; leave it out of the options")
         torch.manual_seed(job.seed)
         task = _task(job.config, {**job.options, **own})
         if job.data is not None:

@@ -13,6 +13,10 @@ from .balance import AutoWeight, Gauge, remark
 from .engine import Engine
 from .schedules import Constant
 from .sources import Ensemble, Source
+from .tables import print_rows
+
+MEASURED = 4
+"""Number of batches on which ``kdgraft check`` measures the terms' shares of the gradient."""
 
 
 def announced(engine: Engine, student: nn.Module, recipe: Any = None) -> str:
@@ -51,6 +55,14 @@ def watch(engine: Engine) -> None:
         term.schedule = Constant()  # a warm-up starts at weight 0, at which a term is not computed at all
         if term.balance is None:
             term.balance = Gauge()
+
+
+def print_shares(engine: Engine, batches: int, owner: str = "host") -> None:
+    """Print the gradient shares of so many batches since :func:`watch`, and remarks on small and large ones."""
+    rows, remarks = share_rows(engine)
+    print_rows(rows, title=f"gradient of each term over that of the {owner}'s own loss, mean of {batches} batches")
+    for said in remarks:
+        print(said)
 
 
 def share_rows(engine: Engine) -> tuple[list[dict[str, str]], list[str]]:

@@ -28,7 +28,7 @@ from kdgraft.isolation import isolated_rng
 from kdgraft.launching import TIMEOUT, waiting
 from kdgraft.resuming import lost_terms
 from kdgraft.tables import print_rows
-from kdgraft.telling import share_rows, watch
+from kdgraft.telling import MEASURED, print_shares, watch
 from kdgraft.wiring import WiringRow
 
 from .configs import PLUGINS, load_config, scope_of, type_name
@@ -42,10 +42,6 @@ MISTAKES = (
     *(RuntimeError, ArithmeticError),
 )
 """Exceptions that hosts raise for a mistake in a config."""
-
-
-MEASURED = 4
-"""Number of batches on which ``kdgraft check`` measures the terms' shares of the gradient."""
 
 
 class Outset(Hook):
@@ -332,11 +328,7 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
                 model(**model.data_preprocessor(batch, True), mode="loss")
         print_rows([{"loss": k, "first step": f"{v.item():.4g}"} for k, v in values.items()], title="one step")
         if model.distiller is not None:
-            shares, remarks = share_rows(model.distiller)
-            print_rows(
-                shares, title=f"gradient of each term over that of the host's own loss, mean of {len(drawn)} batches"
-            )
-            print(*remarks, sep="\n", end="\n" if remarks else "")
+            print_shares(model.distiller, len(drawn))
         for handler in [h for h in runner.logger.handlers if isinstance(h, logging.FileHandler)]:
             runner.logger.removeHandler(handler)  # so that no later model of this process writes to a closed file
             handler.close()

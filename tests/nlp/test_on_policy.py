@@ -17,13 +17,13 @@ from transformers import (
     Trainer,
 )
 
-import kdgraft_nlp.policy
+import kdgraft_nlp.on_policy
 from kdgraft import DistillError, Itself, Peer, WiringError
 from kdgraft.cli import main
 from kdgraft.losses import minillm, reverse_kl
 from kdgraft.sources import Teacher
 from kdgraft_nlp import DistillCollator, DistillTrainer, MiniLLM, OnPolicy, TeacherCache, distill
-from kdgraft_nlp.writing import Pen, ends_of, prompts_of, up_to_end
+from kdgraft_nlp.pen import Pen, ends_of, prompts_of, up_to_end
 from support import nlp as support
 from support.on_policy_ranks import trained
 from support.processes import found_by_two
@@ -64,7 +64,7 @@ def test_the_steps_are_drawn_by_seed_and_step_alone():
         assert all(OnPolicy(share=0.6).chooses(seed, step) for step, one in enumerate(chosen) if one)
     first = [OnPolicy(share=0.3).numbers(0, step, 0)[0] < 0.3 for step in range(2000)]
     assert np.corrcoef(first, [OnPolicy(share=0.3).chooses(0, step) for step in range(2000)])[0, 1] < 0.1
-    (example,) = doctest.DocTestFinder(recurse=False).find(OnPolicy, globs=vars(kdgraft_nlp.policy))
+    (example,) = doctest.DocTestFinder(recurse=False).find(OnPolicy, globs=vars(kdgraft_nlp.on_policy))
     assert doctest.DocTestRunner().run(example).failed == 0
 
 

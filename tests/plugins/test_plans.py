@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -225,6 +226,10 @@ terms = ["SoftTargets"]
     assert torch.equal(task.model[0].weight[:3], weights(found["first", 0])["0.weight"])
     fit(task.model, task.loader, F.cross_entropy, epochs=3)
     assert torch.equal(task.model[0].weight, weights(found["second", 0])["0.weight"])
+    twice = text.replace('config = "tasks.py:grown"', 'config = "tasks.py:grown"\noptions = { start = "x.pth" }')
+    shutil.rmtree(folder / "out")
+    with pytest.raises(DistillError, match="gets start from the run's own entry; leave it out of the options"):
+        said(plan(folder, twice))
 
 
 @pytest.mark.parametrize("finished", [True, False])

@@ -25,7 +25,7 @@ from ..comparison import choose
 from ..finished import describe
 from ..results import Result, markdown, write_results
 from ..timing import check_device
-from . import batches, generators, nets, reading, specialists, tasks
+from . import batches, generators, nets, reading, specialists, tasks, training
 from . import data as pictures
 from .claims import Figures
 from .data import pictures_of
@@ -98,7 +98,7 @@ def main(
     return results
 
 
-_CODE = (pictures, batches, nets, tasks, specialists, generators, reading)
+_CODE = (pictures, batches, nets, tasks, specialists, generators, reading, training)
 
 
 def _key(steps: int, split: str, data: str | None, device: str) -> str:

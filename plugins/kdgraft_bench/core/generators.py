@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -14,8 +12,9 @@ from kdgraft.plain import Task
 from kdgraft_bench.core.batches import Batches
 from kdgraft_bench.core.data import pictures_of
 from kdgraft_bench.core.reading import Legibility, clean
+from kdgraft_bench.core.training import BATCH, parts_of, training
 
-BATCH, PARTS, RATE = 64, 4, 5e-3
+RATE = 5e-3
 BLOCKS = ("block1", "block2", "block3")
 """The taps of a generator."""
 
@@ -26,22 +25,16 @@ def task(net: str, width: int, *, steps: int, split: str = "test", data: str = "
     Args:
         net: ``"generator"``.
         width: its channels.
-        steps: the number of batches; a multiple of :data:`PARTS`, or less.
+        steps: the number of batches; a multiple of :data:`~kdgraft_bench.core.training.PARTS`, or less.
         split: the split of the metric ``accuracy``, ``"test"`` or ``"val"``; the metric ``val`` is always of the latter.
         data: must be empty, as only the embedded set has clean digits.
     """
     if data or net != "generator":
         raise DistillError(f"the generators' task has net = 'generator' and no real set, got {net!r} and {data!r}")
-    train, parts = pictures_of("train"), min(PARTS, steps)
-    return Task(
-        generator(width),
-        Batches(train.small, clean(train), BATCH, steps // parts),
-        F.l1_loss,
-        epochs=parts,
-        evaluate=Legibility({"val": pictures_of("val"), "accuracy": pictures_of(split)}),
-        optimizer=partial(torch.optim.AdamW, weight_decay=0.01),
-        settings=dict(lr=RATE, schedule="cosine", warmup=steps // 10, clip=1.0),
-    )
+    train = pictures_of("train")
+    batches = Batches(train.small, clean(train), BATCH, parts_of(steps)[1])
+    judge = Legibility({"val": pictures_of("val"), "accuracy": pictures_of(split)})
+    return training(generator(width), batches, F.l1_loss, steps, RATE, judge)
 
 
 def generator(width: int) -> nn.Sequential:

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -14,6 +15,7 @@ from .data import pictures_of
 from .experiments.assistants import TEACHERS
 from .experiments.hinton import NARROW, TEMPERATURES, WIDE
 from .experiments.patience import LENGTHS, MODES
+from .nets import CLASSES
 from .report import PERCENT
 
 
@@ -85,20 +87,22 @@ def draw_methods(figures: Figures, path: Path) -> None:
 
 
 def draw_examples(path: Path, folder: str = "") -> None:
-    """Draw some training pictures, each at both resolutions."""
+    """Draw some training pictures of every class, each at both resolutions."""
     pictures = pictures_of("train", folder)
+    sets = [torch.nonzero(pictures.labels == label).flatten().tolist() for label in range(CLASSES)]
+    chosen = [sets[place % CLASSES][place // CLASSES] for place in range(24)]
     figure = Figure(figsize=(9.6, 3.4), layout="constrained")
     axes = figure.subplots(4, 12)
-    for place in range(24):
+    for place, picture in enumerate(chosen):
         row, column = divmod(place, 12)
         for turn, shown in enumerate((pictures.large, pictures.small)):
             axis = axes[2 * row + turn][column]
-            image = shown[place].permute(1, 2, 0).numpy()
+            image = shown[picture].permute(1, 2, 0).numpy()
             low, high = image.min(), image.max()
             axis.imshow((image - low) / (high - low), cmap="gray")
             axis.set_axis_off()
             if not turn:
-                axis.set_title(int(pictures.labels[place]), fontsize=9)
+                axis.set_title(int(pictures.labels[picture]), fontsize=9)
     figure.savefig(path, dpi=110)
 
 

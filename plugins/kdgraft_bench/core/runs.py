@@ -10,9 +10,9 @@ from kdgraft.errors import DistillError
 from kdgraft.plans import Choice, Plan, PlannedRun
 
 from . import tasks
+from .training import PARTS
 
 CONFIG = f"{tasks.__file__}:task"
-PARTS = tasks.PARTS
 
 
 class Runs:

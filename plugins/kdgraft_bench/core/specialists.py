@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,12 +12,14 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from kdgraft.errors import DistillError
 from kdgraft.plain import Task
+from kdgraft.sources.teacher import load_strictly, read_checkpoint
 from kdgraft.specialists import SpecialistData, combine_specialists, confusable_classes, specialist_of
 from kdgraft_bench.core import nets
 from kdgraft_bench.core.batches import Accuracies
 from kdgraft_bench.core.data import Pictures, pictures_of
+from kdgraft_bench.core.training import BATCH, parts_of, training
 
-BATCH, PARTS, RATE = 64, 4, 2e-3
+RATE = 2e-3
 
 
 def task(
@@ -36,7 +37,7 @@ def task(
 
     Args:
         net, width: the nets.
-        steps: the number of batches of each specialist; a multiple of :data:`PARTS`, or less.
+        steps: the number of batches of each specialist; a multiple of :data:`~kdgraft_bench.core.training.PARTS`, or less.
         split: the split of the metric ``accuracy``, ``"test"`` or ``"val"``; the metric ``val`` is always of the latter.
         data: the folder of a real set; the embedded one if empty.
         count: the number of specialists.
@@ -48,17 +49,10 @@ def task(
     train = pictures_of("train", data)
     panel = Panel(nets.conv(width, channels=train.large.shape[1]), count, size)
     if start is not None:
-        panel.begin(torch.load(start, weights_only=True), train)
-    parts = min(PARTS, steps)
-    return Task(
-        panel,
-        PanelBatches(panel, train, steps // parts),
-        panel_loss,
-        epochs=parts,
-        evaluate=Accuracies({"val": pictures_of("val", data), "accuracy": pictures_of(split, data)}, large=False),
-        optimizer=partial(torch.optim.AdamW, weight_decay=0.01),
-        settings=dict(lr=RATE, schedule="cosine", warmup=steps // 10, clip=1.0),
-    )
+        load_strictly(panel.generalist, read_checkpoint(start), start, "generalist")
+        panel.begin(train)
+    tested = Accuracies({"val": pictures_of("val", data), "accuracy": pictures_of(split, data)}, large=False)
+    return training(panel, PanelBatches(panel, train, parts_of(steps)[1]), panel_loss, steps, RATE, tested)
 
 
 class Panel(nn.Module):
@@ -80,9 +74,8 @@ class Panel(nn.Module):
         self.register_buffer("groups", torch.arange(size).repeat(count, 1))
         self.register_buffer("oversampling", torch.ones(count))
 
-    def begin(self, weights: dict[str, Tensor], pictures: Pictures) -> None:
-        """Load the generalist, find the classes that it confuses on these pictures, and start the specialists from it."""
-        self.generalist.load_state_dict(weights)
+    def begin(self, pictures: Pictures) -> None:
+        """Find the classes that the generalist confuses on these pictures, and start the specialists from it."""
         self.generalist.eval()
         with torch.no_grad():
             said = [self.generalist(part).softmax(1) for part in pictures.small.split(512)]

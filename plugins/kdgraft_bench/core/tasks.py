@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,10 +16,8 @@ from kdgraft.plain import Task
 from kdgraft_bench.core import nets
 from kdgraft_bench.core.batches import Accuracies, Batches
 from kdgraft_bench.core.data import Pictures, part_of, pictures_of
+from kdgraft_bench.core.training import ADAMW, BATCH, parts_of, training
 
-BATCH = 64
-PARTS = 4
-"""A training has so many epochs, of equal numbers of steps, after each of which it is evaluated and its state is saved."""
 RATES = {"mlp": 6e-3, "conv": 1e-2, "shampoo": 0.1}
 """The learning rates by the kind of net, of AdamW; and that of Shampoo."""
 CROP = (0.6, 1.0)
@@ -52,7 +49,7 @@ def task(
     Args:
         net: ``"mlp"`` or ``"conv"``.
         width: the net's width.
-        steps: the number of batches; a multiple of :data:`PARTS`, or less.
+        steps: the number of batches; a multiple of :data:`~kdgraft_bench.core.training.PARTS`, or less.
         split: the split of the metric ``accuracy``, ``"test"`` or ``"val"``; the metric ``val`` is always of the latter.
         data: the folder of a real set; the embedded one if empty.
         share: the share of the training pictures, that of each class, drawn with the seed.
@@ -69,17 +66,16 @@ def task(
     """
     torch.manual_seed(torch.initial_seed() + 1000 * member)
     pictures = part_of(pictures_of("train", data), share)
-    parts = min(PARTS, steps)
-    rate = rate or RATES[optimizer if optimizer in RATES else net]
-    settings = dict(lr=rate, schedule="cosine", warmup=steps // 10, clip=1.0)
-    return Task(
+    seen = pictures.large if mode or large else pictures.small
+    return training(
         _model(special, peers, average, net, width, pictures, large, sizes),
-        Batches(pictures.large if mode or large else pictures.small, pictures.labels, BATCH, steps // parts),
+        Batches(seen, pictures.labels, BATCH, parts_of(steps)[1]),
         F.cross_entropy,
-        epochs=parts,
-        evaluate=Accuracies({"val": pictures_of("val", data), "accuracy": pictures_of(split, data)}, large),
-        optimizer=_OPTIMIZERS[optimizer],
-        settings={**settings, "views": _views(mode, mixup, pictures, large, teacher_large)} if mode else settings,
+        steps,
+        rate or RATES[optimizer if optimizer in RATES else net],
+        Accuracies({"val": pictures_of("val", data), "accuracy": pictures_of(split, data)}, large),
+        _OPTIMIZERS[optimizer],
+        **({"views": _views(mode, mixup, pictures, large, teacher_large)} if mode else {}),
     )
 
 
@@ -101,10 +97,12 @@ def _plain(net: str, width: float, pictures: Pictures, large: bool, sizes: dict[
 
 
 def _model(special: str, peers: int, average: bool, net: str, width: int, *about: Any) -> nn.Module:
+    if special not in ("", "mutual", "netaug") or (special != "mutual" and (peers != 1 or average)):
+        raise DistillError(f"special is 'mutual', which takes peers and average, or 'netaug', got {special!r}")
     if special == "netaug":
         return NetAug(lambda factor: _plain(net, width * factor, *about), example=_example(*about))
     student = _plain(net, width, *about)
-    if special != "mutual":
+    if not special:
         return student
     with isolated_rng():  # the same weights and batches of the student as alone
         torch.manual_seed(torch.initial_seed() + 999)
@@ -126,6 +124,6 @@ def _shampoo(parameters: Any, lr: float) -> torch.optim.Optimizer:
 
 
 _OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, weight_decay=0.01),
+    "adamw": ADAMW,
     "shampoo": _shampoo,
 }

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from kdgraft.losses import reverse_kl
 from kdgraft_nlp import DistillTrainer, OnPolicy
 from kdgraft_nlp.data import encode
-from kdgraft_nlp.writing import Pen
+from kdgraft_nlp.pen import Pen
 
 from ..comparison import Outcome, Training
 from .hf import TrainerComparison, llama

@@ -21,6 +21,7 @@ from kdgraft_bench.core.experiments.convolutional import STUDENT, TEACHER
 from kdgraft_bench.core.nets import conv
 from kdgraft_bench.core.pictures import PICTURES
 from kdgraft_bench.core.runs import Runs
+from kdgraft_bench.core.tasks import task
 from support.commands import refused
 from support.pages import ROOT
 
@@ -88,6 +89,12 @@ def test_the_page_has_the_sizes_of_sets_nets_and_comparisons():
     assert f"{student / 1000:.1f} k weights; their teacher has width {TEACHER} and {teacher / 1000:.0f} k" in page
     methods = EXPERIMENTS["every"].plan(Runs(600)).keys() - {"teacher", "none"}
     assert f"compares {len(methods)} methods" in page and f"**Training:** {demo.STEPS} steps of 64 pictures" in page
+
+
+@pytest.mark.parametrize("wrong", [dict(special="mutal"), dict(peers=3), dict(special="netaug", average=True)])
+def test_a_task_that_cannot_be_meant_is_refused(wrong: dict):
+    with pytest.raises(DistillError, match="special is 'mutual', which takes peers and average, or 'netaug', got "):
+        task("conv", 2, steps=4, **wrong)
 
 
 def test_lengths_are_whole_parts():

@@ -9,8 +9,8 @@ from .generators import GENERATORS
 from .hinton import ENSEMBLE, HARD_SOFT, SHARE, TEMPERATURE
 from .methods import METHODS
 from .mutual import MUTUAL
-from .panel import SPECIALISTS
 from .patience import PATIENCE
+from .specialists import SPECIALISTS
 from .weights import WEIGHTS
 
 EXPERIMENTS = {

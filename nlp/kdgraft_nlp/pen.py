@@ -26,8 +26,8 @@ from kdgraft.isolation import eval_mode, isolated_rng
 from kdgraft.sources import Teacher
 
 from .link import moved
+from .on_policy import OnPolicy
 from .packing import texts_of
-from .policy import OnPolicy
 from .tasks import accepted
 from .tokens import IGNORED, WRITTEN, Written
 
