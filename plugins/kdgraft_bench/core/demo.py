@@ -77,6 +77,7 @@ def main(
         print(f"core: there is no experiment without a recipe; the experiments are {', '.join(EXPERIMENTS)}")
         return []
     if data:
+        names = _on_real(names, recipes)
         for each in ("train", "val"):  # before anything is trained
             pictures_of(each, data)
     folder, steps, started = Path(out), iterations or STEPS, time.perf_counter()
@@ -96,6 +97,14 @@ def main(
     draw_examples(folder / "examples.png", data or "")
     print(f"results, pictures and runs in {folder} ({time.perf_counter() - started:.0f} s)")
     return results
+
+
+def _on_real(names: list[str], recipes: str) -> list[str]:
+    """Return the experiments that can be made on a real set; refuse others that were named."""
+    others = [name for name in names if not EXPERIMENTS[name].real]
+    if others and recipes != "all":
+        raise DistillError(f"{', '.join(others)}: only for the embedded digits; leave it out, or leave out --data")
+    return [name for name in names if name not in others]
 
 
 _CODE = (pictures, batches, nets, tasks, specialists, generators, reading, training)

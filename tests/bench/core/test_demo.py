@@ -133,4 +133,7 @@ def test_the_command_knows_the_demo_by_its_own_name(capsys):
     assert demos()["core"].name == "torch"
     refused(capsys, ["demo", "core", "--recipes", "nothing"], "no recipe 'nothing'; known: hard_soft, ")
     refused(capsys, ["demo", "core", "--data", "nowhere", "--recipes", "methods"], "must have ten folders")
+    real = ["demo", "core", "--data", "nowhere", "--recipes", "methods,generators"]
+    refused(capsys, real, "generators: only for the embedded digits; leave it out, or leave out --data")
+    refused(capsys, [*real[:-1], "all"], "must have ten folders")
     assert command(["demo", "core", "--recipes", "none"]) == 0

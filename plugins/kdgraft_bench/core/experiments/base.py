@@ -21,6 +21,7 @@ class Experiment:
         plan: adds the runs that it needs, and returns label -> run; the labels are those of tables and claims.
         claims: what the paper says of these figures.
         shown: the labels in the table of experiments; all if empty.
+        real: it can be made on a real set.
     """
 
     name: str
@@ -30,3 +31,4 @@ class Experiment:
     plan: Callable[[Runs], Mapping[str, str]]
     claims: tuple[Claim, ...]
     shown: tuple[str, ...] = ()
+    real: bool = True

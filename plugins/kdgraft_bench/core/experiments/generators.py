@@ -46,4 +46,5 @@ GENERATORS = Experiment(
             {"GAN compression": 1, "L1 and discriminator": -1},
         ),
     ),
+    real=False,  # which has no clean pictures
 )
