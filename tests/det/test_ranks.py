@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,11 +27,17 @@ def two_ranks(tmp_path_factory, teacher_checkpoint):
     return found_by_two("det_ranks", folder, teacher_checkpoint, host="mmdet")
 
 
+@pytest.fixture(scope="module")
+def whole_batch(teacher_checkpoint):
+    """The same on the whole batch, computed once for each term."""
+    return cache(lambda term: det_ranks.gradients_of(teacher_checkpoint, term))
+
+
 @pytest.mark.parametrize("batch", list(det_ranks.BATCHES))
 @pytest.mark.parametrize("term", [*det_ranks.TERMS, *det_ranks.ON_PROPOSALS, *det_ranks.WITH_A_PEER])
-def test_two_ranks_are_one_batch(two_ranks, teacher_checkpoint, term, batch):
-    whole = det_ranks.gradients_of(teacher_checkpoint, term, det_ranks.BATCHES[batch])
-    first, second = (ranks[batch, term] for ranks in two_ranks)
+def test_two_ranks_are_one_batch(two_ranks, whole_batch, term, batch):
+    whole = whole_batch(term)[batch]
+    first, second = (ranks[term][batch] for ranks in two_ranks)
     # The mean over the ranks, as DDP takes it of gradients and mmengine of what it logs.
     torch.testing.assert_close((first["loss"] + second["loss"]) / 2, whole["loss"], rtol=1e-5, atol=1e-9)
     assert whole["loss"] > 0
@@ -45,20 +52,20 @@ def test_two_ranks_are_one_batch(two_ranks, teacher_checkpoint, term, batch):
         )
 
 
-def test_the_hosts_own_loss_is_left_as_it_scales_itself(two_ranks, teacher_checkpoint):
+def test_the_hosts_own_loss_is_left_as_it_scales_itself(two_ranks, whole_batch):
     # GFL divides its box losses by the mean over ranks of the sum of scores, but by no less than 1: a student that is not sure
     # of anything yet (sum below 1) gets half of the one-batch loss on two ranks. The classes are scaled right.
-    whole = det_ranks.gradients_of(teacher_checkpoint, "layer", det_ranks.BATCHES["unequal"])["host"]
-    ranks = [found["unequal", "layer"]["host"] for found in two_ranks]
+    whole = whole_batch("layer")["unequal"]["host"]
+    ranks = [found["layer"]["unequal"]["host"] for found in two_ranks]
     mean = {name: (ranks[0][name] + ranks[1][name]) / 2 for name in whole}
     assert mean["loss_cls"] == pytest.approx(whole["loss_cls"], rel=1e-4)
     assert mean["loss_bbox"] == pytest.approx(whole["loss_bbox"] / 2, rel=1e-4)
 
 
-def test_roi_heads_divide_their_own_losses_by_the_proposals_of_each_rank(two_ranks, teacher_checkpoint):
+def test_roi_heads_divide_their_own_losses_by_the_proposals_of_each_rank(two_ranks, whole_batch):
     # The mean over ranks of means over unlike numbers of proposals is not the mean over all; it is left as the host has it.
-    whole = det_ranks.gradients_of(teacher_checkpoint, "roi_boxes", det_ranks.BATCHES["one sided"])["host"]
-    ranks = [found["one sided", "roi_boxes"]["host"] for found in two_ranks]
+    whole = whole_batch("roi_boxes")["one sided"]["host"]
+    ranks = [found["roi_boxes"]["one sided"]["host"] for found in two_ranks]
     assert ranks[1]["loss_bbox"] == 0  # no object there
     mean = (ranks[0]["loss_bbox"] + ranks[1]["loss_bbox"]) / 2
     assert mean != pytest.approx(whole["loss_bbox"], rel=1e-3)

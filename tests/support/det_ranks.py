@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
-from torch import Tensor
 
 from support.det import BOXES, build, detector, distilled, part, raw_batch
 from support.det_stages import detr, staged
@@ -66,8 +66,8 @@ def without_dense_head(kind: str, **settings: Any) -> dict[str, Any]:
     return detr(kind, **settings) if kind == "DeformableDETR" else staged(kind, samples=500, **settings)
 
 
-def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)) -> dict[str, Any]:
-    """The loss on a share of the batch, and the distillation gradient; under several processes the mean that DDP takes."""
+def gradients_of(teacher: str, term: str, share: slice = slice(None)) -> dict[str, dict[str, Any]]:
+    """By batch: the loss on a share of it, and the distillation gradient; under several processes the mean that DDP takes."""
     spec = {**TERMS, **ON_PROPOSALS, **WITH_A_PEER}[term]
     student, other = detector(frozen_bn=True), detector(width=6, channels=12)
     if term in ON_PROPOSALS:
@@ -85,26 +85,27 @@ def gradients_of(teacher: str, term: str, boxes: Any, share: slice = slice(None)
             model, device_ids=None, broadcast_buffers=False, find_unused_parameters=False
         )
     wrapped.train()
-    data = model.data_preprocessor(part(raw_batch(boxes), share), True)
-    found = wrapped(**data, mode="loss")
-    total = distillation(found)
-    host = {k: sum(v) if isinstance(v, list) else v for k, v in found.items() if not k.startswith("distill.")}
-    (total + 0 * sum(host.values())).backward()
-    return {
-        "loss": total.detach(),
-        "host": {name: value.item() for name, value in host.items()},
-        "gradients": gradients(model),
-    }
+    results = {}
+    for name, boxes in BATCHES.items():
+        model.zero_grad()
+        torch.manual_seed(0)  # of terms that draw numbers
+        data = model.data_preprocessor(part(raw_batch(boxes), share), True)
+        found = wrapped(**data, mode="loss")
+        total = distillation(found)
+        host = {k: sum(v) if isinstance(v, list) else v for k, v in found.items() if not k.startswith("distill.")}
+        (total + 0 * sum(host.values())).backward()
+        results[name] = {
+            "loss": total.detach(),
+            "host": {name: value.item() for name, value in host.items()},
+            "gradients": gradients(model),
+        }
+    return results
 
 
-def all_gradients(rank: int, teacher: str) -> dict[tuple[str, str], dict[str, Tensor]]:
+def all_gradients(rank: int, teacher: str) -> dict[str, dict[str, dict[str, Any]]]:
     """The gradients of every term on every batch, of this process's two images."""
     share = slice(2 * rank, 2 * rank + 2)
-    results: dict[tuple[str, str], dict[str, Tensor]] = {}
-    for name, boxes in BATCHES.items():
-        for term in (*TERMS, *ON_PROPOSALS, *WITH_A_PEER):
-            results[name, term] = gradients_of(teacher, term, boxes, share)
-    return results
+    return {term: gradients_of(teacher, term, share) for term in (*TERMS, *ON_PROPOSALS, *WITH_A_PEER)}
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def spec(kind: type[Term], place: str, **settings: Any) -> dict[str, Any]:
 
 
 def trained(
-    losses: Callable[[], dict[str, Tensor]], parameters: Iterable[nn.Parameter], *, steps: int = 6, lr: float = 2e-3
+    losses: Callable[[], dict[str, Tensor]], parameters: Iterable[nn.Parameter], *, steps: int = 4, lr: float = 2e-3
 ) -> list[float]:
     """Train on one batch by the distillation loss of the term alone; return its values.
 

@@ -54,6 +54,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 DEFAULT = ("cwd",)
 SCORES = {"mIoU": ("mIoU", 3), "mAcc": ("mAcc", 3)}
 EVALUATIONS = 6
+ROUNDS = 20
 
 
 def segmentor(width: int, channels: int, classes: int, background: float | None = None) -> tuple[str, dict[str, Any]]:
@@ -192,6 +193,7 @@ def scenes() -> Segmentation:
         student=segmentor(8, 24, len(SEGMENTATION_CLASSES), background),
         iterations=ITERATIONS,
         evaluations=EVALUATIONS,
+        rounds=ROUNDS,
         tested="test scenes",
         classes=SEGMENTATION_CLASSES,
         size=(SIZE, SIZE),
@@ -233,6 +235,7 @@ def own_set(root: Path) -> Segmentation:
         student=segmentor(8, 24, len(classes)),
         iterations=REAL_ITERATIONS,
         evaluations=EVALUATIONS,
+        rounds=ROUNDS,
         tested="val split",
         classes=classes,
         splits=TWO_SPLITS,

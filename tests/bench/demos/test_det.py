@@ -31,7 +31,8 @@ def finished(tmp_path_factory):
     small = dict(seed=0, train=32, val=10, test=10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "DATA", small)
-        patch.setattr(demo, "EVALUATIONS", 2)
+        for name, value in dict(BATCH=4, EVALUATIONS=2, ROUNDS=2).items():
+            patch.setattr(demo, name, value)
         results = demo.main(seeds=1, recipes="default", out=str(out), iterations=6)
     return out, results
 

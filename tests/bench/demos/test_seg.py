@@ -21,8 +21,8 @@ def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "DATA", dict(seed=0, train=24, val=4, test=5))
-        patch.setattr(demo, "BATCH", 4)
-        patch.setattr(demo, "EVALUATIONS", 2)
+        for name, value in dict(BATCH=4, EVALUATIONS=2, ROUNDS=2).items():
+            patch.setattr(demo, name, value)
         results = demo.main(seeds=1, recipes="skd,cwd", out=str(out), iterations=4)
     return out, results
 
