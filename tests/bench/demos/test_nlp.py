@@ -22,7 +22,9 @@ def shrink(patch):
     patch.setattr(demo, "DATA", dict(train=140, val=14, test=28))
     for name, models in (("SENTENCES", demo.bert), ("TAGS", demo.bert), ("LANGUAGE", demo.llama)):
         whole = getattr(demo, name)
-        sizes = dict(teacher=models(32, 2), student=models(16, 1), vocabulary=300, batch_size=4, evaluations=2, rounds=2)
+        sizes = dict(
+            teacher=models(32, 2), student=models(16, 1), vocabulary=300, batch_size=4, evaluations=2, rounds=2
+        )
         patch.setattr(demo, name, replace(whole, told=dict(whole.told, length=16), **sizes))
     sizes |= dict(vocabulary=80, student_vocabulary=50)
     patch.setattr(demo, "TOKENIZERS", replace(demo.TOKENIZERS, told=dict(length=16, joined=False), **sizes))
