@@ -35,6 +35,15 @@ def _weights_are_initialised_without_an_account_of_it():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _an_epoch_begins_at_once():
+    """mmengine sleeps for 2 s before each epoch but the first, for workers that load data."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "mmengine.runner" in sys.modules:
+            patch.setattr("mmengine.runner.loops.time", SimpleNamespace(sleep=lambda _: None))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _garbage_is_collected_when_there_is_some():
     """mmengine collects at every dataset and accelerate at every training, with all that tests keep: Python does it often enough."""
     kept = gc.get_threshold()
