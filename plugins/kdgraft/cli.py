@@ -1,4 +1,4 @@
-"""The command line: ``kdgraft train | check | test | export | list | plan | demo | bench``.
+"""The command line: ``kdgraft train | check | test | export | list | plan | report | demo | bench``.
 
 A mistake of the user's ends the command with one line on stderr and exit code 2.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from pprint import pformat
@@ -106,6 +108,13 @@ def _add_tools(commands: Any) -> None:
     plan.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     plan.set_defaults(run=_plan)
 
+    report = commands.add_parser("report", help="write a page that shows whether distilling paid, from finished runs")
+    folders = "the work directory of a run; plain=FOLDER and teacher=FOLDER name those two, and a label that comes again another seed"
+    report.add_argument("runs", nargs="+", metavar="[LABEL=]FOLDER", help=f"{folders}; or the folder of kdgraft demo")
+    report.add_argument("--metric", help="the metric that it is about (default: the best known one that all runs have)")
+    report.add_argument("--out", default="report.html", help="the page (default: report.html)")
+    report.set_defaults(run=_report)
+
 
 def _add_measurements(commands: Any) -> None:
     """Add the demos and the cost benchmarks."""
@@ -191,6 +200,27 @@ def _test(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     carry_out(read_plan(arguments.plan), dry_run=arguments.dry_run)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    try:
+        report = import_module("kdgraft_bench.report")
+    except ModuleNotFoundError as error:
+        raise DistillError(
+            f'kdgraft report needs {error.name}; install it with: pip install "kdgraft[bench]"'
+        ) from None
+    runs = report.read_runs(arguments.runs)
+    options = ["--metric", arguments.metric] if arguments.metric else []
+    print(
+        report.write_report(
+            runs,
+            arguments.out,
+            metric=arguments.metric,
+            pictures=report.pictures_in([Path(name.rpartition("=")[2]) for name in arguments.runs]),
+            command=shlex.join(["kdgraft", "report", *arguments.runs, *options]),
+        )
+    )
+    print(f"report in {arguments.out}")
 
 
 def _export(arguments: argparse.Namespace) -> None:

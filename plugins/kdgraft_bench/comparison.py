@@ -25,6 +25,7 @@ from kdgraft.tables import print_rows
 
 from .finished import RECORD, Finished, alone, describe
 from .pictures import Curves, draw_curves
+from .report import pictures_in, read_runs, write_report
 from .results import Result, gap_closed, markdown, summary, write_results
 from .timing import check_device, interleave
 
@@ -204,7 +205,7 @@ def run(
     first_seed: int = 0,
     split: str = "test",
 ) -> list[Result]:
-    """Train everything, print the tables and write ``results.csv``, ``table.md``, the picture and ``curves.png`` to ``out``.
+    """Train everything, print the tables and write ``results.csv``, ``table.md``, ``report.html`` and pictures to ``out``.
 
     Trainings that finished in ``out`` before with the same settings are reused. Several processes may work in one folder at a
     time, best on different seeds; the same call with all seeds then writes their table.
@@ -287,6 +288,9 @@ def compare(comparison: Comparison, teacher: Training, names: Sequence[str], see
         closed = gap_closed(results, comparison.metric, name)
         told = "has no gap to close" if math.isnan(closed) else f"closes {closed:.0%} of the gap"
         print(f"{name} {told} from plain student to teacher")
+    if names and comparison.one_scale:
+        print(write_report(read_runs([str(folder)]), folder / "report.html", pictures=pictures_in([folder])))
+        print(f"report in {folder / 'report.html'}")
     print(f"results, pictures and checkpoints in {folder} ({time.perf_counter() - started:.0f} s)")
     return results
 

@@ -1,0 +1,183 @@
+"""The charts of a report, as Vega-Lite specifications that are drawn in the page."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+import pandas as pd
+
+from .gains import Gain, labels, methods, step_cost
+from .runs import PARAMETERS, PLAIN, TEACHER, Points, Run
+
+NEUTRAL = {TEACHER: "#8a8f98", PLAIN: "#b98a1e"}
+COLOURS = ("#2f7ed8", "#d1495b", "#3a9d5d", "#8e5bd0", "#e07b39", "#1fa3a3", "#c2529b", "#6b8e23", "#5c6bc0", "#a1673a")
+"""Readable on white and on black."""
+HEIGHT = 280
+_TEXT = "currentColor"  # of the page, in both of its themes
+
+Spec = dict[str, Any]
+Drawing = alt.Chart | alt.LayerChart | alt.FacetChart
+
+
+def charts(runs: Sequence[Run], found: Sequence[Gain], metric: str) -> dict[str, Spec]:
+    """Return the charts for which the runs have data, by title.
+
+    Args:
+        runs: the runs.
+        found: the gains of the methods.
+        metric: the metric of the report.
+    """
+    made = {
+        f"Gain in {metric} over the plain student": _gain_chart(runs, found, metric),
+        f"{metric} against size": _size_chart(runs, metric),
+        f"{metric} against the cost of training": _cost_chart(runs, metric),
+        f"{metric} on the validation data, during training": _lines(runs, metric, _validation(runs, metric)),
+        "The distillation terms, as they enter the loss": _terms_chart(runs),
+    }
+    return {title: _finished(chart) for title, chart in made.items() if chart is not None}
+
+
+def _colour(runs: Sequence[Run], *, legend: bool = True) -> alt.Color:
+    there = labels(runs)
+    own = iter(COLOURS[n % len(COLOURS)] for n in range(len(there)))
+    scale = alt.Scale(domain=there, range=[NEUTRAL[label] if label in NEUTRAL else next(own) for label in there])
+    return alt.Color("method:N", scale=scale, legend=alt.Legend(title=None) if legend else None)
+
+
+def _gain_chart(runs: Sequence[Run], found: Sequence[Gain], metric: str) -> Drawing:
+    rows = [
+        dict(method=gain.label, gain=gain.mean, low=low, high=high)
+        for gain in found
+        for low, high in [gain.interval if math.isfinite(gain.interval[0]) else (gain.mean, gain.mean)]
+    ]
+    each = [dict(method=gain.label, gain=value) for gain in found for value in gain.differences]
+    order = [gain.label for gain in found]
+    axis = alt.Y("method:N", sort=order, title=None)
+    colour = _colour(runs, legend=False)
+    base = alt.Chart(pd.DataFrame(rows))
+    bars = base.mark_rule(strokeWidth=3).encode(
+        x=alt.X("low:Q", title=f"gain in {metric}", scale=alt.Scale(padding=16)), x2="high:Q", y=axis, color=colour
+    )
+    seeds = alt.Chart(pd.DataFrame(each)).mark_point(size=36, opacity=0.6).encode(x="gain:Q", y=axis, color=colour)
+    means = base.mark_point(filled=True, size=110, opacity=1).encode(
+        x="gain:Q", y=axis, color=colour, tooltip=["method:N", "gain:Q", "low:Q", "high:Q"]
+    )
+    zero = alt.Chart(pd.DataFrame([dict(gain=0.0)])).mark_rule(color=_TEXT, opacity=0.6).encode(x="gain:Q")
+    return alt.layer(zero, bars, seeds, means).properties(height=max(34 * len(order) + 20, 90))
+
+
+def _means(runs: Sequence[Run], metric: str) -> list[dict[str, Any]]:
+    found = []
+    for label in labels(runs):
+        values = [run.metrics[metric] for run in runs if run.label == label and metric in run.metrics]
+        if values:
+            sd = statistics.stdev(values) if len(values) > 1 else 0.0
+            mean = statistics.fmean(values)
+            found.append(dict(method=label, value=mean, low=mean - sd, high=mean + sd))
+    return found
+
+
+def _scatter(runs: Sequence[Run], rows: list[dict[str, Any]], metric: str, x: alt.X) -> Drawing:
+    y = alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False))
+    base = alt.Chart(pd.DataFrame(rows))
+    error = base.mark_rule(opacity=0.7, strokeWidth=2).encode(
+        x=x, y=alt.Y("low:Q", title=metric, scale=alt.Scale(zero=False)), y2="high:Q", color=_colour(runs)
+    )
+    points = base.mark_point(filled=True, size=110, opacity=1).encode(
+        x=x, y=y, color=_colour(runs), tooltip=list(rows[0])
+    )
+    return alt.layer(error, points).properties(height=HEIGHT)
+
+
+def _size_chart(runs: Sequence[Run], metric: str) -> Drawing | None:
+    sizes = {run.label: run.metrics[PARAMETERS] for run in runs if PARAMETERS in run.metrics}
+    rows = [row | {PARAMETERS: sizes[row["method"]]} for row in _means(runs, metric) if row["method"] in sizes]
+    if len(set(sizes.values())) < 2 or len(rows) < 2:
+        return None
+    return _scatter(runs, rows, metric, alt.X(f"{PARAMETERS}:Q", scale=alt.Scale(zero=False, padding=24)))
+
+
+def _cost_chart(runs: Sequence[Run], metric: str) -> Drawing | None:
+    title = "training step (× plain student)"
+    rows = [row | {"step": step_cost(runs, row["method"])} for row in _means(runs, metric) if row["method"] != TEACHER]
+    rows = [row for row in rows if math.isfinite(row["step"])]
+    return (
+        _scatter(runs, rows, metric, alt.X("step:Q", title=title, scale=alt.Scale(zero=False, padding=24)))
+        if len(rows) > 1
+        else None
+    )
+
+
+def _validation(runs: Sequence[Run], metric: str) -> list[tuple[Run, str, Points]]:
+    return [(run, run.label, run.validation[metric]) for run in runs if len(run.validation.get(metric, ())) > 1]
+
+
+def _lines(runs: Sequence[Run], metric: str, found: Sequence[tuple[Run, str, Points]]) -> Drawing | None:
+    """Return the lines of the mean over seeds, one for each label."""
+    rows = _averaged(found, "method")
+    if not rows:
+        return None
+    return (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line(point=alt.OverlayMarkDef(size=24))
+        .encode(
+            x=alt.X("iteration:Q"),
+            y=alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False)),
+            color=_colour(runs),
+            tooltip=["method:N", "iteration:Q", "value:Q"],
+        )
+        .properties(height=HEIGHT)
+    )
+
+
+def _averaged(found: Sequence[tuple[Run, str, Points]], column: str) -> list[dict[str, Any]]:
+    at: dict[tuple[str, int], list[float]] = {}
+    for _, label, points in found:
+        for step, value in points:
+            at.setdefault((label, step), []).append(value)
+    return [
+        {column: label, "iteration": step, "value": statistics.fmean(values)} for (label, step), values in at.items()
+    ]
+
+
+def _terms_chart(runs: Sequence[Run]) -> Drawing | None:
+    found = [
+        (run, f"{run.label}: {name.removeprefix('distill.').removesuffix('.loss')}", points)
+        for run in runs
+        if run.label in methods(runs)
+        for name, points in run.losses.items()
+        if name.startswith("distill.") and name.endswith(".loss")
+    ]
+    rows = _averaged(found, "term")
+    if not rows:
+        return None
+    # A critic's term may be negative.
+    positive = all(row["value"] > 0 for row in rows)
+    scale = alt.Scale(type="log") if positive else alt.Scale(type="symlog", constant=0.01)
+    colours = alt.Scale(range=[*COLOURS], domain=list(dict.fromkeys(row["term"] for row in rows)))
+    return (
+        alt.Chart(pd.DataFrame(rows))
+        .mark_line()
+        .encode(
+            x=alt.X("iteration:Q"),
+            y=alt.Y("value:Q", title="loss × weight", scale=scale),
+            color=alt.Color("term:N", scale=colours, legend=alt.Legend(title=None)),
+            tooltip=["term:N", "iteration:Q", "value:Q"],
+        )
+        .properties(height=HEIGHT)
+    )
+
+
+def _finished(chart: Drawing) -> Spec:
+    """Return the specification of a chart that is as wide as its place and takes the page's colours."""
+    axis = dict(
+        labelColor=_TEXT, titleColor=_TEXT, domainColor=_TEXT, tickColor=_TEXT, gridColor=_TEXT, gridOpacity=0.15
+    )
+    legend = dict(labelColor=_TEXT, titleColor=_TEXT, orient="bottom", columns=2, labelLimit=150, symbolOpacity=1)
+    shown = chart.properties(width="container", background="transparent").configure(font="system-ui, sans-serif")
+    shown = shown.configure_axis(**axis, labelLimit=110).configure_legend(**legend).configure_view(strokeOpacity=0)
+    return shown.to_dict()

@@ -1,0 +1,156 @@
+"""What methods bring over the plain student: paired differences over seeds, their interval, and the verdict in one sentence."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from scipy.stats import t as student_t
+
+from kdgraft.errors import DistillError
+
+from ..results import LOWER_IS_BETTER
+from .runs import ITERATION, PLAIN, TEACHER, Run
+
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Gain:
+    """The gain of a method over the plain student.
+
+    Attributes:
+        label: the method.
+        differences: the gain with each seed that both have; above 0 is better, whatever the metric.
+        closed: the share of the gap from plain student to teacher that is closed, by the means; NaN without a better teacher.
+        cost: the time of a training step over that of the plain student; NaN where it was not measured.
+    """
+
+    label: str
+    differences: tuple[float, ...]
+    closed: float
+    cost: float
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.differences)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of the mean, by Student's t over the seeds; NaN for a single seed."""
+        count = len(self.differences)
+        if count < 2:
+            return math.nan, math.nan
+        margin = student_t.ppf((1 + CONFIDENCE) / 2, count - 1) * statistics.stdev(self.differences) / math.sqrt(count)
+        return self.mean - margin, self.mean + margin
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return true for metrics that decrease as a model gets better."""
+    return metric in LOWER_IS_BETTER or metric.endswith(("loss", "perplexity", "error"))
+
+
+def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
+    """Return the gain of each method, the best first.
+
+    Args:
+        runs: the runs; those of one seed share data, order and initial weights, so that they are compared in pairs.
+        metric: the metric.
+
+    Raises:
+        DistillError: a method has no seed in common with the plain student.
+    """
+    sign = -1 if lower_is_better(metric) else 1
+    values = {
+        label: {run.seed: run.metrics[metric] for run in runs if run.label == label and metric in run.metrics}
+        for label in labels(runs)
+    }
+    plain, teacher = values[PLAIN], values.get(TEACHER, {})
+    gap = sign * (statistics.fmean(teacher.values()) - statistics.fmean(plain.values())) if teacher else math.nan
+    found = []
+    for label in methods(runs):
+        shared = sorted(plain.keys() & values[label].keys())
+        if not shared:
+            raise DistillError(
+                f"{label} has no seed in common with the plain student ({_listed(values[label])}; {_listed(plain)})"
+            )
+        differences = tuple(sign * (values[label][seed] - plain[seed]) for seed in shared)
+        whole = sign * (statistics.fmean(values[label].values()) - statistics.fmean(plain.values()))
+        found.append(Gain(label, differences, whole / gap if gap > 0 else math.nan, step_cost(runs, label)))
+    return sorted(found, key=lambda gain: -gain.mean)
+
+
+def step_cost(runs: Sequence[Run], label: str) -> float:
+    """Return the time of a training step over that of the plain student, by the medians over seeds; NaN where it was not measured."""
+    for metric in ("step (ms)", ITERATION):
+        times = {
+            which: [run.metrics[metric] for run in runs if run.label == which and metric in run.metrics]
+            for which in (label, PLAIN)
+        }
+        if all(times.values()):
+            return statistics.median(times[label]) / statistics.median(times[PLAIN])
+    return math.nan
+
+
+def labels(runs: Sequence[Run]) -> list[str]:
+    """Return the labels: teacher and plain student first, then the methods as they come."""
+    there = list(dict.fromkeys(run.label for run in runs))
+    return [label for label in (TEACHER, PLAIN) if label in there] + [x for x in there if x not in (TEACHER, PLAIN)]
+
+
+def methods(runs: Sequence[Run]) -> list[str]:
+    """Return the labels of the distilled students."""
+    return [label for label in labels(runs) if label not in (TEACHER, PLAIN)]
+
+
+def verdict(found: Sequence[Gain], metric: str) -> str:
+    """Return the verdict in one or two sentences: which method to take, what it brings and costs, and how sure that is.
+
+    Args:
+        found: the gains, the best first.
+        metric: the metric.
+    """
+    best, seeds = found[0], len(found[0].differences)
+    name = best.label if len(found) == 1 else f"{best.label}, the best of {len(found)} methods,"
+    changes = (
+        f"improves {metric} by {number(best.mean)}"
+        if best.mean >= 0
+        else f"makes {metric} worse by {number(-best.mean)}"
+    )
+    if seeds < 2:
+        return (
+            f"With one seed, {name} {changes} compared with the plain student. Chance alone moves a student, too: "
+            "train three seeds or more before you decide."
+        )
+    low, high = best.interval
+    told = f"95 % interval {number(low)} to {number(high)}, {seeds} seeds"
+    if high < 0:
+        return f"Nothing here helps: {name} {changes} ({told})."
+    if low <= 0:
+        return f"Nothing is shown to help: {name} {changes} on average, which may be chance ({told})."
+    gap = f", {percent(best.closed)} of the gap to the teacher" if math.isfinite(best.closed) else ""
+    cost = f" A training step takes {best.cost:.2f} times as long; the model that you deploy costs the same."
+    return f"Take {best.label}: it {changes} over the plain student{gap} ({told}).{cost if math.isfinite(best.cost) else ''}"
+
+
+def number(value: float, of: Sequence[float] = ()) -> str:
+    """Format a value with three decimals below 2, two below 1000, and none above.
+
+    Args:
+        value: the value.
+        of: all values of its column, the largest of which counts instead.
+    """
+    largest = max((abs(one) for one in (*of, value) if math.isfinite(one)), default=0.0)
+    return f"{value:.{3 if largest < 2 else 2 if largest < 1000 else 0}f}".replace("-", "−")
+
+
+def percent(share: float) -> str:
+    """Format a share as ``"78 %"``."""
+    return f"{100 * share:.0f} %".replace("-", "−")
+
+
+def _listed(seeds: Iterable[int]) -> str:
+    return "seeds " + ", ".join(map(str, sorted(seeds)))

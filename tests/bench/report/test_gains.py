@@ -1,0 +1,96 @@
+"""Gains over the plain student by hand, and the sentence that tells them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from kdgraft.errors import DistillError
+from kdgraft_bench.report.gains import gains, number, percent, verdict
+from kdgraft_bench.report.runs import Run
+
+
+def runs(metric: str = "mIoU", **values: list[float]) -> list[Run]:
+    """Runs of seeds 0, 1, … with a value each, or none."""
+    return [
+        Run(label, seed, Path(label), "", {metric: value})
+        for label, found in values.items()
+        for seed, value in enumerate(found)
+        if value is not None
+    ]
+
+
+THREE = dict(plain=[0.30, 0.32, 0.31], teacher=[0.40, 0.40, 0.40], good=[0.35, 0.36, 0.37], vain=[0.31, 0.31, 0.31])
+
+
+def test_gains_by_hand():
+    good, vain = gains(runs(**THREE), "mIoU")
+    assert (good.label, vain.label) == ("good", "vain")  # the best first
+    assert good.differences == pytest.approx((0.05, 0.04, 0.06))
+    assert good.mean == pytest.approx(0.05)
+    margin = 4.302653 * 0.01 / math.sqrt(3)  # the 97.5 % point of Student's t with 2 degrees of freedom; sd 0.01
+    assert good.interval == pytest.approx((0.05 - margin, 0.05 + margin), rel=1e-6)
+    assert good.closed == pytest.approx(0.05 / 0.09)
+    assert vain.mean == pytest.approx(0) and vain.interval[0] < 0 < vain.interval[1]
+
+
+def test_a_lower_perplexity_is_a_gain():
+    (gain,) = gains(runs("perplexity", plain=[110.0, 112.0], teacher=[100.0, 100.0], gkd=[105.0, 106.0]), "perplexity")
+    assert gain.differences == (5.0, 6.0)
+    assert gain.closed == pytest.approx(5.5 / 11)
+
+
+def test_seeds_are_compared_in_pairs():
+    (gain,) = gains(runs(plain=[0.1, 0.2, 0.3], x=[None, 0.25, 0.3]), "mIoU")
+    assert gain.differences == pytest.approx((0.05, 0.0))
+    assert math.isnan(gain.closed)  # no teacher
+    with pytest.raises(DistillError, match=r"x has no seed in common with the plain student \(seeds 1; seeds 0\)"):
+        gains(runs(plain=[0.1], x=[None, 0.25]), "mIoU")
+
+
+def test_without_a_better_teacher_there_is_no_gap():
+    assert all(math.isnan(gain.closed) for gain in gains(runs(**{**THREE, "teacher": [0.3, 0.3, 0.3]}), "mIoU"))
+
+
+@pytest.mark.parametrize("metric", ["step (ms)", "iteration (ms)"])
+def test_the_cost_is_that_of_a_step_over_the_plain_one(metric):
+    made = [
+        Run(r.label, r.seed, r.folder, "", {**r.metrics, metric: 30.0 if r.label == "good" else 20.0})
+        for r in runs(**THREE)
+    ]
+    assert gains(made, "mIoU")[0].cost == pytest.approx(1.5)
+    assert math.isnan(gains(runs(**THREE), "mIoU")[0].cost)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            THREE,
+            "Take good: it improves mIoU by 0.050 over the plain student, 56 % of the gap to the teacher (95 % interval 0.025 to 0.075, 3 seeds).",
+        ),
+        (
+            {"plain": [0.3, 0.32], "x": [0.31, 0.32]},
+            "Nothing is shown to help: x improves mIoU by 0.005 on average, which may be chance (95 % interval −0.059 to 0.069, 2 seeds).",
+        ),
+        (
+            {"plain": [0.30, 0.31, 0.32], "x": [0.20, 0.21, 0.22], "y": [0.1, 0.1, 0.1]},
+            "Nothing here helps: x, the best of 2 methods, makes mIoU worse by 0.100 (95 % interval −0.100 to −0.100, 3 seeds).",
+        ),
+        (
+            {"plain": [0.3], "x": [0.4]},
+            "With one seed, x improves mIoU by 0.100 compared with the plain student. Chance alone moves a student, too: "
+            "train three seeds or more before you decide.",
+        ),
+    ],
+)
+def test_the_verdict(values, said):
+    assert verdict(gains(runs(**values), "mIoU"), "mIoU") == said
+
+
+def test_numbers():
+    assert [number(v) for v in (0.0456, 12.3456, 1234.5, -0.5)] == ["0.046", "12.35", "1234", "−0.500"]
+    assert number(0.5, of=[1000.0]) == "0"
+    assert percent(-0.041) == "−4 %"
