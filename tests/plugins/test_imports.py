@@ -91,6 +91,11 @@ MAY |= {
 # Parts of a host's demo.
 MAY |= {f"kdgraft_bench.demos.{part}": MAY["kdgraft_bench.demos.nlp"] for part in ("attention", "hf", "on_policy")}
 MAY["kdgraft_bench.demos.queries"] = MAY["kdgraft_bench.demos.det"]
+MAY["kdgraft_bench.report.checkpoints"] = {
+    "kdgraft_bench",
+    "kdgraft",
+    "kdgraft_mm",
+}  # imported where mmengine is installed
 PACKAGES = {name.partition(".")[0] for name in MAY}
 HOSTS = {"mmengine", "mmcv", "mmdet", "mmseg", "transformers"}
 MODULES = {

@@ -226,16 +226,13 @@ def _record(into: dict[str, dict[int, float]], at: int, record: Mapping[str, Any
 
 
 def _checkpoint_size(folder: Path) -> int | None:
-    """Return the number of weights in the newest checkpoint, without batch norms' statistics; other buffers count."""
+    """Return the number of weights in the newest checkpoint; ``None`` where there is none, or mmengine is not installed."""
     files = sorted(folder.glob("*.pth"), key=lambda path: path.stat().st_mtime)
     if not files or not installed("mmengine"):
         return None
-    from kdgraft.sources.teacher import read_checkpoint  # imported here: torch and mmengine are for checkpoints alone
-    from kdgraft_mm.checkpoints import SAFE_TYPES
+    from .checkpoints import count_weights  # imports mmengine
 
-    weights = read_checkpoint(files[-1], safe_types=SAFE_TYPES).get("state_dict", {})
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    return sum(value.numel() for name, value in weights.items() if not name.endswith(buffers)) or None
+    return count_weights(files[-1])
 
 
 def _model_of(config: str) -> str:
