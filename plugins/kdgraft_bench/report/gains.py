@@ -148,8 +148,8 @@ def number(value: float, of: Sequence[float] = ()) -> str:
 
 
 def percent(share: float) -> str:
-    """Format a share as ``"78 %"``."""
-    return f"{100 * share:.0f} %".replace("-", "−")
+    """Format a share as ``"78 %"``, with a space that does not break."""
+    return f"{100 * share:.0f}\u00a0%".replace("-", "−")
 
 
 def _listed(seeds: Iterable[int]) -> str:

@@ -69,7 +69,7 @@ def test_the_cost_is_that_of_a_step_over_the_plain_one(metric):
     [
         (
             THREE,
-            "Take good: it improves mIoU by 0.050 over the plain student, 56 % of the gap to the teacher (95 % interval 0.025 to 0.075, 3 seeds).",
+            "Take good: it improves mIoU by 0.050 over the plain student, 56\u00a0% of the gap to the teacher (95 % interval 0.025 to 0.075, 3 seeds).",
         ),
         (
             {"plain": [0.3, 0.32], "x": [0.31, 0.32]},
@@ -93,4 +93,4 @@ def test_the_verdict(values, said):
 def test_numbers():
     assert [number(v) for v in (0.0456, 12.3456, 1234.5, -0.5)] == ["0.046", "12.35", "1234", "−0.500"]
     assert number(0.5, of=[1000.0]) == "0"
-    assert percent(-0.041) == "−4 %"
+    assert percent(-0.041) == "−4\u00a0%"
