@@ -203,12 +203,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    try:
-        report = import_module("kdgraft_bench.report")
-    except ModuleNotFoundError as error:
-        raise DistillError(
-            f'kdgraft report needs {error.name}; install it with: pip install "kdgraft[bench]"'
-        ) from None
+    report = import_module("kdgraft_bench.report")  # says what to install where its libraries are missing
     runs = report.read_runs(arguments.runs)
     options = ["--metric", arguments.metric] if arguments.metric else []
     print(
@@ -216,7 +211,7 @@ def _report(arguments: argparse.Namespace) -> None:
             runs,
             arguments.out,
             metric=arguments.metric,
-            pictures=report.pictures_in([Path(name.rpartition("=")[2]) for name in arguments.runs]),
+            pictures=report.pictures_of(arguments.runs),
             command=shlex.join(["kdgraft", "report", *arguments.runs, *options]),
         )
     )

@@ -25,7 +25,7 @@ from kdgraft.tables import print_rows
 
 from .finished import RECORD, Finished, alone, describe
 from .pictures import Curves, draw_curves
-from .report import pictures_in, read_runs, write_report
+from .report import pictures_of, read_runs, write_report
 from .results import Result, gap_closed, markdown, summary, write_results
 from .timing import check_device, interleave
 
@@ -289,7 +289,7 @@ def compare(comparison: Comparison, teacher: Training, names: Sequence[str], see
         told = "has no gap to close" if math.isnan(closed) else f"closes {closed:.0%} of the gap"
         print(f"{name} {told} from plain student to teacher")
     if names and comparison.one_scale:
-        print(write_report(read_runs([str(folder)]), folder / "report.html", pictures=pictures_in([folder])))
+        print(write_report(read_runs([str(folder)]), folder / "report.html", pictures=pictures_of([str(folder)])))
         print(f"report in {folder / 'report.html'}")
     print(f"results, pictures and checkpoints in {folder} ({time.perf_counter() - started:.0f} s)")
     return results

@@ -12,9 +12,6 @@ import pandas as pd
 
 from kdgraft.errors import DistillError
 
-LOWER_IS_BETTER = frozenset({"perplexity"})
-"""Metrics that decrease as a model gets better."""
-
 
 class Result(NamedTuple):
     """One figure of one trained model; a row of ``results.csv``."""
@@ -38,7 +35,10 @@ def write_results(results: Iterable[Result], path: str | Path) -> Path:
 
 def read_results(path: str | Path) -> list[Result]:
     """Read a file of :func:`write_results`."""
-    frame = pd.read_csv(path)
+    try:
+        frame = pd.read_csv(path)
+    except ValueError as error:  # of pandas: empty, or no table
+        raise DistillError(f"cannot read {path}: {error}") from None
     if list(frame.columns) != list(Result._fields):
         raise DistillError(f"{path} has columns {list(frame.columns)}, not {list(Result._fields)}")
     return [Result(*row) for row in frame.itertuples(index=False)]
@@ -60,9 +60,18 @@ def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
     def mean(of: str) -> float:
         return statistics.mean(r.value for r in results if r.method == of and r.metric == metric)
 
-    plain, teacher = mean("plain"), mean("teacher")
-    gap = plain - teacher if metric in LOWER_IS_BETTER else teacher - plain
-    return (mean(method) - plain) / (teacher - plain) if gap > 0 else math.nan
+    return share_closed(mean(method), mean("plain"), mean("teacher"), metric)
+
+
+def share_closed(value: float, plain: float, teacher: float, metric: str) -> float:
+    """Return the share of the gap from plain student to teacher; NaN if the teacher is not better, or is NaN."""
+    gap = plain - teacher if lower_is_better(metric) else teacher - plain
+    return (value - plain) / (teacher - plain) if gap > 0 else math.nan
+
+
+def lower_is_better(metric: str) -> bool:
+    """Return true for metrics that decrease as a model gets better."""
+    return metric.endswith(("perplexity", "loss", "error"))
 
 
 def summary(results: Sequence[Result], metrics: Mapping[str, int]) -> list[dict[str, str]]:

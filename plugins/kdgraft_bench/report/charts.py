@@ -35,7 +35,7 @@ def charts(runs: Sequence[Run], found: Sequence[Gain], metric: str) -> dict[str,
         f"Gain in {metric} over the plain student": _gain_chart(runs, found, metric),
         f"{metric} against size": _size_chart(runs, metric),
         f"{metric} against the cost of training": _cost_chart(runs, metric),
-        f"{metric} on the validation data, during training": _lines(runs, metric, _validation(runs, metric)),
+        f"{metric} on the validation data, during training": _validation_chart(runs, metric),
         "The distillation terms, as they enter the loss": _terms_chart(runs),
     }
     return {title: _finished(chart) for title, chart in made.items() if chart is not None}
@@ -112,12 +112,8 @@ def _cost_chart(runs: Sequence[Run], metric: str) -> Drawing | None:
     )
 
 
-def _validation(runs: Sequence[Run], metric: str) -> list[tuple[Run, str, Points]]:
-    return [(run, run.label, run.validation[metric]) for run in runs if len(run.validation.get(metric, ())) > 1]
-
-
-def _lines(runs: Sequence[Run], metric: str, found: Sequence[tuple[Run, str, Points]]) -> Drawing | None:
-    """Return the lines of the mean over seeds, one for each label."""
+def _validation_chart(runs: Sequence[Run], metric: str) -> Drawing | None:
+    found = [(run.label, run.validation[metric]) for run in runs if len(run.validation.get(metric, ())) > 1]
     rows = _averaged(found, "method")
     if not rows:
         return None
@@ -134,9 +130,10 @@ def _lines(runs: Sequence[Run], metric: str, found: Sequence[tuple[Run, str, Poi
     )
 
 
-def _averaged(found: Sequence[tuple[Run, str, Points]], column: str) -> list[dict[str, Any]]:
+def _averaged(found: Sequence[tuple[str, Points]], column: str) -> list[dict[str, Any]]:
+    """Return the rows of the mean over seeds at each iteration."""
     at: dict[tuple[str, int], list[float]] = {}
-    for _, label, points in found:
+    for label, points in found:
         for step, value in points:
             at.setdefault((label, step), []).append(value)
     return [
@@ -146,7 +143,7 @@ def _averaged(found: Sequence[tuple[Run, str, Points]], column: str) -> list[dic
 
 def _terms_chart(runs: Sequence[Run]) -> Drawing | None:
     found = [
-        (run, f"{run.label}: {name.removeprefix('distill.').removesuffix('.loss')}", points)
+        (f"{run.label}: {name.removeprefix('distill.').removesuffix('.loss')}", points)
         for run in runs
         if run.label in methods(runs)
         for name, points in run.losses.items()

@@ -11,7 +11,7 @@ from scipy.stats import t as student_t
 
 from kdgraft.errors import DistillError
 
-from ..results import LOWER_IS_BETTER
+from ..results import lower_is_better, share_closed
 from .runs import ITERATION, PLAIN, TEACHER, Run
 
 CONFIDENCE = 0.95
@@ -48,11 +48,6 @@ class Gain:
         return self.mean - margin, self.mean + margin
 
 
-def lower_is_better(metric: str) -> bool:
-    """Return true for metrics that decrease as a model gets better."""
-    return metric in LOWER_IS_BETTER or metric.endswith(("loss", "perplexity", "error"))
-
-
 def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
     """Return the gain of each method, the best first.
 
@@ -69,7 +64,7 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
         for label in labels(runs)
     }
     plain, teacher = values[PLAIN], values.get(TEACHER, {})
-    gap = sign * (statistics.fmean(teacher.values()) - statistics.fmean(plain.values())) if teacher else math.nan
+    taught = statistics.fmean(teacher.values()) if teacher else math.nan
     found = []
     for label in methods(runs):
         shared = sorted(plain.keys() & values[label].keys())
@@ -78,8 +73,8 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
                 f"{label} has no seed in common with the plain student ({_listed(values[label])}; {_listed(plain)})"
             )
         differences = tuple(sign * (values[label][seed] - plain[seed]) for seed in shared)
-        whole = sign * (statistics.fmean(values[label].values()) - statistics.fmean(plain.values()))
-        found.append(Gain(label, differences, whole / gap if gap > 0 else math.nan, step_cost(runs, label)))
+        means = statistics.fmean(values[label].values()), statistics.fmean(plain.values())
+        found.append(Gain(label, differences, share_closed(*means, taught, metric), step_cost(runs, label)))
     return sorted(found, key=lambda gain: -gain.mean)
 
 
@@ -143,8 +138,13 @@ def number(value: float, of: Sequence[float] = ()) -> str:
         value: the value.
         of: all values of its column, the largest of which counts instead.
     """
-    largest = max((abs(one) for one in (*of, value) if math.isfinite(one)), default=0.0)
-    return f"{value:.{3 if largest < 2 else 2 if largest < 1000 else 0}f}".replace("-", "−")
+    return f"{value:.{digits((*of, value))}f}".replace("-", "−")
+
+
+def digits(values: Iterable[float]) -> int:
+    """Return the number of decimals for values of one metric, by the largest."""
+    largest = max((abs(one) for one in values if math.isfinite(one)), default=0.0)
+    return 3 if largest < 2 else 2 if largest < 1000 else 0
 
 
 def percent(share: float) -> str:

@@ -7,7 +7,6 @@ import difflib
 import io
 import json
 import math
-import statistics
 from collections.abc import Sequence
 from functools import cache
 from html import escape
@@ -22,15 +21,13 @@ from PIL import Image
 from kdgraft import __version__
 from kdgraft.files import written_whole
 
+from ..results import lower_is_better, mean_sd
 from .charts import charts
-from .gains import gains, labels, lower_is_better, methods, number, percent, verdict
+from .gains import digits, gains, labels, methods, number, percent, verdict
 from .runs import COSTS, PLAIN, TEACHER, Run, main_metric, same_schedule
 
 VEGA_LITE = "6.4"
 """The version for which altair writes specifications, without its last number, as vl-convert names it."""
-PICTURES = ("*.png", "*.jpg")
-CHARTS_ALREADY = "curves"
-"""The picture of the demos that the charts replace."""
 
 
 def write_report(
@@ -87,12 +84,6 @@ def write_report(
     return said
 
 
-def pictures_in(folders: Sequence[Path]) -> list[Path]:
-    """Return the pictures that a demo drew in these folders."""
-    found = [path for folder in folders for pattern in PICTURES for path in sorted(folder.glob(pattern))]
-    return [path for path in found if path.stem != CHARTS_ALREADY]
-
-
 @cache
 def _bundle() -> str:
     """Return Vega, Vega-Lite and Vega-Embed as one script."""
@@ -140,16 +131,13 @@ def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     for label in labels(runs):
         mine = [run for run in runs if run.label == label]
         rows.append(
-            [label, mine[0].model, *(_mean_sd([run.metrics[n] for run in mine if n in run.metrics]) for n in names)]
+            [label, mine[0].model, *(_cell([run.metrics[n] for run in mine if n in run.metrics]) for n in names)]
         )
     return ["method", "model", *names], rows
 
 
-def _mean_sd(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    mean = number(statistics.fmean(values), values)
-    return mean if len(values) < 2 else f"{mean} ± {number(statistics.stdev(values), values)}"
+def _cell(values: Sequence[float]) -> str:
+    return mean_sd(values, digits(values)).replace("-", "−")
 
 
 def _configs(runs: Sequence[Run]) -> list[tuple[str, Markup]]:

@@ -101,7 +101,19 @@ def read_runs(named: Sequence[str]) -> list[Run]:
         raise DistillError(
             f"name a distilled student beside the plain one, as LABEL=FOLDER; there are {', '.join(labels)}"
         )
+    for what, each in (
+        ("folder", [run.folder.resolve() for run in found]),
+        ("run", [f"{run.label}, seed {run.seed}" for run in found]),
+    ):
+        if twice := [one for one, count in Counter(each).items() if count > 1]:
+            raise DistillError(f"the {what} {twice[0]} is named twice; each has to be another training")
     return found
+
+
+def pictures_of(named: Sequence[str]) -> list[Path]:
+    """Return the pictures in those folders that are a demo's, but for its curves, which a report draws itself."""
+    folders = [folder for _, folder in map(_named, named) if (folder / "results.csv").is_file()]
+    return [path for folder in folders for path in sorted(folder.glob("*.png")) if path.stem != "curves"]
 
 
 def main_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
@@ -166,6 +178,8 @@ def _demo(folder: Path) -> list[Run]:
     found: dict[tuple[str, int], dict[str, float]] = {}
     models: dict[str, str] = {}
     for result in results:
+        if not math.isfinite(result.value):
+            continue
         found.setdefault((result.method, result.seed), {})[result.metric] = result.value
         models[result.method] = result.model
     first = next((name for name in next(iter(found.values())) if name not in COSTS), "validation")
@@ -174,9 +188,7 @@ def _demo(folder: Path) -> list[Run]:
         own = folder / f"seed{seed}" / method
         curves: dict[str, Points] = {}
         if (own / RECORD).is_file():
-            curves = {
-                name: _finite(points) for name, points in json.loads((own / RECORD).read_text())["curves"].items()
-            }
+            curves = {name: _finite(points) for name, points in _json(own / RECORD)["curves"].items()}
         validation = {first: curves.pop("validation")} if "validation" in curves else {}
         runs.append(
             Run(
@@ -196,10 +208,9 @@ def _mmengine(folder: Path) -> Run | None:
     times, memory, begun = [], 0.0, False
     for log in logs:
         at = 0
-        for line in log.read_text().splitlines():
-            record = json.loads(line)
+        for record in _records(log):
             if "lr" in record:  # of training; a resumed run logs again what its checkpoint did not have yet
-                at, begun = int(record.get("iter", record["step"])), True
+                at, begun = int(record["step"]), True
                 _record(losses, at, record)
                 times.append(float(record.get("time", math.nan)))
                 memory = max(memory, float(record.get("memory", 0)))
@@ -259,7 +270,7 @@ def _trainer(folder: Path) -> Run | None:
     states = [*folder.glob("checkpoint-*/trainer_state.json"), *folder.glob("trainer_state.json")]
     if not states:
         return None
-    read = [json.loads(path.read_text()) for path in states]
+    read = [_json(path) for path in states]
     state = max(read, key=lambda one: (one["global_step"], len(one["log_history"])))
     losses: dict[str, dict[int, float]] = {}
     validation: dict[str, dict[int, float]] = {}
@@ -284,7 +295,7 @@ def _trainer(folder: Path) -> Run | None:
     ]
     config = next((path / "config.json" for path in where if (path / "config.json").is_file()), None)
     text = "" if config is None else config.read_text()
-    told = json.loads(text) if text else {}
+    told = {} if config is None else _json(config)
     model = next(iter(told.get("architectures") or []), told.get("model_type", ""))
     weights = next((files for path in where if (files := sorted(path.glob("model*.safetensors")))), [])
     if weights:
@@ -296,12 +307,33 @@ def _trainer(folder: Path) -> Run | None:
 
 def _safetensors_size(path: Path) -> int:
     """Return the number of values in a file of safetensors, from its header."""
-    with path.open("rb") as file:
-        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (ValueError, OverflowError, MemoryError):
+        raise DistillError(f"{path} is damaged: it has no header of safetensors") from None
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
 
 
 # --- common
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise DistillError(f"{path} is damaged: {error}") from None
+
+
+def _records(log: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a log, a line each; the last line of a run that was killed may be cut off."""
+    lines = log.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number < len(lines):
+                raise DistillError(f"{log} is damaged in line {number}: {error}") from None
 
 
 def _points(found: Mapping[str, Mapping[int, float]]) -> dict[str, Points]:

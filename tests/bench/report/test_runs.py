@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kdgraft.errors import DistillError
-from kdgraft_bench.report import read_runs
+from kdgraft_bench.report import pictures_of, read_runs
 from kdgraft_bench.report.runs import main_metric
 
 TRAINED = dict(lr=0.1, loss=2.0, loss_cls=1.5, time=0.25, data_time=0.1, memory=300)
@@ -45,6 +45,21 @@ def test_what_a_resumed_run_did_again_counts_once(tmp_path):
     _, run = read_runs([plain(tmp_path), str(folder)])
     assert run.losses["loss"] == [(50, 2.0), (100, 3.0)]
     assert run.validation["mIoU"] == [(100, 35.0)]
+
+
+def test_a_log_that_ends_in_the_middle_of_a_line_is_read_up_to_there(tmp_path):
+    folder = mm_log(tmp_path / "x", dict(TRAINED, step=50), dict(mIoU=1.0, step=0))
+    with (folder / "20260101_000000/vis_data/scalars.json").open("a") as log:
+        log.write('{"lr": 0.1, "lo')  # of a run that was killed
+    _, run = read_runs([plain(tmp_path), str(folder)])
+    assert (run.metrics["mIoU"], run.losses["loss"]) == (1.0, [(50, 2.0)])
+
+
+def test_pictures_are_those_of_a_demo(tmp_path):
+    for name in ("demo/results.csv", "demo/masks.png", "demo/curves.png", "work/other.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert pictures_of([str(tmp_path / "demo"), f"plain={tmp_path / 'work'}"]) == [tmp_path / "demo/masks.png"]
 
 
 def test_figures_that_are_not_finite_are_left_out(tmp_path):
@@ -158,13 +173,23 @@ def test_runs_of_the_real_trainer(tmp_path, saved):
             "empty has no log of a run: neither .*scalars.json .* trainer_state.json .* results.csv",
         ),
         (["plain={x}", "{tested}"], "tested has no log of a run"),
+        (["plain={x}", "kd={x}"], "the folder .*x is named twice; each has to be another training"),
+        (["plain={x}", "{broken}"], "scalars.json is damaged in line 1: "),
+        (["plain={x}", "{hf}"], "trainer_state.json is damaged: "),
+        (["{table}"], "cannot read .*results.csv: "),
     ],
 )
 def test_what_is_missing_is_one_line(tmp_path, named, message):
-    folders = {name: tmp_path / name for name in ("x", "gone", "empty", "tested")}
+    folders = {name: tmp_path / name for name in ("x", "gone", "empty", "tested", "broken", "hf", "table")}
     mm_log(folders["x"], dict(TRAINED, step=2), dict(mIoU=30.0, step=0))
     mm_log(folders["tested"], dict(mIoU=30.0, step=0))
     folders["empty"].mkdir()
+    (mm_log(folders["broken"]) / "20260101_000000/vis_data/scalars.json").write_text(
+        '{"lr": 0.1, \n{"lr": 0.1, "step": 1}\n'
+    )
+    for name, file in (("hf", "trainer_state.json"), ("table", "results.csv")):
+        folders[name].mkdir()
+        (folders[name] / file).write_text("")
     with pytest.raises(DistillError, match=message) as caught:
         read_runs([name.format(**folders) for name in named])
     assert "\n" not in str(caught.value)
