@@ -67,6 +67,17 @@ class RecipeTrainer:
 
     def carry_out(self, job: Job) -> TrainedModel:
         """Train in the run's folder, in which the student is saved too."""
+        recipe, schedule = self.recipe_of(job)
+        try:
+            resume = "auto" if job.resume and newest_first(job.folder) else None
+            _, metrics = run.train_recipe(recipe, resume, schedule=schedule)
+        except NothingComplete as error:  # killed while it wrote its first checkpoint
+            logger.warning("%s; the run starts afresh", error)
+            _, metrics = run.train_recipe(recipe, schedule=schedule)
+        return TrainedModel(job.config, str(job.folder), metrics)
+
+    def recipe_of(self, job: Job) -> tuple[dict[str, Any], float]:
+        """Return the recipe with which a run is trained, and the length of its schedule in units of the training."""
         recipe = load(job.config, [f"{key}={value}" for key, value in job.options.items()])
         if not job.teachers:
             recipe = untaught(recipe)
@@ -80,14 +91,7 @@ class RecipeTrainer:
             recipe["student"] = job.start.weights
         if job.data is not None:
             recipe["data"] = _transferred(recipe.get("data"), job.data)
-        schedule = 1.0 if job.stop is None else _stopped(recipe["training"], job.stop)
-        try:
-            resume = "auto" if job.resume and newest_first(job.folder) else None
-            _, metrics = run.train_recipe(recipe, resume, schedule=schedule)
-        except NothingComplete as error:  # killed while it wrote its first checkpoint
-            logger.warning("%s; the run starts afresh", error)
-            _, metrics = run.train_recipe(recipe, schedule=schedule)
-        return TrainedModel(job.config, str(job.folder), metrics)
+        return recipe, 1.0 if job.stop is None else _stopped(recipe["training"], job.stop)
 
 
 def _transferred(data: Any, transfer: TransferSet) -> dict[str, Any]:

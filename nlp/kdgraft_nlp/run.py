@@ -201,13 +201,29 @@ def evaluate(path: str | Path, student: str | Path, options: Sequence[str] = ())
     Raises:
         DistillError: the recipe has a mistake or no ``eval`` set, or there is no such folder.
     """
+    with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
+        trainer, config = plain_trainer(path, student, options, scratch)
+        return _shown(with_perplexity(config, trainer.evaluate()))
+
+
+def plain_trainer(
+    path: str | Path, student: str | Path, options: Sequence[str], output: str | Path
+) -> tuple[DistillTrainer, dict[str, Any]]:
+    """Return the trainer of a saved student without terms, for evaluations, and the recipe that it follows.
+
+    Args:
+        path, student, options: see :func:`evaluate`.
+        output: a folder for the trainer, which writes nothing to it.
+
+    Raises:
+        DistillError: as :func:`evaluate` does.
+    """
     config = {**load(path, options), "student": str(student)}
     config["tokenizer"] = tokenizer_folder(config) or config.get("tokenizer")
     config = untaught(config)
     if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
         raise DistillError(f"{path} has no set to evaluate the student on; add data.eval")
-    with tempfile.TemporaryDirectory() as scratch, one_line("evaluation"):
-        return _shown(with_perplexity(config, build({**config, "output": scratch}).evaluate()))
+    return build({**config, "output": str(output)}), config
 
 
 def check(path: str | Path, options: Sequence[str] = ()) -> None:

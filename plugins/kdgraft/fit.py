@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -211,28 +211,45 @@ def _step(
         if views is not None:
             inputs, targets = views(inputs, targets)
         with nullcontext() if last else accelerator.no_sync(wrapped):
-            value = _loss(wrapped, inputs, targets, loss, updates, share, last)
+            value = training_loss(wrapped, inputs, targets, loss, autocast=updates.autocast(), share=share, last=last)
             updates.backward(value)
         total += value.detach()
     updates.step()
     return total
 
 
-def _loss(
-    model: nn.Module, inputs: Any, targets: Any, loss: TaskLoss, updates: Updates, share: float, last: bool
+def training_loss(
+    model: nn.Module,
+    inputs: Any,
+    targets: Any,
+    loss: TaskLoss,
+    *,
+    autocast: AbstractContextManager[Any] | None = None,
+    share: float = 1.0,
+    last: bool = True,
 ) -> Tensor:
-    """Compute the sum of the task's and the distillation losses of the student and of its peers."""
+    """Compute the sum of the task's and the distillation losses of the student and of its peers, as :func:`fit` minimises it.
+
+    Args:
+        model: a plain model, or a module around a student.
+        inputs, targets: a batch, or a view of it.
+        loss: the task's own loss of (output, targets).
+        autocast: the context of the model's forward.
+        share: the share of the samples of an update that the batch has.
+        last: false for a batch after which others of the same update follow.
+    """
+    autocast = autocast or nullcontext()
     plain = model.module if isinstance(model, DistributedDataParallel) else model
 
     def own(output: Any) -> Tensor:
         return share * loss(convert_to_fp32(output), targets)
 
     if not distils(plain):
-        with updates.autocast():
+        with autocast:
             output = model(inputs.student if isinstance(inputs, Views) else inputs)
         return own(output)
     part = getattr(plain, "part", None)
-    with updates.autocast(), nullcontext() if part is None else part(share, last=last):
+    with autocast, nullcontext() if part is None else part(share, last=last):
         out = model(inputs, targets=targets)
     if targets is None:  # unlabelled data, from which the terms alone learn
         dropped = any(name.endswith(".dropped") for name in out.losses)

@@ -47,6 +47,8 @@ class Task:
         epochs: number of epochs.
         optimizer: builds the optimizer from the parameters to train; AdamW by default.
         evaluate: computes metrics of the model after each epoch.
+        tested: batches of ``(inputs, class indices)`` that the model never trains on, for ``kdgraft bench``: its latency, its
+            calibration and its agreement with the teacher.
         settings: further arguments of :func:`~kdgraft.fit.fit`, such as ``dict(schedule="cosine", clip=1.0, best="accuracy")``.
     """
 
@@ -57,6 +59,7 @@ class Task:
     optimizer: MakeOptimizer = torch.optim.AdamW
     evaluate: Callable[[nn.Module], Mapping[str, float]] | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    tested: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
         for name in self.settings:
@@ -102,7 +105,8 @@ class PlainTrainer:
             metrics = {name: float(value) for name, value in task.evaluate(model).items()}
         return TrainedModel(job.config, str(job.folder), metrics, dict(job.options))
 
-    def _fit(self, job: Job) -> TrainedModel:
+    def build(self, job: Job) -> tuple[Task, nn.Module]:
+        """Return the task of a run and the model that it trains: the task's own, or a :class:`Distiller` around it."""
         own = {"start": job.start.weights} if job.start is not None and _starts(job.config) else {}
         if own and "start" in job.options:
             raise DistillError(f"{job.config} gets start from the run's own entry; leave it out of the options")
@@ -122,6 +126,10 @@ class PlainTrainer:
                 example = _example(task)
                 teachers = gather_sources(None, job.teachers, _teacher, _peer)
             model = Distiller(model, terms=job.terms, example=example, teachers=teachers, recipe=job.recipe)
+        return task, model
+
+    def _fit(self, job: Job) -> TrainedModel:
+        task, model = self.build(job)
         fitted = fit(
             model,
             task.loader,

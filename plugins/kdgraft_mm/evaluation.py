@@ -1,24 +1,35 @@
-"""``kdgraft test``: the host's own evaluation of a checkpoint, as in its ``tools/test.py``."""
+"""``kdgraft test``: the host's own evaluation of a checkpoint, as in its ``tools/test.py``; and models ready to predict."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.hooks import Hook
+from mmengine.registry import DATASETS, MODELS, DefaultScope
 
 from kdgraft.errors import DistillError
 from kdgraft.launching import waiting
 from kdgraft.sources.teacher import load_strictly, read_checkpoint, weights_of
 
 from .checkpoints import SAFE_TYPES
-from .configs import plain_config
+from .configs import model_of, plain_config, scope_of
 from .resuming import safe_loading
 from .run import config_mistakes, data_on_this_machine, make_runner, read_config, timeout_of, unwrapped
 
 
-def evaluate(path: str, checkpoint: str, options: Sequence[str] = (), *, trusted: bool = False) -> dict[str, float]:
+def evaluate(
+    path: str,
+    checkpoint: str,
+    options: Sequence[str] = (),
+    *,
+    trusted: bool = False,
+    hooks: Sequence[Hook] = (),
+) -> dict[str, float]:
     """Evaluate a checkpoint of the plain or distilled student on the config's test set.
 
     Args:
@@ -26,6 +37,7 @@ def evaluate(path: str, checkpoint: str, options: Sequence[str] = (), *, trusted
         checkpoint: a file of a training or of ``kdgraft export``. It has to fit the student.
         options: ``KEY=VALUE`` overrides.
         trusted: read a checkpoint with arbitrary pickled objects.
+        hooks: further hooks of the Runner, which see the predictions.
 
     Returns:
         The metrics that the config's evaluator computes.
@@ -42,11 +54,33 @@ def evaluate(path: str, checkpoint: str, options: Sequence[str] = (), *, trusted
         config.load_from, config.resume = None, False  # the weights are loaded here, which upstream's Runner cannot do
         with config_mistakes(path):
             runner = make_runner(config)
+        for hook in hooks:
+            runner.register_hook(hook)
         load_strictly(unwrapped(runner.model), weights, str(checkpoint), "student")
         with config_mistakes(path), data_on_this_machine(config, "the student was not evaluated", "test_dataloader"):
             _ = runner.test_loop  # this builds the data set and its evaluator
         with torch.no_grad():
             return {name: float(value) for name, value in runner.test().items()}
+
+
+def open_model(path: str, checkpoint: str) -> tuple[Any, Any]:
+    """Return the plain model of a checkpoint, ready to predict on the device that the host chooses, and the config's test set.
+
+    Args:
+        path: the plain or distilled config. If it has no test set, its validation set is used.
+        checkpoint: a file of a training or of ``kdgraft export``.
+
+    Raises:
+        DistillError: as for :func:`evaluate`.
+    """
+    config = plain_config(read_config(path))
+    _choose_set(config, path)
+    weights = weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))
+    with config_mistakes(path), DefaultScope.overwrite_default_scope(scope_of(config)):
+        model = MODELS.build(model_of(config)).to(get_device()).eval()
+        samples = DATASETS.build(config.test_dataloader.dataset)
+    load_strictly(model, weights, str(checkpoint), "student")
+    return model, samples
 
 
 def _choose_set(config: Config, path: str) -> None:

@@ -311,14 +311,9 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
             if runner.param_schedulers is not None:
                 runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
             _ = runner.val_loop  # this builds the validation set and its evaluator, if the config has them
-        classes = (getattr(loader.dataset, "metainfo", None) or {}).get("classes")
-        model.init_weights()
-        model.start_distilling(classes)
-        model.train()
+        begin(runner, loader)
         if model.distiller is not None:
             watch(model.distiller)
-        for counter in ("iter", "epoch"):  # a train loop writes them, and some heads read them
-            runner.message_hub.update_info(counter, 0)
         with isolated_rng():
             with data_on_this_machine(config, "the wiring above holds; the first step was not run"):
                 drawn = list(islice(iter(loader), MEASURED))
@@ -333,6 +328,17 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
             runner.logger.removeHandler(handler)  # so that no later model of this process writes to a closed file
             handler.close()
     return rows
+
+
+def begin(runner: Runner, loader: Any) -> None:
+    """Bring the model of a Runner to the start of its training on a loader, where the Runner itself is not to train."""
+    model: Any = unwrapped(runner.model)
+    model.init_weights()
+    if isinstance(model, Graft):
+        model.start_distilling((getattr(loader.dataset, "metainfo", None) or {}).get("classes"))
+    model.train()
+    for counter in ("iter", "epoch"):  # a train loop writes them, and some heads read them
+        runner.message_hub.update_info(counter, 0)
 
 
 @contextmanager

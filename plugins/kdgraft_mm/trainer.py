@@ -59,15 +59,7 @@ class MMTrainer:
         Raises:
             DistillError: the config is distilled already, and the job names teachers as well.
         """
-        config = self._config(job.config, job.options)
-        config.work_dir = str(job.folder)
-        config.randomness = {**config.get("randomness", {}), "seed": job.seed}
-        if job.data is not None:
-            transfer(config, job.data, job.seed, job.folder, self.scope)
-        if job.stop is not None:
-            end_early(config, job.stop)
-        if job.teachers:
-            self._distil(config, job)
+        config = self.config_of(job)
         config.load_from = newest_checkpoint(config) if job.resume else None
         config.resume = config.load_from is not None
         if config.load_from is None and job.start is not None:
@@ -87,6 +79,19 @@ class MMTrainer:
             key[4:]: float(scalars[key].current()) for key in scalars if key.startswith("val/") and "time" not in key
         }
         return TrainedModel(str(described), str(weights), metrics)
+
+    def config_of(self, job: Job) -> Config:
+        """Return the config with which a run is trained; see :meth:`carry_out`."""
+        config = self._config(job.config, job.options)
+        config.work_dir = str(job.folder)
+        config.randomness = {**config.get("randomness", {}), "seed": job.seed}
+        if job.data is not None:
+            transfer(config, job.data, job.seed, job.folder, self.scope)
+        if job.stop is not None:
+            end_early(config, job.stop)
+        if job.teachers:
+            self._distil(config, job)
+        return config
 
     def _config(self, config: str, options: Mapping[str, Any]) -> Config:
         with run.config_mistakes(config):

@@ -1,7 +1,7 @@
 """Plans: runs that follow from one another, such as teacher, assistant, student."""
 
 from .plan import Choice, Plan, PlannedRun
-from .read import read_plan
+from .read import located, plan_of, read_plan, read_toml
 from .run import carry_out
 
-__all__ = ["Choice", "Plan", "PlannedRun", "carry_out", "read_plan"]
+__all__ = ["Choice", "Plan", "PlannedRun", "carry_out", "located", "plan_of", "read_plan", "read_toml"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +130,11 @@ class Plan:
     def folder(self, run: str, seed: int) -> Path:
         """Return the folder of a run's files."""
         return self.out / run / f"seed{seed}"
+
+    def part(self, run: str, seed: int) -> Plan:
+        """Return the plan of one run with one seed, and of the runs that it needs."""
+        wanted = {run}
+        for each in reversed(self.runs):
+            if each.name in wanted:
+                wanted.update(each.needs)
+        return replace(self, runs=tuple(each for each in self.runs if each.name in wanted), seeds=(seed,))

@@ -43,22 +43,34 @@ def read_plan(path: str | Path) -> Plan:
         DistillError: the file is missing or is not TOML, an entry or a run is unknown, or the runs form a cycle.
     """
     file, where = Path(path), f"plan {path}"
-    told = _parsed(file, where)
+    return plan_of(read_toml(file, where), where, file.parent, f"runs/{file.stem}")
+
+
+def plan_of(told: Mapping[str, Any], where: str, folder: Path, out: str) -> Plan:
+    """Make the plan that the content of a file describes; see :func:`read_plan`.
+
+    Args:
+        told: the content.
+        where: the name of the plan in messages.
+        folder: the folder to which paths of configs and of data are relative.
+        out: the folder of the results, if the content names none.
+    """
     _known(where, told, PLAN_KEYS)
-    entries, out = told.get("runs"), told.get("out", f"runs/{file.stem}")
+    entries, out = told.get("runs"), told.get("out", out)
     if not isinstance(entries, dict) or not entries:
         raise DistillError(f"{where} has no runs; write [runs.teacher] with config = '…'")
     if not isinstance(out, str) or not out:
         raise DistillError(f"{where}: out must be a folder, got {out!r}")
     seeds = _seeds(where, told.get("seeds", [0]))
-    found = {name: _entry(name, entry, told.get("host"), file.parent) for name, entry in entries.items()}
+    found = {name: _entry(name, entry, told.get("host"), folder) for name, entry in entries.items()}
     try:
         return Plan(expand(found), Path(out), seeds)
     except DistillError as error:
         raise DistillError(f"{where}: {error}") from None
 
 
-def _parsed(file: Path, where: str) -> dict[str, Any]:
+def read_toml(file: Path, where: str) -> dict[str, Any]:
+    """Return the content of a plan's file; a :class:`DistillError` says why it cannot be read."""
     if not file.is_file():
         raise DistillError(f"plan not found: {file}")
     try:
@@ -123,7 +135,7 @@ def _run(name: str, entry: Mapping[str, Any], folder: Path, *, alone: bool = Fal
         terms.append("TaskShare")  # the host's own loss is left out
     return PlannedRun(
         name,
-        _located(entry["config"], folder),
+        located(entry["config"], folder),
         entry.get("host"),
         entry.get("options", {}),
         teachers,
@@ -155,8 +167,8 @@ def _known(where: str, entry: Mapping[str, Any], keys: tuple[str, ...]) -> None:
             raise DistillError(f"{where} has no entry {key!r}{nearest(key, keys)}")
 
 
-def _located(config: Any, folder: Path) -> Any:
-    """Return a config's path from the plan's folder, where it is a file there."""
+def located(config: Any, folder: Path) -> Any:
+    """Return a config's path from the folder of the file that names it, where it is a file there."""
     if isinstance(config, str) and "::" not in config and (folder / config.split(":")[0]).exists():
         return str(folder / config)
     return config
@@ -230,7 +242,7 @@ def _data(where: str, data: Mapping[str, Any], taught: bool, folder: Path) -> Tr
         raise DistillError(
             f"{where}: data without labels needs a teacher, whose predictions are all that there is to learn"
         )
-    return TransferSet(_located(named, folder), float(share), labels)
+    return TransferSet(located(named, folder), float(share), labels)
 
 
 # --- runs of which one entry makes several
@@ -291,7 +303,7 @@ def _changes(where: str, key: str, options: Mapping[str, Any], folder: Path) -> 
         raise DistillError(f"{where}: each gives the same values twice; leave one of them out")
     for row in rows:
         if "config" in row:
-            row["config"] = _located(row["config"], folder)
+            row["config"] = located(row["config"], folder)
     labels = [
         re.sub(r"^.*[/:]|\.\w+$", "", str(value)) if first == "config" else str(value) for value in options[first]
     ]
