@@ -95,7 +95,7 @@ docs: env
 	@echo "build/docs/index.html"
 
 bench-det bench-seg bench-nlp: bench-%: env
-	KINETO_LOG_LEVEL=5 $(BIN)/python -m kdgraft bench $* --device $(DEVICE)
+	KINETO_LOG_LEVEL=5 $(BIN)/python -m kdgraft bench $* --costs --device $(DEVICE)
 
 clean:
 	rm -rf .venv .venv-upstream .venv-core runs work_dirs build

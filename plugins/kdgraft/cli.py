@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Sequence
-from importlib import import_module
-from inspect import signature
-from pathlib import Path
 from pprint import pformat
 from typing import Any
 
 from . import __version__
 from .errors import DistillError, check_number, nearest
-from .hosts import MissingHost, demos, host_named, host_of, host_of_checkpoint, hosts
+from .hosts import MissingHost, host_of, host_of_checkpoint, hosts
 from .launching import TIMEOUT, check_launch
 from .listing import NEEDS, explained
+from .measuring import add_measurements
 from .plans import carry_out, read_plan
 from .registry import LOSSES, REGIONS, SCHEDULES, SOURCES, Registry, expand_recipe
 
@@ -49,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_runs(commands)
     _add_tools(commands)
-    _add_measurements(commands)
+    add_measurements(commands)
     return parser
 
 
@@ -108,49 +105,6 @@ def _add_tools(commands: Any) -> None:
     plan.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")
     plan.set_defaults(run=_plan)
 
-    report = commands.add_parser("report", help="write a page that shows whether distilling paid, from finished runs")
-    folders = "the work directory of a run; plain=FOLDER and teacher=FOLDER name those two, and a label that comes again another seed"
-    report.add_argument("runs", nargs="+", metavar="[LABEL=]FOLDER", help=f"{folders}; or the folder of kdgraft demo")
-    report.add_argument("--metric", help="the metric that it is about (default: the best known one that all runs have)")
-    report.add_argument("--out", default="report.html", help="the page (default: report.html)")
-    report.set_defaults(run=_report)
-
-
-def _add_measurements(commands: Any) -> None:
-    """Add the demos and the cost benchmarks."""
-    demo = commands.add_parser("demo", help="train a teacher, plain and distilled students on embedded data")
-    demo.add_argument(
-        "task",
-        nargs="?",
-        default="all",
-        choices=["all", *demos()],
-        help="core: plain PyTorch, the literature's experiments",
-    )
-    demo.add_argument("--seeds", type=int, default=1, help="number of seeds to train and average over (default: 1)")
-    demo.add_argument(
-        "--recipes",
-        default="default",
-        help="'default', 'all', 'none', or names separated by commas; of experiments in core",
-    )
-    demo.add_argument("--iterations", type=int, help="iterations of every training (default: the task's own)")
-    demo.add_argument("--first-seed", type=int, default=0, help="the first of the seeds (default: 0)")
-    demo.add_argument("--split", default="test", choices=["val", "test"], help="'val' to tune, with other seeds")
-    layouts = "; ".join(f"{name}: {host.data}" for name, host in demos().items() if host.data)
-    demo.add_argument("--data", help=f"train on the real dataset in this folder instead ({layouts})")
-    demo.add_argument(
-        "--fraction", type=float, help="fraction of --data's training set, if the demo supports it (default: 1)"
-    )
-    demo.add_argument("--out", default="runs/demo", help="where results go (default: runs/demo)")
-    demo.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    demo.set_defaults(run=_demo)
-
-    bench = commands.add_parser("bench", help="measure what distillation costs in step time and memory")
-    bench.add_argument("task", choices=[name for name, host in hosts().items() if host.bench])
-    bench.add_argument("--pairs", type=int, default=30, help="number of interleaved rounds (default: 30)")
-    bench.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    bench.add_argument("--out", default="runs/bench", help="where results go (default: runs/bench)")
-    bench.set_defaults(run=_bench)
-
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="override config entries")
@@ -200,22 +154,6 @@ def _test(arguments: argparse.Namespace) -> None:
 
 def _plan(arguments: argparse.Namespace) -> None:
     carry_out(read_plan(arguments.plan), dry_run=arguments.dry_run)
-
-
-def _report(arguments: argparse.Namespace) -> None:
-    report = import_module("kdgraft_bench.report")  # says what to install where its libraries are missing
-    runs = report.read_runs(arguments.runs)
-    options = ["--metric", arguments.metric] if arguments.metric else []
-    print(
-        report.write_report(
-            runs,
-            arguments.out,
-            metric=arguments.metric,
-            pictures=report.pictures_of(arguments.runs),
-            command=shlex.join(["kdgraft", "report", *arguments.runs, *options]),
-        )
-    )
-    print(f"report in {arguments.out}")
 
 
 def _export(arguments: argparse.Namespace) -> None:
@@ -318,46 +256,3 @@ def _usable(holder: Registry, name: str) -> str:
         [f"Needs {NEEDS.get(need, need)}.\n" for need in needs]
         + [f"Not in {host}: {reason}.\n" for host, reason in refused]
     )
-
-
-def _bench(arguments: argparse.Namespace) -> None:
-    if arguments.pairs < 1:
-        raise DistillError(f"--pairs must be at least 1, got {arguments.pairs}")
-    host_named(arguments.task).measurement().main(
-        arguments.pairs, arguments.device, f"{arguments.out}/{arguments.task}"
-    )
-
-
-def _demo(arguments: argparse.Namespace) -> None:
-    if arguments.seeds < 1:
-        raise DistillError(f"--seeds must be at least 1, got {arguments.seeds}")
-    if arguments.iterations is not None and arguments.iterations < 2:
-        raise DistillError(f"--iterations must be at least 2, got {arguments.iterations}")
-    tasks = list(demos()) if arguments.task == "all" else [arguments.task]
-    if len(tasks) > 1 and arguments.recipes not in ("default", "all", "none"):
-        raise DistillError(f"recipes belong to one task: kdgraft demo TASK --recipes {arguments.recipes}")
-    if arguments.data is not None and arguments.task == "all":
-        raise DistillError("--data belongs to one task: kdgraft demo TASK --data DIR")
-    mains = {task: demos()[task].demonstration().main for task in tasks}
-    shares = all("fraction" in signature(main).parameters for main in mains.values())
-    if arguments.fraction is not None and not shares:
-        raise DistillError(f"kdgraft demo {arguments.task} takes no --fraction of a training set")
-    if arguments.fraction is not None and arguments.data is None:
-        raise DistillError(f"--fraction belongs to real data: kdgraft demo {arguments.task} --data DIR --fraction 0.1")
-    extra: dict[str, Any] = {} if arguments.iterations is None else {"iterations": arguments.iterations}
-    name = ""
-    if arguments.data is not None:
-        extra["data"] = arguments.data
-        if arguments.fraction is not None:
-            extra["fraction"] = arguments.fraction
-        name = f"_{Path(arguments.data).resolve().name}"  # beside the embedded set's results, not over them
-    for task, main in mains.items():
-        main(
-            seeds=arguments.seeds,
-            recipes=arguments.recipes,
-            out=f"{arguments.out}/{task}{name}",
-            device=arguments.device,
-            first_seed=arguments.first_seed,
-            split=arguments.split,
-            **extra,
-        )

@@ -178,7 +178,9 @@ class Host:
         trainer: location of its :class:`HostTrainer`, ``module:name``.
         suffixes: suffixes of the configs that it trains.
         checkpoints: suffixes of the checkpoints that ``kdgraft export`` passes to it.
-        demo, bench: the modules behind ``kdgraft demo`` and ``kdgraft bench``, if the host has them.
+        demo: the module behind ``kdgraft demo``, if the host has one.
+        benchmark: location of what ``kdgraft bench`` needs of the host, ``module:name``, if it has that.
+        costs: the module behind ``kdgraft bench --costs``, if the host has one.
         demo_name: the demo's name on the command line, if it is not the host's.
         data: layout of the real datasets that the demo accepts, if it does.
         terms, recipes: the package's two registries with their ``home``, so that their contents can be listed without an import;
@@ -195,7 +197,8 @@ class Host:
     suffixes: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
     demo: str | None = None
-    bench: str | None = None
+    benchmark: str | None = None
+    costs: str | None = None
     demo_name: str | None = None
     data: str | None = None
     terms: Registry | None = None
@@ -227,9 +230,9 @@ class Host:
         return self._module(self.demo)
 
     def measurement(self) -> ModuleType:
-        """Import the module behind ``kdgraft bench``, whose ``main`` runs the benchmark."""
-        assert self.bench is not None
-        return self._module(self.bench)
+        """Import the module behind ``kdgraft bench --costs``, whose ``main`` measures."""
+        assert self.costs is not None
+        return self._module(self.costs)
 
     def _module(self, name: str) -> ModuleType:
         require(self.framework, self.package)

@@ -78,7 +78,7 @@ def main(pairs, device, out):
 TRAINER = Trainer()
 HOST = Host(
     "theirs", package="their_host", framework="json", trainer="their_host:TRAINER", suffixes=(".theirs",),
-    checkpoints=(".ckpt",), bench="their_host",
+    checkpoints=(".ckpt",), costs="their_host",
 )
 """
 
@@ -127,8 +127,8 @@ def test_the_command_line_serves_a_third_party_s_host(command):
     assert (trained.returncode, trained.stdout) == (0, "trains our.theirs ['a=1'] 3\n"), trained.stderr
     exported = command("export", "x.ckpt", "y")
     assert exported.returncode == 0 and exported.stdout.startswith("exports x.ckpt\n"), exported.stderr
-    measured = command("bench", "theirs", "--pairs", "2")
-    assert (measured.returncode, measured.stdout) == (0, "measures 2 cpu runs/bench/theirs\n"), measured.stderr
+    measured = command("bench", "theirs", "--costs", "--pairs", "2")
+    assert (measured.returncode, measured.stdout) == (0, "measures 2 cpu runs/costs/theirs\n"), measured.stderr
     refused = command("train", "not_our.theirs")
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1].startswith("kdgraft: error: no host trains not_our.theirs; there are ")

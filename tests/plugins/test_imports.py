@@ -80,7 +80,7 @@ MAY: dict[str, set[str]] = {
 # Modules of kdgraft_bench named after a host import it, and are imported for it alone.
 MAY |= {
     f"kdgraft_bench.{folder}.{host}": {"kdgraft_bench", "kdgraft", *more}
-    for folder in ("demos", "costs")
+    for folder in ("demos", "costs", "hosts")
     for host, more in {
         "mm": {"kdgraft_mm", *MM},
         "det": {"kdgraft_mm", "kdgraft_det", "mmdet", *MM},

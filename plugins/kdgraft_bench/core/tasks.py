@@ -20,6 +20,8 @@ from kdgraft_bench.core.training import ADAMW, BATCH, parts_of, training
 
 RATES = {"mlp": 6e-3, "conv": 1e-2, "shampoo": 0.1}
 """The learning rates by the kind of net, of AdamW; and that of Shampoo."""
+TESTED = 256
+"""The pictures of a batch in tests."""
 CROP = (0.6, 1.0)
 """The areas of crops; a digit fills more than half of its picture, so that FunMatch's smallest crop, 0.08, would not show it."""
 
@@ -67,14 +69,17 @@ def task(
     torch.manual_seed(torch.initial_seed() + 1000 * member)
     pictures = part_of(pictures_of("train", data), share)
     seen = pictures.large if mode or large else pictures.small
+    tested = pictures_of(split, data)
+    shown = tested.large if large else tested.small
     return training(
         _model(special, peers, average, net, width, pictures, large, sizes),
         Batches(seen, pictures.labels, BATCH, parts_of(steps)[1]),
         F.cross_entropy,
         steps,
         rate or RATES[optimizer if optimizer in RATES else net],
-        Accuracies({"val": pictures_of("val", data), "accuracy": pictures_of(split, data)}, large),
+        Accuracies({"val": pictures_of("val", data), "accuracy": tested}, large),
         _OPTIMIZERS[optimizer],
+        list(zip(shown.split(TESTED), tested.labels.split(TESTED), strict=True)),
         **({"views": _views(mode, mixup, pictures, large, teacher_large)} if mode else {}),
     )
 

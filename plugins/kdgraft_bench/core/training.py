@@ -31,6 +31,7 @@ def training(
     rate: float,
     evaluate: Callable[[nn.Module], Mapping[str, float]],
     optimizer: Callable[..., torch.optim.Optimizer] = ADAMW,
+    tested: Iterable[Any] | None = None,
     **settings: Any,
 ) -> Task:
     """Return a training with a cosine after a warm-up over a tenth of the steps, and gradients clipped to a norm of 1.
@@ -43,7 +44,9 @@ def training(
         rate: the highest learning rate.
         evaluate: the metrics of the model.
         optimizer: builds the optimizer.
+        tested: batches of pictures and labels on which the benchmark looks at predictions.
         settings: further settings of the task.
     """
     told = dict(lr=rate, schedule="cosine", warmup=steps // 10, clip=1.0)
-    return Task(model, batches, loss, parts_of(steps)[0], optimizer, evaluate, settings={**told, **settings})
+    told |= settings
+    return Task(model, batches, loss, parts_of(steps)[0], optimizer, evaluate, settings=told, tested=tested)

@@ -1,1 +1,1 @@
-"""The costs of distilling in each host: ``kdgraft bench``."""
+"""The costs of distilling in each host: ``kdgraft bench --costs``."""

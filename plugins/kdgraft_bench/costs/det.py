@@ -45,7 +45,7 @@ SIZE = {"cpu": 256, "cuda": 800}
 IMAGES = {"cpu": 2, "cuda": 8}
 
 
-def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/det") -> Rows:
+def main(pairs: int = 30, device: str = "cpu", out: str = "runs/costs/det") -> Rows:
     """Measure, print the tables and write them to ``out``; see :func:`kdgraft_bench.costs.mm.measure`."""
     student = load_config(STUDENT).model
     student.backbone.init_cfg = None

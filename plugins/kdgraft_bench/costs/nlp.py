@@ -62,7 +62,7 @@ LM_TOKENS = 1024
 LM_VOCABULARIES = (32_768, 131_072)
 
 
-def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/nlp") -> Rows:
+def main(pairs: int = 30, device: str = "cpu", out: str = "runs/costs/nlp") -> Rows:
     """Measure, print the tables and write them to ``out``.
 
     Args:

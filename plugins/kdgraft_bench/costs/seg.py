@@ -51,7 +51,7 @@ SIZE = {"cpu": 192, "cuda": 512}
 IMAGES = {"cpu": 2, "cuda": 8}
 
 
-def main(pairs: int = 30, device: str = "cpu", out: str = "runs/bench/seg") -> Rows:
+def main(pairs: int = 30, device: str = "cpu", out: str = "runs/costs/seg") -> Rows:
     """Measure, print the tables and write them to ``out``; see :func:`kdgraft_bench.costs.mm.measure`."""
     student = load_config(STUDENT).model
     student.pretrained = None

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
-from kdgraft_nlp.tasks import AUTO_CLASSES, task_of
+from kdgraft_nlp.settings import TASKS
+from kdgraft_nlp.tasks import AUTO_CLASSES
 
-from ..comparison import Outcome
 
+def draw_attention(models: Mapping[str, str], task: str, text: str | list[str], path: Path) -> None:
+    """Draw the last layer's attention maps on one sentence, with a row for each model and a column for each head.
 
-def draw_attention(outcomes: Sequence[Outcome], text: str | list[str], path: Path) -> None:
-    """Draw the last layer's attention maps on one sentence, with a row for each model and a column for each head."""
+    Args:
+        models: the folders of saved models by their titles.
+        task: the recipe's task.
+        text: a sentence, or its words.
+        path: the file.
+    """
     found = []
-    for outcome in outcomes:
-        folder = str(outcome.training.folder)
+    for title, folder in models.items():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AUTO_CLASSES[task_of(outcome.run.model)].from_pretrained(folder, attn_implementation="eager").eval()
+        model = AUTO_CLASSES[TASKS[task]].from_pretrained(folder, attn_implementation="eager").eval()
         inputs = tokenizer(text, return_tensors="pt", is_split_into_words=isinstance(text, list))
         with torch.no_grad():
             maps = model(**inputs, output_attentions=True).attentions[-1][0]
         tokens = [token.replace("Ġ", " ").strip() for token in tokenizer.convert_ids_to_tokens(inputs["input_ids"][0])]
-        found.append((outcome.method, tokens, maps.numpy()))
+        found.append((title, tokens, maps.numpy()))
     heads = max(len(maps) for _, _, maps in found)
     shape = (2.3 * heads + 0.8, 2.3 * len(found) + 0.5)
     figure = Figure(figsize=shape, layout="constrained")

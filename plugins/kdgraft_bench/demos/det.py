@@ -178,33 +178,48 @@ class Detection(RunnerComparison):
         return dict(type="CocoMetric", ann_file=f"{data}/annotations/instances_{part}.json", metric="bbox")
 
     def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5, threshold: float = 0.3) -> None:
-        """Draw ground truth and every model's detections (score above ``threshold``), with a row for each test scene."""
+        """Draw ground truth and every model's detections (score above ``threshold``) on the first test scenes."""
         with redirect_stdout(io.StringIO()):  # pycocotools prints messages about its index
             dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
-        rows = []
-        for row in range(scenes):
-            info = dataset.get_data_info(row)
-            image = imread(info["img_path"])
-            found = [[(i["bbox"], i["bbox_label"], None) for i in info["instances"]]]
-            for outcome in outcomes:
-                model = outcome.run.model
-                model.cfg = outcome.run.cfg
-                predicted = inference_detector(model, info["img_path"]).pred_instances.cpu().numpy()
-                kept = predicted[predicted.scores > threshold]
-                found.append(list(zip(kept.bboxes, kept.labels, kept.scores, strict=True)))
-            rows.append([(image, boxes) for boxes in found])
+        for outcome in outcomes:
+            outcome.run.model.cfg = outcome.run.cfg
+        draw_detections({one.method: one.run.model for one in outcomes}, dataset, range(scenes), path, threshold)
 
-        def draw(axis: Axes, cell: tuple[Any, list[Any]]) -> None:
-            axis.imshow(cell[0])
-            for (x1, y1, x2, y2), label, score in cell[1]:
-                colour = colormaps["tab10"](int(label))
-                axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
-                text = dataset.metainfo["classes"][int(label)] + ("" if score is None else f" {score:.2f}")
-                box = dict(facecolor=colour, pad=0.6, lw=0)
-                axis.text(x1, y1, text, fontsize=5.5, color="white", va="bottom", bbox=box, clip_on=True)
 
-        height, width = rows[0][0][0].shape[:2]
-        draw_grid(["ground truth", *(outcome.method for outcome in outcomes)], rows, draw, height / width, path)
+def draw_detections(
+    models: Mapping[str, Any], dataset: Any, samples: Sequence[int], path: Path, threshold: float = 0.3
+) -> None:
+    """Draw ground truth and every model's detections, with a row for each picture.
+
+    Args:
+        models: the models by their titles, with the configs that the host's inference reads.
+        dataset: the tested set.
+        samples: the places of the pictures.
+        path: the file.
+        threshold: the score above which detections are drawn.
+    """
+    rows = []
+    for row in samples:
+        info = dataset.get_data_info(row)
+        image = imread(info["img_path"])
+        found = [[(i["bbox"], i["bbox_label"], None) for i in info["instances"]]]
+        for model in models.values():
+            predicted = inference_detector(model, info["img_path"]).pred_instances.cpu().numpy()
+            kept = predicted[predicted.scores > threshold]
+            found.append(list(zip(kept.bboxes, kept.labels, kept.scores, strict=True)))
+        rows.append([(image, boxes) for boxes in found])
+
+    def draw(axis: Axes, cell: tuple[Any, list[Any]]) -> None:
+        axis.imshow(cell[0])
+        for (x1, y1, x2, y2), label, score in cell[1]:
+            colour = colormaps["tab10"](int(label))
+            axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.2))
+            text = dataset.metainfo["classes"][int(label)] + ("" if score is None else f" {score:.2f}")
+            box = dict(facecolor=colour, pad=0.6, lw=0)
+            axis.text(x1, y1, text, fontsize=5.5, color="white", va="bottom", bbox=box, clip_on=True)
+
+    height, width = rows[0][0][0].shape[:2]
+    draw_grid(["ground truth", *models], rows, draw, height / width, path)
 
 
 def scenes() -> Detection:

@@ -154,7 +154,8 @@ class TrainerComparison(Comparison):
         training = outcomes[0].training
         texts = self.sets(training.data, training.split)["test"][self.columns[0]]
         short = (text for text in texts if len(text if isinstance(text, list) else text.split()) <= 12)
-        draw_attention(outcomes, next(short, texts[0]), path)
+        folders = {outcome.method: str(outcome.training.folder) for outcome in outcomes}
+        draw_attention(folders, self.recipe_task, next(short, texts[0]), path)
 
     def _trainer(self, config: Mapping[str, Any], sets: Mapping[str, Dataset]) -> DistillTrainer:
         trainer = build(config, {split: sets[split] for split in ("train", "eval")})

@@ -170,7 +170,7 @@ class RunnerComparison(Comparison):
         recipe = self.recipes.get(training.method, {}).get("recipe")
         hosts = [import_module(name).__version__ for name in ("mmcv", "mmengine", self.scope)]
         versions = [code("kdgraft", "kdgraft_mm", f"kdgraft_{self.task}", "kdgraft_bench"), torch.__version__, *hosts]
-        with _silent():
+        with silent():
             return dict(
                 config=self.config(replace(training, data=Path("data"), root=Path("work"))).to_dict(),
                 # The config does not contain a recipe's default weights.
@@ -183,7 +183,7 @@ class RunnerComparison(Comparison):
 
     def train(self, training: Training) -> Outcome:
         """Train and test a model through the Runner, and count its parameters and FLOPs."""
-        with training.progress() as bar, _silent():
+        with training.progress() as bar, silent():
             runner = self._runner(training)
             runner.register_hook(_Watch(bar, self))
             runner.train()
@@ -199,7 +199,7 @@ class RunnerComparison(Comparison):
     def restore(self, training: Training) -> Runner:
         """Build the Runner, and load its model's weights and its message hub, which has the distiller's own state."""
         checkpoint = self.weights(training)
-        with _silent():
+        with silent():
             runner = self._runner(training)
             found = read_checkpoint(checkpoint, safe_types=SAFE_TYPES)
             load_strictly(runner.model, weights_of(found), str(checkpoint))
@@ -208,7 +208,7 @@ class RunnerComparison(Comparison):
         return runner
 
     def batch(self, run: Runner) -> Any:
-        with _silent():
+        with silent():
             return next(iter(run.train_dataloader))
 
     def loss(self, run: Runner, batch: Any) -> Tensor:
@@ -279,7 +279,7 @@ class _Sized(nn.Module):
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Suppress the messages that the hosts' datasets and metrics print in every evaluation."""
     with redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")

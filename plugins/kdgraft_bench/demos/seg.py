@@ -37,6 +37,8 @@ DATA = dict(seed=0, train=400, val=150, test=400)
 ITERATIONS = 1000
 BATCH = 16
 LR = 1e-2
+BACKGROUND = 0.3
+"""The weight of the scenes' background, nine tenths of their pixels, in the host's own loss."""
 REAL_ITERATIONS = 600
 REAL_BATCH = 8
 # Scenes of 96 pixels have small masks and few pixels, for which a small critic and small memories suffice.
@@ -159,38 +161,49 @@ class Segmentation(RunnerComparison):
         return config
 
     def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5) -> None:
-        """Draw image, ground truth and every model's mask, with a row for each test picture; ignored pixels are grey."""
+        """Draw image, ground truth and every model's mask on test pictures from the first to the last."""
         dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
-        classes = len(dataset.metainfo["classes"])
-        palette: Any = colormaps["tab20"](np.arange(max(classes - 1, 1)) % 20)
-        colours = np.full((256, 3), 128, np.uint8)
-        colours[:classes] = np.concatenate([[[30, 30, 30]], palette[:, :3] * 255])[:classes].astype(np.uint8)
-        rows = []
-        for index in np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist():
-            file = dataset.get_data_info(index)["img_path"]
-            # The host reads the mask, which may have any PNG mode.
-            labels = dataset[index]["data_samples"].gt_sem_seg.data[0].numpy().astype(np.uint8)
-            rows.append([imread(file), colours[labels]])
-            for outcome in outcomes:
-                outcome.run.model.cfg = outcome.run.cfg
-                predicted = inference_model(outcome.run.model, file).pred_sem_seg.data
-                rows[-1].append(colours[predicted[0].cpu().numpy()])
-        columns = ["image", "ground truth", *(outcome.method for outcome in outcomes)]
-        height, width = rows[0][0].shape[:2]
+        for outcome in outcomes:
+            outcome.run.model.cfg = outcome.run.cfg
+        places = np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist()
+        draw_masks({one.method: one.run.model for one in outcomes}, dataset, places, path)
 
-        def draw(axis: Axes, picture: Any) -> None:
-            axis.imshow(picture, interpolation="nearest")
 
-        draw_grid(columns, rows, draw, height / width, path)
+def draw_masks(models: Mapping[str, Any], dataset: Any, samples: Sequence[int], path: Path) -> None:
+    """Draw image, ground truth and every model's mask, with a row for each picture; ignored pixels are grey.
+
+    Args:
+        models: the models by their titles, with the configs that the host's inference reads.
+        dataset: the tested set.
+        samples: the places of the pictures.
+        path: the file.
+    """
+    classes = len(dataset.metainfo["classes"])
+    palette: Any = colormaps["tab20"](np.arange(max(classes - 1, 1)) % 20)
+    colours = np.full((256, 3), 128, np.uint8)
+    colours[:classes] = np.concatenate([[[30, 30, 30]], palette[:, :3] * 255])[:classes].astype(np.uint8)
+    rows = []
+    for index in samples:
+        file = dataset.get_data_info(index)["img_path"]
+        # The host reads the mask, which may have any PNG mode.
+        labels = dataset[index]["data_samples"].gt_sem_seg.data[0].numpy().astype(np.uint8)
+        rows.append([imread(file), colours[labels]])
+        for model in models.values():
+            rows[-1].append(colours[inference_model(model, file).pred_sem_seg.data[0].cpu().numpy()])
+    height, width = rows[0][0].shape[:2]
+
+    def draw(axis: Axes, picture: Any) -> None:
+        axis.imshow(picture, interpolation="nearest")
+
+    draw_grid(["image", "ground truth", *models], rows, draw, height / width, path)
 
 
 def scenes() -> Segmentation:
     """Return the comparison on the digit scenes."""
-    background = 0.3  # nine tenths of a scene's pixels
     return Segmentation(
         dataset="digit scenes",
-        teacher=segmentor(16, 48, len(SEGMENTATION_CLASSES), background),
-        student=segmentor(8, 24, len(SEGMENTATION_CLASSES), background),
+        teacher=segmentor(16, 48, len(SEGMENTATION_CLASSES), BACKGROUND),
+        student=segmentor(8, 24, len(SEGMENTATION_CLASSES), BACKGROUND),
         iterations=ITERATIONS,
         evaluations=EVALUATIONS,
         rounds=ROUNDS,

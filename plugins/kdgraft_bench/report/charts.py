@@ -10,17 +10,19 @@ from typing import Any
 import altair as alt
 import pandas as pd
 
+from ..results import lower_is_better
+from .confusions import confusion_charts
 from .gains import Gain, labels, methods, step_cost
-from .runs import PARAMETERS, PLAIN, TEACHER, Points, Run
+from .reading import PARAMETERS, TEACHER, Points, Run
 
-NEUTRAL = {TEACHER: "#8a8f98", PLAIN: "#b98a1e"}
+TEACHERS, PLAINS = "#8a8f98", "#b98a1e"
 COLOURS = ("#2f7ed8", "#d1495b", "#3a9d5d", "#8e5bd0", "#e07b39", "#1fa3a3", "#c2529b", "#6b8e23", "#5c6bc0", "#a1673a")
 """Readable on white and on black."""
 HEIGHT = 280
 _TEXT = "currentColor"  # of the page, in both of its themes
 
 Spec = dict[str, Any]
-Drawing = alt.Chart | alt.LayerChart | alt.FacetChart
+Drawing = alt.Chart | alt.LayerChart | alt.FacetChart | alt.HConcatChart
 
 
 def charts(runs: Sequence[Run], found: Sequence[Gain], metric: str) -> dict[str, Spec]:
@@ -33,18 +35,20 @@ def charts(runs: Sequence[Run], found: Sequence[Gain], metric: str) -> dict[str,
     """
     made = {
         f"Gain in {metric} over the plain student": _gain_chart(runs, found, metric),
-        f"{metric} against size": _size_chart(runs, metric),
+        **_use_charts(runs, metric),
         f"{metric} against the cost of training": _cost_chart(runs, metric),
         f"{metric} on the validation data, during training": _validation_chart(runs, metric),
         "The distillation terms, as they enter the loss": _terms_chart(runs),
+        **confusion_charts(runs, found, HEIGHT),
     }
     return {title: _finished(chart) for title, chart in made.items() if chart is not None}
 
 
 def _colour(runs: Sequence[Run], *, legend: bool = True) -> alt.Color:
     there = labels(runs)
+    neutral = {run.plain: PLAINS for run in runs} | {TEACHER: TEACHERS}
     own = iter(COLOURS[n % len(COLOURS)] for n in range(len(there)))
-    scale = alt.Scale(domain=there, range=[NEUTRAL[label] if label in NEUTRAL else next(own) for label in there])
+    scale = alt.Scale(domain=there, range=[neutral[label] if label in neutral else next(own) for label in there])
     return alt.Color("method:N", scale=scale, legend=alt.Legend(title=None) if legend else None)
 
 
@@ -93,12 +97,42 @@ def _scatter(runs: Sequence[Run], rows: list[dict[str, Any]], metric: str, x: al
     return alt.layer(error, points).properties(height=HEIGHT)
 
 
-def _size_chart(runs: Sequence[Run], metric: str) -> Drawing | None:
-    sizes = {run.label: run.metrics[PARAMETERS] for run in runs if PARAMETERS in run.metrics}
-    rows = [row | {PARAMETERS: sizes[row["method"]]} for row in _means(runs, metric) if row["method"] in sizes]
-    if len(set(sizes.values())) < 2 or len(rows) < 2:
+def _use_charts(runs: Sequence[Run], metric: str) -> dict[str, Drawing | None]:
+    """Return the charts of a metric against what a model costs in use, by title."""
+    latencies = dict.fromkeys(name for run in runs for name in run.metrics if name.startswith("latency at batch "))
+    first = next(iter(latencies), None)
+    found = {} if first is None else {f"{metric} against latency": _use_chart(runs, metric, first)}
+    return found | {f"{metric} against size": _use_chart(runs, metric, PARAMETERS)}
+
+
+def _use_chart(runs: Sequence[Run], metric: str, cost: str) -> Drawing | None:
+    """Return a chart of a metric against a cost, with the Pareto front: the models that none beats in both."""
+    costs = {run.label: run.metrics[cost] for run in runs if cost in run.metrics}
+    rows = [row | {cost: costs[row["method"]]} for row in _means(runs, metric) if row["method"] in costs]
+    if len(set(costs.values())) < 2 or len(rows) < 2:
         return None
-    return _scatter(runs, rows, metric, alt.X(f"{PARAMETERS}:Q", scale=alt.Scale(zero=False, padding=24)))
+    x = alt.X(f"{cost}:Q", scale=alt.Scale(zero=False, padding=24))
+    best = pareto([(row[cost], row["value"]) for row in rows], lower=lower_is_better(metric))
+    front = (
+        alt.Chart(pd.DataFrame([{cost: at, "value": value} for at, value in best]))
+        .mark_line(interpolate="step-after", strokeDash=[4, 4], color=_TEXT, opacity=0.5)
+        .encode(x=x, y=alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False)))
+    )
+    return alt.layer(front, _scatter(runs, rows, metric, x)).properties(height=HEIGHT)
+
+
+def pareto(points: Sequence[tuple[float, float]], *, lower: bool = False) -> list[tuple[float, float]]:
+    """Return the points (cost, value) that no other beats: none is at most as costly and better, in the order of their costs.
+
+    Args:
+        points: the points.
+        lower: true if a lower value is better.
+    """
+    found: list[tuple[float, float]] = []
+    for cost, value in sorted(points, key=lambda point: (point[0], point[1] if lower else -point[1])):
+        if not found or (value < found[-1][1] if lower else value > found[-1][1]):
+            found.append((cost, value))
+    return found
 
 
 def _cost_chart(runs: Sequence[Run], metric: str) -> Drawing | None:

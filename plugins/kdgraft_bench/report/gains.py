@@ -12,7 +12,7 @@ from scipy.stats import t as student_t
 from kdgraft.errors import DistillError
 
 from ..results import lower_is_better, share_closed
-from .runs import ITERATION, PLAIN, TEACHER, Run
+from .reading import ITERATION, TEACHER, Run
 
 CONFIDENCE = 0.95
 
@@ -40,12 +40,18 @@ class Gain:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval of the mean, by Student's t over the seeds; NaN for a single seed."""
-        count = len(self.differences)
-        if count < 2:
-            return math.nan, math.nan
-        margin = student_t.ppf((1 + CONFIDENCE) / 2, count - 1) * statistics.stdev(self.differences) / math.sqrt(count)
-        return self.mean - margin, self.mean + margin
+        """The 95 % interval of the mean; see :func:`interval_of`."""
+        return interval_of(self.differences)
+
+
+def interval_of(differences: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % interval of the mean of differences, by Student's t over the seeds; NaN for a single seed."""
+    count = len(differences)
+    if count < 2:
+        return math.nan, math.nan
+    mean = statistics.fmean(differences)
+    margin = student_t.ppf((1 + CONFIDENCE) / 2, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return mean - margin, mean + margin
 
 
 def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
@@ -63,10 +69,11 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
         label: {run.seed: run.metrics[metric] for run in runs if run.label == label and metric in run.metrics}
         for label in labels(runs)
     }
-    plain, teacher = values[PLAIN], values.get(TEACHER, {})
+    teacher, baselines = values.get(TEACHER, {}), {run.label: run.plain for run in runs}
     taught = statistics.fmean(teacher.values()) if teacher else math.nan
     found = []
     for label in methods(runs):
+        plain = values[baselines[label]]
         shared = sorted(plain.keys() & values[label].keys())
         if not shared:
             raise DistillError(
@@ -80,25 +87,30 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
 
 def step_cost(runs: Sequence[Run], label: str) -> float:
     """Return the time of a training step over that of the plain student, by the medians over seeds; NaN where it was not measured."""
+    (plain,) = {run.plain for run in runs if run.label == label}
     for metric in ("step (ms)", ITERATION):
         times = {
             which: [run.metrics[metric] for run in runs if run.label == which and metric in run.metrics]
-            for which in (label, PLAIN)
+            for which in (label, plain)
         }
         if all(times.values()):
-            return statistics.median(times[label]) / statistics.median(times[PLAIN])
+            return statistics.median(times[label]) / statistics.median(times[plain])
     return math.nan
 
 
 def labels(runs: Sequence[Run]) -> list[str]:
-    """Return the labels: teacher and plain student first, then the methods as they come."""
-    there = list(dict.fromkeys(run.label for run in runs))
-    return [label for label in (TEACHER, PLAIN) if label in there] + [x for x in there if x not in (TEACHER, PLAIN)]
+    """Return the labels: the teacher, then each student's, the plain one first and its methods as they come."""
+    found = [TEACHER] if any(run.label == TEACHER for run in runs) else []
+    for plain in dict.fromkeys(run.plain for run in runs if run.label != TEACHER):
+        mine = dict.fromkeys(run.label for run in runs if run.plain == plain and run.label != TEACHER)
+        found += [label for label in mine if label == plain] + [label for label in mine if label != plain]
+    return found
 
 
 def methods(runs: Sequence[Run]) -> list[str]:
     """Return the labels of the distilled students."""
-    return [label for label in labels(runs) if label not in (TEACHER, PLAIN)]
+    baselines = {TEACHER, *(run.plain for run in runs)}
+    return [label for label in labels(runs) if label not in baselines]
 
 
 def verdict(found: Sequence[Gain], metric: str) -> str:

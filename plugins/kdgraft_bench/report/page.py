@@ -24,7 +24,8 @@ from kdgraft.files import written_whole
 from ..results import lower_is_better, mean_sd
 from .charts import charts
 from .gains import digits, gains, labels, methods, number, percent, verdict
-from .runs import COSTS, PLAIN, TEACHER, Run, main_metric, same_schedule
+from .reading import TEACHER, Run, is_cost
+from .runs import main_metric, same_schedule
 
 VEGA_LITE = "6.4"
 """The version for which altair writes specifications, without its last number, as vl-convert names it."""
@@ -37,6 +38,7 @@ def write_report(
     metric: str | None = None,
     pictures: Sequence[Path] = (),
     command: str = "",
+    notes: Sequence[str] = (),
 ) -> str:
     """Write the page, and return its verdict.
 
@@ -46,6 +48,7 @@ def write_report(
         metric: the metric that the report is about; by default the best known one that all students have.
         pictures: files of pictures to embed.
         command: the command that made it, for the page.
+        notes: further sentences about the runs.
 
     Raises:
         DistillError: the runs have no metric in common, or no seed.
@@ -68,7 +71,7 @@ def write_report(
         number=number,
         percent=percent,
         finite=math.isfinite,
-        notes=_notes(runs, metric),
+        notes=[*_notes(runs, metric), *notes],
         charts=charts(runs, found, metric),
         pictures=[(picture.stem, _embedded(picture)) for picture in pictures],
         table=_table(runs),
@@ -126,13 +129,17 @@ def _notes(runs: Sequence[Run], metric: str) -> list[str]:
 def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     """Return the head and the rows of the table: mean ± sd over seeds of each metric, costs at the end."""
     there = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    names = [name for name in there if name not in COSTS] + [name for name in COSTS if name in there]
+    names = sorted(there, key=is_cost)  # a stable sort
+
+    def cell(mine: Sequence[Run], name: str) -> str:
+        values = [run.metrics[name] for run in mine if name in run.metrics]
+        once = is_cost(name) and len(set(values)) == 1  # measured once for all seeds
+        return _cell(values[:1] if once else values)
+
     rows = []
     for label in labels(runs):
         mine = [run for run in runs if run.label == label]
-        rows.append(
-            [label, mine[0].model, *(_cell([run.metrics[n] for run in mine if n in run.metrics]) for n in names)]
-        )
+        rows.append([label, mine[0].model, *(cell(mine, name) for name in names)])
     return ["method", "model", *names], rows
 
 
@@ -141,15 +148,18 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _configs(runs: Sequence[Run]) -> list[tuple[str, Markup]]:
-    """Return the plain student's config, and how that of each method differs from it, as HTML."""
+    """Return the config of each plain student, and how that of each of its methods differs from it, as HTML."""
     first = {run.label: run.config for run in reversed(runs)}
-    found = [(f"Config of {PLAIN}", Markup(escape(first[PLAIN])))] if first.get(PLAIN) else []
+    baselines = {run.label: run.plain for run in runs}
+    plains = [label for label in labels(runs) if label == baselines[label] and first[label]]
+    found = [(f"Config of {label}", Markup(escape(first[label]))) for label in plains]
     for label in methods(runs):
-        if first.get(PLAIN) and first[label] and first[label] != first[PLAIN]:
+        plain = baselines[label]
+        if first[plain] and first[label] and first[label] != first[plain]:
             lines = difflib.unified_diff(
-                first[PLAIN].splitlines(), first[label].splitlines(), PLAIN, label, lineterm="", n=2
+                first[plain].splitlines(), first[label].splitlines(), plain, label, lineterm="", n=2
             )
-            found.append((f"{label} against {PLAIN}", Markup("\n".join(map(_marked, lines)))))
+            found.append((f"{label} against {plain}", Markup("\n".join(map(_marked, lines)))))
     return found
 
 

@@ -13,7 +13,7 @@ import re
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,17 +21,20 @@ from typing import Any
 from kdgraft.errors import DistillError
 from kdgraft.hosts import installed
 
-from ..finished import RECORD
-from ..results import read_results
+from .benchmarked import bench_runs, demo_runs, is_bench
+from .reading import (
+    ITERATION,
+    MEMORY,
+    PARAMETERS,
+    TEACHER,
+    Points,
+    Run,
+    is_cost,
+    newest_text,
+    read_json,
+    records,
+)
 
-Points = Sequence[tuple[int, float]]
-"""(iteration, value), in the order of the iterations."""
-
-TEACHER, PLAIN = "teacher", "plain"
-"""The labels of the runs that the others are compared with."""
-PARAMETERS, ITERATION, MEMORY = "parameters (k)", "iteration (ms)", "memory (MiB)"
-COSTS = (PARAMETERS, "MFLOPs", "step (ms)", ITERATION, MEMORY)
-"""What a model costs; every other metric says how good it is."""
 MAIN = (
     "coco/bbox_mAP",
     "coco/segm_mAP",
@@ -49,37 +52,12 @@ _TIMES = ("time", "data_time", "memory", "lr", "base_lr", "epoch", "iter", "step
 """What mmengine logs beside losses and metrics."""
 
 
-@dataclass(frozen=True)
-class Run:
-    """A finished training.
-
-    Attributes:
-        label: the name of its method; ``"teacher"`` and ``"plain"`` have these very names.
-        seed: its seed, or its place among the runs of its label.
-        folder: where it was read from.
-        model: the name of the model.
-        metrics: name -> value at the end of the training, costs (:data:`COSTS`) among them.
-        losses: name -> points of the training.
-        validation: metric -> points, of the evaluations during the training.
-        config: the text of its config; empty if there is none.
-    """
-
-    label: str
-    seed: int
-    folder: Path
-    model: str
-    metrics: Mapping[str, float]
-    losses: Mapping[str, Points] = field(default_factory=dict)
-    validation: Mapping[str, Points] = field(default_factory=dict)
-    config: str = ""
-
-
 def read_runs(named: Sequence[str]) -> list[Run]:
     """Read runs from folders.
 
     Args:
         named: ``FOLDER`` or ``LABEL=FOLDER`` of a run's work directory, the label being the folder's name by default; a label that comes
-            again has another seed. The folder of ``kdgraft demo`` has many runs, with labels and seeds of its own.
+            again has another seed. The folders of ``kdgraft demo`` and ``kdgraft bench`` have many runs, with labels and seeds of their own.
 
     Raises:
         DistillError: a folder is missing or has no log of a run, there is no plain student, or nothing to compare with it.
@@ -87,17 +65,21 @@ def read_runs(named: Sequence[str]) -> list[Run]:
     found: list[Run] = []
     for name in named:
         label, folder = _named(name)
+        if is_bench(folder) and not (folder / "results.csv").is_file():
+            raise DistillError(f"the benchmark in {folder} is not finished; start kdgraft bench again to go on")
         if (folder / "results.csv").is_file():
             if label:
                 raise DistillError(f"{folder} has runs with labels of their own; leave {label!r} away")
-            found += _demo(folder)
+            found += bench_runs(folder, _logged) if is_bench(folder) else demo_runs(folder)
         else:
             found.append(replace(_read(folder), label=label or folder.resolve().name))
     found = list(_numbered(found))
     labels = list(dict.fromkeys(run.label for run in found))
-    if PLAIN not in labels:
-        raise DistillError(f"which run is the plain student? name it as {PLAIN}=FOLDER; there are {', '.join(labels)}")
-    if not set(labels) - {PLAIN, TEACHER}:
+    if lacking := [run.plain for run in found if run.label != TEACHER and run.plain not in labels]:
+        raise DistillError(
+            f"which run is the plain student? name it as {lacking[0]}=FOLDER; there are {', '.join(labels)}"
+        )
+    if all(run.label in (run.plain, TEACHER) for run in found):
         raise DistillError(
             f"name a distilled student beside the plain one, as LABEL=FOLDER; there are {', '.join(labels)}"
         )
@@ -111,7 +93,7 @@ def read_runs(named: Sequence[str]) -> list[Run]:
 
 
 def pictures_of(named: Sequence[str]) -> list[Path]:
-    """Return the pictures in those folders that are a demo's, but for its curves, which a report draws itself."""
+    """Return the pictures in the folders of demos and benchmarks, but for curves, which a report draws itself."""
     folders = [folder for _, folder in map(_named, named) if (folder / "results.csv").is_file()]
     return [path for folder in folders for path in sorted(folder.glob("*.png")) if path.stem != "curves"]
 
@@ -128,11 +110,11 @@ def main_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
     """
     students = [run for run in runs if run.label != TEACHER]
     shared = [
-        name for name in students[0].metrics if name not in COSTS and all(name in run.metrics for run in students)
+        name for name in students[0].metrics if not is_cost(name) and all(name in run.metrics for run in students)
     ]
     if not shared:
         told = "; ".join(
-            f"{run.label}: {', '.join(n for n in run.metrics if n not in COSTS) or 'none'}" for run in students
+            f"{run.label}: {', '.join(n for n in run.metrics if not is_cost(n)) or 'none'}" for run in students
         )
         raise DistillError(f"the runs have no metric of a validation in common ({told}); evaluate during training")
     if wanted is not None:
@@ -160,42 +142,19 @@ def _numbered(runs: Iterable[Run]) -> Iterator[Run]:
 
 
 def _read(folder: Path) -> Run:
-    readers: tuple[Callable[[Path], Run | None], ...] = (_mmengine, _trainer)
-    for reader in readers:
-        if (run := reader(folder)) is not None:
-            return run
+    run = _logged(folder)
+    if run is not None:
+        return run
     raise DistillError(
         f"{folder} has no log of a run: neither TIMESTAMP/vis_data/scalars.json of MMEngine, nor trainer_state.json of a "
-        "Trainer (or a checkpoint-* with it), nor results.csv of kdgraft demo"
+        "Trainer (or a checkpoint-* with it), nor results.csv of kdgraft demo or kdgraft bench"
     )
 
 
-# --- kdgraft demo
-
-
-def _demo(folder: Path) -> list[Run]:
-    results = read_results(folder / "results.csv")
-    found: dict[tuple[str, int], dict[str, float]] = {}
-    models: dict[str, str] = {}
-    for result in results:
-        if not math.isfinite(result.value):
-            continue
-        found.setdefault((result.method, result.seed), {})[result.metric] = result.value
-        models[result.method] = result.model
-    first = next((name for name in next(iter(found.values())) if name not in COSTS), "validation")
-    runs = []
-    for (method, seed), metrics in found.items():
-        own = folder / f"seed{seed}" / method
-        curves: dict[str, Points] = {}
-        if (own / RECORD).is_file():
-            curves = {name: _finite(points) for name, points in _json(own / RECORD)["curves"].items()}
-        validation = {first: curves.pop("validation")} if "validation" in curves else {}
-        runs.append(
-            Run(
-                method, seed, own, models[method], metrics, curves, validation, _newest_text(own, "*.py", "config.json")
-            )
-        )
-    return runs
+def _logged(folder: Path) -> Run | None:
+    """Return the run of a folder with a log of a host."""
+    readers: tuple[Callable[[Path], Run | None], ...] = (_mmengine, _trainer)
+    return next((run for reader in readers if (run := reader(folder)) is not None), None)
 
 
 # --- MMEngine
@@ -208,7 +167,7 @@ def _mmengine(folder: Path) -> Run | None:
     times, memory, begun = [], 0.0, False
     for log in logs:
         at = 0
-        for record in _records(log):
+        for record in records(log):
             if "lr" in record:  # of training; a resumed run logs again what its checkpoint did not have yet
                 at, begun = int(record["step"]), True
                 _record(losses, at, record)
@@ -218,7 +177,7 @@ def _mmengine(folder: Path) -> Run | None:
                 _record(validation, at, record)
     if not begun:
         return None
-    config = _newest_text(folder, "*.py", "*/vis_data/config.py")
+    config = newest_text(folder, "*.py", "*/vis_data/config.py")
     metrics = _at_the_end(validation)
     times = [value for value in times if math.isfinite(value)]
     if times:
@@ -270,7 +229,7 @@ def _trainer(folder: Path) -> Run | None:
     states = [*folder.glob("checkpoint-*/trainer_state.json"), *folder.glob("trainer_state.json")]
     if not states:
         return None
-    read = [_json(path) for path in states]
+    read = [read_json(path) for path in states]
     state = max(read, key=lambda one: (one["global_step"], len(one["log_history"])))
     losses: dict[str, dict[int, float]] = {}
     validation: dict[str, dict[int, float]] = {}
@@ -295,7 +254,7 @@ def _trainer(folder: Path) -> Run | None:
     ]
     config = next((path / "config.json" for path in where if (path / "config.json").is_file()), None)
     text = "" if config is None else config.read_text()
-    told = {} if config is None else _json(config)
+    told = {} if config is None else read_json(config)
     model = next(iter(told.get("architectures") or []), told.get("model_type", ""))
     weights = next((files for path in where if (files := sorted(path.glob("model*.safetensors")))), [])
     if weights:
@@ -318,44 +277,14 @@ def _safetensors_size(path: Path) -> int:
 # --- common
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DistillError(f"{path} is damaged: {error}") from None
-
-
-def _records(log: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of a log, a line each; the last line of a run that was killed may be cut off."""
-    lines = log.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number < len(lines):
-                raise DistillError(f"{log} is damaged in line {number}: {error}") from None
-
-
 def _points(found: Mapping[str, Mapping[int, float]]) -> dict[str, Points]:
     return {name: sorted(points.items()) for name, points in found.items()}
-
-
-def _finite(points: Iterable[Sequence[float]]) -> Points:
-    return [(int(step), float(value)) for step, value in points if math.isfinite(value)]
 
 
 def _at_the_end(validation: Mapping[str, Mapping[int, float]]) -> dict[str, float]:
     """Return the metrics of the last evaluation; a host leaves one out that it could not compute."""
     last = max((at for points in validation.values() for at in points), default=0)
     return {name: points[last] for name, points in validation.items() if last in points}
-
-
-def _newest_text(folder: Path, *patterns: str) -> str:
-    """Return the text of the newest file of the first pattern that has any."""
-    for pattern in patterns:
-        if files := sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):
-            return files[-1].read_text()
-    return ""
 
 
 def same_schedule(runs: Sequence[Run]) -> bool:

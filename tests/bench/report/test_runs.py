@@ -84,10 +84,13 @@ def test_a_label_that_comes_again_is_another_seed(tmp_path):
 
 def test_runs_of_the_real_runner(tmp_path, request):
     pytest.importorskip("mmdet")
+    from mmengine.registry import init_default_scope
+
     from kdgraft_bench.data.scenes import write_detection_set
     from support.det import build, detector, distilled, runner_config, save_teacher
     from support.mm import run as trained
 
+    init_default_scope("mmdet")  # a segmentor's Runner in this process leaves its own
     scenes = str(write_detection_set(tmp_path / "scenes", size=96, seed=0, train=8, val=2, test=0))
     student, teacher = detector(), detector(width=6, channels=12)
     checkpoint = save_teacher(tmp_path / "teacher.pth", teacher)

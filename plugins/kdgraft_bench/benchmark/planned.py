@@ -1,0 +1,35 @@
+"""The plan of a benchmark: one run for the teacher, and for each student one alone and one with each method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdgraft.plans import Plan, plan_of
+
+from ..hosts import BenchHost, Dataset
+from ..spec import PLAIN, TEACHER, Benchmark, Model, run_name
+
+
+def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -> Plan:
+    """Return the plan whose runs are those of :meth:`Benchmark.trained`, and those that the benchmark adds.
+
+    A method's teacher is the benchmark's, unless it names another run.
+
+    Raises:
+        DistillError: a run has a mistake, or refers to nothing.
+    """
+
+    def entry(model: Model, name: str) -> dict[str, Any]:
+        config, options = host.config(model, dataset, benchmark, name)
+        return {"config": config, "options": {**options, **host.options(benchmark), **model.options}}
+
+    runs: dict[str, Any] = {TEACHER: entry(benchmark.teacher, TEACHER), **benchmark.runs}
+    for student, model in benchmark.students.items():
+        alone = entry(model, student)
+        runs[run_name(student, PLAIN)] = alone
+        for method, told in benchmark.methods.items():
+            options = {**alone["options"], **told.get("options", {})}
+            taught = {} if {"teacher", "teachers"} & set(told) else {"teacher": TEACHER}
+            runs[run_name(student, method)] = {"config": alone["config"], **taught, **told, "options": options}
+    told = {"host": benchmark.host, "out": str(benchmark.out / "runs"), "seeds": list(benchmark.seeds), "runs": runs}
+    return plan_of(told, f"benchmark {benchmark.name}", benchmark.folder, "")

@@ -1,0 +1,143 @@
+"""The interface between the benchmark and a host."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import nn
+
+from kdgraft.errors import DistillError, nearest
+from kdgraft.hosts import Job, TrainedModel
+from kdgraft.plans import PlannedRun
+
+from ..decisions import Decisions
+from ..spec import Benchmark, Model
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The data of a benchmark.
+
+    Attributes:
+        name: its name in tables.
+        folder: the folder of its files; ``None`` where the configs name their own data.
+        real: the folder that the user named; ``None`` for the embedded set.
+    """
+
+    name: str
+    folder: Path | None
+    real: Path | None = None
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A model's figures on the tested split.
+
+    Attributes:
+        metrics: name -> value.
+        decisions: its decisions on each item; ``None`` where the host cannot tell them.
+    """
+
+    metrics: Mapping[str, float]
+    decisions: Decisions | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A plain model, ready to predict.
+
+    Attributes:
+        model: the model, in eval mode.
+        run: batch size -> a function that predicts a batch of tested samples of this size as in use.
+        flops: a function that runs one forward of the model alone on one sample, for the count of its operations.
+    """
+
+    model: nn.Module
+    run: Callable[[int], Callable[[], object]]
+    flops: Callable[[], object]
+
+
+class BenchHost(ABC):
+    """What the benchmark asks of a host.
+
+    Attributes:
+        scores: metric -> (its name in the host, digits); the first one decides unless the benchmark names another.
+        lengths: the options of a config that hold the length of a training, in iterations.
+        models: the names of the small models.
+        embedded: the name of the embedded data set.
+        picture: the name of the picture of :meth:`draw`.
+    """
+
+    scores: ClassVar[Mapping[str, tuple[str, int]]]
+    lengths: ClassVar[tuple[str, ...]]
+    models: ClassVar[tuple[str, ...]]
+    embedded: ClassVar[str]
+    picture: ClassVar[str] = ""
+
+    @abstractmethod
+    def dataset(self, benchmark: Benchmark) -> Dataset:
+        """Return the data set, with its files written or checked.
+
+        Raises:
+            DistillError: a file of a real set is missing or cannot be read.
+        """
+
+    @abstractmethod
+    def config(self, model: Model, dataset: Dataset, benchmark: Benchmark, name: str) -> tuple[str, dict[str, Any]]:
+        """Return the config that trains a model, and options of it.
+
+        The config of a small model, or of the user's on another data set, is written to ``out/configs``.
+
+        Raises:
+            DistillError: an argument of the model is unknown.
+        """
+
+    @abstractmethod
+    def test(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str) -> Tested:
+        """Test a finished run."""
+
+    @abstractmethod
+    def open(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset) -> Opened:
+        """Build the plain model of a finished run."""
+
+    @abstractmethod
+    def step(self, job: Job) -> Callable[[], None]:
+        """Build what a run trains, and return its training step on one batch: forward, loss and backward."""
+
+    def draw(self, models: Mapping[str, TrainedModel], dataset: Dataset, samples: Sequence[int], path: Path) -> None:
+        """Draw the outputs of models, by their titles, on tested samples, by their places; a host without a picture need not."""
+        raise NotImplementedError
+
+    def named(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Return a host's evaluation under the names of the table; a metric that the host leaves out is 0: nothing was found."""
+        if found and not any(key in found for key, _ in self.scores.values()):
+            return {key: float(value) for key, value in found.items()}
+        return {metric: float(found.get(key, 0.0)) for metric, (key, _) in self.scores.items()}
+
+    def validated(self, metric: str) -> str:
+        """Return the name of a metric of the table among those that a training measures on the validation split."""
+        return self.scores[metric][0] if metric in self.scores else metric
+
+    def options(self, benchmark: Benchmark) -> dict[str, Any]:
+        """Return the options of every run: the length of the trainings, if it is set."""
+        return {} if benchmark.iterations is None else dict.fromkeys(self.lengths, benchmark.iterations)
+
+    def known(self, settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
+        """Return the arguments of a small model.
+
+        Raises:
+            DistillError: there is no such model, or it has no such argument.
+        """
+        name = settings["model"]
+        if name not in self.models:
+            raise DistillError(
+                f"no small model is called {name!r}{nearest(str(name), self.models)}; give a config instead"
+            )
+        for key in settings:
+            if key != "model" and key not in arguments:
+                raise DistillError(f"the model {name} takes no {key!r}{nearest(key, arguments)}")
+        return {key: value for key, value in settings.items() if key != "model"}

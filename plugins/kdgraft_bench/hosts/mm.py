@@ -1,0 +1,194 @@
+"""What the benchmark asks of MMDetection and MMSegmentation alike."""
+
+from __future__ import annotations
+
+import copy
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any, ClassVar
+
+import cv2
+import torch
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.hooks import Hook
+from mmengine.registry import DefaultScope
+
+from kdgraft.hosts import Job, TrainedModel, host_named
+from kdgraft.plans import PlannedRun
+from kdgraft_mm.configs import load_config
+from kdgraft_mm.evaluation import evaluate, open_model
+from kdgraft_mm.run import begin, make_runner
+from kdgraft_mm.trainer import MMTrainer
+
+from ..comparison import Training
+from ..demos.mm import RunnerComparison, silent
+from ..spec import Benchmark, Model
+from .base import BenchHost, Dataset, Opened, Tested
+
+CHECKPOINTS = 10
+"""The number of checkpoints of a training of a small model, to resume from."""
+_steps = count()
+
+
+class RunnerBench(BenchHost):
+    """A host that mmengine's Runner trains.
+
+    Attributes:
+        name: the host's name.
+        scope: its registry scope.
+        data_parts: the parts of a data set that a config names.
+    """
+
+    name: ClassVar[str]
+    scope: ClassVar[str]
+    lengths = ("train_cfg.max_iters",)
+
+    @abstractmethod
+    def comparison(self, dataset: Dataset) -> RunnerComparison:
+        """Return data, schedule and evaluation of the small models on a data set."""
+
+    @abstractmethod
+    def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
+        """Return the ``model`` entry of a small model."""
+
+    @abstractmethod
+    def use_data(self, config: Config, dataset: Dataset) -> None:
+        """Make a config train and test on a data set, but for the classes of its model."""
+
+    @abstractmethod
+    def collector(self, dataset_meta: Mapping[str, Any]) -> Collector:
+        """Return a collector of the decisions of a test."""
+
+    def config(self, model: Model, dataset: Dataset, benchmark: Benchmark, name: str) -> tuple[str, dict[str, Any]]:
+        if model.config is not None and dataset.folder is None:
+            return model.config, {}
+        if model.config is not None:
+            config = load_config(model.config)
+            self.use_data(config, dataset)
+            _set_classes(config.model, len(self.comparison(dataset).classes))
+        else:
+            config = self._small(model, dataset, benchmark)
+        path = benchmark.out / "configs" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = config.pretty_text
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+        return str(path), {}
+
+    def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> Config:
+        comparison = self.comparison(dataset)
+        steps = benchmark.iterations or comparison.iterations
+        assert dataset.folder is not None
+        training = Training(
+            "plain", 0, steps, benchmark.split, benchmark.device, dataset.folder.resolve(), Path("unused")
+        )
+        config = comparison.config(training)
+        for entry in ("work_dir", "randomness"):
+            config.pop(entry)
+        config.model = self._with_preprocessor(self.small(model, dataset, len(comparison.classes)), config.model)
+        every = max(steps // CHECKPOINTS, 1)
+        config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=1)
+        return config
+
+    def _with_preprocessor(self, model: dict[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
+        return {**model, "data_preprocessor": of["data_preprocessor"]}
+
+    def options(self, benchmark: Benchmark) -> dict[str, Any]:
+        """Return the length for configs of the user; the small models' own already have it."""
+        own = any(model.config is None for model in (benchmark.teacher, *benchmark.students.values()))
+        return {} if own else super().options(benchmark)
+
+    def test(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str) -> Tested:
+        config = load_config(trained.config, imports=False)
+        with self.entered():
+            collector = self.collector(self._dataset_meta(config))
+            found = evaluate(trained.config, trained.weights, hooks=[collector])
+        return Tested({**self.named(found), **collector.metrics()}, collector.decisions())
+
+    def open(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset) -> Opened:
+        with self.entered():
+            model, samples = open_model(trained.config, trained.weights)
+        device = next(model.parameters()).device
+
+        def ready(size: int) -> Callable[[], object]:
+            batch = pseudo_collate([samples[place % len(samples)] for place in range(size)])
+
+            @torch.no_grad()
+            def predict() -> object:
+                return model.test_step(copy.copy(batch))
+
+            return predict
+
+        one: Any = model.data_preprocessor(pseudo_collate([samples[0]]), False)
+
+        @torch.no_grad()
+        def forward() -> object:
+            return model(one["inputs"].to(device), one["data_samples"], mode="tensor")
+
+        return Opened(model, ready, forward)
+
+    def all_open(self, models: Mapping[str, TrainedModel]) -> tuple[dict[str, Any], Any]:
+        """Return models by their titles, each with its config as the host's inference wants it, and their test set."""
+        opened, samples = {}, None
+        with self.entered():
+            for title, trained in models.items():
+                opened[title], samples = open_model(trained.config, trained.weights)
+                opened[title].cfg = load_config(trained.config, imports=False)
+        return opened, samples
+
+    def step(self, job: Job) -> Callable[[], None]:
+        trainer: MMTrainer = host_named(self.name).make_trainer()  # type: ignore[assignment]
+        config = trainer.config_of(job)
+        config.log_level, config.experiment_name = "ERROR", f"step{next(_steps)}"
+        with self.entered():
+            runner = make_runner(config)
+            loader: Any = runner.train_loop.dataloader
+            begin(runner, loader)
+            batch = next(iter(loader))
+        model: Any = runner.model
+
+        def step() -> None:
+            # preprocessing changes the samples of a batch: segmentation pads their labels
+            loss, _ = model.parse_losses(model(**model.data_preprocessor(copy.deepcopy(batch), True), mode="loss"))
+            loss.backward()
+            model.zero_grad()
+
+        return step
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """Enter the host's scope, without its messages, while the body runs."""
+        cv2.setNumThreads(0)
+        with silent(), DefaultScope.overwrite_default_scope(self.scope):
+            yield
+
+    def _dataset_meta(self, config: Config) -> Mapping[str, Any]:
+        dataset = (config.get("test_dataloader") or config.val_dataloader)["dataset"]
+        while "dataset" in dataset:
+            dataset = dataset["dataset"]
+        return dict(dataset.get("metainfo") or {})
+
+
+class Collector(Hook):
+    """A hook that collects a model's decisions during a test."""
+
+    def metrics(self) -> dict[str, float]:
+        """Return the figures that the host does not measure."""
+        return {}
+
+    @abstractmethod
+    def decisions(self) -> Any:
+        """Return the decisions; ``None`` without any item."""
+
+
+def _set_classes(model: Any, classes: int) -> None:
+    """Set every head's number of classes."""
+    for key, value in model.items() if isinstance(model, Mapping) else enumerate(model):
+        if key == "num_classes" and isinstance(value, int) and value > 0:
+            model[key] = classes
+        elif isinstance(value, (dict, list)):
+            _set_classes(value, classes)

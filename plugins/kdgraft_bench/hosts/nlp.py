@@ -1,0 +1,239 @@
+"""What the benchmark asks of Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor
+
+from kdgraft.errors import DistillError
+from kdgraft.files import written_whole
+from kdgraft.hosts import Job, TrainedModel
+from kdgraft.plans import PlannedRun
+from kdgraft_nlp.data import read
+from kdgraft_nlp.recipe_trainer import TRAINER
+from kdgraft_nlp.run import build, plain_trainer, with_perplexity
+from kdgraft_nlp.settings import load
+from kdgraft_nlp.trainer import DistillTrainer
+
+from ..comparison import Training
+from ..decisions import Decisions
+from ..demos.attention import draw_attention
+from ..demos.hf import TrainerComparison, bert, llama, quiet
+from ..demos.nlp import LANGUAGE, SENTENCES, TAGS, own_set, write_data
+from ..spec import Benchmark, Model
+from .base import BenchHost, Dataset, Opened, Tested
+
+TASKS = {"bert": "classification", "bert_tagger": "tokens", "llama": "causal"}
+"""The task of each small model."""
+COMPARISONS = {"classification": SENTENCES, "tokens": TAGS, "causal": LANGUAGE}
+CHECKPOINTS = 5
+"""The number of checkpoints of a training of a small model, to resume from."""
+IGNORED = -100
+
+
+class TextBench(BenchHost):
+    """The benchmark's part of Hugging Face."""
+
+    scores: ClassVar = {
+        "accuracy": ("accuracy", 3),
+        "macro_f1": ("macro_f1", 3),
+        "span_f1": ("span_f1", 3),
+        "perplexity": ("perplexity", 2),
+    }
+    lengths = ("training.max_steps",)
+    models = tuple(TASKS)
+    embedded = "docstring sentences"
+    picture = "attention"
+
+    def named(self, found: Mapping[str, float]) -> dict[str, float]:
+        """Return those metrics that the task has."""
+        return {name: float(value) for name, value in found.items() if name != "loss" or len(found) == 1}
+
+    def dataset(self, benchmark: Benchmark) -> Dataset:
+        names = {str(model.settings["model"]) for model in _models(benchmark) if model.config is None}
+        if benchmark.data is None:
+            return Dataset(self.embedded, _embedded(benchmark.out / "data")) if names else Dataset("own data", None)
+        root = Path(benchmark.data)
+        with quiet():
+            found = own_set(root, 1.0)
+            wanted = {TASKS.get(name, "") for name in names} - {"causal"}
+            missing = wanted - {each.recipe_task for each in found}
+            if missing:
+                raise DistillError(f"data {root}: there are no columns for the task {', '.join(sorted(missing))}")
+            columns = read(str(root / "val.jsonl")).column_names
+        if "text" in columns or wanted == {"tokens"}:
+            return Dataset(root.resolve().name, root, root)
+        return Dataset(root.resolve().name, _joined(root, benchmark.out / "data"), root)
+
+    def config(self, model: Model, dataset: Dataset, benchmark: Benchmark, name: str) -> tuple[str, dict[str, Any]]:
+        if model.config is not None and dataset.real is None:
+            return model.config, {}
+        if model.config is not None:
+            found = load(model.config)
+            found["data"] = {**found["data"], **self._files(dataset)}
+        else:
+            found = self._small(model, dataset, benchmark)
+        path = benchmark.out / "configs" / f"{name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(path) as part:
+            part.write_text(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        return str(path), {}
+
+    def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> dict[str, Any]:
+        told = self.known(model.settings, ("width", "layers", "rate"))
+        name = str(model.settings["model"])
+        comparison: TrainerComparison = COMPARISONS[TASKS[name]]
+        comparison = replace(comparison, recipes={})
+        made = (llama if name == "llama" else bert)(told.get("width", 32), told.get("layers", 2))[1]
+        steps = benchmark.iterations or comparison.iterations
+        training = Training("plain", 0, steps, benchmark.split, benchmark.device, Path(), Path("unused"))
+        found = {**comparison.config(training), "student": made}
+        del found["output"]
+        found["tokenizer"] = dict(vocab_size=comparison.vocabulary)
+        found["data"] = {**found["data"], **self._files(dataset)}
+        arguments = found["training"]
+        for entry in ("seed", "use_cpu"):
+            arguments.pop(entry)
+        every = max(steps // CHECKPOINTS, 1)
+        arguments |= dict(learning_rate=told.get("rate", comparison.rates[1]))
+        arguments |= dict(save_strategy="steps", save_steps=every, save_total_limit=1, report_to=[])
+        return found
+
+    def _files(self, dataset: Dataset, split: str = "val") -> dict[str, str]:
+        assert dataset.folder is not None
+        there = {name: dataset.folder.resolve() / f"{name}.jsonl" for name in ("train", split)}
+        return {"train": str(there["train"]), "eval": str(there[split])}
+
+    def options(self, benchmark: Benchmark) -> dict[str, Any]:
+        """Return the length for recipes of the user; the small models' own already have it."""
+        return super().options(benchmark) if all(model.config for model in _models(benchmark)) else {}
+
+    def test(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str) -> Tested:
+        with quiet(), tempfile.TemporaryDirectory() as scratch:
+            trainer, config = self._opened(run, trained, dataset, split, scratch)
+            found = with_perplexity(config, trainer.evaluate())
+            metrics = {key.removeprefix("eval_"): value for key, value in found.items() if not _is_time(key)}
+            return Tested(self.named(metrics), _decisions(trainer, str(config["task"])))
+
+    def _opened(
+        self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str, scratch: str
+    ) -> tuple[DistillTrainer, dict[str, Any]]:
+        options = [f"{key}={value}" for key, value in run.options.items()]
+        if dataset.folder is not None and split == "test" and dataset.real is None:
+            options.append(f"data.eval={self._files(dataset, 'test')['eval']}")
+        return plain_trainer(run.config, trained.weights, options, scratch)
+
+    def open(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset) -> Opened:
+        with quiet(), tempfile.TemporaryDirectory() as scratch:
+            trainer, _ = self._opened(run, trained, dataset, "val", scratch)
+        loader: Any = trainer.get_eval_dataloader()
+        model: Any = trainer.model.eval()
+
+        def ready(size: int) -> Callable[[], object]:
+            rows = [loader.dataset[place % len(loader.dataset)] for place in range(size)]
+            inputs = {key: value.to(model.device) for key, value in loader.collate_fn(rows).items() if key != "labels"}
+
+            @torch.no_grad()
+            def predict() -> object:
+                return model(**inputs)
+
+            return predict
+
+        return Opened(model, ready, ready(1))
+
+    def step(self, job: Job) -> Callable[[], None]:
+        recipe, _ = TRAINER.recipe_of(job)
+        with quiet():
+            trainer = build(recipe)
+        trainer.state.epoch = 0.0
+        trainer.current_gradient_accumulation_steps = 1
+        batch = next(iter(trainer.get_train_dataloader()))
+        model: Any = trainer.model.train()
+
+        def step() -> None:
+            trainer.compute_loss(model, dict(batch)).backward()
+            model.zero_grad()
+
+        return step
+
+    def draw(self, models: Mapping[str, TrainedModel], dataset: Dataset, samples: Sequence[int], path: Path) -> None:
+        if dataset.folder is None:
+            return
+        task = str(load(next(iter(models.values())).config)["task"])
+        rows = read(self._files(dataset, "test" if dataset.real is None else "val")["eval"])
+        texts = [rows[place]["tokens" if task == "tokens" else "text"] for place in samples]
+        short = [text for text in texts if len(text if isinstance(text, list) else text.split()) <= 16]
+        folders = {title: trained.weights for title, trained in models.items()}
+        with quiet():
+            draw_attention(folders, task, (short or texts)[0], path)
+
+
+def _models(benchmark: Benchmark) -> list[Model]:
+    return [benchmark.teacher, *benchmark.students.values()]
+
+
+def _embedded(folder: Path) -> Path:
+    """Write the embedded set, unless it was written as a whole before, and return its folder."""
+    whole = folder / "complete"
+    if not whole.is_file():
+        write_data(folder)
+        whole.touch()
+    return folder
+
+
+def _joined(root: Path, folder: Path) -> Path:
+    """Write a set of words as one of texts, for classifiers, and return its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        rows = [json.loads(line) for line in (root / f"{split}.jsonl").read_text(encoding="utf-8").splitlines() if line]
+        lines = [
+            json.dumps({"text": " ".join(row["tokens"]), "label": row["label"]}, ensure_ascii=False) for row in rows
+        ]
+        with written_whole(folder / f"{split}.jsonl") as part:
+            part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def _is_time(key: str) -> bool:
+    return any(word in key for word in ("runtime", "per_second", "epoch", "model_preparation"))
+
+
+@torch.no_grad()
+def _decisions(trainer: DistillTrainer, task: str) -> Decisions | None:
+    """Return the classes that a model gives to each sample or token; ``None`` for numbers, and for tokens masked at random."""
+    if task in ("regression", "masked"):
+        return None
+    model: Any = trainer.model.eval()
+    kept: list[tuple[Tensor, ...]] = []
+    begun = 0
+    for batch in trainer.get_eval_dataloader():
+        given = {key: value for key, value in batch.items() if key != "labels"}
+        logits, labels = model(**given).logits.float(), batch["labels"]
+        sample = torch.arange(begun, begun + len(labels), device=labels.device)
+        begun += len(labels)
+        if task != "classification":
+            if task == "causal":
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            sample = sample[:, None].expand_as(labels)
+        there = labels != IGNORED
+        confidence, predicted = logits[there].softmax(-1).max(-1)
+        kept.append(tuple(part.cpu() for part in (labels[there], predicted, confidence, sample[there])))
+    columns = [torch.cat(parts).numpy() for parts in zip(*kept, strict=True)]
+    return Decisions.of(_names(trainer, task), columns[0], columns[1], columns[2].astype(np.float64), columns[3])
+
+
+def _names(trainer: DistillTrainer, task: str) -> list[str]:
+    config: Any = trainer.model.config
+    if task in ("classification", "tokens"):
+        return [str(config.id2label[place]) for place in range(config.num_labels)]
+    tokenizer: Any = trainer.processing_class
+    return [str(token) for token in tokenizer.convert_ids_to_tokens(range(config.vocab_size))]

@@ -1,0 +1,238 @@
+"""Benchmarks as they are written down: teachers, students, methods, data and schedule in a short TOML file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from kdgraft.errors import DistillError, check_number, nearest
+from kdgraft.hosts import hosts
+from kdgraft.plans import located, read_toml
+
+SHIPPED = Path(__file__).with_name("benchmarks")
+"""The folder of the benchmarks that ship."""
+KEYS = (
+    *("host", "data", "out", "seeds", "processes", "device", "iterations", "tune", "split", "batches", "metric"),
+    *("teacher", "students", "methods", "runs"),
+)
+MODEL_KEYS = ("model", "config", "options")
+METHOD_KEYS = ("recipe", "terms", "teacher", "teachers", "options", "start", "stop", "data")
+TEACHER, PLAIN = "teacher", "plain"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that a benchmark trains.
+
+    Attributes:
+        config: the host's own config; ``None`` for one of the benchmark's small models.
+        settings: of a small model: its name, ``model``, and its arguments.
+        options: overrides of the config.
+    """
+
+    config: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """The model in words: its config's name, or its own with its arguments."""
+        if self.config is not None:
+            return re.sub(r"^.*[/:]|\.\w+$", "", self.config)
+        arguments = ", ".join(f"{key} {value}" for key, value in self.settings.items() if key != "model")
+        return f"{self.settings['model']}, {arguments}" if arguments else str(self.settings["model"])
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A comparison of methods that train students under a teacher.
+
+    Attributes:
+        name: its file's name.
+        host: the host's name.
+        teacher, students: what is trained; every student is also trained alone.
+        methods: the entries of the distilled runs, as in a plan: ``recipe``, ``terms`` …
+        runs: further runs of a plan, such as assistants, which methods may name as their teacher.
+        folder: the folder of the file, to which paths of configs are relative.
+        out: the folder of the results.
+        data: the folder of the data set; ``None`` for the embedded one, or that of the configs.
+        seeds: the seeds of all trainings.
+        processes: the number of trainings side by side.
+        device: ``"cpu"`` or ``"cuda"``.
+        iterations: the length of every training; by default that of the small models, or the configs' own.
+        tune: the number of trainings that tune the weights of each method on the validation split; ``None`` for the weights as given.
+        split: the split of the table, ``"test"`` or ``"val"``.
+        batches: the batch sizes of which latency is measured.
+        metric: the metric that decides; by default the host's first.
+    """
+
+    name: str
+    host: str
+    teacher: Model
+    students: Mapping[str, Model]
+    methods: Mapping[str, Mapping[str, Any]]
+    runs: Mapping[str, Any]
+    folder: Path
+    out: Path
+    data: str | None = None
+    seeds: tuple[int, ...] = (0,)
+    processes: int = 1
+    device: str = "cpu"
+    iterations: int | None = None
+    tune: int | None = None
+    split: str = "test"
+    batches: tuple[int, ...] = (1, 16)
+    metric: str | None = None
+
+    def trained(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the name, the student and the method of every run of the table; those of the teacher are ``"teacher"``."""
+        yield TEACHER, TEACHER, TEACHER
+        for student in self.students:
+            for method in (PLAIN, *self.methods):
+                yield run_name(student, method), student, method
+
+
+def run_name(student: str, method: str) -> str:
+    """Return the name of a run in the benchmark's plan."""
+    return f"{student}-{method}"
+
+
+def read_benchmark(named: str, **changes: Any) -> Benchmark:
+    """Read a benchmark.
+
+    Args:
+        named: a file, or the name of a benchmark that ships.
+        **changes: values that replace those of the file, such as ``seeds=(0,)``, or the names of those ``methods`` that are kept;
+            ``None`` leaves the file's own.
+
+    Raises:
+        DistillError: there is no such benchmark, or an entry is unknown or has a wrong value.
+    """
+    file = Path(named)
+    known = sorted(path.stem for path in SHIPPED.glob("*.toml"))
+    if not file.suffix:
+        if named not in known:
+            hint = nearest(named, known) or f"; those that ship are {', '.join(known)}"
+            raise DistillError(f"no benchmark is called {named!r}{hint}; or name a file, such as mine.toml")
+        file = SHIPPED / f"{named}.toml"
+    where = f"benchmark {named}"
+    told = read_toml(file, where)
+    chosen = changes.pop("methods", None)
+    told |= {key: value for key, value in changes.items() if value is not None}
+    if chosen is not None and isinstance(told.get("methods"), dict):
+        told["methods"] = _chosen(where, told["methods"], chosen)
+    found = _read(told, where, file)
+    return replace(found, out=Path(told.get("out") or f"runs/bench/{_place(found)}"))
+
+
+def _chosen(where: str, methods: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    for name in names:
+        if name not in methods:
+            raise DistillError(f"{where} has no method {name!r}{nearest(name, methods)}")
+    return {name: methods[name] for name in names}
+
+
+def _place(benchmark: Benchmark) -> str:
+    """Return a folder for the results that is different for another data set."""
+    return benchmark.name if benchmark.data is None else f"{benchmark.name}_{Path(benchmark.data).resolve().name}"
+
+
+def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
+    _known(where, told, KEYS)
+    host = told.get("host")
+    if host not in hosts():
+        raise DistillError(f"{where} needs host = '…', one of {', '.join(hosts())}, got {host!r}")
+    for key in ("teacher", "students", "methods"):
+        if not isinstance(told.get(key), dict) or not told[key]:
+            example = "[teacher]" if key == "teacher" else f"[{key}.NAME]"
+            raise DistillError(f"{where} needs a table {example}")
+    if not isinstance(told.get("runs", {}), dict):
+        raise DistillError(f"{where}: runs must be tables [runs.NAME] of a plan, got {told['runs']!r}")
+    _check_names(where, told)
+    numbers = {key: told[key] for key in ("processes", "iterations", "tune") if key in told}
+    for key, value in numbers.items():
+        check_number(where, key, value, 1, whole=True)
+    return Benchmark(
+        name=file.stem,
+        host=str(host),
+        teacher=_model(f"{where}: teacher", told["teacher"], file.parent),
+        students={
+            name: _model(f"{where}: student {name!r}", one, file.parent) for name, one in told["students"].items()
+        },
+        methods={name: _method(f"{where}: method {name!r}", one) for name, one in told["methods"].items()},
+        runs=told.get("runs", {}),
+        folder=file.parent,
+        out=Path(),
+        data=_text(where, told, "data"),
+        seeds=_numbers(where, told, "seeds", (0,), least=0),
+        batches=_numbers(where, told, "batches", (1, 16), least=1),
+        device=_one_of(where, told, "device", ("cpu", "cuda")),
+        split=_one_of(where, told, "split", ("test", "val")),
+        metric=_text(where, told, "metric"),
+        **numbers,
+    )
+
+
+def _known(where: str, entry: Mapping[str, Any], keys: tuple[str, ...]) -> None:
+    for key in entry:
+        if key not in keys:
+            raise DistillError(f"{where} has no entry {key!r}{nearest(key, keys)}")
+
+
+def _check_names(where: str, told: Mapping[str, Any]) -> None:
+    """Refuse names that are no folder's, or that mean something else already."""
+    reserved = {TEACHER, PLAIN}
+    for kind in ("students", "methods", "runs"):
+        for name in told.get(kind, {}):
+            if not name.isidentifier() or name in reserved:
+                taken = "; teacher and plain are taken" if name in reserved else ""
+                raise DistillError(f"{where}: a name in {kind} must be letters, digits and '_', got {name!r}{taken}")
+    for name in told.get("runs", {}):
+        if name in told["students"]:
+            raise DistillError(f"{where}: {name} is a student and one of the runs; give one of them another name")
+
+
+def _model(where: str, entry: Any, folder: Path) -> Model:
+    if not isinstance(entry, dict) or ("model" in entry) == ("config" in entry):
+        raise DistillError(f"{where} needs either config = '…' or model = '…', one of the benchmark's small models")
+    if "model" in entry:
+        if "options" in entry:
+            raise DistillError(f"{where}: a small model takes its arguments beside model, not options")
+        return Model(settings=dict(entry))
+    _known(where, entry, MODEL_KEYS)
+    if not isinstance(entry["config"], str) or not isinstance(entry.get("options", {}), dict):
+        raise DistillError(f"{where}: config must be a text, and options a table")
+    return Model(config=located(entry["config"], folder), options=entry.get("options", {}))
+
+
+def _method(where: str, entry: Any) -> dict[str, Any]:
+    if not isinstance(entry, dict) or not ({"recipe", "terms"} & set(entry)):
+        raise DistillError(f"{where} needs recipe = '…' or terms = […]")
+    _known(where, entry, METHOD_KEYS)
+    return dict(entry)
+
+
+def _text(where: str, told: Mapping[str, Any], key: str) -> str | None:
+    value = told.get(key)
+    if value is not None and (not isinstance(value, str) or not value):
+        raise DistillError(f"{where}: {key} must be a text, got {value!r}")
+    return value
+
+
+def _one_of(where: str, told: Mapping[str, Any], key: str, values: tuple[str, ...]) -> str:
+    value = told.get(key, values[0])
+    if value not in values:
+        raise DistillError(f"{where}: {key} must be {' or '.join(map(repr, values))}, got {value!r}")
+    return str(value)
+
+
+def _numbers(where: str, told: Mapping[str, Any], key: str, default: tuple[int, ...], *, least: int) -> tuple[int, ...]:
+    values = told.get(key, default)
+    if not isinstance(values, (list, tuple)) or not values or len({*map(str, values)}) < len(values):
+        raise DistillError(f"{where}: {key} must be a list of different whole numbers, got {values!r}")
+    for value in values:
+        check_number(where, key, value, least, whole=True)
+    return tuple(values)

@@ -1,0 +1,150 @@
+"""What the benchmark asks of each host: configs that train, figures of finished runs, costs and pictures, all on real models."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import support.nlp  # noqa: F401  quiet, one thread
+from kdgraft.errors import DistillError
+from kdgraft.plans import carry_out
+from kdgraft_bench.benchmark.costs import latency_of, measure_costs
+from kdgraft_bench.benchmark.planned import plan_of_benchmark
+from kdgraft_bench.benchmark.working import CALIBRATION, DECISIONS, carry_out_one
+from kdgraft_bench.data.scenes import write_detection_set, write_segmentation_set
+from kdgraft_bench.decisions import Decisions
+from kdgraft_bench.hosts import bench_host
+from kdgraft_bench.spec import Model, read_benchmark
+
+
+def write_scenes(folder):
+    return write_detection_set(folder, seed=0, train=12, val=4, test=4)
+
+
+def write_masks(folder):
+    """Write masks in the layout of a real set."""
+    root = write_segmentation_set(folder / "scenes", seed=0, train=12, val=4, test=4)
+    for ours, theirs in (("images", "img_dir"), ("masks", "ann_dir")):
+        (root / ours).rename(root / theirs)
+    (root / "classes.json").write_text(json.dumps({"classes": [str(place) for place in range(11)]}))
+    return root
+
+
+def write_texts(folder):
+    words = {"cat": "the cat sat on a mat", "dog": "a dog ran in the park", "cow": "one cow ate all the grass"}
+    for split, count in (("train", 30), ("val", 6)):
+        lines = [{"text": f"{words[name]} {place}", "label": name} for place in range(count) for name in words]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+SETS = {"det": write_scenes, "seg": write_masks, "nlp": write_texts}
+METHODS = {"det": "ld", "seg": "cwd", "nlp": "soft_targets"}
+METRICS = {"det": "AP", "seg": "boundary F", "nlp": "accuracy"}
+
+
+@pytest.fixture(scope="module", params=list(SETS))
+def made(request, tmp_path_factory):
+    """Carry out teacher, plain and one distilled student of a benchmark that ships, on a tiny set in the place of its own."""
+    folder = tmp_path_factory.mktemp(request.param)
+    data = folder / "data"
+    data.mkdir()
+    told = read_benchmark(
+        request.param,
+        data=str(SETS[request.param](data)),
+        methods=[METHODS[request.param]],
+        seeds=[0],
+        iterations=2,
+        out=str(folder / "out"),
+        batches=[1, 2],
+    )
+    if request.param == "nlp":
+        tiny = Model(settings=dict(model="bert", width=8, layers=1))
+        told = replace(told, teacher=tiny, students={"small": tiny})
+    host = bench_host(told.host)
+    dataset = host.dataset(told)
+    plan = plan_of_benchmark(told, host, dataset)
+    done = {name: carry_out_one(told, plan, name, 0) for name, _, _ in told.trained()}
+    return told, host, dataset, plan, done
+
+
+def test_every_run_is_tested(made):
+    told, _, _, plan, done = made
+    for name, one in done.items():
+        assert METRICS[told.host] in one.metrics, name
+        assert all(math.isfinite(value) for key, value in one.metrics.items() if key != CALIBRATION)
+        decided = Decisions.read(plan.folder(name, 0) / DECISIONS)
+        assert len(decided.label) == len(decided.predicted) == len(decided.sample) > 0
+        assert decided.label.max() < len(decided.names) and decided.predicted.max() <= len(decided.names)
+
+
+def test_all_models_decide_on_the_same_items(made):
+    *_, plan, done = made
+    first, *others = (Decisions.read(plan.folder(name, 0) / DECISIONS) for name in done)
+    for other in others:
+        assert np.array_equal(first.label, other.label) and np.array_equal(first.sample, other.sample)
+
+
+def test_the_host_s_own_metric_is_that_of_its_own_test(made):
+    told, host, _, plan, done = made
+    if told.host == "nlp":
+        decided = Decisions.read(plan.folder("teacher", 0) / DECISIONS)
+        assert done["teacher"].metrics["accuracy"] == pytest.approx((decided.label == decided.predicted).mean())
+    else:
+        trained = done["teacher"].model
+        found = __import__("kdgraft_mm.evaluation", fromlist=["evaluate"]).evaluate(trained.config, trained.weights)
+        assert host.named(found).items() <= {**done["teacher"].metrics, "boundary F": 0.0}.items()
+
+
+def test_costs_are_those_of_the_plain_model_and_of_its_training(made, tmp_path):
+    told, _, _, plan, done = made
+    trained = {name: one.model for name, one in done.items()}
+    found = measure_costs(told, plan, trained, tmp_path / "log.txt", rounds=1)
+    method = f"small-{METHODS[told.host]}"
+    assert set(found) == {"teacher", "small-plain", method}
+    for name in found:
+        for figure in (
+            "parameters (k)",
+            "MFLOPs",
+            "size (MiB)",
+            latency_of(1),
+            latency_of(2),
+            "step (ms)",
+            "step memory (MiB)",
+        ):
+            assert found[name][figure] > 0, (name, figure)
+    assert (
+        found[method]["parameters (k)"] == found["small-plain"]["parameters (k)"] <= found["teacher"]["parameters (k)"]
+    )
+
+
+def test_the_models_are_drawn(made, tmp_path):
+    _, host, dataset, _, done = made
+    models = {name: one.model for name, one in done.items()}
+    host.draw(models, dataset, [0, 1], tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_finished_runs_are_not_made_again(made):
+    told, _, _, plan, done = made
+    assert set(carry_out(plan, dry_run=True)) == {(name, 0) for name in done}
+    again = carry_out_one(told, plan, "teacher", 0)
+    assert (
+        again.metrics == pytest.approx(done["teacher"].metrics, nan_ok=True)
+        and again.seconds == done["teacher"].seconds
+    )
+
+
+def test_a_model_that_is_unknown_is_refused(made):
+    told, host, dataset, *_ = made
+    (first, *_) = host.models
+    for settings, said in (
+        (dict(model="gpt5"), "no small model is called 'gpt5'"),
+        (dict(model=first, wide=3), "takes no 'wide'"),
+    ):
+        with pytest.raises(DistillError, match=said):
+            host.config(Model(settings=settings), dataset, told, "x")

@@ -1,0 +1,221 @@
+"""``kdgraft bench`` as a whole, in plain PyTorch: real trainings in real processes, their files, and what is left after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from kdgraft.cli import main
+from kdgraft_bench.records import FILE, read_rows
+
+TASKS = """
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from kdgraft.plain import Task
+
+X = torch.sin(torch.arange(1024.0)).reshape(256, 4)
+Y = (X.sum(1) > 0).long()
+WAIT = {wait}
+
+
+def accuracy(model):
+    time.sleep(WAIT)
+    right = (model(X[:128]).argmax(1) == Y[:128]).float().mean()
+    return {{"val": right, "accuracy": (model(X[128:]).argmax(1) == Y[128:]).float().mean()}}
+
+
+def net(width, epochs=4):
+    model = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+    loader = DataLoader(TensorDataset(X[:128], Y[:128]), batch_size=16, shuffle=True)
+    tested = [(X[128:], Y[128:])]
+    return Task(model, loader, F.cross_entropy, epochs, evaluate=accuracy, tested=tested)
+
+
+def broken(width):
+    raise ValueError("no such net")
+"""
+PLAN = """
+host = "torch"
+seeds = [0, 1]
+processes = 2
+out = "out"
+
+[teacher]
+config = "tasks.py:net"
+options = { width = 32 }
+
+[students.small]
+config = "tasks.py:net"
+options = { width = 3 }
+
+[students.tiny]
+config = "tasks.py:net"
+options = { width = 2 }
+
+[methods.kd]
+terms = [{ type = "SoftTargets", temperature = 2 }]
+
+[methods.hint]
+terms = [{ type = "Hint", tap = "0" }]
+"""
+
+
+def written(folder, wait=0.0, plan=PLAN):
+    (folder / "tasks.py").write_text(TASKS.format(wait=wait))
+    (folder / "mine.toml").write_text(plan)
+
+
+def started(folder):
+    command = [sys.executable, "-m", "kdgraft", "bench", "mine.toml"]
+    return subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    written(folder)
+    process = started(folder)
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return folder / "out", said
+
+
+def test_every_run_has_a_row(finished):
+    out, _ = finished
+    rows = read_rows(out)
+    students = [("small", method) for method in ("plain", "kd", "hint")] + [
+        ("tiny", m) for m in ("plain", "kd", "hint")
+    ]
+    assert {key[:2] for key in rows} == {("teacher", "teacher"), *students}
+    assert {key[2] for key in rows} == {0, 1} and len(rows) == 14
+    assert len((out / FILE).read_text().splitlines()) == 14
+
+
+def test_the_figures_are_those_of_accuracy_calibration_agreement_and_costs(finished):
+    out, _ = finished
+    with (out / "results.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = {(row["model"], row["method"], row["seed"], row["metric"]): float(row["value"]) for row in rows}
+    for method in ("plain", "kd", "hint"):
+        for metric in ("accuracy", "calibration error", "agreement with the teacher"):
+            assert 0 <= found["small", method, "0", metric] <= 1
+    assert found["small", "kd", "0", "parameters (k)"] == (3 * 5 + 2 * 4) / 1e3
+    assert found["teacher", "teacher", "0", "MFLOPs"] == pytest.approx(2 * (4 * 32 + 32 * 2) / 1e6)
+    assert found["small", "plain", "0", "size (MiB)"] == pytest.approx((3 * 5 + 2 * 4) * 4 / 2**20)
+    assert found["small", "kd", "1", "step (ms)"] > 0 and found["small", "kd", "1", "latency at batch 16 (ms)"] > 0
+
+
+def test_the_rows_hold_what_the_runs_measured(finished):
+    out, _ = finished
+    for (student, method, seed), row in read_rows(out).items():
+        record = json.loads((out / row.folder / "finished.json").read_text())
+        assert row.metrics["accuracy"] == record["model"]["metrics"]["accuracy"], (student, method, seed)
+
+
+def test_tables_and_report_are_written(finished):
+    out, said = finished
+    table = (out / "table.md").read_text()
+    assert "small: net" in table and "tiny: net" in table and "of the gap" in table
+    page = (out / "report.html").read_text()
+    for text in ("small: kd", "tiny: plain", "accuracy against latency", "What these classes are taken for"):
+        assert text in page, text
+    assert "report in out/report.html" in said
+
+
+def test_a_second_call_trains_nothing(finished, capfd, monkeypatch):
+    out, _ = finished
+    before = (out / FILE).read_bytes()
+    monkeypatch.chdir(out.parent)
+    assert main(["bench", "mine.toml", "--dry-run"]) == 0
+    assert "0 of 14 runs to do" in capfd.readouterr().out
+    assert main(["bench", "mine.toml"]) == 0
+    assert (out / FILE).read_bytes() == before
+
+
+def test_a_dry_run_says_what_is_missing_and_how_long_it_takes(finished, capfd, monkeypatch):
+    out, _ = finished
+    monkeypatch.chdir(out.parent)
+    assert main(["bench", "mine.toml", "--seeds", "0", "1", "2", "--dry-run"]) == 0
+    said = capfd.readouterr().out
+    assert "7 of 21 runs to do" in said and "in 2 processes side by side" in said
+
+
+def test_comparing_a_result_with_itself_shows_nothing(finished, capfd):
+    out, _ = finished
+    assert main(["bench", "--compare", str(out), str(out)]) == 0
+    assert "nothing got worse" in capfd.readouterr().out
+
+
+def test_one_failure_stops_only_those_that_need_it(tmp_path, monkeypatch, capfd):
+    plan = PLAN.replace("seeds = [0, 1]", "seeds = [0]").replace(
+        '[methods.hint]\nterms = [{ type = "Hint", tap = "0" }]',
+        '[methods.hint]\nterms = [{ type = "Hint", tap = "no" }]',
+    )
+    written(tmp_path, plan=plan)
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "mine.toml"]) == 2
+    said = capfd.readouterr()
+    assert "small-hint (seed 0) failed" in said.err or "tiny-hint (seed 0) failed" in said.err
+    assert said.err.strip().splitlines()[-1].startswith("kdgraft: error: ") and "log.txt" in said.err
+    assert {key[:2] for key in read_rows(tmp_path / "out")} == {
+        ("teacher", "teacher"),
+        *((student, method) for student in ("small", "tiny") for method in ("plain", "kd")),
+    }
+
+
+def killed_at_random(folder, kills, seed):
+    """Start the benchmark anew after each of so many kills; return what the last one said."""
+    chance = random.Random(seed)
+    for _ in range(kills):
+        process = started(folder)
+        time.sleep(chance.uniform(2.0, 14.0))
+        os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
+        process.wait()
+        process.stdout.close()
+        time.sleep(1.5)  # processes of a parent that was killed end by themselves
+    last = started(folder)
+    said, _ = last.communicate(timeout=600)
+    assert last.returncode == 0, said
+    return said
+
+
+def without_times(out):
+    return {key: dict(row.metrics) for key, row in read_rows(out).items()}
+
+
+def test_weights_are_tuned_on_validation_first(tmp_path, monkeypatch, capfd):
+    head, _, _ = PLAN.partition("[students.tiny]")
+    written(tmp_path, plan=head.replace("seeds = [0, 1]", "seeds = [0]") + '[methods.kd]\nterms = ["SoftTargets"]\n')
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "mine.toml", "--tune", "2"]) == 0
+    found = json.loads((tmp_path / "out/tuned.json").read_text())
+    values = {float(factor): value for factor, value in found["values"]["kd"].items()}
+    assert set(values) == {1.0, 2.0} and found["factors"]["kd"] == max(values, key=values.get)
+    assert f"kd × {found['factors']['kd']:g}" in (tmp_path / "out/report.html").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("finished.json")}
+    assert len(before) == 3 + 3  # teacher and two candidates; teacher, plain and distilled student
+    assert main(["bench", "mine.toml", "--tune", "2"]) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    capfd.readouterr()
+
+
+@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_killed_and_started_again_it_has_the_same_results(finished, tmp_path, kills):
+    written(tmp_path, wait=0.3)
+    killed_at_random(tmp_path, kills, seed=kills)
+    assert without_times(tmp_path / "out") == without_times(finished[0])
