@@ -31,12 +31,15 @@ from ..demos.hf import TrainerComparison, bert, llama, quiet
 from ..demos.nlp import LANGUAGE, SENTENCES, TAGS, own_set, write_data
 from ..spec import Benchmark, Model
 from .base import BenchHost, Dataset, Opened, Tested
+from .pretrained import minilm, some_layers
 
-TASKS = {"bert": "classification", "bert_tagger": "tokens", "llama": "causal"}
+TASKS = {"bert": "classification", "minilm": "classification", "bert_tagger": "tokens", "llama": "causal"}
 """The task of each small model."""
 COMPARISONS = {"classification": SENTENCES, "tokens": TAGS, "causal": LANGUAGE}
 CHECKPOINTS = 5
 """The number of checkpoints of a training of a small model, to resume from."""
+FINE_TUNING = 1e-4
+"""The learning rate of a pretrained model."""
 IGNORED = -100
 
 
@@ -89,22 +92,27 @@ class TextBench(BenchHost):
         return str(path), {}
 
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> dict[str, Any]:
-        told = self.known(model.settings, ("width", "layers", "rate"))
         name = str(model.settings["model"])
+        told = self.known(model.settings, ("layers", "rate") if name == "minilm" else ("width", "layers", "rate"))
         comparison: TrainerComparison = COMPARISONS[TASKS[name]]
         comparison = replace(comparison, recipes={})
-        made = (llama if name == "llama" else bert)(told.get("width", 32), told.get("layers", 2))[1]
+        made: Any
+        if name == "minilm":
+            made = minilm() if "layers" not in told else some_layers(told["layers"], benchmark.out.resolve() / "models")
+        else:
+            made = (llama if name == "llama" else bert)(told.get("width", 32), told.get("layers", 2))[1]
         steps = benchmark.iterations or comparison.iterations
         training = Training("plain", 0, steps, benchmark.split, benchmark.device, Path(), Path("unused"))
-        found = {**comparison.config(training), "student": made}
+        found = {**comparison.config(training), "student": str(made) if isinstance(made, Path) else made}
         del found["output"]
-        found["tokenizer"] = dict(vocab_size=comparison.vocabulary)
+        shared = benchmark.teacher.settings.get("model") == "minilm"  # all models read its teacher's tokens
+        found["tokenizer"] = str(minilm()) if shared else dict(vocab_size=comparison.vocabulary)
         found["data"] = {**found["data"], **self._files(dataset)}
         arguments = found["training"]
         for entry in ("seed", "use_cpu"):
             arguments.pop(entry)
         every = max(steps // CHECKPOINTS, 1)
-        arguments |= dict(learning_rate=told.get("rate", comparison.rates[1]))
+        arguments |= dict(learning_rate=told.get("rate", FINE_TUNING if name == "minilm" else comparison.rates[1]))
         arguments |= dict(save_strategy="steps", save_steps=every, save_total_limit=1, report_to=[])
         return found
 
