@@ -154,7 +154,7 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
     _check_names(where, told)
     numbers = {key: told[key] for key in ("processes", "iterations", "tune") if key in told}
     for key, value in numbers.items():
-        check_number(where, key, value, 1, whole=True)
+        check_number(where, key, value, 2 if key == "iterations" else 1, whole=True)  # a warm-up, and the rest
     return Benchmark(
         name=file.stem,
         host=str(host),

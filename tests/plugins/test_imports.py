@@ -90,6 +90,8 @@ MAY |= {
 }
 # Parts of a host's demo.
 MAY |= {f"kdgraft_bench.demos.{part}": MAY["kdgraft_bench.demos.nlp"] for part in ("attention", "hf", "on_policy")}
+MAY["kdgraft_bench.hosts.pretrained"] = MAY["kdgraft_bench.demos.nlp"]
+MAY["kdgraft_bench.hosts.efficientnet"] = MAY["kdgraft_bench.demos.mm"]
 MAY["kdgraft_bench.demos.queries"] = MAY["kdgraft_bench.demos.det"]
 MAY["kdgraft_bench.report.checkpoints"] = {
     "kdgraft_bench",

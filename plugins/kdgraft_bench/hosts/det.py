@@ -20,6 +20,7 @@ from ..demos import det
 from ..demos.det import SCORES, Detection, detector, draw_detections
 from ..spec import Benchmark, Model
 from .base import Dataset
+from .efficientnet import with_efficientnet
 from .mm import Collector, RunnerBench
 
 OVERLAP = 0.5
@@ -47,8 +48,9 @@ class DetectionBench(RunnerBench):
         return det.scenes() if dataset.real is None else det.own_set(RealSet.read(dataset.real))
 
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
-        told = self.known(model.settings, ("width", "channels"))
-        return detector(told.get("width", 6), told.get("channels", det.CHANNELS), classes)[1]
+        told = self.known(model.settings, ("width", "channels", "efficientnet"))
+        made = detector(told.get("width", 6), told.get("channels", det.CHANNELS), classes)[1]
+        return with_efficientnet(made, told["efficientnet"]) if "efficientnet" in told else made
 
     def use_data(self, config: Config, dataset: Dataset) -> None:
         own = self.comparison(dataset)

@@ -27,6 +27,7 @@ from kdgraft_mm.trainer import MMTrainer
 from ..comparison import Training
 from ..demos.mm import RunnerComparison, silent
 from ..spec import Benchmark, Model
+from . import efficientnet
 from .base import BenchHost, Dataset, Opened, Tested
 
 CHECKPOINTS = 10
@@ -89,13 +90,12 @@ class RunnerBench(BenchHost):
         config = comparison.config(training)
         for entry in ("work_dir", "randomness"):
             config.pop(entry)
-        config.model = self._with_preprocessor(self.small(model, dataset, len(comparison.classes)), config.model)
+        config.model = _prepared(self.small(model, dataset, len(comparison.classes)), config.model)
+        if config.model["backbone"]["type"] == "EfficientNetLite":
+            config.custom_imports = dict(imports=[efficientnet.__name__])
         every = max(steps // CHECKPOINTS, 1)
         config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=1)
         return config
-
-    def _with_preprocessor(self, model: dict[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
-        return {**model, "data_preprocessor": of["data_preprocessor"]}
 
     def options(self, benchmark: Benchmark) -> dict[str, Any]:
         """Return the length for configs of the user; the small models' own already have it."""
@@ -183,6 +183,12 @@ class Collector(Hook):
     @abstractmethod
     def decisions(self) -> Any:
         """Return the decisions; ``None`` without any item."""
+
+
+def _prepared(model: dict[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a model with the data preprocessor of another, which knows its data, but with its own normalisation."""
+    own = {key: model["data_preprocessor"][key] for key in ("mean", "std")}
+    return {**model, "data_preprocessor": {**of["data_preprocessor"], **own}}
 
 
 def _set_classes(model: Any, classes: int) -> None:

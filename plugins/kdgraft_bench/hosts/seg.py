@@ -20,6 +20,7 @@ from ..demos import seg
 from ..demos.seg import SCORES, Segmentation, draw_masks, segmentor
 from ..spec import Benchmark, Model
 from .base import Dataset
+from .efficientnet import with_efficientnet
 from .mm import Collector, RunnerBench
 
 PIXELS = 2000
@@ -50,9 +51,10 @@ class SegmentationBench(RunnerBench):
         return seg.scenes() if dataset.real is None else seg.own_set(dataset.real)
 
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
-        told = self.known(model.settings, ("width", "channels", "background"))
+        told = self.known(model.settings, ("width", "channels", "background", "efficientnet"))
         background = told.get("background", None if dataset.real else seg.BACKGROUND)
-        return segmentor(told.get("width", 8), told.get("channels", 24), classes, background)[1]
+        made = segmentor(told.get("width", 8), told.get("channels", 24), classes, background)[1]
+        return with_efficientnet(made, told["efficientnet"]) if "efficientnet" in told else made
 
     def use_data(self, config: Config, dataset: Dataset) -> None:
         own = self.comparison(dataset)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 
@@ -15,32 +14,10 @@ from kdgraft.plans import carry_out
 from kdgraft_bench.benchmark.costs import latency_of, measure_costs
 from kdgraft_bench.benchmark.planned import plan_of_benchmark
 from kdgraft_bench.benchmark.working import CALIBRATION, DECISIONS, carry_out_one
-from kdgraft_bench.data.scenes import write_detection_set, write_segmentation_set
 from kdgraft_bench.decisions import Decisions
 from kdgraft_bench.hosts import bench_host
 from kdgraft_bench.spec import Model, read_benchmark
-
-
-def write_scenes(folder):
-    return write_detection_set(folder, seed=0, train=12, val=4, test=4)
-
-
-def write_masks(folder):
-    """Write masks in the layout of a real set."""
-    root = write_segmentation_set(folder / "scenes", seed=0, train=12, val=4, test=4)
-    for ours, theirs in (("images", "img_dir"), ("masks", "ann_dir")):
-        (root / ours).rename(root / theirs)
-    (root / "classes.json").write_text(json.dumps({"classes": [str(place) for place in range(11)]}))
-    return root
-
-
-def write_texts(folder):
-    words = {"cat": "the cat sat on a mat", "dog": "a dog ran in the park", "cow": "one cow ate all the grass"}
-    for split, count in (("train", 30), ("val", 6)):
-        lines = [{"text": f"{words[name]} {place}", "label": name} for place in range(count) for name in words]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return folder
-
+from support.bench import write_masks, write_scenes, write_texts
 
 SETS = {"det": write_scenes, "seg": write_masks, "nlp": write_texts}
 METHODS = {"det": "ld", "seg": "cwd", "nlp": "soft_targets"}

@@ -16,6 +16,7 @@ from kdgraft_bench.benchmark.planned import plan_of_benchmark
 from kdgraft_bench.benchmark.working import carry_out_one
 from kdgraft_bench.hosts import bench_host, pretrained
 from kdgraft_bench.spec import read_benchmark
+from support.bench import write_masks, write_scenes
 
 WORDS = {"cat": "the cat sat on a mat", "dog": "a dog ran in the park"}
 needs_weights = pytest.mark.skipif(find_spec(pretrained.PACKAGE) is None, reason="needs the extra pretrained")
@@ -28,7 +29,7 @@ def told(tmp_path):
     for split, count in (("train", 16), ("val", 3)):
         rows = [{"text": f"{text} {place}", "label": name} for place in range(count) for name, text in WORDS.items()]
         (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return read_benchmark("nlp-pretrained", data=str(data), out=str(tmp_path / "out"), seeds=[0], iterations=1)
+    return read_benchmark("nlp-pretrained", data=str(data), out=str(tmp_path / "out"), seeds=[0], iterations=2)
 
 
 def test_without_its_weights_it_says_what_to_install(monkeypatch, told):
@@ -79,4 +80,36 @@ def test_it_trains_teacher_and_students_on_the_same_tokens(told):
         assert AutoTokenizer.from_pretrained(one.model.weights).vocab_size == 30522
     for name in ("teacher", "three_layers", "scratch"):
         config = yaml.safe_load((told.out / f"configs/{name}.yaml").read_text())
-        assert config["tokenizer"] == str(pretrained.minilm()) and config["training"]["max_steps"] == 1
+        assert config["tokenizer"] == str(pretrained.minilm()) and config["training"]["max_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "method"), [("det-pretrained", write_scenes, "ld"), ("seg-pretrained", write_masks, "cwd")]
+)
+def test_a_backbone_with_imagenet_weights_teaches(tmp_path, name, write, method):
+    pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra pretrained")
+    data = tmp_path / "data"
+    data.mkdir()
+    told = read_benchmark(
+        name, data=str(write(data)), out=str(tmp_path / "out"), seeds=[0], iterations=2, methods=[method]
+    )
+    host = bench_host(told.host)
+    dataset = host.dataset(told)
+    plan = plan_of_benchmark(told, host, dataset)
+    done = {run: carry_out_one(told, plan, run, 0) for run in ("teacher", f"small-{method}")}
+    weights = torch.load(done["teacher"].model.weights, weights_only=False)["state_dict"]
+    efficientnet = __import__("kdgraft_bench.hosts.efficientnet", fromlist=["network"])
+    own, given = (
+        weights["backbone.stages.0.0._depthwise_conv.weight"],
+        efficientnet.network("lite0")._blocks[0]._depthwise_conv.weight,
+    )
+    # One step of AdamW at a warm-up's rate moves a weight by less than this.
+    assert torch.allclose(own, given, atol=2e-3) and not torch.equal(own, given)
+    assert not any(
+        "stages" in key for key in torch.load(done[f"small-{method}"].model.weights, weights_only=False)["state_dict"]
+    )
+    opened = host.open(next(run for run in plan.runs if run.name == "teacher"), done["teacher"].model, dataset)
+    levels = opened.model.backbone(torch.zeros(1, 3, 64, 96))
+    assert [tuple(level.shape[1:]) for level in levels] == [
+        (c, 64 // s, 96 // s) for c, s in zip((24, 40, 112, 320), (4, 8, 16, 32), strict=True)
+    ]
