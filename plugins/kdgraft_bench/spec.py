@@ -16,7 +16,7 @@ SHIPPED = Path(__file__).with_name("benchmarks")
 """The folder of the benchmarks that ship."""
 KEYS = (
     *("host", "data", "out", "seeds", "processes", "device", "iterations", "tune", "split", "batches", "metric"),
-    *("teacher", "students", "methods", "runs"),
+    *("teacher", "students", "methods", "peers", "runs"),
 )
 MODEL_KEYS = ("model", "config", "options")
 METHOD_KEYS = ("recipe", "terms", "teacher", "teachers", "options", "start", "stop", "data")
@@ -55,6 +55,7 @@ class Benchmark:
         host: the host's name.
         teacher, students: what is trained; every student is also trained alone.
         methods: the entries of the distilled runs, as in a plan: ``recipe``, ``terms`` …
+        peers: trainings by other packages' code, from a config or by the benchmark's own name for them, ``model``.
         runs: further runs of a plan, such as assistants, which methods may name as their teacher.
         folder: the folder of the file, to which paths of configs are relative.
         out: the folder of the results.
@@ -74,6 +75,7 @@ class Benchmark:
     teacher: Model
     students: Mapping[str, Model]
     methods: Mapping[str, Mapping[str, Any]]
+    peers: Mapping[str, Model]
     runs: Mapping[str, Any]
     folder: Path
     out: Path
@@ -91,7 +93,7 @@ class Benchmark:
         """Yield the name, the student and the method of every run of the table; those of the teacher are ``"teacher"``."""
         yield TEACHER, TEACHER, TEACHER
         for student in self.students:
-            for method in (PLAIN, *self.methods):
+            for method in (PLAIN, *self.methods, *self.peers):
                 yield run_name(student, method), student, method
 
 
@@ -149,8 +151,9 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
         if not isinstance(told.get(key), dict) or not told[key]:
             example = "[teacher]" if key == "teacher" else f"[{key}.NAME]"
             raise DistillError(f"{where} needs a table {example}")
-    if not isinstance(told.get("runs", {}), dict):
-        raise DistillError(f"{where}: runs must be tables [runs.NAME] of a plan, got {told['runs']!r}")
+    for key in ("peers", "runs"):
+        if not isinstance(told.get(key, {}), dict):
+            raise DistillError(f"{where}: {key} must be tables [{key}.NAME], got {told[key]!r}")
     _check_names(where, told)
     numbers = {key: told[key] for key in ("processes", "iterations", "tune") if key in told}
     for key, value in numbers.items():
@@ -163,6 +166,9 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
             name: _model(f"{where}: student {name!r}", one, file.parent) for name, one in told["students"].items()
         },
         methods={name: _method(f"{where}: method {name!r}", one) for name, one in told["methods"].items()},
+        peers={
+            name: _model(f"{where}: peer {name!r}", one, file.parent) for name, one in told.get("peers", {}).items()
+        },
         runs=told.get("runs", {}),
         folder=file.parent,
         out=Path(),
@@ -185,14 +191,15 @@ def _known(where: str, entry: Mapping[str, Any], keys: tuple[str, ...]) -> None:
 def _check_names(where: str, told: Mapping[str, Any]) -> None:
     """Refuse names that are no folder's, or that mean something else already."""
     reserved = {TEACHER, PLAIN}
-    for kind in ("students", "methods", "runs"):
+    for kind in ("students", "methods", "peers", "runs"):
         for name in told.get(kind, {}):
             if not name.isidentifier() or name in reserved:
                 taken = "; teacher and plain are taken" if name in reserved else ""
                 raise DistillError(f"{where}: a name in {kind} must be letters, digits and '_', got {name!r}{taken}")
-    for name in told.get("runs", {}):
-        if name in told["students"]:
-            raise DistillError(f"{where}: {name} is a student and one of the runs; give one of them another name")
+    for one, other in (("students", "runs"), ("methods", "peers")):
+        for name in told.get(other, {}):
+            if name in told[one]:
+                raise DistillError(f"{where}: {name} is in {one} and in {other}; give one of them another name")
 
 
 def _model(where: str, entry: Any, folder: Path) -> Model:

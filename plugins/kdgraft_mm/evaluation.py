@@ -77,7 +77,9 @@ def open_model(path: str, checkpoint: str) -> tuple[Any, Any]:
     _choose_set(config, path)
     weights = weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))
     with config_mistakes(path), DefaultScope.overwrite_default_scope(scope_of(config)):
-        model = MODELS.build(model_of(config)).to(get_device()).eval()
+        model = MODELS.build(model_of(config))
+        model.to(get_device())  # some detectors of mmdet return nothing here
+        model.eval()
         samples = DATASETS.build(config.test_dataloader.dataset)
     load_strictly(model, weights, str(checkpoint), "student")
     return model, samples

@@ -59,14 +59,14 @@ class _Made:
 
 
 def references(run: PlannedRun) -> list[str]:
-    """Return the names that a run refers to as teachers, members of ensembles, or its start."""
+    """Return the names that a run refers to as teachers, members of ensembles, its start, or in its options."""
     found = []
     for source, teacher in run.teachers.items():
         if isinstance(teacher, str):
             found.append(teacher)
         elif "members" in teacher:
             found += [name for name in teacher["members"] if name not in {*run.teachers} - {source}]
-    return list(dict.fromkeys([*found, *([run.start] if run.start else [])]))
+    return list(dict.fromkeys([*found, *([run.start] if run.start else []), *run.mentioned]))
 
 
 def changed(run: PlannedRun, name: str, changes: Changes) -> PlannedRun:
@@ -211,7 +211,7 @@ def _referring(run: PlannedRun, meaning: Mapping[str, str], made: Mapping[str, _
         else:
             teachers[source] = teacher
     start = run.start and meaning.get(run.start, run.start)
-    return replace(run, teachers=teachers, start=start)
+    return replace(run, teachers=teachers, start=start, options=run.renamed(meaning))
 
 
 def _members(run: PlannedRun, source: str, meaning: Mapping[str, str], made: Mapping[str, _Made]) -> dict[str, str]:

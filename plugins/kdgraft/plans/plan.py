@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError, nearest
-from ..hosts import Kind, TransferSet
+from ..hosts import Kind, TrainedModel, TransferSet
+
+MENTIONED = re.compile(r"\{([\w.-]+)\.(weights|config)\}")
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class PlannedRun:
         name: its name in the plan.
         config: the config to train: a file, or ``file.py:function`` for plain PyTorch.
         host: the host's name; ``None`` for the host that reads such a config.
-        options: overrides of the config's entries by dotted key.
+        options: overrides of the config's entries by dotted key; ``"{NAME.weights}"`` and ``"{NAME.config}"`` in a text are the files
+            of another run.
         teachers: the teachers by source name: the name of another run, or a table in the host's own format.
         terms: distillation terms.
         recipe: a recipe's name or table; its terms come before ``terms``.
@@ -46,7 +50,27 @@ class PlannedRun:
     def needs(self) -> list[str]:
         """The runs that must be finished before this one."""
         found = [teacher for teacher in self.teachers.values() if isinstance(teacher, str)]
-        return list(dict.fromkeys([*found, *([self.start] if self.start else [])]))
+        return list(dict.fromkeys([*found, *([self.start] if self.start else []), *self.mentioned]))
+
+    @property
+    def mentioned(self) -> list[str]:
+        """The runs whose files its options mention, as ``"{teacher.weights}"`` or ``"{teacher.config}"``."""
+        texts = [value for value in self.options.values() if isinstance(value, str)]
+        return list(dict.fromkeys(name for text in texts for name, _ in MENTIONED.findall(text)))
+
+    def renamed(self, meaning: Mapping[str, str]) -> dict[str, Any]:
+        """Return the options with other names of the runs that they mention."""
+        return self._filled(lambda name, what: f"{{{meaning.get(name, name)}.{what}}}")
+
+    def filled(self, found: Mapping[str, TrainedModel]) -> dict[str, Any]:
+        """Return the options with the files of finished runs in place of their names."""
+        return self._filled(lambda name, what: str(getattr(found[name], what)))
+
+    def _filled(self, fill: Callable[[str, str], str]) -> dict[str, Any]:
+        return {
+            key: MENTIONED.sub(lambda match: fill(*match.groups()), value) if isinstance(value, str) else value
+            for key, value in self.options.items()
+        }
 
     @property
     def special(self) -> list[str]:

@@ -87,7 +87,7 @@ def _train(run: PlannedRun, seed: int, needed: Mapping[str, TrainedModel], host:
     }
     job = Job(
         run.config,
-        run.options,
+        run.filled(needed),
         state.folder,
         seed,
         teachers,
@@ -161,7 +161,13 @@ def _settings(run: PlannedRun, seed: int, needed: Mapping[str, str], host: Host)
         "teachers": {source: needed[t] if isinstance(t, str) else t for source, t in run.teachers.items()},
         "start": needed[run.start] if run.start else None,
     }
-    more = {"stop": run.stop, "data": run.data and _content(run.data), "ensemble": run.ensemble}
+    mentioned = {name: needed[name] for name in run.mentioned}
+    more = {
+        "mentioned": mentioned or None,
+        "stop": run.stop,
+        "data": run.data and _content(run.data),
+        "ensemble": run.ensemble,
+    }
     return found | {key: value for key, value in more.items() if value is not None}
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def measure_costs(benchmark: Benchmark, plan: Plan, trained: Trained, log: Path,
 def _measured(benchmark: Benchmark, plan: Plan, trained: Trained, rounds: int) -> Costs:
     host = bench_host(benchmark.host)
     dataset = host.dataset(benchmark)
-    runs = {run.name: run for run in plan.runs if isinstance(run, PlannedRun)}
+    planned = [run for run in plan.runs if isinstance(run, PlannedRun) and run.name in trained]
+    runs = {run.name: replace(run, options=run.filled(trained)) for run in planned}
     used = {name: name for name in [TEACHER, *(run_name(student, PLAIN) for student in benchmark.students)]}
     opened = {name: host.open(runs[name], trained[name], dataset) for name in used}
     found: Costs = {name: sizes(one) for name, one in opened.items()}
@@ -72,7 +74,9 @@ def _measured(benchmark: Benchmark, plan: Plan, trained: Trained, rounds: int) -
     for name, step in _steps(benchmark, host, runs, trained, rounds).items():
         found.setdefault(name, {}).update(step)
     for student in benchmark.students:
-        for method in benchmark.methods:
+        for method in (*benchmark.methods, *benchmark.peers):
+            if run_name(student, method) not in found:  # a peer that does not run
+                continue
             own = found[run_name(student, PLAIN)]
             shared = {key: value for key, value in own.items() if key not in (STEP, MEMORY)}
             found[run_name(student, method)] = {**shared, **found[run_name(student, method)]}
@@ -96,7 +100,7 @@ def _steps(
     benchmark: Benchmark, host: BenchHost, runs: Mapping[str, PlannedRun], trained: Trained, rounds: int
 ) -> Costs:
     """Time a training step of every run, in turn, and measure the memory that it needs."""
-    steps = {name: _step(host, runs[name], trained) for name, _, _ in benchmark.trained()}
+    steps = {name: _step(host, runs[name], trained) for name, _, _ in benchmark.trained() if name in trained}
     seconds = interleave(steps, rounds, device=benchmark.device)
     return {
         name: {STEP: float(np.median(seconds[name])) * 1e3, MEMORY: peak_memory(step, benchmark.device) / 2**20}

@@ -31,5 +31,11 @@ def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -
             options = {**alone["options"], **told.get("options", {})}
             taught = {} if {"teacher", "teachers"} & set(told) else {"teacher": TEACHER}
             runs[run_name(student, method)] = {"config": alone["config"], **taught, **told, "options": options}
+        for name, peer in benchmark.peers.items():
+            config, options = host.peer(peer, student, dataset, benchmark)
+            runs[run_name(student, name)] = {
+                "config": config,
+                "options": {**options, **host.options(benchmark), **peer.options},
+            }
     told = {"host": benchmark.host, "out": str(benchmark.out / "runs"), "seeds": list(benchmark.seeds), "runs": runs}
     return plan_of(told, f"benchmark {benchmark.name}", benchmark.folder, "")

@@ -66,7 +66,7 @@ def benchmark(told: Benchmark, *, dry_run: bool = False, command: Sequence[str] 
         if dry_run:
             _announce(told, plan, finished)
             return []
-        _train(told, plan, dataset, finished)
+        absent = _train(told, plan, dataset, finished)
         finished = carry_out(plan, dry_run=True, tell=lambda line: None)
         first = {name: model for (name, seed), model in finished.items() if seed == told.seeds[0]}
         costs = _costs(told, plan, first)
@@ -81,9 +81,10 @@ def benchmark(told: Benchmark, *, dry_run: bool = False, command: Sequence[str] 
             metric=metric,
             pictures=sorted(told.out.glob("*.png")),
             command=shlex.join(command),
-            notes=[_weights(factors, told.tune)],
+            notes=[_weights(factors, told.tune), *absent],
         )
-    print(f"{said}\nreport in {told.out / 'report.html'}")
+    print("\n".join([said, *absent]))
+    print(f"report in {told.out / 'report.html'}")
     return results
 
 
@@ -109,7 +110,12 @@ def _todo(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel]) -> 
     ]
 
 
-def _train(told: Benchmark, plan: Plan, dataset: Dataset, finished: Mapping[Run, TrainedModel]) -> None:
+def _train(told: Benchmark, plan: Plan, dataset: Dataset, finished: Mapping[Run, TrainedModel]) -> list[str]:
+    """Carry out what is missing, and return a sentence for each run of a peer that failed.
+
+    Raises:
+        DistillError: another run failed.
+    """
     todo = _todo(told, plan, finished)
     table = {name: (student, method) for name, student, method in told.trained()}
     pace = _Pace(told, plan, todo)
@@ -132,7 +138,9 @@ def _train(told: Benchmark, plan: Plan, dataset: Dataset, finished: Mapping[Run,
             names = ", ".join(f"{name} {seed}" for name, seed in sorted(working))
             bar.set_postfix_str(f"{pace.left(working)}; {names}" if working else "")
 
-        failed = side_by_side(told, plan, todo, tell, show)
+        failures = side_by_side(told, plan, todo, tell, show)
+    peers = {run_name(student, peer) for student in told.students for peer in told.peers}
+    failed = [one for one in failures if one.run[0] not in peers]
     if failed:
         for one in failed[1:]:
             print(f"{one.run[0]} (seed {one.run[1]}): {one.said}")
@@ -141,6 +149,7 @@ def _train(told: Benchmark, plan: Plan, dataset: Dataset, finished: Mapping[Run,
         raise DistillError(
             f"{first.run[0]} (seed {first.run[1]}) failed: {first.said}; see {plan.folder(*first.run) / 'log.txt'}{more}"
         )
+    return [f"The peer {one.run[0]} (seed {one.run[1]}) does not run: {one.said}" for one in failures]
 
 
 class _Pace:
@@ -248,13 +257,15 @@ def _results(told: Benchmark, plan: Plan, costs: Costs) -> list[Result]:
     for seed in told.seeds:
         teacher = _decisions(plan, TEACHER, seed)
         for name, student, method in told.trained():
+            if method in told.peers and (student, method, seed) not in rows:
+                continue
             row = rows[student, method, seed]
             metrics = dict(row.metrics)
             mine = _decisions(plan, name, seed) if method != TEACHER else None
             if mine is not None and teacher is not None:
                 metrics[AGREEMENT] = agreement(mine, teacher)
             known = (row.task, row.dataset, row.student, method, seed)
-            found += [Result(*known, key, value) for key, value in (metrics | costs[name]).items()]
+            found += [Result(*known, key, value) for key, value in (metrics | costs.get(name, {})).items()]
     return found
 
 

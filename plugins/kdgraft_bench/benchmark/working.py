@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +153,13 @@ def carry_out_one(benchmark: Benchmark, plan: Plan, name: str, seed: int) -> Don
     folder.mkdir(parents=True, exist_ok=True)
     with logged(folder / LOG):
         started = time.perf_counter()
-        trained = carry_out(plan.part(name, seed))[name, seed]
+        found = {each: model for (each, _), model in carry_out(plan.part(name, seed)).items()}
+        trained = found[name]
         seconds = time.perf_counter() - started
         in_table = name in {told for told, _, _ in benchmark.trained()}
         if isinstance(run, Choice) or not in_table:
             return Done(trained, {}, seconds)
+        run = replace(run, options=run.filled(found))
         metrics, seconds = _tested(benchmark, run, trained, folder, seconds)
     return Done(trained, metrics, seconds)
 

@@ -68,6 +68,7 @@ class BenchHost(ABC):
         scores: metric -> (its name in the host, digits); the first one decides unless the benchmark names another.
         lengths: the options of a config that hold the length of a training, in iterations.
         models: the names of the small models.
+        peers: the names of other packages' distillation.
         embedded: the name of the embedded data set.
         picture: the name of the picture of :meth:`draw`.
     """
@@ -75,6 +76,7 @@ class BenchHost(ABC):
     scores: ClassVar[Mapping[str, tuple[str, int]]]
     lengths: ClassVar[tuple[str, ...]]
     models: ClassVar[tuple[str, ...]]
+    peers: ClassVar[tuple[str, ...]] = ()
     embedded: ClassVar[str]
     picture: ClassVar[str] = ""
 
@@ -95,6 +97,17 @@ class BenchHost(ABC):
         Raises:
             DistillError: an argument of the model is unknown.
         """
+
+    def peer(self, peer: Model, student: str, dataset: Dataset, benchmark: Benchmark) -> tuple[str, dict[str, Any]]:
+        """Return the config that trains a student by another package's code, and options of it.
+
+        Raises:
+            DistillError: the benchmark knows no such peer in this host.
+        """
+        if peer.config is None:
+            known = f"; there are {', '.join(self.peers)}" if self.peers else "; give a config"
+            raise DistillError(f"no peer is called {peer.settings['model']!r}{known}")
+        return peer.config, {}
 
     @abstractmethod
     def test(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str) -> Tested:

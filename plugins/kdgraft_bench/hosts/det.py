@@ -13,15 +13,17 @@ from mmengine.config import Config
 from torch import Tensor
 
 from kdgraft.hosts import TrainedModel
+from kdgraft_mm.configs import load_config
 
 from ..data.coco import RealSet
 from ..decisions import Decisions
 from ..demos import det
 from ..demos.det import SCORES, Detection, detector, draw_detections
-from ..spec import Benchmark, Model
+from ..mmdet_ld import mmdet_ld
+from ..spec import TEACHER, Benchmark, Model
 from .base import Dataset
 from .efficientnet import with_efficientnet
-from .mm import Collector, RunnerBench
+from .mm import Collector, RunnerBench, write_config
 
 OVERLAP = 0.5
 """The IoU from which a detection is one of an annotated object."""
@@ -33,6 +35,7 @@ class DetectionBench(RunnerBench):
     name, scope = "det", "mmdet"
     scores = SCORES
     models = ("gfl",)
+    peers = ("mmdet_ld",)
     embedded = "digit scenes"
     picture = "detections"
 
@@ -51,6 +54,18 @@ class DetectionBench(RunnerBench):
         told = self.known(model.settings, ("width", "channels", "efficientnet"))
         made = detector(told.get("width", 6), told.get("channels", det.CHANNELS), classes)[1]
         return with_efficientnet(made, told["efficientnet"]) if "efficientnet" in told else made
+
+    def peer(self, peer: Model, student: str, dataset: Dataset, benchmark: Benchmark) -> tuple[str, dict[str, Any]]:
+        if peer.settings.get("model") not in self.peers:
+            return super().peer(peer, student, dataset, benchmark)
+        files = [
+            self.config(model, dataset, benchmark, name)[0]
+            for name, model in ((student, benchmark.students[student]), (TEACHER, benchmark.teacher))
+        ]
+        config, teacher = map(load_config, files)
+        config.model = mmdet_ld(config.model.to_dict(), dict(model=teacher.model.to_dict()), "")
+        path = write_config(config, benchmark.out / "configs" / f"{student}-mmdet_ld.py")
+        return path, {"model.teacher_ckpt": "{teacher.weights}"}
 
     def use_data(self, config: Config, dataset: Dataset) -> None:
         own = self.comparison(dataset)

@@ -17,6 +17,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
 
+from kdgraft.files import written_whole
 from kdgraft.hosts import Job, TrainedModel, host_named
 from kdgraft.plans import PlannedRun
 from kdgraft_mm.configs import load_config
@@ -73,12 +74,7 @@ class RunnerBench(BenchHost):
             _set_classes(config.model, len(self.comparison(dataset).classes))
         else:
             config = self._small(model, dataset, benchmark)
-        path = benchmark.out / "configs" / f"{name}.py"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = config.pretty_text
-        if not path.is_file() or path.read_text(encoding="utf-8") != text:
-            path.write_text(text, encoding="utf-8")
-        return str(path), {}
+        return write_config(config, benchmark.out / "configs" / f"{name}.py"), {}
 
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> Config:
         comparison = self.comparison(dataset)
@@ -183,6 +179,16 @@ class Collector(Hook):
     @abstractmethod
     def decisions(self) -> Any:
         """Return the decisions; ``None`` without any item."""
+
+
+def write_config(config: Config, path: Path) -> str:
+    """Write a config, unless it is there already, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = config.pretty_text
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        with written_whole(path) as part:
+            part.write_text(text, encoding="utf-8")
+    return str(path)
 
 
 def _prepared(model: dict[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from mmengine.config import Config
 
 import support.nlp  # noqa: F401  quiet, one thread
 from kdgraft.errors import DistillError
@@ -82,7 +84,7 @@ def test_costs_are_those_of_the_plain_model_and_of_its_training(made, tmp_path):
     trained = {name: one.model for name, one in done.items()}
     found = measure_costs(told, plan, trained, tmp_path / "log.txt", rounds=1)
     method = f"small-{METHODS[told.host]}"
-    assert set(found) == {"teacher", "small-plain", method}
+    assert set(found) == {"teacher", "small-plain", method, *(f"small-{peer}" for peer in told.peers)}
     for name in found:
         for figure in (
             "parameters (k)",
@@ -104,6 +106,21 @@ def test_the_models_are_drawn(made, tmp_path):
     models = {name: one.model for name, one in done.items()}
     host.draw(models, dataset, [0, 1], tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_mmdetection_s_own_distillation_runs_as_a_peer(made):
+    told, _, _, _, done = made
+    if told.host != "det":
+        assert not told.peers
+        return
+    config = Config.fromfile(done["small-mmdet_ld"].model.config)
+    assert config.model.type == "KnowledgeDistillationSingleStageDetector"
+    assert config.model.teacher_ckpt == done["teacher"].model.weights
+    keys = [
+        set(torch.load(done[f"small-{name}"].model.weights, weights_only=False)["state_dict"])
+        for name in ("plain", "mmdet_ld")
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_finished_runs_are_not_made_again(made):

@@ -44,6 +44,11 @@ def net(width, epochs=4):
     return Task(model, loader, F.cross_entropy, epochs, evaluate=accuracy, tested=tested)
 
 
+def by_hand(width, teacher):
+    assert torch.load(teacher, weights_only=True)["0.weight"].shape == (32, 4)
+    return net(width)
+
+
 def broken(width):
     raise ValueError("no such net")
 """
@@ -198,20 +203,34 @@ def without_times(out):
     return {key: dict(row.metrics) for key, row in read_rows(out).items()}
 
 
-def test_weights_are_tuned_on_validation_first(tmp_path, monkeypatch, capfd):
+def test_weights_are_tuned_first_and_peers_that_do_not_run_are_listed(tmp_path, monkeypatch, capfd):
     head, _, _ = PLAN.partition("[students.tiny]")
-    written(tmp_path, plan=head.replace("seeds = [0, 1]", "seeds = [0]") + '[methods.kd]\nterms = ["SoftTargets"]\n')
+    peers = """
+[methods.kd]
+terms = ["SoftTargets"]
+
+[peers.by_hand]
+config = "tasks.py:by_hand"
+options = { width = 3, teacher = "{teacher.weights}" }
+
+[peers.lost]
+config = "tasks.py:broken"
+options = { width = 3 }
+"""
+    written(tmp_path, plan=head.replace("seeds = [0, 1]", "seeds = [0]") + peers)
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "mine.toml", "--tune", "2"]) == 0
     found = json.loads((tmp_path / "out/tuned.json").read_text())
     values = {float(factor): value for factor, value in found["values"]["kd"].items()}
     assert set(values) == {1.0, 2.0} and found["factors"]["kd"] == max(values, key=values.get)
-    assert f"kd × {found['factors']['kd']:g}" in (tmp_path / "out/report.html").read_text()
+    page, said = (tmp_path / "out/report.html").read_text(), capfd.readouterr().out
+    assert f"kd × {found['factors']['kd']:g}" in page
+    lost = "The peer small-lost (seed 0) does not run: ValueError: no such net"
+    assert lost in said and lost in page and "by_hand" in (tmp_path / "out/table.md").read_text()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("finished.json")}
-    assert len(before) == 3 + 3  # teacher and two candidates; teacher, plain and distilled student
+    assert len(before) == 3 + 4  # teacher and two candidates; teacher, plain and distilled student, and a peer
     assert main(["bench", "mine.toml", "--tune", "2"]) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    capfd.readouterr()
 
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
