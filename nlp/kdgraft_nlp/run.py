@@ -66,7 +66,7 @@ from .checkpoints import newest_first
 from .checks import one_line
 from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
-from .scores import number_scores, scores, tag_scores
+from .scores import metrics_of
 from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
 from .settings import TASKS, check_settings, encoding, load, tokenizer_folder, untaught
 from .tasks import AUTO_CLASSES
@@ -303,7 +303,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             eval_dataset=encoded.get("eval"),
             data_collator=collator,
             processing_class=tokenizer,
-            compute_metrics=_metrics(task, names),
+            compute_metrics=metrics_of(task, names),
             chunked=(config.get("chunked") or False) if taught else False,
             host_weight=config.get("host_weight", 1) if taught else 1,
             on_policy=config.get("on_policy") if taught else None,
@@ -381,21 +381,6 @@ def _model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | None, ow
             return kind.from_pretrained(spec, **labels)
         settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **spec, **labels}
         return kind.from_config(AutoConfig.for_model(**settings))
-
-
-def _metrics(task: str, names: Sequence[str] | None) -> Callable[[Any], dict[str, float]] | None:
-    if task == "classification":
-        return lambda found: scores(_outputs(found).argmax(-1), found.label_ids)
-    if task == "regression":
-        return lambda found: number_scores(_outputs(found), found.label_ids)
-    if task == "tokens":
-        return lambda found: tag_scores(_outputs(found).argmax(-1), found.label_ids, names or [])
-    return None
-
-
-def _outputs(found: Any) -> Any:
-    """Return the logits; hidden states follow them where the student's config asks for these."""
-    return found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
 
 
 def _shown(found: Mapping[str, float]) -> dict[str, float]:

@@ -5,9 +5,26 @@ They are computed here because scikit-learn and seqeval, which depends on it, wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
+
+
+def metrics_of(task: str, names: Sequence[str] | None) -> Callable[[Any], dict[str, float]] | None:
+    """Return the function that computes the metrics of a Trainer's evaluation; ``None`` for language models, which have the loss."""
+    if task == "classification":
+        return lambda found: scores(_outputs(found).argmax(-1), found.label_ids)
+    if task == "regression":
+        return lambda found: number_scores(_outputs(found), found.label_ids)
+    if task == "tokens":
+        return lambda found: tag_scores(_outputs(found).argmax(-1), found.label_ids, names or [])
+    return None
+
+
+def _outputs(found: Any) -> Any:
+    """Return the logits; hidden states follow them where the student's config asks for these."""
+    return found.predictions[0] if isinstance(found.predictions, tuple) else found.predictions
 
 
 def scores(predicted: np.ndarray, labels: np.ndarray) -> dict[str, float]:

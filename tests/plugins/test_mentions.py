@@ -77,5 +77,5 @@ def test_a_run_is_another_when_the_one_that_it_mentions_is(tmp_path):
 
 
 def test_what_is_mentioned_has_to_be_a_run(tmp_path):
-    with pytest.raises(DistillError, match=r"after needs 'befor', which is not a run; did you mean 'before'"):
-        written(tmp_path, PLAN.replace("{before.", "{befor."))
+    with pytest.raises(DistillError, match=r"after needs 'beforex', which is not a run; did you mean 'before'"):
+        written(tmp_path, PLAN.replace("{before.", "{beforex."))

@@ -21,7 +21,7 @@ def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -
 
     def entry(model: Model, name: str) -> dict[str, Any]:
         config, options = host.config(model, dataset, benchmark, name)
-        return {"config": config, "options": {**options, **host.options(benchmark), **model.options}}
+        return {"config": config, "options": {**options, **host.length(model, benchmark), **model.options}}
 
     runs: dict[str, Any] = {TEACHER: entry(benchmark.teacher, TEACHER), **benchmark.runs}
     for student, model in benchmark.students.items():
@@ -35,7 +35,7 @@ def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -
             config, options = host.peer(peer, student, dataset, benchmark)
             runs[run_name(student, name)] = {
                 "config": config,
-                "options": {**options, **host.options(benchmark), **peer.options},
+                "options": {**options, **host.length(peer, benchmark), **peer.options},
             }
     told = {"host": benchmark.host, "out": str(benchmark.out / "runs"), "seeds": list(benchmark.seeds), "runs": runs}
     return plan_of(told, f"benchmark {benchmark.name}", benchmark.folder, "")

@@ -135,9 +135,11 @@ class BenchHost(ABC):
         """Return the name of a metric of the table among those that a training measures on the validation split."""
         return self.scores[metric][0] if metric in self.scores else metric
 
-    def options(self, benchmark: Benchmark) -> dict[str, Any]:
-        """Return the options of every run: the length of the trainings, if it is set."""
-        return {} if benchmark.iterations is None else dict.fromkeys(self.lengths, benchmark.iterations)
+    def length(self, model: Model, benchmark: Benchmark) -> dict[str, Any]:
+        """Return the options that set the length of a training, where the benchmark sets it; the small models' configs have it already."""
+        if benchmark.iterations is None or model.config is None:
+            return {}
+        return dict.fromkeys(self.lengths, benchmark.iterations)
 
     def known(self, settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
         """Return the arguments of a small model.

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from mmdet.structures.bbox import bbox_overlaps
-from mmengine.config import Config
 from torch import Tensor
 
 from kdgraft.hosts import TrainedModel
@@ -66,23 +65,6 @@ class DetectionBench(RunnerBench):
         config.model = mmdet_ld(config.model.to_dict(), dict(model=teacher.model.to_dict()), "")
         path = write_config(config, benchmark.out / "configs" / f"{student}-mmdet_ld.py")
         return path, {"model.teacher_ckpt": "{teacher.weights}"}
-
-    def use_data(self, config: Config, dataset: Dataset) -> None:
-        own = self.comparison(dataset)
-        assert dataset.folder is not None
-        for part in ("train", "val", "test"):
-            loader = config.get(f"{part}_dataloader")
-            if loader is None:
-                continue
-            split, holder = own.splits[part], loader
-            while "dataset" in holder["dataset"]:
-                holder = holder["dataset"]
-            pipeline = holder["dataset"].get("pipeline")
-            holder["dataset"] = own.images(dataset.folder.resolve(), split, train=part == "train")
-            if pipeline is not None:
-                holder["dataset"]["pipeline"] = pipeline
-            if part != "train":
-                config[f"{part}_evaluator"] = own.evaluator(dataset.folder.resolve(), split)
 
     def collector(self, dataset_meta: Mapping[str, Any]) -> Collector:
         return _Objects(tuple(dataset_meta.get("classes", ())))

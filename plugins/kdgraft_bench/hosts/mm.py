@@ -17,6 +17,7 @@ from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.registry import DefaultScope
 
+from kdgraft.errors import DistillError
 from kdgraft.files import written_whole
 from kdgraft.hosts import Job, TrainedModel, host_named
 from kdgraft.plans import PlannedRun
@@ -58,10 +59,6 @@ class RunnerBench(BenchHost):
         """Return the ``model`` entry of a small model."""
 
     @abstractmethod
-    def use_data(self, config: Config, dataset: Dataset) -> None:
-        """Make a config train and test on a data set, but for the classes of its model."""
-
-    @abstractmethod
     def collector(self, dataset_meta: Mapping[str, Any]) -> Collector:
         """Return a collector of the decisions of a test."""
 
@@ -70,8 +67,7 @@ class RunnerBench(BenchHost):
             return model.config, {}
         if model.config is not None:
             config = load_config(model.config)
-            self.use_data(config, dataset)
-            _set_classes(config.model, len(self.comparison(dataset).classes))
+            _use_data(config, self.comparison(dataset), dataset)
         else:
             config = self._small(model, dataset, benchmark)
         return write_config(config, benchmark.out / "configs" / f"{name}.py"), {}
@@ -93,10 +89,13 @@ class RunnerBench(BenchHost):
         config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=1)
         return config
 
-    def options(self, benchmark: Benchmark) -> dict[str, Any]:
-        """Return the length for configs of the user; the small models' own already have it."""
-        own = any(model.config is None for model in (benchmark.teacher, *benchmark.students.values()))
-        return {} if own else super().options(benchmark)
+    def length(self, model: Model, benchmark: Benchmark) -> dict[str, Any]:
+        found = super().length(model, benchmark)
+        if found and "max_iters" not in (load_config(str(model.config)).get("train_cfg") or {}):
+            raise DistillError(
+                f"{model.config} counts epochs; leave iterations out, and say options = {{ 'train_cfg.max_epochs' = 1 }}"
+            )
+        return found
 
     def test(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str) -> Tested:
         config = load_config(trained.config, imports=False)
@@ -195,6 +194,31 @@ def _prepared(model: dict[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
     """Return a model with the data preprocessor of another, which knows its data, but with its own normalisation."""
     own = {key: model["data_preprocessor"][key] for key in ("mean", "std")}
     return {**model, "data_preprocessor": {**of["data_preprocessor"], **own}}
+
+
+def _use_data(config: Config, own: RunnerComparison, dataset: Dataset) -> None:
+    """Make a config train and test on a data set, with its own pipelines, and its heads have the classes of the set.
+
+    Args:
+        config: the user's config, which is changed.
+        own: the comparison that knows the set.
+        dataset: the set.
+    """
+    assert dataset.folder is not None
+    root = dataset.folder.resolve()
+    for part in ("train", "val", "test"):
+        holder = config.get(f"{part}_dataloader")
+        if holder is None:
+            continue
+        while "dataset" in holder["dataset"]:  # of a wrapper, such as RepeatDataset
+            holder = holder["dataset"]
+        pipeline = holder["dataset"].get("pipeline")
+        holder["dataset"] = own.images(root, own.splits[part], train=part == "train")
+        if pipeline is not None:
+            holder["dataset"]["pipeline"] = pipeline
+        if part != "train":
+            config[f"{part}_evaluator"] = own.evaluator(root, own.splits[part])
+    _set_classes(config.model, len(own.classes))
 
 
 def _set_classes(model: Any, classes: int) -> None:

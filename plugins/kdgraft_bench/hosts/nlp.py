@@ -121,10 +121,6 @@ class TextBench(BenchHost):
         there = {name: dataset.folder.resolve() / f"{name}.jsonl" for name in ("train", split)}
         return {"train": str(there["train"]), "eval": str(there[split])}
 
-    def options(self, benchmark: Benchmark) -> dict[str, Any]:
-        """Return the length for recipes of the user; the small models' own already have it."""
-        return super().options(benchmark) if all(model.config for model in _models(benchmark)) else {}
-
     def test(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str) -> Tested:
         with quiet(), tempfile.TemporaryDirectory() as scratch:
             trainer, config = self._opened(run, trained, dataset, split, scratch)

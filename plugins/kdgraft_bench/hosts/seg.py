@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from mmengine.config import Config
 from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
@@ -55,21 +54,6 @@ class SegmentationBench(RunnerBench):
         background = told.get("background", None if dataset.real else seg.BACKGROUND)
         made = segmentor(told.get("width", 8), told.get("channels", 24), classes, background)[1]
         return with_efficientnet(made, told["efficientnet"]) if "efficientnet" in told else made
-
-    def use_data(self, config: Config, dataset: Dataset) -> None:
-        own = self.comparison(dataset)
-        assert dataset.folder is not None
-        for part in ("train", "val", "test"):
-            loader = config.get(f"{part}_dataloader")
-            if loader is None:
-                continue
-            holder = loader
-            while "dataset" in holder["dataset"]:
-                holder = holder["dataset"]
-            pipeline = holder["dataset"].get("pipeline")
-            holder["dataset"] = own.images(dataset.folder.resolve(), own.splits[part], train=part == "train")
-            if pipeline is not None:
-                holder["dataset"]["pipeline"] = pipeline
 
     def collector(self, dataset_meta: Mapping[str, Any]) -> Collector:
         return _Pixels(tuple(dataset_meta.get("classes", ())))

@@ -65,7 +65,12 @@ class PlainBench(BenchHost):
         if model.config is not None:
             return model.config, {}
         told = self.known(model.settings, ("width", "depth", "dropout", "rate"))
-        options = {"net": model.settings["model"], "width": told.pop("width", 8), "steps": STEPS, **told}
+        options = {
+            "net": model.settings["model"],
+            "width": told.pop("width", 8),
+            "steps": benchmark.iterations or STEPS,
+            **told,
+        }
         if benchmark.split != "test":
             options["split"] = benchmark.split
         return CONFIG, options | ({"data": str(dataset.real)} if dataset.real is not None else {})

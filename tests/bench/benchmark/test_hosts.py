@@ -19,6 +19,7 @@ from kdgraft_bench.benchmark.working import CALIBRATION, DECISIONS, carry_out_on
 from kdgraft_bench.decisions import Decisions
 from kdgraft_bench.hosts import bench_host
 from kdgraft_bench.spec import Model, read_benchmark
+from kdgraft_mm.configs import load_config
 from support.bench import write_masks, write_scenes, write_texts
 
 SETS = {"det": write_scenes, "seg": write_masks, "nlp": write_texts}
@@ -142,3 +143,44 @@ def test_a_model_that_is_unknown_is_refused(made):
     ):
         with pytest.raises(DistillError, match=said):
             host.config(Model(settings=settings), dataset, told, "x")
+
+
+OWN = {
+    "det": "mmdet::gfl/gfl_r50_fpn_1x_coco.py",
+    "seg": "mmseg::pspnet/pspnet_r18-d8_4xb2-80k_cityscapes-512x1024.py",
+}
+
+
+@pytest.mark.parametrize("name", list(OWN))
+def test_a_config_of_one_s_own_trains_on_the_named_data(tmp_path, name):
+    data = tmp_path / "data"
+    data.mkdir()
+    root = SETS[name](data)
+    told = read_benchmark(name, data=str(root), out=str(tmp_path / "out"), seeds=[0])
+    host = bench_host(name)
+    dataset = host.dataset(told)
+    path, options = host.config(Model(config=OWN[name]), dataset, told, "mine")
+    before, after = load_config(OWN[name]), Config.fromfile(path)
+    assert options == {}
+    for part, split in (("train", "train"), ("val", "val"), ("test", "val")):
+        found, known = after[f"{part}_dataloader"].dataset, before[f"{part}_dataloader"].dataset
+        assert str(dataset.folder.resolve()) == found.data_root and split in str(found)
+        assert found.pipeline == known.pipeline and len(found.metainfo.classes) == len(host.comparison(dataset).classes)
+    heads = [after.model.bbox_head] if name == "det" else [after.model.decode_head, after.model.auxiliary_head]
+    assert {head.num_classes for head in heads} == {len(host.comparison(dataset).classes)}
+    assert before.model.get("bbox_head", before.model.get("decode_head")).num_classes in (80, 19)
+
+
+def test_without_data_a_config_of_one_s_own_stays_as_it_is(tmp_path):
+    told = read_benchmark("det", out=str(tmp_path / "out"))
+    own = Model(config=OWN["det"])
+    told = replace(told, teacher=own, students={"small": own}, iterations=7)
+    host = bench_host("det")
+    dataset = host.dataset(told)
+    assert dataset.folder is None and host.config(own, dataset, told, "x") == (OWN["det"], {})
+    with pytest.raises(DistillError, match="counts epochs; leave iterations out"):
+        host.length(own, told)
+    assert host.length(told.students["small"], replace(told, iterations=None)) == {}
+    by_iterations = Model(config=OWN["seg"])
+    assert bench_host("seg").length(by_iterations, told) == {"train_cfg.max_iters": 7}
+    assert host.length(Model(settings=dict(model="gfl")), told) == {}

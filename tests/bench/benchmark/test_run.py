@@ -227,13 +227,12 @@ options = { width = 3 }
     assert f"kd × {found['factors']['kd']:g}" in page
     lost = "The peer small-lost (seed 0) does not run: ValueError: no such net"
     assert lost in said and lost in page and "by_hand" in (tmp_path / "out/table.md").read_text()
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("finished.json")}
-    assert len(before) == 3 + 4  # teacher and two candidates; teacher, plain and distilled student, and a peer
-    assert main(["bench", "mine.toml", "--tune", "2"]) == 0
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    # Of tuning teacher and two candidates; of the table teacher, plain and distilled student, and a peer.
+    assert len(list((tmp_path / "out").rglob("finished.json"))) == 3 + 4
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 10])
 def test_killed_and_started_again_it_has_the_same_results(finished, tmp_path, kills):
     written(tmp_path, wait=0.3)
     killed_at_random(tmp_path, kills, seed=kills)
