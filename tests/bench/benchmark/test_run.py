@@ -203,6 +203,7 @@ def without_times(out):
     return {key: dict(row.metrics) for key, row in read_rows(out).items()}
 
 
+@pytest.mark.slow
 def test_weights_are_tuned_first_and_peers_that_do_not_run_are_listed(tmp_path, monkeypatch, capfd):
     head, _, _ = PLAN.partition("[students.tiny]")
     peers = """
