@@ -120,7 +120,9 @@ def verdict(found: Sequence[Gain], metric: str) -> str:
         found: the gains, the best first.
         metric: the metric.
     """
-    best, seeds = found[0], len(found[0].differences)
+    # Of those that are shown to help, the one with the best mean; a better mean that may be chance is no reason to take another.
+    best = next((gain for gain in found if gain.interval[0] > 0), found[0])
+    seeds = len(best.differences)
     name = best.label if len(found) == 1 else f"{best.label}, the best of {len(found)} methods,"
     changes = (
         f"improves {metric} by {number(best.mean)}"

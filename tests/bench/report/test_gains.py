@@ -90,6 +90,13 @@ def test_the_verdict(values, said):
     assert verdict(gains(runs(**values), "mIoU"), "mIoU") == said
 
 
+def test_a_method_that_is_shown_to_help_goes_before_a_better_mean_that_may_be_chance():
+    wild = dict(plain=[0.30, 0.32, 0.31], wild=[0.30, 0.50, 0.40], sure=[0.33, 0.35, 0.345])
+    found = gains(runs(**wild), "mIoU")
+    assert [gain.label for gain in found] == ["wild", "sure"] and found[0].interval[0] < 0 < found[1].interval[0]
+    assert verdict(found, "mIoU").startswith("Take sure: it improves mIoU by 0.032")
+
+
 def test_numbers():
     assert [number(v) for v in (0.0456, 12.3456, 1234.5, -0.5)] == ["0.046", "12.35", "1234", "−0.500"]
     assert number(0.5, of=[1000.0]) == "0"
