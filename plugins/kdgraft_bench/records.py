@@ -41,7 +41,7 @@ class Row:
 
     @property
     def key(self) -> Key:
-        """What it is the result of."""
+        """Student, method and seed."""
         return self.student, self.method, self.seed
 
 

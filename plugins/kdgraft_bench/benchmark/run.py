@@ -27,7 +27,7 @@ from ..timing import check_device
 from .costs import OPERATIONS, PARAMETERS, SIZE, STEP, Costs, latency_of, machine, measure_costs
 from .planned import plan_of_benchmark
 from .tuning import tuned
-from .working import DECISIONS, Done, Run, processes, side_by_side
+from .working import DECISIONS, Done, Run, processes, read_record, side_by_side
 
 AGREEMENT = "agreement with the teacher"
 COSTS = "costs.json"
@@ -235,10 +235,7 @@ def _costs(told: Benchmark, plan: Plan, first: Mapping[str, TrainedModel]) -> Co
     """Measure the costs in a process of its own, unless they were measured before for these runs."""
     path = told.out / COSTS
     wanted = {"names": [name for name, _, _ in told.trained()], "batches": list(told.batches), "device": told.device}
-    try:
-        known = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        known = {}
+    known = read_record(path)
     if {key: known.get(key) for key in wanted} == wanted:
         found: Costs = known["costs"]
         return found

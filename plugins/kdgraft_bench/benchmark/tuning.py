@@ -20,7 +20,7 @@ from ..hosts import BenchHost, Dataset
 from ..results import lower_is_better
 from ..spec import Benchmark, run_name
 from .planned import plan_of_benchmark
-from .working import Done, Failure, Run, side_by_side
+from .working import Done, Failure, Run, read_record, side_by_side
 
 SEED = 1000
 """The seed of the trainings that tune; the benchmark's own must be others."""
@@ -61,7 +61,7 @@ def tuned(told: Benchmark, host: BenchHost, dataset: Dataset) -> tuple[Benchmark
         told, methods=scaled, students={student: told.students[student]}, seeds=(SEED,), out=told.out / "tuning"
     )
     path, settings = told.out / FILE, digest([_plain(trial), [*candidates]])
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read_record(path)
     if known.get("settings") != settings:
         values = _carried_out(trial, host, dataset, student)
         best = {
@@ -147,7 +147,9 @@ def scaled_method(host: str, method: Mapping[str, Any], factor: float) -> dict[s
 
 
 def _scaled(term: Any, factor: float, terms: Registry) -> dict[str, Any]:
-    settings = {"type": term} if isinstance(term, str) else dict(term)
+    settings = {"type": term} if isinstance(term, str) else dict(term) if isinstance(term, Mapping) else {}
+    if not isinstance(settings.get("type"), str):
+        raise DistillError(f"a term needs its type, such as {{ type = 'SoftTargets' }}, got {term!r}")
     if settings["type"] in WITHOUT_WEIGHT:
         return settings
     weight = settings.get("weight", _default_weight(terms.get(settings["type"])))

@@ -169,7 +169,7 @@ def _tested(
 ) -> tuple[Mapping[str, float], float]:
     """Test a run, unless it was tested before, and return its figures and the time of its training."""
     record, key = folder / TESTED, _weights(trained)
-    found = _read(record)
+    found = read_record(record)
     if found.get("weights") == key and found.get("split") == benchmark.split:
         return found["metrics"], found["seconds"]
     host = bench_host(benchmark.host)
@@ -191,7 +191,8 @@ def _weights(trained: TrainedModel) -> str:
     return digest([digest_of_file(file) for file in files])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the content of a file in JSON; nothing if it is missing or damaged, so that it is made anew."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -62,7 +62,7 @@ class Opened:
 
 
 class BenchHost(ABC):
-    """What the benchmark asks of a host.
+    """The benchmark's part of a host: data, small models, tests, and steps to time.
 
     Attributes:
         scores: metric -> (its name in the host, digits); the first one decides unless the benchmark names another.

@@ -68,7 +68,9 @@ class TextBench(BenchHost):
         root = Path(benchmark.data)
         with quiet():
             found = own_set(root, 1.0)
-            wanted = {TASKS.get(name, "") for name in names} - {"causal"}
+            wanted = {TASKS[name] for name in names if name in TASKS} - {
+                "causal"
+            }  # an unknown model is refused with its config
             missing = wanted - {each.recipe_task for each in found}
             if missing:
                 raise DistillError(f"data {root}: there are no columns for the task {', '.join(sorted(missing))}")

@@ -33,3 +33,9 @@ def test_other_entries_of_a_method_stay():
 def test_weights_that_set_themselves_are_not_tuned():
     with pytest.raises(DistillError, match="tuning multiplies weights that are numbers, got weight = 'auto'"):
         scaled_method("torch", {"terms": [{"type": "SoftTargets", "weight": "auto"}]}, 2.0)
+
+
+@pytest.mark.parametrize("term", [{"weight": 2}, 3])
+def test_a_term_without_a_type_is_refused(term):
+    with pytest.raises(DistillError, match="a term needs its type"):
+        scaled_method("torch", {"terms": [term]}, 2.0)
