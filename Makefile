@@ -1,6 +1,7 @@
 # Every target sets up what it needs, from an empty clone on: Python 3.11, a C++ compiler and make must be there.
 #
-#   make demo               teacher, plain student, distilled students on embedded data; a table and pictures
+#   make demo               for each host a teacher, a plain and a distilled student on embedded data; a table and a report
+#                           TASK="core nlp": only these; FULL=1 SEEDS=3: the whole benchmarks, over hours
 #   make test               the default tests        make test-slow, make test-gpu: opt-in ones
 #   make test-core          the tests of the core, without any host, in an environment of its own: nothing to compile
 #   make lint typecheck     ruff, codespell, mypy
@@ -14,9 +15,9 @@
 PYTHON ?= python3.11
 STACK ?= onedl
 TORCH ?= torch==2.13.0
-TASK ?= all
+TASK ?= core nlp seg det
 SEEDS ?= 1
-RECIPES ?= default
+FULL ?=
 DEVICE ?= cpu
 PYTEST_ARGS ?=
 TEST_JOBS ?= auto
@@ -30,6 +31,12 @@ MMCV_onedl := onedl-mmcv
 MM_onedl := onedl-mmengine onedl-mmdetection onedl-mmsegmentation
 MMCV_upstream := mmcv
 MM_upstream := mmengine mmdet mmsegmentation ftfy regex
+# The demos that need no compiled ops run while these compile.
+FIRST := $(filter core nlp,$(TASK))
+THEN := $(filter-out core nlp,$(TASK))
+# By another name, as make -n carries out lines that say $(MAKE).
+AGAIN = $(MAKE) --no-print-directory
+DEMO = $(BIN)/python -m kdgraft demo $(1) --seeds $(SEEDS) --device $(DEVICE) $(if $(FULL),--full)
 CONSTRAINTS := -c constraints/common.txt -c constraints/$(STACK).txt -c $(VENV)/torch.txt
 
 .PHONY: env demo test test-core test-slow test-gpu lint typecheck format docs bench-det bench-seg bench-nlp clean
@@ -52,6 +59,11 @@ $(VENV)/.mmcv: $(TORCH_STAMP) constraints/$(STACK).txt
 	MMCV_WITH_OPS=1 $(PIP) install --quiet --no-build-isolation $(MMCV_$(STACK)) $(CONSTRAINTS)
 	touch $@
 
+# What Hugging Face and measurements need, without any mm package.
+$(VENV)/.plain: $(TORCH_STAMP) pyproject.toml constraints/common.txt
+	$(PIP) install --quiet --no-build-isolation -e '.[nlp,bench]' $(CONSTRAINTS)
+	touch $@
+
 $(VENV)/.ready: $(VENV)/.mmcv pyproject.toml constraints/common.txt
 	$(PIP) install --quiet --no-build-isolation $(MM_$(STACK)) $(CONSTRAINTS)
 	$(PIP) install --quiet --no-build-isolation -e '.[nlp,dev]' $(CONSTRAINTS)
@@ -62,8 +74,10 @@ $(VENV)/.core: $(TORCH_STAMP) pyproject.toml constraints/common.txt
 	$(PIP) install --quiet --no-build-isolation -e '.[test]' -c constraints/common.txt -c $(VENV)/torch.txt
 	touch $@
 
-demo: env
-	$(BIN)/python -m kdgraft demo $(TASK) --seeds $(SEEDS) --recipes $(RECIPES) --device $(DEVICE)
+demo: $(VENV)/.plain
+	$(if $(and $(FIRST),$(THEN)),@$(AGAIN) $(VENV)/.mmcv & compiling=$$!; $(call DEMO,$(FIRST)) || { kill $$compiling; exit 1; }; wait $$compiling)
+	$(if $(FIRST),$(if $(THEN),,$(call DEMO,$(FIRST))))
+	$(if $(THEN),@$(AGAIN) env && $(call DEMO,$(THEN)))
 
 test: env
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)

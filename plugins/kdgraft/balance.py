@@ -21,7 +21,7 @@ Weight = float | str | Mapping[str, Any]
 """A number, ``"auto"``, or ``dict(type="auto", …)`` with the arguments of :class:`AutoWeight`."""
 
 SHARE = 0.1
-"""Better than 0.3 and 1 for three methods on validation pictures of ``kdgraft demo core``, with one seed."""
+"""Better than 0.3 and 1 for three methods on validation pictures of ``kdgraft experiments``, with one seed."""
 SMALLEST = 1e-20
 """A norm below it counts as no gradient: a weight that makes up for it would overflow."""
 LITTLE, MUCH = 0.01, 10.0

@@ -178,11 +178,9 @@ class Host:
         trainer: location of its :class:`HostTrainer`, ``module:name``.
         suffixes: suffixes of the configs that it trains.
         checkpoints: suffixes of the checkpoints that ``kdgraft export`` passes to it.
-        demo: the module behind ``kdgraft demo``, if the host has one.
         benchmark: location of what ``kdgraft bench`` needs of the host, ``module:name``, if it has that.
         costs: the module behind ``kdgraft bench --costs``, if the host has one.
-        demo_name: the demo's name on the command line, if it is not the host's.
-        data: layout of the real datasets that the demo accepts, if it does.
+        data: layout of the real datasets that ``kdgraft bench`` accepts, if it does.
         terms, recipes: the package's two registries with their ``home``, so that their contents can be listed without an import;
             without them the package is imported.
         lacks: the kinds of :data:`kdgraft.readers.NEEDS` that models of this host never have, each with the reason; its reader
@@ -196,10 +194,8 @@ class Host:
     trainer: str
     suffixes: tuple[str, ...] = ()
     checkpoints: tuple[str, ...] = ()
-    demo: str | None = None
     benchmark: str | None = None
     costs: str | None = None
-    demo_name: str | None = None
     data: str | None = None
     terms: Registry | None = None
     recipes: Registry | None = None
@@ -223,11 +219,6 @@ class Host:
         module, _, name = self.trainer.partition(":")
         found: HostTrainer = getattr(self._module(module), name)
         return found
-
-    def demonstration(self) -> ModuleType:
-        """Import the module behind ``kdgraft demo``, whose ``main`` runs the demo."""
-        assert self.demo is not None
-        return self._module(self.demo)
 
     def measurement(self) -> ModuleType:
         """Import the module behind ``kdgraft bench --costs``, whose ``main`` measures."""
@@ -254,11 +245,6 @@ def hosts() -> Mapping[str, Host]:
         else:
             logger.warning("host %s cannot be used: %s is no kdgraft.hosts.Host", point.name, point.value)
     return found
-
-
-def demos() -> Mapping[str, Host]:
-    """Return the hosts that have a demo, by the demo's name."""
-    return {host.demo_name or name: host for name, host in hosts().items() if host.demo}
 
 
 def host_named(name: str) -> Host:

@@ -1,7 +1,8 @@
-"""Measurements: demos and costs of every host on one runner, with embedded data, results, tables and pictures.
+"""Measurements of every host: benchmarks and their demos, experiments, costs, with embedded data, results, tables and pictures.
 
-``comparison.py`` trains teachers, plain and distilled students; each module of ``demos/`` provides a host's data, models, metrics
-and pictures. The modules of ``costs/`` time training steps, and ``report/`` writes a page about finished runs. Only the host that is measured is imported.
+``benchmark/`` trains teachers, plain and distilled students side by side; each module of ``hosts/`` provides a host's data, small
+models, metrics and pictures. ``core/`` repeats experiments of the literature, the modules of ``costs/`` time training steps, and
+``report/`` writes a page about finished runs. Only the host that is measured is imported.
 """
 
 from importlib.util import find_spec

@@ -86,13 +86,18 @@ def calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
     return float(np.abs(sums).sum() / len(confidence))
 
 
+def same_items(one: Decisions, other: Decisions) -> bool:
+    """Return true if two models were tested on the same items, as far as these tell; other tokens of a text are other items."""
+    return len(one.label) == len(other.label) and bool((one.label == other.label).all())
+
+
 def agreement(one: Decisions, other: Decisions) -> float:
     """Return the share of the items on which two models decide alike.
 
     Raises:
         DistillError: these are not the same items.
     """
-    if len(one.label) != len(other.label) or (one.label != other.label).any():
+    if not same_items(one, other):
         raise DistillError("the two models were tested on different items; test both on one set")
     return float((one.predicted == other.predicted).mean()) if len(one.label) else float("nan")
 

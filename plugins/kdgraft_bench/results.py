@@ -54,11 +54,12 @@ def mean_sd(values: Sequence[float], digits: int = 3) -> str:
 def gap_closed(results: Sequence[Result], metric: str, method: str) -> float:
     """Return the share of the gap from plain student to teacher that a method closes, from the means over seeds.
 
-    The share is NaN if there is no gap, that is, if the teacher is not better than the plain student.
+    The share is NaN if there is no gap, that is, if the teacher is not better than the plain student, or has no such figure.
     """
 
     def mean(of: str) -> float:
-        return statistics.mean(r.value for r in results if r.method == of and r.metric == metric)
+        found = [r.value for r in results if r.method == of and r.metric == metric]
+        return statistics.mean(found) if found else math.nan
 
     return share_closed(mean(method), mean("plain"), mean("teacher"), metric)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ SHIPPED = Path(__file__).with_name("benchmarks")
 """The folder of the benchmarks that ship."""
 KEYS = (
     *("host", "data", "out", "seeds", "processes", "device", "iterations", "tune", "split", "batches", "metric"),
-    *("teacher", "students", "methods", "peers", "runs"),
+    *("fraction", "texts", "default_methods", "teacher", "students", "methods", "peers", "runs", "demo"),
 )
+DEMO_KEYS = ("students", "methods", "iterations", "processes", "batches")
 MODEL_KEYS = ("model", "config", "options")
 METHOD_KEYS = ("recipe", "terms", "teacher", "teachers", "options", "start", "stop", "data")
 TEACHER, PLAIN = "teacher", "plain"
@@ -68,6 +69,8 @@ class Benchmark:
         split: the split of the table, ``"test"`` or ``"val"``.
         batches: the batch sizes of which latency is measured.
         metric: the metric that decides; by default the host's first.
+        fraction: the share of the training set to use, drawn with the seed; ``None`` for all of it. Of Hugging Face alone.
+        texts: the number of texts that each language model writes to be measured by its teacher; ``None`` for none.
     """
 
     name: str
@@ -88,6 +91,8 @@ class Benchmark:
     split: str = "test"
     batches: tuple[int, ...] = (1, 16)
     metric: str | None = None
+    fraction: float | None = None
+    texts: int | None = None
 
     def trained(self) -> Iterator[tuple[str, str, str]]:
         """Yield the name, the student and the method of every run of the table; those of the teacher are ``"teacher"``."""
@@ -102,13 +107,19 @@ def run_name(student: str, method: str) -> str:
     return f"{student}-{method}"
 
 
-def read_benchmark(named: str, **changes: Any) -> Benchmark:
+def shipped_demos() -> list[str]:
+    """Return the names of the benchmarks that ship and say how they are shown in some minutes, in the order of their names."""
+    return [path.stem for path in sorted(SHIPPED.glob("*.toml")) if "demo" in read_toml(path, path.stem)]
+
+
+def read_benchmark(named: str, *, demo: bool = False, **changes: Any) -> Benchmark:
     """Read a benchmark.
 
     Args:
         named: a file, or the name of a benchmark that ships.
-        **changes: values that replace those of the file, such as ``seeds=(0,)``, or the names of those ``methods`` that are kept;
-            ``None`` leaves the file's own.
+        demo: take the values of its table ``[demo]`` for those of the file, and the first seed alone.
+        **changes: values that replace those of the file, such as ``seeds=(0,)``, or the names of those ``methods`` that are kept,
+            ``["all"]`` for all; ``None`` leaves the file's own.
 
     Raises:
         DistillError: there is no such benchmark, or an entry is unknown or has a wrong value.
@@ -122,19 +133,28 @@ def read_benchmark(named: str, **changes: Any) -> Benchmark:
         file = SHIPPED / f"{named}.toml"
     where = f"benchmark {named}"
     told = read_toml(file, where)
-    chosen = changes.pop("methods", None)
-    told |= {key: value for key, value in changes.items() if value is not None}
-    if chosen is not None and isinstance(told.get("methods"), dict):
-        told["methods"] = _chosen(where, told["methods"], chosen)
-    found = _read(told, where, file)
-    return replace(found, out=Path(told.get("out") or f"runs/bench/{_place(found)}"))
+    short = told.pop("demo", {})
+    if not isinstance(short, dict):
+        raise DistillError(f"{where}: demo must be a table [demo], got {short!r}")
+    _known(f"{where}: demo", short, DEMO_KEYS)
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if demo:
+        changes = {"seeds": told.get("seeds", [0])[:1], **short, **changes}
+    usual = told.pop("default_methods", None)
+    for kind, names in (("methods", changes.pop("methods", usual)), ("students", changes.pop("students", None))):
+        if names is not None and names != ["all"] and isinstance(told.get(kind), dict):
+            told[kind] = _chosen(where, kind, told[kind], names)
+    found = _read(told | changes, where, file)
+    return replace(found, out=Path((told | changes).get("out") or f"runs/bench/{_place(found)}"))
 
 
-def _chosen(where: str, methods: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def _chosen(where: str, kind: str, entries: Mapping[str, Any], names: Any) -> dict[str, Any]:
+    if not isinstance(names, (list, tuple)) or not names:
+        raise DistillError(f"{where}: {kind} must be a list of names, got {names!r}")
     for name in names:
-        if name not in methods:
-            raise DistillError(f"{where} has no method {name!r}{nearest(name, methods)}")
-    return {name: methods[name] for name in names}
+        if name not in entries:
+            raise DistillError(f"{where} has no {kind[:-1]} {name!r}{nearest(str(name), entries)}")
+    return {name: entries[name] for name in names}
 
 
 def _place(benchmark: Benchmark) -> str:
@@ -155,9 +175,11 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
         if not isinstance(told.get(key, {}), dict):
             raise DistillError(f"{where}: {key} must be tables [{key}.NAME], got {told[key]!r}")
     _check_names(where, told)
-    numbers = {key: told[key] for key in ("processes", "iterations", "tune") if key in told}
+    numbers = {key: told[key] for key in ("processes", "iterations", "tune", "texts") if key in told}
     for key, value in numbers.items():
         check_number(where, key, value, 2 if key == "iterations" else 1, whole=True)  # a warm-up, and the rest
+    if "fraction" in told:
+        numbers["fraction"] = _share(where, told["fraction"], str(host))
     return Benchmark(
         name=file.stem,
         host=str(host),
@@ -216,8 +238,8 @@ def _model(where: str, entry: Any, folder: Path) -> Model:
 
 
 def _method(where: str, entry: Any) -> dict[str, Any]:
-    if not isinstance(entry, dict) or not ({"recipe", "terms"} & set(entry)):
-        raise DistillError(f"{where} needs recipe = '…' or terms = […]")
+    if not isinstance(entry, dict) or not ({"recipe", "terms", "start"} & set(entry)):
+        raise DistillError(f"{where} needs recipe = '…', terms = […], or start = '…' for a training without a teacher")
     _known(where, entry, METHOD_KEYS)
     return dict(entry)
 
@@ -227,6 +249,14 @@ def _text(where: str, told: Mapping[str, Any], key: str) -> str | None:
     if value is not None and (not isinstance(value, str) or not value):
         raise DistillError(f"{where}: {key} must be a text, got {value!r}")
     return value
+
+
+def _share(where: str, value: Any, host: str) -> float:
+    if host != "nlp":
+        raise DistillError(f"{where}: fraction is a setting of Hugging Face's training sets; leave it out")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
+        raise DistillError(f"{where}: fraction must be in (0, 1], got {value!r}")
+    return float(value)
 
 
 def _one_of(where: str, told: Mapping[str, Any], key: str, values: tuple[str, ...]) -> str:

@@ -71,3 +71,7 @@ def test_summary_and_its_table():
         "| --- | --- | --- | --- |",
         "| teacher | large | 0.81 ± 0.01 | – |",
     ]
+
+
+def test_a_teacher_of_another_scale_leaves_no_gap():
+    assert math.isnan(gap_closed([r for r in RESULTS if r.method != "teacher"], "AP", "localization"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from kdgraft.errors import DistillError
-from kdgraft_bench.spec import SHIPPED, read_benchmark
+from kdgraft_bench.spec import SHIPPED, read_benchmark, shipped_demos
 
 WHOLE = """
 host = "torch"
@@ -60,7 +60,23 @@ def test_a_config_is_found_beside_the_file(tmp_path):
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.toml")))
 def test_those_that_ship_are_read(name):
     found = read_benchmark(name)
-    assert len(found.seeds) == 5 and found.data is None
+    assert len(found.seeds) in (3, 5) and found.data is None
+
+
+@pytest.mark.parametrize("name", ["core", "nlp", "seg", "det"])
+def test_a_demo_is_a_part_of_its_benchmark(name):
+    whole, demo = read_benchmark(name, methods=["all"]), read_benchmark(name, demo=True)
+    assert demo.seeds == whole.seeds[:1] and name in shipped_demos()
+    assert set(demo.methods) < set(whole.methods) and set(demo.students) <= set(whole.students)
+    assert demo.teacher == whole.teacher
+
+
+def test_usual_methods_are_those_that_are_named_as_default(tmp_path):
+    text = WHOLE + '[methods.other]\nrecipe = "dkd"\n'
+    text = text.replace("seeds = [3, 4]", 'seeds = [3, 4]\ndefault_methods = ["other"]')
+    assert list(read_benchmark(written(tmp_path, text)).methods) == ["other"]
+    assert list(read_benchmark(written(tmp_path, text), methods=["all"]).methods) == ["kd", "other"]
+    assert list(read_benchmark(written(tmp_path, text), methods=["kd"]).methods) == ["kd"]
 
 
 @pytest.mark.parametrize(
@@ -75,7 +91,7 @@ def test_those_that_ship_are_read(name):
         ("seeds = [3, 4]", "data = 3", r"data must be a text"),
         ("[methods.kd]", "[methods.plain]", r"teacher and plain are taken"),
         ("[methods.kd]", '[methods."a-b"]', r"must be letters, digits and '_'"),
-        ('terms = ["SoftTargets"]', "width = 3", r"needs recipe = '…' or terms"),
+        ('terms = ["SoftTargets"]', "width = 3", r"needs recipe = '…', terms"),
         ('terms = ["SoftTargets"]', 'terms = ["SoftTargets"]\nlr = 3', r"has no entry 'lr'"),
         ('model = "conv"\nwidth = 8', "width = 8", r"teacher needs either config = '…' or model"),
         ('[students.small]\nmodel = "conv"\nwidth = 2\n', "", r"needs a table \[students.NAME\]"),

@@ -12,7 +12,7 @@ import torch
 from mmengine.config import Config
 
 from kdgraft.cli import main
-from kdgraft_bench.demos import det as demo
+from kdgraft_bench.hosts import det_setup
 from kdgraft_bench.plans import SCHEMES, measure
 from kdgraft_bench.results import read_results
 from support.commands import refused
@@ -310,14 +310,14 @@ def test_a_plan_that_ships_says_what_it_will_do(tmp_path, monkeypatch, capsys, s
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_plan_that_ships_is_measured(tmp_path, monkeypatch, capsys, scheme: str):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kdgraft_bench.demos.det.DATA", dict(seed=0, train=16, val=4, test=4))
-    plain = demo.detector
+    monkeypatch.setattr("kdgraft_bench.hosts.det_setup.DATA", dict(seed=0, train=16, val=4, test=4))
+    plain = det_setup.detector
 
     def lenient(*sizes):  # after two iterations no box is certain, and without boxes COCO's metric says nothing
-        name, model = plain(*sizes)
-        return name, {**model, "test_cfg": {**model["test_cfg"], "score_thr": 0.0}}
+        model = plain(*sizes)
+        return {**model, "test_cfg": {**model["test_cfg"], "score_thr": 0.0}}
 
-    monkeypatch.setattr(demo, "detector", lenient)
+    monkeypatch.setattr(det_setup, "detector", lenient)
     found = measure(scheme, "det", iterations=2)
     runs = dict(takd=10, born_again=5)[scheme]
     assert len(found) == 2 * runs and read_results(f"runs/plans/{scheme}_det/results.csv") == found

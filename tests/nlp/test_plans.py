@@ -414,7 +414,7 @@ def test_a_plan_that_ships_says_what_it_will_do(tmp_path, monkeypatch, capsys, s
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_plan_that_ships_is_measured(tmp_path, monkeypatch, capsys, scheme: str):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("kdgraft_bench.demos.nlp.DATA", dict(train=140, val=70, test=70))
+    monkeypatch.setattr("kdgraft_bench.hosts.nlp_setup.DATA", dict(train=140, val=70, test=70))
     found = measure(scheme, "nlp", iterations=2)
     runs = dict(takd=10, born_again=5)[scheme]
     assert len(found) == 2 * runs and read_results(f"runs/plans/{scheme}_nlp/results.csv") == found

@@ -80,7 +80,7 @@ MAY: dict[str, set[str]] = {
 # Modules of kdgraft_bench named after a host import it, and are imported for it alone.
 MAY |= {
     f"kdgraft_bench.{folder}.{host}": {"kdgraft_bench", "kdgraft", *more}
-    for folder in ("demos", "costs", "hosts")
+    for folder in ("costs", "hosts")
     for host, more in {
         "mm": {"kdgraft_mm", *MM},
         "det": {"kdgraft_mm", "kdgraft_det", "mmdet", *MM},
@@ -88,11 +88,17 @@ MAY |= {
         "nlp": {"kdgraft_nlp", "transformers"},
     }.items()
 }
-# Parts of a host's demo.
-MAY |= {f"kdgraft_bench.demos.{part}": MAY["kdgraft_bench.demos.nlp"] for part in ("attention", "hf", "on_policy")}
-MAY["kdgraft_bench.hosts.pretrained"] = MAY["kdgraft_bench.demos.nlp"]
-MAY["kdgraft_bench.hosts.efficientnet"] = MAY["kdgraft_bench.demos.mm"]
-MAY["kdgraft_bench.demos.queries"] = MAY["kdgraft_bench.demos.det"]
+# Parts of a host's benchmark.
+MAY |= {
+    f"kdgraft_bench.hosts.{part}": MAY[f"kdgraft_bench.hosts.{host}"]
+    for host, parts in {
+        "mm": ("mm_setup", "efficientnet"),
+        "det": ("det_setup", "detr"),
+        "seg": ("seg_setup",),
+        "nlp": ("nlp_setup", "attention", "own_texts", "pretrained"),
+    }.items()
+    for part in parts
+}
 MAY["kdgraft_bench.report.checkpoints"] = {
     "kdgraft_bench",
     "kdgraft",

@@ -13,7 +13,8 @@ from ..spec import PLAIN, TEACHER, Benchmark, Model, run_name
 def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -> Plan:
     """Return the plan whose runs are those of :meth:`Benchmark.trained`, and those that the benchmark adds.
 
-    A method's teacher is the benchmark's, unless it names another run.
+    A method's teacher is the benchmark's, unless it names another run or teaches nothing; ``start = "plain"`` starts from the
+    weights of the plain student.
 
     Raises:
         DistillError: a run has a mistake, or refers to nothing.
@@ -29,8 +30,10 @@ def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -
         runs[run_name(student, PLAIN)] = alone
         for method, told in benchmark.methods.items():
             options = {**alone["options"], **told.get("options", {})}
-            taught = {} if {"teacher", "teachers"} & set(told) else {"teacher": TEACHER}
-            runs[run_name(student, method)] = {"config": alone["config"], **taught, **told, "options": options}
+            named = {"teacher", "teachers"} & set(told) or not {"recipe", "terms"} & set(told)
+            taught = {} if named else {"teacher": TEACHER}
+            start = {"start": run_name(student, PLAIN)} if told.get("start") == PLAIN else {}
+            runs[run_name(student, method)] = {"config": alone["config"], **taught, **told, **start, "options": options}
         for name, peer in benchmark.peers.items():
             config, options = host.peer(peer, student, dataset, benchmark)
             runs[run_name(student, name)] = {

@@ -16,26 +16,29 @@ from kdgraft.hosts import TrainedModel
 from kdgraft.plans import Plan, carry_out
 from kdgraft.tables import print_rows
 
-from ..decisions import Decisions, agreement, telling
+from ..decisions import Decisions, agreement, same_items, telling
 from ..hosts import BenchHost, Dataset, bench_host
 from ..records import Row, append, read_rows
 from ..report import read_runs, write_report
-from ..report.gains import digits
-from ..results import Result, gap_closed, lower_is_better, markdown, summary, write_results
+from ..report.gains import digits, gains, taken
+from ..results import Result, gap_closed, markdown, summary, write_results
 from ..spec import PLAIN, TEACHER, Benchmark, run_name
 from ..timing import check_device
 from .costs import OPERATIONS, PARAMETERS, SIZE, STEP, Costs, latency_of, machine, measure_costs
 from .planned import plan_of_benchmark
 from .tuning import tuned
-from .working import DECISIONS, Done, Run, processes, read_record, side_by_side
+from .working import DECISIONS, Done, Run, processes, read_record, side_by_side, write_texts
 
 AGREEMENT = "agreement with the teacher"
+GAP = "of the gap"
 COSTS = "costs.json"
 PICTURES = 5
 """The samples of the picture of outputs."""
 
 
-def benchmark(told: Benchmark, *, dry_run: bool = False, command: Sequence[str] = ()) -> list[Result]:
+def benchmark(
+    told: Benchmark, *, dry_run: bool = False, command: Sequence[str] = (), short: bool = False
+) -> list[Result]:
     """Train what is missing, measure, and write ``results.csv``, ``table.md``, ``report.html`` and pictures to ``out``.
 
     A call that was interrupted, however that happened, goes on where it was: finished runs are kept, and the others resume.
@@ -44,6 +47,7 @@ def benchmark(told: Benchmark, *, dry_run: bool = False, command: Sequence[str] 
         told: the benchmark.
         dry_run: print what would be done and about how long it takes, and train nothing.
         command: the command that was given, for the report.
+        short: print what decides alone; ``table.md`` has every figure.
 
     Returns:
         The figures of all runs.
@@ -70,13 +74,14 @@ def benchmark(told: Benchmark, *, dry_run: bool = False, command: Sequence[str] 
         finished = carry_out(plan, dry_run=True, tell=lambda line: None)
         first = {name: model for (name, seed), model in finished.items() if seed == told.seeds[0]}
         costs = _costs(told, plan, first)
-        results = _results(told, plan, costs)
+        results = _results(told, plan, costs, _texts(told, plan, finished))
         write_results(results, told.out / "results.csv")
         metric = _metric(told, host, results)
-        _print(told, dataset, results, metric, costs)
-        _draw(told, host, dataset, plan, first, results, metric)
+        _print(told, dataset, results, metric, costs, short)
+        runs = read_runs([str(told.out)])
+        _draw(told, host, dataset, plan, first, taken(gains(runs, metric)).label)
         said = write_report(
-            read_runs([str(told.out)]),
+            runs,
             told.out / "report.html",
             metric=metric,
             pictures=sorted(told.out.glob("*.png")),
@@ -248,18 +253,31 @@ def _costs(told: Benchmark, plan: Plan, first: Mapping[str, TrainedModel]) -> Co
     return found
 
 
-def _results(told: Benchmark, plan: Plan, costs: Costs) -> list[Result]:
-    """Return all figures: those of the rows, the agreement with the teacher, and the costs."""
+def _texts(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel]) -> Mapping[Run, Mapping[str, float]]:
+    """Return the figures of the texts that language models write, where the benchmark asks for them."""
+    if told.texts is None:
+        return {}
+    table = {name for name, _, _ in told.trained()}
+    return write_texts(told, plan, [run for run in finished if run[0] in table], finished)
+
+
+def _results(told: Benchmark, plan: Plan, costs: Costs, texts: Mapping[Run, Mapping[str, float]]) -> list[Result]:
+    """Return all figures: those of the rows, the agreement with the teacher, those of texts, and the costs."""
     rows, found = read_rows(told.out), list[Result]()
     for seed in told.seeds:
-        teacher = _decisions(plan, TEACHER, seed)
+        teacher, plain = (
+            _decisions(plan, name, seed) for name in (TEACHER, run_name(next(iter(told.students)), PLAIN))
+        )
+        # With another tokenizer a teacher's perplexity is of other tokens, and no figure to be closed in on.
+        apart = teacher is not None and plain is not None and not same_items(teacher, plain)
         for name, student, method in told.trained():
             if method in told.peers and (student, method, seed) not in rows:
                 continue
             row = rows[student, method, seed]
-            metrics = dict(row.metrics)
+            metrics = {} if method == TEACHER and apart else dict(row.metrics)
+            metrics |= texts.get((name, seed), {})
             mine = _decisions(plan, name, seed) if method != TEACHER else None
-            if mine is not None and teacher is not None:
+            if mine is not None and teacher is not None and same_items(mine, teacher):
                 metrics[AGREEMENT] = agreement(mine, teacher)
             known = (row.task, row.dataset, row.student, method, seed)
             found += [Result(*known, key, value) for key, value in (metrics | costs.get(name, {})).items()]
@@ -287,8 +305,11 @@ def _metric(told: Benchmark, host: BenchHost, results: Sequence[Result]) -> str:
     return next((name for name in host.scores if name in there), next(iter(there)))
 
 
-def _print(told: Benchmark, dataset: Dataset, results: Sequence[Result], metric: str, costs: Costs) -> None:
+def _print(
+    told: Benchmark, dataset: Dataset, results: Sequence[Result], metric: str, costs: Costs, short: bool
+) -> None:
     """Print a table for each student, and write all of them to ``table.md``."""
+    printed = ("method", "model", metric, PARAMETERS, OPERATIONS, GAP)
     shown = [name for name in dict.fromkeys(r.metric for r in results) if name not in costs[TEACHER]]
     shown += [PARAMETERS, OPERATIONS, SIZE, latency_of(told.batches[0]), STEP]
     places = {name: digits(r.value for r in results if r.metric == name) for name in shown}
@@ -301,8 +322,8 @@ def _print(told: Benchmark, dataset: Dataset, results: Sequence[Result], metric:
         title = f"{dataset.name}, {split}, {student}: {told.students[student].title}"
         for row in table:
             closed = gap_closed(mine, metric, row["method"]) if row["method"] not in (TEACHER, PLAIN) else float("nan")
-            row["of the gap"] = f"{closed:.0%}" if np.isfinite(closed) else "–"
-        print_rows(table, f"\n{title}")
+            row[GAP] = f"{closed:.0%}" if np.isfinite(closed) else "–"
+        print_rows([{key: row[key] for key in row if not short or key in printed} for row in table], f"\n{title}")
         text.append(f"{title}\n\n{markdown(table)}")
     (told.out / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
 
@@ -317,30 +338,22 @@ def replace_model(result: Result, told: Benchmark) -> Result:
 
 
 def _draw(
-    told: Benchmark,
-    host: BenchHost,
-    dataset: Dataset,
-    plan: Plan,
-    first: Mapping[str, TrainedModel],
-    results: Sequence[Result],
-    metric: str,
+    told: Benchmark, host: BenchHost, dataset: Dataset, plan: Plan, first: Mapping[str, TrainedModel], label: str
 ) -> None:
-    """Draw the outputs of the first seed where teacher, plain and best distilled student differ most, for the first student."""
-    student, seed = next(iter(told.students)), told.seeds[0]
-    best = best_method(results, metric, student)
-    names = {TEACHER: TEACHER, PLAIN: run_name(student, PLAIN), best: run_name(student, best)}
+    """Draw the outputs of the first seed where teacher, plain and distilled student differ most.
+
+    Args:
+        told, host, dataset, plan: the benchmark.
+        first: the models of the first seed.
+        label: the method that the verdict is about, after its student where there are several.
+    """
+    student, _, method = label.rpartition(": ")
+    student, seed = student or next(iter(told.students)), told.seeds[0]
+    names = {TEACHER: TEACHER, PLAIN: run_name(student, PLAIN), method: run_name(student, method)}
+    if any(name not in first for name in names.values()):  # a peer that did not run with this seed
+        return
     teacher, plain, distilled = (_decisions(plan, name, seed) for name in names.values())
-    if host.picture and teacher and plain and distilled:
+    if host.picture and teacher and plain and distilled and same_items(teacher, plain):
         samples = telling(teacher, plain, distilled, PICTURES)
         path = told.out / f"{host.picture}.png"
         host.draw({title: first[name] for title, name in names.items()}, dataset, samples, path)
-
-
-def best_method(results: Sequence[Result], metric: str, student: str) -> str:
-    """Return the method with the best mean of a metric for one student."""
-    sign = -1 if lower_is_better(metric) else 1
-    values: dict[str, list[float]] = {}
-    for one in results:
-        if one.model == student and one.metric == metric and one.method != PLAIN:
-            values.setdefault(one.method, []).append(sign * one.value)
-    return max(values, key=lambda method: float(np.mean(values[method])))

@@ -23,9 +23,9 @@ from kdgraft.plans import Choice, Plan, PlannedRun, carry_out
 
 from ..decisions import calibration_error
 from ..hosts import bench_host
-from ..spec import Benchmark
+from ..spec import TEACHER, Benchmark
 
-LOG, DECISIONS, TESTED = "log.txt", "decisions.npz", "tested.json"
+LOG, DECISIONS, TESTED, TEXTS = "log.txt", "decisions.npz", "tested.json", "texts.json"
 CALIBRATION = "calibration error"
 Run = tuple[str, int]
 """A run's name and its seed."""
@@ -182,6 +182,41 @@ def _tested(
     with written_whole(record) as part:
         part.write_text(json.dumps(told), encoding="utf-8")
     return metrics, seconds
+
+
+def write_texts(
+    benchmark: Benchmark, plan: Plan, runs: Iterable[Run], finished: Mapping[Run, TrainedModel]
+) -> dict[Run, Mapping[str, float]]:
+    """Return the figures of the texts that language models write, each by the measure of the teacher of its seed.
+
+    Figures that were measured before for these weights and this number of texts are taken as they are.
+    """
+    found: dict[Run, Mapping[str, float]] = {}
+    with processes(benchmark.processes, benchmark.device) as pool:
+        asked = {run: pool.submit(_write_texts, benchmark, plan, run, finished) for run in runs}
+        for run, future in asked.items():
+            found[run] = future.result()
+    return found
+
+
+def _write_texts(
+    benchmark: Benchmark, plan: Plan, run: Run, finished: Mapping[Run, TrainedModel]
+) -> Mapping[str, float]:
+    (planned,) = (each for each in plan.runs if each.name == run[0])
+    trained, teacher = finished[run], finished[TEACHER, run[1]]
+    record = plan.folder(*run) / TEXTS
+    wanted = {"weights": [_weights(trained), _weights(teacher)], "split": benchmark.split, "count": benchmark.texts}
+    known = read_record(record)
+    if {key: known.get(key) for key in wanted} != wanted:
+        assert isinstance(planned, PlannedRun) and benchmark.texts is not None
+        with logged(plan.folder(*run) / LOG):
+            host = bench_host(benchmark.host)
+            told = planned, trained, teacher, host.dataset(benchmark), benchmark.split, benchmark.texts
+            known = {**wanted, "figures": dict(host.texts(*told))}
+        with written_whole(record) as part:
+            part.write_text(json.dumps(known), encoding="utf-8")
+    figures: Mapping[str, float] = known["figures"]
+    return figures
 
 
 def _weights(trained: TrainedModel) -> str:

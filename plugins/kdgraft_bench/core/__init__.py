@@ -1,1 +1,1 @@
-"""``kdgraft demo core``: the experiments of the literature, repeated with small nets on digits that are hard to read."""
+"""``kdgraft experiments``: the experiments of the literature, repeated with small nets on digits that are hard to read."""

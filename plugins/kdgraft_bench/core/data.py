@@ -1,4 +1,4 @@
-"""Handwritten digits that are hard to read: the embedded classification set of ``kdgraft demo core``.
+"""Handwritten digits that are hard to read: the embedded classification set of ``kdgraft experiments``.
 
 Each picture shows one of scikit-learn's 1797 digits (8×8 pixels) on a canvas, scaled, turned, sheared, shifted and faint, among
 pieces of other digits of the same split and noise. No digit, not even a piece of one, is in two splits. A picture depends on the

@@ -1,4 +1,4 @@
-"""Pictures of the experiments of ``kdgraft demo core``, mean ± standard deviation over seeds."""
+"""Pictures of the experiments of ``kdgraft experiments``, mean ± standard deviation over seeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainings of ``kdgraft demo core``, as a task of a plan: ``tasks.py:task`` with options."""
+"""The trainings of ``kdgraft experiments``, as a task of a plan: ``tasks.py:task`` with options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all trainings of ``kdgraft demo core`` share: their parts, optimizer and schedule."""
+"""What all trainings of ``kdgraft experiments`` share: their parts, optimizer and schedule."""
 
 from __future__ import annotations
 

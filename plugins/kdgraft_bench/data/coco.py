@@ -1,4 +1,4 @@
-"""A real set in COCO's format for the detection demo: checks of its annotations, and small copies of its pictures."""
+"""A real set in COCO's format: checks of its annotations, and small copies of its pictures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ import cv2
 from kdgraft.errors import DistillError
 from kdgraft.files import digest
 
-from ..finished import describe
-from . import check_layout
+from . import check_layout, describe
 
 SPLITS = ("train", "val")
 
@@ -98,7 +97,7 @@ class RealSet:
 
 
 def _read_split(root: Path, split: str) -> dict[str, Any]:
-    """Return a split's annotations, and check the entries that the demo reads."""
+    """Return a split's annotations, and check the entries that are read."""
     name = f"annotations/instances_{split}.json"
     check_layout(root, (name, split), "annotations/instances_{train,val}.json, train/ and val/")
     try:

@@ -121,6 +121,22 @@ class BenchHost(ABC):
     def step(self, job: Job) -> Callable[[], None]:
         """Build what a run trains, and return its training step on one batch: forward, loss and backward."""
 
+    def texts(
+        self, run: PlannedRun, trained: TrainedModel, teacher: TrainedModel, dataset: Dataset, split: str, count: int
+    ) -> Mapping[str, float]:
+        """Return figures of texts that a language model writes by itself, by the measure of its teacher.
+
+        Args:
+            run, trained: the model.
+            teacher: the teacher.
+            dataset, split: what the texts begin as.
+            count: the number of texts.
+
+        Raises:
+            DistillError: the host has no such models.
+        """
+        raise DistillError("texts are of language models, in Hugging Face; leave texts out")
+
     def draw(self, models: Mapping[str, TrainedModel], dataset: Dataset, samples: Sequence[int], path: Path) -> None:
         """Draw the outputs of models, by their titles, on tested samples, by their places; a host without a picture need not."""
         raise NotImplementedError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from kdgraft_mm.configs import load_config
 
 from ..data.coco import RealSet
 from ..decisions import Decisions
-from ..demos import det
-from ..demos.det import SCORES, Detection, detector, draw_detections
 from ..mmdet_ld import mmdet_ld
 from ..spec import TEACHER, Benchmark, Model
+from . import det_setup
 from .base import Dataset
+from .det_setup import CHANNELS, DetectionSetup, detector, draw_detections, own_set, scenes, with_schedule_of_queries
+from .detr import with_queries
 from .efficientnet import with_efficientnet
 from .mm import Collector, RunnerBench, write_config
 
@@ -32,8 +33,8 @@ class DetectionBench(RunnerBench):
     """The benchmark's part of MMDetection."""
 
     name, scope = "det", "mmdet"
-    scores = SCORES
-    models = ("gfl",)
+    scores: ClassVar = {"AP": ("coco/bbox_mAP", 3), "AP50": ("coco/bbox_mAP_50", 3), "AP75": ("coco/bbox_mAP_75", 3)}
+    models = ("gfl", "dino")
     peers = ("mmdet_ld",)
     embedded = "digit scenes"
     picture = "detections"
@@ -41,18 +42,25 @@ class DetectionBench(RunnerBench):
     def dataset(self, benchmark: Benchmark) -> Dataset:
         if benchmark.data is None:
             own = any(model.config is None for model in (benchmark.teacher, *benchmark.students.values()))
-            return Dataset(self.embedded, det.write_data(benchmark.out / "data")) if own else Dataset("own data", None)
+            return (
+                Dataset(self.embedded, det_setup.write_data(benchmark.out / "data"))
+                if own
+                else Dataset("own data", None)
+            )
         real = RealSet.read(Path(benchmark.data))
-        folder = real.shrunk(benchmark.out / "data", det.REAL_SIZE)
+        folder = real.shrunk(benchmark.out / "data", det_setup.REAL_SIZE)
         return Dataset(real.root.resolve().name, folder, real.root)
 
-    def comparison(self, dataset: Dataset) -> Detection:
-        return det.scenes() if dataset.real is None else det.own_set(RealSet.read(dataset.real))
+    def setup(self, dataset: Dataset, model: str = "") -> DetectionSetup:
+        found = scenes() if dataset.real is None else own_set(RealSet.read(dataset.real))
+        return with_schedule_of_queries(found) if model == "dino" else found
 
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
         told = self.known(model.settings, ("width", "channels", "efficientnet"))
-        made = detector(told.get("width", 6), told.get("channels", det.CHANNELS), classes)[1]
-        return with_efficientnet(made, told["efficientnet"]) if "efficientnet" in told else made
+        made = detector(told.get("width", 6), told.get("channels", CHANNELS), classes)
+        if "efficientnet" in told:
+            made = with_efficientnet(made, told["efficientnet"])
+        return with_queries(made) if model.settings["model"] == "dino" else made
 
     def peer(self, peer: Model, student: str, dataset: Dataset, benchmark: Benchmark) -> tuple[str, dict[str, Any]]:
         if peer.settings.get("model") not in self.peers:

@@ -26,14 +26,11 @@ from kdgraft_mm.evaluation import evaluate, open_model
 from kdgraft_mm.run import begin, make_runner
 from kdgraft_mm.trainer import MMTrainer
 
-from ..comparison import Training
-from ..demos.mm import RunnerComparison, silent
 from ..spec import Benchmark, Model
 from . import efficientnet
 from .base import BenchHost, Dataset, Opened, Tested
+from .mm_setup import RunnerSetup, silent
 
-CHECKPOINTS = 10
-"""The number of checkpoints of a training of a small model, to resume from."""
 _steps = count()
 
 
@@ -51,8 +48,8 @@ class RunnerBench(BenchHost):
     lengths = ("train_cfg.max_iters",)
 
     @abstractmethod
-    def comparison(self, dataset: Dataset) -> RunnerComparison:
-        """Return data, schedule and evaluation of the small models on a data set."""
+    def setup(self, dataset: Dataset, model: str = "") -> RunnerSetup:
+        """Return how models are trained and tested on a data set; a small model of this name may have a schedule of its own."""
 
     @abstractmethod
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
@@ -67,26 +64,18 @@ class RunnerBench(BenchHost):
             return model.config, {}
         if model.config is not None:
             config = load_config(model.config)
-            _use_data(config, self.comparison(dataset), dataset)
+            _use_data(config, self.setup(dataset), dataset)
         else:
             config = self._small(model, dataset, benchmark)
         return write_config(config, benchmark.out / "configs" / f"{name}.py"), {}
 
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> Config:
-        comparison = self.comparison(dataset)
-        steps = benchmark.iterations or comparison.iterations
+        setup = self.setup(dataset, str(model.settings["model"]))
         assert dataset.folder is not None
-        training = Training(
-            "plain", 0, steps, benchmark.split, benchmark.device, dataset.folder.resolve(), Path("unused")
-        )
-        config = comparison.config(training)
-        for entry in ("work_dir", "randomness"):
-            config.pop(entry)
-        config.model = _prepared(self.small(model, dataset, len(comparison.classes)), config.model)
-        if config.model["backbone"]["type"] == "EfficientNetLite":
+        made = self.small(model, dataset, len(setup.classes))
+        config = setup.config(made, dataset.folder.resolve(), benchmark.iterations or setup.iterations, benchmark.split)
+        if made["backbone"]["type"] == "EfficientNetLite":
             config.custom_imports = dict(imports=[efficientnet.__name__])
-        every = max(steps // CHECKPOINTS, 1)
-        config.default_hooks.checkpoint = dict(type="CheckpointHook", by_epoch=False, interval=every, max_keep_ckpts=1)
         return config
 
     def length(self, model: Model, benchmark: Benchmark) -> dict[str, Any]:
@@ -190,18 +179,12 @@ def write_config(config: Config, path: Path) -> str:
     return str(path)
 
 
-def _prepared(model: dict[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a model with the data preprocessor of another, which knows its data, but with its own normalisation."""
-    own = {key: model["data_preprocessor"][key] for key in ("mean", "std")}
-    return {**model, "data_preprocessor": {**of["data_preprocessor"], **own}}
-
-
-def _use_data(config: Config, own: RunnerComparison, dataset: Dataset) -> None:
+def _use_data(config: Config, own: RunnerSetup, dataset: Dataset) -> None:
     """Make a config train and test on a data set, with its own pipelines, and its heads have the classes of the set.
 
     Args:
         config: the user's config, which is changed.
-        own: the comparison that knows the set.
+        own: the setup that knows the set.
         dataset: the set.
     """
     assert dataset.folder is not None

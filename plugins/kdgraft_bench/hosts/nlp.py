@@ -24,22 +24,25 @@ from kdgraft_nlp.run import build, plain_trainer, with_perplexity
 from kdgraft_nlp.settings import load
 from kdgraft_nlp.trainer import DistillTrainer
 
-from ..comparison import Training
 from ..decisions import Decisions
-from ..demos.attention import draw_attention
-from ..demos.hf import TrainerComparison, bert, llama, quiet
-from ..demos.nlp import LANGUAGE, SENTENCES, TAGS, own_set, write_data
 from ..spec import Benchmark, Model
+from .attention import draw_attention
 from .base import BenchHost, Dataset, Opened, Tested
+from .nlp_setup import CAUSAL, CLASSIFICATION, TOKENS, TextSetup, bert, llama, own_set, quiet, write_data
+from .own_texts import own_texts
 from .pretrained import minilm, some_layers
 
-TASKS = {"bert": "classification", "minilm": "classification", "bert_tagger": "tokens", "llama": "causal"}
-"""The task of each small model."""
-COMPARISONS = {"classification": SENTENCES, "tokens": TAGS, "causal": LANGUAGE}
-CHECKPOINTS = 5
-"""The number of checkpoints of a training of a small model, to resume from."""
+SETUPS: dict[str, TextSetup] = {
+    "bert": CLASSIFICATION,
+    "minilm": CLASSIFICATION,
+    "bert_tagger": TOKENS,
+    "llama": CAUSAL,
+}
+"""The setup of each small model."""
 FINE_TUNING = 1e-4
 """The learning rate of a pretrained model."""
+DATA_ARGUMENTS = ("length", "joined")
+"""The arguments of a small model that are entries of ``data``."""
 IGNORED = -100
 
 
@@ -53,7 +56,7 @@ class TextBench(BenchHost):
         "perplexity": ("perplexity", 2),
     }
     lengths = ("training.max_steps",)
-    models = tuple(TASKS)
+    models = tuple(SETUPS)
     embedded = "docstring sentences"
     picture = "attention"
 
@@ -67,11 +70,10 @@ class TextBench(BenchHost):
             return Dataset(self.embedded, _embedded(benchmark.out / "data")) if names else Dataset("own data", None)
         root = Path(benchmark.data)
         with quiet():
-            found = own_set(root, 1.0)
-            wanted = {TASKS[name] for name in names if name in TASKS} - {
+            wanted = {SETUPS[name].task for name in names if name in SETUPS} - {
                 "causal"
-            }  # an unknown model is refused with its config
-            missing = wanted - {each.recipe_task for each in found}
+            }  # an unknown one is refused later
+            missing = wanted - {*own_set(root)}
             if missing:
                 raise DistillError(f"data {root}: there are no columns for the task {', '.join(sorted(missing))}")
             columns = read(str(root / "val.jsonl")).column_names
@@ -95,27 +97,27 @@ class TextBench(BenchHost):
 
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> dict[str, Any]:
         name = str(model.settings["model"])
-        told = self.known(model.settings, ("layers", "rate") if name == "minilm" else ("width", "layers", "rate"))
-        comparison: TrainerComparison = COMPARISONS[TASKS[name]]
-        comparison = replace(comparison, recipes={})
+        sizes = ("layers", "rate") if name == "minilm" else ("width", "layers", "rate", "vocabulary")
+        told = self.known(model.settings, (*sizes, "batch", *(DATA_ARGUMENTS if name == "llama" else ("length",))))
         made: Any
         if name == "minilm":
             made = minilm() if "layers" not in told else some_layers(told["layers"], benchmark.out.resolve() / "models")
+            made = str(made)
         else:
-            made = (llama if name == "llama" else bert)(told.get("width", 32), told.get("layers", 2))[1]
-        steps = benchmark.iterations or comparison.iterations
-        training = Training("plain", 0, steps, benchmark.split, benchmark.device, Path(), Path("unused"))
-        found = {**comparison.config(training), "student": str(made) if isinstance(made, Path) else made}
-        del found["output"]
-        shared = benchmark.teacher.settings.get("model") == "minilm"  # all models read its teacher's tokens
-        found["tokenizer"] = str(minilm()) if shared else dict(vocab_size=comparison.vocabulary)
-        found["data"] = {**found["data"], **self._files(dataset)}
-        arguments = found["training"]
-        for entry in ("seed", "use_cpu"):
-            arguments.pop(entry)
-        every = max(steps // CHECKPOINTS, 1)
-        arguments |= dict(learning_rate=told.get("rate", FINE_TUNING if name == "minilm" else comparison.rates[1]))
-        arguments |= dict(save_strategy="steps", save_steps=every, save_total_limit=1, report_to=[])
+            made = (llama if name == "llama" else bert)(told.get("width", 32), told.get("layers", 2))
+        setup = SETUPS[name]
+        setup = replace(
+            setup,
+            told={**setup.told, **{key: told[key] for key in DATA_ARGUMENTS if key in told}},
+            rate=told.get("rate", FINE_TUNING if name == "minilm" else setup.rate),
+            vocabulary=told.get("vocabulary", setup.vocabulary),
+            batch_size=told.get("batch", setup.batch_size),
+        )
+        found = setup.config(made, self._files(dataset), benchmark.iterations or setup.iterations)
+        if benchmark.teacher.settings.get("model") == "minilm":  # all models read its tokens
+            found["tokenizer"] = str(minilm())
+        if benchmark.fraction is not None:
+            found["data"]["fraction"] = benchmark.fraction
         return found
 
     def _files(self, dataset: Dataset, split: str = "val") -> dict[str, str]:
@@ -137,6 +139,16 @@ class TextBench(BenchHost):
         if dataset.folder is not None and split == "test" and dataset.real is None:
             options.append(f"data.eval={self._files(dataset, 'test')['eval']}")
         return plain_trainer(run.config, trained.weights, options, scratch)
+
+    def texts(
+        self, run: PlannedRun, trained: TrainedModel, teacher: TrainedModel, dataset: Dataset, split: str, count: int
+    ) -> Mapping[str, float]:
+        with quiet(), tempfile.TemporaryDirectory() as scratch:
+            trainer, config = self._opened(run, trained, dataset, split, scratch)
+            if config["task"] != "causal":
+                raise DistillError(f"texts are of language models, the task is {config['task']}; leave texts out")
+            blocks: Any = trainer.eval_dataset
+            return own_texts(trainer, teacher.weights, blocks.select(range(min(count, len(blocks)))))
 
     def open(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset) -> Opened:
         with quiet(), tempfile.TemporaryDirectory() as scratch:

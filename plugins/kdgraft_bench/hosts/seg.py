@@ -15,12 +15,11 @@ from kdgraft.hosts import TrainedModel
 
 from ..data.scenes import write_segmentation_set
 from ..decisions import Decisions
-from ..demos import seg
-from ..demos.seg import SCORES, Segmentation, draw_masks, segmentor
 from ..spec import Benchmark, Model
 from .base import Dataset
 from .efficientnet import with_efficientnet
 from .mm import Collector, RunnerBench
+from .seg_setup import BACKGROUND, DATA, SIZE, SegmentationSetup, draw_masks, own_set, scenes, segmentor
 
 PIXELS = 2000
 """The pixels of a picture whose decisions are kept, drawn at random, the same for every model."""
@@ -33,7 +32,7 @@ class SegmentationBench(RunnerBench):
     """The benchmark's part of MMSegmentation."""
 
     name, scope = "seg", "mmseg"
-    scores: ClassVar = {**SCORES, "boundary F": ("boundary F", 3)}
+    scores: ClassVar = {"mIoU": ("mIoU", 3), "mAcc": ("mAcc", 3), "boundary F": ("boundary F", 3)}
     models = ("fpn",)
     embedded = "digit scenes"
     picture = "masks"
@@ -41,18 +40,19 @@ class SegmentationBench(RunnerBench):
     def dataset(self, benchmark: Benchmark) -> Dataset:
         if benchmark.data is not None:
             root = Path(benchmark.data)
-            return Dataset(seg.own_set(root).dataset, root, root)
+            own_set(root)  # says what is missing
+            return Dataset(root.name, root, root)
         if all(model.config is not None for model in (benchmark.teacher, *benchmark.students.values())):
             return Dataset("own data", None)
-        return Dataset(self.embedded, write_segmentation_set(benchmark.out / "data", size=seg.SIZE, **seg.DATA))
+        return Dataset(self.embedded, write_segmentation_set(benchmark.out / "data", size=SIZE, **DATA))
 
-    def comparison(self, dataset: Dataset) -> Segmentation:
-        return seg.scenes() if dataset.real is None else seg.own_set(dataset.real)
+    def setup(self, dataset: Dataset, model: str = "") -> SegmentationSetup:
+        return scenes() if dataset.real is None else own_set(dataset.real)
 
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
         told = self.known(model.settings, ("width", "channels", "background", "efficientnet"))
-        background = told.get("background", None if dataset.real else seg.BACKGROUND)
-        made = segmentor(told.get("width", 8), told.get("channels", 24), classes, background)[1]
+        background = told.get("background", None if dataset.real else BACKGROUND)
+        made = segmentor(told.get("width", 8), told.get("channels", 24), classes, background)
         return with_efficientnet(made, told["efficientnet"]) if "efficientnet" in told else made
 
     def collector(self, dataset_meta: Mapping[str, Any]) -> Collector:

@@ -28,8 +28,10 @@ from ..pictures import draw_grid
 from ..spec import Benchmark, Model
 from .base import BenchHost, Dataset, Opened, Tested
 
-STEPS = 2000
+STEPS = 1000
 """The length of a training of a small model."""
+ARGUMENTS = ("width", "depth", "dropout", "rate", "mode", "mixup")
+"""The arguments of a small model, which are those of :func:`kdgraft_bench.core.tasks.task`."""
 
 
 class PlainBench(BenchHost):
@@ -64,7 +66,7 @@ class PlainBench(BenchHost):
     def config(self, model: Model, dataset: Dataset, benchmark: Benchmark, name: str) -> tuple[str, dict[str, Any]]:
         if model.config is not None:
             return model.config, {}
-        told = self.known(model.settings, ("width", "depth", "dropout", "rate"))
+        told = self.known(model.settings, ARGUMENTS)
         options = {
             "net": model.settings["model"],
             "width": told.pop("width", 8),

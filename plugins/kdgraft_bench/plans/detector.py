@@ -1,4 +1,4 @@
-"""A config of plans: the plain student of ``kdgraft demo det`` on its digit scenes, in ``runs/demo/det/data``."""
+"""A config of plans: the plain student of ``kdgraft bench det`` on its digit scenes, in ``runs/demo/det/data``."""
 
 # Upstream's mmengine takes a file with an import of another package for one of its lazy configs, in which nothing can be called.
-globals().update(__import__("kdgraft_bench.demos.det", fromlist=["det"]).plan_config("runs/demo/det/data"))
+globals().update(__import__("kdgraft_bench.hosts.det_setup", fromlist=["det_setup"]).plan_config("runs/demo/det/data"))

@@ -1,4 +1,4 @@
-"""The runs of ``kdgraft bench`` and of ``kdgraft demo`` as a report needs them: both write their figures to ``results.csv``."""
+"""The runs of ``kdgraft bench`` as a report needs them, with the logs of their hosts."""
 
 from __future__ import annotations
 
@@ -9,31 +9,16 @@ from typing import Any
 
 from kdgraft.sources.teacher import read_checkpoint
 
-from ..finished import RECORD
 from ..records import FILE, read_rows
 from ..results import read_results
-from .reading import COSTS, TEACHER, Points, Run, finite, newest_text, read_json
+from .reading import TEACHER, Run
 
 DECISIONS, STATE = "decisions.npz", "fit.pt"
+LOGGED = {"coco/bbox_mAP": "AP", "coco/bbox_mAP_50": "AP50", "coco/bbox_mAP_75": "AP75"}
+"""The names that hosts log a metric by -> that of the table, where they differ."""
 
 Read = Callable[[Path], Run | None]
 """Reads the folder of a run; ``None`` if it has no log."""
-
-
-def demo_runs(folder: Path) -> list[Run]:
-    """Return the runs of a folder of ``kdgraft demo``, with its curves."""
-    found, models = _figures(folder)
-    first = next((name for name in next(iter(found.values())) if name not in COSTS), "validation")
-    runs = []
-    for (_, method, seed), metrics in found.items():
-        own = folder / f"seed{seed}" / method
-        curves: dict[str, Points] = {}
-        if (own / RECORD).is_file():
-            curves = {name: finite(points) for name, points in read_json(own / RECORD)["curves"].items()}
-        validation = {first: curves.pop("validation")} if "validation" in curves else {}
-        config = newest_text(own, "*.py", "config.json")
-        runs.append(Run(method, seed, own, models[method], metrics, curves, validation, config))
-    return runs
 
 
 def bench_runs(folder: Path, read: Read) -> list[Run]:
@@ -43,7 +28,7 @@ def bench_runs(folder: Path, read: Read) -> list[Run]:
         folder: the folder of the results.
         read: reads the folder of a run of MMEngine or of a Trainer.
     """
-    found, _ = _figures(folder)
+    found = _figures(folder)
     rows = read_rows(folder)
     several = len({student for student, _, _ in rows if student != TEACHER}) > 1
     runs = []
@@ -61,7 +46,7 @@ def bench_runs(folder: Path, read: Read) -> list[Run]:
                 row.model,
                 metrics,
                 logged.losses if logged else {},
-                logged.validation if logged else {},
+                {LOGGED.get(name, name): points for name, points in logged.validation.items()} if logged else {},
                 logged.config if logged else "",
                 student if several and method != TEACHER else "",
                 decisions if decisions.is_file() else None,
@@ -75,15 +60,13 @@ def is_bench(folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
-def _figures(folder: Path) -> tuple[dict[tuple[str, str, int], dict[str, float]], dict[str, str]]:
-    """Return the finite figures of each model (the student, in a benchmark), method and seed, and the model of each method."""
+def _figures(folder: Path) -> dict[tuple[str, str, int], dict[str, float]]:
+    """Return the finite figures of each student, method and seed."""
     found: dict[tuple[str, str, int], dict[str, float]] = {}
-    models: dict[str, str] = {}
     for one in read_results(folder / "results.csv"):
         if math.isfinite(one.value):
             found.setdefault((one.model, one.method, one.seed), {})[one.metric] = one.value
-            models[one.method] = one.model
-    return found, models
+    return found
 
 
 def _fitted(folder: Path) -> Run | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from ..decisions import Decisions, confusion, recalls
-from .gains import Gain
+from .gains import Gain, taken
 from .reading import TEACHER, Run
 
 SHOWN = 3
@@ -28,7 +28,7 @@ def confusion_charts(runs: Sequence[Run], found: Sequence[Gain], height: int) ->
         found: the gains, the best first: the charts are about that one.
         height: the height of a chart.
     """
-    best = found[0].label
+    best = taken(found).label
     (plain,) = {run.plain for run in runs if run.label == best}
     decided = {label: _decisions(runs, label) for label in (TEACHER, plain, best)}
     if not decided[plain] or not decided[best] or len(decided[plain][0].names) > MOST:
@@ -51,9 +51,24 @@ def confusion_charts(runs: Sequence[Run], found: Sequence[Gain], height: int) ->
         for column, share in enumerate(shares.tolist())
     ]
     return {
-        f"Classes on which {best} gains and loses most": _change_chart(rows, best, height),
+        _title(best, [float(change[one]) for one in chosen]): _change_chart(rows, best, height),
         "What these classes are taken for": _maps(maps, [names[one] for one in chosen], height),
     }
+
+
+def _title(label: str, changes: Sequence[float]) -> str:
+    """Return the title of the chart of changes, which says no more than it shows."""
+    gains, losses = any(value > 0 for value in changes), any(value < 0 for value in changes)
+    said = (
+        "gains and loses most"
+        if gains and losses
+        else "gains most"
+        if gains
+        else "loses most"
+        if losses
+        else "changes nothing"
+    )
+    return f"Classes on which {label} {said}"
 
 
 def _decisions(runs: Sequence[Run], label: str) -> list[Decisions]:

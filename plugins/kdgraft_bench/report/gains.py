@@ -113,6 +113,17 @@ def methods(runs: Sequence[Run]) -> list[str]:
     return [label for label in labels(runs) if label not in baselines]
 
 
+def taken(found: Sequence[Gain]) -> Gain:
+    """Return the gain that a verdict is about: of the methods that are shown to help the one with the best mean, or else the best mean.
+
+    A better mean that may be chance is no reason to take another method.
+
+    Args:
+        found: the gains, the best first.
+    """
+    return next((gain for gain in found if gain.interval[0] > 0), found[0])
+
+
 def verdict(found: Sequence[Gain], metric: str) -> str:
     """Return the verdict in one or two sentences: which method to take, what it brings and costs, and how sure that is.
 
@@ -120,8 +131,7 @@ def verdict(found: Sequence[Gain], metric: str) -> str:
         found: the gains, the best first.
         metric: the metric.
     """
-    # Of those that are shown to help, the one with the best mean; a better mean that may be chance is no reason to take another.
-    best = next((gain for gain in found if gain.interval[0] > 0), found[0])
+    best = taken(found)
     seeds = len(best.differences)
     name = best.label if len(found) == 1 else f"{best.label}, the best of {len(found)} methods,"
     changes = (

@@ -1,4 +1,4 @@
-"""Finished trainings as a report needs them, read from the logs of MMEngine, of a Hugging Face Trainer, or of ``kdgraft demo``.
+"""Finished trainings as a report needs them, read from the logs of MMEngine, of a Hugging Face Trainer, or of ``kdgraft bench``.
 
 Only logs and checkpoints are read. No config of a run is executed, and no framework but torch is imported, apart from mmengine for the
 checkpoints that mmengine wrote.
@@ -21,7 +21,7 @@ from typing import Any
 from kdgraft.errors import DistillError
 from kdgraft.hosts import installed
 
-from .benchmarked import bench_runs, demo_runs, is_bench
+from .benchmarked import bench_runs, is_bench
 from .reading import (
     ITERATION,
     MEMORY,
@@ -57,7 +57,7 @@ def read_runs(named: Sequence[str]) -> list[Run]:
 
     Args:
         named: ``FOLDER`` or ``LABEL=FOLDER`` of a run's work directory, the label being the folder's name by default; a label that comes
-            again has another seed. The folders of ``kdgraft demo`` and ``kdgraft bench`` have many runs, with labels and seeds of their own.
+            again has another seed. The folder of ``kdgraft bench`` has many runs, with labels and seeds of their own.
 
     Raises:
         DistillError: a folder is missing or has no log of a run, there is no plain student, or nothing to compare with it.
@@ -67,10 +67,10 @@ def read_runs(named: Sequence[str]) -> list[Run]:
         label, folder = _named(name)
         if is_bench(folder) and not (folder / "results.csv").is_file():
             raise DistillError(f"the benchmark in {folder} is not finished; start kdgraft bench again to go on")
-        if (folder / "results.csv").is_file():
+        if is_bench(folder):
             if label:
                 raise DistillError(f"{folder} has runs with labels of their own; leave {label!r} away")
-            found += bench_runs(folder, _logged) if is_bench(folder) else demo_runs(folder)
+            found += bench_runs(folder, _logged)
         else:
             found.append(replace(_read(folder), label=label or folder.resolve().name))
     found = list(_numbered(found))
@@ -93,9 +93,9 @@ def read_runs(named: Sequence[str]) -> list[Run]:
 
 
 def pictures_of(named: Sequence[str]) -> list[Path]:
-    """Return the pictures in the folders of demos and benchmarks, but for curves, which a report draws itself."""
-    folders = [folder for _, folder in map(_named, named) if (folder / "results.csv").is_file()]
-    return [path for folder in folders for path in sorted(folder.glob("*.png")) if path.stem != "curves"]
+    """Return the pictures in the folders of benchmarks."""
+    folders = [folder for _, folder in map(_named, named) if is_bench(folder)]
+    return [path for folder in folders for path in sorted(folder.glob("*.png"))]
 
 
 def main_metric(runs: Sequence[Run], wanted: str | None = None) -> str:
@@ -147,7 +147,7 @@ def _read(folder: Path) -> Run:
         return run
     raise DistillError(
         f"{folder} has no log of a run: neither TIMESTAMP/vis_data/scalars.json of MMEngine, nor trainer_state.json of a "
-        "Trainer (or a checkpoint-* with it), nor results.csv of kdgraft demo or kdgraft bench"
+        "Trainer (or a checkpoint-* with it), nor runs.jsonl of kdgraft bench"
     )
 
 

@@ -165,9 +165,9 @@ def test_a_config_of_one_s_own_trains_on_the_named_data(tmp_path, name):
     for part, split in (("train", "train"), ("val", "val"), ("test", "val")):
         found, known = after[f"{part}_dataloader"].dataset, before[f"{part}_dataloader"].dataset
         assert str(dataset.folder.resolve()) == found.data_root and split in str(found)
-        assert found.pipeline == known.pipeline and len(found.metainfo.classes) == len(host.comparison(dataset).classes)
+        assert found.pipeline == known.pipeline and len(found.metainfo.classes) == len(host.setup(dataset).classes)
     heads = [after.model.bbox_head] if name == "det" else [after.model.decode_head, after.model.auxiliary_head]
-    assert {head.num_classes for head in heads} == {len(host.comparison(dataset).classes)}
+    assert {head.num_classes for head in heads} == {len(host.setup(dataset).classes)}
     assert before.model.get("bbox_head", before.model.get("decode_head")).num_classes in (80, 19)
 
 

@@ -10,7 +10,8 @@ import pytest
 
 from kdgraft.errors import DistillError
 from kdgraft_bench.data.coco import RealSet
-from kdgraft_bench.demos import det as demo
+from kdgraft_bench.hosts import bench_host
+from kdgraft_bench.spec import read_benchmark
 
 CATEGORIES = [dict(id=7, name="nut"), dict(id=3, name="bolt")]
 
@@ -116,5 +117,5 @@ WRONG = {
 def test_a_wrong_set_is_one_line(root, tmp_path, spoil, said):
     spoil(root)
     with pytest.raises(DistillError, match=said) as error:
-        demo.main(out=str(tmp_path / "out"), data=str(root))
+        bench_host("det").dataset(read_benchmark("det", data=str(root), out=str(tmp_path / "out")))
     assert str(root) in str(error.value) and "\n" not in str(error.value)

@@ -55,11 +55,11 @@ def test_a_log_that_ends_in_the_middle_of_a_line_is_read_up_to_there(tmp_path):
     assert (run.metrics["mIoU"], run.losses["loss"]) == (1.0, [(50, 2.0)])
 
 
-def test_pictures_are_those_of_a_demo(tmp_path):
-    for name in ("demo/results.csv", "demo/masks.png", "demo/curves.png", "work/other.png"):
+def test_pictures_are_those_of_a_benchmark(tmp_path):
+    for name in ("bench/runs.jsonl", "bench/masks.png", "work/other.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    assert pictures_of([str(tmp_path / "demo"), f"plain={tmp_path / 'work'}"]) == [tmp_path / "demo/masks.png"]
+    assert pictures_of([str(tmp_path / "bench"), f"plain={tmp_path / 'work'}"]) == [tmp_path / "bench/masks.png"]
 
 
 def test_figures_that_are_not_finite_are_left_out(tmp_path):
@@ -173,7 +173,7 @@ def test_runs_of_the_real_trainer(tmp_path, saved):
         (["plain={x}", "{gone}"], "there is no folder .*gone"),
         (
             ["plain={x}", "{empty}"],
-            "empty has no log of a run: neither .*scalars.json .* trainer_state.json .* results.csv",
+            "empty has no log of a run: neither .*scalars.json .* trainer_state.json .* runs.jsonl",
         ),
         (["plain={x}", "{tested}"], "tested has no log of a run"),
         (["plain={x}", "kd={x}"], "the folder .*x is named twice; each has to be another training"),
@@ -190,8 +190,8 @@ def test_what_is_missing_is_one_line(tmp_path, named, message):
     (mm_log(folders["broken"]) / "20260101_000000/vis_data/scalars.json").write_text(
         '{"lr": 0.1, \n{"lr": 0.1, "step": 1}\n'
     )
-    for name, file in (("hf", "trainer_state.json"), ("table", "results.csv")):
-        folders[name].mkdir()
+    for name, file in (("hf", "trainer_state.json"), ("table", "results.csv"), ("table", "runs.jsonl")):
+        folders[name].mkdir(exist_ok=True)
         (folders[name] / file).write_text("")
     with pytest.raises(DistillError, match=message) as caught:
         read_runs([name.format(**folders) for name in named])

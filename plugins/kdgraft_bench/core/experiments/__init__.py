@@ -1,4 +1,4 @@
-"""The experiments of ``kdgraft demo core``, in the order of their table."""
+"""The experiments of ``kdgraft experiments``, in the order of their table."""
 
 from .assistants import GAP, STOPPING
 from .augmented import NETAUG

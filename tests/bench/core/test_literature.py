@@ -1,4 +1,4 @@
-"""``kdgraft demo core`` end to end: a few steps, but real plans, trainings, tables and pictures."""
+"""``kdgraft experiments`` end to end: a few steps, but real plans, trainings, tables and pictures."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import torch
 from PIL import Image
 
 from kdgraft import TERMS, DistillError
-from kdgraft.cli import main as command
-from kdgraft.hosts import demos
 from kdgraft.plans import carry_out
 from kdgraft.registry import RECIPES, expand_recipe
-from kdgraft_bench.core import demo
+from kdgraft_bench.core import literature
 from kdgraft_bench.core.data import pictures_of
 from kdgraft_bench.core.experiments import EXPERIMENTS
 from kdgraft_bench.core.experiments.convolutional import STUDENT, TEACHER
@@ -29,10 +27,10 @@ from support.pages import ROOT
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("core")
-    return out, demo.main(recipes="share,netaug", out=out, iterations=2, seeds=2)
+    return out, literature.main(["share", "netaug"], out=out, steps=2, seeds=2)
 
 
-def test_the_demo_writes_every_figure(finished):
+def test_it_writes_every_figure(finished):
     out, results = finished
     with (out / "results.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -48,7 +46,7 @@ def test_the_demo_writes_every_figure(finished):
 def test_finished_runs_are_not_repeated_and_experiments_share_runs(finished, capsys):
     out, _ = finished
     before = {path: path.stat().st_mtime_ns for path in out.rglob("student.pth")}
-    again = demo.main(recipes="hard_soft,share", out=out, iterations=2, seeds=2)
+    again = literature.main(["hard_soft", "share"], out=out, steps=2, seeds=2)
     after = {path: path.stat().st_mtime_ns for path in out.rglob("student.pth")}
     assert {path: after[path] for path in before} == before
     assert len(after) - len(before) == 2  # the soft student, with each seed
@@ -88,7 +86,9 @@ def test_the_page_has_the_sizes_of_sets_nets_and_comparisons():
     student, teacher = (sum(p.numel() for p in conv(width).parameters()) for width in (STUDENT, TEACHER))
     assert f"{student / 1000:.1f} k weights; their teacher has width {TEACHER} and {teacher / 1000:.0f} k" in page
     methods = EXPERIMENTS["every"].plan(Runs(600)).keys() - {"teacher", "none"}
-    assert f"compares {len(methods)} methods" in page and f"**Training:** {demo.STEPS} steps of 64 pictures" in page
+    assert (
+        f"compares {len(methods)} methods" in page and f"**Training:** {literature.STEPS} steps of 64 pictures" in page
+    )
 
 
 @pytest.mark.parametrize("wrong", [dict(special="mutal"), dict(peers=3), dict(special="netaug", average=True)])
@@ -103,7 +103,7 @@ def test_lengths_are_whole_parts():
 
 
 def test_every_method_is_compared_if_it_is_named():
-    usual = {name for name in EXPERIMENTS if name not in demo.NAMED}
+    usual = {name for name in EXPERIMENTS if name not in literature.NAMED}
     assert set(EXPERIMENTS) - usual == {"every", "weights"}
     runs = Runs(600)
     assert len(EXPERIMENTS["every"].plan(runs)) == 41
@@ -123,17 +123,16 @@ def test_every_method_is_compared_if_it_is_named():
 
 @pytest.mark.slow
 def test_every_experiment_runs_and_is_drawn(tmp_path: Path):
-    results = demo.main(out=tmp_path, iterations=5, recipes="all")
+    results = literature.main(["all"], out=tmp_path, steps=5)
     assert {result.method.partition(":")[0] for result in results} == set(EXPERIMENTS)
     for name in PICTURES:
         assert Image.open(tmp_path / f"{name}.png").size[0] > 600
 
 
-def test_the_command_knows_the_demo_by_its_own_name(capsys):
-    assert demos()["core"].name == "torch"
-    refused(capsys, ["demo", "core", "--recipes", "nothing"], "no recipe 'nothing'; known: hard_soft, ")
-    refused(capsys, ["demo", "core", "--data", "nowhere", "--recipes", "methods"], "must have ten folders")
-    real = ["demo", "core", "--data", "nowhere", "--recipes", "methods,generators"]
+def test_what_cannot_be_meant_is_one_line(capsys):
+    refused(capsys, ["experiments", "nothing"], "no experiment is called 'nothing'; known: 'hard_soft', ")
+    refused(capsys, ["experiments", "methods", "--data", "nowhere"], "must have ten folders")
+    real = ["experiments", "methods", "generators", "--data", "nowhere"]
     refused(capsys, real, "generators: only for the embedded digits; leave it out, or leave out --data")
-    refused(capsys, [*real[:-1], "all"], "must have ten folders")
-    assert command(["demo", "core", "--recipes", "none"]) == 0
+    refused(capsys, ["experiments", "all", "--data", "nowhere"], "must have ten folders")
+    refused(capsys, ["experiments", "--steps", "1"], "--steps must be a whole number >= 2")

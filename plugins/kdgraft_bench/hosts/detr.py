@@ -1,8 +1,9 @@
-"""The second pair of ``kdgraft demo det``: detectors whose predictions are queries, for the recipes that a dense head cannot take."""
+"""Small detectors whose predictions are queries, for the recipes that a dense head cannot take."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import mmdet
@@ -11,20 +12,14 @@ import mmdet
 EMBEDDINGS = 256 if mmdet.__version__ == "3.3.0" else 64
 LEVELS = 3
 QUERIES = 30
-ITERATIONS = 1000
-BATCH = 8
-LR = 1e-3
-# The authors' weights, and as many random queries as the detectors have: 300 of each in the paper.
-RECIPES: dict[str, dict[str, Any]] = {"kddetr": dict(recipe=dict(type="kddetr", points=QUERIES))}
 
 
-def with_queries(dense: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """Return name and ``model`` entry of a small DINO on the backbone of a dense detector, for the same pictures and classes.
+def with_queries(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``model`` entry of a small DINO on the backbone of a dense detector, for the same pictures and classes.
 
     Args:
-        dense: name and ``model`` entry of the dense detector.
+        entry: the ``model`` entry of the dense detector.
     """
-    name, entry = dense
     backbone = entry["backbone"] | dict(out_indices=(1, 2, 3))
     attention = dict(embed_dims=EMBEDDINGS, num_heads=4, dropout=0.0, batch_first=True)
     deformable = dict(attention, num_levels=LEVELS, num_points=4)
@@ -34,7 +29,7 @@ def with_queries(dense: tuple[str, dict[str, Any]]) -> tuple[str, dict[str, Any]
         dict(type="BBoxL1Cost", weight=5.0, box_format="xywh"),
         dict(type="IoUCost", iou_mode="giou", weight=2.0),
     ]
-    return f"DINO-{name.partition('-')[2]}", dict(
+    return dict(
         type="DINO",
         num_queries=QUERIES,
         num_feature_levels=LEVELS,

@@ -1,17 +1,12 @@
-"""``kdgraft demo seg``: the gain of distillation, on data that every machine can make, or on a real set of your own.
-
-A teacher, a plain student and a distilled student for each recipe are trained on the detection demo's scenes, here with masks, with
-the same training set, the same schedule and the host's own Runner. The weights of terms were tuned on the validation scenes with
-other seeds; the table is of the test scenes. ``--data DIR`` takes a real set in MMSegmentation's layout.
-"""
+"""Small segmentors, their data and their schedules: scenes of digits with masks, or a real set of the user's."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import cv2
 import numpy as np
@@ -20,17 +15,13 @@ from matplotlib.axes import Axes
 from matplotlib.image import imread
 from mmengine.config import Config
 from mmseg.apis import inference_model
-from mmseg.registry import DATASETS
 
-import kdgraft_seg  # noqa: F401  registers DistilledSegmentor
 from kdgraft.errors import DistillError
 
-from ..comparison import TWO_SPLITS, Outcome, Training, run
 from ..data import check_layout
-from ..data.scenes import SEGMENTATION_CLASSES, write_segmentation_set
+from ..data.scenes import SEGMENTATION_CLASSES
 from ..pictures import draw_grid
-from ..results import Result
-from .mm import RunnerComparison, resnet18
+from .mm_setup import TWO_SPLITS, RunnerSetup, resnet18
 
 SIZE = 96
 DATA = dict(seed=0, train=400, val=150, test=400)
@@ -41,26 +32,10 @@ BACKGROUND = 0.3
 """The weight of the scenes' background, nine tenths of their pixels, in the host's own loss."""
 REAL_ITERATIONS = 600
 REAL_BATCH = 8
-# Scenes of 96 pixels have small masks and few pixels, for which a small critic and small memories suffice.
-_CRITIC = dict(critic=dict(channels=(32, 64, 128), attention=1))
-_RELATIONS = dict(nodes=64, anchors=512, contrast=1024, pixels_per_class=500, regions_per_class=200)
-RECIPES: dict[str, dict[str, Any]] = {
-    "cwd": dict(recipe="cwd"),
-    "skd": dict(recipe=dict(type="skd", critic=_CRITIC)),
-    # skd without its critic, and without its pair-wise term as well.
-    "pixel_pair": dict(recipe=dict(type="skd", adversarial=0.0)),
-    "pixel": dict(recipe=dict(type="skd", pair=0.0, adversarial=0.0)),
-    "ifvd": dict(recipe=dict(type="ifvd", critic=_CRITIC)),
-    "cirkd": dict(recipe=dict(type="cirkd", relations=_RELATIONS)),
-}
-DEFAULT = ("cwd",)
-SCORES = {"mIoU": ("mIoU", 3), "mAcc": ("mAcc", 3)}
-EVALUATIONS = 6
-ROUNDS = 20
 
 
-def segmentor(width: int, channels: int, classes: int, background: float | None = None) -> tuple[str, dict[str, Any]]:
-    """Return name and ``model`` entry of a Semantic FPN on a ResNet-18, which predicts at stride 4.
+def segmentor(width: int, channels: int, classes: int, background: float | None = None) -> dict[str, Any]:
+    """Return the ``model`` entry of a Semantic FPN on a ResNet-18, which predicts at stride 4.
 
     Args:
         width: the number of channels of the backbone's first stage.
@@ -68,7 +43,7 @@ def segmentor(width: int, channels: int, classes: int, background: float | None 
         classes: the number of classes.
         background: the weight of class 0 in the host's own loss, where the other classes have weight 1; by default 1 too.
     """
-    return f"FPN-R18, width {width}", dict(
+    return dict(
         type="EncoderDecoder",
         data_preprocessor=dict(
             type="SegDataPreProcessor",
@@ -103,29 +78,28 @@ def segmentor(width: int, channels: int, classes: int, background: float | None 
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segmentation(RunnerComparison):
-    """A comparison of segmentors.
+class SegmentationSetup(RunnerSetup):
+    """How segmentors are trained and tested on a data set.
 
     Attributes:
-        pictures, masks: the folders of the dataset's pictures and masks, each with a folder for each split.
+        pictures, masks: the folders of the data set's pictures and masks, each with a folder for each split.
         suffix: the suffix of the pictures; masks are PNGs.
         crop: (height, width) of the crops in training.
         padding: the class of the padding of a picture that is smaller than the crop.
     """
 
-    task: str = "seg"
-    scope: str = "mmseg"
-    kind: str = "DistilledSegmentor"
-    scores: Mapping[str, tuple[str, int]] = field(default_factory=lambda: SCORES)
-    recipes: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: RECIPES)
-    default: tuple[str, ...] = DEFAULT
+    scope: ClassVar[str] = "mmseg"
     tested_at_once: int = 1
-    picture: str = "masks.png"
     pictures: str
     masks: str
     suffix: str
     crop: tuple[int, int]
     padding: int = 255
+
+    def prepared(self, model: dict[str, Any]) -> dict[str, Any]:
+        """Return a model whose data preprocessor pads to the crop of training."""
+        padding = dict(size=self.crop, size_divisor=None, seg_pad_val=self.padding)
+        return {**model, "data_preprocessor": {**model["data_preprocessor"], **padding}}
 
     def images(self, data: Path, part: str, *, train: bool) -> dict[str, Any]:
         """Return the ``BaseSegDataset`` of a split. The data preprocessor pads pictures that are smaller than the crop."""
@@ -153,20 +127,11 @@ class Segmentation(RunnerComparison):
     def evaluator(self, data: Path, part: str) -> dict[str, Any]:
         return dict(type="IoUMetric", iou_metrics=["mIoU"])
 
-    def config(self, training: Training) -> Config:
-        """Return the Runner's config, with the crop of training and the pipeline of the host's inference."""
-        config = super().config(training)
-        config.model.data_preprocessor.update(size=self.crop, size_divisor=None, seg_pad_val=self.padding)
+    def config(self, model: dict[str, Any], data: Path, steps: int, split: str = "test") -> Config:
+        """Return the Runner's config, with the pipeline of the host's inference."""
+        config = super().config(model, data, steps, split)
         config.test_pipeline = config.test_dataloader.dataset.pipeline
         return config
-
-    def draw(self, outcomes: Sequence[Outcome], path: Path, scenes: int = 5) -> None:
-        """Draw image, ground truth and every model's mask on test pictures from the first to the last."""
-        dataset = DATASETS.build(outcomes[0].run.cfg.test_dataloader.dataset)
-        for outcome in outcomes:
-            outcome.run.model.cfg = outcome.run.cfg
-        places = np.linspace(0, len(dataset) - 1, scenes).astype(int).tolist()
-        draw_masks({one.method: one.run.model for one in outcomes}, dataset, places, path)
 
 
 def draw_masks(models: Mapping[str, Any], dataset: Any, samples: Sequence[int], path: Path) -> None:
@@ -198,16 +163,10 @@ def draw_masks(models: Mapping[str, Any], dataset: Any, samples: Sequence[int], 
     draw_grid(["image", "ground truth", *models], rows, draw, height / width, path)
 
 
-def scenes() -> Segmentation:
-    """Return the comparison on the digit scenes."""
-    return Segmentation(
-        dataset="digit scenes",
-        teacher=segmentor(16, 48, len(SEGMENTATION_CLASSES), BACKGROUND),
-        student=segmentor(8, 24, len(SEGMENTATION_CLASSES), BACKGROUND),
+def scenes() -> SegmentationSetup:
+    """Return the setup of the digit scenes."""
+    return SegmentationSetup(
         iterations=ITERATIONS,
-        evaluations=EVALUATIONS,
-        rounds=ROUNDS,
-        tested="test scenes",
         classes=SEGMENTATION_CLASSES,
         size=(SIZE, SIZE),
         crop=(SIZE, SIZE),
@@ -220,8 +179,8 @@ def scenes() -> Segmentation:
     )
 
 
-def own_set(root: Path) -> Segmentation:
-    """Return the comparison on a real set in MMSegmentation's layout.
+def own_set(root: Path) -> SegmentationSetup:
+    """Return the setup of a real set in MMSegmentation's layout.
 
     Args:
         root: a folder with ``img_dir/{train,val}``, ``ann_dir/{train,val}`` (255 is ignored) and ``classes.json``.
@@ -242,14 +201,8 @@ def own_set(root: Path) -> Segmentation:
     if picture is None:
         raise DistillError(f"--data {root}: cannot read {pictures[0]}")
     height, width = picture.shape[:2]
-    return Segmentation(
-        dataset=root.name,
-        teacher=segmentor(16, 48, len(classes)),
-        student=segmentor(8, 24, len(classes)),
+    return SegmentationSetup(
         iterations=REAL_ITERATIONS,
-        evaluations=EVALUATIONS,
-        rounds=ROUNDS,
-        tested="val split",
         classes=classes,
         splits=TWO_SPLITS,
         size=(height, width),
@@ -260,17 +213,3 @@ def own_set(root: Path) -> Segmentation:
         masks="ann_dir",
         suffix=pictures[0].suffix,
     )
-
-
-def main(out: str = "runs/demo/seg", data: str | None = None, **settings: Any) -> list[Result]:
-    """Train everything, print the table and write the files to ``out``.
-
-    Args:
-        out: the folder of the results.
-        data: the folder of a real set (see :func:`own_set`), to use instead of the scenes.
-        **settings: see :func:`kdgraft_bench.comparison.run`.
-    """
-    if data is None:
-        return run([scenes()], lambda folder: write_segmentation_set(folder, size=SIZE, **DATA), out, **settings)
-    root = Path(data)
-    return run([own_set(root)], lambda _: root, out, **settings)

@@ -1,4 +1,4 @@
-"""``kdgraft demo core``: the experiments of the literature on small nets, in plain PyTorch, with the published figures beside them.
+"""``kdgraft experiments``: the experiments of the literature on small nets, in plain PyTorch, with the published figures beside them.
 
 The runs of all experiments are one plan for each seed; runs that several experiments share are trained once, and finished ones are
 not repeated. Processes may share a folder if each has seeds of its own.
@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, nearest
 from kdgraft.files import digest
 from kdgraft.hosts import TrainedModel
 from kdgraft.plans import Plan, carry_out
 from kdgraft.tables import print_rows
 
-from ..comparison import choose
-from ..finished import describe
+from ..data import describe
 from ..results import Result, markdown, write_results
 from ..timing import check_device
 from . import batches, generators, nets, reading, specialists, tasks, training
@@ -43,26 +42,26 @@ NAMED = ("every", "weights")
 
 
 def main(
+    names: Sequence[str] = (),
     seeds: int = 1,
-    recipes: str = "default",
-    out: str | Path = "runs/demo/core",
+    out: str | Path = "runs/experiments",
     device: str = "cpu",
     first_seed: int = 0,
     split: str = "test",
-    iterations: int | None = None,
+    steps: int | None = None,
     data: str | None = None,
 ) -> list[Result]:
     """Run experiments, print their table, and write ``results.csv``, ``table.md`` and pictures to ``out``.
 
     Args:
+        names: the experiments, ``["all"]`` for all; by default all but the comparisons of every method and of weights, on a real set
+            only the short comparison of methods.
         seeds: the number of seeds.
-        recipes: ``"all"`` for all experiments, ``"default"`` for all but the comparisons of every method and of weights (on a real set only for the
-            short comparison of methods), names of experiments separated by commas, or ``"none"``.
         out: the folder of the results.
         device: ``"cpu"`` or ``"cuda"``; with ``"cpu"`` no GPU is used.
         first_seed: the first seed.
         split: the split for the test; ``"val"`` for tuning, with other seeds than those of the table.
-        iterations: the steps of a training of length 1; 500 by default.
+        steps: the steps of a training of length 1; 500 by default.
         data: the folder of a real set with ``train/CLASS/*.jpg`` and ``val/CLASS/*.jpg``, ten classes.
 
     Raises:
@@ -72,23 +71,22 @@ def main(
         raise DistillError(f"split must be 'val' or 'test', got {split!r}")
     check_device(device)
     usual = list(REAL) if data else [name for name in EXPERIMENTS if name not in NAMED]
-    names = usual if recipes == "default" else choose(recipes, list(EXPERIMENTS))
-    if not names:
-        print(f"core: there is no experiment without a recipe; the experiments are {', '.join(EXPERIMENTS)}")
-        return []
+    chosen = list(EXPERIMENTS) if list(names) == ["all"] else list(names) or usual
+    for name in chosen:
+        if name not in EXPERIMENTS:
+            raise DistillError(f"no experiment is called {name!r}{nearest(name, EXPERIMENTS)}")
     if data:
-        names = _on_real(names, recipes)
+        chosen = _on_real(chosen, list(names) == ["all"])
         for each in ("train", "val"):  # before anything is trained
             pictures_of(each, data)
-    folder, steps, started = Path(out), iterations or STEPS, time.perf_counter()
+    folder, steps, started = Path(out), steps or STEPS, time.perf_counter()
     runs = Runs(steps, split=split if split != "test" else "", data=data or "")
-    labels = {EXPERIMENTS[name]: EXPERIMENTS[name].plan(runs) for name in names}
+    labels = {EXPERIMENTS[name]: EXPERIMENTS[name].plan(runs) for name in chosen}
     place = folder / "runs" / _key(steps, split, data, device)
     found: dict[int, Mapping[str, TrainedModel]] = {}
     results: list[Result] = []
-    chosen = range(first_seed, first_seed + seeds)
     dataset = Path(data).resolve().name if data else "hard digits"
-    for seed in chosen:
+    for seed in range(first_seed, first_seed + seeds):
         with _alone(device):
             found[seed] = _carried_out(runs.plan(place, seed))
         results = list(_results(labels, found, dataset))
@@ -99,10 +97,10 @@ def main(
     return results
 
 
-def _on_real(names: list[str], recipes: str) -> list[str]:
-    """Return the experiments that can be made on a real set; refuse others that were named."""
+def _on_real(names: list[str], all_of: bool) -> list[str]:
+    """Return the experiments that can be made on a real set; refuse others that were named one by one."""
     others = [name for name in names if not EXPERIMENTS[name].real]
-    if others and recipes != "all":
+    if others and not all_of:
         raise DistillError(f"{', '.join(others)}: only for the embedded digits; leave it out, or leave out --data")
     return [name for name in names if name not in others]
 

@@ -1,1 +1,0 @@
-"""The comparisons of each host: ``kdgraft demo``."""
