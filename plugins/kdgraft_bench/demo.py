@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kdgraft.errors import DistillError, check_number, nearest
+from kdgraft.hosts import host_named, installed
 
 from .benchmark import benchmark, read_benchmark
 from .results import Result
@@ -26,7 +27,7 @@ def demo(
     """Carry out benchmarks that ship: train what is missing, print a short table, and write the report.
 
     Args:
-        names: their names; all that have a demo by default.
+        names: their names; by default all that have a demo and whose host is installed.
         seeds: the number of seeds, from the first one of the benchmark.
         full: the whole benchmark with all its usual methods, instead of the part that takes two minutes.
         device: ``"cpu"`` or ``"cuda"``.
@@ -50,5 +51,9 @@ def demo(
         first = read_benchmark(name, demo=not full).seeds[0]
         chosen = tuple(range(first, first + seeds))
         told = read_benchmark(name, demo=not full, seeds=chosen, device=device, out=folder)
+        framework = host_named(told.host).framework
+        if not names and not installed(framework):
+            print(f"{name} is left out, as {framework} is not installed")
+            continue
         results += benchmark(told, command=command, short=not full)
     return results

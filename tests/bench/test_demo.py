@@ -24,6 +24,14 @@ def test_every_demo_runs_by_default_those_without_compiled_ops_first(asked):
     assert [str(told.out) for told, _ in asked] == [f"runs/demo/{name}" for name in ("core", "nlp", "seg", "det")]
 
 
+def test_a_host_that_is_not_installed_is_left_out_unless_it_is_named(asked, capsys, monkeypatch):
+    monkeypatch.setattr(module, "installed", lambda framework: framework not in ("mmdet", "mmseg"))
+    assert main(["demo"]) == 0
+    assert [told.name for told, _ in asked] == ["core", "nlp"]
+    assert "seg is left out, as mmseg is not installed\ndet is left out, as mmdet" in capsys.readouterr().out
+    assert main(["demo", "seg"]) == 0 and asked[-1][0].name == "seg"  # which says what to install
+
+
 def test_the_whole_benchmark_over_several_seeds(asked):
     assert main(["demo", "seg", "--full", "--seeds", "3", "--out", "there"]) == 0
     ((told, short),) = asked

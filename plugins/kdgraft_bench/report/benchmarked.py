@@ -50,6 +50,7 @@ def bench_runs(folder: Path, read: Read) -> list[Run]:
                 logged.config if logged else "",
                 student if several and method != TEACHER else "",
                 decisions if decisions.is_file() else None,
+                logged.counted if logged else "iteration",
             )
         )
     return runs
@@ -79,4 +80,4 @@ def _fitted(folder: Path) -> Run | None:
         for name, value in one.items():
             if name != "loss" and math.isfinite(value):
                 validation.setdefault(name, []).append((place, float(value)))
-    return Run("", -1, folder, "", {}, losses, validation) if history else None
+    return Run("", -1, folder, "", {}, losses, validation, counted="epoch") if history else None

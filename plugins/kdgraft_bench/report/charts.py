@@ -155,7 +155,7 @@ def _validation_chart(runs: Sequence[Run], metric: str) -> Drawing | None:
         alt.Chart(pd.DataFrame(rows))
         .mark_line(point=alt.OverlayMarkDef(size=24))
         .encode(
-            x=alt.X("iteration:Q"),
+            x=alt.X("iteration:Q", title=runs[0].counted),
             y=alt.Y("value:Q", title=metric, scale=alt.Scale(zero=False)),
             color=_colour(runs),
             tooltip=["method:N", "iteration:Q", "value:Q"],
@@ -194,7 +194,7 @@ def _terms_chart(runs: Sequence[Run]) -> Drawing | None:
         alt.Chart(pd.DataFrame(rows))
         .mark_line()
         .encode(
-            x=alt.X("iteration:Q"),
+            x=alt.X("iteration:Q", title=runs[0].counted),
             y=alt.Y("value:Q", title="loss × weight", scale=scale),
             color=alt.Color("term:N", scale=colours, legend=alt.Legend(title=None)),
             tooltip=["term:N", "iteration:Q", "value:Q"],

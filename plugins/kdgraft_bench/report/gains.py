@@ -133,7 +133,9 @@ def verdict(found: Sequence[Gain], metric: str) -> str:
     """
     best = taken(found)
     seeds = len(best.differences)
-    name = best.label if len(found) == 1 else f"{best.label}, the best of {len(found)} methods,"
+    student, _, method = best.label.rpartition(": ")
+    shown = f"{method} for {student}" if student else method
+    name = shown if len(found) == 1 else f"{shown}, the best of {len(found)} methods,"
     changes = (
         f"improves {metric} by {number(best.mean)}"
         if best.mean >= 0
@@ -152,7 +154,7 @@ def verdict(found: Sequence[Gain], metric: str) -> str:
         return f"Nothing is shown to help: {name} {changes} on average, which may be chance ({told})."
     gap = f", {percent(best.closed)} of the gap to the teacher" if math.isfinite(best.closed) else ""
     cost = f" A training step takes {best.cost:.2f} times as long; the model that you deploy costs the same."
-    return f"Take {best.label}: it {changes} over the plain student{gap} ({told}).{cost if math.isfinite(best.cost) else ''}"
+    return f"Take {shown}: it {changes} over the plain student{gap} ({told}).{cost if math.isfinite(best.cost) else ''}"
 
 
 def number(value: float, of: Sequence[float] = ()) -> str:

@@ -41,6 +41,7 @@ class Run:
         config: the text of its config; empty if there is none.
         student: the name of the student, where there are several, each with a plain one of its own; its labels start with it.
         decisions: the file with its decisions on the tested items, if there is one.
+        counted: what the places of its points count, ``"iteration"`` or ``"epoch"``.
     """
 
     label: str
@@ -53,6 +54,7 @@ class Run:
     config: str = ""
     student: str = ""
     decisions: Path | None = None
+    counted: str = "iteration"
 
     @property
     def plain(self) -> str:

@@ -97,6 +97,18 @@ def test_a_method_that_is_shown_to_help_goes_before_a_better_mean_that_may_be_ch
     assert verdict(found, "mIoU").startswith("Take sure: it improves mIoU by 0.032")
 
 
+def test_a_student_of_several_is_named():
+    found = gains(
+        [
+            Run(f"tiny: {label}", seed, Path(label), "", {"mIoU": value}, student="tiny")
+            for label, values in dict(plain=[0.30, 0.32, 0.31], kd=[0.35, 0.36, 0.37]).items()
+            for seed, value in enumerate(values)
+        ],
+        "mIoU",
+    )
+    assert verdict(found, "mIoU").startswith("Take kd for tiny: it improves mIoU by 0.050")
+
+
 def test_numbers():
     assert [number(v) for v in (0.0456, 12.3456, 1234.5, -0.5)] == ["0.046", "12.35", "1234", "−0.500"]
     assert number(0.5, of=[1000.0]) == "0"
