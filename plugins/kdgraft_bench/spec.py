@@ -16,9 +16,9 @@ SHIPPED = Path(__file__).with_name("benchmarks")
 """The folder of the benchmarks that ship."""
 KEYS = (
     *("host", "data", "out", "seeds", "processes", "device", "iterations", "tune", "split", "batches", "metric"),
-    *("fraction", "texts", "default_methods", "teacher", "students", "methods", "peers", "runs", "demo"),
+    *("batch", "fraction", "texts", "default_methods", "teacher", "students", "methods", "peers", "runs", "demo"),
 )
-DEMO_KEYS = ("students", "methods", "iterations", "processes", "batches")
+DEMO_KEYS = ("students", "methods", "iterations", "batch", "processes", "batches")
 MODEL_KEYS = ("model", "config", "options")
 METHOD_KEYS = ("recipe", "terms", "teacher", "teachers", "options", "start", "stop", "data")
 TEACHER, PLAIN = "teacher", "plain"
@@ -65,6 +65,7 @@ class Benchmark:
         processes: the number of trainings side by side.
         device: ``"cpu"`` or ``"cuda"``.
         iterations: the length of every training; by default that of the small models, or the configs' own.
+        batch: the samples of a training step of the small models; by default their own number.
         tune: the number of trainings that tune the weights of each method on the validation split; ``None`` for the weights as given.
         split: the split of the table, ``"test"`` or ``"val"``.
         batches: the batch sizes of which latency is measured.
@@ -87,6 +88,7 @@ class Benchmark:
     processes: int = 1
     device: str = "cpu"
     iterations: int | None = None
+    batch: int | None = None
     tune: int | None = None
     split: str = "test"
     batches: tuple[int, ...] = (1, 16)
@@ -175,7 +177,7 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
         if not isinstance(told.get(key, {}), dict):
             raise DistillError(f"{where}: {key} must be tables [{key}.NAME], got {told[key]!r}")
     _check_names(where, told)
-    numbers = {key: told[key] for key in ("processes", "iterations", "tune", "texts") if key in told}
+    numbers = {key: told[key] for key in ("processes", "iterations", "batch", "tune", "texts") if key in told}
     for key, value in numbers.items():
         check_number(where, key, value, 2 if key == "iterations" else 1, whole=True)  # a warm-up, and the rest
     if "fraction" in told:

@@ -44,6 +44,7 @@ def task(
     teacher_large: bool = False,
     optimizer: str = "adamw",
     rate: float | None = None,
+    batch: int = BATCH,
     **sizes: Any,
 ) -> Task:
     """Return the training of one net.
@@ -64,6 +65,7 @@ def task(
         large, teacher_large: the net, or its teacher, sees pictures at their full resolution.
         optimizer: ``"adamw"`` or ``"shampoo"``.
         rate: the learning rate; that of :data:`RATES` if omitted.
+        batch: the pictures of a batch.
         sizes: further arguments of the net.
     """
     torch.manual_seed(torch.initial_seed() + 1000 * member)
@@ -73,7 +75,7 @@ def task(
     shown = tested.large if large else tested.small
     return training(
         _model(special, peers, average, net, width, pictures, large, sizes),
-        Batches(seen, pictures.labels, BATCH, parts_of(steps)[1]),
+        Batches(seen, pictures.labels, batch, parts_of(steps)[1]),
         F.cross_entropy,
         steps,
         rate or RATES[optimizer if optimizer in RATES else net],

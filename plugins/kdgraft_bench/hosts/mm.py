@@ -6,6 +6,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,6 +74,7 @@ class RunnerBench(BenchHost):
         setup = self.setup(dataset, str(model.settings["model"]))
         assert dataset.folder is not None
         made = self.small(model, dataset, len(setup.classes))
+        setup = replace(setup, batch_size=benchmark.batch or setup.batch_size)
         config = setup.config(made, dataset.folder.resolve(), benchmark.iterations or setup.iterations, benchmark.split)
         if made["backbone"]["type"] == "EfficientNetLite":
             config.custom_imports = dict(imports=[efficientnet.__name__])

@@ -98,7 +98,7 @@ class TextBench(BenchHost):
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> dict[str, Any]:
         name = str(model.settings["model"])
         sizes = ("layers", "rate") if name == "minilm" else ("width", "layers", "rate", "vocabulary")
-        told = self.known(model.settings, (*sizes, "batch", *(DATA_ARGUMENTS if name == "llama" else ("length",))))
+        told = self.known(model.settings, (*sizes, *(DATA_ARGUMENTS if name == "llama" else ("length",))))
         made: Any
         if name == "minilm":
             made = minilm() if "layers" not in told else some_layers(told["layers"], benchmark.out.resolve() / "models")
@@ -111,7 +111,7 @@ class TextBench(BenchHost):
             told={**setup.told, **{key: told[key] for key in DATA_ARGUMENTS if key in told}},
             rate=told.get("rate", FINE_TUNING if name == "minilm" else setup.rate),
             vocabulary=told.get("vocabulary", setup.vocabulary),
-            batch_size=told.get("batch", setup.batch_size),
+            batch_size=benchmark.batch or setup.batch_size,
         )
         found = setup.config(made, self._files(dataset), benchmark.iterations or setup.iterations)
         if benchmark.teacher.settings.get("model") == "minilm":  # all models read its tokens

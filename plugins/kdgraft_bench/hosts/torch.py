@@ -71,6 +71,7 @@ class PlainBench(BenchHost):
             "net": model.settings["model"],
             "width": told.pop("width", 8),
             "steps": benchmark.iterations or STEPS,
+            **({} if benchmark.batch is None else {"batch": benchmark.batch}),
             **told,
         }
         if benchmark.split != "test":

@@ -20,6 +20,7 @@ from kdgraft_bench.decisions import Decisions
 from kdgraft_bench.hosts import bench_host
 from kdgraft_bench.spec import Model, read_benchmark
 from kdgraft_mm.configs import load_config
+from kdgraft_nlp.settings import load
 from support.bench import write_masks, write_scenes, write_texts
 
 SETS = {"det": write_scenes, "seg": write_masks, "nlp": write_texts}
@@ -143,6 +144,18 @@ def test_a_model_that_is_unknown_is_refused(made):
     ):
         with pytest.raises(DistillError, match=said):
             host.config(Model(settings=settings), dataset, told, "x")
+
+
+def test_the_samples_of_a_step_are_those_that_are_told(made):
+    told, host, dataset, *_ = made
+    found = []
+    for count in (None, 3):
+        path, _ = host.config(told.teacher, dataset, replace(told, batch=count, out=told.out / "other"), "x")
+        if told.host == "nlp":
+            found.append(load(path)["training"]["per_device_train_batch_size"])
+        else:
+            found.append(load_config(path).train_dataloader.batch_size)
+    assert found[0] > 3 == found[1]
 
 
 OWN = {

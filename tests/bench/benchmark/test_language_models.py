@@ -53,7 +53,7 @@ def carried_out(told):
 
 def test_students_with_another_tokenizer(tmp_path):
     told = read_benchmark("nlp-tokenizers", seeds=[0], iterations=2, methods=["gold"], out=str(tmp_path))
-    told = small(told, length=16, batch=4)
+    told = small(replace(told, batch=4), length=16)
     told.teacher.settings["vocabulary"], told.students["small"].settings["vocabulary"] = 120, 60
     plan, done, _ = carried_out(told)
     entries = {}
@@ -77,7 +77,7 @@ def written(tmp_path_factory):
     told = read_benchmark(
         "nlp-on-policy", seeds=[0], iterations=10, out=str(out), methods=["continued", "on_policy", "minillm"]
     )
-    told = small(replace(told, texts=6, processes=1), vocabulary=300, batch=4, length=16)
+    told = small(replace(told, texts=6, processes=1, batch=4), vocabulary=300, length=16)
     for method in told.methods.values():
         method["options"]["training.max_steps"] = 3
         if "on_policy" in method["options"]:
