@@ -1,4 +1,4 @@
-"""``kdgraft demo``: the benchmarks that ship, each in two minutes or as a whole."""
+"""``kdgraft demo``: a part of each benchmark that ships, in minutes, or the whole of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def demo(
     Args:
         names: their names; by default all that have a demo and whose host is installed.
         seeds: the number of seeds, from the first one of the benchmark.
-        full: the whole benchmark with all its usual methods, instead of the part that takes two minutes.
+        full: the whole benchmark with all its usual methods, instead of the part that takes minutes.
         device: ``"cpu"`` or ``"cuda"``.
         out: the folder of the results, in which each benchmark has one of its own.
         command: the command that was given, for the report.

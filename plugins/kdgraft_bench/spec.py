@@ -119,7 +119,7 @@ def read_benchmark(named: str, *, demo: bool = False, **changes: Any) -> Benchma
 
     Args:
         named: a file, or the name of a benchmark that ships.
-        demo: take the values of its table ``[demo]`` for those of the file, and the first seed alone.
+        demo: take the values of its table ``[demo]`` for those of the file, the first seed alone, and no peers.
         **changes: values that replace those of the file, such as ``seeds=(0,)``, or the names of those ``methods`` that are kept,
             ``["all"]`` for all; ``None`` leaves the file's own.
 
@@ -142,6 +142,7 @@ def read_benchmark(named: str, *, demo: bool = False, **changes: Any) -> Benchma
     changes = {key: value for key, value in changes.items() if value is not None}
     if demo:
         changes = {"seeds": told.get("seeds", [0])[:1], **short, **changes}
+        told.pop("peers", None)
     usual = told.pop("default_methods", None)
     for kind, names in (("methods", changes.pop("methods", usual)), ("students", changes.pop("students", None))):
         if names is not None and names != ["all"] and isinstance(told.get(kind), dict):
