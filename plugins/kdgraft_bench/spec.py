@@ -181,6 +181,8 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
     numbers = {key: told[key] for key in ("processes", "iterations", "batch", "tune", "texts") if key in told}
     for key, value in numbers.items():
         check_number(where, key, value, 2 if key == "iterations" else 1, whole=True)  # a warm-up, and the rest
+    if "texts" in told and host != "nlp":
+        raise DistillError(f"{where}: texts are of language models, in Hugging Face; leave texts out")
     if "fraction" in told:
         numbers["fraction"] = _share(where, told["fraction"], str(host))
     return Benchmark(

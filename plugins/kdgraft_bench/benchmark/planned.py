@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from kdgraft.errors import DistillError
 from kdgraft.plans import Plan, plan_of
 
 from ..hosts import BenchHost, Dataset
@@ -21,6 +22,8 @@ def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -
     """
 
     def entry(model: Model, name: str) -> dict[str, Any]:
+        if benchmark.batch is not None and model.config is not None:
+            raise DistillError(f"batch is of the small models, and {model.config} says its own; leave batch out")
         config, options = host.config(model, dataset, benchmark, name)
         return {"config": config, "options": {**options, **host.length(model, benchmark), **model.options}}
 

@@ -91,7 +91,7 @@ def main(
             found[seed] = _carried_out(runs.plan(place, seed))
         results = list(_results(labels, found, dataset))
         write_results(results, folder / "results.csv")
-    _report({experiment: _figures(names, found) for experiment, names in labels.items()}, folder, dataset, split)
+    _report({experiment: _figures(named, found) for experiment, named in labels.items()}, folder, dataset, split)
     draw_examples(folder / "examples.png", data or "")
     print(f"results, pictures and runs in {folder} ({time.perf_counter() - started:.0f} s)")
     return results

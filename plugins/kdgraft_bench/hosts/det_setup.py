@@ -32,11 +32,6 @@ REAL_BATCH = 8
 CHANNELS = 48
 
 
-def padded(size: tuple[int, int]) -> tuple[int, int]:
-    """Return (height, width) after the data preprocessor's padding."""
-    return -(-size[0] // 32) * 32, -(-size[1] // 32) * 32
-
-
 def detector(width: int, channels: int, classes: int) -> dict[str, Any]:
     """Return the ``model`` entry of a small GFL: ResNet-18 of ``width`` base channels, FPN and head of ``channels``."""
     return dict(
@@ -77,7 +72,7 @@ def detector(width: int, channels: int, classes: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionSetup(RunnerSetup):
-    """How detectors are trained and tested on a data set in COCO's format.
+    """Training and tests of detectors on a data set in COCO's format.
 
     Attributes:
         scale: (width, height) to which pictures are resized with their aspect ratio.
@@ -154,7 +149,6 @@ def scenes() -> DetectionSetup:
     return DetectionSetup(
         iterations=ITERATIONS,
         classes=CLASSES,
-        size=padded((SIZE, SIZE)),
         scale=(SIZE, SIZE),
         batch_size=BATCH,
         lr=LR,
@@ -169,7 +163,6 @@ def own_set(real: RealSet) -> DetectionSetup:
         evaluations=2,
         classes=real.classes,
         splits=TWO_SPLITS,
-        size=padded(REAL_SIZE[::-1]),
         scale=REAL_SIZE,
         batch_size=REAL_BATCH,
         lr=LR,

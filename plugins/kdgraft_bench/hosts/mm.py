@@ -50,7 +50,7 @@ class RunnerBench(BenchHost):
 
     @abstractmethod
     def setup(self, dataset: Dataset, model: str = "") -> RunnerSetup:
-        """Return how models are trained and tested on a data set; a small model of this name may have a schedule of its own."""
+        """Return the setup of a data set; a small model of this name may have a schedule of its own."""
 
     @abstractmethod
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:

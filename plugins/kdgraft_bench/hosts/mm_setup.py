@@ -29,11 +29,10 @@ def resnet18(kind: str, width: int, **settings: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class RunnerSetup(ABC):
-    """How models are trained and tested on one data set.
+    """Training and tests of models on one data set.
 
     Attributes:
         classes: the names of the classes.
-        size: (height, width) of the pictures as a model sees them.
         iterations: the iterations of a training.
         evaluations: the number of evaluations of a training on the validation split.
         splits: ``train``, ``val``, ``test`` -> the split's name in the data set.
@@ -44,7 +43,6 @@ class RunnerSetup(ABC):
 
     scope: ClassVar[str]
     classes: tuple[str, ...]
-    size: tuple[int, int]
     iterations: int
     evaluations: int = 6
     splits: Mapping[str, str] = field(default_factory=lambda: EMBEDDED_SPLITS)

@@ -82,18 +82,19 @@ class TextBench(BenchHost):
         return Dataset(root.resolve().name, _joined(root, benchmark.out / "data"), root)
 
     def config(self, model: Model, dataset: Dataset, benchmark: Benchmark, name: str) -> tuple[str, dict[str, Any]]:
+        found = self._small(model, dataset, benchmark) if model.config is None else load(model.config)
+        if benchmark.texts is not None and found["task"] != "causal":
+            raise DistillError(f"texts are of language models, the task is {found['task']}; leave texts out")
+        options = {} if benchmark.fraction is None else {"data.fraction": benchmark.fraction}
         if model.config is not None and dataset.real is None:
-            return model.config, {}
+            return model.config, options
         if model.config is not None:
-            found = load(model.config)
             found["data"] = {**found["data"], **self._files(dataset)}
-        else:
-            found = self._small(model, dataset, benchmark)
         path = benchmark.out / "configs" / f"{name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(path) as part:
             part.write_text(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        return str(path), {}
+        return str(path), options
 
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> dict[str, Any]:
         name = str(model.settings["model"])
@@ -116,8 +117,6 @@ class TextBench(BenchHost):
         found = setup.config(made, self._files(dataset), benchmark.iterations or setup.iterations)
         if benchmark.teacher.settings.get("model") == "minilm":  # all models read its tokens
             found["tokenizer"] = str(minilm())
-        if benchmark.fraction is not None:
-            found["data"]["fraction"] = benchmark.fraction
         return found
 
     def _files(self, dataset: Dataset, split: str = "val") -> dict[str, str]:
@@ -144,9 +143,7 @@ class TextBench(BenchHost):
         self, run: PlannedRun, trained: TrainedModel, teacher: TrainedModel, dataset: Dataset, split: str, count: int
     ) -> Mapping[str, float]:
         with quiet(), tempfile.TemporaryDirectory() as scratch:
-            trainer, config = self._opened(run, trained, dataset, split, scratch)
-            if config["task"] != "causal":
-                raise DistillError(f"texts are of language models, the task is {config['task']}; leave texts out")
+            trainer, _ = self._opened(run, trained, dataset, split, scratch)
             blocks: Any = trainer.eval_dataset
             return own_texts(trainer, teacher.weights, blocks.select(range(min(count, len(blocks)))))
 

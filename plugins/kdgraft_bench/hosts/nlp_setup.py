@@ -24,7 +24,7 @@ CHECKPOINTS = 5
 
 @dataclass(frozen=True, kw_only=True)
 class TextSetup:
-    """How models of one task are trained, as a recipe file says it.
+    """Training of models of one task, as a recipe file says it.
 
     Attributes:
         task: the ``task`` of a recipe file.

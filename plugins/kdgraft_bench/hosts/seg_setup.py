@@ -79,10 +79,11 @@ def segmentor(width: int, channels: int, classes: int, background: float | None 
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationSetup(RunnerSetup):
-    """How segmentors are trained and tested on a data set.
+    """Training and tests of segmentors on a data set.
 
     Attributes:
         pictures, masks: the folders of the data set's pictures and masks, each with a folder for each split.
+        size: (height, width) of the pictures.
         suffix: the suffix of the pictures; masks are PNGs.
         crop: (height, width) of the crops in training.
         padding: the class of the padding of a picture that is smaller than the crop.
@@ -92,6 +93,7 @@ class SegmentationSetup(RunnerSetup):
     tested_at_once: int = 1
     pictures: str
     masks: str
+    size: tuple[int, int]
     suffix: str
     crop: tuple[int, int]
     padding: int = 255

@@ -15,7 +15,7 @@ from kdgraft.plans import carry_out
 from kdgraft_bench.benchmark.planned import plan_of_benchmark
 from kdgraft_bench.benchmark.working import carry_out_one, write_texts
 from kdgraft_bench.decisions import Decisions, same_items
-from kdgraft_bench.hosts import bench_host, nlp_setup
+from kdgraft_bench.hosts import Dataset, bench_host, nlp_setup
 from kdgraft_bench.hosts.own_texts import own_texts
 from kdgraft_bench.spec import Model, read_benchmark
 from kdgraft_nlp import OnPolicy
@@ -137,25 +137,32 @@ def test_texts_are_measured_by_their_writer_and_the_teacher(written):
 
 def test_texts_belong_to_language_models(tmp_path):
     write_classes(tmp_path)
-    told = read_benchmark("nlp", data=str(tmp_path), seeds=[0], iterations=2, out=str(tmp_path / "out"))
-    told = small(told)
+    told = small(read_benchmark("nlp", data=str(tmp_path), texts=3, out=str(tmp_path / "out")))
     host = bench_host("nlp")
-    dataset = host.dataset(told)
-    run = plan_of_benchmark(told, host, dataset).runs[0]
-    trained = carry_out_one(told, plan_of_benchmark(told, host, dataset), "teacher", 0).model
     with pytest.raises(DistillError, match="texts are of language models, the task is classification; leave texts out"):
-        host.texts(run, trained, trained, dataset, "val", 3)
+        plan_of_benchmark(told, host, host.dataset(told))  # before anything is trained
+    with pytest.raises(DistillError, match="texts are of language models, in Hugging Face"):
+        read_benchmark("core", texts=3)
+
+
+def test_a_batch_belongs_to_small_models(tmp_path):
+    told = replace(read_benchmark("nlp", batch=3, out=str(tmp_path)), teacher=Model(config="mine.yaml"))
+    with pytest.raises(DistillError, match=r"batch is of the small models, and mine\.yaml says its own"):
+        plan_of_benchmark(told, bench_host("nlp"), bench_host("nlp").dataset(told))
 
 
 def test_a_part_of_a_set_is_drawn_by_the_seed(tmp_path):
     write_classes(tmp_path)
     told = small(read_benchmark("nlp", data=str(tmp_path), fraction=0.5, out=str(tmp_path / "out")))
     host = bench_host("nlp")
-    path, _ = host.config(told.teacher, host.dataset(told), told, "teacher")
-    assert load(path)["data"]["fraction"] == 0.5
+    path, options = host.config(told.teacher, host.dataset(told), told, "teacher")
+    assert options == {"data.fraction": 0.5}
+    own = replace(told, data=None)  # a recipe file of the user's, on its own data
+    assert host.config(Model(config=path), Dataset("own data", None), own, "x") == (path, options)
     drawn = []
     for seed in (0, 1):
         told_seed = [
+            "data.fraction=0.5",
             f"training.seed={seed}",
             "training.use_cpu=true",
             "training.max_steps=2",
