@@ -64,9 +64,11 @@ $(VENV)/.plain: $(TORCH_STAMP) pyproject.toml constraints/common.txt
 	$(PIP) install --quiet --no-build-isolation -e '.[nlp,bench]' $(CONSTRAINTS)
 	touch $@
 
+# torchdistill is a peer of the benchmark; its losses need no torchvision, which the package asks for.
 $(VENV)/.ready: $(VENV)/.mmcv pyproject.toml constraints/common.txt
 	$(PIP) install --quiet --no-build-isolation $(MM_$(STACK)) $(CONSTRAINTS)
 	$(PIP) install --quiet --no-build-isolation -e '.[nlp,dev]' $(CONSTRAINTS)
+	$(PIP) install --quiet --no-deps torchdistill $(CONSTRAINTS)
 	touch $@
 
 # Torch alone, as users of plain PyTorch have it: no mm stack, no transformers.

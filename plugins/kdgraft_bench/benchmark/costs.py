@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kdgraft.hosts import Job, TrainedModel
 from kdgraft.plans import Plan, PlannedRun
 
-from ..hosts import BenchHost, Opened, bench_host
+from ..hosts import BenchHost, Opened, Step, bench_host
 from ..spec import PLAIN, TEACHER, Benchmark, run_name
 from ..timing import interleave, peak_memory
 from .working import logged
@@ -100,7 +100,7 @@ def _steps(
     benchmark: Benchmark, host: BenchHost, runs: Mapping[str, PlannedRun], trained: Trained, rounds: int
 ) -> Costs:
     """Time a training step of every run, in turn, and measure the memory that it needs."""
-    steps = {name: _step(host, runs[name], trained) for name, _, _ in benchmark.trained() if name in trained}
+    steps = {name: step_of(host, runs[name], trained).run for name, _, _ in benchmark.trained() if name in trained}
     seconds = interleave(steps, rounds, device=benchmark.device)
     return {
         name: {STEP: float(np.median(seconds[name])) * 1e3, MEMORY: peak_memory(step, benchmark.device) / 2**20}
@@ -108,16 +108,17 @@ def _steps(
     }
 
 
-def _step(host: BenchHost, run: PlannedRun, trained: Trained) -> Callable[[], None]:
+def step_of(host: BenchHost, run: PlannedRun, trained: Trained) -> Step:
+    """Return the training step of a run, given those that it needs."""
     with tempfile.TemporaryDirectory() as scratch:
-        return host.step(job_of(run, trained, Path(scratch)))
+        return host.step(_job_of(run, trained, Path(scratch)))
 
 
-def job_of(run: PlannedRun, trained: Trained, folder: Path) -> Job:
+def _job_of(run: PlannedRun, trained: Trained, folder: Path) -> Job:
     """Return the job of a run, given the runs that it needs."""
     teachers = {name: trained[one] if isinstance(one, str) else one for name, one in run.teachers.items()}
     start = trained[run.start] if run.start else None
-    return Job(run.config, run.options, folder, 0, teachers, run.terms, run.recipe, start, data=run.data)
+    return Job(run.config, run.options, folder, 0, teachers, run.terms, run.recipe, start, stop=run.stop, data=run.data)
 
 
 def machine(device: str) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from ..results import Result, gap_closed, markdown, summary, write_results
 from ..spec import PLAIN, TEACHER, Benchmark, run_name
 from ..timing import check_device
 from .costs import OPERATIONS, PARAMETERS, SIZE, STEP, Costs, latency_of, machine, measure_costs
+from .forecast import Forecast, forecast
 from .planned import plan_of_benchmark
 from .tuning import tuned
 from .working import DECISIONS, Done, Run, processes, read_record, side_by_side, write_texts
@@ -210,27 +211,43 @@ def in_words(seconds: float) -> str:
 
 
 def _announce(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel]) -> None:
-    """Print what would be done, and about how long it takes."""
+    """Print what would be done, and about how long it takes: by finished runs of the same kind, or by some steps of a new one.
+
+    Raises:
+        DistillError: a run cannot be built, other than a peer's.
+    """
     todo = _todo(told, plan, finished)
     pace = _Pace(told, plan, todo)
+    names = {name for name, _ in todo}
+    unknown = [run.name for run in plan.runs if run.name in names and run.name not in pace.known]
+    found = Forecast({}, {})
+    if unknown:
+        print("timing some steps of each new run …", flush=True)
+        with processes(told.processes, told.device) as pool:
+            found = pool.submit(forecast, told, plan, unknown, told.out / "forecast.log").result()
+    pace.known |= {name: [seconds] for name, seconds in found.seconds.items()}
     rows = []
     for run in plan.runs:
         mine = [seed for name, seed in todo if name == run.name]
-        expected = pace.seconds((run.name, 0))
+        expected = pace.known.get(run.name)
+        steps = " and its evaluations" if run.name in found.seconds else ""
         rows.append(
             {
                 "run": run.name,
                 "seeds to do": ", ".join(map(str, mine)) or "none",
                 "taught by": ", ".join(run.needs) or "–",
-                "each takes": "not known yet" if expected is None else f"about {in_words(expected)}",
+                "each takes": f"about {in_words(float(np.mean(expected)))}{steps}" if expected else "–",
             }
         )
     print_rows(rows, f"{told.name}: {len(todo)} of {len(plan.runs) * len(plan.seeds)} runs to do, in {told.out}")
-    total = pace.total()
-    if todo and total is None:
-        print("How long it takes is told as soon as one run is finished; no time of this benchmark is known yet.")
-    elif todo:
-        print(f"about {in_words(total or 0.0)} in {told.processes} processes side by side")
+    if todo:
+        print(f"about {in_words(pace.total() or 0.0)} in {told.processes} processes side by side")
+    peers = {run_name(student, peer) for student in told.students for peer in told.peers}
+    wrong = [name for name in found.failures if name not in peers]
+    for name, said in found.failures.items():
+        print(f"{'The peer ' if name in peers else ''}{name} does not run: {said}")
+    if wrong:
+        raise DistillError(f"{wrong[0]} cannot be trained; see {told.out / 'forecast.log'}, and its error above")
 
 
 # --- figures

@@ -109,8 +109,13 @@ def side_by_side(
                         f"the process of {run[0]} (seed {run[1]}) was killed, perhaps for want of memory; start again to go on"
                     ) from None
                 except Exception as error:  # whatever a host raises: the other runs go on
-                    failures[run] = Failure(run, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+                    failures[run] = Failure(run, one_line(error))
     return list(failures.values())
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's type and its message in one line of limited length."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 @contextmanager

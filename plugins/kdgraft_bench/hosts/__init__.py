@@ -7,7 +7,7 @@ from importlib import import_module
 from kdgraft.errors import DistillError
 from kdgraft.hosts import host_named
 
-from .base import BenchHost, Dataset, Opened, Tested
+from .base import BenchHost, Dataset, Opened, Step, Tested
 
 
 def bench_host(name: str) -> BenchHost:
@@ -25,4 +25,4 @@ def bench_host(name: str) -> BenchHost:
     return found
 
 
-__all__ = ["BenchHost", "Dataset", "Opened", "Tested", "bench_host"]
+__all__ = ["BenchHost", "Dataset", "Opened", "Step", "Tested", "bench_host"]

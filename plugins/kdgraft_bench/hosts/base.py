@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -59,6 +59,29 @@ class Opened:
     model: nn.Module
     run: Callable[[int], Callable[[], object]]
     flops: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a run trains, before its first step.
+
+    Attributes:
+        run: the training step on one batch, always the same: forward, loss and backward.
+        load: a function that draws the next batch.
+        count: the number of steps of the whole training.
+        save: a function that writes the plain model to a folder, for runs that need one as their teacher or start from it.
+    """
+
+    run: Callable[[], None]
+    load: Callable[[], object]
+    count: int
+    save: Callable[[Path], TrainedModel]
+
+
+def endless(loader: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of a loader over and over."""
+    while True:
+        yield from loader
 
 
 class BenchHost(ABC):
@@ -118,8 +141,8 @@ class BenchHost(ABC):
         """Build the plain model of a finished run."""
 
     @abstractmethod
-    def step(self, job: Job) -> Callable[[], None]:
-        """Build what a run trains, and return its training step on one batch: forward, loss and backward."""
+    def step(self, job: Job) -> Step:
+        """Build what a run trains, and return its training step."""
 
     def texts(
         self, run: PlannedRun, trained: TrainedModel, teacher: TrainedModel, dataset: Dataset, split: str, count: int

@@ -22,14 +22,15 @@ from kdgraft.errors import DistillError
 from kdgraft.files import written_whole
 from kdgraft.hosts import Job, TrainedModel, host_named
 from kdgraft.plans import PlannedRun
+from kdgraft_mm.checkpoints import export_student
 from kdgraft_mm.configs import load_config
 from kdgraft_mm.evaluation import evaluate, open_model
 from kdgraft_mm.run import begin, make_runner
-from kdgraft_mm.trainer import MMTrainer
+from kdgraft_mm.trainer import STUDENT, MMTrainer
 
 from ..spec import Benchmark, Model
 from . import efficientnet
-from .base import BenchHost, Dataset, Opened, Tested
+from .base import BenchHost, Dataset, Opened, Step, Tested, endless
 from .mm_setup import RunnerSetup, silent
 
 _steps = count()
@@ -126,7 +127,7 @@ class RunnerBench(BenchHost):
                 opened[title].cfg = load_config(trained.config, imports=False)
         return opened, samples
 
-    def step(self, job: Job) -> Callable[[], None]:
+    def step(self, job: Job) -> Step:
         trainer: MMTrainer = host_named(self.name).make_trainer()  # type: ignore[assignment]
         config = trainer.config_of(job)
         config.log_level, config.experiment_name = "ERROR", f"step{next(_steps)}"
@@ -134,8 +135,19 @@ class RunnerBench(BenchHost):
             runner = make_runner(config)
             loader: Any = runner.train_loop.dataloader
             begin(runner, loader)
-            batch = next(iter(loader))
+            batches = endless(loader)
+            batch = next(batches)
         model: Any = runner.model
+
+        def load() -> object:
+            with self.entered():
+                return next(batches)
+
+        def save(folder: Path) -> TrainedModel:
+            with self.entered():
+                runner.save_checkpoint(str(folder), "begun.pth", save_optimizer=False, save_param_scheduler=False)
+                weights, described = export_student(folder / "begun.pth", folder / STUDENT, force=True)
+            return TrainedModel(str(described), str(weights))
 
         def step() -> None:
             # preprocessing changes the samples of a batch: segmentation pads their labels
@@ -143,7 +155,7 @@ class RunnerBench(BenchHost):
             loss.backward()
             model.zero_grad()
 
-        return step
+        return Step(step, load, runner.max_iters, save)
 
     @contextmanager
     def entered(self) -> Iterator[None]:

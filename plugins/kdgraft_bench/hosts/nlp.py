@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from kdgraft_nlp.trainer import DistillTrainer
 from ..decisions import Decisions
 from ..spec import Benchmark, Model
 from .attention import draw_attention
-from .base import BenchHost, Dataset, Opened, Tested
+from .base import BenchHost, Dataset, Opened, Step, Tested, endless
 from .nlp_setup import CAUSAL, CLASSIFICATION, TOKENS, TextSetup, bert, llama, own_set, quiet, write_data
 from .own_texts import own_texts
 from .pretrained import minilm, some_layers
@@ -165,20 +166,30 @@ class TextBench(BenchHost):
 
         return Opened(model, ready, ready(1))
 
-    def step(self, job: Job) -> Callable[[], None]:
+    def step(self, job: Job) -> Step:
         recipe, _ = TRAINER.recipe_of(job)
         with quiet():
             trainer = build(recipe)
         trainer.state.epoch = 0.0
         trainer.current_gradient_accumulation_steps = 1
-        batch = next(iter(trainer.get_train_dataloader()))
+        loader = trainer.get_train_dataloader()
+        batches = endless(loader)
+        batch = next(batches)
         model: Any = trainer.model.train()
+
+        def save(folder: Path) -> TrainedModel:
+            with quiet():
+                trainer.save_model(str(folder))
+            return TrainedModel(job.config, str(folder))
 
         def step() -> None:
             trainer.compute_loss(model, dict(batch)).backward()
             model.zero_grad()
 
-        return step
+        args = trainer.args
+        whole = ceil(args.num_train_epochs * len(loader))
+        count = whole if args.max_steps <= 0 else args.max_steps * args.gradient_accumulation_steps
+        return Step(step, lambda: next(batches), count, save)
 
     def draw(self, models: Mapping[str, TrainedModel], dataset: Dataset, samples: Sequence[int], path: Path) -> None:
         if dataset.folder is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,21 +15,23 @@ from torch import Tensor, nn
 from kdgraft.errors import DistillError
 from kdgraft.fit import student_of, training_loss
 from kdgraft.hosts import Job, TrainedModel
-from kdgraft.plain import TRAINER, Task
+from kdgraft.plain import TRAINER, WEIGHTS, Task
 from kdgraft.plans import PlannedRun
 from kdgraft.sources.teacher import load_strictly, read_checkpoint
 from kdgraft.training import pair_of
 
+from ..core import peers
 from ..core.data import pictures_of
 from ..core.runs import CONFIG
 from ..data.digits import CLASSES
 from ..decisions import Decisions
 from ..pictures import draw_grid
-from ..spec import Benchmark, Model
-from .base import BenchHost, Dataset, Opened, Tested
+from ..spec import TEACHER, Benchmark, Model
+from .base import BenchHost, Dataset, Opened, Step, Tested, endless
 
 STEPS = 1000
 """The length of a training of a small model."""
+TORCHDISTILL = f"{peers.__file__}:torchdistill_kd"
 ARGUMENTS = ("width", "depth", "dropout", "rate", "mode", "mixup")
 """The arguments of a small model, which are those of :func:`kdgraft_bench.core.tasks.task`."""
 
@@ -40,6 +42,7 @@ class PlainBench(BenchHost):
     scores: ClassVar = {"accuracy": ("accuracy", 3)}
     lengths = ("steps",)
     models = ("conv", "mlp")
+    peers = ("torchdistill_kd",)
     embedded = "hard digits"
     picture = "pictures"
 
@@ -77,6 +80,14 @@ class PlainBench(BenchHost):
         if benchmark.split != "test":
             options["split"] = benchmark.split
         return CONFIG, options | ({"data": str(dataset.real)} if dataset.real is not None else {})
+
+    def peer(self, peer: Model, student: str, dataset: Dataset, benchmark: Benchmark) -> tuple[str, dict[str, Any]]:
+        small = benchmark.students[student].config is None and benchmark.teacher.config is None
+        if peer.settings.get("model") not in self.peers or not small:
+            return super().peer(peer, student, dataset, benchmark)
+        _, options = self.config(benchmark.students[student], dataset, benchmark, student)
+        _, teacher = self.config(benchmark.teacher, dataset, benchmark, TEACHER)
+        return TORCHDISTILL, {**options, "teacher": teacher, "teacher_weights": "{teacher.weights}"}
 
     def test(self, run: PlannedRun, trained: TrainedModel, dataset: Dataset, split: str) -> Tested:
         task, model = self._opened(run, trained)
@@ -119,19 +130,28 @@ class PlainBench(BenchHost):
         load_strictly(model, read_checkpoint(trained.weights), trained.weights, "student")
         return task, model.eval()
 
-    def step(self, job: Job) -> Callable[[], None]:
+    def step(self, job: Job) -> Step:
         task, model = TRAINER.build(job)
-        inputs, targets = pair_of(next(iter(task.loader)))
-        views = task.settings.get("views")
-        if views is not None:
-            inputs, targets = views(inputs, targets)
+        batches, views = endless(task.loader), task.settings.get("views")
+
+        def load() -> tuple[Any, Any]:
+            inputs, targets = pair_of(next(batches))
+            return (inputs, targets) if views is None else views(inputs, targets)
+
+        inputs, targets = load()
         model.train()
+
+        def save(folder: Path) -> TrainedModel:
+            torch.save(student_of(model).state_dict(), folder / WEIGHTS)
+            return TrainedModel(job.config, str(folder / WEIGHTS), {}, dict(job.options))
 
         def step() -> None:
             training_loss(model, inputs, targets, task.loss).backward()
             model.zero_grad()
 
-        return step
+        loader = task.loader
+        batches_of_an_epoch = len(loader) if isinstance(loader, Sized) else sum(1 for _ in loader)
+        return Step(step, load, (job.stop or task.epochs) * batches_of_an_epoch, save)
 
     def draw(self, models: Mapping[str, TrainedModel], dataset: Dataset, samples: Sequence[int], path: Path) -> None:
         if dataset.folder is None:

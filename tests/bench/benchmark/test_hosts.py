@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from mmengine.config import Config
 import support.nlp  # noqa: F401  quiet, one thread
 from kdgraft.errors import DistillError
 from kdgraft.plans import carry_out
-from kdgraft_bench.benchmark.costs import latency_of, measure_costs
+from kdgraft_bench.benchmark.costs import latency_of, measure_costs, step_of
+from kdgraft_bench.benchmark.forecast import forecast
 from kdgraft_bench.benchmark.planned import plan_of_benchmark
 from kdgraft_bench.benchmark.working import CALIBRATION, DECISIONS, carry_out_one
 from kdgraft_bench.decisions import Decisions
@@ -101,6 +103,25 @@ def test_costs_are_those_of_the_plain_model_and_of_its_training(made, tmp_path):
     assert (
         found[method]["parameters (k)"] == found["small-plain"]["parameters (k)"] <= found["teacher"]["parameters (k)"]
     )
+
+
+def test_how_long_trainings_take_is_told_by_their_first_steps(made, tmp_path):
+    told, host, dataset, _, done = made
+    fresh = replace(told, out=tmp_path / "out")
+    fresh.out.mkdir()
+    plan = plan_of_benchmark(fresh, host, dataset)
+    found = forecast(fresh, plan, done, tmp_path / "log.txt")
+    assert set(found.seconds) == set(done) and not found.failures
+    assert all(0 < seconds < 600 for seconds in found.seconds.values())
+
+
+def test_the_steps_of_a_training_are_counted(made, tmp_path):
+    told, _, _, plan, _ = made
+    (run,) = (run for run in plan.runs if run.name == "small-plain")
+    step = step_of(bench_host(told.host), run, {})
+    assert step.count == 2  # the iterations of the fixture
+    saved = step.save(tmp_path)
+    assert saved.config and Path(saved.weights).exists()
 
 
 def test_the_models_are_drawn(made, tmp_path):

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
 from kdgraft.cli import main
 from kdgraft_bench.records import FILE, read_rows
+from support.killing import ended, started
 
 TASKS = """
 import time
@@ -83,21 +78,11 @@ def written(folder, wait=0.0, plan=PLAN):
     (folder / "mine.toml").write_text(plan)
 
 
-def started(folder):
-    command = [sys.executable, "-m", "kdgraft", "bench", "mine.toml"]
-    return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     written(folder)
-    process = started(folder)
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    return folder / "out", said
+    return folder / "out", ended(started(folder, "mine.toml"))
 
 
 def test_every_run_has_a_row(finished):
@@ -160,6 +145,26 @@ def test_a_dry_run_says_what_is_missing_and_how_long_it_takes(finished, capfd, m
     assert "7 of 21 runs to do" in said and "in 2 processes side by side" in said
 
 
+def test_a_dry_run_of_a_new_benchmark_times_some_steps(tmp_path, capfd, monkeypatch):
+    written(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "mine.toml", "--dry-run"]) == 0
+    said = capfd.readouterr().out
+    assert "14 of 14 runs to do" in said and said.count("s and its evaluations") == 7
+    assert not list((tmp_path / "out").rglob("*.pth")) and not read_rows(tmp_path / "out")
+
+
+def test_a_dry_run_says_which_run_cannot_be_trained(tmp_path, capfd, monkeypatch):
+    lost = '\n[peers.lost]\nconfig = "tasks.py:broken"\noptions = { width = 3 }\n'
+    written(tmp_path, plan=PLAN.replace('tap = "0"', 'tap = "no"') + lost)
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "mine.toml", "--dry-run"]) == 2
+    said = capfd.readouterr()
+    assert "The peer small-lost does not run: ValueError: no such net" in said.out
+    assert "small-hint does not run: WiringError: hint: the student has no module 'no'" in said.out
+    assert "small-hint cannot be trained; see " in said.err and "forecast.log" in said.err
+
+
 def test_comparing_a_result_with_itself_shows_nothing(finished, capfd):
     out, _ = finished
     assert main(["bench", "--compare", str(out), str(out)]) == 0
@@ -181,26 +186,6 @@ def test_one_failure_stops_only_those_that_need_it(tmp_path, monkeypatch, capfd)
         ("teacher", "teacher"),
         *((student, method) for student in ("small", "tiny") for method in ("plain", "kd")),
     }
-
-
-def killed_at_random(folder, kills, seed):
-    """Start the benchmark anew after each of so many kills; return what the last one said."""
-    chance = random.Random(seed)
-    for _ in range(kills):
-        process = started(folder)
-        time.sleep(chance.uniform(2.0, 14.0))
-        os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
-        process.wait()
-        process.stdout.close()
-        time.sleep(1.5)  # processes of a parent that was killed end by themselves
-    last = started(folder)
-    said, _ = last.communicate(timeout=600)
-    assert last.returncode == 0, said
-    return said
-
-
-def without_times(out):
-    return {key: dict(row.metrics) for key, row in read_rows(out).items()}
 
 
 @pytest.mark.slow
@@ -230,11 +215,3 @@ options = { width = 3 }
     assert lost in said and lost in page and "by_hand" in (tmp_path / "out/table.md").read_text()
     # Of tuning teacher and two candidates; of the table teacher, plain and distilled student, and a peer.
     assert len(list((tmp_path / "out").rglob("finished.json"))) == 3 + 4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [3, 10])
-def test_killed_and_started_again_it_has_the_same_results(finished, tmp_path, kills):
-    written(tmp_path, wait=0.3)
-    killed_at_random(tmp_path, kills, seed=kills)
-    assert without_times(tmp_path / "out") == without_times(finished[0])
