@@ -22,6 +22,7 @@ from kdgraft.files import check_intact, written_whole
 from kdgraft.sources.teacher import load_strictly, read_checkpoint
 from kdgraft.telling import announced
 
+from .adapters import base_of
 from .checks import one_line
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ class Resuming(_Host):
     @property
     def distiller(self) -> Engine | None:
         """The distiller; ``None`` without terms, or after :func:`~kdgraft_nlp.undistill`."""
-        return getattr(self.model, "distiller", None)
+        return getattr(base_of(self.model), "distiller", None)
 
     def train(  # type: ignore[override]
         self, resume_from_checkpoint: str | bool | None = None, *args: Any, partial: bool = False, **settings: Any
@@ -121,9 +122,11 @@ class Resuming(_Host):
             write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
         self._save_cache()
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *model: Any) -> None:
         with one_line(f"cannot resume from {resume_from_checkpoint}"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            super()._load_from_checkpoint(
+                resume_from_checkpoint, *model
+            )  # that of sentence-transformers takes no model
         load_renamed(self.model, resume_from_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from kdgraft.errors import WiringError
 
+from .adapters import plain_layer
 from .tokens import IGNORED
 
 Compare = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -50,9 +51,15 @@ class Head(NamedTuple):
         return F.linear(hidden, self.weight.to(hidden.dtype), bias)
 
 
-def head_of(model: Any, transform: LogitTransform = IDENTITY) -> Head:
-    """Return the output layer of a language model; a :class:`WiringError` is raised unless it is linear."""
-    layer = model.get_output_embeddings()
+def head_of(model: Any, transform: LogitTransform = IDENTITY, *, adapted: bool = True) -> Head:
+    """Return the output layer of a language model; a :class:`WiringError` is raised unless it is linear.
+
+    Args:
+        model: the model.
+        transform: the transform of its logits.
+        adapted: false for the layer as it was before PEFT's adapters.
+    """
+    layer = plain_layer(model.get_output_embeddings(), adapted=adapted)
     if not isinstance(layer, nn.Linear):
         raise WiringError(
             f"losses from states need a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
@@ -78,7 +85,7 @@ def chunked_losses(
     hidden: Tensor,
     head: Head,
     targets: Tensor,
-    hard_factor: Tensor,
+    hard_factor: Tensor | None,
     teacher_hidden: Tensor | None,
     teacher_head: Head | None,
     parts: Sequence[TokenLoss],
@@ -90,7 +97,7 @@ def chunked_losses(
         hidden: ``(N, H)``: the student's states before the output layer.
         head: the student's output layer.
         targets: ``(N,)``: the token that each state predicts; −100 for none.
-        hard_factor: the factor of the sum of cross-entropies in the total, 0-dimensional.
+        hard_factor: the factor of the sum of cross-entropies in the total, 0-dimensional; ``None`` leaves them out.
         teacher_hidden: ``(N, H_t)``; ``None`` where no loss compares with a teacher.
         teacher_head: the teacher's output layer.
         parts: the divergences.
@@ -98,7 +105,7 @@ def chunked_losses(
 
     Returns:
         The total, a scalar with gradients to ``hidden`` and ``head``; and the sums over tokens without gradients: first that of
-        the cross-entropy, then that of each divergence.
+        the cross-entropy (0 where it is left out), then that of each divergence.
     """
     tensors = (hidden, head.weight, head.bias, head.transform)
     total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
@@ -116,7 +123,7 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         transform: LogitTransform,
         targets: Tensor,
-        hard_factor: Tensor,
+        hard_factor: Tensor | None,
         teacher_hidden: Tensor | None,
         teacher_head: Head | None,
         parts: tuple[TokenLoss, ...],
@@ -127,8 +134,9 @@ class _Chunked(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if needs and weight.requires_grad else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if needs and bias is not None else None
         sums = torch.zeros(1 + len(parts), dtype=torch.float64, device=hidden.device)
-        factors = torch.stack([hard_factor, *(part.factor for part in parts)]).to(hidden.device)
-        counted = targets != IGNORED
+        first = torch.zeros(()) if hard_factor is None else hard_factor
+        factors = torch.stack([first.to(hidden.device), *(part.factor.to(hidden.device) for part in parts)])
+        counted = (targets != IGNORED) & (hard_factor is not None)
         for part in parts:
             counted = counted | part.counted
         wanted = counted.nonzero().flatten()
@@ -143,7 +151,9 @@ class _Chunked(torch.autograd.Function):
                 # Float32 under any autocast: small gradients would underflow before the loss scaler's factor is applied.
                 leaf = logits.detach().float().requires_grad_()
                 final = transform(leaf)
-                values = [F.cross_entropy(final, targets[index], ignore_index=IGNORED, reduction="sum")]
+                values = [final.new_zeros(())]
+                if hard_factor is not None:
+                    values = [F.cross_entropy(final, targets[index], ignore_index=IGNORED, reduction="sum")]
                 for part in parts:
                     mine = part.counted[index]
                     assert given is not None

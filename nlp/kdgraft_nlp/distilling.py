@@ -22,12 +22,13 @@ from kdgraft.registry import check_told, expand_recipe
 from kdgraft.schedules import Step
 from kdgraft.step import scaled
 
+from .adapters import base_of
 from .checkpoints import Resuming
 from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
-from .student import graft, undistill
+from .student import graft, is_fused, undistill
 from .tokens import WRITTEN, shared_tokens
 from .views import check_views, viewed
 from .writer import Writer, written_figures
@@ -259,7 +260,7 @@ class Distilling(Resuming):
         self._host_checked = True
         if num_items is None or _has_own_loss(self) or not self._host_scales(num_items):
             return
-        student = self.model
+        student = base_of(self.model)
         given = link_of(student).of_student(inputs)
         with torch.no_grad(), eval_mode(student):
             losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
@@ -325,8 +326,9 @@ class Distilling(Resuming):
 
 
 def student_chunks(model: Any) -> bool:
-    """Return whether a student's losses are computed in chunks."""
-    return link_of(model).chunk is not None
+    """Return whether a student's own loss is computed in chunks, with those of the terms."""
+    link = link_of(model)
+    return link.chunk is not None and not link.fused
 
 
 def _refuse_hosts(trainer: Any) -> None:
@@ -344,7 +346,7 @@ def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
         return None
     size = 256 if chunked is True else chunked
     check_number("chunked", "the number of tokens", size, 1, whole=True)
-    if _has_own_loss(trainer):
+    if _has_own_loss(trainer) and not is_fused(base_of(trainer.model)):
         raise DistillError("chunked=True computes the cross-entropy; leave out label smoothing and your own losses")
     return size
 

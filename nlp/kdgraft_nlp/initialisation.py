@@ -10,8 +10,8 @@ from torch import Tensor
 
 from kdgraft.errors import DistillError
 
+from .adapters import base_of
 from .attention import Layer, layer_pairs, stacks
-from .tasks import base_of
 
 Layers = Sequence[int] | Mapping[str, Sequence[int]]
 """Indices of the teacher's layers, from 0 or negative from the end; by stack where encoder and decoder differ."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError
 from kdgraft.schedules import Step
+from kdgraft.sources.teacher import is_placed
 from kdgraft.step import StepInProgress
 
+from .adapters import base_of
 from .chunked import IDENTITY
 from .packing import marks_taken_by
 from .tasks import accepted, decoder_inputs, has_decoder
@@ -74,6 +76,8 @@ class Link:
         totals: the terms' denominators in steps outside a trainer, where a batch comes in parts.
         last: the latest step.
         chunk: the number of tokens in a chunk, for losses in chunks.
+        replaced: the forward that stood on the instance in place of its class's own, such as that of TRL's trainers.
+        fused: true where the host computes its own loss without logits, in its replaced forward.
         transforms: the transforms of student's and teacher's logits, for losses in chunks.
         host_weight: the factor of the host's own loss.
     """
@@ -88,6 +92,8 @@ class Link:
         self.last = StudentStep(Step())
         self.steps = 0
         self.chunk: int | None = None
+        self.replaced: Callable[..., Any] | None = None
+        self.fused = False
         self.transforms = (IDENTITY, IDENTITY)
         self.host_weight = 1.0
 
@@ -163,10 +169,11 @@ class Link:
 
 
 def moved(model: Any, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Move inputs to a model with a ``device_map``; where it spans several devices, accelerate's hooks move them."""
-    if not getattr(model, "hf_device_map", None) or hasattr(model, "_hf_hook"):
+    """Move inputs to a model that stays where it is; where it spans several devices, accelerate's hooks move them."""
+    if not is_placed(model) or hasattr(model, "_hf_hook"):
         return inputs
-    return send_to_device(inputs, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    return inputs if device.type == "meta" else send_to_device(inputs, device)
 
 
 def _per_token(name: str) -> bool:
@@ -185,11 +192,12 @@ def untie(model: Any) -> None:
 
 
 def is_tied(model: Any) -> bool:
-    """Return whether a model has a link, and so is a grafted student."""
-    return hasattr(model, "distill_link")
+    """Return whether a model, or the one under its wrapper, has a link, and so is a grafted student."""
+    return hasattr(model, "distill_link") or hasattr(base_of(model), "distill_link")
 
 
 def link_of(model: Any) -> Link:
-    """Return the link of a grafted student."""
-    found: Link = model.distill_link
+    """Return the link of a grafted student, which may be under a wrapper."""
+    holder = model if hasattr(model, "distill_link") else base_of(model)
+    found: Link = holder.distill_link
     return found

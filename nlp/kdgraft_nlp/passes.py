@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from kdgraft.losses import Ratio
 from kdgraft.step import StepInProgress
 from kdgraft.terms import ScoreTerm
 
+from .adapters import AdaptersOff
 from .chunked import TokenLoss, chunked_losses, head_of
 from .heads import router_loss
 from .link import link_of
@@ -42,15 +44,39 @@ class StudentPass:
 
 def run_student(student: Any, inputs: dict[str, Any]) -> StudentPass:
     """Run a student with the host's own loss, in chunks where its link asks for them."""
-    if link_of(student).chunk is None:
+    link = link_of(student)
+    if link.chunk is None:
         return StudentPass(student, student.plain_forward(**inputs))
-    return _run_in_chunks(student, inputs)
+    return _run_fused(student, inputs) if link.fused else _run_in_chunks(student, inputs)
 
 
 def no_loss(output: Any) -> Tensor:
     """Return a loss of 0 that keeps every parameter of the output in the graph, as DDP needs."""
     parts = [value.flatten()[:0].sum() for value in output.values() if isinstance(value, Tensor)]
     return torch.stack([part.float() for part in parts]).sum()
+
+
+@contextmanager
+def _last_states(student: Any) -> Iterator[list[Tensor]]:
+    """Collect the states ``(B, L, H)`` before the output layer while the body runs the student."""
+    seen: list[Tensor] = []
+    hook = student.base_model.register_forward_hook(lambda _, args, output: seen.append(output[0]))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+def _following(labels: Tensor) -> Tensor:
+    """Return the token that each state predicts, ``(N,)``; −100 for none."""
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+
+
+def _run_fused(student: Any, inputs: dict[str, Any]) -> FusedPass:
+    """Run the student with the host's loss, which its replaced forward computes without logits."""
+    with _last_states(student) as seen:
+        output = student.plain_forward(**inputs)
+    return FusedPass(student, output, seen[0].flatten(0, 1))
 
 
 def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
@@ -60,78 +86,121 @@ def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
         raise DistillError("chunked=True computes the host's loss itself; add labels to the batch")
     items = inputs.pop("num_items_in_batch", None)
     empty = torch.zeros(0, dtype=torch.long, device=labels.device)
-    seen: list[Tensor] = []
-    hook = student.base_model.register_forward_hook(lambda _, args, output: seen.append(output[0]))
-    try:
+    with _last_states(student) as seen:
         output = student.plain_forward(**inputs, logits_to_keep=empty)
-    finally:
-        hook.remove()
-    targets = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].flatten()
+    targets = _following(labels)
     items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
     return ChunkedPass(student, output, seen[0].flatten(0, 1), targets, items)
 
 
 @dataclass
-class ChunkedPass(StudentPass):
-    """A pass of the student without logits.
+class StatesPass(StudentPass):
+    """A pass of the student whose terms on logits are computed from states, in chunks.
 
     Attributes:
         hidden: ``(N, H)``: the states before the output layer.
-        targets: ``(N,)``: the token that each state predicts; −100 for none.
-        items: the host's denominator of the sum of cross-entropies.
     """
 
     hidden: Tensor
-    targets: Tensor
-    items: Tensor
 
-    def finish(self, step: StepInProgress) -> dict[str, Tensor]:
-        """Return the terms' losses, from chunks of logits, and add the host's loss to the output."""
-        terms = [term for term in step.active if isinstance(term, ScoreTerm)]
-        whole, hard, sums = self._total(step, terms)
-        ready = {
-            term.name: Ratio(value.float(), _items(term, step).to(value.device).float())
-            for term, value in zip(terms, sums[1:], strict=True)
-        }
-        losses = step.losses(computed=ready)
-        if step.dropped:
-            whole, hard, sums = self._total(step, [term for term in terms if term.name not in step.dropped])
-        # The terms' values are reported by name; their gradients come with the host's loss.
-        self.output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
-        router = router_loss(self.student, self.output)
-        if router is not None:
-            share = link_of(self.student).host_weight * step.host_share()
-            own = router * share if share else router.flatten()[:0].sum()
-            self.output["loss"] = self.output["loss"] + own.to(whole)
-        return losses
+    def _total(
+        self,
+        step: StepInProgress,
+        terms: list[ScoreTerm],
+        targets: Tensor,
+        hard: Tensor | None = None,
+        host_factor: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Return the total of all losses, and the sums over tokens.
 
-    def _total(self, step: StepInProgress, terms: list[ScoreTerm]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the total of all losses, the factor of the cross-entropy, and the sums over tokens."""
+        Args:
+            step: the step.
+            terms: the terms on logits.
+            targets: ``(N,)``: the token that each state predicts; −100 for none.
+            hard: the factor of the cross-entropy; ``None`` where the host computes it itself.
+            host_factor: the factor by which the Trainer will multiply the total.
+        """
         link, device = link_of(self.student), self.hidden.device
-        hard = link.host_weight * step.host_share() / self.items.to(device).float()
         parts, states, head = [], None, None
         for term in terms:
             count = step.denominator(term)
             if count is None:
                 count = sum_over_ranks(_items(term, step).to(device)) * step.parts
-            factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / link.last.host_factor
+            factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / host_factor
             scores: Any = term.scores
             parts.append(TokenLoss(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
         if terms:
             teacher = self.student.distiller.teacher
             states = step.recordings[teacher.name][terms[0].teacher_taps[0]].flatten(0, 1)
-            head = head_of(teacher.model, link.transforms[1])
-        whole, sums = chunked_losses(
-            self.hidden,
-            head_of(self.student, link.transforms[0]),
-            self.targets,
-            hard,
-            states,
-            head,
-            parts,
-            link.chunk or 1,
+            head = head_of(teacher.model, link.transforms[1], adapted=not isinstance(teacher, AdaptersOff))
+        own = head_of(self.student, link.transforms[0])
+        return chunked_losses(self.hidden, own, targets, hard, states, head, parts, link.chunk or 1)
+
+
+@dataclass
+class FusedPass(StatesPass):
+    """A pass of the student whose own loss the host computes without logits."""
+
+    def finish(self, step: StepInProgress) -> dict[str, Tensor]:
+        """Return the terms' losses; the gradients of all those in chunks come with the first of these."""
+        terms = _on_logits(step)
+        if not terms:
+            return super().finish(step)
+        labels = step.batch.labels
+        targets = (
+            _following(labels) if isinstance(labels, Tensor) else self.hidden.new_full((len(self.hidden),), IGNORED)
         )
-        return whole, hard, sums
+        whole, sums = self._total(step, terms, targets.long())
+        losses = step.losses(computed=_ratios(terms, sums, step))
+        if step.dropped:
+            kept = [term for term in terms if term.name not in step.dropped]
+            whole = self._total(step, kept, targets.long())[0] if kept else self.hidden.flatten()[:0].sum()
+        first = f"distill.{terms[0].name}.loss"
+        return {**losses, first: losses[first] + (whole - whole.detach())}
+
+
+@dataclass
+class ChunkedPass(StatesPass):
+    """A pass of the student without logits.
+
+    Attributes:
+        targets: ``(N,)``: the token that each state predicts; −100 for none.
+        items: the host's denominator of the sum of cross-entropies.
+    """
+
+    targets: Tensor
+    items: Tensor
+
+    def finish(self, step: StepInProgress) -> dict[str, Tensor]:
+        """Return the terms' losses, from chunks of logits, and add the host's loss to the output."""
+        link, terms = link_of(self.student), _on_logits(step)
+        hard = link.host_weight * step.host_share() / self.items.to(self.hidden.device).float()
+        whole, sums = self._total(step, terms, self.targets, hard, link.last.host_factor)
+        losses = step.losses(computed=_ratios(terms, sums, step))
+        if step.dropped:
+            kept = [term for term in terms if term.name not in step.dropped]
+            hard = link.host_weight * step.host_share() / self.items.to(self.hidden.device).float()
+            whole, sums = self._total(step, kept, self.targets, hard, link.last.host_factor)
+        # The terms' values are reported by name; their gradients come with the host's loss.
+        self.output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
+        router = router_loss(self.student, self.output)
+        if router is not None:
+            share = link.host_weight * step.host_share()
+            own = router * share if share else router.flatten()[:0].sum()
+            self.output["loss"] = self.output["loss"] + own.to(whole)
+        return losses
+
+
+def _on_logits(step: StepInProgress) -> list[ScoreTerm]:
+    return [term for term in step.active if isinstance(term, ScoreTerm)]
+
+
+def _ratios(terms: list[ScoreTerm], sums: Tensor, step: StepInProgress) -> dict[str, Ratio]:
+    """Return the sum and the count of each term, from the sums of chunks."""
+    return {
+        term.name: Ratio(value.float(), _items(term, step).to(value.device).float())
+        for term, value in zip(terms, sums[1:], strict=True)
+    }
 
 
 def _items(term: ScoreTerm, step: StepInProgress) -> Tensor:

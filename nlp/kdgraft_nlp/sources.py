@@ -13,9 +13,13 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.sources import Cached, Peer, Source, Teacher, gather_sources
 from kdgraft.sources.base import share_parameters
 
+from .adapters import BASE, AdaptersOff, base_of
 from .cache import TeacherCache
 from .checks import check_folder, flat
-from .tasks import auto_class, base_of
+from .tasks import auto_class
+
+SENTENCES = "modules.json"
+"""The file by which a folder of sentence-transformers is known."""
 
 
 def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: TeacherCache | None) -> dict[str, Source]:
@@ -50,6 +54,8 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
             source.model = base_of(source.model)
     if cache is not None:
         (name, first), *others = found.items()
+        if isinstance(first, AdaptersOff):
+            raise DistillError("a cache is for a teacher that is not there, and teacher='base' always is; leave it out")
         if others or not isinstance(first, Teacher):
             raise DistillError("a cache holds the outputs of one teacher; leave it out with several teachers or peers")
         cache.belongs_to(first.model)
@@ -58,8 +64,10 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
 
 
 def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
+    if given == BASE:
+        return AdaptersOff(student)
     if isinstance(given, (str, Path)):
-        given = _load(given, student)
+        given = _load(given, student) if not (Path(given) / SENTENCES).is_file() else _load_sentences(given)
     if not isinstance(given, nn.Module):
         raise DistillError(f"{name} must be a model or a folder, got {given!r}")
     model = base_of(given)
@@ -70,6 +78,20 @@ def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
     if not hasattr(model, "config"):
         raise DistillError(f"the teacher must be a Hugging Face model, got {type(model).__name__}")
     return Teacher(model)
+
+
+def _load_sentences(folder: str | Path) -> Any:
+    """Load a folder that sentence-transformers wrote."""
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise DistillError(
+            f"{folder} is a model of sentence-transformers; pip install sentence-transformers, or give the transformer's own folder"
+        ) from None
+    try:
+        return SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise DistillError(f"cannot load the teacher {folder}: {flat(error)}") from None
 
 
 def _folder(name: str, given: Any) -> str | Path:

@@ -6,6 +6,7 @@ student. In training its ``forward`` also runs the sources and the terms, inside
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import is_dataclass, make_dataclass
 from functools import cache, wraps
@@ -14,40 +15,31 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kdgraft.balance import AutoWeight
 from kdgraft.batch import Batch, Samples
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, WiringError
 from kdgraft.hiding import hide_from_state_dict, own_children
 from kdgraft.isolation import isolated_rng
 from kdgraft.schedules import Step
-from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Specialists, Teacher
+from kdgraft.sources import Cached, Ensemble, Source, Specialists, Teacher
 from kdgraft.step import scaled
-from kdgraft.terms import ScoreTerm
 
-from .attention import AttentionRecorder
+from .adapters import AdaptersOff, base_of
 from .cache import TeacherCache
-from .chunked import LogitTransform, head_of
-from .heads import check_heads
 from .initialisation import init_from_teacher
-from .layers import refuse_dropped_layers
-from .link import LABELS, Link, link_of, tie, untie
+from .link import Link, is_tied, link_of, tie, untie
 from .passes import no_loss, run_student
-from .reader import ChunkedReader, HFReader
-from .registry import TERMS
 from .sources import build_sources, compare_classes
 from .tasks import (
     accepted,
-    base_of,
     by_name,
-    decoder_inputs,
-    example,
-    frame_mask,
-    has_decoder,
-    reads_text_alone,
     task_of,
 )
-from .tokens import SAMPLE_IDS, TEACHER_INPUTS, tokens_of
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS
+from .wired import wired
+
+FUSED = "fused_lm_head"
+"""The argument by which TRL's trainers ask a replaced forward for the loss without logits."""
 
 
 class Grafted:
@@ -64,8 +56,9 @@ class Grafted:
         return plain.__reduce_ex__(1)  # later protocols require this object's own class
 
     def plain_forward(self, *args: Any, **inputs: Any) -> Any:
-        """Run the student's own forward."""
-        return super().forward(*args, **inputs)  # type: ignore[misc]
+        """Run the student's own forward: its class's, or the one that stood in its place on the instance."""
+        replaced = link_of(self).replaced if is_tied(self) else None
+        return super().forward(*args, **inputs) if replaced is None else replaced(*args, **inputs)  # type: ignore[misc]
 
     def distilling_forward(self, **inputs: Any) -> Any:
         """Run the student, in training with its sources, and add the terms' losses to its output as ``distill``."""
@@ -190,7 +183,9 @@ def graft(
         sources = build_sources(teacher, teachers, student, cache) if terms else {}
     if init_from is not None:
         init_from_teacher(student, _one_model(sources), init_from)
+    fused, replaced = is_fused(student), vars(student).pop("forward", None)
     link = Link(task_of(student), accepted(student))
+    link.fused, link.replaced = fused, replaced
     kind: Any = student.__class__
     student.__class__ = _graft_class(kind)
     tie(student, link)
@@ -199,14 +194,20 @@ def graft(
     if sources:
         try:
             with isolated_rng():
-                engine = _wired(student, sources, terms, dry_run, facts or {}, chunk)
+                engine = wired(student, sources, terms, dry_run, facts or {}, chunk)
                 if cache is not None:
                     for term in engine.all_terms:
                         cache.check(term.teacher_taps, term.name)
                 compare_classes(student, _of_classes(engine))
+        except WiringError as error:
+            undistill(student)
+            if replaced is None or fused:
+                raise
+            raise WiringError(
+                f"{error}; the forward of this {kind.__name__} was replaced on the instance, and ran as the student's own"
+            ) from None
         except BaseException:
-            student.__class__ = kind
-            _take_off(student, _graft_class(kind))
+            undistill(student)
             raise
         hide_from_state_dict(engine)
         engine.to(next(student.parameters()).device)
@@ -221,6 +222,8 @@ def _one_model(sources: Mapping[str, Source]) -> Any:
         raise DistillError(
             "init_from needs one frozen teacher, given with terms; for another model call init_from_teacher(student, model, …) before"
         )
+    if isinstance(source, AdaptersOff):
+        raise DistillError("init_from: the student has the layers of its own base already; leave it out")
     return source.model
 
 
@@ -229,57 +232,6 @@ def _of_classes(engine: Engine) -> dict[str, Source]:
     heard = {name for term in engine.all_terms if term.compares_classes for name in engine.members(term.source)}
     heard -= {name for one in engine.sources.values() if isinstance(one, Specialists) for name in one.classes}
     return {name: source for name, source in engine.sources.items() if name in heard}
-
-
-def _wired(
-    student: Any,
-    sources: Mapping[str, Source],
-    terms: list[Any],
-    dry_run: Mapping[str, Any] | None,
-    facts: Mapping[str, Any],
-    chunk: int | None,
-) -> Engine:
-    """Build an engine and wire it by a dry run of all models."""
-    link, device = link_of(student), next(student.parameters()).device
-    engine = Engine(sources, terms, TERMS, AttentionRecorder, HFReader if chunk is None else ChunkedReader)
-    ours = dict(dry_run) if dry_run is not None else example(student)
-    theirs: dict[str, Mapping[str, Any]] = {}
-    for name, source in engine.sources.items():
-        if isinstance(source, Itself):
-            if source.momentum is not None:  # the average takes the same inputs as the student
-                link.sources[name] = link.takes
-                theirs[name] = link.of_source(ours, name, student)
-            continue
-        if not isinstance(getattr(source, "model", None), nn.Module):
-            continue
-        link.know(name, source.model)
-        if not isinstance(source, Teacher) or not source.placed:
-            source.model.to(device)
-        made = ours if dry_run is not None else example(source.model, device)
-        theirs[name] = link.of_source(made, name, source.model)
-        if isinstance(source, Cached):
-            source.example = theirs[name]
-    teachers = [source.model for source in engine.sources.values() if isinstance(source, Teacher)]
-    link.frames = frame_mask(student), frame_mask(teachers[0] if teachers else student)
-    own = _without_labels(student, link.of_student(ours))
-    if chunk is not None:
-        link.transforms, link.chunk = _chunk(student, engine, own, theirs), chunk
-    samples = tokens_of(link.read(ours)).size
-
-    def run(source: Source) -> Any:
-        return source.model(**theirs[source.name])
-
-    engine.wire(
-        student,
-        lambda: student.plain_forward(**own),
-        run,
-        frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
-        {**facts, "samples": samples},
-    )
-    models = {STUDENT: student, **dict(engine.peers.items())}
-    for term in engine.all_terms:
-        refuse_dropped_layers(models[term.listener], [term])
-    return engine
 
 
 def undistill(model: Any) -> Any:
@@ -303,8 +255,11 @@ def undistill(model: Any) -> Any:
     if not isinstance(student, Grafted):
         raise DistillError(f"this {type(model).__name__} is not being distilled")
     graft: Any = type(student)
+    replaced = link_of(student).replaced
     student.__class__ = _student_class(student)
     _take_off(student, graft)
+    if replaced is not None:
+        vars(student)["forward"] = replaced
     return model
 
 
@@ -321,11 +276,22 @@ def _take_off(student: Any, graft: Any) -> None:
 
 
 def _unwrap_forward(student: Any, kind: Any) -> None:
-    """Remove accelerate's mixed precision around a class's own forward; the next trainer adds it again."""
-    before = vars(student).get("_original_forward")
-    if getattr(before, "__func__", None) is kind.forward:
-        del student.forward, student._original_forward
-        vars(student).pop("_is_accelerate_prepared", None)
+    """Remove accelerate's mixed precision around a forward, its class's or the instance's; the next trainer adds it again."""
+    before = vars(student).pop("_original_forward", None)
+    if before is None:
+        return
+    del student.forward
+    if getattr(before, "__func__", None) is not kind.forward:
+        student.forward = before
+    vars(student).pop("_is_accelerate_prepared", None)
+
+
+def is_fused(model: Any) -> bool:
+    """Return whether a model's forward was replaced by one that computes the loss without logits, as TRL's trainers do."""
+    forward = vars(model).get("forward")
+    if forward is None:
+        return False
+    return FUSED in inspect.signature(getattr(forward, "__func__", forward), follow_wrapped=False).parameters
 
 
 def _check_student(student: Any) -> None:
@@ -339,10 +305,6 @@ def _check_student(student: Any) -> None:
             f"a {type(student).__name__} runs and saves all its modules in order, the distiller included; distil the transformer in it"
         )
     _unwrap_forward(student, type(student))
-    if "forward" in vars(student):
-        raise DistillError(
-            f"the forward of this {type(student).__name__} was replaced; distil first, and wrap or patch it afterwards"
-        )
 
 
 def _check_options(student: Any, terms: list[Any], chunk: int | None, cache: TeacherCache | None) -> None:
@@ -353,39 +315,3 @@ def _check_options(student: Any, terms: list[Any], chunk: int | None, cache: Tea
         raise WiringError(
             f"the cache holds outputs for input tokens only, and {type(student).__name__} is {sort}; leave out the cache"
         )
-
-
-def _chunk(
-    student: Any, engine: Engine, ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]
-) -> tuple[LogitTransform, LogitTransform]:
-    """Check that terms on logits can be computed in chunks; return the transforms of both models' logits."""
-    if task_of(student) != "causal":
-        raise WiringError(
-            f"chunked=True is for causal language models, and {type(student).__name__} is not one; leave it out"
-        )
-    teacher = engine.teacher
-    if len(engine.sources) > 1 or not isinstance(teacher, Teacher):
-        raise WiringError("chunked=True computes the losses of one frozen teacher; leave it out with other sources")
-    heads = [head_of(model).weight.device for model in (student, teacher.model)]
-    if heads[0] != heads[1]:
-        raise WiringError(
-            f"chunked=True needs the teacher's output layer on the student's device ({heads[0]}), and it is on "
-            f"{'no device' if heads[1].type == 'meta' else heads[1]}; change the device_map, or leave out chunked"
-        )
-    transforms = check_heads(student, ours), check_heads(teacher.model, theirs[teacher.name])
-    for term in engine.all_terms:
-        if isinstance(term, ScoreTerm) and not term.in_chunks:
-            raise WiringError(f"{term.name} cannot be computed in chunks of tokens; leave out chunked")
-        if isinstance(term.balance, AutoWeight):
-            raise WiringError(
-                f"{term.name}: weight='auto' needs whole losses; set weight to a number, or leave out chunked"
-            )
-    return transforms
-
-
-def _without_labels(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a batch for the dry run: a decoder's inputs are made from the labels, which are removed."""
-    found = {name: value for name, value in inputs.items() if name not in LABELS}
-    if has_decoder(student) and "decoder_input_ids" not in found and "labels" in inputs:
-        found["decoder_input_ids"] = decoder_inputs(student, inputs["labels"])
-    return found

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto as auto
-from transformers.utils import is_peft_available
 
-from kdgraft.errors import DistillError, WiringError
+from kdgraft.errors import DistillError
 
 _KINDS: list[tuple[str, Any, Any]] = [
     ("sequence", auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForSequenceClassification),
@@ -83,27 +82,6 @@ def _kind_of(model: nn.Module) -> tuple[str, Any, Any] | None:
         if names & known:
             return kind
     return None
-
-
-def base_of(model: Any) -> Any:
-    """Return the base model, with its adapters, of a wrapper of PEFT; any other model is returned unchanged.
-
-    Raises:
-        WiringError: adapters act in the wrapper's own forward, which the base model's does not include.
-    """
-    if not is_peft_available():
-        return model
-    from peft import PeftMixedModel, PeftModel
-
-    if not isinstance(model, (PeftModel, PeftMixedModel)):
-        return model
-    for config in model.peft_config.values():
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        if config.is_prompt_learning or kind in ("XLORA", "POLY") or getattr(config, "alora_invocation_tokens", None):
-            raise WiringError(
-                f"{type(model).__name__}: adapters of kind {kind} act outside layers; use adapters in layers (LoRA), or distil the base model"
-            )
-    return model.base_model.model
 
 
 def accepted(model: nn.Module) -> set[str]:

@@ -14,10 +14,11 @@ from kdgraft.engine import Engine
 from kdgraft.errors import DistillError
 from kdgraft.sources import Cached, Teacher
 
+from .adapters import base_of
 from .collator import DistillCollator
 from .on_policy import OnPolicy
 from .pen import Pen, room_of
-from .tasks import base_of, task_of
+from .tasks import task_of
 from .tokens import Written
 
 

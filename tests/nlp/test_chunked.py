@@ -185,7 +185,7 @@ def test_refused(tmp_path):
         distill(own, teacher=support.model("llama", seed=2), terms=["ForwardKL"], chunked=True)
     with pytest.raises(DistillError, match="must be a whole number >= 1, got 0"):
         trained(tmp_path, "llama", 0)
-    with pytest.raises(WiringError, match=r"universal_logits cannot be computed in chunks"):
+    with pytest.raises(WiringError, match=r"universal_logits needs whole logits"):
         trained(tmp_path, "llama", True, terms=["UniversalLogits"])
     with pytest.raises(
         WiringError, match="is for causal language models, and BertForSequenceClassification is not one"

@@ -1,19 +1,34 @@
-"""The example in nlp/README.md runs exactly as printed, from an empty folder."""
+"""The examples in nlp/README.md run exactly as printed, from an empty folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from support.pages import PROGRAMS, program, run_program
+import pytest
+
+from support.pages import program, run_program
 
 
 def test_wrapping_a_trainer_as_printed(tmp_path: Path):
-    (code,) = [p.text for p in PROGRAMS if p.page == "nlp/README.md" and "distill(trainer" in p.text]
-    said = run_program(code, tmp_path)
+    said = run_program(program("distill(trainer", "DataCollatorWithPadding(tokenizer)", "AttentionMaps()"), tmp_path)
     for word in ("task_loss", "distill.soft_targets.loss", "distill.attention_maps.loss", "distill.hidden_states.loss"):
         assert word in said
     assert (tmp_path / "student" / "model.safetensors").is_file()
     assert {p.name for p in tmp_path.iterdir()} <= {"out", "student"}
+
+
+def test_an_sft_trainer_with_adapters_as_printed(tmp_path: Path):
+    pytest.importorskip("trl")
+    said = run_program(program("SFTTrainer(", "peft_config="), tmp_path)
+    for word in ("mean_token_accuracy", "task_loss", "distill.forward_kl.loss", "distill.hidden_states.loss"):
+        assert word in said
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
+def test_an_embedding_model_as_printed(tmp_path: Path):
+    pytest.importorskip("sentence_transformers")
+    said = run_program(program("SentenceTransformerTrainer("), tmp_path)
+    assert "distill.sample_embeddings.loss" in said and (tmp_path / "embedder" / "model.safetensors").is_file()
 
 
 def test_training_on_texts_of_the_student_as_printed(tmp_path: Path):

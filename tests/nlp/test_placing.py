@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from kdgraft import WiringError
 from kdgraft_nlp import DistillTrainer, SoftTargets
@@ -87,3 +87,50 @@ def test_chunks_need_the_output_layer_at_hand(tmp_path):
             continue
         with pytest.raises(WiringError, match=message):
             graft(support.model("llama", seed=1), teacher, ["ForwardKL"], chunk=8)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_a_quantised_teacher(bits, chunk, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    support.model("llama", 64, 2, seed=2).save_pretrained(tmp_path / "teacher")
+    told = dict(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32) if bits == 4 else dict(load_in_8bit=True)
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", quantization_config=BitsAndBytesConfig(**told))
+    kinds = {name: (p.dtype, p.device) for name, p in teacher.named_parameters()}
+    student, batch = support.quiet(support.model("llama", seed=1)), support.collate(support.samples(4, "causal"))
+    counted = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        ours, theirs = (
+            one(batch["input_ids"], batch["attention_mask"]).logits[:, :-1][counted].float().log_softmax(-1)
+            for one in (student, teacher)
+        )
+    by_hand = F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
+    grafted = graft(student, teacher, ["ForwardKL"], chunk=chunk).train()
+    grafted.to("cpu").double().float()  # what moves or converts the student leaves the teacher alone
+    torch.testing.assert_close(support.loss_of(grafted, batch).detach(), by_hand, rtol=1e-3, atol=1e-5)
+    assert {name: (p.dtype, p.device) for name, p in teacher.named_parameters()} == kinds
+
+
+def test_adapters_on_a_quantised_base_learn_from_it(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    support.model("llama", 64, 2, seed=2).save_pretrained(tmp_path / "base")
+    told = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=told)
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    student = peft.get_peft_model(peft.prepare_model_for_kbit_training(base), adapters)
+    trainer = DistillTrainer(
+        model=student,
+        teacher="base",
+        terms=["ForwardKL", "HiddenStates"],
+        host_weight=0.0,
+        args=support.arguments(tmp_path / "out", learning_rate=1e-2),
+        train_dataset=support.samples(4, "causal"),
+        data_collator=support.collate,
+    )
+    before = {n: p.detach().clone() for n, p in student.named_parameters() if "distiller" not in n}
+    trainer.train()
+    changed = {name for name, p in student.named_parameters() if name in before and not torch.equal(p, before[name])}
+    assert changed and all("lora_" in name for name in changed)
+    losses = [e["distill.forward_kl.loss"] for e in trainer.state.log_history if "distill.forward_kl.loss" in e]
+    assert 0 < losses[-1] < losses[0]

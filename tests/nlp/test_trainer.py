@@ -611,7 +611,7 @@ def test_distilling_after_an_evaluation_in_mixed_precision(tmp_path):
 def test_a_patched_forward_is_said(tmp_path):
     student = support.model("bert")
     student.forward = lambda **inputs: None
-    with pytest.raises(DistillError, match=r"the forward of this .* was replaced"):
+    with pytest.raises(WiringError, match=r"no \[logits\] .*; the forward of this Bert.* was replaced on the instance"):
         graft(student, support.model("bert", seed=2), ["SoftTargets"])
 
 

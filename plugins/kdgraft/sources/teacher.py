@@ -86,8 +86,8 @@ class Teacher(Source):
 
     @property
     def placed(self) -> bool:
-        """True if the weights must not be moved: a ``device_map`` placed them, or they are on the meta device."""
-        return bool(getattr(self.model, "hf_device_map", None)) or any(p.is_meta for p in self.model.parameters())
+        """True if the weights must not be moved: see :func:`is_placed`."""
+        return is_placed(self.model)
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Move or convert the model, as ``nn.Module._apply`` does, unless it is ``placed``."""
@@ -114,6 +114,12 @@ class Teacher(Source):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Teacher:
         return self
+
+
+def is_placed(model: nn.Module) -> bool:
+    """Return whether weights must not be moved or converted: a ``device_map`` placed them, they are quantised, or on the meta device."""
+    told = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    return bool(told) or any(parameter.is_meta for parameter in model.parameters())
 
 
 def read_checkpoint(
