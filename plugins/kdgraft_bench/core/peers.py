@@ -13,7 +13,7 @@ from kdgraft.isolation import isolated_rng
 from kdgraft.plain import Task
 from kdgraft.sources.teacher import load_strictly, read_checkpoint
 
-from .tasks import task
+from kdgraft_bench.core.tasks import task
 
 TEMPERATURE, HARD = 4.0, 0.1
 """Temperature and share of the labels, as in the method ``soft_targets`` of the benchmark."""

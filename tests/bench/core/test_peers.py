@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kdgraft import Distiller, DistillError, SoftTargets
+from kdgraft_bench.benchmark.planned import plan_of_benchmark
+from kdgraft_bench.benchmark.working import carry_out_one
 from kdgraft_bench.core import nets
 from kdgraft_bench.core.peers import HARD, TEMPERATURE, TorchdistillKD
 from kdgraft_bench.hosts import bench_host
@@ -46,3 +48,14 @@ def test_the_peer_trains_the_student_as_its_methods_do(tmp_path):
     alone, teacher = (host.config(model, dataset, told, "x")[1] for model in (told.students["small"], told.teacher))
     assert path.endswith("peers.py:torchdistill_kd")
     assert options == {**alone, "teacher": teacher, "teacher_weights": "{teacher.weights}"}
+
+
+@pytest.mark.skipif(not there, reason="needs torchdistill")
+def test_the_peer_is_trained_and_tested(tmp_path):
+    told = read_benchmark("core", out=str(tmp_path), iterations=8, seeds=[0], methods=["soft_targets"])
+    host = bench_host("torch")
+    plan = plan_of_benchmark(told, host, host.dataset(told))
+    found = {name: carry_out_one(told, plan, name, 0) for name in ("teacher", "small-torchdistill", "small-soft_targets")}
+    # One loss, written twice: the same training up to the order of additions.
+    accuracies = [found[f"small-{name}"].metrics["accuracy"] for name in ("torchdistill", "soft_targets")]
+    assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02) and accuracies[0] > 0
