@@ -10,6 +10,7 @@ from .attention_terms import AttentionMaps, Relations  # noqa: E402
 from .cache import TeacherCache  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
 from .dual_space import DSKD  # noqa: E402
+from .filling import fill_store  # noqa: E402
 from .initialisation import init_from_teacher  # noqa: E402
 from .logits import GOLD, UniversalLogits  # noqa: E402
 from .minillm import MiniLLM  # noqa: E402
@@ -17,6 +18,7 @@ from .on_policy import OnPolicy  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
 from .state_terms import Embeddings, HiddenStates, PatientStates  # noqa: E402
+from .stored import Stored  # noqa: E402
 from .student import undistill  # noqa: E402
 from .trainer import DistillTrainer, distill  # noqa: E402
 
@@ -41,10 +43,12 @@ __all__ = [
     "ReverseKL",
     "SkewedKL",
     "SoftTargets",
+    "Stored",
     "TeacherCache",
     "UniversalLogits",
     "distilbert",
     "distill",
+    "fill_store",
     "gkd",
     "init_from_teacher",
     "minilm",

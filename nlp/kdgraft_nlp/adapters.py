@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -14,6 +14,8 @@ from kdgraft.isolation import eval_mode
 from kdgraft.recorder import Recorder
 from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Recording
+
+from .checks import one_line
 
 BASE = "base"
 """The name of the teacher that is the student's own model without its adapters."""
@@ -51,6 +53,40 @@ def _transformer_in(model: Any) -> Any:
             f"the first module of this {type(model).__name__} is a {type(first).__name__}, which holds no transformer to distil"
         )
     return found
+
+
+KINDS = {"sequence": "SEQ_CLS", "tokens": "TOKEN_CLS", "causal": "CAUSAL_LM"}
+"""PEFT's names of tasks, by which the heads of classifiers are trained as a whole."""
+
+
+def adapted(model: Any, settings: Mapping[str, Any] | None, task: str) -> Any:
+    """Return a model with new adapters, or the model itself without settings.
+
+    Args:
+        model: the model.
+        settings: the arguments of PEFT's ``LoraConfig``, or of another of its configs, which ``type`` names.
+        task: the task of the model.
+
+    Raises:
+        DistillError: PEFT is not installed, or the settings have a mistake.
+    """
+    if settings is None:
+        return model
+    if not is_peft_available():
+        raise DistillError('adapters need peft, which is not installed; pip install "kdgraft[llm]"')
+    import peft
+
+    told = dict(settings)
+    kind = str(told.pop("type", "LoraConfig"))
+    make = getattr(peft, kind, None)
+    if not (isinstance(make, type) and issubclass(make, peft.PeftConfig)):
+        raise DistillError(
+            f"adapters: peft has no config {kind!r}; leave out type for LoRA, or name another, such as LoHaConfig"
+        )
+    if task in KINDS:
+        told.setdefault("task_type", KINDS[task])
+    with one_line("adapters"):
+        return peft.get_peft_model(model, make(**told))
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:

@@ -63,19 +63,7 @@ class TeacherCache:
 
     def check(self, taps: Sequence[Tap], who: str) -> None:
         """Raise a :class:`WiringError` for taps whose values are not one tensor per sample."""
-        for tap in taps:
-            if tap.leaf:
-                raise WiringError(
-                    f"{who} differentiates the teacher, which a cache does not run; leave out the cache or the term"
-                )
-            if tap.parameters:
-                raise WiringError(
-                    f"{who} reads weights ('{tap}'), which belong to no sample; leave out the cache or the term"
-                )
-            if tap.method == METHOD:
-                raise WiringError(
-                    f"{who} reads attention ('{tap}'), whose maps are too large to be cached; leave out the cache or the term"
-                )
+        check_storable(taps, who, "a cache")
 
     def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> CachedRecording | None:
         """Return the recording of these samples, or ``None`` where the cache lacks some of it.
@@ -142,7 +130,7 @@ class TeacherCache:
             raise DistillError(
                 f"a cache cannot hold outputs of a model with a decoder ({type(model).__name__}); leave out the cache"
             )
-        own = {"class": type(model).__name__, "weights": _fingerprint(model)}
+        own = {"class": type(model).__name__, "weights": fingerprint(model)}
         if self.teacher is not None:
             known = {name: self.teacher.get(name) for name in own}
             comparable = own["weights"] is not None and known["weights"] is not None
@@ -232,6 +220,29 @@ class TeacherCache:
         return found
 
 
+def check_storable(taps: Sequence[Tap], who: str, what: str) -> None:
+    """Raise a :class:`WiringError` for taps whose values are not one tensor per sample.
+
+    Args:
+        taps: the taps of a term on the teacher.
+        who: the term's name.
+        what: what is to hold their values, such as ``"a cache"``.
+    """
+    for tap in taps:
+        if tap.leaf:
+            raise WiringError(
+                f"{who} differentiates the teacher, which {what} does not run; leave out the term, or give the teacher"
+            )
+        if tap.parameters:
+            raise WiringError(
+                f"{who} reads weights ('{tap}'), which belong to no sample and so to no {what[2:]}; leave out the term, or give the teacher"
+            )
+        if tap.method == METHOD:
+            raise WiringError(
+                f"{who} reads attention ('{tap}'), whose maps are too large for {what}; leave out the term, or give the teacher"
+            )
+
+
 def _replace(file: Path, write: Callable[[Path], Any]) -> None:
     """Write a file under another name and rename it, so that no process reads an incomplete file."""
     beside = file.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -239,7 +250,7 @@ def _replace(file: Path, write: Callable[[Path], Any]) -> None:
     os.replace(beside, file)
 
 
-def _fingerprint(model: nn.Module) -> str | None:
+def fingerprint(model: nn.Module) -> str | None:
     """Return a fingerprint of a sample of a model's weights; ``None`` where they are on the meta device."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from datasets import Dataset
 from huggingface_hub import try_to_load_from_cache
+from torch import nn
 
 from kdgraft.errors import DistillError
 
@@ -37,9 +40,37 @@ def flat(error: BaseException) -> str:
 
 def check_folder(entry: str, source: str | Path, file: str = "config.json") -> None:
     """Raise a :class:`DistillError` unless ``source`` is a folder of ``save_pretrained`` or a model in the hub's cache."""
-    if (Path(source) / file).is_file():
+    there = (file, *(["adapter_config.json"] if file == "config.json" else []))  # PEFT's, which names its base model
+    if any((Path(source) / name).is_file() for name in there):
         return
     cached = re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(source)) and not Path(source).exists()
     if cached and isinstance(try_to_load_from_cache(str(source), file), str):
         return
     raise DistillError(f"no {entry} at {source}: there is no {file}; give the folder that save_pretrained wrote")
+
+
+def check_sizes(owner: str, model: Any, tokenizer: Any, sets: Mapping[str, Dataset]) -> None:
+    """Refuse samples that index past a model's embeddings, on which the model itself would fail only in training."""
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise DistillError(
+            f"the tokenizer has {len(tokenizer)} entries, and the {owner} has {words} embeddings; raise vocab_size"
+        )
+    longest = max(len(row) for found in sets.values() for row in found["input_ids"][:])
+    kinds = [
+        max(row) + 1
+        for found in sets.values()
+        if "token_type_ids" in found.column_names
+        for row in found["token_type_ids"][:]
+    ]
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if not isinstance(module, nn.Embedding) or name.startswith("distiller."):
+            continue
+        places = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+        if last in ("position_embeddings", "wpe", "embed_positions") and longest > places:
+            raise DistillError(
+                f"the longest sample has {longest} tokens, and the {owner} has {places} positions; lower data.length"
+            )
+        if last == "token_type_embeddings" and max(kinds, default=1) > module.num_embeddings:
+            raise DistillError(f"pairs have two types of tokens, and the {owner} one; set {owner}.type_vocab_size to 2")

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from kdgraft.errors import WiringError
+from kdgraft.topk import TopK
 
 from .adapters import plain_layer
 from .tokens import IGNORED
 
-Compare = Callable[[Tensor, Tensor, Tensor], Tensor]
+Compare = Callable[[Tensor, Any, Tensor], Tensor]
 
 
 class LogitTransform(NamedTuple):
@@ -44,6 +45,10 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     transform: LogitTransform = IDENTITY
+
+    def to(self, dtype: torch.dtype) -> Head:
+        """Return the layer in another precision, so that it is converted once and not for each chunk."""
+        return Head(self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype), self.transform)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Return the logits of hidden states, before the transform."""
@@ -74,11 +79,13 @@ class TokenLoss(NamedTuple):
         compare: maps logits ``(n, V)`` of student and teacher, and the tokens ``(n,)`` that they predict, to losses ``(n,)``.
         counted: ``(N,)`` boolean: the tokens that count.
         factor: the factor of the sum over tokens in the total.
+        everywhere: true if all tokens count that any loss counts.
     """
 
     compare: Compare
     counted: Tensor
     factor: Tensor
+    everywhere: bool = False
 
 
 def chunked_losses(
@@ -86,7 +93,7 @@ def chunked_losses(
     head: Head,
     targets: Tensor,
     hard_factor: Tensor | None,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | TopK | None,
     teacher_head: Head | None,
     parts: Sequence[TokenLoss],
     chunk: int = 256,
@@ -98,7 +105,8 @@ def chunked_losses(
         head: the student's output layer.
         targets: ``(N,)``: the token that each state predicts; −100 for none.
         hard_factor: the factor of the sum of cross-entropies in the total, 0-dimensional; ``None`` leaves them out.
-        teacher_hidden: ``(N, H_t)``; ``None`` where no loss compares with a teacher.
+        teacher_hidden: ``(N, H_t)``; without an output layer the teacher's logits ``(N, V)``, or the largest of its probabilities;
+            ``None`` where no loss compares with a teacher.
         teacher_head: the teacher's output layer.
         parts: the divergences.
         chunk: the number of tokens in a chunk.
@@ -110,6 +118,31 @@ def chunked_losses(
     tensors = (hidden, head.weight, head.bias, head.transform)
     total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
     return total, sums
+
+
+def _given(rows: Tensor | TopK | None, head: Head | None, index: Tensor) -> Any:
+    """Return the teacher's logits of some tokens, or what is known of its probabilities."""
+    if rows is None:
+        return None
+    chosen = rows[index]
+    if isinstance(chosen, TopK):
+        return chosen
+    return chosen.float() if head is None else head.transform(head(chosen).float())
+
+
+def _values(
+    logits: Tensor, given: Any, targets: Tensor, index: Tensor, hard: bool, parts: Sequence[TokenLoss]
+) -> Tensor:
+    """Return the losses of a chunk: the sum of cross-entropies, 0 where it is left out, and that of each divergence."""
+    hard_loss = F.cross_entropy(logits, targets[index], ignore_index=IGNORED, reduction="sum") if hard else None
+    found = [logits.new_zeros(()) if hard_loss is None else hard_loss]
+    for part in parts:
+        compared = (logits, given, targets[index])
+        if not part.everywhere:
+            mine = part.counted[index]
+            compared = (logits[mine], given[mine], targets[index][mine])
+        found.append(part.compare(*compared).sum())
+    return torch.stack([value.to(torch.float32) for value in found])
 
 
 class _Chunked(torch.autograd.Function):
@@ -124,7 +157,7 @@ class _Chunked(torch.autograd.Function):
         transform: LogitTransform,
         targets: Tensor,
         hard_factor: Tensor | None,
-        teacher_hidden: Tensor | None,
+        teacher_hidden: Tensor | TopK | None,
         teacher_head: Head | None,
         parts: tuple[TokenLoss, ...],
         chunk: int,
@@ -140,31 +173,24 @@ class _Chunked(torch.autograd.Function):
         for part in parts:
             counted = counted | part.counted
         wanted = counted.nonzero().flatten()
-        head = Head(weight, bias)
+        # Asked once, so that no chunk waits for the device.
+        parts = tuple(part._replace(everywhere=bool((part.counted == counted).all())) for part in parts)
+        head = Head(weight, bias).to(hidden.dtype)
+        if isinstance(teacher_hidden, Tensor) and teacher_head is not None:
+            teacher_head = teacher_head.to(teacher_hidden.dtype)
         for index in wanted.split(chunk):
             states = hidden[index]
             logits = head(states)
-            given = None
-            if teacher_hidden is not None and teacher_head is not None:
-                given = teacher_head.transform(teacher_head(teacher_hidden[index]).float())
+            given = _given(teacher_hidden, teacher_head, index)
             with torch.enable_grad():
                 # Float32 under any autocast: small gradients would underflow before the loss scaler's factor is applied.
                 leaf = logits.detach().float().requires_grad_()
-                final = transform(leaf)
-                values = [final.new_zeros(())]
-                if hard_factor is not None:
-                    values = [F.cross_entropy(final, targets[index], ignore_index=IGNORED, reduction="sum")]
-                for part in parts:
-                    mine = part.counted[index]
-                    assert given is not None
-                    compared = (final, given, targets[index])
-                    values.append(part.compare(*(compared if bool(mine.all()) else (x[mine] for x in compared))).sum())
-                stacked = torch.stack([value.to(torch.float32) for value in values])
+                stacked = _values(transform(leaf), given, targets, index, hard_factor is not None, parts)
                 if needs:
                     (grad_logits,) = torch.autograd.grad((stacked * factors.to(stacked.dtype)).sum(), leaf)
             sums += stacked.detach().double()
-            if grad_hidden is not None:
-                grad_hidden[index] = grad_logits @ weight.float()
+            if grad_hidden is not None:  # in the model's precision: its weight is never copied
+                grad_hidden[index] = (grad_logits.to(head.weight.dtype) @ head.weight).float()
             if grad_weight is not None:
                 grad_weight.addmm_(grad_logits.t(), states.float())
             if grad_bias is not None:

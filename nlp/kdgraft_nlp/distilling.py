@@ -28,6 +28,7 @@ from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
+from .stored import Stored
 from .student import graft, is_fused, undistill
 from .tokens import WRITTEN, shared_tokens
 from .views import check_views, viewed
@@ -82,7 +83,9 @@ class Distilling(Resuming):
         self._host_checked = self._told_of_labels = False
         self._host_weight = float(host_weight)
         self._graft(self.model)
-        peers = [source for source in self.distiller.sources.values() if source.trains] if self.distiller else []
+        sources = list(self.distiller.sources.values()) if self.distiller else []
+        _check_tokenizer(self, sources)
+        peers = [source for source in sources if source.trains]
         if peers and _has_own_loss(self):
             undistill(self.model)
             raise DistillError("a peer trains on its model's own loss; leave out label smoothing and your own losses")
@@ -339,6 +342,18 @@ def _refuse_hosts(trainer: Any) -> None:
     for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
         if found:
             raise DistillError(f"distilling under {name} is not supported; use several processes without it (DDP)")
+
+
+def _check_tokenizer(trainer: Any, sources: Sequence[Any]) -> None:
+    """Refuse a stored teacher that read other tokens."""
+    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    for source in sources:
+        if isinstance(source, Stored) and isinstance(tokenizer, PreTrainedTokenizerBase):
+            try:
+                source.check_tokenizer(tokenizer)
+            except DistillError:
+                undistill(trainer.model)
+                raise
 
 
 def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:

@@ -16,11 +16,13 @@ from kdgraft.errors import DistillError
 from kdgraft.losses import Ratio
 from kdgraft.step import StepInProgress
 from kdgraft.terms import ScoreTerm
+from kdgraft.topk import TopK
 
 from .adapters import AdaptersOff
 from .chunked import TokenLoss, chunked_losses, head_of
 from .heads import router_loss
 from .link import link_of
+from .tasks import STORED
 from .tokens import IGNORED
 
 
@@ -131,8 +133,13 @@ class StatesPass(StudentPass):
             parts.append(TokenLoss(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
         if terms:
             teacher = self.student.distiller.teacher
-            states = step.recordings[teacher.name][terms[0].teacher_taps[0]].flatten(0, 1)
-            head = head_of(teacher.model, link.transforms[1], adapted=not isinstance(teacher, AdaptersOff))
+            found = step.recordings[teacher.name][terms[0].teacher_taps[0]]
+            states = found.flatten() if isinstance(found, TopK) else found.flatten(0, 1)
+            head = (
+                None
+                if getattr(teacher.model, STORED, False)
+                else head_of(teacher.model, link.transforms[1], adapted=not isinstance(teacher, AdaptersOff))
+            )
         own = head_of(self.student, link.transforms[0])
         return chunked_losses(self.hidden, own, targets, hard, states, head, parts, link.chunk or 1)
 
@@ -174,21 +181,27 @@ class ChunkedPass(StatesPass):
     def finish(self, step: StepInProgress) -> dict[str, Tensor]:
         """Return the terms' losses, from chunks of logits, and add the host's loss to the output."""
         link, terms = link_of(self.student), _on_logits(step)
-        hard = link.host_weight * step.host_share() / self.items.to(self.hidden.device).float()
+        hard = self._hard(step, terms)
         whole, sums = self._total(step, terms, self.targets, hard, link.last.host_factor)
         losses = step.losses(computed=_ratios(terms, sums, step))
         if step.dropped:
             kept = [term for term in terms if term.name not in step.dropped]
-            hard = link.host_weight * step.host_share() / self.items.to(self.hidden.device).float()
+            hard = self._hard(step, kept)
             whole, sums = self._total(step, kept, self.targets, hard, link.last.host_factor)
         # The terms' values are reported by name; their gradients come with the host's loss.
-        self.output["loss"] = (sums[0] * hard).float() + (whole - whole.detach())
+        own = torch.zeros_like(whole) if hard is None else (sums[0] * hard).float()
+        self.output["loss"] = own + (whole - whole.detach())
         router = router_loss(self.student, self.output)
         if router is not None:
             share = link.host_weight * step.host_share()
             own = router * share if share else router.flatten()[:0].sum()
             self.output["loss"] = self.output["loss"] + own.to(whole)
         return losses
+
+    def _hard(self, step: StepInProgress, terms: list[ScoreTerm]) -> Tensor | None:
+        """Return the factor of the sum of cross-entropies; ``None`` where it has no share beside terms, and is not computed."""
+        share = link_of(self.student).host_weight * step.host_share()
+        return share / self.items.to(self.hidden.device).float() if share or not terms else None
 
 
 def _on_logits(step: StepInProgress) -> list[ScoreTerm]:

@@ -13,6 +13,7 @@ from kdgraft.pairs import Compared, Numbers, Pairs, Scores
 from kdgraft.readers import Reader, integers_of
 from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
+from kdgraft.topk import TopK, joined_pairs
 from kdgraft.wiring import Wiring
 from kdgraft_hosts import NLP
 
@@ -30,7 +31,7 @@ from .predictions import (
     independent,
     problem_types_of,
 )
-from .tasks import LANGUAGE_MODELS, PER_TOKEN, has_decoder, task_of
+from .tasks import LANGUAGE_MODELS, PER_TOKEN, STORED, has_decoder, task_of
 from .tokens import IGNORED, ModelTokens, Tokens, stack_of, take, tokens_of
 
 LAST_STATE = "last_hidden_state"
@@ -141,8 +142,10 @@ class OutputScores(Scores):
         self.averages = self.task != "question"
         fields = ["start_logits", "end_logits"] if self.task == "question" else ["logits"]
         self.taps = ([Tap.parse(f"[{field}]") for field in fields],) * 2
+        self.stored = bool(getattr(teacher, STORED, False))
         if chunked:
-            self.taps = tuple([Tap.parse(f"{model.base_model_prefix}[0]")] for model in (student, teacher))  # type: ignore[assignment]
+            states = tuple([Tap.parse(f"{model.base_model_prefix}[0]")] for model in (student, teacher))
+            self.taps = (states[0], self.taps[1] if self.stored else states[1])  # a store has no output layer
         if tokens != "auto" and (self.task not in PER_TOKEN or (self.task, tokens) == ("ctc", "labelled")):
             raise WiringError(
                 f"{self.name}: tokens={tokens!r} is for labels per token, which {type(student).__name__} does not predict; leave it out"
@@ -165,10 +168,9 @@ class OutputScores(Scores):
         for s_tap, t_tap in zip(*self.taps, strict=True):
             student, teacher = wiring.student_recording[s_tap], wiring.teacher_recording[t_tap]
             if self.chunked:
-                student, teacher = (
-                    states.new_empty(*states.shape[:-1], len(head_of(model).weight))
-                    for states, model in ((student, wiring.student), (teacher, wiring.teacher))
-                )
+                student = student.new_empty(*student.shape[:-1], len(head_of(wiring.student).weight))
+                if not self.stored:
+                    teacher = teacher.new_empty(*teacher.shape[:-1], len(head_of(wiring.teacher).weight))
             self.check(student, teacher, wiring)
             adapter = "in chunks" if self.chunked else "–"
             found.append(Compared(student, teacher, (s_tap, t_tap), self._region(student), adapter))
@@ -256,6 +258,10 @@ class OutputScores(Scores):
                 place = answers_of(batch)[len(found)] if self.needs_labels else None
                 found.append(self._answers(s, teacher[tap], tokens, place))
                 continue
+            known = teacher[tap] if self.stored else None
+            if isinstance(known, TopK):
+                found.append(self._joined(s, known, tokens))
+                continue
             apart = self._independent(s, batch)
 
             def read(source: Recording, tap: Tap = tap, s: Tensor = s) -> Tensor:
@@ -279,8 +285,17 @@ class OutputScores(Scores):
             found.append(pairs)
         return found
 
-    def on_chunk(self, student: Tensor, teacher: Tensor, labels: Tensor) -> Pairs:
+    def _joined(self, student: Tensor, known: TopK, tokens: Tokens) -> Pairs:
+        """Return the probabilities of the tokens that count, of which a store knows the largest."""
+        weight = self.pair_weight(tokens)
+        if weight is None:
+            return joined_pairs(student.flatten(0, 1), known.flatten(), self.temperature)
+        return joined_pairs(student[weight], known[weight], self.temperature, count=weight.sum().float())
+
+    def on_chunk(self, student: Tensor, teacher: Tensor | TopK, labels: Tensor) -> Pairs:
         """Return the logits ``(n, V)`` of some tokens, limited to the entries that both vocabularies have, with their labels."""
+        if isinstance(teacher, TopK):
+            return joined_pairs(student, teacher, self.temperature)
         return Pairs(student[:, : self.common], teacher[:, : self.common], labels=labels)
 
     def counted(self, batch: Batch) -> Tensor:

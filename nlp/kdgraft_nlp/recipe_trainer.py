@@ -10,7 +10,7 @@ from typing import Any
 from kdgraft.errors import DistillError, nearest
 from kdgraft.hosts import Job, TrainedModel, TransferSet
 
-from . import run
+from . import filling, run
 from .checkpoints import NothingComplete, newest_first
 from .settings import load, untaught
 from .trainer import DistillTrainer
@@ -64,6 +64,12 @@ class RecipeTrainer:
         """Return the recipe with its overrides, without its output folder."""
         found = load(config, [f"{key}={value}" for key, value in options.items()])
         return {key: value for key, value in found.items() if key != "output"}
+
+    def cache(
+        self, config: str, out: str, options: Sequence[str] = (), *, top_k: int | None, values: filling.Values
+    ) -> None:
+        """Fill a store with what the terms of a recipe read of its teacher: ``kdgraft cache``."""
+        filling.fill_recipe(config, out, options, top_k=top_k, values=values)
 
     def carry_out(self, job: Job) -> TrainedModel:
         """Train in the run's folder, in which the student is saved too."""

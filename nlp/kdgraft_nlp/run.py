@@ -6,7 +6,9 @@
                        ``words``), ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts;
                        ``fraction``: the share of the training set to use; ``length``: tokens; ``labels: false``: train on
                        the terms alone, on texts without labels; ``joined: false``: a language model reads each text on its
-                       own, cut to ``length``, not blocks of joined texts
+                       own, cut to ``length``, not blocks of joined texts; ``packed: true``: so too, and the texts of a batch
+                       are one row without padding; ``prompt`` and ``completion``, or ``messages``: columns of prompts and
+                       answers (texts, or messages for the tokenizer's chat template), whose answers alone have labels
 ``tokenizer``          a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither
                        the student's nor the teacher's folder has one
 ``student``            a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
@@ -19,6 +21,8 @@
                        others: ``{teacher: {type: Ensemble, members: [a, b]}, …}``, or train beside the student, from a
                        folder or a config: ``{peers: {type: Peers, models: [{model_type: bert, …}, …]}}``, ``{peer: {type:
                        Peer, model: folder}}``
+``adapters``           for a student in a folder: adapters of PEFT, ``{r: 8, target_modules: [q_proj, v_proj]}`` for LoRA, or
+                       ``{type: LoHaConfig, …}``; with ``teacher: base`` its own base model teaches
 ``init_from``          layers of the teacher that the student starts from, ``[1, 3, 5]``; see
                        :func:`~kdgraft_nlp.init_from_teacher`
 ``recipe``             a recipe's name, or ``{type: name, …}``
@@ -42,12 +46,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -62,8 +67,10 @@ from kdgraft.registry import call
 from kdgraft.sources import with_students
 from kdgraft.telling import said_aloud
 
+from .adapters import adapted
+from .chats import chat_columns, encode_chats, is_chat
 from .checkpoints import newest_first
-from .checks import one_line
+from .checks import check_sizes, one_line
 from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
 from .scores import metrics_of
@@ -218,7 +225,7 @@ def plain_trainer(
     Raises:
         DistillError: as :func:`evaluate` does.
     """
-    config = {**load(path, options), "student": str(student)}
+    config = {**load(path, options), "student": str(student), "adapters": None}  # a saved student has its own
     config["tokenizer"] = tokenizer_folder(config) or config.get("tokenizer")
     config = untaught(config)
     if isinstance(config.get("data"), Mapping) and not config["data"].get("eval"):
@@ -271,7 +278,8 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     set_seed(arguments.seed)
     task, told = str(config["task"]), dict(config.get("data") or {})
     sets = dict(data) if data is not None else read_data(told)
-    columns = columns_of(task, told, sets)
+    chat = is_chat(told)
+    columns = (chat_columns(told, sets), None) if chat else columns_of(task, told, sets)
     tokenizer = _tokenizer(config.get("tokenizer"), sets["train"], columns[0], task, config)
     unlabelled = columns[1] is not None and told.get("labels") is False
     labelled = sets["eval" if unlabelled else "train"]
@@ -280,10 +288,15 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     names = class_names(task, labelled, columns[1]) if columns[1] and task != "regression" else None
     sets["train"] = drawn(sets["train"], told.get("fraction") or 1, arguments.seed)
     theirs, how = teacher_tokenizer(config), encoding(config)
-    collator = second_view(_collator(task, tokenizer), theirs, columns[0], words=task == "tokens")
+    collator = second_view(_collator(task, tokenizer, told), theirs, columns[0], words=task == "tokens")
     read = {split: (columns[0], None) if unlabelled and split == "train" else columns for split in sets}
-    encoded = {split: encode(task, found, tokenizer, read[split], names, **how) for split, found in sets.items()}
-    student = _model(config["student"], task, tokenizer, names)
+    if chat:
+        encoded = {
+            split: encode_chats(found, tokenizer, list(columns[0]), how["length"]) for split, found in sets.items()
+        }
+    else:
+        encoded = {split: encode(task, found, tokenizer, read[split], names, **how) for split, found in sets.items()}
+    student = adapted(_model(config["student"], task, tokenizer, names), config.get("adapters"), TASKS[task])
     settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
 
     def peer(owner: str, spec: Any) -> Any:
@@ -309,42 +322,19 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             on_policy=config.get("on_policy") if taught else None,
             **settings,
         )
-    _check_sizes("student", student, tokenizer, encoded)
+    check_sizes("student", student, tokenizer, encoded)
     seen = (tokenizer, encoded) if theirs is None else (theirs, read_by_teacher(collator, encoded))
     for name, source in trainer.distiller.sources.items() if trainer.distiller is not None else ():
         if source.members == (name,):
-            _check_sizes(name, source.model, *seen)
+            check_sizes(name, source.model, *seen)
     return trainer
 
 
-def _check_sizes(owner: str, model: Any, tokenizer: Any, sets: Mapping[str, Dataset]) -> None:
-    """Refuse samples that index past a model's embeddings, on which the model itself would fail only in training."""
-    words = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > words:
-        raise DistillError(
-            f"the tokenizer has {len(tokenizer)} entries, and the {owner} has {words} embeddings; raise vocab_size"
-        )
-    longest = max(len(row) for found in sets.values() for row in found["input_ids"][:])
-    kinds = [
-        max(row) + 1
-        for found in sets.values()
-        if "token_type_ids" in found.column_names
-        for row in found["token_type_ids"][:]
-    ]
-    for name, module in model.named_modules():
-        last = name.rpartition(".")[2]
-        if not isinstance(module, nn.Embedding) or name.startswith("distiller."):
-            continue
-        places = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
-        if last in ("position_embeddings", "wpe", "embed_positions") and longest > places:
-            raise DistillError(
-                f"the longest sample has {longest} tokens, and the {owner} has {places} positions; lower data.length"
-            )
-        if last == "token_type_embeddings" and max(kinds, default=1) > module.num_embeddings:
-            raise DistillError(f"pairs have two types of tokens, and the {owner} one; set {owner}.type_vocab_size to 2")
-
-
-def _collator(task: str, tokenizer: Any) -> Callable[..., Any]:
+def _collator(task: str, tokenizer: Any, data: Mapping[str, Any]) -> Callable[..., Any]:
+    if data.get("packed"):
+        return DataCollatorWithFlattening()
+    if is_chat(data):
+        return DataCollatorForSeq2Seq(tokenizer)
     if task in ("classification", "regression"):
         return DataCollatorWithPadding(tokenizer)
     if task == "tokens":

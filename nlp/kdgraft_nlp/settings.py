@@ -18,7 +18,9 @@ from kdgraft.registry import expand_recipe
 from kdgraft.sources import students_in
 from kdgraft.terms import build_terms
 
+from .adapters import BASE
 from .arguments import check_student, training_arguments, training_mistakes
+from .chats import is_chat
 from .checks import check_folder, flat, one_line
 from .on_policy import read_on_policy
 from .reader import HFReader
@@ -47,6 +49,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "host_weight": ((int, float), "a number >= 0"),
     "on_policy": ((Mapping,), "a mapping, such as {share: 0.5, max_new_tokens: 64}"),
     "chunked": ((bool, int), "true, false, or a number of tokens"),
+    "adapters": ((Mapping,), "a mapping of peft's LoraConfig, such as {r: 8, target_modules: [q_proj, v_proj]}"),
     "training": ((Mapping,), "a mapping of TrainingArguments, such as {max_steps: 100}"),
     "output": ((str, Path), "a folder"),
 }
@@ -62,6 +65,10 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "length": ((int,), "a whole number of tokens"),
     "labels": ((bool,), "true or false"),
     "joined": ((bool,), "true or false"),
+    "packed": ((bool,), "true or false"),
+    "prompt": ((str,), "a column's name"),
+    "completion": ((str,), "a column's name"),
+    "messages": ((str,), "a column's name"),
 }
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
 """The suffixes of data files, with the names of their readers in datasets."""
@@ -175,7 +182,7 @@ class _Mistakes(list[str]):
 
 def _check_data(task: str, data: Mapping[str, Any], files: bool, told: _Mistakes) -> None:
     told += _entries("data", "data.", data, DATA_KINDS)
-    for check in (_check_text, _check_amounts):
+    for check in (_check_text, _check_amounts, _check_chats):
         told.look(check, task, data)
     for split in ("train", "eval") if files else ():
         told.look(check_file, split, data.get(split))
@@ -194,7 +201,7 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
     folders |= {f"teachers.{name}": given for name, given in (fine.get("teachers") or {}).items()}
     peers = {f"{entry}{end}": one for entry, given in folders.items() for end, one in students_in(given).items()}
     for entry, given in (folders | peers).items():
-        if isinstance(given, (str, Path)):
+        if isinstance(given, (str, Path)) and not (given == BASE and config.get("adapters") is not None):
             told.look(check_folder, entry, given)
     for entry, given in peers.items():
         if isinstance(given, Mapping):
@@ -216,6 +223,8 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
 
 
 def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], told: _Mistakes) -> None:
+    if config.get("adapters") is not None and isinstance(fine.get("student"), Mapping):
+        told.append("adapters are added to a trained model; give student: a folder")
     _check_terms(fine.get("recipe"), fine.get("terms"), told)
     taught = any(config.get(entry) is not None for entry in ("teacher", "teachers"))
     if not taught and (config.get("recipe") or config.get("terms")):
@@ -240,6 +249,8 @@ def _check_second_tokenizer(task: str, data: Mapping[str, Any], fine: Mapping[st
     given, teacher = fine.get("teacher_tokenizer"), fine.get("teacher")
     if not given:
         return
+    if data.get("packed") or is_chat(data):
+        told.append("teacher_tokenizer reads texts one by one; leave out data.packed, prompt, completion and messages")
     if isinstance(teacher, (str, Path)):
         told.look(check_folder, "teacher_tokenizer", teacher if given is True else given, "tokenizer_config.json")
     else:
@@ -294,6 +305,21 @@ def _check_text(task: str, data: Mapping[str, Any]) -> None:
         )
 
 
+def _check_chats(task: str, data: Mapping[str, Any]) -> None:
+    if (data.get("packed") or is_chat(data)) and task != "causal":
+        what = "packed" if data.get("packed") else "prompt, completion and messages"
+        raise DistillError(f"data.{what} is for language models (task: causal); leave it out for task {task}")
+    if not is_chat(data):
+        return
+    if (data.get("prompt") is None) != (data.get("completion") is None) or (
+        data.get("messages") and data.get("prompt")
+    ):
+        raise DistillError("data names either messages, or prompt and completion")
+    for other in ("text", "words", "joined", "labels"):
+        if data.get(other) is not None:
+            raise DistillError(f"data.{other} means nothing beside prompts and answers; leave it out")
+
+
 def _check_amounts(task: str, data: Mapping[str, Any]) -> None:
     fraction, length = data.get("fraction"), data.get("length")
     if isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and not 0 < fraction <= 1:
@@ -336,7 +362,7 @@ def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
 def encoding(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return how the sets of a recipe are encoded: the settings of :func:`kdgraft_nlp.data.encode`."""
     data, second = config.get("data") or {}, bool(config.get("teacher_tokenizer"))
-    joined = data.get("joined") is not False and not second
+    joined = data.get("joined") is not False and not second and not data.get("packed")
     return dict(length=data.get("length") or 128, joined=joined, kept=second)
 
 

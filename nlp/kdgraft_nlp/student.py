@@ -30,6 +30,7 @@ from .initialisation import init_from_teacher
 from .link import Link, is_tied, link_of, tie, untie
 from .passes import no_loss, run_student
 from .sources import build_sources, compare_classes
+from .stored import Stored
 from .tasks import (
     accepted,
     by_name,
@@ -107,6 +108,8 @@ def _inputs_of_sources(
         if name in link.sources and (source.trains or engine.active(at))
     }
     ids, teacher = inputs.get(SAMPLE_IDS), engine.teacher
+    if ids is None and isinstance(teacher, Stored):
+        ids = ()
     if ids is not None:
         stored = found.get(teacher.name, {}) if isinstance(teacher, Cached) else {}
         batch.samples = Samples(ids, {k: v for k, v in stored.items() if isinstance(v, Tensor)})

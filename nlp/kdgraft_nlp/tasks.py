@@ -40,6 +40,8 @@ _ALIGNED = re.compile(
     "(Bart|BigBirdPegasus|Blenderbot(Small)?|CpmAnt|MBart|Marian|PLBart|Pegasus|ProphetNet|TrOCR|Whisper)ForCausalLM|XLNetLMHeadModel"
 )
 """Causal models whose own loss does not shift the labels: each label is at the position that predicts it."""
+STORED = "stored_outputs"
+"""The attribute by which the stand-in for a teacher whose outputs are stored is known."""
 PER_SAMPLE = ("sequence", "image", "audio", "choice")
 PER_TOKEN = ("tokens", "ctc", *LANGUAGE_MODELS)
 

@@ -1,4 +1,4 @@
-"""The command line: ``kdgraft train | check | test | export | list | plan | report | demo | bench``.
+"""The command line: ``kdgraft train | check | cache | test | export | list | plan | report | demo | bench``.
 
 A mistake of the user's ends the command with one line on stderr and exit code 2.
 """
@@ -74,6 +74,21 @@ def _add_runs(commands: Any) -> None:
     _add_trusted(check)
     check.set_defaults(run=_check)
 
+    cache = commands.add_parser(
+        "cache", help="run the teacher of a recipe file once, and store what the terms read of it"
+    )
+    cache.add_argument("config")
+    cache.add_argument(
+        "--out", required=True, metavar="FOLDER", help="the folder of the store; an interrupted one is completed"
+    )
+    kept = "of language models, the largest probabilities of each token to keep, or 'all' logits (default: 50)"
+    cache.add_argument("--top-k", default="50", metavar="K", help=kept)
+    cache.add_argument(
+        "--values", choices=("float16", "float32"), default="float16", help="the type of the stored numbers"
+    )
+    _add_options(cache)
+    cache.set_defaults(run=_cache)
+
     test = commands.add_parser("test", help="evaluate a checkpoint of a plain or distilled student")
     test.add_argument("config")
     test.add_argument("checkpoint", help="a checkpoint's file, or the folder that a recipe's training saved")
@@ -139,6 +154,21 @@ def _train(arguments: argparse.Namespace) -> None:
 
 def _check(arguments: argparse.Namespace) -> None:
     host_of(arguments.config).make_trainer().check(arguments.config, arguments.cfg_options, trusted=arguments.trusted)
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    check_launch()
+    told = arguments.top_k
+    if told != "all" and not told.isdecimal():
+        raise DistillError(f"--top-k must be a whole number >= 1, or 'all'; got {told!r}")
+    host = host_of(arguments.config)
+    fill = getattr(host.make_trainer(), "cache", None)
+    if fill is None:
+        raise DistillError(
+            f"{arguments.config} is a config of {host.name}; stores are for recipe files of Hugging Face"
+        )
+    top_k = None if told == "all" else int(told)
+    fill(arguments.config, arguments.out, arguments.cfg_options, top_k=top_k, values=arguments.values)
 
 
 def _test(arguments: argparse.Namespace) -> None:

@@ -124,6 +124,8 @@ class Scores(Predictions):
     """Advice for a batch without labels, for a term that needs them."""
     no_single_class: str = "; use SoftTargets"
     """Advice that completes the message of a term that needs exclusive classes when these are independent."""
+    temperature: float = 1.0
+    """The temperature of the term, for readers of distributions of which only the largest probabilities are known."""
     width: int = 0
     """The number of scores of an item, set by :meth:`wire`; 0 if it differs between taps or batches."""
     independent: bool | None = False

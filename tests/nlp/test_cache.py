@@ -162,7 +162,7 @@ def test_question_answering(tmp_path):
 
 
 def test_refused(tmp_path):
-    with pytest.raises(WiringError, match=r"reads attention .* whose maps are too large to be cached"):
+    with pytest.raises(WiringError, match=r"reads attention .* whose maps are too large for a cache"):
         trained(tmp_path, "bert", TeacherCache(), ["AttentionMaps"])
     with pytest.raises(DistillError, match=r"outputs for input tokens only, and T5\w+ is a model with a decoder"):
         trained(tmp_path, "t5", TeacherCache(), ["ForwardKL"])

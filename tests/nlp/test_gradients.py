@@ -51,5 +51,5 @@ def test_models_of_text_are_refused():
 def test_a_cache_has_neither_gradients_nor_weights():
     leaf = replace(Tap.parse(":inputs[pixel_values]"), leaf=True)
     for tap, message in ((leaf, "differentiates the teacher"), (Tap.parse("vit:parameters"), "reads weights")):
-        with pytest.raises(WiringError, match=rf"^term {message}.*leave out the cache or the term$"):
+        with pytest.raises(WiringError, match=rf"^term {message}.*leave out the term, or give the teacher$"):
             TeacherCache().check([tap], "term")

@@ -13,8 +13,16 @@ from ..registry import TERMS
 from .pairs import TemperedTerm
 
 
+class _Divergence(TemperedTerm):
+    """Base of divergences of the probabilities at the term's temperature."""
+
+    @property
+    def joins(self) -> bool:
+        return not self.standardize
+
+
 @TERMS.register
-class ForwardKL(TemperedTerm):
+class ForwardKL(_Divergence):
     """KL(teacher ‖ student) without the factor T² (the sequence-level baseline of GKD, arXiv 2306.13649).
 
     Example:
@@ -29,7 +37,7 @@ class ForwardKL(TemperedTerm):
 
 
 @TERMS.register
-class ReverseKL(TemperedTerm):
+class ReverseKL(_Divergence):
     """KL(student ‖ teacher), which is mode-seeking (MiniLLM, arXiv 2306.08543).
 
     Example:
@@ -43,7 +51,7 @@ class ReverseKL(TemperedTerm):
 
 
 @TERMS.register
-class GeneralizedJSD(TemperedTerm):
+class GeneralizedJSD(_Divergence):
     """Generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649, equation 1).
 
     Args:
@@ -68,7 +76,7 @@ class GeneralizedJSD(TemperedTerm):
 
 
 @TERMS.register
-class SkewedKL(TemperedTerm):
+class SkewedKL(_Divergence):
     """KL against a mixture with a little of the first distribution (DistiLLM, arXiv 2402.03898).
 
     Args:

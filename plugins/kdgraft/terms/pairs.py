@@ -144,6 +144,11 @@ class ScoreTerm(PairTerm):
     """True if the loss is also defined for independent classes."""
 
     @property
+    def joins(self) -> bool:
+        """True if the loss is a divergence of probabilities, which is defined as well where several classes are joined into one."""
+        return False
+
+    @property
     def scores(self) -> Scores:
         """The class scores of both models."""
         return cast(Scores, self.predictions)
@@ -204,6 +209,10 @@ class TemperedTerm(ScoreTerm):
         check_temperature(temperature)
         check_standardize(type(self).__name__, standardize)
         self.temperature, self.standardize = float(temperature), standardize
+
+    def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
+        super().prepare(student, teacher)
+        self.scores.temperature = self.temperature
 
     def _no_mean(self) -> str:
         return f"{self.name}: standardize is not defined for independent classes; leave standardize out"

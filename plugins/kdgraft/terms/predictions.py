@@ -81,6 +81,10 @@ class SoftTargets(TemperedTerm):
         self.hard_weight, self.own_share = hard_weight, 1.0 if hard_weight is None else 1 - hard_weight
         self.focus, self.classes, self.background_weight = focus, classes, background_weight
 
+    @property
+    def joins(self) -> bool:
+        return not (self.standardize or self.focus or self.classes == "mean" or self.background_weight is not None)
+
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         super().prepare(student, teacher)
         self.scores.labelled = self.hard_weight is not None  # the hard and the soft loss count the same items

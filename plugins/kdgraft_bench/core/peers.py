@@ -12,7 +12,6 @@ from kdgraft import DistillError, DistillOutput
 from kdgraft.isolation import isolated_rng
 from kdgraft.plain import Task
 from kdgraft.sources.teacher import load_strictly, read_checkpoint
-
 from kdgraft_bench.core.tasks import task
 
 TEMPERATURE, HARD = 4.0, 0.1

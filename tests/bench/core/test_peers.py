@@ -55,7 +55,9 @@ def test_the_peer_is_trained_and_tested(tmp_path):
     told = read_benchmark("core", out=str(tmp_path), iterations=8, seeds=[0], methods=["soft_targets"])
     host = bench_host("torch")
     plan = plan_of_benchmark(told, host, host.dataset(told))
-    found = {name: carry_out_one(told, plan, name, 0) for name in ("teacher", "small-torchdistill", "small-soft_targets")}
+    found = {
+        name: carry_out_one(told, plan, name, 0) for name in ("teacher", "small-torchdistill", "small-soft_targets")
+    }
     # One loss, written twice: the same training up to the order of additions.
     accuracies = [found[f"small-{name}"].metrics["accuracy"] for name in ("torchdistill", "soft_targets")]
     assert accuracies[0] == pytest.approx(accuracies[1], abs=0.02) and accuracies[0] > 0

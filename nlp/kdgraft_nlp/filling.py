@@ -1,0 +1,265 @@
+"""Filling a store with the outputs of a teacher: ``kdgraft cache``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from kdgraft.batch import Samples
+from kdgraft.engine import Engine
+from kdgraft.errors import DistillError, check_number
+from kdgraft.files import held
+from kdgraft.sources import Cached, Source, Teacher
+from kdgraft.store import KEYS, LENGTHS, Index, Store, packed_ids
+from kdgraft.taps import Recording, Tap
+from kdgraft.topk import TopK
+
+from .adapters import AdaptersOff, base_of
+from .cache import check_storable, fingerprint
+from .checks import one_line
+from .link import link_of
+from .run import build
+from .settings import load
+from .stored import LOGITS, digest_of_tokenizer, texts_in
+from .tasks import LANGUAGE_MODELS, accepted, task_of
+
+Values = Literal["float16", "float32"]
+PER_PART = 1024
+
+
+def fill_store(
+    trainer: Any,
+    folder: str | Path,
+    *,
+    top_k: int | None = 50,
+    values: Values = "float16",
+    per_part: int = PER_PART,
+    progress: bool = True,
+) -> Store:
+    """Run a trainer's teacher on its training set, and store what its terms read of it.
+
+    Several processes (``torchrun``, ``accelerate launch``) share the work. A call that was interrupted goes on where it was, and ends
+    with the same files, byte for byte.
+
+    Args:
+        trainer: a trainer that distils, with the teacher, terms, data set and collator of the training to come; nothing is trained.
+        folder: the folder of the store.
+        top_k: of a language model's tokens, the number of largest probabilities to keep; ``None`` keeps all logits.
+        values: the type of the numbers. A probability p has an error of about |log p| · p / 2000 in ``"float16"``.
+        per_part: the number of samples in a file.
+        progress: show a progress bar.
+
+    Returns:
+        The complete store; on several processes this process's share of it.
+
+    Raises:
+        DistillError: the teacher's outputs cannot be stored, or the folder has a store of something else.
+    """
+    if top_k is not None:
+        check_number("fill_store", "top_k", top_k, 1, whole=True)
+    check_number("fill_store", "per_part", per_part, 1, whole=True)
+    if values not in ("float16", "float32"):
+        raise DistillError(f"fill_store: values must be 'float16' or 'float32', got {values!r}")
+    filler = _Filler(trainer, top_k, values, per_part)
+    store = Store.create(folder, filler.about())
+    process, count = trainer.args.process_index, trainer.args.world_size
+    missing = set(store.missing())
+    todo = [part for part in range(store.parts)[process::count] if part in missing]
+    for part in tqdm(todo, desc="store", unit="part", disable=not progress or process > 0):
+        store.write(part, filler.part(store.samples_of(part)))
+    return store
+
+
+def fill_recipe(
+    path: str | Path, folder: str | Path, options: Sequence[str] = (), *, top_k: int | None, values: Values
+) -> Store:
+    """Fill a store for a recipe file, and say how large it is: ``kdgraft cache``.
+
+    Args:
+        path, options: the recipe, with its teacher.
+        folder, top_k, values: see :func:`fill_store`.
+    """
+    config = load(path, options)
+    told = config.get("training") or {}
+    config |= {"chunked": False, "on_policy": None, "output": str(folder)}
+    config["training"] = {**told, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    trainer = build(config)
+    with held(folder) if trainer.args.process_index == 0 else nullcontext(), one_line("cache"):
+        store = fill_store(trainer, folder, top_k=top_k, values=values)
+        trainer.accelerator.wait_for_everyone()
+    if trainer.args.process_index == 0:
+        index = Index(store)
+        tokens = index.tokens
+        each = f", {store.size() / tokens:.0f} bytes a token" if tokens else ""
+        print(f"{len(index)} texts and {tokens} tokens in {folder}: {store.size() / 2**20:.1f} MiB{each}")
+    return store
+
+
+class _Filler:
+    """What runs a teacher for a store."""
+
+    def __init__(self, trainer: Any, top_k: int | None, values: Values, per_part: int) -> None:
+        self.trainer, self.top_k, self.values, self.per_part = trainer, top_k, np.dtype(values), per_part
+        engine = trainer.distiller
+        if engine is None:
+            raise DistillError("nothing is read of a teacher; name terms or a recipe")
+        self.engine: Engine = engine
+        self.source = _only_teacher(engine)
+        self.model = self.source.model
+        self.student = base_of(trainer.model)
+        self.link = link_of(self.student)
+        if self.link.chunk is not None:
+            raise DistillError(
+                "a store is filled from whole logits; leave out chunked, and take a Trainer that computes them"
+            )
+        self.taps = list(dict.fromkeys(engine.taps(self.source.name)))
+        for term in engine.all_terms:
+            check_storable(term.teacher_taps, term.name, "a store")
+        self.rows = trainer.train_dataset
+        if not hasattr(self.rows, "__len__"):
+            raise DistillError("a data set without a length cannot be stored; give one of known length")
+        self.size = trainer.args.per_device_train_batch_size
+        self.temperatures = sorted({float(getattr(term, "temperature", 1.0)) for term in engine.all_terms} | {1.0})
+        self.described = self._describe()
+
+    def about(self) -> dict[str, Any]:
+        """Return the header of the store."""
+        config: Any = self.model.config
+        tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+        return {
+            "teacher": {
+                "class": type(self.model).__name__,
+                "config": json.loads(config.to_json_string()),
+                "weights": fingerprint(self.model),
+            },
+            "tokenizer": None
+            if tokenizer is None or not hasattr(tokenizer, "get_vocab")
+            else digest_of_tokenizer(tokenizer),
+            "data": self._digest_of_data(),
+            "taps": self.described,
+            "values": self.values.name,
+            "samples": len(self.rows),
+            "per_part": self.per_part,
+            "batch": self.size,
+        }
+
+    def part(self, places: range) -> dict[str, NDArray[Any]]:
+        """Return the columns of some samples."""
+        found: dict[str, list[NDArray[Any]]] = {}
+        for start in range(0, len(places), self.size):
+            for name, rows in self._of_batch(places[start : start + self.size]).items():
+                found.setdefault(name, []).append(rows)
+        return {name: np.concatenate(rows) for name, rows in found.items()}
+
+    def _batch(self, places: Sequence[int]) -> Mapping[str, Any]:
+        features = [self.rows[place] for place in places]
+        columns = self.trainer.data_collator(_without_unused(self.trainer, features))
+        return self.trainer._prepare_inputs(columns)  # type: ignore[no-any-return]
+
+    def _record(self, batch: Mapping[str, Any]) -> tuple[Mapping[str, Any], Recording]:
+        """Return what the teacher reads of a batch, and what its taps gave."""
+        inputs = self.link.of_source(batch, self.source.name, self.model)
+        read = self.link.read(batch)
+        read.samples = Samples([], {})
+        device = next(self.student.parameters()).device
+        found = self.engine.record(self.source.name, lambda _: self.model(**inputs), read, device)
+        return inputs, found
+
+    def _describe(self) -> dict[str, Any]:
+        """Return, for each tap, what the store has of it, from the first batch."""
+        inputs, recording = self._record(self._batch(range(min(self.size, len(self.rows)))))
+        tokens = inputs.get("input_ids")
+        found: dict[str, Any] = {}
+        for tap in self.taps:
+            value = _tensor(recording, tap)
+            per_token = tokens is not None and value.shape[:2] == tokens.shape
+            per_token = per_token and (value.ndim == 3 or tap.text in ("[start_logits]", "[end_logits]"))
+            if not per_token and len(value) != len(next(iter(inputs.values()))):
+                raise DistillError(
+                    f"'{tap}' has {len(value)} rows for another number of samples, which cannot be stored; leave out the term"
+                )
+            told: dict[str, Any] = {
+                "per": "token" if per_token else "sample",
+                "shape": list(value.shape[2 if per_token else 1 :]),
+            }
+            if (
+                str(tap) == LOGITS
+                and per_token
+                and task_of(self.model) in LANGUAGE_MODELS
+                and self._joins(value.shape[-1])
+            ):
+                told = {"per": "token", "k": self.top_k, "classes": value.shape[-1], "temperatures": self.temperatures}
+            found[str(tap)] = told
+        return found
+
+    def _joins(self, classes: int) -> bool:
+        return self.top_k is not None and self.top_k <= classes
+
+    def _of_batch(self, places: Sequence[int]) -> dict[str, NDArray[Any]]:
+        inputs, recording = self._record(self._batch(places))
+        keys, texts = texts_in(inputs)
+        lengths = [0 if where is None else len(where) for _, where in texts]
+        found: dict[str, NDArray[Any]] = {KEYS: keys, LENGTHS: np.array(lengths, np.int64)}
+        for tap in self.taps:
+            found |= dict(self._columns(str(tap), _tensor(recording, tap), texts))
+        return found
+
+    def _columns(
+        self, tap: str, value: Tensor, texts: Sequence[tuple[int, Tensor | None]]
+    ) -> Iterator[tuple[str, NDArray[Any]]]:
+        told = self.described[tap]
+        if told["per"] == "sample":
+            yield tap, self._numbers(value[[row for row, _ in texts]])
+            return
+        rows = torch.cat([value[row][where] for row, where in texts if where is not None])
+        if "k" not in told:
+            yield tap, self._numbers(rows)
+            return
+        known = TopK.of(rows, told["k"], told["temperatures"])
+        yield f"{tap}/ids", packed_ids(known.ids.cpu().numpy(), known.classes)
+        for name in ("logs", "norms", "rests"):
+            yield f"{tap}/{name}", self._numbers(getattr(known, name))
+
+    def _numbers(self, value: Tensor) -> NDArray[Any]:
+        return value.detach().float().cpu().numpy().astype(self.values)
+
+    def _digest_of_data(self) -> str:
+        digest = hashlib.sha256()
+        column = self.rows["input_ids"] if "input_ids" in getattr(self.rows, "column_names", ()) else None
+        for ids in column[:] if column is not None else ():
+            digest.update(np.asarray(ids, np.int64).tobytes())
+        return digest.hexdigest()
+
+
+def _only_teacher(engine: Engine) -> Teacher:
+    found: list[Source] = list(engine.sources.values())
+    if len(found) != 1 or not isinstance(found[0], Teacher) or isinstance(found[0], (Cached, AdaptersOff)):
+        raise DistillError("a store holds the outputs of one frozen teacher; give one model or folder as the teacher")
+    if "decoder_input_ids" in accepted(found[0].model):
+        raise DistillError(f"a store cannot hold outputs of a model with a decoder ({type(found[0].model).__name__})")
+    return found[0]
+
+
+def _tensor(recording: Recording, tap: Tap) -> Tensor:
+    value = recording[tap]
+    found: Tensor = value[0] if isinstance(value, (tuple, list)) else value
+    return found
+
+
+def _without_unused(trainer: Any, features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return samples without the columns that the Trainer would remove."""
+    if not trainer.args.remove_unused_columns:
+        return features
+    trainer._set_signature_columns_if_needed()
+    kept = set(trainer._signature_columns)
+    return [{name: value for name, value in feature.items() if name in kept} for feature in features]
