@@ -20,7 +20,16 @@ from ..mmdet_ld import mmdet_ld
 from ..spec import TEACHER, Benchmark, Model
 from . import det_setup
 from .base import Dataset
-from .det_setup import CHANNELS, DetectionSetup, detector, draw_detections, own_set, scenes, with_schedule_of_queries
+from .det_setup import (
+    CHANNELS,
+    SCENES,
+    DetectionSetup,
+    detector,
+    draw_detections,
+    own_set,
+    scenes,
+    with_schedule_of_queries,
+)
 from .detr import with_queries
 from .efficientnet import with_efficientnet
 from .mm import Collector, RunnerBench, write_config
@@ -51,12 +60,13 @@ class DetectionBench(RunnerBench):
         folder = real.shrunk(benchmark.out / "data", det_setup.REAL_SIZE)
         return Dataset(real.root.resolve().name, folder, real.root)
 
-    def setup(self, dataset: Dataset, model: str = "") -> DetectionSetup:
-        found = scenes() if dataset.real is None else own_set(RealSet.read(dataset.real))
-        return with_schedule_of_queries(found) if model == "dino" else found
+    def setup(self, dataset: Dataset, settings: Mapping[str, Any] | None = None) -> DetectionSetup:
+        told, real = settings or {}, dataset.real  # a real set is taken as a whole, whatever the number of scenes
+        found = scenes(told.get("scenes", SCENES)) if real is None else own_set(RealSet.read(real))
+        return with_schedule_of_queries(found) if told.get("model") == "dino" else found
 
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
-        told = self.known(model.settings, ("width", "channels", "efficientnet"))
+        told = self.known(model.settings, ("width", "channels", "efficientnet", "scenes"))
         made = detector(told.get("width", 6), told.get("channels", CHANNELS), classes)
         if "efficientnet" in told:
             made = with_efficientnet(made, told["efficientnet"])

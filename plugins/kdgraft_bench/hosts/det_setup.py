@@ -16,15 +16,19 @@ from matplotlib.image import imread
 from matplotlib.patches import Rectangle
 from mmdet.apis import inference_detector
 
+from kdgraft.errors import DistillError
+
 from ..data.coco import RealSet
 from ..data.scenes import CLASSES, write_detection_set
 from ..pictures import draw_grid
 from .mm_setup import TWO_SPLITS, RunnerSetup, resnet18
 
 SIZE = 96
-DATA = dict(seed=0, train=400, val=150, test=400)
-ITERATIONS = 2000
-BATCH = 16
+DATA = dict(seed=0, train=3000, val=150, test=400)
+SCENES = 400
+"""The training scenes of a model that says no other number; a larger number of scenes contains a smaller one."""
+ITERATIONS = 1500
+BATCH = 8
 LR = 1e-2
 REAL_SIZE = (320, 240)
 REAL_ITERATIONS = 400
@@ -77,9 +81,11 @@ class DetectionSetup(RunnerSetup):
     Attributes:
         scale: (width, height) to which pictures are resized with their aspect ratio.
         augmentation: additional steps of the training pipeline.
+        count: the pictures of the training set, its first ones; ``None`` for all.
     """
 
     scope: ClassVar[str] = "mmdet"
+    count: int | None = None
     tested_at_once: int = 25
     scale: tuple[int, int]
     augmentation: tuple[dict[str, Any], ...]
@@ -94,6 +100,7 @@ class DetectionSetup(RunnerSetup):
             ann_file=f"annotations/instances_{part}.json",
             data_prefix=dict(img=f"{part}/"),
             filter_cfg=dict(filter_empty_gt=False),
+            indices=self.count if train else None,
             test_mode=not train,
             pipeline=[
                 dict(type="LoadImageFromFile"),
@@ -144,9 +151,16 @@ def draw_detections(
     draw_grid(["ground truth", *models], rows, draw, height / width, path)
 
 
-def scenes() -> DetectionSetup:
-    """Return the setup of the digit scenes."""
+def scenes(count: int = SCENES) -> DetectionSetup:
+    """Return the setup of the digit scenes, of which so many train.
+
+    Raises:
+        DistillError: there are not so many.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= DATA["train"]:
+        raise DistillError(f"scenes must be a whole number from 1 to {DATA['train']}, got {count!r}")
     return DetectionSetup(
+        count=count,
         iterations=ITERATIONS,
         classes=CLASSES,
         scale=(SIZE, SIZE),

@@ -50,8 +50,8 @@ class RunnerBench(BenchHost):
     lengths = ("train_cfg.max_iters",)
 
     @abstractmethod
-    def setup(self, dataset: Dataset, model: str = "") -> RunnerSetup:
-        """Return the setup of a data set; a small model of this name may have a schedule of its own."""
+    def setup(self, dataset: Dataset, settings: Mapping[str, Any] | None = None) -> RunnerSetup:
+        """Return the setup of a data set; a small model of these settings may have a schedule or a training set of its own."""
 
     @abstractmethod
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
@@ -72,7 +72,7 @@ class RunnerBench(BenchHost):
         return write_config(config, benchmark.out / "configs" / f"{name}.py"), {}
 
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> Config:
-        setup = self.setup(dataset, str(model.settings["model"]))
+        setup = self.setup(dataset, model.settings)
         assert dataset.folder is not None
         made = self.small(model, dataset, len(setup.classes))
         setup = replace(setup, batch_size=benchmark.batch or setup.batch_size)

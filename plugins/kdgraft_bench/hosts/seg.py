@@ -46,7 +46,7 @@ class SegmentationBench(RunnerBench):
             return Dataset("own data", None)
         return Dataset(self.embedded, write_segmentation_set(benchmark.out / "data", size=SIZE, **DATA))
 
-    def setup(self, dataset: Dataset, model: str = "") -> SegmentationSetup:
+    def setup(self, dataset: Dataset, settings: Mapping[str, Any] | None = None) -> SegmentationSetup:
         return scenes() if dataset.real is None else own_set(dataset.real)
 
     def small(self, model: Model, dataset: Dataset, classes: int) -> dict[str, Any]:
