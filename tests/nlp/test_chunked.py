@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from datasets import Dataset
 from transformers import Trainer
 
 from kdgraft import DistillError, WiringError
@@ -361,3 +362,43 @@ def test_chunks_beside_terms_on_layers_alone():
     batch = support.collate(support.samples(4, "causal"))
     plain = support.quiet(support.model("llama", seed=1))
     torch.testing.assert_close(student.train()(**batch).loss, plain(**batch).loss, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
+def test_divergence_and_gradient_are_those_of_trl(tmp_path, beta):
+    trl = pytest.importorskip("trl")
+
+    def models():
+        return [support.quiet(support.model("llama", width, 2, seed=seed)) for width, seed in ((16, 1), (32, 2))]
+
+    student, teacher = models()
+    tokenizer = support.by_letter("left")
+    tokenizer.eos_token = "<pad>"
+    told = dict(report_to=[], use_cpu=True, bf16=False, activation_checkpointing=False, per_device_train_batch_size=2)
+    trainer = trl.DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=trl.DistillationConfig(str(tmp_path), beta=beta, **told),
+        train_dataset=Dataset.from_dict({"prompt": ["a cat"] * 2}),
+        processing_class=tokenizer,
+    )
+    ids = torch.randint(5, support.VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(0))
+    parts = {name: ids[:, cut] for name, cut in (("prompt_ids", slice(4)), ("completion_ids", slice(4, None)))}
+    parts |= {name.replace("ids", "mask"): torch.ones_like(value) for name, value in parts.items()}
+    expected = trainer.compute_loss(trainer.model.train(), parts)
+    expected.backward()
+    theirs = gradients(student)
+
+    student, teacher = models()
+    grafted = graft(student, teacher, [dict(type="GeneralizedJSD", beta=beta)], chunk=5).train()
+    grafted.distill_link.host_weight = 0.0
+    labels = ids.clone()
+    labels[:, :4] = -100
+    output = grafted(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels)
+    loss = grafted.distill_link.last.losses["distill.generalized_jsd.loss"]
+    (output.loss + loss).backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-4, atol=1e-6)
+    for name, value in theirs.items():
+        torch.testing.assert_close(
+            gradients(grafted)[name], value, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
+        )

@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import copy
 import gc
+import tempfile
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from kdgraft import TERMS
+from kdgraft.hosts import installed
+from kdgraft_nlp import DistillTrainer, Stored, fill_store
+from kdgraft_nlp.data import train_tokenizer
 from kdgraft_nlp.link import link_of
 from kdgraft_nlp.reader import HFReader
 from kdgraft_nlp.recipes import distilbert, minilmv2, pkd, tinybert
@@ -58,6 +64,7 @@ VARIANTS: dict[str, Callable[[], list[Any]]] = {
     },
 }
 """Variants to time. Terms on maps are left out, as BERT has none."""
+JSD: dict[str, Any] = dict(type="GeneralizedJSD", beta=0.5)
 LM_TOKENS = 1024
 LM_VOCABULARIES = (32_768, 131_072)
 
@@ -156,36 +163,57 @@ def _eager(student: Any, teacher: Any, inputs: dict[str, Tensor], device: str) -
 
 
 def language_model(vocabulary: int, pairs: int, device: str, width: int = 256) -> Rows:
-    """Measure a whole step at one size of the vocabulary: without distillation, with plain losses, and with chunked losses."""
+    """Measure a whole step at one size of the vocabulary, of our losses and of TRL's where it is installed.
+
+    ``no labels`` leaves out the cross-entropy to the labels, which TRL's distillation does not have; the ``stored`` teacher does not
+    run, and its 50 largest probabilities of each token come from a store.
+    """
     torch.manual_seed(0)
 
     def llama(hidden: int, layers: int) -> Any:
         sizes: dict[str, Any] = dict(
             hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=2 * hidden
         )
-        built: Any = LlamaForCausalLM(LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=vocabulary))
+        built: Any = LlamaForCausalLM(
+            LlamaConfig(**sizes, num_key_value_heads=4, vocab_size=vocabulary, pad_token_id=0)
+        )
         return built.to(device)
 
     teacher = llama(2 * width, 2).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (4, LM_TOKENS // 4), generator=generator).to(device)
-    inputs = {"input_ids": ids, "labels": ids}
+    ids = torch.randint(1, vocabulary, (4, LM_TOKENS // 4), generator=generator)
+    inputs = {"input_ids": ids.to(device), "labels": ids.to(device)}
     state = copy.deepcopy(llama(width, 2).state_dict())
-    found: dict[str, Callable[[], None]] = {}
-    for name, chunk in (("no distillation", 0), ("plain losses", None), ("chunked", 256)):
+
+    def student(given: Any, chunk: int | None, host_weight: float = 1.0) -> Any:
         model = llama(width, 2)
         model.load_state_dict(state)
-        if chunk != 0:
-            model = graft(model, teacher, [dict(type="GeneralizedJSD")], chunk=chunk)
-            link_of(model).totals = {
-                name: n.to(device) for name, n in model.distiller.counts(read_batch(inputs, "causal")).items()
-            }
-        found[name] = step(model, inputs, device)
-    seconds = interleave(found, max(pairs // 6, 3), warm_up=1, device=device)
-    peaks = {}
-    for name, run in found.items():
-        gc.collect()
-        peaks[name] = peak_memory(run, device) / 2**20
+        if given is None:
+            return model
+        model = graft(model, given, [dict(JSD)], chunk=chunk)
+        link_of(model).host_weight = host_weight
+        counts = model.distiller.counts(read_batch(inputs, "causal"))
+        link_of(model).totals = {name: n.to(device) for name, n in counts.items()}
+        return model
+
+    with tempfile.TemporaryDirectory() as scratch:
+        stored = _stored(Path(scratch), llama(width, 2), teacher, ids)
+        models = {
+            "no distillation": student(None, None),
+            "plain losses": student(teacher, None),
+            "chunked": student(teacher, 256),
+            "chunked, no labels": student(teacher, 256, 0.0),
+            "stored teacher": student(stored, None),
+            "stored teacher, chunked": student(stored, 256),
+        }
+        found = {name: step(model, inputs, device) for name, model in models.items()}
+        if (theirs := _trl(Path(scratch), student(None, None), teacher, inputs, device)) is not None:
+            found["TRL, no labels"] = theirs
+        seconds = interleave(found, max(pairs // 6, 3), warm_up=1, device=device)
+        peaks = {}
+        for name, run in found.items():
+            gc.collect()
+            peaks[name] = peak_memory(run, device) / 2**20
     extra = peaks["plain losses"]
     return [
         {
@@ -193,8 +221,53 @@ def language_model(vocabulary: int, pairs: int, device: str, width: int = 256) -
             "step": name,
             "ms": f"{median_interval(values).median * 1e3:.0f}",
             "/ plain losses": str(ratio_interval(values, seconds["plain losses"])),
+            "/ no distillation": str(ratio_interval(values, seconds["no distillation"])),
             "peak (MiB)": f"{peaks[name]:.0f}",
             "peak / plain losses": f"{peaks[name] / extra:.3f}",
         }
         for name, values in seconds.items()
     ]
+
+
+def _stored(folder: Path, student: Any, teacher: Any, ids: Tensor) -> Stored:
+    """Return a teacher whose outputs are in a store."""
+    rows = [{"input_ids": row.tolist()} for row in ids]
+    args = TrainingArguments(str(folder), report_to=[], disable_tqdm=True, use_cpu=ids.device.type == "cpu")
+    trainer = DistillTrainer(
+        model=student,
+        teacher=teacher,
+        terms=[dict(JSD)],
+        args=args,
+        train_dataset=rows,
+        data_collator=lambda features: {"input_ids": torch.tensor([one["input_ids"] for one in features])},
+    )
+    fill_store(trainer, folder / "store", progress=False)
+    return Stored(folder / "store")
+
+
+def _trl(folder: Path, student: Any, teacher: Any, inputs: dict[str, Tensor], device: str) -> Callable[[], None] | None:
+    """Return a step of TRL's own distillation on the same batch, all tokens of which but the first are completions."""
+    if not installed("trl"):
+        return None
+    from trl import DistillationConfig, DistillationTrainer
+
+    told = dict(report_to=[], disable_tqdm=True, use_cpu=device == "cpu", bf16=False, activation_checkpointing=False)
+    tokenizer = train_tokenizer(["a text"], vocab_size=300)
+    tokenizer.eos_token, tokenizer.padding_side = tokenizer.sep_token, "left"
+    trainer = DistillationTrainer(
+        model=student,
+        teacher_model=copy.deepcopy(teacher),
+        args=DistillationConfig(str(folder / "trl"), beta=JSD["beta"], per_device_train_batch_size=4, **told),
+        train_dataset=Dataset.from_dict({"prompt": ["a text"] * 4}),
+        processing_class=tokenizer,
+    )
+    ids = inputs["input_ids"]
+    mask = torch.ones_like(ids)
+    parts = {
+        "prompt_ids": ids[:, :1],
+        "prompt_mask": mask[:, :1],
+        "completion_ids": ids[:, 1:],
+        "completion_mask": mask[:, 1:],
+    }
+    model: Any = trainer.model.train()
+    return training_step(lambda: trainer.compute_loss(model, dict(parts)), model.parameters(), device)

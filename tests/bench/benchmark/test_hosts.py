@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from mmdet.registry import DATASETS
 from mmengine.config import Config
 
 import support.nlp  # noqa: F401  quiet, one thread
@@ -177,6 +178,25 @@ def test_the_samples_of_a_step_are_those_that_are_told(made):
         else:
             found.append(load_config(path).train_dataloader.batch_size)
     assert found[0] > 3 == found[1]
+
+
+def test_students_see_a_part_of_the_teacher_s_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr("kdgraft_bench.hosts.det_setup.DATA", dict(seed=0, train=12, val=2, test=2))
+    told, host = read_benchmark("det", out=str(tmp_path)), bench_host("det")
+    dataset = host.dataset(told)
+    seen = []
+    for count in (12, 5):
+        model = Model(settings=dict(model="gfl", scenes=count))
+        config = load_config(host.config(model, dataset, told, f"of{count}")[0])
+        with host.entered():
+            images = DATASETS.build(config.train_dataloader.dataset)
+            tested = DATASETS.build(config.val_dataloader.dataset)
+        seen.append([images.get_data_info(place)["img_path"] for place in range(len(images))])
+        assert len(images) == count and len(tested) == 2
+    assert seen[0][:5] == seen[1]
+    for wrong in (0, 13, 2.5, True):
+        with pytest.raises(DistillError, match="scenes must be a whole number from 1 to 12"):
+            host.config(Model(settings=dict(model="gfl", scenes=wrong)), dataset, told, "x")
 
 
 OWN = {
