@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from huggingface_hub import try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from torch import nn
 
 from kdgraft.errors import DistillError
@@ -39,12 +39,15 @@ def flat(error: BaseException) -> str:
 
 
 def check_folder(entry: str, source: str | Path, file: str = "config.json") -> None:
-    """Raise a :class:`DistillError` unless ``source`` is a folder of ``save_pretrained`` or a model in the hub's cache."""
+    """Raise a :class:`DistillError` unless ``source`` is a folder of ``save_pretrained``, or may be a model of the hub, ``owner/name``."""
     there = (file, *(["adapter_config.json"] if file == "config.json" else []))  # PEFT's, which names its base model
     if any((Path(source) / name).is_file() for name in there):
         return
-    cached = re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(source)) and not Path(source).exists()
-    if cached and isinstance(try_to_load_from_cache(str(source), file), str):
+    named = re.fullmatch(r"([\w.-]+/)?[\w.-]+", str(source)) and not Path(source).exists()
+    if named and isinstance(try_to_load_from_cache(str(source), file), str):
+        return
+    owned = named and "/" in str(source) and not Path(source).parent.exists()
+    if owned and not constants.HF_HUB_OFFLINE:  # of the hub, perhaps: loading it says whether it is there
         return
     raise DistillError(f"no {entry} at {source}: there is no {file}; give the folder that save_pretrained wrote")
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from kdgraft import WiringError
+from kdgraft import DistillError, WiringError
 from kdgraft_nlp import DistillTrainer, SoftTargets
+from kdgraft_nlp.checks import check_folder
 from kdgraft_nlp.student import graft
 from support import nlp as support
 
@@ -134,3 +135,25 @@ def test_adapters_on_a_quantised_base_learn_from_it(tmp_path):
     assert changed and all("lora_" in name for name in changed)
     losses = [e["distill.forward_kl.loss"] for e in trainer.state.log_history if "distill.forward_kl.loss" in e]
     assert 0 < losses[-1] < losses[0]
+
+
+def test_a_name_of_the_hub_is_looked_for_when_it_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    check_folder("teacher", "owner/name")
+    (tmp_path / "owner").mkdir()  # then it is a misspelt folder
+    for name, offline in (("owner/name", False), ("nowhere", False), ("/owner/name", False), ("other/name", True)):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(DistillError, match=r"no teacher at .*: there is no config\.json"):
+            check_folder("teacher", name)
+
+
+def test_a_name_that_the_hub_does_not_have_is_said_in_one_line(monkeypatch):
+    def fails(*_, **__):
+        raise OSError("We couldn't connect to the hub\nto load the files")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(
+        DistillError, match=r"cannot load the teacher owner/name: We couldn't connect to the hub to load the files$"
+    ):
+        graft(support.model("llama"), "owner/name", ["ForwardKL"])

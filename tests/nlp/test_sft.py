@@ -151,6 +151,21 @@ def test_lora(tmp_path, terms):
     assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
 
 
+def test_lora_learns_from_its_own_base(tmp_path):
+    adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    student = peft.get_peft_model(model(), adapters)
+    merged = copy.deepcopy(student).merge_and_unload().requires_grad_(True)
+    trainer = trainer_of(tmp_path, student=student)
+    batch = first_batch(trainer)
+    distill(trainer, teacher="base", terms=[ForwardKL()])
+    loss, _ = step(trainer, batch)
+    whole, kl, _ = by_hand(merged, model(), batch)
+    torch.testing.assert_close(loss, whole, rtol=1e-5, atol=1e-6)
+    assert kl > 0
+    trainer.train()
+    assert trainer.state.log_history[0]["distill.forward_kl.loss"] > 0
+
+
 def test_interrupted_training_resumes_exactly(tmp_path):
     def trained(folder, **settings):
         trainer = trainer_of(folder, max_steps=4, save_strategy="steps", save_steps=2)
