@@ -24,6 +24,7 @@ from kdgraft.telling import announced
 
 from .adapters import base_of
 from .checks import one_line
+from .sharding import gathered, spread
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -79,7 +80,7 @@ class Resuming(_Host):
             DistillError: the checkpoint is incomplete or damaged.
         """
         self._anew = frozenset()
-        if resume_from_checkpoint:
+        if resume_from_checkpoint and not self.is_fsdp_enabled:  # whose checkpoints are the host's own, in parts
             folder, found = to_resume(
                 resume_from_checkpoint, str(self.args.output_dir), self._states(), partial, self.is_world_process_zero()
             )
@@ -105,8 +106,11 @@ class Resuming(_Host):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.distiller is not None and self.args.should_save:
-            torch.save(self.distiller.live_state(), os.path.join(output_dir, STATE_FILE))
+        if self.distiller is None:
+            return
+        state = gathered(self.distiller.live_state())  # by all processes together
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, STATE_FILE))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the plain student, and the peers beside it."""
@@ -133,7 +137,8 @@ class Resuming(_Host):
         if checkpoint is not None and self.distiller is not None and STATE_FILE not in self._anew:
             file = Path(checkpoint) / STATE_FILE
             if file.is_file():
-                self.distiller.load_live_state(read_checkpoint(file))
+                state = read_checkpoint(file)
+                self.distiller.load_live_state({**state, "terms": spread(state["terms"], self.distiller.terms)})
         if checkpoint is not None and not {"optimizer.pt", "scheduler.pt"} & self._anew:
             with one_line(f"cannot resume from {checkpoint}"):
                 super()._load_optimizer_and_scheduler(checkpoint)

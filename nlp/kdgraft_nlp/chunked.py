@@ -19,6 +19,7 @@ from kdgraft.errors import WiringError
 from kdgraft.topk import TopK
 
 from .adapters import plain_layer
+from .sharding import whole
 from .tokens import IGNORED
 
 Compare = Callable[[Tensor, Any, Tensor], Tensor]
@@ -69,7 +70,7 @@ def head_of(model: Any, transform: LogitTransform = IDENTITY, *, adapted: bool =
         raise WiringError(
             f"losses from states need a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
         )
-    return Head(layer.weight, layer.bias, transform)
+    return Head(whole(layer.weight), whole(layer.bias), transform)
 
 
 class TokenLoss(NamedTuple):

@@ -5,14 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Trainer
-from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers import Trainer
 
 from kdgraft.balance import AutoWeight
 from kdgraft.distributed import sum_over_ranks, world_size
@@ -28,10 +25,11 @@ from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
-from .stored import Stored
+from .sharding import refuse_sharded, refuse_sharding, shard_teachers
 from .student import graft, is_fused, undistill
-from .tokens import WRITTEN, shared_tokens
+from .tokens import WRITTEN
 from .views import check_views, viewed
+from .vocabularies import check_tokenizer, vocabularies
 from .writer import Writer, written_figures
 
 logger = logging.getLogger("kdgraft")
@@ -71,7 +69,11 @@ class Distilling(Resuming):
             raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
         told = read_on_policy(on_policy)
-        facts = _vocabularies(self, [teacher] if teachers is None else others) | {"on_policy": told}
+        if told is not None and self.is_fsdp_enabled:
+            raise DistillError(
+                "on_policy: processes write texts of different lengths, for which FSDP2 would wait forever; leave it out"
+            )
+        facts = vocabularies(self, [teacher] if teachers is None else others) | {"on_policy": told}
         self._recipe = recipe
         cache = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
@@ -84,7 +86,7 @@ class Distilling(Resuming):
         self._host_weight = float(host_weight)
         self._graft(self.model)
         sources = list(self.distiller.sources.values()) if self.distiller else []
-        _check_tokenizer(self, sources)
+        self._check_sources(sources)
         peers = [source for source in sources if source.trains]
         if peers and _has_own_loss(self):
             undistill(self.model)
@@ -105,6 +107,16 @@ class Distilling(Resuming):
             check_views(views, self.distiller.all_terms if self.distiller else (), link_of(self.model).takes)
         self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
         self._new_parameters()
+
+    def _check_sources(self, sources: Sequence[Any]) -> None:
+        """Take the distiller off again where the trainer cannot have these sources or terms."""
+        try:
+            check_tokenizer(self, sources)
+            if self.is_fsdp_enabled and self.distiller is not None:
+                refuse_sharded(self.distiller)
+        except DistillError:
+            undistill(self.model)
+            raise
 
     def _graft(self, model: Any) -> None:
         settings = dict(self._settings)
@@ -190,6 +202,8 @@ class Distilling(Resuming):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
         """Run the host's training step, and raise a :class:`DistillError` where it did not distil."""
         self._distilled = False
+        if self.is_fsdp_enabled and self.distiller is not None:
+            shard_teachers(self.distiller)
         if self._views is not None and self.distiller is not None:
             names = [name for name, source in self.distiller.sources.items() if source.members == (name,)]
             inputs = viewed(self._views, inputs, [n for n in names if not self.distiller.sources[n].trains])
@@ -265,8 +279,8 @@ class Distilling(Resuming):
             return
         student = base_of(self.model)
         given = link_of(student).of_student(inputs)
-        with torch.no_grad(), eval_mode(student):
-            losses = [student.plain_forward(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
+        with torch.no_grad(), eval_mode(student):  # through the host's wrapper, which may hold the weights in parts
+            losses = [model(**given, num_items_in_batch=num_items * k)["loss"] for k in (1, 2)]
         if torch.equal(*losses) and self.is_world_process_zero():
             logger.warning(
                 "%s ignores num_items_in_batch, so the Trainer sums its loss over the %d parts of a batch (accumulated batches and "
@@ -339,21 +353,7 @@ def _refuse_hosts(trainer: Any) -> None:
         raise DistillError("this trainer's model is already being distilled; build a new one, or undistill(model)")
     if trainer.args.n_gpu > 1:
         raise DistillError("one process cannot distil on several GPUs; start one per GPU with 'accelerate launch'")
-    for name, found in (("DeepSpeed", trainer.is_deepspeed_enabled), ("FSDP", trainer.is_fsdp_enabled)):
-        if found:
-            raise DistillError(f"distilling under {name} is not supported; use several processes without it (DDP)")
-
-
-def _check_tokenizer(trainer: Any, sources: Sequence[Any]) -> None:
-    """Refuse a stored teacher that read other tokens."""
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-    for source in sources:
-        if isinstance(source, Stored) and isinstance(tokenizer, PreTrainedTokenizerBase):
-            try:
-                source.check_tokenizer(tokenizer)
-            except DistillError:
-                undistill(trainer.model)
-                raise
+    refuse_sharding(trainer)
 
 
 def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
@@ -370,26 +370,3 @@ def _has_own_loss(trainer: Any) -> bool:
     """Return whether the host's loss differs from the model's own."""
     kind = next(k for k in type(trainer).__mro__ if "compute_loss" in vars(k) and k is not Distilling)
     return trainer.label_smoother is not None or trainer.compute_loss_func is not None or kind is not Trainer
-
-
-def _vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
-    """Return the facts about the vocabularies for the wiring of terms."""
-    collator = trainer.data_collator
-    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor contains one
-    if not isinstance(own, PreTrainedTokenizerBase):
-        own = getattr(collator, "tokenizer", None)
-    if not isinstance(own, PreTrainedTokenizerBase):
-        return {}
-    facts: dict[str, Any] = {"vocabulary_checked": len(own)}
-    others = [collator.teacher_tokenizer] if isinstance(collator, DistillCollator) else []
-    others = [tokenizer for tokenizer in others if tokenizer is not None]
-    for teacher in teachers if not others else ():
-        folder = teacher if isinstance(teacher, (str, Path)) else getattr(teacher, "name_or_path", "") or ""
-        if folder and (Path(folder) / "tokenizer_config.json").is_file():
-            others.append(AutoTokenizer.from_pretrained(folder))
-    if others:
-        same = all(other.get_vocab() == own.get_vocab() for other in others)
-        facts["vocabulary"] = "same" if same else "different"
-        if len(others) == 1:
-            facts["shared_tokens"] = partial(shared_tokens, own, others[0])
-    return facts

@@ -19,6 +19,15 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP2 has spread a model's weights over processes."""
+    if not dist.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
+
+
 @torch.no_grad()
 def sum_over_ranks(values: Tensor) -> Tensor:
     """Sum ``values`` over all processes, without gradient; every process must call it in the same order."""

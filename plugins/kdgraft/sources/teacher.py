@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
+from ..distributed import is_sharded
 from ..errors import DistillError, UnsafeCheckpoint
 from ..files import check_intact
 from ..recorder import Recorder
@@ -97,6 +98,10 @@ class Teacher(Source):
 
     def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
         self.ensure_eval()
+        if is_sharded(self.model):  # a pass that stops early would leave its weights gathered
+            with self.context(device.type), torch.no_grad(), recorder.record(self.model) as found:
+                run()
+            return found
         found = super().record(recorder, run, batch, device)
         return found.to(device) if self.placed else found
 
