@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kdgraft.errors import DistillError
 
+from .checks import one_line
 from .tokens import IGNORED
 
 Row = tuple[list[int], list[int]]
@@ -68,6 +69,9 @@ def _of_pair(tokenizer: Any, values: Sequence[Any], where: str) -> Row:
     prompt, answer = values
     if isinstance(prompt, str) and isinstance(answer, str):
         before, after = tokenizer([prompt, answer], add_special_tokens=False)["input_ids"]
+        first = tokenizer.bos_token_id
+        if first is not None and tokenizer(prompt)["input_ids"][:1] == [first] != before[:1]:
+            before = [first, *before]  # as the tokenizer begins a text
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         after = after if end is None else [*after, end]
         return [*before, *after], [IGNORED] * len(before) + after
@@ -110,9 +114,10 @@ def _templated(tokenizer: Any, messages: Sequence[Mapping[str, Any]], opened: bo
         raise DistillError(
             "messages need a tokenizer with a chat template; set tokenizer.chat_template and save it, or give texts"
         )
-    found: list[int] = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, add_generation_prompt=opened, return_dict=False
-    )
+    with one_line("the chat template cannot write these messages"):
+        found: list[int] = tokenizer.apply_chat_template(
+            list(messages), tokenize=True, add_generation_prompt=opened, return_dict=False
+        )
     return found
 
 

@@ -68,7 +68,7 @@ def head_of(model: Any, transform: LogitTransform = IDENTITY, *, adapted: bool =
     layer = plain_layer(model.get_output_embeddings(), adapted=adapted)
     if not isinstance(layer, nn.Linear):
         raise WiringError(
-            f"losses from states need a linear output layer, and {type(model).__name__} has {type(layer).__name__}"
+            f"losses from states need a linear output layer without adapters in it, and {type(model).__name__} has {type(layer).__name__}"
         )
     return Head(whole(layer.weight), whole(layer.bias), transform)
 

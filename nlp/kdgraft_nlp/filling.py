@@ -14,20 +14,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
+from transformers import set_seed
 
 from kdgraft.batch import Samples
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
 from kdgraft.files import held
+from kdgraft.isolation import isolated_rng
 from kdgraft.sources import Cached, Source, Teacher
 from kdgraft.store import KEYS, LENGTHS, Index, Store, packed_ids
 from kdgraft.taps import Recording, Tap
+from kdgraft.terms import ScoreTerm
 from kdgraft.topk import TopK
 
 from .adapters import AdaptersOff, base_of
 from .cache import check_storable, fingerprint
 from .checks import one_line
 from .link import link_of
+from .packing import check_apart, texts_of
 from .run import build
 from .settings import load
 from .stored import LOGITS, digest_of_tokenizer, texts_in
@@ -90,9 +94,10 @@ def fill_recipe(
         folder, top_k, values: see :func:`fill_store`.
     """
     config = load(path, options)
-    told = config.get("training") or {}
     config |= {"chunked": False, "on_policy": None, "output": str(folder)}
-    config["training"] = {**told, "eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+    if isinstance(config.get("training") or {}, Mapping):
+        alone = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}
+        config["training"] = {**(config.get("training") or {}), **alone}
     trainer = build(config)
     with held(folder) if trainer.args.process_index == 0 else nullcontext(), one_line("cache"):
         store = fill_store(trainer, folder, top_k=top_k, values=values)
@@ -110,9 +115,13 @@ class _Filler:
 
     def __init__(self, trainer: Any, top_k: int | None, values: Values, per_part: int) -> None:
         self.trainer, self.top_k, self.values, self.per_part = trainer, top_k, np.dtype(values), per_part
-        engine = trainer.distiller
+        engine = getattr(trainer, "distiller", None)
         if engine is None:
-            raise DistillError("nothing is read of a teacher; name terms or a recipe")
+            raise DistillError("nothing is read of a teacher; distil the trainer with terms or a recipe first")
+        if type(trainer.model).__module__.startswith("sentence_transformers."):
+            raise DistillError(
+                "a store is filled by a Trainer of transformers' models; distil the transformer in this one"
+            )
         self.engine: Engine = engine
         self.source = _only_teacher(engine)
         self.model = self.source.model
@@ -126,10 +135,23 @@ class _Filler:
         for term in engine.all_terms:
             check_storable(term.teacher_taps, term.name, "a store")
         self.rows = trainer.train_dataset
-        if not hasattr(self.rows, "__len__"):
-            raise DistillError("a data set without a length cannot be stored; give one of known length")
+        if not hasattr(self.rows, "__len__") or not len(self.rows):
+            raise DistillError(
+                "a data set without samples, or without a length, cannot be stored; give one of known length"
+            )
+        if task_of(self.model) in ("choice", "ctc"):
+            raise DistillError(
+                f"a store cannot hold outputs of a {type(self.model).__name__}, whose samples are padded to one another"
+            )
+        if getattr(trainer.data_collator, "teacher_tokenizer", None) is not None:
+            raise DistillError(
+                "a store holds what a teacher gives to the student's own tokens; leave out its tokenizer"
+            )
+        scores: list[Any] = [term.scores for term in engine.all_terms if isinstance(term, ScoreTerm)]
+        self.common = next((one.common for one in scores if getattr(one, "common", None) is not None), None)
         self.size = trainer.args.per_device_train_batch_size
         self.temperatures = sorted({float(getattr(term, "temperature", 1.0)) for term in engine.all_terms} | {1.0})
+        self._check_fixed()
         self.described = self._describe()
 
     def about(self) -> dict[str, Any]:
@@ -175,6 +197,22 @@ class _Filler:
         found = self.engine.record(self.source.name, lambda _: self.model(**inputs), read, device)
         return inputs, found
 
+    def _check_fixed(self) -> None:
+        """Refuse inputs that are drawn anew each time, by collating the first batch twice."""
+        keys = []
+        for seed in (0, 1):
+            with isolated_rng():
+                set_seed(seed)
+                batch = self._batch(range(min(self.size, len(self.rows))))
+            inputs = self.link.of_source(batch, self.source.name, self.model)
+            keys.append(texts_in(inputs)[0])
+        if texts_of(inputs) is not None:
+            check_apart(self.model, "teacher")
+        if keys[0].shape != keys[1].shape or (keys[0] != keys[1]).any():
+            raise DistillError(
+                "the inputs are drawn anew each time (random masks or views), so that no stored output would be found; give the teacher"
+            )
+
     def _describe(self) -> dict[str, Any]:
         """Return, for each tap, what the store has of it, from the first batch."""
         inputs, recording = self._record(self._batch(range(min(self.size, len(self.rows)))))
@@ -198,7 +236,8 @@ class _Filler:
                 and task_of(self.model) in LANGUAGE_MODELS
                 and self._joins(value.shape[-1])
             ):
-                told = {"per": "token", "k": self.top_k, "classes": value.shape[-1], "temperatures": self.temperatures}
+                classes = min(value.shape[-1], self.common or value.shape[-1])  # those that the student has too
+                told = {"per": "token", "k": self.top_k, "classes": classes, "temperatures": self.temperatures}
             found[str(tap)] = told
         return found
 
@@ -225,19 +264,34 @@ class _Filler:
         if "k" not in told:
             yield tap, self._numbers(rows)
             return
+        rows = rows[:, : told["classes"]]
         known = TopK.of(rows, told["k"], told["temperatures"])
         yield f"{tap}/ids", packed_ids(known.ids.cpu().numpy(), known.classes)
         for name in ("logs", "norms", "rests"):
             yield f"{tap}/{name}", self._numbers(getattr(known, name))
 
     def _numbers(self, value: Tensor) -> NDArray[Any]:
-        return value.detach().float().cpu().numpy().astype(self.values)
+        exact = value.detach().float().cpu().numpy()
+        with np.errstate(over="ignore"):
+            found: NDArray[Any] = exact.astype(self.values)
+        if np.isfinite(exact).all() and not np.isfinite(found).all():
+            raise DistillError(
+                "numbers of the teacher exceed those of float16; take values='float32' (--values float32)"
+            )
+        return found
 
     def _digest_of_data(self) -> str:
         digest = hashlib.sha256()
-        column = self.rows["input_ids"] if "input_ids" in getattr(self.rows, "column_names", ()) else None
-        for ids in column[:] if column is not None else ():
-            digest.update(np.asarray(ids, np.int64).tobytes())
+        columns = getattr(self.rows, "column_names", None)
+        if columns is not None and "input_ids" in columns:
+            rows = (
+                ids for start in range(0, len(self.rows), 1000) for ids in self.rows[start : start + 1000]["input_ids"]
+            )
+        else:
+            rows = (row["input_ids"] for row in self.rows if isinstance(row, Mapping) and "input_ids" in row)
+        for ids in rows:
+            flat = np.asarray(ids, np.int64).ravel()
+            digest.update(len(flat).to_bytes(8, "little") + flat.tobytes())
         return digest.hexdigest()
 
 

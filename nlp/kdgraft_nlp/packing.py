@@ -9,13 +9,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_FOR_KERNELS = frozenset({"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
+from kdgraft.errors import DistillError
+from kdgraft.isolation import eval_mode
+
+FOR_KERNELS = frozenset({"seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
 def marks_taken_by(model: nn.Module) -> frozenset[str]:
     """Return the inputs on packed rows that a model passes to its kernels: a forward takes them in its ``**kwargs``."""
     parameters = inspect.signature(model.forward).parameters.values()
-    return _FOR_KERNELS if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset()
+    return FOR_KERNELS if any(p.kind is p.VAR_KEYWORD for p in parameters) else frozenset()
+
+
+@torch.no_grad()
+def check_apart(model: Any, owner: str) -> None:
+    """Refuse a language model that reads across the texts of a packed row; two short ones show whether it does.
+
+    Args:
+        model: the model, grafted or plain.
+        owner: its role, for the message.
+
+    Raises:
+        DistillError: it does.
+    """
+    words = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(8, device=next(model.parameters()).device)[None] % max(words - 1, 1) + min(1, words - 1)
+    places = torch.arange(4, device=ids.device).repeat(2)[None]
+    takes = inspect.signature(model.forward).parameters
+    run = getattr(model, "plain_forward", model)
+
+    def logits(part: slice) -> Tensor:
+        given = {"input_ids": ids[:, part], "position_ids": places[:, part], "use_cache": False}
+        found: Tensor = run(**{name: value for name, value in given.items() if name in takes})["logits"]
+        return found.float()
+
+    with eval_mode(model):
+        row, alone = logits(slice(None)), torch.cat([logits(slice(4)), logits(slice(4, None))], 1)
+    if not torch.allclose(row, alone, rtol=1e-3, atol=1e-3 * float(alone.abs().max())):
+        raise DistillError(
+            f"the {owner}, a {type(model).__name__}, reads across the texts of a packed row; pad the texts, without data.packed"
+        )
 
 
 def texts_of(inputs: Mapping[str, Any]) -> Tensor | None:

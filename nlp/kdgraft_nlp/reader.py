@@ -172,6 +172,11 @@ class OutputScores(Scores):
                 if not self.stored:
                     teacher = teacher.new_empty(*teacher.shape[:-1], len(head_of(wiring.teacher).weight))
             self.check(student, teacher, wiring)
+            if self.stored and self.common is not None and self.common < teacher.shape[-1]:
+                raise WiringError(
+                    f"{self.name}: the store has {teacher.shape[-1]} classes of each token, and the student {self.common}; fill it with this "
+                    "student"
+                )
             adapter = "in chunks" if self.chunked else "–"
             found.append(Compared(student, teacher, (s_tap, t_tap), self._region(student), adapter))
         return found
@@ -287,6 +292,7 @@ class OutputScores(Scores):
 
     def _joined(self, student: Tensor, known: TopK, tokens: Tokens) -> Pairs:
         """Return the probabilities of the tokens that count, of which a store knows the largest."""
+        self._check_one_tokenizer(tokens)
         weight = self.pair_weight(tokens)
         if weight is None:
             return joined_pairs(student.flatten(0, 1), known.flatten(), self.temperature)
@@ -298,8 +304,16 @@ class OutputScores(Scores):
             return joined_pairs(student, teacher, self.temperature)
         return Pairs(student[:, : self.common], teacher[:, : self.common], labels=labels)
 
+    def _check_one_tokenizer(self, tokens: Tokens) -> None:
+        if tokens.pairs is not None:
+            what = "losses in chunks compare" if self.chunked else "the largest probabilities of a store are compared"
+            raise DistillError(
+                f"{self.name}: {what} token by token, and the batch has those of two tokenizers; take whole logits of a running teacher"
+            )
+
     def counted(self, batch: Batch) -> Tensor:
-        """Return the tokens whose predictions count, ``(B, L)``."""
+        """Return the tokens whose predictions count, ``(B, L)``; for losses in chunks."""
+        self._check_one_tokenizer(tokens_of(batch))
         weight = self.weight(tokens_of(batch), tokens_of(batch).student)
         assert weight is not None
         return weight

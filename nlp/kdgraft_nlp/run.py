@@ -64,15 +64,16 @@ from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
 from kdgraft.launching import waiting
 from kdgraft.registry import call
-from kdgraft.sources import with_students
+from kdgraft.sources import Cached, with_students
 from kdgraft.telling import said_aloud
 
-from .adapters import adapted
+from .adapters import adapted, base_of
 from .chats import chat_columns, encode_chats, is_chat
 from .checkpoints import newest_first
 from .checks import check_sizes, one_line
 from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
 from .link import link_of
+from .packing import check_apart
 from .scores import metrics_of
 from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
 from .settings import TASKS, check_settings, encoding, load, tokenizer_folder, untaught
@@ -323,10 +324,14 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             **settings,
         )
     check_sizes("student", student, tokenizer, encoded)
+    if told.get("packed"):
+        check_apart(base_of(student), "student")
     seen = (tokenizer, encoded) if theirs is None else (theirs, read_by_teacher(collator, encoded))
     for name, source in trainer.distiller.sources.items() if trainer.distiller is not None else ():
         if source.members == (name,):
             check_sizes(name, source.model, *seen)
+            if told.get("packed") and not isinstance(source, Cached):
+                check_apart(source.model, name)
     return trainer
 
 

@@ -16,6 +16,7 @@ from kdgraft.sources.base import share_parameters
 from .adapters import BASE, AdaptersOff, base_of
 from .cache import TeacherCache
 from .checks import check_folder, flat
+from .stored import Stored
 from .tasks import auto_class
 
 SENTENCES = "modules.json"
@@ -48,6 +49,11 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         lambda name, given: _teacher(name, given, student),
         lambda name, given: _load(_folder(name, given), student),
     )
+    stored = [name for name, source in found.items() if isinstance(source, Stored)]
+    if stored and (len(found) > 1 or cache is not None):
+        raise DistillError(
+            f"{stored[0]!r} is stored, which stands for one teacher; leave out other sources, and a TeacherCache"
+        )
     for source in found.values():
         source.load()
         if isinstance(source, (Teacher, Peer)):

@@ -22,11 +22,11 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.topk import TopK
 
 from .cache import CachedRecording, check_storable
-from .packing import texts_of
+from .packing import FOR_KERNELS, texts_of
 from .tasks import STORED
 
 LOGITS = "[logits]"
-_FOLLOW = ("attention_mask", "position_ids", "cache_position")
+_FOLLOW = frozenset({"attention_mask", "position_ids", "cache_position", *FOR_KERNELS})
 """Inputs of tokens that follow from the others, or say where a text lies in its row."""
 
 
@@ -34,6 +34,9 @@ def texts_in(inputs: Mapping[str, Any]) -> tuple[NDArray[np.uint8], list[tuple[i
     """Return the key of each text or sample of a batch, ``(n, 16)``, and its row and positions; ``None`` without tokens.
 
     A key is a hash of what the teacher reads, without padding, so that a text has the same key in a padded and in a packed row.
+
+    Raises:
+        DistillError: an input belongs neither to tokens nor to samples, so that it is not known which text it belongs to.
     """
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.ndim}
     ids = tensors.get("input_ids")
@@ -50,6 +53,12 @@ def texts_in(inputs: Mapping[str, Any]) -> tuple[NDArray[np.uint8], list[tuple[i
         for name, value in sorted(tensors.items())
         if name not in per_token and name not in _FOLLOW and len(value) == len(ids)
     }
+    left = tensors.keys() - per_token.keys() - others.keys() - _FOLLOW
+    if ids.ndim != 2 or left:
+        what = f"input_ids of shape {tuple(ids.shape)}" if ids.ndim != 2 else ", ".join(sorted(left))
+        raise DistillError(
+            f"a store finds texts by what the teacher reads, and {what} cannot be told apart by texts; give the teacher"
+        )
     found: list[tuple[int, Tensor | None]] = []
     for row in range(len(ids)):
         kept = real[row].nonzero()[:, 0]
@@ -73,7 +82,7 @@ def _keys(parts: Sequence[Sequence[tuple[str, Tensor]]]) -> NDArray[np.uint8]:
     for part in parts:
         digest = hashlib.blake2b(digest_size=16)
         for name, value in part:
-            digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(name.encode() + value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         found.append(np.frombuffer(digest.digest(), np.uint8))
     return np.stack(found) if found else np.zeros((0, 16), np.uint8)
 
@@ -215,6 +224,8 @@ class Stored(Cached):
     """
 
     def __init__(self, folder: str | Path) -> None:
+        if not isinstance(folder, (str, Path)):
+            raise DistillError(f"Stored: folder must be that of a store, got {folder!r}")
         self.outputs = OutputStore(folder)
         super().__init__(Teacher(self.outputs.stand_in()), self.outputs, absent=True)
 

@@ -249,6 +249,8 @@ def _model_tokens(inputs: Mapping[str, Any], task: str, frames: FrameMask) -> Mo
             labelled, targets = (torch.cat([x[:, 1:], torch.zeros_like(x[:, :1])], 1) for x in (labelled, labels))
             if texts is not None:  # the last token of a text does not predict the next text
                 labelled[:, :-1] &= texts[:, 1:] == texts[:, :-1]
+            if real is not None and real.shape == labelled.shape:  # padding on the left predicts nothing
+                labelled &= real
             targets = targets.masked_fill(~labelled, IGNORED)
     if "decoder_attention_mask" in inputs:
         decoder = inputs["decoder_attention_mask"].bool()

@@ -44,9 +44,11 @@ class Store:
             raise DistillError(f"there is no store in {folder}; fill one with kdgraft cache") from None
         except ValueError:
             raise DistillError(f"{self.folder / HEADER} is damaged; remove the folder, and fill it again") from None
-        if self.about.get("format") != FORMAT:
+        if not isinstance(self.about, dict) or not {"format", "samples", "per_part", "taps"} <= set(self.about):
+            raise DistillError(f"{self.folder / HEADER} is damaged; remove the folder, and fill it again")
+        if self.about["format"] != FORMAT:
             raise DistillError(
-                f"the store in {folder} is of format {self.about.get('format')}, not {FORMAT}; fill it again"
+                f"the store in {folder} is of format {self.about['format']}, not {FORMAT}; fill it again"
             )
         self._opened: dict[int, Any] = {}
 
@@ -82,7 +84,11 @@ class Store:
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts that are not written yet."""
-        return [number for number in range(self.parts) if not self._sum_of(number).is_file()]
+        return [
+            number
+            for number in range(self.parts)
+            if not (self._sum_of(number).is_file() and self._path_of(number).is_file())
+        ]
 
     def samples_of(self, part: int) -> range:
         """Return the places of a part's samples in the data set."""

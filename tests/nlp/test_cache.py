@@ -94,9 +94,7 @@ def test_what_the_folder_does_not_have_asks_for_the_teacher(tmp_path):
         trained(tmp_path, "bert", TeacherCache(folder=folder), ["SoftTargets"], teacher=False)
     trained(tmp_path, "bert", TeacherCache(folder=folder), ["SoftTargets"])
     settings = dict(teacher=False, max_steps=9)
-    with pytest.raises(
-        DistillError, match=r"no outputs of sample 's\d+' \(\[logits\]\), and there is no teacher; give teacher=…"
-    ):
+    with pytest.raises(DistillError, match=r"no stored output of sample 's\d+' \(\[logits\]\); give teacher=…"):
         trained(tmp_path, "bert", TeacherCache(folder=folder), ["SoftTargets"], count=12, **settings)
     with pytest.raises(WiringError, match=r"the cache holds nothing of 'bert.encoder.layer.1' of the BertForSeq"):
         trained(tmp_path, "bert", TeacherCache(folder=folder), ["HiddenStates"], **settings)

@@ -185,3 +185,31 @@ def test_mistakes_are_said(tmp_path, monkeypatch, changes, said):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DistillError, match=said):
         build(config)
+
+
+def test_models_that_read_across_packed_texts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = recipe(tmp_path, dict(packed=True), TEXTS)
+    config["student"] = dict(
+        model_type="opt",
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=16,
+        word_embed_proj_dim=16,
+        vocab_size=40,
+    )
+    with pytest.raises(DistillError, match="the student, a OPTForCausalLM, reads across the texts of a packed row"):
+        build(config)
+
+
+def test_messages_that_the_template_cannot_write_are_said():
+    with pytest.raises(DistillError, match="the chat template cannot write these messages"):
+        encode_chats(rows(m=[[{"role": "user", "content": None}, REPLY]]), tokenizer(), ["m"], 64)
+
+
+def test_a_prompt_begins_as_the_tokenizer_begins_a_text():
+    own = support.by_word("right")
+    own.bos_token, own.eos_token = "[CLS]", "[SEP]"
+    (row,) = encode_chats(rows(p=["the cat"], c=["sat"]), own, ["p", "c"], 16)
+    assert row["input_ids"] == own("the cat sat")["input_ids"] and row["labels"][:3] == [-100] * 3

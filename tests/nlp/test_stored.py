@@ -15,12 +15,13 @@ from itertools import pairwise
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorWithFlattening
+from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlattening, Trainer
 
 from kdgraft import DistillError, WiringError
 from kdgraft.cli import main
 from kdgraft.store import Store
 from kdgraft_nlp import DistillTrainer, ForwardKL, Stored, distill, fill_store
+from kdgraft_nlp.stored import texts_in
 from kdgraft_nlp.student import graft
 from support import nlp as support
 
@@ -45,7 +46,15 @@ def teacher(family="llama"):
 
 
 def trainer_of(
-    folder, given, terms, family="llama", data=None, collator=support.collate, kind=DistillTrainer, **settings
+    folder,
+    given,
+    terms,
+    family="llama",
+    data=None,
+    collator=support.collate,
+    kind=DistillTrainer,
+    processing=None,
+    **settings,
 ):
     task = support.TASKS[family][1]
     rows = support.samples(12, task) if data is None else data
@@ -56,7 +65,15 @@ def trainer_of(
         args=support.arguments(folder, **settings),
         train_dataset=rows,
         data_collator=collator,
+        processing_class=None if processing is None else sized(processing),
     )
+
+
+def sized(entries):
+    """A tokenizer with so many entries."""
+    found = support.by_letter()
+    found.add_tokens([f"<{place}>" for place in range(entries - len(found))])
+    return found
 
 
 def filled(folder, terms, family="llama", **settings):
@@ -199,7 +216,7 @@ def test_an_sft_trainer_learns_from_a_store(tmp_path):
 REFUSED = {
     "other data": (
         ["ForwardKL"],
-        "no outputs of sample with the tokens .* was filled from other data, or by another tokenizer",
+        "no stored output of sample with the tokens .* was filled from other data, or by another tokenizer",
     ),
     "another term": (["HiddenStates"], r"has \[logits\] of the teacher, not 'model\..*'; fill it with the terms"),
     "attention": (["AttentionMaps"], "reads attention .* whose maps are too large for a store"),
@@ -373,3 +390,120 @@ def test_the_store_of_a_data_set_of_datasets(tmp_path):
     trainer = trainer_of(tmp_path, teacher(), ["ForwardKL"], data=rows)
     fill_store(trainer, tmp_path / "store", progress=False)
     assert loss_of(Stored(tmp_path / "store"), ["ForwardKL"])["distill.forward_kl.loss"] > 0
+
+
+# What a reviewer found.
+
+
+def test_padding_on_the_left_changes_no_loss(tmp_path):
+    """Not even where the first token of a text has a label, which only padding could predict."""
+    tokenizer = support.by_letter("left")
+    rows = [{"input_ids": tokenizer(text)["input_ids"]} for text in ("a cat", "the dog sat", "on", "a cow and a hen")]
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    trainer = trainer_of(tmp_path, teacher(), ["ForwardKL"], data=rows, collator=collator)
+    fill_store(trainer, tmp_path / "store", top_k=40, values="float32", progress=False)
+    losses = []
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = collator(rows)
+        for given, chunk in ((teacher(), None), (Stored(tmp_path / "store"), None), (Stored(tmp_path / "store"), 3)):
+            losses.append(loss_of(given, ["ForwardKL"], batch=batch, chunk=chunk)["distill.forward_kl.loss"])
+    for loss in losses:
+        torch.testing.assert_close(loss, losses[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("marks", [dict(), dict(return_seq_idx=True), dict(return_flash_attn_kwargs=True)])
+def test_rows_that_are_packed_anew_find_their_texts(tmp_path, marks):
+    rows, collator = support.samples(12, "causal"), DataCollatorWithFlattening(**marks)
+    fill_store(
+        trainer_of(tmp_path, teacher(), ["ForwardKL"], collator=collator, data=rows), tmp_path / "s", progress=False
+    )
+    one = student()
+    one.config.use_cache = False
+    grafted = graft(one, Stored(tmp_path / "s"), ["ForwardKL"]).train()
+    grafted(**collator(rows[7:3:-1]))
+    assert grafted.distill_link.last.losses["distill.forward_kl.loss"] > 0
+
+
+def test_a_larger_vocabulary_of_the_teacher_is_cut_to_the_student_s(tmp_path):
+    large = support.model("llama", 32, 2, seed=2, vocab_size=48)
+    facts = dict(facts={"vocabulary_checked": 40})
+    trainer = trainer_of(tmp_path, large, ["ForwardKL"], processing=support.VOCABULARY)
+    fill_store(trainer, tmp_path / "store", top_k=40, values="float32", progress=False)
+    batch = support.collate(support.samples(4, "causal"))
+    losses = []
+    for given in (large, Stored(tmp_path / "store")):
+        one = graft(student(), given, ["ForwardKL"], **facts)
+        one.train()(**batch)
+        losses.append(one.distill_link.last.losses["distill.forward_kl.loss"].detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_store_is_the_only_source_under_any_name(tmp_path):
+    filled(tmp_path, ["ForwardKL"])
+    one = graft(student(), None, [dict(type="ForwardKL", source="a")], teachers=dict(a=Stored(tmp_path / "store")))
+    one.train()(**support.collate(support.samples(4, "causal")))
+    assert one.distill_link.last.losses["distill.forward_kl.loss"] > 0
+    both = dict(a=Stored(tmp_path / "store"), b=teacher())
+    with pytest.raises(DistillError, match="'a' is stored, which stands for one teacher; leave out other sources"):
+        graft(student(), None, [dict(type="ForwardKL", source=s, name=s) for s in "ab"], teachers=both)
+    with pytest.raises(DistillError, match="folder must be that of a store, got 5"):
+        Stored(5)
+
+
+def test_inputs_that_are_drawn_anew_are_refused(tmp_path):
+    collator = DataCollatorForLanguageModeling(support.by_word(), mlm=True)
+    rows = [{"input_ids": [1, 5, 6, 7, 8, 9, 2] * 3} for _ in range(4)]
+    trainer = trainer_of(tmp_path, teacher("roberta"), ["ForwardKL"], "roberta", data=rows, collator=collator)
+    with pytest.raises(DistillError, match="the inputs are drawn anew each time"):
+        fill_store(trainer, tmp_path / "store", progress=False)
+
+
+def test_another_data_set_is_not_taken_for_the_same(tmp_path):
+    sets = [[[1, 5], [6, 7, 8, 9]], [[1, 5, 6], [7, 8, 9]], [[1, 5], [6, 7, 8, 10]]]
+    for kind in (list, Dataset.from_list):
+        folder = tmp_path / kind.__name__
+        for place, ids in enumerate(sets):
+            trainer = trainer_of(
+                tmp_path, teacher(), ["ForwardKL"], data=kind([{"input_ids": row, "labels": row} for row in ids])
+            )
+            if place == 0:
+                fill_store(trainer, folder, progress=False)
+            else:
+                with pytest.raises(DistillError, match=r"has a store of something else \(data differ\)"):
+                    fill_store(trainer, folder, progress=False)
+
+
+def test_numbers_beyond_half_precision_are_refused(tmp_path):
+    loud = teacher()
+    with torch.no_grad():
+        loud.model.embed_tokens.weight.mul_(1e7)
+    trainer = trainer_of(tmp_path, loud, [dict(type="Embeddings")])
+    with pytest.raises(DistillError, match="exceed those of float16; take values='float32'"):
+        fill_store(trainer, tmp_path / "store", progress=False)
+    assert fill_store(trainer, tmp_path / "wide", values="float32", progress=False).missing() == []
+
+
+def test_tokens_of_two_tokenizers_are_refused_where_places_are_compared(tmp_path):
+    filled(tmp_path, ["ForwardKL"], top_k=10)
+    batch = support.collate(support.samples(4, "causal"))
+    pairs = torch.arange(batch["input_ids"].shape[1]).expand(4, -1)
+    batch["token_pairs"] = torch.stack([pairs, pairs], -1)
+    for given, chunk in ((Stored(tmp_path / "store"), None), (teacher(), 3)):
+        with pytest.raises(DistillError, match="token by token, and the batch has those of two tokenizers"):
+            loss_of(given, ["ForwardKL"], batch=batch, chunk=chunk)
+
+
+def test_inputs_of_no_text_are_refused():
+    inputs = {"input_ids": torch.ones(2, 3, dtype=torch.long), "pixel_values": torch.rand(8, 4)}
+    with pytest.raises(DistillError, match="pixel_values cannot be told apart by texts"):
+        texts_in(inputs)
+    assert len(texts_in({"pixel_values": torch.rand(2, 3, 4, 4).bfloat16()})[0]) == 2
+
+
+def test_what_is_no_trainer_of_a_teacher_is_refused(tmp_path):
+    plain = Trainer(student(), support.arguments(tmp_path), train_dataset=support.samples(4, "causal"))
+    with pytest.raises(DistillError, match="nothing is read of a teacher"):
+        fill_store(plain, tmp_path / "store")
+    with pytest.raises(DistillError, match="a data set without samples"):
+        fill_store(trainer_of(tmp_path, teacher(), ["ForwardKL"], data=[]), tmp_path / "store")

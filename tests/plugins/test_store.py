@@ -74,6 +74,11 @@ def test_damage_is_said(tmp_path):
         Index(Store(tmp_path))
     with pytest.raises(DistillError, match="is damaged"):
         Store(tmp_path).check()
+    path.unlink()  # without its file a part is missing, whatever its checksum says
+    assert Store(tmp_path).missing() == [1]
+    (tmp_path / HEADER).write_text("[1]")
+    with pytest.raises(DistillError, match=r"store\.json is damaged"):
+        Store(tmp_path)
     (tmp_path / HEADER).write_text("{")
     with pytest.raises(DistillError, match=r"store\.json is damaged"):
         Store(tmp_path)
@@ -85,7 +90,7 @@ def test_a_store_of_something_else_is_refused(tmp_path):
         Store.create(tmp_path, {**ABOUT, "taps": {}})
     with pytest.raises(DistillError, match=r"there is no store in .*nowhere"):
         Store(tmp_path / "nowhere")
-    (tmp_path / HEADER).write_text(json.dumps({"format": 99}))
+    (tmp_path / HEADER).write_text(json.dumps({**ABOUT, "format": 99}))
     with pytest.raises(DistillError, match="is of format 99"):
         Store(tmp_path)
 

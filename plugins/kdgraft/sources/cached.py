@@ -51,17 +51,22 @@ class Cached(Teacher):
         """The inputs of the dry run, for a teacher that is absent."""
 
     def rehearse(self, recorder: Recorder, run: Callable[[], Any]) -> Recording:
-        return self.store.example(self.example, recorder.taps) if self.absent else super().rehearse(recorder, run)
+        if not self.absent:
+            return super().rehearse(recorder, run)
+        found = self.store.example(self.example, recorder.taps)
+        found.model = self.name
+        return found
 
     def record(self, recorder: Recorder, run: Callable[[], Any], batch: Batch, device: torch.device) -> Recording:
         samples = batch.samples
         found = None if samples is None else self.store.look_up(samples.ids, samples.inputs, recorder.taps)
         if found is not None:
+            found.model = self.name
             return found
         if self.absent:
             sample = None if samples is None else self.store.lacks(samples.ids, recorder.taps)
             raise DistillError(
-                f"the cache has no outputs of sample {sample}, and there is no teacher; give teacher=… to compute them"
+                f"there is no teacher, and no stored output of sample {sample}; give teacher=… to compute them"
             )
         found = super().record(recorder, run, batch, device)
         if samples is not None:
