@@ -39,6 +39,8 @@ from .tasks import LANGUAGE_MODELS, accepted, task_of
 
 Values = Literal["float16", "float32"]
 PER_PART = 1024
+AT_ONCE = 1024
+"""The tokens whose distributions are sorted at once, for which some copies of their logits are made."""
 
 
 def fill_store(
@@ -194,7 +196,8 @@ class _Filler:
         read = self.link.read(batch)
         read.samples = Samples([], {})
         device = next(self.student.parameters()).device
-        found = self.engine.record(self.source.name, lambda _: self.model(**inputs), read, device)
+        with self.trainer.accelerator.autocast():  # in the precision of the training
+            found = self.engine.record(self.source.name, lambda _: self.model(**inputs), read, device)
         return inputs, found
 
     def _check_fixed(self) -> None:
@@ -265,10 +268,11 @@ class _Filler:
             yield tap, self._numbers(rows)
             return
         rows = rows[:, : told["classes"]]
-        known = TopK.of(rows, told["k"], told["temperatures"])
-        yield f"{tap}/ids", packed_ids(known.ids.cpu().numpy(), known.classes)
+        parts = [TopK.of(part, told["k"], told["temperatures"]) for part in rows.split(AT_ONCE)]
+        ids = torch.cat([part.ids for part in parts])
+        yield f"{tap}/ids", packed_ids(ids.cpu().numpy(), told["classes"])
         for name in ("logs", "norms", "rests"):
-            yield f"{tap}/{name}", self._numbers(getattr(known, name))
+            yield f"{tap}/{name}", self._numbers(torch.cat([getattr(part, name) for part in parts]))
 
     def _numbers(self, value: Tensor) -> NDArray[Any]:
         exact = value.detach().float().cpu().numpy()
