@@ -251,7 +251,8 @@ def test_names_and_files_are_told_at_once_and_before_the_host_is_imported(config
     )
     done = python("-W", "ignore", "-c", program, path, folder=tmp_path)
     assert done.returncode == 2, done.stderr
-    (line,) = done.stderr.splitlines()
+    # bitsandbytes, where something imports it, says on a CPU what it lacks.
+    (line,) = [one for one in done.stderr.splitlines() if "gemm_4bit" not in one]
     assert line.startswith("kdgraft: error: 4 mistakes: (1) no term is called 'SoftTarget'; did you mean 'SoftTargets'")
     assert "(2) cannot read tap 'neck['" in line
     assert "(3) no recipe is called 'xyz'" in line

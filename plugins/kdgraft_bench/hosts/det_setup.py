@@ -24,7 +24,9 @@ from ..pictures import draw_grid
 from .mm_setup import TWO_SPLITS, RunnerSetup, resnet18
 
 SIZE = 96
-DATA = dict(seed=0, train=3000, val=150, test=400)
+MOST = 3000
+"""The training scenes that are written."""
+DATA = dict(seed=0, train=MOST, val=150, test=400)
 SCENES = 400
 """The training scenes of a model that says no other number; a larger number of scenes contains a smaller one."""
 ITERATIONS = 1500
@@ -157,8 +159,8 @@ def scenes(count: int = SCENES) -> DetectionSetup:
     Raises:
         DistillError: there are not so many.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= DATA["train"]:
-        raise DistillError(f"scenes must be a whole number from 1 to {DATA['train']}, got {count!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MOST:
+        raise DistillError(f"scenes must be a whole number from 1 to {MOST}, got {count!r}")
     return DetectionSetup(
         count=count,
         iterations=ITERATIONS,

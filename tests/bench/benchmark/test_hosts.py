@@ -182,6 +182,7 @@ def test_the_samples_of_a_step_are_those_that_are_told(made):
 
 def test_students_see_a_part_of_the_teacher_s_scenes(tmp_path, monkeypatch):
     monkeypatch.setattr("kdgraft_bench.hosts.det_setup.DATA", dict(seed=0, train=12, val=2, test=2))
+    monkeypatch.setattr("kdgraft_bench.hosts.det_setup.MOST", 12)
     told, host = read_benchmark("det", out=str(tmp_path)), bench_host("det")
     dataset = host.dataset(told)
     seen = []
