@@ -13,6 +13,7 @@ from transformers import Trainer
 
 from kdgraft.balance import AutoWeight
 from kdgraft.distributed import sum_over_ranks, world_size
+from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
 from kdgraft.registry import check_told, expand_recipe
@@ -85,38 +86,36 @@ class Distilling(Resuming):
         self._host_checked = self._told_of_labels = False
         self._host_weight = float(host_weight)
         self._graft(self.model)
-        sources = list(self.distiller.sources.values()) if self.distiller else []
-        self._check_sources(sources)
-        peers = [source for source in sources if source.trains]
-        if peers and _has_own_loss(self):
-            undistill(self.model)
-            raise DistillError("a peer trains on its model's own loss; leave out label smoothing and your own losses")
-        auto = (
-            [term.name for term in self.distiller.all_terms if isinstance(term.balance, AutoWeight)]
-            if self.distiller
-            else []
-        )
-        if auto and _has_own_loss(self):
-            undistill(self.model)
-            raise DistillError(
-                f"{auto[0]}: weight='auto' compares with its model's own loss; leave out label smoothing and your own losses, or set "
-                "weight to a number"
-            )
+        peers = []
+        if self.distiller is not None:
+            peers = [source for source in self.distiller.sources.values() if source.trains]
+            try:
+                self._check(self.distiller)
+            except DistillError:
+                undistill(self.model)
+                raise
         self._views = views
         if views is not None:
             check_views(views, self.distiller.all_terms if self.distiller else (), link_of(self.model).takes)
         self._peers = [(peer, copy.deepcopy(peer.state())) for peer in peers if self.model_init is not None]
         self._new_parameters()
 
-    def _check_sources(self, sources: Sequence[Any]) -> None:
-        """Take the distiller off again where the trainer cannot have these sources or terms."""
-        try:
-            check_tokenizer(self, sources)
-            if self.is_fsdp_enabled and self.distiller is not None:
-                refuse_sharded(self.distiller)
-        except DistillError:
-            undistill(self.model)
-            raise
+    def _check(self, engine: Engine) -> None:
+        """Raise a :class:`DistillError` for sources and terms that this trainer cannot have."""
+        sources = list(engine.sources.values())
+        check_tokenizer(self, sources)
+        if self.is_fsdp_enabled:
+            refuse_sharded(engine)
+        if not _has_own_loss(self):
+            return
+        if any(source.trains for source in sources):
+            raise DistillError("a peer trains on its model's own loss; leave out label smoothing and your own losses")
+        auto = next((term.name for term in engine.all_terms if isinstance(term.balance, AutoWeight)), None)
+        if auto is not None:
+            raise DistillError(
+                f"{auto}: weight='auto' compares with its model's own loss; leave out label smoothing and your own losses, or set "
+                "weight to a number"
+            )
 
     def _graft(self, model: Any) -> None:
         settings = dict(self._settings)

@@ -36,6 +36,7 @@ from .run import build
 from .settings import load
 from .stored import LOGITS, digest_of_tokenizer, texts_in
 from .tasks import LANGUAGE_MODELS, accepted, task_of
+from .vocabularies import tokenizer_of
 
 Values = Literal["float16", "float32"]
 PER_PART = 1024
@@ -113,7 +114,7 @@ def fill_recipe(
 
 
 class _Filler:
-    """What runs a teacher for a store."""
+    """Runs the teacher of a trainer on samples, for a store."""
 
     def __init__(self, trainer: Any, top_k: int | None, values: Values, per_part: int) -> None:
         self.trainer, self.top_k, self.values, self.per_part = trainer, top_k, np.dtype(values), per_part
@@ -159,16 +160,14 @@ class _Filler:
     def about(self) -> dict[str, Any]:
         """Return the header of the store."""
         config: Any = self.model.config
-        tokenizer = getattr(self.trainer.processing_class, "tokenizer", self.trainer.processing_class)
+        tokenizer = tokenizer_of(self.trainer)
         return {
             "teacher": {
                 "class": type(self.model).__name__,
                 "config": json.loads(config.to_json_string()),
                 "weights": fingerprint(self.model),
             },
-            "tokenizer": None
-            if tokenizer is None or not hasattr(tokenizer, "get_vocab")
-            else digest_of_tokenizer(tokenizer),
+            "tokenizer": digest_of_tokenizer(tokenizer) if hasattr(tokenizer, "get_vocab") else None,
             "data": self._digest_of_data(),
             "taps": self.described,
             "values": self.values.name,
@@ -186,9 +185,8 @@ class _Filler:
         return {name: np.concatenate(rows) for name, rows in found.items()}
 
     def _batch(self, places: Sequence[int]) -> Mapping[str, Any]:
-        features = [self.rows[place] for place in places]
-        columns = self.trainer.data_collator(_without_unused(self.trainer, features))
-        return self.trainer._prepare_inputs(columns)  # type: ignore[no-any-return]
+        collator = self.trainer._get_collator_with_removed_columns(self.trainer.data_collator)
+        return self.trainer._prepare_inputs(collator([self.rows[place] for place in places]))  # type: ignore[no-any-return]
 
     def _record(self, batch: Mapping[str, Any]) -> tuple[Mapping[str, Any], Recording]:
         """Return what the teacher reads of a batch, and what its taps gave."""
@@ -233,19 +231,12 @@ class _Filler:
                 "per": "token" if per_token else "sample",
                 "shape": list(value.shape[2 if per_token else 1 :]),
             }
-            if (
-                str(tap) == LOGITS
-                and per_token
-                and task_of(self.model) in LANGUAGE_MODELS
-                and self._joins(value.shape[-1])
-            ):
-                classes = min(value.shape[-1], self.common or value.shape[-1])  # those that the student has too
+            classes = min(value.shape[-1], self.common or value.shape[-1])  # those that the student has too
+            tokens_alone = str(tap) == LOGITS and per_token and task_of(self.model) in LANGUAGE_MODELS
+            if tokens_alone and self.top_k is not None and self.top_k <= classes:
                 told = {"per": "token", "k": self.top_k, "classes": classes, "temperatures": self.temperatures}
             found[str(tap)] = told
         return found
-
-    def _joins(self, classes: int) -> bool:
-        return self.top_k is not None and self.top_k <= classes
 
     def _of_batch(self, places: Sequence[int]) -> dict[str, NDArray[Any]]:
         inputs, recording = self._record(self._batch(places))
@@ -312,12 +303,3 @@ def _tensor(recording: Recording, tap: Tap) -> Tensor:
     value = recording[tap]
     found: Tensor = value[0] if isinstance(value, (tuple, list)) else value
     return found
-
-
-def _without_unused(trainer: Any, features: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return samples without the columns that the Trainer would remove."""
-    if not trainer.args.remove_unused_columns:
-        return features
-    trainer._set_signature_columns_if_needed()
-    kept = set(trainer._signature_columns)
-    return [{name: value for name, value in feature.items() if name in kept} for feature in features]

@@ -290,13 +290,14 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     sets["train"] = drawn(sets["train"], told.get("fraction") or 1, arguments.seed)
     theirs, how = teacher_tokenizer(config), encoding(config)
     collator = second_view(_collator(task, tokenizer, told), theirs, columns[0], words=task == "tokens")
-    read = {split: (columns[0], None) if unlabelled and split == "train" else columns for split in sets}
-    if chat:
-        encoded = {
-            split: encode_chats(found, tokenizer, list(columns[0]), how["length"]) for split, found in sets.items()
-        }
-    else:
-        encoded = {split: encode(task, found, tokenizer, read[split], names, **how) for split, found in sets.items()}
+
+    def encoded_set(split: str, found: Dataset) -> Dataset:
+        if chat:
+            return encode_chats(found, tokenizer, list(columns[0]), how["length"])
+        read = (columns[0], None) if unlabelled and split == "train" else columns
+        return encode(task, found, tokenizer, read, names, **how)
+
+    encoded = {split: encoded_set(split, found) for split, found in sets.items()}
     student = adapted(_model(config["student"], task, tokenizer, names), config.get("adapters"), TASKS[task])
     settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
 

@@ -309,6 +309,8 @@ def _check_chats(task: str, data: Mapping[str, Any]) -> None:
     if (data.get("packed") or is_chat(data)) and task != "causal":
         what = "packed" if data.get("packed") else "prompt, completion and messages"
         raise DistillError(f"data.{what} is for language models (task: causal); leave it out for task {task}")
+    if data.get("packed") and data.get("joined"):
+        raise DistillError("data.packed keeps texts apart, and data.joined makes blocks of them; leave out one")
     if not is_chat(data):
         return
     if (data.get("prompt") is None) != (data.get("completion") is None) or (

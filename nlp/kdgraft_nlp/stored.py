@@ -93,7 +93,7 @@ def digest_of_tokenizer(tokenizer: Any) -> str:
 
 
 class OutputStore:
-    """The outputs of a teacher's taps in a folder, by what the teacher read; a :class:`kdgraft.sources.cached.Store`.
+    """The outputs of a teacher's taps in a folder, by what the teacher read; a :class:`kdgraft.sources.cached.Outputs`.
 
     Args:
         folder: a complete store.

@@ -7,7 +7,8 @@ student. In training its ``forward`` also runs the sources and the terms, inside
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import is_dataclass, make_dataclass
 from functools import cache, wraps
 from typing import Any
@@ -196,19 +197,12 @@ def graft(
     engine = None
     if sources:
         try:
-            with isolated_rng():
+            with isolated_rng(), _telling_of_replaced(link, kind.__name__):
                 engine = wired(student, sources, terms, dry_run, facts or {}, chunk)
                 if cache is not None:
                     for term in engine.all_terms:
                         cache.check(term.teacher_taps, term.name)
                 compare_classes(student, _of_classes(engine))
-        except WiringError as error:
-            undistill(student)
-            if replaced is None or fused:
-                raise
-            raise WiringError(
-                f"{error}; the forward of this {kind.__name__} was replaced on the instance, and ran as the student's own"
-            ) from None
         except BaseException:
             undistill(student)
             raise
@@ -216,6 +210,19 @@ def graft(
         engine.to(next(student.parameters()).device)
     student.add_module("distiller", engine)
     return given
+
+
+@contextmanager
+def _telling_of_replaced(link: Link, name: str) -> Iterator[None]:
+    """Say in an error of the wiring that a forward of the user's ran, which may be why."""
+    try:
+        yield
+    except WiringError as error:
+        if link.replaced is None or link.fused:
+            raise
+        raise WiringError(
+            f"{error}; the forward of this {name} was replaced on the instance, and ran as the student's own"
+        ) from None
 
 
 def _one_model(sources: Mapping[str, Source]) -> Any:

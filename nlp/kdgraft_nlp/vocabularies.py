@@ -15,10 +15,15 @@ from .stored import Stored
 from .tokens import shared_tokens
 
 
+def tokenizer_of(trainer: Any) -> Any:
+    """Return a trainer's tokenizer, which may be in a processor; ``None`` without one."""
+    return getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+
+
 def vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
     """Return the facts about the vocabularies for the wiring of terms."""
     collator = trainer.data_collator
-    own = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)  # a processor contains one
+    own = tokenizer_of(trainer)
     if not isinstance(own, PreTrainedTokenizerBase):
         own = getattr(collator, "tokenizer", None)
     if not isinstance(own, PreTrainedTokenizerBase):
@@ -40,7 +45,7 @@ def vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
 
 def check_tokenizer(trainer: Any, sources: Sequence[Any]) -> None:
     """Refuse a stored teacher that read other tokens."""
-    tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
+    tokenizer = tokenizer_of(trainer)
     for source in sources:
         if isinstance(source, Stored) and isinstance(tokenizer, PreTrainedTokenizerBase):
             source.check_tokenizer(tokenizer)

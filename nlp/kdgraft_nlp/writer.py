@@ -20,6 +20,7 @@ from .on_policy import OnPolicy
 from .pen import Pen, room_of
 from .tasks import task_of
 from .tokens import Written
+from .vocabularies import tokenizer_of
 
 
 class Writer:
@@ -41,8 +42,7 @@ class Writer:
         teacher = _teacher(model.distiller) if settings.mix else None
         models = {"student": base_of(model), **_models(model.distiller)}
         self._check_room(models)
-        tokenizer = getattr(trainer.processing_class, "tokenizer", trainer.processing_class)
-        self._pen = Pen(settings, models, tokenizer, teacher)
+        self._pen = Pen(settings, models, tokenizer_of(trainer), teacher)
 
     def _check_room(self, models: Mapping[str, Any]) -> None:
         told = self.settings

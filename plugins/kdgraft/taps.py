@@ -17,7 +17,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -291,11 +291,13 @@ def _copied(tensor: Tensor) -> Tensor:
 def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, MutableMapping):
+    if isinstance(value, dict):
         found = copy(value)  # of its own class: an output of transformers has entries by number too
         for key, entry in value.items():
             found[key] = _map(entry, function)
         return found
+    if isinstance(value, Mapping):
+        return {key: _map(entry, function) for key, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_map(entry, function) for entry in value))
     if type(value) in (list, tuple):

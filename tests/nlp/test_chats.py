@@ -172,6 +172,7 @@ def test_adapters_of_a_recipe(tmp_path, monkeypatch, capfd, teacher):
             dict(data=dict(train="train.jsonl", messages="chats")),
             "has no column 'chats' but messages; name it with data.messages",
         ),
+        (dict(data=dict(train="train.jsonl", packed=True, joined=True)), "data.packed keeps texts apart"),
         (dict(task="masked", data=dict(train="train.jsonl", packed=True)), "data.packed is for language models"),
         (dict(adapters={}, student=dict(model_type="llama")), "adapters are added to a trained model"),
         (dict(adapters=dict(type="Lora")), "peft has no config 'Lora'"),

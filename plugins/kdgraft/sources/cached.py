@@ -15,7 +15,7 @@ from ..taps import Recording, Tap
 from .teacher import Teacher
 
 
-class Store(Protocol):
+class Outputs(Protocol):
     """Stores the tapped outputs of a teacher by sample."""
 
     def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> Recording | None:
@@ -44,7 +44,7 @@ class Cached(Teacher):
         absent: true if ``teacher`` is a stand-in without weights; an output that the store lacks is then an error.
     """
 
-    def __init__(self, teacher: Teacher, store: Store, *, absent: bool = False) -> None:
+    def __init__(self, teacher: Teacher, store: Outputs, *, absent: bool = False) -> None:
         vars(self).update(vars(teacher))
         self.store, self.absent = store, absent
         self.example: Mapping[str, Tensor] = {}

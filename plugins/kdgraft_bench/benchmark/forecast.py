@@ -23,7 +23,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the first steps of trainings tell.
+    """The expected times of trainings, by some of their steps.
 
     Attributes:
         seconds: run -> the expected time of its training, without its evaluations.

@@ -209,12 +209,15 @@ def language_model(vocabulary: int, pairs: int, device: str, width: int = 256) -
         found = {name: step(model, inputs, device) for name, model in models.items()}
         if (theirs := _trl(Path(scratch), student(None, None), teacher, inputs, device)) is not None:
             found["TRL, no labels"] = theirs
-        seconds = interleave(found, max(pairs // 6, 3), warm_up=1, device=device)
-        peaks = {}
-        for name, run in found.items():
-            gc.collect()
-            peaks[name] = peak_memory(run, device) / 2**20
-    extra = peaks["plain losses"]
+        return _measured(found, max(pairs // 6, 3), vocabulary, device)
+
+
+def _measured(steps: dict[str, Callable[[], None]], rounds: int, vocabulary: int, device: str) -> Rows:
+    seconds = interleave(steps, rounds, warm_up=1, device=device)
+    peaks = {}
+    for name, run in steps.items():
+        gc.collect()
+        peaks[name] = peak_memory(run, device) / 2**20
     return [
         {
             "vocabulary": str(vocabulary),
@@ -223,7 +226,7 @@ def language_model(vocabulary: int, pairs: int, device: str, width: int = 256) -
             "/ plain losses": str(ratio_interval(values, seconds["plain losses"])),
             "/ no distillation": str(ratio_interval(values, seconds["no distillation"])),
             "peak (MiB)": f"{peaks[name]:.0f}",
-            "peak / plain losses": f"{peaks[name] / extra:.3f}",
+            "peak / plain losses": f"{peaks[name] / peaks['plain losses']:.3f}",
         }
         for name, values in seconds.items()
     ]

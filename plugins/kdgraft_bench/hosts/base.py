@@ -63,7 +63,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Step:
-    """What a run trains, before its first step.
+    """The training step of a run that has not begun.
 
     Attributes:
         run: the training step on one batch, always the same: forward, loss and backward.
