@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 FILE = "runs.jsonl"
@@ -27,6 +27,8 @@ class Row:
         metrics: name -> value on the tested split.
         seconds: the time of the training.
         folder: the folder of the run.
+        validated: name -> value on the validation split, where the tested split is another.
+        split: the tested split; empty in results of older versions.
     """
 
     task: str
@@ -38,6 +40,8 @@ class Row:
     metrics: Mapping[str, float]
     seconds: float
     folder: str
+    validated: Mapping[str, float] = field(default_factory=dict)
+    split: str = ""
 
     @property
     def key(self) -> Key:

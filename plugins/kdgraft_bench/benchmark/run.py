@@ -106,8 +106,8 @@ def _weights(factors: Mapping[str, float], count: int | None) -> str:
 
 
 def _todo(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel]) -> list[Run]:
-    """Return the runs that are not finished, or not in the results."""
-    rows = read_rows(told.out)
+    """Return the runs that are not finished, or not in the results of the split."""
+    rows = {key for key, row in read_rows(told.out).items() if row.split in ("", told.split)}
     table = {name: (student, method) for name, student, method in told.trained()}
     return [
         (run.name, seed)
@@ -134,7 +134,7 @@ def _train(told: Benchmark, plan: Plan, dataset: Dataset, finished: Mapping[Run,
                 model = told.teacher if student == TEACHER else told.students[student]
                 folder = str(plan.folder(name, seed).relative_to(told.out))
                 row = (told.host, dataset.name, student, model.title, method, seed, done.metrics, done.seconds, folder)
-                append(told.out, Row(*row))
+                append(told.out, Row(*row, done.validated, told.split))
             pace.done(run, done.seconds)
             bar.update()
             figures = "  ".join(f"{key} {value:.4g}" for key, value in done.metrics.items())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,13 @@ class Done:
         model: the trained model.
         metrics: its figures on the tested split; empty for a run that is not in the table.
         seconds: the time of its training in this process; of a resumed run that since the last start.
+        validated: those of its figures that its training measured at the end on the validation split, if the tested one is another.
     """
 
     model: TrainedModel
     metrics: Mapping[str, float]
     seconds: float
+    validated: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -166,7 +168,17 @@ def carry_out_one(benchmark: Benchmark, plan: Plan, name: str, seed: int) -> Don
             return Done(trained, {}, seconds)
         run = replace(run, options=run.filled(found))
         metrics, seconds = _tested(benchmark, run, trained, folder, seconds)
-    return Done(trained, metrics, seconds)
+    return Done(trained, metrics, seconds, _validated(benchmark, trained, metrics))
+
+
+def _validated(benchmark: Benchmark, trained: TrainedModel, metrics: Mapping[str, float]) -> Mapping[str, float]:
+    """Return those figures of the table that the training measured on a validation split that is not the tested one."""
+    host = bench_host(benchmark.host)
+    if benchmark.split == "val" or benchmark.data is not None:  # a real set has no third split
+        return {}
+    known = {name: trained.metrics.get(host.validated(name)) for name in metrics}
+    found = {name: value for name, value in known.items() if value is not None}
+    return {} if all(value == metrics[name] for name, value in found.items()) else found
 
 
 def _tested(

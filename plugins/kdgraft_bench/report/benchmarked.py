@@ -51,6 +51,7 @@ def bench_runs(folder: Path, read: Read) -> list[Run]:
                 student if several and method != TEACHER else "",
                 decisions if decisions.is_file() else None,
                 logged.counted if logged else "iteration",
+                row.validated,
             )
         )
     return runs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from scipy.stats import t as student_t
@@ -26,12 +26,14 @@ class Gain:
         differences: the gain with each seed that both have; above 0 is better, whatever the metric.
         closed: the share of the gap from plain student to teacher that is closed, by the means; NaN without a better teacher.
         cost: the time of a training step over that of the plain student; NaN where it was not measured.
+        validated: as ``differences``, on a validation split that is not the tested one; empty where there is none.
     """
 
     label: str
     differences: tuple[float, ...]
     closed: float
     cost: float
+    validated: tuple[float, ...] = ()
 
     @property
     def mean(self) -> float:
@@ -65,10 +67,13 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
         DistillError: a method has no seed in common with the plain student.
     """
     sign = -1 if lower_is_better(metric) else 1
-    values = {
-        label: {run.seed: run.metrics[metric] for run in runs if run.label == label and metric in run.metrics}
-        for label in labels(runs)
-    }
+    values, validated = (
+        {
+            label: {run.seed: of(run)[metric] for run in runs if run.label == label and metric in of(run)}
+            for label in labels(runs)
+        }
+        for of in (_tested, _validated)
+    )
     teacher, baselines = values.get(TEACHER, {}), {run.label: run.plain for run in runs}
     taught = statistics.fmean(teacher.values()) if teacher else math.nan
     found = []
@@ -80,9 +85,20 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
                 f"{label} has no seed in common with the plain student ({_listed(values[label])}; {_listed(plain)})"
             )
         differences = tuple(sign * (values[label][seed] - plain[seed]) for seed in shared)
+        before, after = validated[baselines[label]], validated[label]
+        chosen_by = tuple(sign * (after[seed] - before[seed]) for seed in sorted(before.keys() & after.keys()))
         means = statistics.fmean(values[label].values()), statistics.fmean(plain.values())
-        found.append(Gain(label, differences, share_closed(*means, taught, metric), step_cost(runs, label)))
+        closed = share_closed(*means, taught, metric)
+        found.append(Gain(label, differences, closed, step_cost(runs, label), chosen_by))
     return sorted(found, key=lambda gain: -gain.mean)
+
+
+def _tested(run: Run) -> Mapping[str, float]:
+    return run.metrics
+
+
+def _validated(run: Run) -> Mapping[str, float]:
+    return run.validated
 
 
 def step_cost(runs: Sequence[Run], label: str) -> float:
@@ -116,12 +132,20 @@ def methods(runs: Sequence[Run]) -> list[str]:
 def taken(found: Sequence[Gain]) -> Gain:
     """Return the gain that a verdict is about: of the methods that are shown to help the one with the best mean, or else the best mean.
 
-    A better mean that may be chance is no reason to take another method.
+    A better mean that may be chance is no reason to take another method. Where all methods have figures of a validation split, these
+    decide, so that the gain on the tested split is not the largest of several by choice.
 
     Args:
         found: the gains, the best first.
     """
-    return next((gain for gain in found if gain.interval[0] > 0), found[0])
+    of = (lambda gain: gain.validated) if by_validation(found) else (lambda gain: gain.differences)
+    ranked = sorted(found, key=lambda gain: -statistics.fmean(of(gain)))
+    return next((gain for gain in ranked if interval_of(of(gain))[0] > 0), ranked[0])
+
+
+def by_validation(found: Sequence[Gain]) -> bool:
+    """Return true if a validation split decides between methods."""
+    return len(found) > 1 and all(gain.validated for gain in found)
 
 
 def verdict(found: Sequence[Gain], metric: str) -> str:
@@ -135,7 +159,8 @@ def verdict(found: Sequence[Gain], metric: str) -> str:
     seeds = len(best.differences)
     student, _, method = best.label.rpartition(": ")
     shown = f"{method} for {student}" if student else method
-    name = shown if len(found) == 1 else f"{shown}, the best of {len(found)} methods,"
+    best_of = f", the best of {len(found)} methods{' by validation' if by_validation(found) else ''}"
+    name = shown if len(found) == 1 else f"{shown}{best_of},"
     changes = (
         f"improves {metric} by {number(best.mean)}"
         if best.mean >= 0
@@ -151,10 +176,12 @@ def verdict(found: Sequence[Gain], metric: str) -> str:
     if high < 0:
         return f"Nothing here helps: {name} {changes} ({told})."
     if low <= 0:
-        return f"Nothing is shown to help: {name} {changes} on average, which may be chance ({told})."
+        others = any(gain.interval[0] > 0 for gain in found)
+        return f"{'It is not shown' if others else 'Nothing is shown'} to help: {name} {changes} on average, which may be chance ({told})."
     gap = f", {percent(best.closed)} of the gap to the teacher" if math.isfinite(best.closed) else ""
     cost = f" A training step takes {best.cost:.2f} times as long; the model that you deploy costs the same."
-    return f"Take {shown}: it {changes} over the plain student{gap} ({told}).{cost if math.isfinite(best.cost) else ''}"
+    chosen = best_of if by_validation(found) else ""
+    return f"Take {shown}{chosen}: it {changes} over the plain student{gap} ({told}).{cost if math.isfinite(best.cost) else ''}"
 
 
 def number(value: float, of: Sequence[float] = ()) -> str:

@@ -23,7 +23,7 @@ from kdgraft.files import written_whole
 
 from ..results import lower_is_better, mean_sd
 from .charts import charts
-from .gains import digits, gains, labels, methods, number, percent, verdict
+from .gains import by_validation, digits, gains, labels, methods, number, percent, verdict
 from .reading import TEACHER, Run, is_cost
 from .runs import main_metric, same_schedule
 
@@ -68,6 +68,7 @@ def write_report(
         metric=metric,
         direction="lower is better" if lower_is_better(metric) else "higher is better",
         gains=found,
+        by_validation=by_validation(found),
         number=number,
         percent=percent,
         finite=math.isfinite,

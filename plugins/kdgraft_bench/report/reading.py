@@ -42,6 +42,7 @@ class Run:
         student: the name of the student, where there are several, each with a plain one of its own; its labels start with it.
         decisions: the file with its decisions on the tested items, if there is one.
         counted: what the places of its points count, ``"iteration"`` or ``"epoch"``.
+        validated: metrics on a validation split that is not the tested one; empty where there is none.
     """
 
     label: str
@@ -55,6 +56,7 @@ class Run:
     student: str = ""
     decisions: Path | None = None
     counted: str = "iteration"
+    validated: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def plain(self) -> str:

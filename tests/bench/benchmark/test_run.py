@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -115,6 +117,33 @@ def test_the_rows_hold_what_the_runs_measured(finished):
     for (student, method, seed), row in read_rows(out).items():
         record = json.loads((out / row.folder / "finished.json").read_text())
         assert row.metrics["accuracy"] == record["model"]["metrics"]["accuracy"], (student, method, seed)
+        assert row.validated == {"accuracy": record["model"]["metrics"]["val"]}
+
+
+def test_the_rows_of_embedded_data_have_figures_of_the_validation_split_too(tmp_path, monkeypatch):
+    folder = tmp_path / "core"
+    said = ["core", "--iterations", "10", "--seeds", "0", "--methods", "at", "--out", str(folder)]
+    assert main(["bench", *said]) == 0
+    rows = read_rows(folder)
+    assert len({row.validated["accuracy"] for row in rows.values()}) > 1
+    assert all(row.validated.keys() == {"accuracy"} for row in rows.values())
+    assert any(row.validated["accuracy"] != row.metrics["accuracy"] for row in rows.values())
+    assert "by validation" in (folder / "report.html").read_text()
+
+
+def test_another_split_is_tested_again_and_nothing_is_trained(finished, tmp_path, monkeypatch):
+    shutil.copytree(finished[0].parent, tmp_path / "copy")
+    monkeypatch.chdir(tmp_path / "copy")
+    out = Path("out")
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+    assert main(["bench", "mine.toml", "--split", "val"]) == 0
+    assert before and {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
+    rows = read_rows(out)
+    assert len(rows) == 14
+    assert all(
+        row.split == "val" and row.validated == {} for row in rows.values()
+    )  # the tested split is that of validation
+    assert "val split" in (out / "table.md").read_text()
 
 
 def test_tables_and_report_are_written(finished):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from kdgraft.errors import DistillError
-from kdgraft_bench.report.gains import gains, number, percent, verdict
+from kdgraft_bench.report.gains import gains, number, percent, taken, verdict
 from kdgraft_bench.report.runs import Run
 
 
@@ -95,6 +96,32 @@ def test_a_method_that_is_shown_to_help_goes_before_a_better_mean_that_may_be_ch
     found = gains(runs(**wild), "mIoU")
     assert [gain.label for gain in found] == ["wild", "sure"] and found[0].interval[0] < 0 < found[1].interval[0]
     assert verdict(found, "mIoU").startswith("Take sure: it improves mIoU by 0.032")
+
+
+def test_where_there_is_a_validation_split_it_decides_between_methods():
+    """``lucky`` is ahead on the tested split and ``sound`` on validation, so that the gain of ``sound`` is what to expect."""
+    tested = dict(plain=[0.30, 0.32, 0.31], lucky=[0.37, 0.39, 0.38], sound=[0.35, 0.36, 0.37])
+    validated = dict(plain=[0.40, 0.42, 0.41], lucky=[0.43, 0.44, 0.45], sound=[0.47, 0.48, 0.49])
+    made = [replace(run, validated={"mIoU": validated[run.label][run.seed]}) for run in runs(**tested)]
+    found = gains(made, "mIoU")
+    assert [gain.label for gain in found] == ["lucky", "sound"]
+    assert found[1].validated == pytest.approx((0.07, 0.06, 0.08))
+    assert taken(found).label == "sound"
+    assert verdict(found, "mIoU").startswith(
+        "Take sound, the best of 2 methods by validation: it improves mIoU by 0.050"
+    )
+    incomplete = [replace(run, validated={}) if run.label == "sound" else run for run in made]
+    assert taken(gains(incomplete, "mIoU")).label == "lucky"  # nothing to compare by
+
+
+def test_the_choice_of_validation_is_kept_where_the_tested_split_does_not_bear_it_out():
+    tested = dict(plain=[0.30, 0.32, 0.31], other=[0.37, 0.39, 0.38], sound=[0.35, 0.26, 0.37])
+    validated = dict(plain=[0.40, 0.42, 0.41], other=[0.43, 0.44, 0.45], sound=[0.47, 0.48, 0.49])
+    made = [replace(run, validated={"mIoU": validated[run.label][run.seed]}) for run in runs(**tested)]
+    said = verdict(gains(made, "mIoU"), "mIoU")
+    assert said.startswith(
+        "It is not shown to help: sound, the best of 2 methods by validation, improves mIoU by 0.017"
+    )
 
 
 def test_a_student_of_several_is_named():
