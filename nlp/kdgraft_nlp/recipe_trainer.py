@@ -9,9 +9,11 @@ from typing import Any
 
 from kdgraft.errors import DistillError, nearest
 from kdgraft.hosts import Job, TrainedModel, TransferSet
+from kdgraft.onnx import Exported
 
 from . import filling, run
 from .checkpoints import NothingComplete, newest_first
+from .onnx import export_student
 from .settings import load, untaught
 from .trainer import DistillTrainer
 
@@ -53,8 +55,23 @@ class RecipeTrainer:
     def export(self, checkpoint: str | Path, out: str | Path, **told: Any) -> Sequence[Path]:
         """Raise a :class:`DistillError`: a saved student is already a plain student."""
         raise DistillError(
-            f"{checkpoint}: a student saved by the Trainer is already plain; load it with from_pretrained"
+            f"{checkpoint}: a student saved by the Trainer is already plain; load it with from_pretrained, or say --onnx"
         )
+
+    def export_onnx(
+        self,
+        checkpoint: str | Path,
+        out: str | Path,
+        *,
+        size: Sequence[int] | None = None,
+        peer: str | None = None,
+        trusted: bool = False,
+        force: bool = False,
+    ) -> Exported:
+        """Write a saved student, or one of its peers, as ONNX; see :func:`kdgraft_nlp.onnx.export_student`."""
+        _refuse_trust(trusted)
+        folder = Path(checkpoint) if peer is None else Path(checkpoint) / "peers" / peer
+        return export_student(folder, out, size=size, force=force)
 
     def reads(self, config: str) -> bool:
         """Return true: every file with a recipe's suffix is a recipe."""

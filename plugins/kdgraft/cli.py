@@ -102,10 +102,17 @@ def _add_tools(commands: Any) -> None:
     export = commands.add_parser("export", help="write the weights and the config of the plain student")
     export.add_argument("checkpoint")
     export.add_argument(
-        "out", help="file for the weights, such as student.pth; the config goes beside it, as student.py"
+        "out",
+        help="file for the weights, such as student.pth; the config goes beside it, as student.py; with --onnx student.onnx",
     )
     export.add_argument("--peer", metavar="NAME", help="write this peer of the student instead of the student")
-    export.add_argument("--force", action="store_true", help="overwrite the two files if they exist")
+    export.add_argument("--force", action="store_true", help="overwrite the files if they exist")
+    export.add_argument(
+        "--onnx", action="store_true", help="write the model's tensor part as ONNX to OUT, checked against PyTorch"
+    )
+    export.add_argument(
+        "--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="with --onnx: the size of images after padding"
+    )
     _add_trusted(export)
     export.set_defaults(run=_export)
 
@@ -187,18 +194,20 @@ def _plan(arguments: argparse.Namespace) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    written = (
-        host_of_checkpoint(arguments.checkpoint)
-        .make_trainer()
-        .export(
-            arguments.checkpoint,
-            arguments.out,
-            peer=arguments.peer,
-            trusted=arguments.trusted,
-            force=arguments.force,
-        )
-    )
-    print(f"wrote {written[0]} and {written[1]}")
+    trainer = host_of_checkpoint(arguments.checkpoint).make_trainer()
+    told = dict(peer=arguments.peer, trusted=arguments.trusted, force=arguments.force)
+    if not arguments.onnx:
+        if arguments.size is not None:
+            raise DistillError("--size belongs to --onnx: it is the size of the images that the file is for")
+        written = trainer.export(arguments.checkpoint, arguments.out, **told)
+        print(f"wrote {written[0]} and {written[1]}")
+        return
+    for side in arguments.size or ():
+        check_number("export", "--size", side, 1, whole=True)
+    export = getattr(trainer, "export_onnx", None)
+    if export is None:
+        raise DistillError(f"{arguments.checkpoint}: this host exports no ONNX; call kdgraft.onnx.export_onnx")
+    print(export(arguments.checkpoint, arguments.out, size=arguments.size, **told))
 
 
 def _groups() -> tuple[list[tuple[str, Registry]], list[tuple[str, MissingHost]]]:

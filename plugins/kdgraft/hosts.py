@@ -23,6 +23,8 @@ from .registry import Registry
 logger = logging.getLogger("kdgraft")
 
 GROUP = "kdgraft.hosts"
+FOLDER = "/"
+"""Stands for a folder among the suffixes of checkpoints."""
 Kind = Literal["softmax", "sigmoid", "value"]
 """The kind of predictions that an ensemble averages: logits of exclusive classes, of independent ones, or numbers."""
 
@@ -177,7 +179,7 @@ class Host:
         framework: the package that the plugin requires.
         trainer: location of its :class:`HostTrainer`, ``module:name``.
         suffixes: suffixes of the configs that it trains.
-        checkpoints: suffixes of the checkpoints that ``kdgraft export`` passes to it.
+        checkpoints: suffixes of the checkpoints that ``kdgraft export`` passes to it; :data:`FOLDER` stands for a folder.
         benchmark: location of what ``kdgraft bench`` needs of the host, ``module:name``, if it has that.
         costs: the module behind ``kdgraft bench --costs``, if the host has one.
         data: layout of the real datasets that ``kdgraft bench`` accepts, if it does.
@@ -267,7 +269,8 @@ def host_of(config: str) -> Host:
 
 def host_of_checkpoint(checkpoint: str) -> Host:
     """Return the host that exports a checkpoint; raises the errors of :func:`host_of`."""
-    return _first(Path(checkpoint).suffix, "exports", checkpoint, "checkpoints", lambda host: True)
+    suffix = FOLDER if Path(checkpoint).is_dir() else Path(checkpoint).suffix
+    return _first(suffix, "exports", checkpoint, "checkpoints", lambda host: True)
 
 
 def _first(suffix: str, verb: str, what: str, suffixes: str, takes: Callable[[Host], bool]) -> Host:
@@ -279,6 +282,8 @@ def _first(suffix: str, verb: str, what: str, suffixes: str, takes: Callable[[Ho
     if len(here) < len(candidates):
         next(host for host in candidates if host not in here).plugin()  # raises MissingHost
     known = ", ".join(
-        f"{'/'.join(getattr(host, suffixes))} ({host.name})" for host in hosts().values() if getattr(host, suffixes)
+        f"{'/'.join('a folder' if one == FOLDER else one for one in getattr(host, suffixes))} ({host.name})"
+        for host in hosts().values()
+        if getattr(host, suffixes)
     )
     raise DistillError(f"no host {verb} {what}; there are {known}")

@@ -1,6 +1,6 @@
 """Hosts of the plugins in this distribution, in a package of their own so that importing them imports no framework."""
 
-from kdgraft.hosts import Host
+from kdgraft.hosts import FOLDER, Host
 from kdgraft.registry import RECIPES, TERMS, Registry
 
 DET = Host(
@@ -55,6 +55,7 @@ NLP = Host(
     framework="transformers",
     trainer="kdgraft_nlp.recipe_trainer:TRAINER",
     suffixes=(".yaml", ".yml", ".toml"),
+    checkpoints=(FOLDER,),
     benchmark="kdgraft_bench.hosts.nlp:TextBench",
     costs="kdgraft_bench.costs.nlp",
     data="jsonl",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.logging import HistoryBuffer
 
 from kdgraft.errors import DistillError
@@ -75,6 +76,23 @@ def export_student(
             f"{' and '.join(there)} would be overwritten (the config is written beside the weights); name another file, or "
             "say --force"
         )
+    config, weights, meta = student_in(checkpoint, peer=peer, trusted=trusted)
+    meta["cfg"] = config.pretty_text
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(described) as beside, written_whole(out) as part:
+        beside.write_text(meta["cfg"], encoding="utf-8")
+        with part.open("wb") as file:
+            torch.save({"meta": meta, "state_dict": weights}, file)
+    return out, described
+
+
+def student_in(
+    checkpoint: str | Path, *, peer: str | None = None, trusted: bool = False
+) -> tuple[Config, dict[str, Any], dict[str, Any]]:
+    """Return the plain student of a checkpoint, or a peer: its config, its weights and the checkpoint's ``meta``.
+
+    Args and errors are those of :func:`export_student`.
+    """
     source = read_checkpoint(checkpoint, trusted=trusted, safe_types=SAFE_TYPES)
     meta = dict(source.get("meta") or {})
     text = meta.get("cfg") or meta.get("config")
@@ -83,16 +101,8 @@ def export_student(
     name = f"checkpoint {checkpoint}"
     config = executed_config(text, name) if trusted else literal_config(text, name)
     if peer is None:
-        config, weights = plain_config(config), weights_of(source)
-    else:
-        config, weights = peer_config(config, peer, name, files=trusted), _peer_weights(source, peer, name)
-    meta["cfg"] = config.pretty_text
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(described) as beside, written_whole(out) as part:
-        beside.write_text(meta["cfg"], encoding="utf-8")
-        with part.open("wb") as file:
-            torch.save({"meta": meta, "state_dict": weights}, file)
-    return out, described
+        return plain_config(config), weights_of(source), meta
+    return peer_config(config, peer, name, files=trusted), _peer_weights(source, peer, name), meta
 
 
 def _peer_weights(source: dict[str, Any], peer: str, name: str) -> dict[str, Any]:

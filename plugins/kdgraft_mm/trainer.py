@@ -16,6 +16,7 @@ from . import run
 from .checkpoints import export_student
 from .configs import imported_names, is_distilled, load_config, scope_of
 from .evaluation import evaluate
+from .onnx import export_student_onnx
 from .resuming import newest_checkpoint
 from .transfer import end_early, transfer
 
@@ -41,6 +42,7 @@ class MMTrainer:
     check = staticmethod(run.check)
     test = staticmethod(evaluate)
     export = staticmethod(export_student)
+    export_onnx = staticmethod(export_student_onnx)
 
     def reads(self, config: str) -> bool:
         """Return true for a config of this host; see :func:`kdgraft_mm.configs.scope_of`."""

@@ -72,7 +72,7 @@ def _frameworks(texts: Sequence[str]) -> list[str]:
     """What these need beside torch."""
     needs = {"kdgraft_nlp": "transformers", "transformers": "transformers", "task: ": "transformers"}
     needs |= {"from trl": "trl", "from sentence_transformers": "sentence_transformers"}
-    needs |= {"mmdet": "mmdet", "mmseg": "mmseg", "kdgraft_bench": "matplotlib"}
+    needs |= {"mmdet": "mmdet", "mmseg": "mmseg", "kdgraft_bench": "matplotlib", "kdgraft.onnx": "onnxscript"}
     return [need for word, need in needs.items() if any(word in text for text in texts)]
 
 
