@@ -13,6 +13,7 @@ from kdgraft.onnx import Exported
 
 from . import filling, run
 from .checkpoints import NothingComplete, newest_first
+from .checks import check_folder
 from .onnx import export_student
 from .settings import load, untaught
 from .trainer import DistillTrainer
@@ -98,6 +99,11 @@ class RecipeTrainer:
             logger.warning("%s; the run starts afresh", error)
             _, metrics = run.train_recipe(recipe, schedule=schedule)
         return TrainedModel(job.config, str(job.folder), metrics)
+
+    def given(self, job: Job, checkpoint: str) -> TrainedModel:
+        """Return the model of a folder that ``save_pretrained`` wrote."""
+        check_folder("checkpoint", checkpoint)
+        return TrainedModel(job.config, checkpoint)
 
     def recipe_of(self, job: Job) -> tuple[dict[str, Any], float]:
         """Return the recipe with which a run is trained, and the length of its schedule in units of the training."""

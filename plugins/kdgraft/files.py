@@ -32,6 +32,13 @@ def digest_of_file(path: str | Path) -> str:
     return found.hexdigest()
 
 
+def digest_of_weights(path: str | Path) -> str:
+    """Return a hash of a file of weights, or of those in a folder."""
+    path = Path(path)
+    files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    return digest([digest_of_file(file) for file in files])
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, and rename it to ``path`` when the body ends without an error.

@@ -168,6 +168,13 @@ class HostTrainer(Protocol):
     def carry_out(self, job: Job) -> TrainedModel:
         """Carry out one run."""
 
+    def given(self, job: Job, checkpoint: str) -> TrainedModel:
+        """Return the model of a run that is not trained: its config with these weights.
+
+        Raises:
+            DistillError: the weights cannot be read, or do not fit the config's model.
+        """
+
 
 @dataclass(frozen=True)
 class Host:

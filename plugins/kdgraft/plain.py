@@ -101,9 +101,13 @@ class PlainTrainer:
         for member in members:
             member.load()
         model = EnsembleModel([member.model for member in members], ensemble, kind).eval()
-        with torch.no_grad():
-            metrics = {name: float(value) for name, value in task.evaluate(model).items()}
-        return TrainedModel(job.config, str(job.folder), metrics, dict(job.options))
+        return TrainedModel(job.config, str(job.folder), _measured(task, model), dict(job.options))
+
+    def given(self, job: Job, checkpoint: str) -> TrainedModel:
+        """Return the task's model with weights of a file, and what the task measures of it."""
+        task, _ = self.build(job)
+        load_strictly(student_of(task.model), read_checkpoint(checkpoint), checkpoint, "checkpoint")
+        return TrainedModel(job.config, checkpoint, _measured(task, task.model.eval()), dict(job.options))
 
     def build(self, job: Job) -> tuple[Task, nn.Module]:
         """Return the task of a run and the model that it trains: the task's own, or a :class:`Distiller` around it."""
@@ -181,6 +185,12 @@ class PlainTrainer:
 
 
 TRAINER = PlainTrainer()
+
+
+@torch.no_grad()
+def _measured(task: Task, model: nn.Module) -> dict[str, float]:
+    """Return what a task measures of a model."""
+    return {} if task.evaluate is None else {name: float(value) for name, value in task.evaluate(model).items()}
 
 
 def _example(task: Task) -> Any:

@@ -19,7 +19,7 @@ KEYS = (
     *("batch", "fraction", "texts", "default_methods", "teacher", "students", "methods", "peers", "runs", "demo"),
 )
 DEMO_KEYS = ("students", "methods", "iterations", "batch", "processes", "batches")
-MODEL_KEYS = ("model", "config", "options")
+MODEL_KEYS = ("config", "options")
 METHOD_KEYS = ("recipe", "terms", "teacher", "teachers", "options", "start", "stop", "data")
 TEACHER, PLAIN = "teacher", "plain"
 
@@ -32,11 +32,13 @@ class Model:
         config: the host's own config; ``None`` for one of the benchmark's small models.
         settings: of a small model: its name, ``model``, and its arguments.
         options: overrides of the config.
+        checkpoint: its weights, for a teacher that is trained already: a file, or a folder of Hugging Face.
     """
 
     config: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
+    checkpoint: str | None = None
 
     @property
     def title(self) -> str:
@@ -188,7 +190,7 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
     return Benchmark(
         name=file.stem,
         host=str(host),
-        teacher=_model(f"{where}: teacher", told["teacher"], file.parent),
+        teacher=_teacher(f"{where}: teacher", told["teacher"], file.parent),
         students={
             name: _model(f"{where}: student {name!r}", one, file.parent) for name, one in told["students"].items()
         },
@@ -227,6 +229,17 @@ def _check_names(where: str, told: Mapping[str, Any]) -> None:
         for name in told.get(other, {}):
             if name in told[one]:
                 raise DistillError(f"{where}: {name} is in {one} and in {other}; give one of them another name")
+
+
+def _teacher(where: str, entry: Any, folder: Path) -> Model:
+    """Read the teacher, which may be trained already."""
+    checkpoint = entry.get("checkpoint") if isinstance(entry, dict) else None
+    if checkpoint is None:
+        return _model(where, entry, folder)
+    if not isinstance(checkpoint, str) or not (folder / checkpoint).exists():
+        raise DistillError(f"{where}: there is no checkpoint {checkpoint}")
+    found = _model(where, {key: value for key, value in entry.items() if key != "checkpoint"}, folder)
+    return replace(found, checkpoint=str((folder / checkpoint).resolve()))
 
 
 def _model(where: str, entry: Any, folder: Path) -> Model:

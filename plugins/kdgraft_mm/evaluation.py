@@ -13,6 +13,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 
 from kdgraft.errors import DistillError
+from kdgraft.isolation import isolated_rng
 from kdgraft.launching import waiting
 from kdgraft.sources.teacher import load_strictly, read_checkpoint, weights_of
 
@@ -76,13 +77,28 @@ def open_model(path: str, checkpoint: str) -> tuple[Any, Any]:
     config = plain_config(read_config(path))
     _choose_set(config, path)
     weights = weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))
+    model = built_model(config, weights, path, str(checkpoint))
+    model.to(get_device())  # some detectors of mmdet return nothing here
     with config_mistakes(path), DefaultScope.overwrite_default_scope(scope_of(config)):
-        model = MODELS.build(model_of(config))
-        model.to(get_device())  # some detectors of mmdet return nothing here
-        model.eval()
         samples = DATASETS.build(config.test_dataloader.dataset)
-    load_strictly(model, weights, str(checkpoint), "student")
     return model, samples
+
+
+def built_model(config: Config, weights: dict[str, Any], path: str, checkpoint: str) -> Any:
+    """Return the plain model of a config with weights, in eval mode on the CPU.
+
+    Args:
+        config: a plain config.
+        weights: its weights.
+        path, checkpoint: where both are from, for messages.
+
+    Raises:
+        DistillError: the config has a mistake, or the weights do not fit.
+    """
+    with config_mistakes(path), DefaultScope.overwrite_default_scope(scope_of(config)), isolated_rng():
+        model = MODELS.build(model_of(config))
+    load_strictly(model, weights, checkpoint, "student")
+    return model.eval()
 
 
 def _choose_set(config: Config, path: str) -> None:

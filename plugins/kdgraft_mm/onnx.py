@@ -9,17 +9,14 @@ from typing import Any
 
 import torch
 from mmengine.model import revert_sync_batchnorm
-from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError
-from kdgraft.isolation import isolated_rng
 from kdgraft.onnx import Exported, Freedom, export_onnx
-from kdgraft.sources.teacher import load_strictly
 
 from .checkpoints import student_in
 from .configs import model_of, scope_of
-from .run import config_mistakes
+from .evaluation import built_model
 
 STRIDE = 32
 """The number of pixels by which the checked sizes differ, of which most models need a multiple."""
@@ -70,10 +67,8 @@ def export_student_onnx(
     config, weights, meta = student_in(checkpoint, peer=peer, trusted=trusted)
     settings = model_of(config)
     scope = scope_of(config)
-    with config_mistakes(str(checkpoint)), DefaultScope.overwrite_default_scope(scope), isolated_rng():
-        model = revert_sync_batchnorm(MODELS.build(settings))
-    load_strictly(model, weights, str(checkpoint), "student")
-    part = TensorPart(model).eval()
+    model = built_model(config, weights, str(checkpoint), str(checkpoint))
+    part = TensorPart(revert_sync_batchnorm(model)).eval()
     images = _images(2, *size)
     name = str(settings["type"])
     try:

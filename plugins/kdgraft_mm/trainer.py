@@ -10,12 +10,14 @@ from mmengine.config import Config
 from mmengine.runner import find_latest_checkpoint
 
 from kdgraft.errors import DistillError
+from kdgraft.files import written_whole
 from kdgraft.hosts import Job, TrainedModel
+from kdgraft.sources.teacher import read_checkpoint, weights_of
 
 from . import run
-from .checkpoints import export_student
-from .configs import imported_names, is_distilled, load_config, scope_of
-from .evaluation import evaluate
+from .checkpoints import SAFE_TYPES, export_student
+from .configs import imported_names, is_distilled, load_config, plain_config, scope_of
+from .evaluation import built_model, evaluate
 from .onnx import export_student_onnx
 from .resuming import newest_checkpoint
 from .transfer import end_early, transfer
@@ -81,6 +83,16 @@ class MMTrainer:
             key[4:]: float(scalars[key].current()) for key in scalars if key.startswith("val/") and "time" not in key
         }
         return TrainedModel(str(described), str(weights), metrics)
+
+    def given(self, job: Job, checkpoint: str) -> TrainedModel:
+        """Return the config's plain model with weights of a file, after a look whether these fit."""
+        config = plain_config(self.config_of(job))
+        weights = weights_of(read_checkpoint(checkpoint, safe_types=SAFE_TYPES))
+        built_model(config, weights, job.config, checkpoint)
+        path = (job.folder / STUDENT).with_suffix(".py")
+        with written_whole(path) as part:
+            part.write_text(config.pretty_text, encoding="utf-8")
+        return TrainedModel(str(path), checkpoint)
 
     def config_of(self, job: Job) -> Config:
         """Return the config with which a run is trained; see :meth:`carry_out`."""

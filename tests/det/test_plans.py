@@ -109,6 +109,15 @@ def test_teacher_assistant_student(folder, scenes, capsys, tmp_path):
     meta = torch.load(assistant["weights"], weights_only=True)["meta"]
     assert tuple(meta["dataset_meta"]["classes"]) == CLASSES
 
+    # The same student, by a plan that is given the assistant's weights.
+    text = PLAN[PLAN.index("[runs.student]") :].split("[runs.", 2)
+    given = f'[runs.assistant]\nconfig = "middle.py"\ncheckpoint = "{assistant["weights"]}"\n\n[runs.{text[1]}'
+    assert main(["plan", str(plan(folder, "given", given))]) == 0
+    assert verbs(capsys.readouterr().out)["assistant"].startswith("takes ")
+    assert_same(state(folder, "student", "given"), state(folder, "student"))
+    wrong = given.replace('config = "middle.py"', 'config = "large.py"')
+    refused(capsys, ["plan", str(plan(folder, "wrong", wrong))], assistant["weights"], progress=True)
+
     # Again: nothing is repeated.
     files = {file: file.stat().st_mtime_ns for file in (folder / "out").rglob("*") if file.is_file()}
     assert main(["plan", str(path)]) == 0

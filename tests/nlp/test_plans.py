@@ -158,6 +158,13 @@ def test_teacher_assistant_student(folder: Path, capsys, steps):
     train_recipe(recipe)
     other = AutoModelForSequenceClassification.from_pretrained(folder / "other").state_dict()
     assert not torch.equal(other["classifier.weight"], made["student"]["classifier.weight"])
+    # The same student, by a plan that is given the assistant's folder.
+    given = PLAN[PLAN.index("[runs.student]") :].split("[runs.", 2)[1]
+    folder_of = folder / "out/assistant/seed0"
+    text = f'[runs.assistant]\nconfig = "middle.yaml"\ncheckpoint = "{folder_of}"\n\n[runs.{given}'
+    lines = told(capsys, plan(folder, text, "given"))
+    assert lines[0].startswith(f"assistant (seed 0, nlp): takes {folder_of}")
+    same(student(folder, "student", "given"), made["student"])
     # Again: nothing is repeated.
     steps.clear()
     lines = told(capsys, path)

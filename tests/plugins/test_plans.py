@@ -163,6 +163,41 @@ def path_of(model) -> Path:
     return next(parent.parent for parent in Path(model.weights).parents if parent.name == "out")
 
 
+GIVEN = """
+[runs.teacher]
+config = "tasks.py:large"
+checkpoint = "large.pth"
+
+[runs.student]
+config = "tasks.py:small"
+teacher = "teacher"
+terms = [{ type = "SoftTargets", temperature = 2 }]
+"""
+
+
+def test_a_teacher_that_is_trained_already_is_taken_as_it_is(folder: Path, capsys):
+    said(plan(folder, GIVEN.replace('checkpoint = "large.pth"', ""), "trained"))
+    made = folder / "trained"
+    record = json.loads((folder / "out/teacher/seed0/finished.json").read_text())
+    shutil.copy(record["model"]["weights"], folder / "large.pth")
+    whole = weights(said(plan(folder, GIVEN.replace('checkpoint = "large.pth"', ""), "trained"))[1]["student", 0])
+    steps = (folder / "steps").read_text()
+    lines, found = said(plan(folder, GIVEN, "given", "other"))
+    assert lines[0].startswith("teacher (seed 0, torch): takes ") and "large.pth" in lines[0]
+    assert len((folder / "steps").read_text()) - len(steps) == len(steps) // 2  # the student's alone
+    assert all(torch.equal(value, whole[key]) for key, value in weights(found["student", 0]).items())
+    lines, _ = said(plan(folder, GIVEN, "given", "other"))
+    assert all("finished" in line for line in lines)
+    # Other weights in the file are another teacher.
+    other = torch.load(folder / "large.pth", weights_only=True)
+    torch.save({key: value + 1 for key, value in other.items()}, folder / "large.pth")
+    refused(capsys, ["plan", str(folder / "given.toml")], "holds a run with other settings")
+    # Those of another model do not fit.
+    shutil.copy(found["student", 0].weights, folder / "large.pth")
+    refused(capsys, ["plan", str(plan(folder, GIVEN, "misfit", "third"))], "large.pth")
+    assert not made.exists()
+
+
 def test_a_dry_run_does_nothing(folder: Path):
     lines, found = said(plan(folder), dry_run=True)
     assert [line.split(": ")[1].split(" ")[0].rstrip(",") for line in lines] == ["trains"] * 3
@@ -309,6 +344,11 @@ def test_other_settings_in_a_folder_are_refused(folder: Path):
         ("[runs.a]\nconfig = 'x.py:f'\nteacher = 1\nterms = ['SoftTargets']\n", "must be a run's name or a table"),
         ("[runs.'a b']\nconfig = 'x.py:f'\n", "a run's name must be letters"),
         ("runs = 3", "has no runs"),
+        ("[runs.a]\nconfig = 'x.py:f'\ncheckpoint = 'absent.pth'\n", "run 'a': there is no checkpoint absent.pth"),
+        (
+            "[runs.a]\nconfig = 'x.py:f'\ncheckpoint = 'plan.toml'\nstart = 'b'\nstop = 1\n",
+            "run 'a': a checkpoint is taken as it is and not trained; leave out start, stop",
+        ),
         ("[runs", "cannot read plan"),
     ],
 )

@@ -32,6 +32,7 @@ class PlannedRun:
         stop: where the training ends early, in the unit in which the host counts its schedule.
         data: the data to train on, if these are not those of the config.
         ensemble: train nothing, and evaluate the :class:`~kdgraft.Ensemble` that is the teacher; the kind of its predictions.
+        checkpoint: train nothing, and take these weights: a file, or a folder of Hugging Face.
     """
 
     name: str
@@ -45,6 +46,7 @@ class PlannedRun:
     stop: int | None = None
     data: TransferSet | None = None
     ensemble: Kind | None = None
+    checkpoint: str | None = None
 
     @property
     def needs(self) -> list[str]:

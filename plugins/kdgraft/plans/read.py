@@ -16,6 +16,7 @@ PLAN_KEYS = ("out", "seeds", "host", "runs")
 SERIES_KEYS = ("each", "chain", "generations", "stages", "choose")
 RUN_KEYS = (
     *("config", "host", "options", "teacher", "teachers", "terms", "recipe", "start", "stop", "data", "ensemble"),
+    "checkpoint",
     *SERIES_KEYS,
 )
 STAGE_KEYS = ("config", "options", "teacher", "teachers", "terms", "recipe", "stop", "data")
@@ -104,6 +105,8 @@ def _entry(name: str, entry: Any, host: Any, folder: Path) -> Entry:
     _check_kinds(where, entry)
     if "ensemble" in entry:
         _check_ensemble(where, entry)
+    if "checkpoint" in entry:
+        _check_checkpoint(where, entry, folder)
     _check_series(where, entry)
     single = {"host": host, **{key: value for key, value in entry.items() if key not in SERIES_KEYS}}
     stages = tuple(_stage(name, single, stage, folder) for stage in entry.get("stages", ()))
@@ -145,11 +148,13 @@ def _run(name: str, entry: Mapping[str, Any], folder: Path, *, alone: bool = Fal
         entry.get("stop"),
         data,
         _kind(where, entry["ensemble"]) if "ensemble" in entry else None,
+        located(entry.get("checkpoint"), folder),
     )
 
 
 _KINDS = {
     **{"config": str, "host": str, "options": dict, "teachers": dict, "terms": list, "start": str, "data": dict},
+    "checkpoint": str,
     **{"each": dict, "chain": dict, "stages": list},
 }
 _CALLED = {str: "text", dict: "table", list: "list"}
@@ -213,6 +218,14 @@ def _check_ensemble(where: str, entry: Mapping[str, Any]) -> None:
     trained = [key for key in ("terms", "recipe", "start", "stop", "data", *SERIES_KEYS) if key in entry]
     if trained:
         raise DistillError(f"{where}: an ensemble is evaluated and not trained; leave out {', '.join(trained)}")
+
+
+def _check_checkpoint(where: str, entry: Mapping[str, Any], folder: Path) -> None:
+    trained = [key for key in RUN_KEYS[3:] if key in entry and key != "checkpoint"]
+    if trained:
+        raise DistillError(f"{where}: a checkpoint is taken as it is and not trained; leave out {', '.join(trained)}")
+    if not (folder / entry["checkpoint"]).exists():
+        raise DistillError(f"{where}: there is no checkpoint {entry['checkpoint']}")
 
 
 def _type(term: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
-from ..files import digest, digest_of_file, written_whole
+from ..files import digest, digest_of_file, digest_of_weights, written_whole
 from ..hosts import Host, Job, TrainedModel, TransferSet, host_named, host_of
 from .plan import Choice, Plan, PlannedRun
 
@@ -99,7 +99,8 @@ def _train(run: PlannedRun, seed: int, needed: Mapping[str, TrainedModel], host:
         run.data,
         run.ensemble,
     )
-    made = host.make_trainer().carry_out(job)
+    trainer = host.make_trainer()
+    made = trainer.carry_out(job) if run.checkpoint is None else trainer.given(job, run.checkpoint)
     _write(state.folder / RECORD, {"settings": state.settings, "model": asdict(made)})
     return made
 
@@ -119,6 +120,8 @@ def _intent(run: PlannedRun | Choice, state: _State) -> str:
     if isinstance(run, Choice):
         midway = f", midway between {' and '.join(run.midway)}" if run.midway else ""
         return f"chooses by {run.by}{midway} among {', '.join(run.candidates)}"
+    if run.checkpoint is not None:
+        return f"takes {run.checkpoint}"
     doing = "goes on" if state.begun else "evaluates an ensemble" if run.ensemble else "trains"
     return doing + (f" after {', '.join(run.needs)}" if run.needs else "")
 
@@ -167,6 +170,7 @@ def _settings(run: PlannedRun, seed: int, needed: Mapping[str, str], host: Host)
         "stop": run.stop,
         "data": run.data and _content(run.data),
         "ensemble": run.ensemble,
+        "checkpoint": run.checkpoint and digest_of_weights(run.checkpoint),
     }
     return found | {key: value for key, value in more.items() if value is not None}
 

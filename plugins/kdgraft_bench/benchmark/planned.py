@@ -25,6 +25,8 @@ def plan_of_benchmark(benchmark: Benchmark, host: BenchHost, dataset: Dataset) -
         if benchmark.batch is not None and model.config is not None:
             raise DistillError(f"batch is of the small models, and {model.config} says its own; leave batch out")
         config, options = host.config(model, dataset, benchmark, name)
+        if model.checkpoint is not None:
+            return {"config": config, "options": {**options, **model.options}, "checkpoint": model.checkpoint}
         return {"config": config, "options": {**options, **host.length(model, benchmark), **model.options}}
 
     runs: dict[str, Any] = {TEACHER: entry(benchmark.teacher, TEACHER), **benchmark.runs}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kdgraft.errors import DistillError
 from kdgraft.files import held, written_whole
 from kdgraft.hosts import TrainedModel
-from kdgraft.plans import Plan, carry_out
+from kdgraft.plans import Plan, PlannedRun, carry_out
 from kdgraft.tables import print_rows
 
 from ..decisions import Decisions, agreement, same_items, telling
@@ -226,6 +226,7 @@ def _announce(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel])
         with processes(told.processes, told.device) as pool:
             found = pool.submit(forecast, told, plan, unknown, told.out / "forecast.log").result()
     pace.known |= {name: [seconds] for name, seconds in found.seconds.items()}
+    pace.known |= {run.name: [0.0] for run in plan.runs if isinstance(run, PlannedRun) and run.checkpoint is not None}
     rows = []
     for run in plan.runs:
         mine = [seed for name, seed in todo if name == run.name]

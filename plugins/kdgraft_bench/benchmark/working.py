@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kdgraft.errors import DistillError
-from kdgraft.files import digest, digest_of_file, written_whole
+from kdgraft.files import digest_of_weights, written_whole
 from kdgraft.hosts import TrainedModel
 from kdgraft.plans import Choice, Plan, PlannedRun, carry_out
 
@@ -185,7 +185,7 @@ def _tested(
     benchmark: Benchmark, run: PlannedRun, trained: TrainedModel, folder: Path, seconds: float
 ) -> tuple[Mapping[str, float], float]:
     """Test a run, unless it was tested before, and return its figures and the time of its training."""
-    record, key = folder / TESTED, _weights(trained)
+    record, key = folder / TESTED, digest_of_weights(trained.weights)
     found = read_record(record)
     if found.get("weights") == key and found.get("split") == benchmark.split:
         return found["metrics"], found["seconds"]
@@ -222,7 +222,11 @@ def _write_texts(
     (planned,) = (each for each in plan.runs if each.name == run[0])
     trained, teacher = finished[run], finished[TEACHER, run[1]]
     record = plan.folder(*run) / TEXTS
-    wanted = {"weights": [_weights(trained), _weights(teacher)], "split": benchmark.split, "count": benchmark.texts}
+    wanted = {
+        "weights": [digest_of_weights(one.weights) for one in (trained, teacher)],
+        "split": benchmark.split,
+        "count": benchmark.texts,
+    }
     known = read_record(record)
     if {key: known.get(key) for key in wanted} != wanted:
         assert isinstance(planned, PlannedRun) and benchmark.texts is not None
@@ -234,13 +238,6 @@ def _write_texts(
             part.write_text(json.dumps(known), encoding="utf-8")
     figures: Mapping[str, float] = known["figures"]
     return figures
-
-
-def _weights(trained: TrainedModel) -> str:
-    """Return a hash of the weights of a run."""
-    path = Path(trained.weights)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
-    return digest([digest_of_file(file) for file in files])
 
 
 def read_record(path: Path) -> dict[str, Any]:

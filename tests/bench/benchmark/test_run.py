@@ -11,6 +11,7 @@ import pytest
 
 from kdgraft.cli import main
 from kdgraft_bench.records import FILE, read_rows
+from support.commands import refused
 from support.killing import ended, started
 
 TASKS = """
@@ -192,6 +193,23 @@ def test_a_dry_run_says_which_run_cannot_be_trained(tmp_path, capfd, monkeypatch
     assert "The peer small-lost does not run: ValueError: no such net" in said.out
     assert "small-hint does not run: WiringError: hint: the student has no module 'no'" in said.out
     assert "small-hint cannot be trained; see " in said.err and "forecast.log" in said.err
+
+
+def test_a_teacher_that_is_trained_already_is_tested_and_teaches(finished, tmp_path, capfd, monkeypatch):
+    out = finished[0]
+    shutil.copy(out / "runs/teacher/seed0/student.pth", tmp_path / "large.pth")
+    plan = PLAN.replace("options = { width = 32 }", 'options = { width = 32 }\ncheckpoint = "large.pth"')
+    written(tmp_path, plan=plan.replace("seeds = [0, 1]", "seeds = [0]"))
+    monkeypatch.chdir(tmp_path)
+    assert main(["bench", "mine.toml", "--methods", "kd", "--dry-run"]) == 0
+    assert "about 0 s" in next(line for line in capfd.readouterr().out.splitlines() if line.startswith("teacher "))
+    assert main(["bench", "mine.toml", "--methods", "kd"]) == 0
+    ours, theirs = read_rows(Path("out")), read_rows(out)
+    for key in (("teacher", "teacher", 0), ("small", "kd", 0)):
+        assert ours[key].metrics == theirs[key].metrics  # the same training, as the weights are the same
+    assert not (tmp_path / "out/runs/teacher/seed0/student.pth").exists()
+    (tmp_path / "large.pth").unlink()
+    refused(capfd, ["bench", "mine.toml"], "teacher: there is no checkpoint large.pth")
 
 
 def test_comparing_a_result_with_itself_shows_nothing(finished, capfd):
