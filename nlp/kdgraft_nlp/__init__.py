@@ -8,6 +8,7 @@ from kdgraft import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, S
 
 from .attention_terms import AttentionMaps, Relations  # noqa: E402
 from .cache import TeacherCache  # noqa: E402
+from .class_teachers import SoftLabels  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
 from .dual_space import DSKD  # noqa: E402
 from .filling import fill_store  # noqa: E402
@@ -42,6 +43,7 @@ __all__ = [
     "Relations",
     "ReverseKL",
     "SkewedKL",
+    "SoftLabels",
     "SoftTargets",
     "Stored",
     "TeacherCache",

@@ -18,11 +18,15 @@ from transformers import (
 from kdgraft.errors import DistillError
 
 from .chats import chat_columns, encode_chats
-from .columns import TextColumns, check_tags, class_names, columns_in, columns_of, own_columns, texts_of
+from .columns import TextColumns, check_columns, check_tags, class_names, columns_in, columns_of, own_columns, texts_of
 from .data import encode
+from .recipe_tasks import soft_column
 from .scores import metrics_of
+from .soft_labels import check_soft_labels
 
 Metrics = Callable[[Any], dict[str, float]]
+SOFT = "soft_labels"
+"""The column of an encoded set with soft labels, and the source that they are beside others."""
 LENGTH = 128
 """The number of tokens that are kept of a sample by default."""
 
@@ -109,6 +113,12 @@ class TextData(RecipeData):
         if self.task == "tokens":
             check_tags(labelled, text, label)
         self.names = class_names(self.task, labelled, label, self.told.get("classes"))
+        soft = soft_column(self.told)
+        if soft:
+            check_columns("train", sets["train"], {"soft_labels": soft["column"]})
+            values, independent = soft.get("values", "probabilities"), self.task == "multi_label"
+            rows = sets["train"].with_format(None)[soft["column"]][:]
+            check_soft_labels(soft["column"], rows, len(self.names), values, independent)
 
     def texts(self, found: Dataset) -> Iterable[str]:
         read = texts_of(found, self.columns[0], words=self.task == "tokens")
@@ -117,7 +127,12 @@ class TextData(RecipeData):
     def encode(self, split: str, found: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         columns = (self.columns[0], None if self.unlabelled and split == "train" else self.columns[1])
         joined = self.told.get("joined") is not False and not self.kept and not self.told.get("packed")
-        return encode(self.task, found, tokenizer, columns, self.names, self.length, joined=joined, kept=self.kept)
+        told = dict(joined=joined, kept=self.kept)
+        encoded = encode(self.task, found, tokenizer, columns, self.names, self.length, **told)
+        soft = soft_column(self.told)
+        if not soft or split != "train":
+            return encoded
+        return encoded.add_column(SOFT, found.with_format(None)[soft["column"]][:])
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, student: Any) -> Callable[..., Any]:
         if self.told.get("packed"):

@@ -15,10 +15,11 @@ from kdgraft.registry import call
 from .chats import is_chat
 from .checks import one_line
 from .choices import ChoiceData
+from .class_teachers import SoftLabels
 from .data import train_tokenizer
 from .questions import QuestionData
-from .recipe_data import ChatData, RecipeData, TextData
-from .recipe_tasks import TASKS
+from .recipe_data import SOFT, ChatData, RecipeData, TextData
+from .recipe_tasks import TASKS, soft_column
 from .sequences import SequenceData, decoder_tokens
 from .settings import tokenizer_folder
 from .tasks import AUTO_CLASSES
@@ -93,3 +94,23 @@ def build_model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | Non
         if task == "seq2seq":
             settings = {**decoder_tokens(tokenizer), **settings}
         return kind.from_config(AutoConfig.for_model(**settings))
+
+
+def add_soft_labels(settings: dict[str, Any], data: Mapping[str, Any], names: Sequence[str] | None) -> None:
+    """Add the source of a recipe's soft labels, if it names any, to its teacher or beside its teachers.
+
+    Args:
+        settings: the entries ``teacher`` and ``teachers``, changed in place.
+        data: the recipe's ``data``.
+        names: its classes, in the order of the soft labels.
+    """
+    soft = soft_column(data)
+    if not soft:
+        return
+    source = SoftLabels(SOFT, values=soft.get("values", "probabilities"), classes=names)
+    if settings["teachers"] is None:
+        settings["teacher"] = source
+        return
+    if SOFT in settings["teachers"]:
+        raise DistillError(f"teachers.{SOFT} is the name of data.soft_labels; give this teacher another name")
+    settings["teachers"] = {SOFT: source, **settings["teachers"]}

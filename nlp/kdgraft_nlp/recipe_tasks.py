@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdgraft.errors import DistillError, check_number
+from kdgraft.errors import DistillError, check_number, nearest
 
 from .chats import is_chat
 
@@ -34,9 +34,15 @@ LABELS = {"label": "label", "tags": "tags", "answers": "answers", "target": "tar
 _TEXT = {"text": "text"}
 TASKS = {
     "classification": RecipeTask(
-        "sequence", _TEXT, "label", ("accuracy", "f1", "macro_f1", "matthews_correlation"), ("classes", "labels")
+        "sequence",
+        _TEXT,
+        "label",
+        ("accuracy", "f1", "macro_f1", "matthews_correlation"),
+        ("classes", "soft_labels", "labels"),
     ),
-    "multi_label": RecipeTask("sequence", _TEXT, "label", ("micro_f1", "macro_f1"), ("classes", "labels")),
+    "multi_label": RecipeTask(
+        "sequence", _TEXT, "label", ("micro_f1", "macro_f1"), ("classes", "soft_labels", "labels")
+    ),
     "regression": RecipeTask("sequence", _TEXT, "label", ("mse", "pearson", "spearman"), ("labels",)),
     "tokens": RecipeTask("tokens", {"words": "tokens"}, "tags", ("accuracy", "span_f1"), ("classes", "labels")),
     "multiple_choice": RecipeTask(
@@ -76,6 +82,7 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "answer_length": ((int,), "a whole number of tokens"),
     "target_length": ((int,), "a whole number of tokens"),
     "prefix": ((str,), "a text"),
+    "soft_labels": ((str, Mapping), "a column's name, or {column: name, values: logits}"),
     "labels": ((bool,), "true or false"),
     "joined": ((bool,), "true or false"),
     "packed": ((bool,), "true or false"),
@@ -131,6 +138,26 @@ def check_classes(task: str, data: Mapping[str, Any]) -> None:
         raise DistillError(f"data.classes must have two or more names, each once; got {list(classes)!r}")
 
 
+def check_soft(task: str, data: Mapping[str, Any]) -> None:
+    """Raise a :class:`DistillError` for a malformed ``data.soft_labels``."""
+    told = soft_column(data)
+    if not isinstance(data.get("soft_labels"), Mapping):
+        return
+    for key in told:
+        if key not in ("column", "values"):
+            raise DistillError(f"data.soft_labels takes no argument {key!r}{nearest(str(key), ('column', 'values'))}")
+    if not isinstance(told.get("column"), str) or told.get("values", "logits") not in ("probabilities", "logits"):
+        raise DistillError(
+            f"data.soft_labels needs column, and takes values: probabilities or logits; got {data['soft_labels']!r}"
+        )
+
+
+def soft_column(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the ``column`` of a recipe's soft labels and the kind of their ``values``; nothing where it names none."""
+    given = data.get("soft_labels")
+    return dict(given) if isinstance(given, Mapping) else {} if given is None else {"column": given}
+
+
 def check_chats(task: str, data: Mapping[str, Any]) -> None:
     """Raise a :class:`DistillError` for entries of language models that contradict each other or the task."""
     if (data.get("packed") or is_chat(data)) and task != "causal":
@@ -160,7 +187,7 @@ def check_amounts(task: str, data: Mapping[str, Any]) -> None:
             check_number("data", entry, value, lowest, whole=True)
 
 
-CHECKS = (check_entries, check_text, check_choices, check_classes, check_amounts, check_chats)
+CHECKS = (check_entries, check_text, check_choices, check_classes, check_soft, check_amounts, check_chats)
 """The checks of ``data`` that need neither files nor models."""
 
 

@@ -36,7 +36,9 @@
 task                     entries of ``data``, with the columns that are read by default, and metrics beside the loss
 =======================  ==================================================================================================
 ``classification``       ``text: text``, or ``[first, second]`` for pairs; ``label: label``; ``classes``: the names in their
-                         order, by default those that the set declares, or those that occur, sorted. Accuracy, macro-F1,
+                         order, by default those that the set declares, or those that occur, sorted; ``soft_labels``: a column
+                         of one probability for each class, or ``{column: name, values: logits}``, that teaches in place of a
+                         model (:class:`~kdgraft_nlp.SoftLabels`), or beside ``teachers`` as the source ``soft_labels``. Accuracy, macro-F1,
                          Matthews' correlation, and of two classes the F1 of the second
 ``multi_label``          so too; a label is a list of names, or a 0 or 1 for each class. Micro- and macro-F1
 ``regression``           so too; a label is a number. Squared error, Pearson's and Spearman's correlation
@@ -82,10 +84,11 @@ from kdgraft.telling import said_aloud
 from .adapters import adapted, base_of
 from .checkpoints import newest_first
 from .checks import check_sizes, one_line
+from .class_teachers import ClassTeacher
 from .data import drawn, read_data
 from .link import link_of
 from .packing import check_apart
-from .recipe_parts import build_model, build_tokenizer, check_best, layout_of
+from .recipe_parts import add_soft_labels, build_model, build_tokenizer, check_best, layout_of
 from .recipe_tasks import TASKS
 from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
 from .settings import check_settings, load, tokenizer_folder, untaught
@@ -311,6 +314,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
         if isinstance(settings["teachers"], Mapping):
             several = settings["teachers"].items()
             settings["teachers"] = {name: with_students(f"teachers.{name}", one, peer) for name, one in several}
+    add_soft_labels(settings, told, names)
     taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
         trainer = DistillTrainer(
@@ -331,7 +335,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
         check_apart(base_of(student), "student")
     seen = (tokenizer, encoded) if theirs is None else (theirs, read_by_teacher(collator, encoded))
     for name, source in trainer.distiller.sources.items() if trainer.distiller is not None else ():
-        if source.members == (name,):
+        if source.members == (name,) and not isinstance(source, ClassTeacher):
             check_sizes(name, source.model, *seen)
             if told.get("packed") and not isinstance(source, Cached):
                 check_apart(source.model, name)

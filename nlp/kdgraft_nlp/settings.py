@@ -128,7 +128,7 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
     if arguments is not None:
         _check_evaluation(name, arguments, not files or bool(data.get("eval")), told)
     _check_models(config, fine, TASKS[name].model if name in TASKS else None, told)
-    _check_teaching(config, fine, told)
+    _check_teaching(config, fine, bool(data.get("soft_labels")), told)
     _check_second_tokenizer(name, data, fine, told)
     if name == "question_answering" and arguments is not None and arguments.train_sampling_strategy != "random":
         told.append(
@@ -194,11 +194,16 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
         )
 
 
-def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], told: _Mistakes) -> None:
+def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], soft: bool, told: _Mistakes) -> None:
     if config.get("adapters") is not None and isinstance(fine.get("student"), Mapping):
         told.append("adapters are added to a trained model; give student: a folder")
     _check_terms(fine.get("recipe"), fine.get("terms"), told)
-    taught = any(config.get(entry) is not None for entry in ("teacher", "teachers"))
+    taught = soft or any(config.get(entry) is not None for entry in ("teacher", "teachers"))
+    if soft and config.get("teacher") is not None:
+        told.append(
+            "data.soft_labels teach by themselves; leave out teacher, or name it by teachers: {NAME: …}, beside which soft labels are the "
+            "source 'soft_labels'"
+        )
     if not taught and (config.get("recipe") or config.get("terms")):
         told.append("a recipe or terms need teacher: the folder of a trained model")
     if not taught and config.get("init_from") is not None:
@@ -287,6 +292,8 @@ def untaught(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {**config, **dict.fromkeys(taught)}
     if config.get("teacher_tokenizer") and config.get("task") == "causal" and isinstance(config.get("data"), Mapping):
         found["data"] = {**config["data"], "joined": False}
+    elif isinstance(config.get("data"), Mapping):
+        found["data"] = {key: value for key, value in config["data"].items() if key != "soft_labels"}
     return found
 
 

@@ -16,6 +16,7 @@ from kdgraft.sources.base import share_parameters
 from .adapters import BASE, AdaptersOff, base_of
 from .cache import TeacherCache
 from .checks import check_folder, flat
+from .class_teachers import ClassTeacher
 from .stored import Stored
 from .tasks import auto_class
 
@@ -58,15 +59,22 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         source.load()
         if isinstance(source, (Teacher, Peer)):
             source.model = base_of(source.model)
-    if cache is not None:
-        (name, first), *others = found.items()
-        if isinstance(first, AdaptersOff):
-            raise DistillError("a cache is for a teacher that is not there, and teacher='base' always is; leave it out")
-        if others or not isinstance(first, Teacher):
-            raise DistillError("a cache holds the outputs of one teacher; leave it out with several teachers or peers")
-        cache.belongs_to(first.model)
-        found[name] = Cached(first, cache)
-    return found
+        if isinstance(source, ClassTeacher):
+            source.fit_to(student)
+    return found if cache is None else _cached(found, cache)
+
+
+def _cached(found: dict[str, Source], cache: TeacherCache) -> dict[str, Source]:
+    """Return the only teacher with a cache of its outputs."""
+    (name, first), *others = found.items()
+    if isinstance(first, ClassTeacher):
+        raise DistillError(f"a cache is for a classifier, and {type(first).__name__} is none; leave out the cache")
+    if isinstance(first, AdaptersOff):
+        raise DistillError("a cache is for a teacher that is not there, and teacher='base' always is; leave it out")
+    if others or not isinstance(first, Teacher):
+        raise DistillError("a cache holds the outputs of one teacher; leave it out with several teachers or peers")
+    cache.belongs_to(first.model)
+    return {name: Cached(first, cache)}
 
 
 def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:

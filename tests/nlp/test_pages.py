@@ -40,3 +40,7 @@ def test_training_on_texts_of_the_student_as_printed(tmp_path: Path):
     said = run_program(program("OnPolicy(share=0.5", "DataCollatorForSeq2Seq"), tmp_path)
     for word in ("on_policy.fraction", "on_policy.seconds", "on_policy.length", "distill.generalized_jsd.loss"):
         assert word in said
+
+
+def test_soft_labels_as_printed(tmp_path: Path):
+    assert "distill.soft_targets.loss" in run_program(program('SoftLabels("soft", classes='), tmp_path)
