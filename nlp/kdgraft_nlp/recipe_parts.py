@@ -11,12 +11,15 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, Tra
 
 from kdgraft.errors import DistillError
 from kdgraft.registry import call
+from kdgraft.sources import with_students
+from kdgraft.sources.gather import BuildStudent
 
 from .chats import is_chat
 from .checks import one_line
 from .choices import ChoiceData
 from .class_teachers import SoftLabels
 from .data import train_tokenizer
+from .label_words import fill_columns
 from .questions import QuestionData
 from .recipe_data import SOFT, ChatData, RecipeData, TextData
 from .recipe_tasks import TASKS, soft_column
@@ -96,21 +99,27 @@ def build_model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | Non
         return kind.from_config(AutoConfig.for_model(**settings))
 
 
-def add_soft_labels(settings: dict[str, Any], data: Mapping[str, Any], names: Sequence[str] | None) -> None:
-    """Add the source of a recipe's soft labels, if it names any, to its teacher or beside its teachers.
+def recipe_sources(config: Mapping[str, Any], samples: RecipeData, build_student: BuildStudent) -> dict[str, Any]:
+    """Return the entries ``teacher`` and ``teachers`` of a recipe, with peers built and the source of its soft labels, if any.
 
     Args:
-        settings: the entries ``teacher`` and ``teachers``, changed in place.
-        data: the recipe's ``data``.
-        names: its classes, in the order of the soft labels.
+        config: the recipe.
+        samples: the layout of its samples.
+        build_student: builds the model of a peer.
     """
-    soft = soft_column(data)
+
+    def completed(where: str, given: Any) -> Any:
+        return with_students(where, fill_columns(given, samples.text_columns), build_student)
+
+    teacher, teachers = completed("teacher", config.get("teacher")), config.get("teachers")
+    if isinstance(teachers, Mapping):
+        teachers = {name: completed(f"teachers.{name}", one) for name, one in teachers.items()}
+    soft = soft_column(config.get("data") or {})
     if not soft:
-        return
-    source = SoftLabels(SOFT, values=soft.get("values", "probabilities"), classes=names)
-    if settings["teachers"] is None:
-        settings["teacher"] = source
-        return
-    if SOFT in settings["teachers"]:
+        return {"teacher": teacher, "teachers": teachers}
+    source = SoftLabels(SOFT, values=soft.get("values", "probabilities"), classes=samples.names)
+    if teachers is None:
+        return {"teacher": source, "teachers": None}
+    if SOFT in teachers:
         raise DistillError(f"teachers.{SOFT} is the name of data.soft_labels; give this teacher another name")
-    settings["teachers"] = {SOFT: source, **settings["teachers"]}
+    return {"teacher": teacher, "teachers": {SOFT: source, **teachers}}

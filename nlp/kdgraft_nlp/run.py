@@ -9,8 +9,9 @@
 ``tokenizer``          a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither
                        the student's nor the teacher's folder has one
 ``student``            a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
-``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``; without it the model trains alone
-                       (as a teacher, or as a plain student)
+``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``, or of classes ``{type: LabelWords, model:
+                       folder, template: "{text} It is", words: {positive: [" good"], negative: [" bad"]}}`` (in a template stand
+                       the columns of texts); without it the model trains alone (as a teacher, or as a plain student)
 ``teacher_tokenizer``  where the teacher has another tokenizer, ``true`` (the one in its folder) or a folder: each text is
                        encoded by both, on its own (``joined`` is false), cut to what the student reads of it; for terms such
                        as ``UniversalLogits``, ``GOLD``, ``DSKD`` and those on samples
@@ -78,7 +79,7 @@ from kdgraft.errors import DistillError
 from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
 from kdgraft.launching import waiting
-from kdgraft.sources import Cached, with_students
+from kdgraft.sources import Cached
 from kdgraft.telling import said_aloud
 
 from .adapters import adapted, base_of
@@ -86,12 +87,13 @@ from .checkpoints import newest_first
 from .checks import check_sizes, one_line
 from .class_teachers import ClassTeacher
 from .data import drawn, read_data
+from .label_words import reads_texts
 from .link import link_of
 from .packing import check_apart
-from .recipe_parts import add_soft_labels, build_model, build_tokenizer, check_best, layout_of
+from .recipe_parts import build_model, build_tokenizer, check_best, layout_of, recipe_sources
 from .recipe_tasks import TASKS
 from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
-from .settings import check_settings, load, tokenizer_folder, untaught
+from .settings import check_settings, load, sources_in, tokenizer_folder, untaught
 from .tasks import LANGUAGE_MODELS
 from .trainer import DistillTrainer
 
@@ -295,7 +297,8 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     task, told = str(config["task"]), dict(config.get("data") or {})
     sets = dict(data) if data is not None else read_data(told)
     theirs = teacher_tokenizer(config)
-    samples = layout_of(task, told)(task, told, sets, kept=theirs is not None)
+    texts = any(reads_texts(source) for source in sources_in(config).values())
+    samples = layout_of(task, told)(task, told, sets, kept=texts or theirs is not None)
     tokenizer = build_tokenizer(config.get("tokenizer"), samples, sets["train"], config)
     samples.read_classes(sets)
     check_best(arguments, samples)
@@ -303,18 +306,16 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     encoded = {split: samples.encode(split, found, tokenizer) for split, found in sets.items()}
     names = samples.names
     student = adapted(build_model(config["student"], task, tokenizer, names), config.get("adapters"), TASKS[task].model)
-    collator = second_view(samples.collator(tokenizer, student), theirs, samples.text_columns, words=task == "tokens")
-    settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
+    collator = second_view(
+        samples.collator(tokenizer, student), theirs, samples.text_columns, words=task == "tokens", texts=texts
+    )
+    settings = {key: config.get(key) for key in ("recipe", "terms", "init_from")}
 
     def peer(owner: str, spec: Any) -> Any:
         return build_model(spec, task, tokenizer, names, owner)
 
     with isolated_rng():
-        settings["teacher"] = with_students("teacher", settings["teacher"], peer)
-        if isinstance(settings["teachers"], Mapping):
-            several = settings["teachers"].items()
-            settings["teachers"] = {name: with_students(f"teachers.{name}", one, peer) for name, one in several}
-    add_soft_labels(settings, told, names)
+        settings |= recipe_sources(config, samples, peer)
     taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
         trainer = DistillTrainer(

@@ -22,6 +22,7 @@ from .adapters import BASE
 from .arguments import check_student, training_arguments, training_mistakes
 from .chats import is_chat
 from .checks import check_folder, flat, one_line
+from .label_words import check_label_words, reads_texts
 from .on_policy import read_on_policy
 from .reader import HFReader
 from .recipe_tasks import ALONE, CHECKS, DATA_KINDS, LABELLED, TASKS, check_file
@@ -169,12 +170,13 @@ def _check_evaluation(task: str, arguments: TrainingArguments, evaluates: bool, 
 
 
 def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str | None, told: _Mistakes) -> None:
-    folders = {entry: fine.get(entry) for entry in ("teacher", "student")}
-    folders |= {f"teachers.{name}": given for name, given in (fine.get("teachers") or {}).items()}
+    folders = {**sources_in(fine), "student": fine.get("student")}
     peers = {f"{entry}{end}": one for entry, given in folders.items() for end, one in students_in(given).items()}
     for entry, given in (folders | peers).items():
         if isinstance(given, (str, Path)) and not (given == BASE and config.get("adapters") is not None):
             told.look(check_folder, entry, given)
+        if reads_texts(given):
+            told.look(check_label_words, entry, given, fine)
     for entry, given in peers.items():
         if isinstance(given, Mapping):
             told.look(check_student, given, task, entry)
@@ -182,6 +184,10 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
             told.append(
                 f"{entry} is a folder, or a config such as {{model_type: bert, hidden_size: 64}}; got {given!r}"
             )
+    _check_student(config, fine, task, told)
+
+
+def _check_student(config: Mapping[str, Any], fine: Mapping[str, Any], task: str | None, told: _Mistakes) -> None:
     if isinstance(fine.get("student"), Mapping):
         told.look(check_student, fine["student"], task)
     elif config.get("student") is None:
@@ -192,6 +198,13 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
         told.append(
             "tokenizer is a folder, or {vocab_size: 4000} to train one on the training set; the student and the teacher bring none"
         )
+
+
+def sources_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe says of each of its sources, by the entry that names it."""
+    several = config.get("teachers")
+    found = {f"teachers.{name}": given for name, given in several.items()} if isinstance(several, Mapping) else {}
+    return {"teacher": config.get("teacher"), **found}
 
 
 def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], soft: bool, told: _Mistakes) -> None:

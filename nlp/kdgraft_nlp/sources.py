@@ -15,8 +15,9 @@ from kdgraft.sources.base import share_parameters
 
 from .adapters import BASE, AdaptersOff, base_of
 from .cache import TeacherCache
-from .checks import check_folder, flat
+from .checks import flat
 from .class_teachers import ClassTeacher
+from .loading import load_whole
 from .stored import Stored
 from .tasks import auto_class
 
@@ -115,26 +116,12 @@ def _folder(name: str, given: Any) -> str | Path:
 
 
 def _load(folder: str | Path, student: nn.Module) -> nn.Module:
-    check_folder("teacher", folder)
     loads = auto_class(student)
     if loads is None:
         raise DistillError(
             f"{folder} cannot be loaded, as the kind of {type(student).__name__} is unknown; load the teacher and pass the model"
         )
-    try:
-        model, found = loads.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DistillError(f"cannot load the teacher {folder}: {flat(error)}") from None
-    problems = [
-        f"{len(found[kind])} {kind.removesuffix('_keys')}: {', '.join(str(key) for key in sorted(found[kind], key=str)[:4])}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if found.get(kind)
-    ]
-    if problems:
-        raise DistillError(
-            f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}"
-        )
-    return model
+    return load_whole(loads, folder)
 
 
 def compare_classes(student: nn.Module, sources: Mapping[str, Source]) -> None:
