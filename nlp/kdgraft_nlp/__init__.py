@@ -8,10 +8,12 @@ from kdgraft import DIST, ForwardKL, GeneralizedJSD, LogitMatching, ReverseKL, S
 
 from .attention_terms import AttentionMaps, Relations  # noqa: E402
 from .cache import TeacherCache  # noqa: E402
+from .class_teachers import SoftLabels  # noqa: E402
 from .collator import DistillCollator  # noqa: E402
 from .dual_space import DSKD  # noqa: E402
 from .filling import fill_store  # noqa: E402
 from .initialisation import init_from_teacher  # noqa: E402
+from .label_words import LabelWords  # noqa: E402
 from .logits import GOLD, UniversalLogits  # noqa: E402
 from .minillm import MiniLLM  # noqa: E402
 from .on_policy import OnPolicy  # noqa: E402
@@ -35,6 +37,7 @@ __all__ = [
     "ForwardKL",
     "GeneralizedJSD",
     "HiddenStates",
+    "LabelWords",
     "LogitMatching",
     "MiniLLM",
     "OnPolicy",
@@ -42,6 +45,7 @@ __all__ = [
     "Relations",
     "ReverseKL",
     "SkewedKL",
+    "SoftLabels",
     "SoftTargets",
     "Stored",
     "TeacherCache",

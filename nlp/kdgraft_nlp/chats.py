@@ -69,9 +69,7 @@ def _of_pair(tokenizer: Any, values: Sequence[Any], where: str) -> Row:
     prompt, answer = values
     if isinstance(prompt, str) and isinstance(answer, str):
         before, after = tokenizer([prompt, answer], add_special_tokens=False)["input_ids"]
-        first = tokenizer.bos_token_id
-        if first is not None and tokenizer(prompt)["input_ids"][:1] == [first] != before[:1]:
-            before = [first, *before]  # as the tokenizer begins a text
+        before = begun(tokenizer, prompt, before)
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
         after = after if end is None else [*after, end]
         return [*before, *after], [IGNORED] * len(before) + after
@@ -80,6 +78,14 @@ def _of_pair(tokenizer: Any, values: Sequence[Any], where: str) -> Row:
     before, whole = _templated(tokenizer, prompt, True), _templated(tokenizer, [*prompt, *answer], False)
     _check_prefix(before, whole, where)
     return whole, [IGNORED] * len(before) + whole[len(before) :]
+
+
+def begun(tokenizer: Any, text: str, ids: list[int]) -> list[int]:
+    """Return the tokens of a text with the one that its tokenizer begins a text with, if any."""
+    first = tokenizer.bos_token_id
+    if first is not None and tokenizer(text)["input_ids"][:1] == [first] != ids[:1]:
+        return [first, *ids]
+    return ids
 
 
 def _of_messages(tokenizer: Any, messages: Any, where: str) -> Row:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from huggingface_hub import constants, try_to_load_from_cache
 from torch import nn
 
 from kdgraft.errors import DistillError
+
+from .tasks import has_decoder
 
 
 @contextmanager
@@ -59,13 +61,8 @@ def check_sizes(owner: str, model: Any, tokenizer: Any, sets: Mapping[str, Datas
         raise DistillError(
             f"the tokenizer has {len(tokenizer)} entries, and the {owner} has {words} embeddings; raise vocab_size"
         )
-    longest = max(len(row) for found in sets.values() for row in found["input_ids"][:])
-    kinds = [
-        max(row) + 1
-        for found in sets.values()
-        if "token_type_ids" in found.column_names
-        for row in found["token_type_ids"][:]
-    ]
+    longest = max(len(row) for row in _rows(sets, ("input_ids", *(["labels"] if has_decoder(model) else []))))
+    kinds = [max(row) + 1 for row in _rows(sets, ("token_type_ids",))]
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
         if not isinstance(module, nn.Embedding) or name.startswith("distiller."):
@@ -77,3 +74,11 @@ def check_sizes(owner: str, model: Any, tokenizer: Any, sets: Mapping[str, Datas
             )
         if last == "token_type_embeddings" and max(kinds, default=1) > module.num_embeddings:
             raise DistillError(f"pairs have two types of tokens, and the {owner} one; set {owner}.type_vocab_size to 2")
+
+
+def _rows(sets: Mapping[str, Dataset], columns: Sequence[str]) -> Iterator[list[int]]:
+    """Iterate over all rows of tokens; samples of multiple choice have several."""
+    for found in sets.values():
+        for column in columns:
+            for row in found[column][:] if column in found.column_names else ():
+                yield from row if row and isinstance(row[0], list) else [row]

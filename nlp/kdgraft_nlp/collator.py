@@ -11,7 +11,7 @@ from torch import Tensor
 from kdgraft.errors import DistillError
 
 from .cache import TeacherCache
-from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TEXTS_OF_SAMPLES, TOKEN_PAIRS, TOKEN_STARTS
 
 PREFIX = "teacher_"
 
@@ -28,7 +28,8 @@ class DistillCollator:
         collator: any collator, such as ``DataCollatorWithPadding(tokenizer)``.
         teacher_tokenizer: the teacher's tokenizer, where it differs from the student's; both must be fast tokenizers.
         tokenizer: the student's tokenizer; the wrapped collator's by default.
-        text: the column with the text (or the two columns of a pair) that the second tokenizer reads.
+        text: the column with the text (or the two columns of a pair) that the second tokenizer reads, or a teacher that reads texts,
+            such as :class:`~kdgraft_nlp.LabelWords`.
         words: a column with the text as a list of words, instead of ``text``.
         max_length: the maximum number of the teacher's tokens; the tokenizer's own limit by default.
         cache: stores the teacher's outputs, so that it runs once for each sample; not for random views of the samples.
@@ -85,7 +86,7 @@ class DistillCollator:
         return [*self.text, *([self.words] if self.words else []), *([self.id] if self.id is not None else [])]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
-        """Return the wrapped collator's batch, with ``teacher_inputs``, ``token_pairs`` and ``token_starts`` where needed."""
+        """Return the wrapped collator's batch, with ``teacher_inputs``, ``texts``, ``token_pairs`` and ``token_starts`` where needed."""
         if not features or not isinstance(features[0], Mapping):
             return self.collator(features)
         extra = set(self.columns)
@@ -103,6 +104,9 @@ class DistillCollator:
             encoded, found = self._second_view(features, batch)
             teacher.update(encoded)
             batch.update(found)
+        texts = {name: [feature[name] for feature in features] for name in self.text if name in features[0]}
+        if texts:
+            batch[TEXTS_OF_SAMPLES] = texts
         if teacher:
             batch[TEACHER_INPUTS] = teacher
         if self.id is not None:

@@ -22,6 +22,7 @@ from kdgraft.step import scaled
 
 from .adapters import base_of
 from .checkpoints import Resuming
+from .class_teachers import ClassTeacher
 from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
@@ -91,6 +92,10 @@ class Distilling(Resuming):
             peers = [source for source in self.distiller.sources.values() if source.trains]
             try:
                 self._check(self.distiller)
+                for source in self.distiller.sources.values():
+                    if isinstance(source, ClassTeacher):
+                        source.check_views(views)
+                        source.check_data(self.train_dataset)
             except DistillError:
                 undistill(self.model)
                 raise

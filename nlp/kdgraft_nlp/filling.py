@@ -30,6 +30,7 @@ from kdgraft.topk import TopK
 from .adapters import AdaptersOff, base_of
 from .cache import check_storable, fingerprint
 from .checks import one_line
+from .class_teachers import ClassTeacher
 from .link import link_of
 from .packing import check_apart, texts_of
 from .run import build
@@ -294,6 +295,10 @@ def _only_teacher(engine: Engine) -> Teacher:
     found: list[Source] = list(engine.sources.values())
     if len(found) != 1 or not isinstance(found[0], Teacher) or isinstance(found[0], (Cached, AdaptersOff)):
         raise DistillError("a store holds the outputs of one frozen teacher; give one model or folder as the teacher")
+    if isinstance(found[0], ClassTeacher):
+        raise DistillError(
+            f"a store is of a classifier, and {type(found[0]).__name__} is none; write its probabilities into a column of soft labels"
+        )
     if "decoder_input_ids" in accepted(found[0].model):
         raise DistillError(f"a store cannot hold outputs of a model with a decoder ({type(found[0].model).__name__})")
     return found[0]

@@ -1,19 +1,17 @@
 """Training from a recipe file: ``kdgraft train recipe.yaml``; the scripts of ``nlp/configs`` and the demo use it too.
 
 =====================  ====================================================================================================
-``task``               ``classification``, ``regression``, ``tokens``, ``causal`` or ``masked``
-``data``               ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``text`` (or
-                       ``words``), ``label`` (or ``tags``): their columns, ``text: [first, second]`` for pairs of texts;
-                       ``fraction``: the share of the training set to use; ``length``: tokens; ``labels: false``: train on
-                       the terms alone, on texts without labels; ``joined: false``: a language model reads each text on its
-                       own, cut to ``length``, not blocks of joined texts; ``packed: true``: so too, and the texts of a batch
-                       are one row without padding; ``prompt`` and ``completion``, or ``messages``: columns of prompts and
-                       answers (texts, or messages for the tokenizer's chat template), whose answers alone have labels
+``task``               ``classification``, ``multi_label``, ``regression``, ``tokens``, ``multiple_choice``,
+                       ``question_answering``, ``seq2seq``, ``causal`` or ``masked``
+``data``               ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``fraction``: the share
+                       of the training set to use; ``length``: tokens, 128 by default; the columns are named by the entries
+                       of the table below
 ``tokenizer``          a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither
                        the student's nor the teacher's folder has one
 ``student``            a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
-``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``; without it the model trains alone
-                       (as a teacher, or as a plain student)
+``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``, or of classes ``{type: LabelWords, model:
+                       folder, template: "{text} It is", words: {positive: [" good"], negative: [" bad"]}}`` (in a template stand
+                       the columns of texts); without it the model trains alone (as a teacher, or as a plain student)
 ``teacher_tokenizer``  where the teacher has another tokenizer, ``true`` (the one in its folder) or a folder: each text is
                        encoded by both, on its own (``joined`` is false), cut to what the student reads of it; for terms such
                        as ``UniversalLogits``, ``GOLD``, ``DSKD`` and those on samples
@@ -34,27 +32,45 @@
 ``training``           arguments of :class:`transformers.TrainingArguments`
 ``output``             the folder of checkpoints and of the student
 =====================  ====================================================================================================
+
+=======================  ==================================================================================================
+task                     entries of ``data``, with the columns that are read by default, and metrics beside the loss
+=======================  ==================================================================================================
+``classification``       ``text: text``, or ``[first, second]`` for pairs; ``label: label``; ``classes``: the names in their
+                         order, by default those that the set declares, or those that occur, sorted; ``soft_labels``: a column
+                         of one probability for each class, or ``{column: name, values: logits}``, that teaches in place of a
+                         model (:class:`~kdgraft_nlp.SoftLabels`), or beside ``teachers`` as the source ``soft_labels``. Accuracy, macro-F1,
+                         Matthews' correlation, and of two classes the F1 of the second
+``multi_label``          so too; a label is a list of names, or a 0 or 1 for each class. Micro- and macro-F1
+``regression``           so too; a label is a number. Squared error, Pearson's and Spearman's correlation
+``tokens``               ``words: tokens``, ``tags: tags``. Accuracy, F1 of spans
+``multiple_choice``      ``context: context``, ``choices: choices`` (a list of texts) or several columns of one text each,
+                         ``question``: put before each choice; ``label: label``, the number of the right one. Accuracy
+``question_answering``   ``question: question``, ``context: context``, ``answers: answers``, as in SQuAD; ``stride``: the tokens that
+                         two windows of ``length`` share, a third of them by default; ``answer_length``: tokens of the
+                         longest answer, 30 by default. Exact match and F1, as shares of 1
+``seq2seq``              ``source: source``, ``target: target``; ``prefix``: put before each source; ``target_length``: tokens.
+                         Perplexity
+``causal``, ``masked``   ``text: text``; ``joined: false``: each text on its own, cut to ``length``, not blocks of joined texts;
+                         causal alone: ``packed: true``: so too, and the texts of a batch are one row without padding;
+                         ``prompt`` and ``completion``, or ``messages``: columns of prompts and answers (texts, or messages for
+                         the tokenizer's chat template), whose answers alone have labels. Perplexity
+=======================  ==================================================================================================
+
+``labels: false`` (tasks on texts and words): train on the terms alone, on texts without labels.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
 from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    DataCollatorForSeq2Seq,
-    DataCollatorForTokenClassification,
-    DataCollatorWithFlattening,
-    DataCollatorWithPadding,
-    PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
 )
@@ -63,21 +79,22 @@ from kdgraft.errors import DistillError
 from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
 from kdgraft.launching import waiting
-from kdgraft.registry import call
-from kdgraft.sources import Cached, with_students
+from kdgraft.sources import Cached
 from kdgraft.telling import said_aloud
 
 from .adapters import adapted, base_of
-from .chats import chat_columns, encode_chats, is_chat
 from .checkpoints import newest_first
 from .checks import check_sizes, one_line
-from .data import TextColumns, check_tags, class_names, columns_of, drawn, encode, read_data, texts_of, train_tokenizer
+from .class_teachers import ClassTeacher
+from .data import drawn, read_data
+from .label_words import reads_texts
 from .link import link_of
 from .packing import check_apart
-from .scores import metrics_of
+from .recipe_parts import build_model, build_tokenizer, check_best, layout_of, recipe_sources
+from .recipe_tasks import TASKS
 from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
-from .settings import TASKS, check_settings, encoding, load, tokenizer_folder, untaught
-from .tasks import AUTO_CLASSES
+from .settings import check_settings, load, sources_in, tokenizer_folder, untaught
+from .tasks import LANGUAGE_MODELS
 from .trainer import DistillTrainer
 
 
@@ -190,7 +207,7 @@ def _last_evaluation(trainer: DistillTrainer) -> dict[str, float] | None:
 
 def with_perplexity(config: Mapping[str, Any], found: Mapping[str, float]) -> dict[str, float]:
     """Return an evaluation's metrics; a language model's with ``eval_perplexity``, the exponential of the loss per token."""
-    if config["task"] not in ("causal", "masked"):
+    if TASKS[config["task"]].model not in LANGUAGE_MODELS:
         return dict(found)
     return {**found, "eval_perplexity": math.exp(min(found["eval_loss"], 50.0))}
 
@@ -279,36 +296,26 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     set_seed(arguments.seed)
     task, told = str(config["task"]), dict(config.get("data") or {})
     sets = dict(data) if data is not None else read_data(told)
-    chat = is_chat(told)
-    columns = (chat_columns(told, sets), None) if chat else columns_of(task, told, sets)
-    tokenizer = _tokenizer(config.get("tokenizer"), sets["train"], columns[0], task, config)
-    unlabelled = columns[1] is not None and told.get("labels") is False
-    labelled = sets["eval" if unlabelled else "train"]
-    if task == "tokens" and columns[1]:
-        check_tags(labelled, columns[0], columns[1])
-    names = class_names(task, labelled, columns[1]) if columns[1] and task != "regression" else None
+    theirs = teacher_tokenizer(config)
+    texts = any(reads_texts(source) for source in sources_in(config).values())
+    samples = layout_of(task, told)(task, told, sets, kept=texts or theirs is not None)
+    tokenizer = build_tokenizer(config.get("tokenizer"), samples, sets["train"], config)
+    samples.read_classes(sets)
+    check_best(arguments, samples)
     sets["train"] = drawn(sets["train"], told.get("fraction") or 1, arguments.seed)
-    theirs, how = teacher_tokenizer(config), encoding(config)
-    collator = second_view(_collator(task, tokenizer, told), theirs, columns[0], words=task == "tokens")
-
-    def encoded_set(split: str, found: Dataset) -> Dataset:
-        if chat:
-            return encode_chats(found, tokenizer, list(columns[0]), how["length"])
-        read = (columns[0], None) if unlabelled and split == "train" else columns
-        return encode(task, found, tokenizer, read, names, **how)
-
-    encoded = {split: encoded_set(split, found) for split, found in sets.items()}
-    student = adapted(_model(config["student"], task, tokenizer, names), config.get("adapters"), TASKS[task])
-    settings = {key: config.get(key) for key in ("teacher", "teachers", "recipe", "terms", "init_from")}
+    encoded = {split: samples.encode(split, found, tokenizer) for split, found in sets.items()}
+    names = samples.names
+    student = adapted(build_model(config["student"], task, tokenizer, names), config.get("adapters"), TASKS[task].model)
+    collator = second_view(
+        samples.collator(tokenizer, student), theirs, samples.text_columns, words=task == "tokens", texts=texts
+    )
+    settings = {key: config.get(key) for key in ("recipe", "terms", "init_from")}
 
     def peer(owner: str, spec: Any) -> Any:
-        return _model(spec, task, tokenizer, names, owner)
+        return build_model(spec, task, tokenizer, names, owner)
 
     with isolated_rng():
-        settings["teacher"] = with_students("teacher", settings["teacher"], peer)
-        if isinstance(settings["teachers"], Mapping):
-            several = settings["teachers"].items()
-            settings["teachers"] = {name: with_students(f"teachers.{name}", one, peer) for name, one in several}
+        settings |= recipe_sources(config, samples, peer)
     taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
         trainer = DistillTrainer(
@@ -318,7 +325,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             eval_dataset=encoded.get("eval"),
             data_collator=collator,
             processing_class=tokenizer,
-            compute_metrics=metrics_of(task, names),
+            compute_metrics=samples.metrics(),
             chunked=(config.get("chunked") or False) if taught else False,
             host_weight=config.get("host_weight", 1) if taught else 1,
             on_policy=config.get("on_policy") if taught else None,
@@ -329,54 +336,11 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
         check_apart(base_of(student), "student")
     seen = (tokenizer, encoded) if theirs is None else (theirs, read_by_teacher(collator, encoded))
     for name, source in trainer.distiller.sources.items() if trainer.distiller is not None else ():
-        if source.members == (name,):
+        if source.members == (name,) and not isinstance(source, ClassTeacher):
             check_sizes(name, source.model, *seen)
             if told.get("packed") and not isinstance(source, Cached):
                 check_apart(source.model, name)
     return trainer
-
-
-def _collator(task: str, tokenizer: Any, data: Mapping[str, Any]) -> Callable[..., Any]:
-    if data.get("packed"):
-        return DataCollatorWithFlattening()
-    if is_chat(data):
-        return DataCollatorForSeq2Seq(tokenizer)
-    if task in ("classification", "regression"):
-        return DataCollatorWithPadding(tokenizer)
-    if task == "tokens":
-        return DataCollatorForTokenClassification(tokenizer)
-    return DataCollatorForLanguageModeling(tokenizer, mlm=task == "masked")
-
-
-def _tokenizer(
-    spec: Any, found: Dataset, column: TextColumns, task: str, config: Mapping[str, Any]
-) -> PreTrainedTokenizerBase:
-    if isinstance(spec, PreTrainedTokenizerBase):
-        return spec
-    if spec is None or isinstance(spec, Mapping):
-        spec = tokenizer_folder(config) or spec
-    with one_line("tokenizer"):
-        if isinstance(spec, (str, Path)):
-            return AutoTokenizer.from_pretrained(spec)
-        texts = (text for column in texts_of(found, column, words=task == "tokens") for text in column)
-        flat = (" ".join(text) if isinstance(text, list) else text for text in texts)
-        return call(train_tokenizer, {"texts": flat, "pairs": not isinstance(column, str), **spec}, "tokenizer")
-
-
-def _model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | None, owner: str = "student") -> Any:
-    labels: dict[str, Any] = {}
-    if names is not None:
-        labels = dict(id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
-    if task == "classification":
-        labels["problem_type"] = "single_label_classification"
-    if task == "regression":
-        labels = dict(num_labels=1, problem_type="regression")
-    kind = AUTO_CLASSES[TASKS[task]]
-    with one_line(owner):
-        if isinstance(spec, (str, Path)):
-            return kind.from_pretrained(spec, **labels)
-        settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **spec, **labels}
-        return kind.from_config(AutoConfig.for_model(**settings))
 
 
 def _shown(found: Mapping[str, float]) -> dict[str, float]:

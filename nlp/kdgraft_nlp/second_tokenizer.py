@@ -43,7 +43,9 @@ def able_to_pad(tokenizer: Any, owner: str) -> Any:
     return tokenizer
 
 
-def second_view(collator: Any, tokenizer: Any, columns: str | Sequence[str], *, words: bool) -> DistillCollator:
+def second_view(
+    collator: Any, tokenizer: Any, columns: str | Sequence[str], *, words: bool, texts: bool = False
+) -> DistillCollator:
     """Wrap a collator so that the teacher is given the kept texts, as tokens of its own tokenizer, if it has one.
 
     Args:
@@ -51,10 +53,11 @@ def second_view(collator: Any, tokenizer: Any, columns: str | Sequence[str], *, 
         tokenizer: the teacher's tokenizer, or ``None``.
         columns: the column of texts, or the two columns of pairs.
         words: texts are lists of words.
+        texts: a teacher reads the kept texts as they are.
     """
-    if tokenizer is None:
-        return DistillCollator(collator)
     where: dict[str, Any] = dict(words=WORDS) if words else dict(text=TEXTS[:1] if isinstance(columns, str) else TEXTS)
+    if tokenizer is None:
+        return DistillCollator(collator, **(where if texts else {}))
     return DistillCollator(collator, tokenizer, **where)
 
 

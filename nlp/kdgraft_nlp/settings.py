@@ -22,19 +22,12 @@ from .adapters import BASE
 from .arguments import check_student, training_arguments, training_mistakes
 from .chats import is_chat
 from .checks import check_folder, flat, one_line
+from .label_words import check_label_words, reads_texts
 from .on_policy import read_on_policy
 from .reader import HFReader
+from .recipe_tasks import ALONE, CHECKS, DATA_KINDS, LABELLED, TASKS, check_file
 from .registry import RECIPES, TERMS
 
-TASKS = {
-    "classification": "sequence",
-    "regression": "sequence",
-    "tokens": "tokens",
-    "causal": "causal",
-    "masked": "masked",
-}
-LABELLED = ("classification", "regression", "tokens")
-"""The tasks whose samples have labels."""
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "task": ((str,), "a name"),
     "data": ((Mapping,), "a mapping, such as {train: train.jsonl}"),
@@ -54,30 +47,6 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "output": ((str, Path), "a folder"),
 }
 """The entries of a recipe, with their types and a description of these."""
-DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "train": ((str, Path), "a file or a folder"),
-    "eval": ((str, Path), "a file or a folder"),
-    "text": ((str, list, tuple), "a column's name, or two for pairs"),
-    "words": ((str,), "a column's name"),
-    "label": ((str,), "a column's name"),
-    "tags": ((str,), "a column's name"),
-    "fraction": ((int, float), "a number in (0, 1]"),
-    "length": ((int,), "a whole number of tokens"),
-    "labels": ((bool,), "true or false"),
-    "joined": ((bool,), "true or false"),
-    "packed": ((bool,), "true or false"),
-    "prompt": ((str,), "a column's name"),
-    "completion": ((str,), "a column's name"),
-    "messages": ((str,), "a column's name"),
-}
-FILES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
-"""The suffixes of data files, with the names of their readers in datasets."""
-METRICS = {
-    "classification": ("accuracy", "macro_f1"),
-    "regression": ("mse", "pearson"),
-    "tokens": ("accuracy", "span_f1"),
-}
-"""The metrics of an evaluation beside the loss."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -159,9 +128,13 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
     arguments = None if wrong else told.look(training_arguments, fine)
     if arguments is not None:
         _check_evaluation(name, arguments, not files or bool(data.get("eval")), told)
-    _check_models(config, fine, TASKS.get(name), told)
-    _check_teaching(config, fine, told)
+    _check_models(config, fine, TASKS[name].model if name in TASKS else None, told)
+    _check_teaching(config, fine, bool(data.get("soft_labels")), told)
     _check_second_tokenizer(name, data, fine, told)
+    if name == "question_answering" and arguments is not None and arguments.train_sampling_strategy != "random":
+        told.append(
+            "training.train_sampling_strategy also sorts the windows of an evaluation, by which answers are found; leave it out"
+        )
     if told or arguments is None:
         many = f"{len(told)} mistakes: " if len(told) > 1 else ""
         raise DistillError(many + "; ".join(f"({i}) {said}" if many else said for i, said in enumerate(told, 1)))
@@ -182,7 +155,7 @@ class _Mistakes(list[str]):
 
 def _check_data(task: str, data: Mapping[str, Any], files: bool, told: _Mistakes) -> None:
     told += _entries("data", "data.", data, DATA_KINDS)
-    for check in (_check_text, _check_amounts, _check_chats):
+    for check in CHECKS:
         told.look(check, task, data)
     for split in ("train", "eval") if files else ():
         told.look(check_file, split, data.get(split))
@@ -191,18 +164,19 @@ def _check_data(task: str, data: Mapping[str, Any], files: bool, told: _Mistakes
 def _check_evaluation(task: str, arguments: TrainingArguments, evaluates: bool, told: _Mistakes) -> None:
     if arguments.eval_strategy != "no" and not evaluates:
         told.append("training.eval_strategy needs a set to evaluate on; add data.eval")
-    best, known = arguments.metric_for_best_model, ("loss", *METRICS.get(task, ()))
+    best, known = arguments.metric_for_best_model, ("loss", *(TASKS[task].metrics if task in TASKS else ()))
     if best is not None and task in TASKS and best.removeprefix("eval_") not in known:
         told.append(f"training.metric_for_best_model is one of {', '.join(known)}; got {best!r}")
 
 
 def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str | None, told: _Mistakes) -> None:
-    folders = {entry: fine.get(entry) for entry in ("teacher", "student")}
-    folders |= {f"teachers.{name}": given for name, given in (fine.get("teachers") or {}).items()}
+    folders = {**sources_in(fine), "student": fine.get("student")}
     peers = {f"{entry}{end}": one for entry, given in folders.items() for end, one in students_in(given).items()}
     for entry, given in (folders | peers).items():
         if isinstance(given, (str, Path)) and not (given == BASE and config.get("adapters") is not None):
             told.look(check_folder, entry, given)
+        if reads_texts(given):
+            told.look(check_label_words, entry, given, fine)
     for entry, given in peers.items():
         if isinstance(given, Mapping):
             told.look(check_student, given, task, entry)
@@ -210,6 +184,10 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
             told.append(
                 f"{entry} is a folder, or a config such as {{model_type: bert, hidden_size: 64}}; got {given!r}"
             )
+    _check_student(config, fine, task, told)
+
+
+def _check_student(config: Mapping[str, Any], fine: Mapping[str, Any], task: str | None, told: _Mistakes) -> None:
     if isinstance(fine.get("student"), Mapping):
         told.look(check_student, fine["student"], task)
     elif config.get("student") is None:
@@ -222,11 +200,23 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
         )
 
 
-def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], told: _Mistakes) -> None:
+def sources_in(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a recipe says of each of its sources, by the entry that names it."""
+    several = config.get("teachers")
+    found = {f"teachers.{name}": given for name, given in several.items()} if isinstance(several, Mapping) else {}
+    return {"teacher": config.get("teacher"), **found}
+
+
+def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], soft: bool, told: _Mistakes) -> None:
     if config.get("adapters") is not None and isinstance(fine.get("student"), Mapping):
         told.append("adapters are added to a trained model; give student: a folder")
     _check_terms(fine.get("recipe"), fine.get("terms"), told)
-    taught = any(config.get(entry) is not None for entry in ("teacher", "teachers"))
+    taught = soft or any(config.get(entry) is not None for entry in ("teacher", "teachers"))
+    if soft and config.get("teacher") is not None:
+        told.append(
+            "data.soft_labels teach by themselves; leave out teacher, or name it by teachers: {NAME: …}, beside which soft labels are the "
+            "source 'soft_labels'"
+        )
     if not taught and (config.get("recipe") or config.get("terms")):
         told.append("a recipe or terms need teacher: the folder of a trained model")
     if not taught and config.get("init_from") is not None:
@@ -249,6 +239,8 @@ def _check_second_tokenizer(task: str, data: Mapping[str, Any], fine: Mapping[st
     given, teacher = fine.get("teacher_tokenizer"), fine.get("teacher")
     if not given:
         return
+    if task in ALONE:
+        told.append(f"teacher_tokenizer: tokens of two tokenizers are not paired for task {task}; use one tokenizer")
     if data.get("packed") or is_chat(data):
         told.append("teacher_tokenizer reads texts one by one; leave out data.packed, prompt, completion and messages")
     if isinstance(teacher, (str, Path)):
@@ -293,60 +285,6 @@ def _entries(owner: str, prefix: str, found: Mapping[Any, Any], known: Mapping[s
     return told
 
 
-def _check_text(task: str, data: Mapping[str, Any]) -> None:
-    text = data.get("text")
-    if not isinstance(text, (list, tuple)):
-        return
-    if len(text) != 2 or not all(isinstance(column, str) for column in text):
-        raise DistillError(f"data.text must name a column, or two for pairs of texts; got {text!r}")
-    if task not in ("classification", "regression"):
-        raise DistillError(
-            f"data.text names two columns, which only classification and regression take; name one for task {task}"
-        )
-
-
-def _check_chats(task: str, data: Mapping[str, Any]) -> None:
-    if (data.get("packed") or is_chat(data)) and task != "causal":
-        what = "packed" if data.get("packed") else "prompt, completion and messages"
-        raise DistillError(f"data.{what} is for language models (task: causal); leave it out for task {task}")
-    if data.get("packed") and data.get("joined"):
-        raise DistillError("data.packed keeps texts apart, and data.joined makes blocks of them; leave out one")
-    if not is_chat(data):
-        return
-    if (data.get("prompt") is None) != (data.get("completion") is None) or (
-        data.get("messages") and data.get("prompt")
-    ):
-        raise DistillError("data names either messages, or prompt and completion")
-    for other in ("text", "words", "joined", "labels"):
-        if data.get(other) is not None:
-            raise DistillError(f"data.{other} means nothing beside prompts and answers; leave it out")
-
-
-def _check_amounts(task: str, data: Mapping[str, Any]) -> None:
-    fraction, length = data.get("fraction"), data.get("length")
-    if isinstance(fraction, (int, float)) and not isinstance(fraction, bool) and not 0 < fraction <= 1:
-        raise DistillError(f"data.fraction must be in (0, 1], got {fraction!r}")
-    if isinstance(length, int) and not isinstance(length, bool):
-        check_number("data", "length", length, 2, whole=True)
-
-
-def check_file(split: str, source: Any) -> None:
-    """Raise a :class:`DistillError` unless the file or folder of a set exists and can be read."""
-    if source is None and split == "train":
-        raise DistillError("data needs train: a jsonl or csv file, or a folder that save_to_disk wrote")
-    if not isinstance(source, (str, Path)):
-        return
-    path = Path(source)
-    if path.is_dir():
-        return
-    if not path.is_file():
-        raise DistillError(f"no data at {source}")
-    if path.suffix not in FILES:
-        raise DistillError(f"cannot read {source}; data is jsonl, csv, or a folder that save_to_disk wrote")
-    if not path.stat().st_size:
-        raise DistillError(f"{source} holds no samples")
-
-
 def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
     """Return the folder of the student, or else of a teacher with the same tokenizer, that contains a tokenizer."""
     teachers = config.get("teachers")
@@ -361,19 +299,14 @@ def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
     return None
 
 
-def encoding(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how the sets of a recipe are encoded: the settings of :func:`kdgraft_nlp.data.encode`."""
-    data, second = config.get("data") or {}, bool(config.get("teacher_tokenizer"))
-    joined = data.get("joined") is not False and not second and not data.get("packed")
-    return dict(length=data.get("length") or 128, joined=joined, kept=second)
-
-
 def untaught(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe without its teachers and terms, which encodes its texts as before."""
     taught = ("teacher", "teachers", "teacher_tokenizer", "init_from", "recipe", "terms", "on_policy")
     found = {**config, **dict.fromkeys(taught)}
     if config.get("teacher_tokenizer") and config.get("task") == "causal" and isinstance(config.get("data"), Mapping):
         found["data"] = {**config["data"], "joined": False}
+    elif isinstance(config.get("data"), Mapping):
+        found["data"] = {key: value for key, value in config["data"].items() if key != "soft_labels"}
     return found
 
 

@@ -15,6 +15,7 @@ from kdgraft.sources import Cached, Ensemble, Teacher
 from kdgraft.terms.adversarial import AdversarialTerm
 
 from .adapters import AdaptersOff
+from .class_teachers import ClassTeacher
 
 
 def refuse_sharding(trainer: Any) -> None:
@@ -67,12 +68,12 @@ def refuse_sharded(engine: Engine) -> None:
 def shard_teachers(engine: Engine) -> None:
     """Spread the weights of teachers over all processes, layer by layer, as the student's are.
 
-    Stored and quantised teachers, and a student's own base, stay as they are.
+    Stored and quantised teachers, those that are no classifiers, and a student's own base, stay as they are.
     """
     from torch.distributed.fsdp import fully_shard
 
     for source in engine.sources.values():
-        if not isinstance(source, Teacher) or isinstance(source, (Cached, AdaptersOff)) or source.placed:
+        if not isinstance(source, Teacher) or isinstance(source, (Cached, AdaptersOff, ClassTeacher)) or source.placed:
             continue
         model: Any = source.model
         if is_sharded(model):

@@ -15,7 +15,9 @@ from kdgraft.sources.base import share_parameters
 
 from .adapters import BASE, AdaptersOff, base_of
 from .cache import TeacherCache
-from .checks import check_folder, flat
+from .checks import flat
+from .class_teachers import ClassTeacher
+from .loading import load_whole
 from .stored import Stored
 from .tasks import auto_class
 
@@ -58,15 +60,22 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         source.load()
         if isinstance(source, (Teacher, Peer)):
             source.model = base_of(source.model)
-    if cache is not None:
-        (name, first), *others = found.items()
-        if isinstance(first, AdaptersOff):
-            raise DistillError("a cache is for a teacher that is not there, and teacher='base' always is; leave it out")
-        if others or not isinstance(first, Teacher):
-            raise DistillError("a cache holds the outputs of one teacher; leave it out with several teachers or peers")
-        cache.belongs_to(first.model)
-        found[name] = Cached(first, cache)
-    return found
+        if isinstance(source, ClassTeacher):
+            source.fit_to(student)
+    return found if cache is None else _cached(found, cache)
+
+
+def _cached(found: dict[str, Source], cache: TeacherCache) -> dict[str, Source]:
+    """Return the only teacher with a cache of its outputs."""
+    (name, first), *others = found.items()
+    if isinstance(first, ClassTeacher):
+        raise DistillError(f"a cache is for a classifier, and {type(first).__name__} is none; leave out the cache")
+    if isinstance(first, AdaptersOff):
+        raise DistillError("a cache is for a teacher that is not there, and teacher='base' always is; leave it out")
+    if others or not isinstance(first, Teacher):
+        raise DistillError("a cache holds the outputs of one teacher; leave it out with several teachers or peers")
+    cache.belongs_to(first.model)
+    return {name: Cached(first, cache)}
 
 
 def _teacher(name: str, given: Any, student: nn.Module) -> Teacher:
@@ -107,26 +116,12 @@ def _folder(name: str, given: Any) -> str | Path:
 
 
 def _load(folder: str | Path, student: nn.Module) -> nn.Module:
-    check_folder("teacher", folder)
     loads = auto_class(student)
     if loads is None:
         raise DistillError(
             f"{folder} cannot be loaded, as the kind of {type(student).__name__} is unknown; load the teacher and pass the model"
         )
-    try:
-        model, found = loads.from_pretrained(folder, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DistillError(f"cannot load the teacher {folder}: {flat(error)}") from None
-    problems = [
-        f"{len(found[kind])} {kind.removesuffix('_keys')}: {', '.join(str(key) for key in sorted(found[kind], key=str)[:4])}"
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if found.get(kind)
-    ]
-    if problems:
-        raise DistillError(
-            f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}"
-        )
-    return model
+    return load_whole(loads, folder)
 
 
 def compare_classes(student: nn.Module, sources: Mapping[str, Source]) -> None:

@@ -27,6 +27,7 @@ from kdgraft.step import scaled
 
 from .adapters import AdaptersOff, base_of
 from .cache import TeacherCache
+from .class_teachers import ClassTeacher
 from .initialisation import init_from_teacher
 from .link import Link, is_tied, link_of, tie, untie
 from .passes import no_loss, run_student
@@ -232,6 +233,8 @@ def _one_model(sources: Mapping[str, Source]) -> Any:
         raise DistillError(
             "init_from needs one frozen teacher, given with terms; for another model call init_from_teacher(student, model, …) before"
         )
+    if isinstance(source, ClassTeacher):
+        raise DistillError(f"init_from: {type(source).__name__} has no layers to start from; leave it out")
     if isinstance(source, AdaptersOff):
         raise DistillError("init_from: the student has the layers of its own base already; leave it out")
     return source.model

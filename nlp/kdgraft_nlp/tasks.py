@@ -54,6 +54,9 @@ def task_of(model: nn.Module) -> str:
         audio models without a separate decoder), ``aligned`` (causal, with labels at the positions that predict them),
         ``seq2seq``, ``image``, ``audio``, ``ctc``, ``segmentation``, or ``other``.
     """
+    told = getattr(model, "distill_task", None)  # of a model that stands in the place of another
+    if isinstance(told, str):
+        return told
     kind = _kind_of(model)
     if kind is None:
         return "other"
@@ -88,6 +91,9 @@ def _kind_of(model: nn.Module) -> tuple[str, Any, Any] | None:
 
 def accepted(model: nn.Module) -> set[str]:
     """Return the names of the arguments of a model's forward."""
+    told = getattr(model, "distill_inputs", None)
+    if isinstance(told, frozenset):
+        return set(told)
     return set(inspect.signature(model.forward).parameters)
 
 
@@ -181,6 +187,8 @@ def example(model: Any, device: torch.device | None = None) -> dict[str, Tensor]
         DistillError: the model takes none of these.
     """
     config, takes = model.config, accepted(model)
+    if hasattr(model, "distill_example"):
+        return model.distill_example(device)
     device = device if device is not None else next(model.parameters()).device
     task = task_of(model)
     inputs: dict[str, Tensor] = {}

@@ -28,10 +28,13 @@ SAMPLE_IDS = "sample_ids"
 """Key of a batch: the ids of its samples, for cached teacher outputs."""
 
 
+TEXTS_OF_SAMPLES = "texts"
+"""Key of a batch: the texts of its samples by column, for a teacher that reads texts."""
+
 WRITTEN = "written"
 """Key of a batch whose texts the student wrote, for a :class:`Written`."""
 
-OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS, WRITTEN})
+OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS, TEXTS_OF_SAMPLES, WRITTEN})
 """The keys of a batch that no model takes."""
 
 

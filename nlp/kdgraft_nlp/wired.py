@@ -15,6 +15,7 @@ from kdgraft.terms import ScoreTerm
 
 from .attention import AttentionRecorder
 from .chunked import IDENTITY, LogitTransform, head_of
+from .class_teachers import check_class_teachers
 from .heads import check_heads
 from .layers import refuse_dropped_layers
 from .link import LABELS, link_of
@@ -41,6 +42,7 @@ def wired(
     if link.fused and chunk is None:
         chunk = CHUNK
     engine = Engine(sources, terms, TERMS, AttentionRecorder, HFReader if chunk is None else ChunkedReader)
+    check_class_teachers(engine)
     if link.fused and not any(isinstance(term, ScoreTerm) for term in engine.all_terms):
         chunk = None  # terms on layers alone
     ours = dict(dry_run) if dry_run is not None else example(student)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,3 +41,14 @@ def test_training_on_texts_of_the_student_as_printed(tmp_path: Path):
     said = run_program(program("OnPolicy(share=0.5", "DataCollatorForSeq2Seq"), tmp_path)
     for word in ("on_policy.fraction", "on_policy.seconds", "on_policy.length", "distill.generalized_jsd.loss"):
         assert word in said
+
+
+def test_soft_labels_as_printed(tmp_path: Path):
+    assert "distill.soft_targets.loss" in run_program(program('SoftLabels("soft", classes='), tmp_path)
+
+
+def test_label_words_as_printed(tmp_path: Path):
+    said = run_program(program("LabelWords(", "words.labelled(data"), tmp_path)
+    assert "distill.soft_targets.loss" in said
+    first = json.loads((tmp_path / "soft.jsonl").read_text().splitlines()[0])
+    assert sum(first["soft_labels"]) == pytest.approx(1)

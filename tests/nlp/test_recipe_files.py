@@ -66,7 +66,9 @@ def test_numbers_are_learnt_by_regression(tmp_path):
 
 def test_scores_of_constants():
     predicted, truth = torch.tensor([[1.0], [1.0]]).numpy(), torch.tensor([0.0, 3.0]).numpy()
-    assert number_scores(predicted, truth) == {"mse": 2.5, "pearson": 0.0}
+    assert number_scores(predicted, truth) == {"mse": 2.5, "pearson": 0.0, "spearman": 0.0}
+    same = torch.full((7, 1), 0.1).numpy()
+    assert number_scores(same, torch.arange(7.0).numpy())["pearson"] == 0
 
 
 @pytest.mark.parametrize("labels", [("a", "b"), (True, False), (None, 1.0), (float("nan"), 1.0)])
@@ -164,7 +166,7 @@ def test_two_columns_are_pairs(tmp_path):
         (
             ["a", "b"],
             "causal",
-            "data.text names two columns, which only classification and regression take; name one for task causal",
+            "data.text names two columns, which only classification, multi_label, regression take; name one for task causal",
         ),
         (["a"], "classification", "data.text must name a column, or two for pairs of texts"),
         (["a", "b", "c"], "classification", "data.text must name a column, or two"),
@@ -259,7 +261,7 @@ def test_all_mistakes_are_told_at_once_before_models_and_data(tmp_path, monkeypa
         (["training.optim=nope"], "training: "),
         (["training.output_dir=x"], "write output: FOLDER"),
         (["training.eval_strategy=epoch"], "add data.eval"),
-        (["training.metric_for_best_model=f1"], "metric_for_best_model is one of loss, accuracy, macro_f1; got 'f1'"),
+        (["training.metric_for_best_model=f2"], "metric_for_best_model is one of loss, accuracy, f1, macro_f1, matthews_correlation; got 'f2'"),
         (["student.num_labels=5"], "student.num_labels is set by the task and the data"),
         (["student.hidden_dropout_prob=.nan"], "student.hidden_dropout_prob must be finite"),
         (["5=x"], "a recipe has no entry"),

@@ -169,7 +169,7 @@ def test_a_saved_student_is_evaluated(data, tmp_path, capsys):
         assert main(["test", recipe, folder, *options, "teacher=nowhere"]) == 0  # no teacher has to be there
         rows = [line.split() for line in capsys.readouterr().out.splitlines()]
         found = {row[0]: float(row[1]) for row in rows if len(row) == 2}
-        assert found.keys() == {"loss", "accuracy", "macro_f1"}
+        assert found.keys() == {"loss", "accuracy", "macro_f1", "matthews_correlation"}
         assert all(value == pytest.approx(expected[f"eval_{name}"], abs=5e-5) for name, value in found.items())
     support.refused(capsys, ["test", recipe, "nowhere", *options], "no student at nowhere")
     support.refused(capsys, ["test", "nowhere.yaml", out], "recipe file not found: nowhere.yaml")
@@ -206,7 +206,12 @@ output = "{tmp_path}/out"
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        (["task=sorting"], ("task is one of classification, regression, tokens, causal, masked; got 'sorting'",)),
+        (
+            ["task=sorting"],
+            (
+                "task is one of classification, multi_label, regression, tokens, multiple_choice, question_answering, seq2seq, causal, masked; got 'sorting'",
+            ),
+        ),
         (["data.train=nowhere.jsonl"], ("no data at nowhere.jsonl",)),
         (["data.text=sentence", "teacher=null", "recipe=null"], ("no column 'sentence' but", "name it with data.text")),
         (["data.txt=a"], ("data has no entry 'txt'; did you mean 'text'",)),

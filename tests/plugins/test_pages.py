@@ -42,7 +42,7 @@ READERS = {
 }
 """What reads class scores in each host; its arguments are those of terms on class scores."""
 MADE = {"student.pth", "peer.pth", "teacher_0.pth", "teacher_1.pth", "run", "runs", "out", "student"}
-MADE |= {"adapter", "embedder", "teacher", "store", "student.onnx"}
+MADE |= {"adapter", "embedder", "teacher", "store", "student.onnx", "soft.jsonl"}
 """What programs on the pages may leave in the folder that they run in."""
 PRINTED = {
     "Plain PyTorch": "distilled {'loss'",

@@ -9,7 +9,7 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoTokenizer
 
-from kdgraft_nlp.settings import TASKS
+from kdgraft_nlp.recipe_tasks import TASKS
 from kdgraft_nlp.tasks import AUTO_CLASSES
 
 
@@ -25,7 +25,7 @@ def draw_attention(models: Mapping[str, str], task: str, text: str | list[str], 
     found = []
     for title, folder in models.items():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = AUTO_CLASSES[TASKS[task]].from_pretrained(folder, attn_implementation="eager").eval()
+        model = AUTO_CLASSES[TASKS[task].model].from_pretrained(folder, attn_implementation="eager").eval()
         inputs = tokenizer(text, return_tensors="pt", is_split_into_words=isinstance(text, list))
         with torch.no_grad():
             maps = model(**inputs, output_attentions=True).attentions[-1][0]
