@@ -17,6 +17,7 @@ from .minillm import MiniLLM  # noqa: E402
 from .on_policy import OnPolicy  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, TERMS  # noqa: E402
+from .served import Served  # noqa: E402
 from .state_terms import Embeddings, HiddenStates, PatientStates  # noqa: E402
 from .stored import Stored  # noqa: E402
 from .student import undistill  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "PatientStates",
     "Relations",
     "ReverseKL",
+    "Served",
     "SkewedKL",
     "SoftTargets",
     "Stored",

@@ -25,13 +25,13 @@ from kdgraft.schedules import Step
 from kdgraft.sources import Cached, Ensemble, Source, Specialists, Teacher
 from kdgraft.step import scaled
 
+from .absent import Absent
 from .adapters import AdaptersOff, base_of
 from .cache import TeacherCache
 from .initialisation import init_from_teacher
 from .link import Link, is_tied, link_of, tie, untie
 from .passes import no_loss, run_student
 from .sources import build_sources, compare_classes
-from .stored import Stored
 from .tasks import (
     accepted,
     by_name,
@@ -109,7 +109,7 @@ def _inputs_of_sources(
         if name in link.sources and (source.trains or engine.active(at))
     }
     ids, teacher = inputs.get(SAMPLE_IDS), engine.teacher
-    if ids is None and isinstance(teacher, Stored):
+    if ids is None and isinstance(teacher, Absent):
         ids = ()
     if ids is not None:
         stored = found.get(teacher.name, {}) if isinstance(teacher, Cached) else {}
