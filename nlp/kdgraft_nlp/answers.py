@@ -151,8 +151,9 @@ def known_of(api: str, answer: Any, ids: Sequence[int], k: int, classes: int) ->
             "that gives the log-probabilities of a prompt"
         ) from None
     if len(seen) != len(ids) or len(entries) != len(ids):
+        read = len(entries) if len(entries) != len(ids) else len(seen)
         raise DistillError(
-            f"the server read {min(len(seen), len(entries))} tokens, and {len(ids)} were sent; it may cut prompts, or add tokens to them"
+            f"the server read {read} tokens, and {len(ids)} were sent; it may cut prompts, or add tokens to them"
         )
     other = [place for place, (mine, own) in enumerate(zip(ids, seen, strict=True)) if own is not None and own != mine]
     if other:

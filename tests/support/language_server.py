@@ -57,7 +57,7 @@ class Language:
         return (logits if raw else logits.log_softmax(-1)).tolist()
 
     def check(self, body: dict[str, Any], k: int) -> None:
-        if body.get("model", self.told.name) != self.told.name:
+        if body.get("model") not in self.told.name.split(","):
             raise Refused(404, f"The model `{body['model']}` does not exist.")
         most = self.told.max_logprobs
         if most >= 0 and k > most:
@@ -77,8 +77,9 @@ def entries(language: Language, logs: list[float], own: int, k: int) -> dict[str
     return {str(t): {"logprob": logs[t], "rank": rank, "decoded_token": told(t)} for t, rank in ranks.items()}
 
 
-def completion(language: Language, body: dict[str, Any], fault: str) -> dict[str, Any]:
+def completion(language: Language, body: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
     """vLLM's /v1/completions of one prompt of token ids."""
+    fault = told.get("kind", "")
     ids, k = list(body["prompt"]), body.get("prompt_logprobs") or body.get("logprobs") or 0
     language.check(body, k)
     k -= fault == "few"
@@ -105,7 +106,7 @@ def completion(language: Language, body: dict[str, Any], fault: str) -> dict[str
     }
     if "prompt_logprobs" in body and fault != "plain":
         choice["prompt_logprobs"] = given if fault != "short" else given[:-1]
-    if body.get("return_token_ids") and language.told.repeats:
+    if body.get("return_token_ids") and told.get("repeats", language.told.repeats):
         choice |= {"prompt_token_ids": ids, "token_ids": [new]}
     usage = {"prompt_tokens": len(ids), "completion_tokens": 1, "total_tokens": len(ids) + 1}
     return {
@@ -118,7 +119,7 @@ def completion(language: Language, body: dict[str, Any], fault: str) -> dict[str
     }
 
 
-def generation(language: Language, body: dict[str, Any], fault: str) -> dict[str, Any]:
+def generation(language: Language, body: dict[str, Any]) -> dict[str, Any]:
     """SGLang's /generate of one prompt of token ids."""
     ids, k = list(body["input_ids"]), body["top_logprobs_num"]
     assert body["return_logprob"] and body["logprob_start_len"] == 0 and body["sampling_params"]["max_new_tokens"] == 1
@@ -166,7 +167,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(fault.get("delay", self.language.told.delay if probabilities else 0))
             if "status" in fault:
                 raise Refused(fault["status"], "Engine is busy", **fault.get("headers", {}))
-            self.send(200, self.found(body, fault.get("kind", "")), fault.get("kind", ""))
+            self.send(200, self.found(body, fault), fault.get("kind", ""))
         except Refused as error:
             told = {"error": {"message": str(error), "type": "BadRequestError", "param": None, "code": error.status}}
             self.send(error.status, told, "", **error.headers)
@@ -175,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
                 with self.language.lock:
                     seen["now"] -= 1
 
-    def found(self, body: Any, fault: str) -> Any:
+    def found(self, body: Any, fault: dict[str, Any]) -> Any:
         language = self.language
         if self.path == "/faults":
             language.faults[:] = body
@@ -195,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == VLLM:
             return completion(language, body, fault)
         if self.path == SGLANG:
-            return generation(language, body, fault)
+            return generation(language, body)
         raise Refused(404, "Not Found")
 
     def send(self, status: int, found: Any, fault: str, **headers: str) -> None:
