@@ -129,7 +129,7 @@ class Served(Absent):
         api: ``"vllm"`` asks ``/v1/completions`` for ``prompt_logprobs``; ``"echo"`` asks it to repeat the prompt with its
             ``logprobs``, and tokens as ids; ``"sglang"`` asks SGLang's ``/generate``.
         api_key: the name of the environment variable that holds the server's key.
-        timeout: the seconds that an answer may take.
+        timeout: the seconds to wait for an answer.
         retries: how often a request is repeated that the server did not answer, or refused for the moment (429, 5xx).
         concurrency: the number of texts that are asked for at a time.
 
@@ -184,6 +184,10 @@ class Served(Absent):
         Raises:
             DistillError: the server is not there, lacks the model, or gives no log-probabilities as they are needed.
         """
+        if not self.outputs.classes:
+            raise WiringError(
+                "Served teaches language models of Hugging Face; give it to a DistillTrainer, or to distill"
+            )
         if self._connected:
             return
         self.outputs.model = self._model_there()

@@ -52,7 +52,7 @@ class Server:
     Args:
         url: its address, ``http://host:port``, with or without ``/v1``.
         api_key: the name of the environment variable that holds the key; ``None`` for a server without one.
-        timeout: the seconds that an answer may take.
+        timeout: the seconds to wait for an answer.
         retries: how often a request is repeated, with pauses that double and vary at random. A server that says when it will be
             there again (``Retry-After``) is asked no sooner.
         concurrency: the number of requests at a time.

@@ -232,6 +232,10 @@ def _one_model(sources: Mapping[str, Source]) -> Any:
         raise DistillError(
             "init_from needs one frozen teacher, given with terms; for another model call init_from_teacher(student, model, …) before"
         )
+    if isinstance(source, Absent):
+        raise DistillError(
+            "init_from copies weights, and those of a stored or served teacher are not here; leave it out"
+        )
     if isinstance(source, AdaptersOff):
         raise DistillError("init_from: the student has the layers of its own base already; leave it out")
     return source.model

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import DataCollatorWithFlattening
 
-from kdgraft import DistillError, WiringError
+from kdgraft import Distiller, DistillError, WiringError
 from kdgraft.store import KEYS, LENGTHS
 from kdgraft.terms import ScoreTerm
 from kdgraft_nlp import TERMS, DistillTrainer, ForwardKL, OnPolicy, Served, Stored, distill, fill_store
@@ -285,12 +285,29 @@ def test_every_term_is_refused_or_exact(server):
     assert exact == ["ForwardKL", "GeneralizedJSD", "ReverseKL", "SkewedKL", "SoftTargets"]
 
 
+def test_a_student_with_adapters(server):
+    peft = pytest.importorskip("peft")
+    found = []
+    for given in (teacher(), Served(server.url, top_k=support.VOCABULARY)):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+        one = peft.get_peft_model(student(), config)
+        graft(one, given, ["ForwardKL"])
+        base = one.base_model.model.train()
+        found.append(support.distilled_step(base, batch_of()))
+    support.same_step(*found)
+
+
 def test_models_and_sources_that_a_server_cannot_teach(server):
     with pytest.raises(DistillError, match="causal language models, and BertForSequenceClassification is none"):
         graft(student("bert"), Served(server.url), ["SoftTargets"])
     terms = [dict(type="ForwardKL", source=s, name=s) for s in "ab"]
     with pytest.raises(DistillError, match="'a' is served, which stands for one teacher; leave out other sources"):
         graft(student(), None, terms, teachers=dict(a=Served(server.url), b=teacher()))
+    with pytest.raises(DistillError, match="those of a stored or served teacher are not here"):
+        graft(student(), Served(server.url), ["ForwardKL"], init_from=[0, 1])
+    with pytest.raises(WiringError, match="Served teaches language models of Hugging Face"):
+        Distiller(torch.nn.Linear(2, 2), Served(server.url), ["ForwardKL"], example=torch.ones(1, 2))
     outputs = graft(student(), Served(server.url, top_k=4), ["ForwardKL"]).distiller.teacher.outputs
     images = {"input_ids": torch.ones(1, 2).long(), "pixel_values": torch.ones(1)}
     with pytest.raises(DistillError, match="a server reads token ids alone, not pixel_values"):

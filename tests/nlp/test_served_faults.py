@@ -286,12 +286,13 @@ def test_a_server_that_is_killed_in_a_training(folder, tmp_path):
 
 
 def test_a_store_from_a_recipe_and_its_training(server, tmp_path):
-    recipe(tmp_path, server.url)
-    said = kdgraft(tmp_path, "cache", "recipe.yaml", "--out", "store", "--top-k", "8")
+    recipe(tmp_path, "http://localhost:1")
+    served = f"teacher={{type: Served, url: {server.url}/v1, top_k: 8}}"
+    said = kdgraft(tmp_path, "cache", "recipe.yaml", "--out", "store", "--top-k", "8", "--cfg-options", served)
     assert "40 texts and" in said
     assert json.loads((tmp_path / "store" / "store.json").read_text())["teacher"]["served"] == "teacher"
     stored = json.dumps({"type": "Stored", "folder": "store"})
     said = kdgraft(tmp_path, "train", "recipe.yaml", "--work-dir", "out", "--cfg-options", f"teacher={stored}")
     assert "distill.generalized_jsd.loss" in said
-    said = kdgraft(tmp_path, "check", "recipe.yaml")
+    said = kdgraft(tmp_path, "check", "recipe.yaml", "--cfg-options", served)
     assert "generalized_jsd" in said

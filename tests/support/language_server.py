@@ -271,6 +271,19 @@ def serving(folder: Path, **settings: Any) -> Iterator[Served]:
         server.end()
 
 
+@contextmanager
+def small_one(folder: Path) -> Iterator[Served]:
+    """A server of a small model and a tokenizer that are written to a folder, for the programs of the pages."""
+    from kdgraft_nlp.data import train_tokenizer
+    from support import nlp
+
+    tokenizer = train_tokenizer(["a fine film", "a dull film", "fine work", "dull work"] * 8, vocab_size=60)
+    nlp.model("llama", 32, 2, seed=2, vocab_size=len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with serving(folder) as found:
+        yield found
+
+
 def main() -> None:
     parser = ArgumentParser()
     parser.add_argument("folder")
