@@ -20,6 +20,7 @@ from support import nlp as support
 from support.forking import environment, python
 from support.language_server import Served as Process
 from support.language_server import serving
+from support.processes import launched
 
 BATCH = support.collate(support.samples(12, "causal")[3:7])
 
@@ -296,3 +297,22 @@ def test_a_store_from_a_recipe_and_its_training(server, tmp_path):
     assert "distill.generalized_jsd.loss" in said
     said = kdgraft(tmp_path, "check", "recipe.yaml", "--cfg-options", served)
     assert "generalized_jsd" in said
+
+
+def test_two_processes_ask_for_their_own_texts(server, tmp_path):
+    """Their student is that of one process with the batches of both."""
+    for folder, size in (("two", 4), ("one", 8)):
+        (tmp_path / folder).mkdir()
+        told = dict(max_steps=3, per_device_train_batch_size=size, report_to=[], use_cpu=True, optim="sgd", seed=3)
+        recipe(tmp_path / folder, server.url, training={**told, "learning_rate": 0.5, "save_strategy": "no"})
+    before = server.ask("/seen")["requests"]
+    kdgraft(tmp_path / "one", "train", "recipe.yaml", "--work-dir", "out")
+    between = server.ask("/seen")["requests"]
+    launched(
+        ["torch.distributed.run", "--nproc_per_node", "2"], tmp_path / "two" / "recipe.yaml", tmp_path / "two" / "out"
+    )
+    after = server.ask("/seen")["requests"]
+    assert (between - before, after - between) == (24 + 1, 24 + 2)  # each asks for one text when it begins
+    one, two = (load_file(tmp_path / name / "out" / "model.safetensors") for name in ("one", "two"))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
