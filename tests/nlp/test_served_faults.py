@@ -250,6 +250,7 @@ def kdgraft(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.timeout(900)
 def test_a_server_that_is_killed_in_a_training(folder, tmp_path):
     with serving(folder) as process:
         recipe(tmp_path, process.url)
@@ -264,7 +265,7 @@ def test_a_server_that_is_killed_in_a_training(folder, tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(600):
+        for _ in range(2400):
             assert training.poll() is None, training.communicate()
             if (tmp_path / "killed" / "checkpoint-4").is_dir():
                 break
@@ -299,6 +300,7 @@ def test_a_store_from_a_recipe_and_its_training(server, tmp_path):
     assert "generalized_jsd" in said
 
 
+@pytest.mark.slow
 def test_two_processes_ask_for_their_own_texts(server, tmp_path):
     """Their student is that of one process with the batches of both."""
     for folder, size in (("two", 4), ("one", 8)):
