@@ -16,7 +16,7 @@ from .logits import GOLD, UniversalLogits  # noqa: E402
 from .minillm import MiniLLM  # noqa: E402
 from .on_policy import OnPolicy  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
-from .registry import RECIPES, TERMS  # noqa: E402
+from .registry import RECIPES, SOURCES, TERMS  # noqa: E402
 from .served import Served  # noqa: E402
 from .state_terms import Embeddings, HiddenStates, PatientStates  # noqa: E402
 from .stored import Stored  # noqa: E402
@@ -28,6 +28,7 @@ __all__ = [
     "DSKD",
     "GOLD",
     "RECIPES",
+    "SOURCES",
     "TERMS",
     "AttentionMaps",
     "DistillCollator",

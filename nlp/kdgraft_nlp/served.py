@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError, check_number, nearest
-from kdgraft.registry import SOURCES
 from kdgraft.sources import Teacher
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import ScoreTerm, Term
@@ -21,6 +20,7 @@ from kdgraft.topk import TopK
 from .absent import Absent
 from .answers import APIS, Known, known_of, too_few
 from .cache import CachedRecording
+from .registry import SOURCES
 from .server import Refused, Server
 from .stored import FOLLOW, LOGITS, texts_in
 from .tasks import STORED, task_of

@@ -17,6 +17,7 @@ from .absent import Absent
 from .adapters import BASE, AdaptersOff, base_of
 from .cache import TeacherCache
 from .checks import check_folder, flat
+from .registry import SOURCES
 from .tasks import auto_class
 
 SENTENCES = "modules.json"
@@ -48,6 +49,7 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         teachers,
         lambda name, given: _teacher(name, given, student),
         lambda name, given: _load(_folder(name, given), student),
+        SOURCES,
     )
     for name, source in found.items():
         if isinstance(source, Absent):

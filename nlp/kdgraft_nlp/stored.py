@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.registry import SOURCES
 from kdgraft.sources import Teacher
 from kdgraft.store import Index, Store, unpacked_ids
 from kdgraft.taps import Recording, Tap
@@ -25,6 +24,7 @@ from kdgraft.topk import TopK
 from .absent import Absent
 from .cache import CachedRecording, check_storable
 from .packing import FOR_KERNELS, texts_of
+from .registry import SOURCES
 from .tasks import STORED
 
 LOGITS = "[logits]"

@@ -10,6 +10,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from kdgraft import Distiller, DistillError, WiringError
+from kdgraft.cli import main
 from kdgraft.store import KEYS, LENGTHS
 from kdgraft.terms import ScoreTerm
 from kdgraft_nlp import TERMS, DistillTrainer, ForwardKL, OnPolicy, Served, Stored, distill, fill_store
@@ -333,3 +334,12 @@ def test_arguments_without_a_meaning(told, said):
     with pytest.raises(DistillError, match=said) as error:
         Served(**{"url": "http://localhost:1", **told})
     assert "secret" not in str(error.value)
+
+
+def test_it_is_listed_beside_the_sources_of_the_core(capsys):
+    assert main(["list"]) == 0
+    core, own = capsys.readouterr().out.split("\nnlp sources\n")
+    assert "\n  Served  " in f"\n{own}" and "\n  Stored  " in f"\n{own}" and "\n  Ensemble  " not in own
+    assert "\n  Ensemble  " in core
+    assert main(["list", "Served"]) == 0
+    assert "concurrency = 16    the number of texts" in capsys.readouterr().out
