@@ -18,7 +18,8 @@ from .logits import GOLD, UniversalLogits  # noqa: E402
 from .minillm import MiniLLM  # noqa: E402
 from .on_policy import OnPolicy  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
-from .registry import RECIPES, TERMS  # noqa: E402
+from .registry import RECIPES, SOURCES, TERMS  # noqa: E402
+from .served import Served  # noqa: E402
 from .state_terms import Embeddings, HiddenStates, PatientStates  # noqa: E402
 from .stored import Stored  # noqa: E402
 from .student import undistill  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "DSKD",
     "GOLD",
     "RECIPES",
+    "SOURCES",
     "TERMS",
     "AttentionMaps",
     "DistillCollator",
@@ -44,6 +46,7 @@ __all__ = [
     "PatientStates",
     "Relations",
     "ReverseKL",
+    "Served",
     "SkewedKL",
     "SoftLabels",
     "SoftTargets",

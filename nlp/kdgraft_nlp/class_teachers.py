@@ -12,11 +12,11 @@ from transformers import PretrainedConfig
 from kdgraft import LogitMatching
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.registry import SOURCES
 from kdgraft.sources import Teacher
 from kdgraft.terms import ScoreTerm, Term
 
 from .predictions import MULTI_LABEL, REGRESSION
+from .registry import SOURCES
 from .soft_labels import Values, check_soft_labels, row_error
 from .tasks import task_of
 

@@ -34,6 +34,7 @@ from .class_teachers import ClassTeacher
 from .link import link_of
 from .packing import check_apart, texts_of
 from .run import build
+from .served import Served
 from .settings import load
 from .stored import LOGITS, digest_of_tokenizer, texts_in
 from .tasks import LANGUAGE_MODELS, accepted, task_of
@@ -154,6 +155,8 @@ class _Filler:
         scores: list[Any] = [term.scores for term in engine.all_terms if isinstance(term, ScoreTerm)]
         self.common = next((one.common for one in scores if getattr(one, "common", None) is not None), None)
         self.size = trainer.args.per_device_train_batch_size
+        if isinstance(self.source, Served):
+            self._check_served(self.source)
         self.temperatures = sorted({float(getattr(term, "temperature", 1.0)) for term in engine.all_terms} | {1.0})
         self._check_fixed()
         self.described = self._describe()
@@ -167,6 +170,7 @@ class _Filler:
                 "class": type(self.model).__name__,
                 "config": json.loads(config.to_json_string()),
                 "weights": fingerprint(self.model),
+                **({"served": self.source.outputs.model} if isinstance(self.source, Served) else {}),
             },
             "tokenizer": digest_of_tokenizer(tokenizer) if hasattr(tokenizer, "get_vocab") else None,
             "data": self._digest_of_data(),
@@ -174,7 +178,7 @@ class _Filler:
             "values": self.values.name,
             "samples": len(self.rows),
             "per_part": self.per_part,
-            "batch": self.size,
+            "batch": self.trainer.args.per_device_train_batch_size,
         }
 
     def part(self, places: range) -> dict[str, NDArray[Any]]:
@@ -193,11 +197,21 @@ class _Filler:
         """Return what the teacher reads of a batch, and what its taps gave."""
         inputs = self.link.of_source(batch, self.source.name, self.model)
         read = self.link.read(batch)
-        read.samples = Samples([], {})
+        read.samples = Samples([], {name: value for name, value in inputs.items() if isinstance(value, Tensor)})
         device = next(self.student.parameters()).device
         with self.trainer.accelerator.autocast():  # in the precision of the training
             found = self.engine.record(self.source.name, lambda _: self.model(**inputs), read, device)
         return inputs, found
+
+    def _check_served(self, source: Served) -> None:
+        """Refuse to store another number of entries than the server gives, and fill its queue."""
+        given, asked = source.outputs.k, self.top_k
+        if asked is None or min(asked, source.outputs.classes) != given:
+            raise DistillError(
+                f"the server is asked for {given} entries of each token, and the store for {'all logits' if asked is None else asked}; give "
+                "the teacher's top_k and that of the store (--top-k) the same number"
+            )
+        self.size = max(self.size, source.outputs.server.concurrency)
 
     def _check_fixed(self) -> None:
         """Refuse inputs that are drawn anew each time, by collating the first batch twice."""
@@ -208,7 +222,7 @@ class _Filler:
                 batch = self._batch(range(min(self.size, len(self.rows))))
             inputs = self.link.of_source(batch, self.source.name, self.model)
             keys.append(texts_in(inputs)[0])
-        if texts_of(inputs) is not None:
+        if texts_of(inputs) is not None and not isinstance(self.source, Served):  # which is sent each text on its own
             check_apart(self.model, "teacher")
         if keys[0].shape != keys[1].shape or (keys[0] != keys[1]).any():
             raise DistillError(
@@ -221,7 +235,11 @@ class _Filler:
         tokens = inputs.get("input_ids")
         found: dict[str, Any] = {}
         for tap in self.taps:
-            value = _tensor(recording, tap)
+            value = _value(recording, tap)
+            if isinstance(value, TopK):
+                at = list(value.temperatures)
+                found[str(tap)] = dict(per="token", k=value.ids.shape[-1], classes=value.classes, temperatures=at)
+                continue
             per_token = tokens is not None and value.shape[:2] == tokens.shape
             per_token = per_token and (value.ndim == 3 or tap.text in ("[start_logits]", "[end_logits]"))
             if not per_token and len(value) != len(next(iter(inputs.values()))):
@@ -245,22 +263,26 @@ class _Filler:
         lengths = [0 if where is None else len(where) for _, where in texts]
         found: dict[str, NDArray[Any]] = {KEYS: keys, LENGTHS: np.array(lengths, np.int64)}
         for tap in self.taps:
-            found |= dict(self._columns(str(tap), _tensor(recording, tap), texts))
+            found |= dict(self._columns(str(tap), _value(recording, tap), texts))
         return found
 
     def _columns(
-        self, tap: str, value: Tensor, texts: Sequence[tuple[int, Tensor | None]]
+        self, tap: str, value: Tensor | TopK, texts: Sequence[tuple[int, Tensor | None]]
     ) -> Iterator[tuple[str, NDArray[Any]]]:
         told = self.described[tap]
-        if told["per"] == "sample":
+        if isinstance(value, TopK):
+            parts = [value[row][where] for row, where in texts]
+        elif told["per"] == "sample":
             yield tap, self._numbers(value[[row for row, _ in texts]])
             return
-        rows = torch.cat([value[row][where] for row, where in texts if where is not None])
-        if "k" not in told:
-            yield tap, self._numbers(rows)
-            return
-        rows = rows[:, : told["classes"]]
-        parts = [TopK.of(part, told["k"], told["temperatures"]) for part in rows.split(AT_ONCE)]
+        else:
+            rows = torch.cat([value[row][where] for row, where in texts if where is not None])
+            if "k" not in told:
+                yield tap, self._numbers(rows)
+                return
+            parts = [
+                TopK.of(part, told["k"], told["temperatures"]) for part in rows[:, : told["classes"]].split(AT_ONCE)
+            ]
         ids = torch.cat([part.ids for part in parts])
         yield f"{tap}/ids", packed_ids(ids.cpu().numpy(), told["classes"])
         for name in ("logs", "norms", "rests"):
@@ -293,7 +315,8 @@ class _Filler:
 
 def _only_teacher(engine: Engine) -> Teacher:
     found: list[Source] = list(engine.sources.values())
-    if len(found) != 1 or not isinstance(found[0], Teacher) or isinstance(found[0], (Cached, AdaptersOff)):
+    elsewhere = isinstance(found[0], (Cached, AdaptersOff)) and not isinstance(found[0], Served)
+    if len(found) != 1 or not isinstance(found[0], Teacher) or elsewhere:
         raise DistillError("a store holds the outputs of one frozen teacher; give one model or folder as the teacher")
     if isinstance(found[0], ClassTeacher):
         raise DistillError(
@@ -304,7 +327,7 @@ def _only_teacher(engine: Engine) -> Teacher:
     return found[0]
 
 
-def _tensor(recording: Recording, tap: Tap) -> Tensor:
-    value = recording[tap]
-    found: Tensor = value[0] if isinstance(value, (tuple, list)) else value
+def _value(recording: Recording, tap: Tap) -> Tensor | TopK:
+    value: Any = recording[tap]
+    found: Tensor | TopK = value[0] if isinstance(value, (tuple, list)) else value
     return found

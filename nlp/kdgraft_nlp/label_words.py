@@ -15,7 +15,6 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from kdgraft.errors import DistillError, WiringError, nearest
 from kdgraft.isolation import eval_mode
-from kdgraft.registry import SOURCES
 from kdgraft.sources.teacher import is_placed
 
 from .chats import begun
@@ -25,6 +24,7 @@ from .columns import columns_in, texts_of
 from .loading import load_whole
 from .pen import room_of
 from .predictions import MULTI_LABEL
+from .registry import SOURCES
 from .second_tokenizer import TEXTS
 from .tasks import accepted, task_of
 from .tokens import TEXTS_OF_SAMPLES

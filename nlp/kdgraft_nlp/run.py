@@ -9,9 +9,10 @@
 ``tokenizer``          a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither
                        the student's nor the teacher's folder has one
 ``student``            a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
-``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``, or of classes ``{type: LabelWords, model:
-                       folder, template: "{text} It is", words: {positive: [" good"], negative: [" bad"]}}`` (in a template stand
-                       the columns of texts); without it the model trains alone (as a teacher, or as a plain student)
+``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``, ``{type: Stored, folder: store}``,
+                       ``{type: Served, url: http://localhost:8000/v1}``, or of classes ``{type: LabelWords, model: folder,
+                       template: "{text} It is", words: {positive: [" good"], negative: [" bad"]}}`` (in a template stand the
+                       columns of texts); without it the model trains alone (as a teacher, or as a plain student)
 ``teacher_tokenizer``  where the teacher has another tokenizer, ``true`` (the one in its folder) or a folder: each text is
                        encoded by both, on its own (``joined`` is false), cut to what the student reads of it; for terms such
                        as ``UniversalLogits``, ``GOLD``, ``DSKD`` and those on samples

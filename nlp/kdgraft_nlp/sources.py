@@ -13,12 +13,13 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.sources import Cached, Peer, Source, Teacher, gather_sources
 from kdgraft.sources.base import share_parameters
 
+from .absent import Absent
 from .adapters import BASE, AdaptersOff, base_of
 from .cache import TeacherCache
 from .checks import flat
 from .class_teachers import ClassTeacher
 from .loading import load_whole
-from .stored import Stored
+from .registry import SOURCES
 from .tasks import auto_class
 
 SENTENCES = "modules.json"
@@ -50,13 +51,16 @@ def build_sources(teacher: Any, teachers: Any, student: nn.Module, cache: Teache
         teachers,
         lambda name, given: _teacher(name, given, student),
         lambda name, given: _load(_folder(name, given), student),
+        SOURCES,
     )
-    stored = [name for name, source in found.items() if isinstance(source, Stored)]
-    if stored and (len(found) > 1 or cache is not None):
-        raise DistillError(
-            f"{stored[0]!r} is stored, which stands for one teacher; leave out other sources, and a TeacherCache"
-        )
-    for source in found.values():
+    for name, source in found.items():
+        if isinstance(source, Absent):
+            if len(found) > 1 or cache is not None:
+                kind = type(source).__name__.lower()
+                raise DistillError(
+                    f"{name!r} is {kind}, which stands for one teacher; leave out other sources, and a TeacherCache"
+                )
+            source.stand_for(student)
         source.load()
         if isinstance(source, (Teacher, Peer)):
             source.model = base_of(source.model)

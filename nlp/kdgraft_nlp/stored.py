@@ -15,18 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.registry import SOURCES
-from kdgraft.sources import Cached, Teacher
+from kdgraft.sources import Teacher
 from kdgraft.store import Index, Store, unpacked_ids
 from kdgraft.taps import Recording, Tap
+from kdgraft.terms import ScoreTerm, Term
 from kdgraft.topk import TopK
 
+from .absent import Absent
 from .cache import CachedRecording, check_storable
 from .packing import FOR_KERNELS, texts_of
+from .registry import SOURCES
 from .tasks import STORED
 
 LOGITS = "[logits]"
-_FOLLOW = frozenset({"attention_mask", "position_ids", "cache_position", *FOR_KERNELS})
+FOLLOW = frozenset({"attention_mask", "position_ids", "cache_position", *FOR_KERNELS})
 """Inputs of tokens that follow from the others, or say where a text lies in its row."""
 
 
@@ -46,14 +48,14 @@ def texts_in(inputs: Mapping[str, Any]) -> tuple[NDArray[np.uint8], list[tuple[i
     mask, numbers = tensors.get("attention_mask"), texts_of(inputs)
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     per_token = {
-        name: value for name, value in sorted(tensors.items()) if value.shape[:2] == ids.shape and name not in _FOLLOW
+        name: value for name, value in sorted(tensors.items()) if value.shape[:2] == ids.shape and name not in FOLLOW
     }
     others = {
         name: value
         for name, value in sorted(tensors.items())
-        if name not in per_token and name not in _FOLLOW and len(value) == len(ids)
+        if name not in per_token and name not in FOLLOW and len(value) == len(ids)
     }
-    left = tensors.keys() - per_token.keys() - others.keys() - _FOLLOW
+    left = tensors.keys() - per_token.keys() - others.keys() - FOLLOW
     if ids.ndim != 2 or left:
         what = f"input_ids of shape {tuple(ids.shape)}" if ids.ndim != 2 else ", ".join(sorted(left))
         raise DistillError(
@@ -204,7 +206,7 @@ class OutputStore:
 
 
 @SOURCES.register
-class Stored(Cached):
+class Stored(Absent):
     """A teacher whose outputs are in a store; neither the teacher nor its weights are needed.
 
     Of language models a store may have the largest probabilities of each token alone. Divergences of them are computed with all other
@@ -229,10 +231,17 @@ class Stored(Cached):
         self.outputs = OutputStore(folder)
         super().__init__(Teacher(self.outputs.stand_in()), self.outputs, absent=True)
 
+    def check_terms(self, terms: Sequence[Term]) -> None:
+        for term in terms:
+            if isinstance(term, ScoreTerm) and not term.joins and self.outputs.joins(term.teacher_taps):
+                raise WiringError(
+                    f"{term.name} compares all classes one by one, and the store has the largest probabilities alone; fill it with "
+                    "--top-k all, or take a divergence such as ForwardKL"
+                )
+
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Raise a :class:`DistillError` for a tokenizer other than that by which the store was filled."""
         told = self.outputs.files.about.get("tokenizer")
-        if told is not None and digest_of_tokenizer(tokenizer) != told:
+        if told is not None and tokenizer is not None and digest_of_tokenizer(tokenizer) != told:
             raise DistillError(
                 f"the store in {self.outputs.files.folder} was filled with another tokenizer; take that one, or fill it again"
             )

@@ -25,6 +25,7 @@ from kdgraft.schedules import Step
 from kdgraft.sources import Cached, Ensemble, Source, Specialists, Teacher
 from kdgraft.step import scaled
 
+from .absent import Absent
 from .adapters import AdaptersOff, base_of
 from .cache import TeacherCache
 from .class_teachers import ClassTeacher
@@ -32,7 +33,6 @@ from .initialisation import init_from_teacher
 from .link import Link, is_tied, link_of, tie, untie
 from .passes import no_loss, run_student
 from .sources import build_sources, compare_classes
-from .stored import Stored
 from .tasks import (
     accepted,
     by_name,
@@ -110,7 +110,7 @@ def _inputs_of_sources(
         if name in link.sources and (source.trains or engine.active(at))
     }
     ids, teacher = inputs.get(SAMPLE_IDS), engine.teacher
-    if ids is None and isinstance(teacher, Stored):
+    if ids is None and isinstance(teacher, Absent):
         ids = ()
     if ids is not None:
         stored = found.get(teacher.name, {}) if isinstance(teacher, Cached) else {}
@@ -235,6 +235,10 @@ def _one_model(sources: Mapping[str, Source]) -> Any:
         )
     if isinstance(source, ClassTeacher):
         raise DistillError(f"init_from: {type(source).__name__} has no layers to start from; leave it out")
+    if isinstance(source, Absent):
+        raise DistillError(
+            "init_from copies weights, and those of a stored or served teacher are not here; leave it out"
+        )
     if isinstance(source, AdaptersOff):
         raise DistillError("init_from: the student has the layers of its own base already; leave it out")
     return source.model

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .absent import Absent
 from .collator import DistillCollator
-from .stored import Stored
 from .tokens import shared_tokens
 
 
@@ -22,11 +22,8 @@ def tokenizer_of(trainer: Any) -> Any:
 
 def vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
     """Return the facts about the vocabularies for the wiring of terms."""
-    collator = trainer.data_collator
-    own = tokenizer_of(trainer)
-    if not isinstance(own, PreTrainedTokenizerBase):
-        own = getattr(collator, "tokenizer", None)
-    if not isinstance(own, PreTrainedTokenizerBase):
+    collator, own = trainer.data_collator, _own_tokenizer(trainer)
+    if own is None:
         return {}
     facts: dict[str, Any] = {"vocabulary_checked": len(own)}
     others = [collator.teacher_tokenizer] if isinstance(collator, DistillCollator) else []
@@ -44,8 +41,15 @@ def vocabularies(trainer: Any, teachers: Sequence[Any]) -> dict[str, Any]:
 
 
 def check_tokenizer(trainer: Any, sources: Sequence[Any]) -> None:
-    """Refuse a stored teacher that read other tokens."""
-    tokenizer = tokenizer_of(trainer)
+    """Refuse a teacher that is not here and reads, or read, other tokens."""
     for source in sources:
-        if isinstance(source, Stored) and isinstance(tokenizer, PreTrainedTokenizerBase):
-            source.check_tokenizer(tokenizer)
+        if isinstance(source, Absent):
+            source.check_tokenizer(_own_tokenizer(trainer))
+
+
+def _own_tokenizer(trainer: Any) -> PreTrainedTokenizerBase | None:
+    """Return a trainer's tokenizer, or else that of its collator; ``None`` without one."""
+    for found in (tokenizer_of(trainer), getattr(trainer.data_collator, "tokenizer", None)):
+        if isinstance(found, PreTrainedTokenizerBase):
+            return found
+    return None

@@ -13,6 +13,7 @@ from kdgraft.errors import WiringError
 from kdgraft.sources import STUDENT, Cached, Itself, Source, Teacher
 from kdgraft.terms import ScoreTerm
 
+from .absent import Absent
 from .attention import AttentionRecorder
 from .chunked import IDENTITY, LogitTransform, head_of
 from .class_teachers import check_class_teachers
@@ -21,7 +22,6 @@ from .layers import refuse_dropped_layers
 from .link import LABELS, link_of
 from .reader import ChunkedReader, HFReader
 from .registry import TERMS
-from .stored import Stored
 from .tasks import decoder_inputs, example, frame_mask, has_decoder, reads_text_alone, task_of
 from .tokens import tokens_of
 
@@ -64,7 +64,8 @@ def wired(
         frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
         {**facts, "samples": samples},
     )
-    _check_stored(engine)
+    if isinstance(engine.teacher, Absent):
+        engine.teacher.check_terms(engine.all_terms)
     models = {STUDENT: student, **dict(engine.peers.items())}
     for term in engine.all_terms:
         refuse_dropped_layers(models[term.listener], [term])
@@ -98,19 +99,6 @@ def _example_inputs(student: Any, engine: Engine, ours: Mapping[str, Any], given
     return theirs
 
 
-def _check_stored(engine: Engine) -> None:
-    """Refuse terms that compare classes of which a stored teacher knows the largest alone."""
-    source = engine.teacher
-    if not isinstance(source, Stored):
-        return
-    for term in engine.all_terms:
-        if isinstance(term, ScoreTerm) and not term.joins and source.outputs.joins(term.teacher_taps):
-            raise WiringError(
-                f"{term.name} compares all classes one by one, and the store has the largest probabilities alone; fill it with "
-                "--top-k all, or take a divergence such as ForwardKL"
-            )
-
-
 def _chunk(
     student: Any, engine: Engine, ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]
 ) -> tuple[LogitTransform, LogitTransform]:
@@ -128,14 +116,14 @@ def _chunk(
         raise WiringError(
             f"{what} computes the losses on logits of one frozen teacher; {instead}, or take terms on layers with other sources"
         )
-    stored = isinstance(teacher, Stored)
-    heads = [head_of(model).weight.device for model in (student, *([] if stored else [teacher.model]))]
+    absent = isinstance(teacher, Absent)
+    heads = [head_of(model).weight.device for model in (student, *([] if absent else [teacher.model]))]
     if heads[0] != heads[-1]:
         raise WiringError(
             f"{what} needs the teacher's output layer on the student's device ({heads[0]}), and it is on "
             f"{'no device' if heads[-1].type == 'meta' else heads[-1]}; change the device_map, or {instead}"
         )
-    transforms = check_heads(student, ours), IDENTITY if stored else check_heads(teacher.model, theirs[teacher.name])
+    transforms = check_heads(student, ours), IDENTITY if absent else check_heads(teacher.model, theirs[teacher.name])
     for term in engine.all_terms:
         if isinstance(term, ScoreTerm) and not term.in_chunks:
             raise WiringError(f"{term.name} needs whole logits, which {what} does not compute; {instead}")

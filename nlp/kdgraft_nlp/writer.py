@@ -18,6 +18,7 @@ from .adapters import base_of
 from .collator import DistillCollator
 from .on_policy import OnPolicy
 from .pen import Pen, room_of
+from .served import Served
 from .tasks import task_of
 from .tokens import Written
 from .vocabularies import tokenizer_of
@@ -95,9 +96,9 @@ def _models(engine: Engine) -> dict[str, Any]:
 
 def _teacher(engine: Engine) -> Teacher:
     found = list(engine.sources.values())
-    if len(found) != 1 or not isinstance(found[0], Teacher):
+    if len(found) != 1 or not isinstance(found[0], Teacher) or isinstance(found[0], Served):
         raise DistillError(
-            "on_policy: mix needs one frozen teacher that writes along; leave mix out with other sources"
+            "on_policy: mix needs one frozen teacher that writes along; leave mix out with other sources, and with a server"
         )
     return found[0]
 
@@ -120,7 +121,7 @@ def _check(model: Any, collator: Any, share: float) -> None:
             "weight to a number"
         )
     for name, source in engine.sources.items():
-        if isinstance(source, Cached):
+        if isinstance(source, Cached) and not isinstance(source, Served):
             raise DistillError("on_policy: a cache knows the texts of the data set alone; leave it out")
         if source.trains:
             raise DistillError(

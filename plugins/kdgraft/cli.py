@@ -222,6 +222,7 @@ def _groups() -> tuple[list[tuple[str, Registry]], list[tuple[str, MissingHost]]
             missing.append((name, error))
             continue
         groups += [(f"{name} terms", terms), (f"{name} recipes", recipes)]
+        groups += [] if host.sources is None else [(f"{name} sources", host.sources)]
     return groups, missing
 
 
@@ -236,8 +237,9 @@ def _list() -> None:
         title = f"{kind}, and the hosts in which they are usable: {' '.join(columns)}"
         _print_group(title, ((f"{name:<{width}}  {where}", line) for name, where, line in _across_hosts(groups, kind)))
     for title, registry in groups:
-        if " " not in title:
-            _print_group(title, ((f"{name:<{width}}", line) for name, line in registry.describe().items()))
+        if " " not in title or title.endswith(" sources"):  # of a host, those beside the core's
+            own = ((name, line) for name, line in registry.describe().items() if registry.holder(name) is registry)
+            _print_group(title, ((f"{name:<{width}}", line) for name, line in own))
 
 
 def _print_group(title: str, lines: Iterable[tuple[str, str]]) -> None:

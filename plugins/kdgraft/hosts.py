@@ -192,6 +192,7 @@ class Host:
         data: layout of the real datasets that ``kdgraft bench`` accepts, if it does.
         terms, recipes: the package's two registries with their ``home``, so that their contents can be listed without an import;
             without them the package is imported.
+        sources: the package's registry of sources beside those of the core, with its ``home``, if it has some.
         lacks: the kinds of :data:`kdgraft.readers.NEEDS` that models of this host never have, each with the reason; its reader
             refuses terms that need them.
         refuses: keys of a plan's runs that mean nothing in this host, such as ``"ensemble"`` or ``"data.labels"``, with the reason.
@@ -208,6 +209,7 @@ class Host:
     data: str | None = None
     terms: Registry | None = None
     recipes: Registry | None = None
+    sources: Registry | None = None
     lacks: Mapping[str, str] = field(default_factory=dict)
     refuses: Mapping[str, str] = field(default_factory=dict)
 

@@ -7,7 +7,8 @@ What is neglected is how the mass of the rest is spread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,8 @@ from .pairs import Pairs
 
 LEAST = -30.0
 """The smallest logarithm of the mass of the rest, which keeps losses finite where nothing is left."""
+RESOLUTION = 1e-6
+"""The mass below which the rest of probabilities that add up to 1 is rounding, where their logarithms are of float32."""
 
 
 @dataclass
@@ -55,6 +58,38 @@ class TopK:
             rests.append(rest.clamp(min=LEAST))
         return cls(ids, logs, norms, torch.stack(rests, -1), tuple(map(float, temperatures)), scores.shape[-1])
 
+    @classmethod
+    def of_largest(cls, ids: Tensor, logs: Tensor, classes: int, temperatures: Sequence[float] = (1.0,)) -> TopK:
+        """Return distributions of which the k largest entries are given, and nothing else.
+
+        The mass of the rest is what they leave of 1, at most V − k times the smallest of them. Below :data:`RESOLUTION` the
+        difference is rounding, and that bound takes its place.
+
+        Args:
+            ids: ``(…, k)``: the classes, those with the largest probabilities first.
+            logs: ``(…, k)``: the logarithms of their probabilities at temperature 1.
+            classes: V.
+            temperatures: the temperatures; other than 1 only if k = V, as the probabilities of the rest are not known.
+
+        Raises:
+            DistillError: another temperature, and k < V.
+        """
+        whole, exact = ids.shape[-1] >= classes, logs.double()
+        if not whole and any(one != 1 for one in temperatures):
+            raise DistillError(
+                "the largest probabilities alone say nothing of the others at a temperature other than 1"
+            )
+        norms = torch.stack(
+            [(exact / one).logsumexp(-1) if whole else exact.new_zeros(exact.shape[:-1]) for one in temperatures], -1
+        )
+        rest = exact.new_full(exact.shape[:-1], LEAST)
+        if not whole:
+            left, bound = 1 - exact.exp().sum(-1), exact[..., -1] + math.log(classes - ids.shape[-1])
+            rest = torch.minimum(left.clamp(min=RESOLUTION).log(), bound).clamp(min=LEAST)
+        rests = rest[..., None].expand_as(norms)
+        told = tuple(map(float, temperatures))
+        return cls(ids, logs.float(), norms.float(), rests.float(), told, classes)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the logits that it stands for, ``(…, V)``."""
@@ -62,14 +97,18 @@ class TopK:
 
     def __getitem__(self, index: Any) -> TopK:
         """Return some of the distributions, by an index into the leading axes."""
-        parts = (self.ids, self.logs, self.norms, self.rests)
-        ids, logs, norms, rests = (part[index] for part in parts)
-        return replace(self, ids=ids, logs=logs, norms=norms, rests=rests)
+        return self._of_parts(lambda part: part[index])
 
     def flatten(self) -> TopK:
         """Return the distributions with one leading axis."""
-        parts = (self.ids, self.logs, self.norms, self.rests)
-        ids, logs, norms, rests = (part.flatten(0, -2) for part in parts)
+        return self._of_parts(lambda part: part.flatten(0, -2))
+
+    def to(self, device: torch.device | str) -> TopK:
+        """Return the distributions on a device."""
+        return self._of_parts(lambda part: part.to(device))
+
+    def _of_parts(self, change: Callable[[Tensor], Tensor]) -> TopK:
+        ids, logs, norms, rests = map(change, (self.ids, self.logs, self.norms, self.rests))
         return replace(self, ids=ids, logs=logs, norms=norms, rests=rests)
 
     def at(self, temperature: float) -> Tensor:

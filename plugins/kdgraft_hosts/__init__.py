@@ -1,7 +1,7 @@
 """Hosts of the plugins in this distribution, in a package of their own so that importing them imports no framework."""
 
 from kdgraft.hosts import FOLDER, Host
-from kdgraft.registry import RECIPES, TERMS, Registry
+from kdgraft.registry import RECIPES, SOURCES, TERMS, Registry
 
 DET = Host(
     "det",
@@ -61,6 +61,7 @@ NLP = Host(
     data="jsonl",
     terms=Registry("term", "kdgraft.nlp.terms", parent=TERMS, home="kdgraft_nlp:TERMS"),
     recipes=Registry("recipe", "kdgraft.nlp.recipes", parent=RECIPES, home="kdgraft_nlp:RECIPES"),
+    sources=Registry("source", "kdgraft.nlp.sources", parent=SOURCES, home="kdgraft_nlp:SOURCES"),
     lacks={
         "boxes": "data of the Trainer have none; use MaskedGeneration for maps, HiddenStates for tokens",
         "generators": "models of the Trainer have losses of their own and make no images; generators are models of plain PyTorch",

@@ -37,6 +37,11 @@ def test_a_store_as_printed(tmp_path: Path):
     assert "distill.forward_kl.loss" in said and (tmp_path / "store" / "store.json").is_file()
 
 
+def test_a_server_as_printed(tmp_path: Path):
+    said = run_program(program("teacher=Served("), tmp_path)
+    assert "distill.forward_kl.loss" in said and {p.name for p in tmp_path.iterdir()} <= {"out", "teacher"}
+
+
 def test_training_on_texts_of_the_student_as_printed(tmp_path: Path):
     said = run_program(program("OnPolicy(share=0.5", "DataCollatorForSeq2Seq"), tmp_path)
     for word in ("on_policy.fraction", "on_policy.seconds", "on_policy.length", "distill.generalized_jsd.loss"):

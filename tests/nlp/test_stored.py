@@ -225,6 +225,7 @@ REFUSED = {
         ["LogitMatching"],
         "logit_matching compares all classes one by one, and the store has the largest",
     ),
+    "permuted": (["DKPP"], "dkpp compares all classes one by one"),
     "standardised": ([dict(type="SoftTargets", standardize=True)], "compares all classes one by one"),
 }
 

@@ -110,3 +110,36 @@ def test_it_is_indexed_as_its_rows_are():
     assert known.flatten().ids.shape == (6, 4)
     chosen = known[torch.tensor([[True, False, True], [False, False, True]])]
     torch.testing.assert_close(chosen.at(1.0), known.flatten().at(1.0)[[0, 2, 5]])
+
+
+# --- the largest entries alone, as a server gives them
+
+
+@pytest.mark.parametrize("k", [1, 5, CLASSES - 1, CLASSES])
+def test_the_largest_entries_say_what_is_left(k):
+    whole = TopK.of(logits(1), k)
+    found = TopK.of_largest(whole.ids, whole.logs, CLASSES)
+    torch.testing.assert_close(found.at(1.0).exp(), whole.at(1.0).exp(), rtol=0, atol=2e-6)
+    student = logits(0)
+    for term in (ForwardKL(), ReverseKL(), SkewedKL()):
+        one, other = (term.compare(joined_pairs(student, known, 1.0)) for known in (whole, found))
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_all_entries_say_all_temperatures():
+    whole = TopK.of(logits(1), CLASSES, [1.0, 3.0])
+    found = TopK.of_largest(whole.ids, whole.logs, CLASSES, [1.0, 3.0])
+    torch.testing.assert_close(found.at(3.0), whole.at(3.0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.norms, whole.norms, rtol=1e-5, atol=1e-5)
+    with pytest.raises(DistillError, match="say nothing of the others at a temperature other than 1"):
+        TopK.of_largest(whole.ids[:, :4], whole.logs[:, :4], CLASSES, [1.0, 3.0])
+
+
+def test_a_rest_below_rounding_is_bounded_by_the_smallest_known_entry():
+    ids = torch.tensor([[0, 1]])
+    for smallest, expected in ((1e-3, 1e-6), (1e-9, 4 * 1e-9)):  # 6 classes: four others, each at most the smallest
+        known = TopK.of_largest(ids, torch.tensor([[1 - smallest, smallest]], dtype=torch.float64).log(), 6)
+        assert float(known.rests.double().exp()) == pytest.approx(expected, rel=1e-3)
+    # Rounding may have them exceed 1.
+    known = TopK.of_largest(ids, torch.tensor([[1.00001, 1e-3]]).log(), 6)
+    assert known.at(1.0).isfinite().all() and float(known.at(1.0).exp().sum()) == pytest.approx(1)

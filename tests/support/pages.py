@@ -21,6 +21,8 @@ from support.forking import IMPORTED, python
 ROOT = Path(__file__).parents[2]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(ROOT.glob("[!.]*/README.md")), *sorted(ROOT.glob("docs/**/*.md"))]
 COMMANDS = ("kdgraft", "make", "pip", "accelerate", "torchrun", "python")
+ADDRESS = "http://localhost:8000/v1"
+"""The address of the servers on the pages."""
 _FENCE = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 
 
@@ -90,7 +92,15 @@ def run(command: Sequence[str], folder: Path, timeout: float = 240) -> str:
 
 
 def run_program(code: str, folder: Path) -> str:
-    """Runs a program from a folder, in a process that has imported nothing of ours; what it prints."""
+    """Runs a program from a folder, in a process that has imported nothing of ours; what it prints.
+
+    One that asks a server finds a small one, at another address than the printed one, and its model in the folder ``teacher``.
+    """
+    if ADDRESS in code:
+        from support.language_server import small_one
+
+        with small_one(folder / "teacher") as server:
+            return run_program(code.replace(ADDRESS, server.url), folder)
     host = next((need for need in _frameworks([code]) if need in IMPORTED), "torch")
     done = python("-c", code, host=host, folder=folder, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import DistillError
-from ..registry import SOURCES
+from ..registry import SOURCES, Registry
 from .base import Source
 
 BuildStudent = Callable[[str, Any], nn.Module]
@@ -20,6 +20,7 @@ def gather_sources(
     teachers: Mapping[str, Any] | None,
     build: Callable[[str, Any], Source],
     build_student: BuildStudent | None = None,
+    registry: Registry = SOURCES,
 ) -> dict[str, Source]:
     """Return the sources by name, and the single peers of :class:`~kdgraft.Peers` beside them.
 
@@ -30,6 +31,7 @@ def gather_sources(
         build: builds a source from ``(its name in messages, the host's own kind of argument: a model, a config, a folder)``.
         build_student: builds the model of a ``dict(type="Peer", …)``, from its ``model`` or from all its other entries, and each
             model of a ``dict(type="Peers", models=[…])``; ``None`` where the host has models only.
+        registry: the kinds of sources that a dict may name.
 
     Raises:
         DistillError: both arguments are given, or ``teachers`` is not a dict of sources.
@@ -42,8 +44,8 @@ def gather_sources(
     found: dict[str, Source] = {}
     for name, given in ({"teacher": teacher} if teachers is None else teachers).items():
         where = "teacher" if teachers is None else f"teachers[{name!r}]"
-        if isinstance(given, Mapping) and given.get("type") in list(SOURCES):
-            given = SOURCES.build(with_students(where, given, build_student))
+        if isinstance(given, Mapping) and given.get("type") in list(registry):
+            given = registry.build(with_students(where, given, build_student))
         found[name] = given if isinstance(given, Source) else build(where, given)
     return with_parts(found)
 

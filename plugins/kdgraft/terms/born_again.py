@@ -97,6 +97,10 @@ class DKPP(SoftTargets):
         )
         self._random = SharedRandom()
 
+    @property
+    def joins(self) -> bool:
+        return False  # classes that are joined into one cannot be dealt out
+
     def ready(self, pairs: Pairs) -> Pairs:
         pairs = super().ready(pairs)
         rows = pairs.teacher.movedim(pairs.dim, -1)
