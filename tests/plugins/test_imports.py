@@ -99,6 +99,7 @@ MAY |= {
     }.items()
     for part in parts
 }
+MAY |= {f"kdgraft_bench.costs.{part}": MAY["kdgraft_bench.costs.nlp"] for part in ("language", "sharded")}
 MAY["kdgraft_bench.report.checkpoints"] = {
     "kdgraft_bench",
     "kdgraft",
