@@ -57,6 +57,9 @@ def add_measurements(commands: Any) -> None:
         metavar="NAME",
         help="these of its methods, or 'all' (default: the benchmark's own choice)",
     )
+    bench.add_argument(
+        "--teacher", metavar="FILE", help="the weights of a teacher that is trained already (a folder in Hugging Face)"
+    )
     bench.add_argument("--iterations", type=int, help="the length of every training (default: the benchmark's own)")
     bench.add_argument(
         "--tune", type=int, metavar="N", help="tune each method's weights first, by N trainings on the validation split"
@@ -114,7 +117,19 @@ def _bench(arguments: argparse.Namespace) -> None:
         _measure_costs(arguments)
         return
     benchmark = import_module("kdgraft_bench.benchmark")  # says what to install where its libraries are missing
-    names = ("data", "seeds", "methods", "iterations", "tune", "processes", "split", "device", "out", "fraction")
+    names = (
+        "data",
+        "seeds",
+        "methods",
+        "iterations",
+        "tune",
+        "processes",
+        "split",
+        "device",
+        "out",
+        "fraction",
+        "teacher",
+    )
     told = benchmark.read_benchmark(arguments.plan, **{name: getattr(arguments, name) for name in names})
     benchmark.benchmark(told, dry_run=arguments.dry_run, command=["kdgraft", *sys.argv[1:]])
 

@@ -19,8 +19,8 @@ KEYS = (
     *("batch", "fraction", "texts", "default_methods", "teacher", "students", "methods", "peers", "runs", "demo"),
 )
 DEMO_KEYS = ("students", "methods", "iterations", "batch", "processes", "batches")
-MODEL_KEYS = ("config", "options")
-METHOD_KEYS = ("recipe", "terms", "teacher", "teachers", "options", "start", "stop", "data")
+MODEL_KEYS = ("config", "options", "published")
+METHOD_KEYS = ("published", "recipe", "terms", "teacher", "teachers", "options", "start", "stop", "data")
 TEACHER, PLAIN = "teacher", "plain"
 
 
@@ -33,12 +33,14 @@ class Model:
         settings: of a small model: its name, ``model``, and its arguments.
         options: overrides of the config.
         checkpoint: its weights, for a teacher that is trained already: a file, or a folder of Hugging Face.
+        published: metric -> the figure that its authors published.
     """
 
     config: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
     checkpoint: str | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -74,6 +76,7 @@ class Benchmark:
         metric: the metric that decides; by default the host's first.
         fraction: the share of the training set to use, drawn with the seed; ``None`` for all of it. Of Hugging Face alone.
         texts: the number of texts that each language model writes to be measured by its teacher; ``None`` for none.
+        published: method -> metric -> the figure that its authors published; of benchmarks with one student.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Benchmark:
     metric: str | None = None
     fraction: float | None = None
     texts: int | None = None
+    published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def trained(self) -> Iterator[tuple[str, str, str]]:
         """Yield the name, the student and the method of every run of the table; those of the teacher are ``"teacher"``."""
@@ -123,7 +127,7 @@ def read_benchmark(named: str, *, demo: bool = False, **changes: Any) -> Benchma
         named: a file, or the name of a benchmark that ships.
         demo: take the values of its table ``[demo]`` for those of the file, the first seed alone, and no peers.
         **changes: values that replace those of the file, such as ``seeds=(0,)``, or the names of those ``methods`` that are kept,
-            ``["all"]`` for all; ``None`` leaves the file's own.
+            ``["all"]`` for all, or the weights of a trained ``teacher``; ``None`` leaves the file's own.
 
     Raises:
         DistillError: there is no such benchmark, or an entry is unknown or has a wrong value.
@@ -145,6 +149,8 @@ def read_benchmark(named: str, *, demo: bool = False, **changes: Any) -> Benchma
     if demo:
         changes = {"seeds": told.get("seeds", [0])[:1], **short, **changes}
         told.pop("peers", None)
+    if (teacher := changes.pop("teacher", None)) is not None and isinstance(told.get("teacher"), dict):
+        told["teacher"] = {**told["teacher"], "checkpoint": str(Path(teacher).resolve())}
     usual = told.pop("default_methods", None)
     for kind, names in (("methods", changes.pop("methods", usual)), ("students", changes.pop("students", None))):
         if names is not None and names != ["all"] and isinstance(told.get(kind), dict):
@@ -195,6 +201,7 @@ def _read(told: Mapping[str, Any], where: str, file: Path) -> Benchmark:
             name: _model(f"{where}: student {name!r}", one, file.parent) for name, one in told["students"].items()
         },
         methods={name: _method(f"{where}: method {name!r}", one) for name, one in told["methods"].items()},
+        published=_published(where, told),
         peers={
             name: _model(f"{where}: peer {name!r}", one, file.parent) for name, one in told.get("peers", {}).items()
         },
@@ -252,14 +259,34 @@ def _model(where: str, entry: Any, folder: Path) -> Model:
     _known(where, entry, MODEL_KEYS)
     if not isinstance(entry["config"], str) or not isinstance(entry.get("options", {}), dict):
         raise DistillError(f"{where}: config must be a text, and options a table")
-    return Model(config=located(entry["config"], folder), options=entry.get("options", {}))
+    published = _figures(where, entry.get("published", {}))
+    return Model(config=located(entry["config"], folder), options=entry.get("options", {}), published=published)
 
 
 def _method(where: str, entry: Any) -> dict[str, Any]:
     if not isinstance(entry, dict) or not ({"recipe", "terms", "start"} & set(entry)):
         raise DistillError(f"{where} needs recipe = '…', terms = […], or start = '…' for a training without a teacher")
     _known(where, entry, METHOD_KEYS)
-    return dict(entry)
+    return {key: value for key, value in entry.items() if key != "published"}
+
+
+def _published(where: str, told: Mapping[str, Any]) -> dict[str, Mapping[str, float]]:
+    """Return the published figures of all methods that have some."""
+    found: dict[str, Mapping[str, float]] = {
+        name: _figures(f"{where}: method {name!r}", entry["published"])
+        for name, entry in told["methods"].items()
+        if "published" in entry
+    }
+    if found and len(told["students"]) > 1:
+        raise DistillError(f"{where}: published figures of methods are of one student; leave the others out")
+    return found
+
+
+def _figures(where: str, published: Any) -> dict[str, float]:
+    numbers = isinstance(published, dict) and all(isinstance(value, (int, float)) for value in published.values())
+    if not numbers:
+        raise DistillError(f"{where}: published must be a table such as {{ AP = 0.402 }}, got {published!r}")
+    return dict(published)
 
 
 def _text(where: str, told: Mapping[str, Any], key: str) -> str | None:

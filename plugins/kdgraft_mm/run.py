@@ -243,6 +243,10 @@ def timeout_of(config: Config) -> float:
 
 def make_runner(config: Config) -> Runner:
     """Return a Runner for this process, set up for distributed training when a launcher started several processes."""
+    if isinstance(config.get("visualizer"), dict):
+        config.visualizer.pop(
+            "name", None
+        )  # by a name the visualizer of an earlier Runner is taken, which logs to that one's folder
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         config.launcher = "pytorch"
         if not torch.cuda.is_available():

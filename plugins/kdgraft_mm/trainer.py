@@ -97,7 +97,7 @@ class MMTrainer:
     def config_of(self, job: Job) -> Config:
         """Return the config with which a run is trained; see :meth:`carry_out`."""
         config = self._config(job.config, job.options)
-        config.work_dir = str(job.folder)
+        config.work_dir = config.experiment_name = str(job.folder)  # by its name a Runner finds its message hub
         config.randomness = {**config.get("randomness", {}), "seed": job.seed}
         if job.data is not None:
             transfer(config, job.data, job.seed, job.folder, self.scope)
@@ -110,7 +110,7 @@ class MMTrainer:
     def _config(self, config: str, options: Mapping[str, Any]) -> Config:
         with run.config_mistakes(config):
             found = load_config(config)
-            found.merge_from_dict(dict(options))
+            found.merge_from_dict({key: _fitting(value, key, found) for key, value in options.items()})
         if "model" not in found:
             raise DistillError(f"{config} has no 'model'; it is not the config of a training")
         found.setdefault("default_scope", self.scope)
@@ -135,6 +135,19 @@ class MMTrainer:
         names = list(dict.fromkeys([*imported_names(config), self.plugin]))
         config.custom_imports = {**(config.get("custom_imports") or {}), "imports": names}
         __import__(self.plugin)
+
+
+def _fitting(value: Any, key: str, config: Config) -> Any:
+    """Return an option as a tuple if it is a list in the place of one, as TOML has no tuples."""
+    if not isinstance(value, list):
+        return value
+    found: Any = config
+    for part in key.split("."):
+        if isinstance(found, (list, tuple)) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            found = found.get(part) if isinstance(found, (Config, Mapping)) else None
+    return tuple(value) if isinstance(found, tuple) else value
 
 
 DET = MMTrainer("mmdet", "DistilledDetector", "kdgraft_det")

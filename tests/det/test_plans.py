@@ -12,9 +12,11 @@ import torch
 from mmengine.config import Config
 
 from kdgraft.cli import main
+from kdgraft.hosts import Job
 from kdgraft_bench.hosts import det_setup
 from kdgraft_bench.plans import SCHEMES, measure
 from kdgraft_bench.results import read_results
+from kdgraft_mm.trainer import DET as TRAINER
 from support.commands import refused
 from support.det import CLASSES, build, detector, distilled, runner_config
 from support.forking import python
@@ -75,6 +77,38 @@ def plan(folder: Path, out: str = "out", text: str = PLAN) -> Path:
 
 def record(folder: Path, run: str, out: str = "out") -> dict:
     return json.loads((folder / out / run / "seed0/finished.json").read_text())["model"]
+
+
+VISUALIZED = """
+[runs.first]
+config = "seen.py"
+[runs.second]
+config = "seen.py"
+options = { "optim_wrapper.optimizer.lr" = 0.002, "train_dataloader.dataset.pipeline.2.scale" = [96, 64] }
+"""
+
+
+def test_every_run_logs_to_its_own_folder_and_lists_stand_for_tuples(folder, scenes):
+    """Configs of MMDetection name their visualizer, and a process keeps one visualizer of a name."""
+    config = Config.fromfile(folder / "small.py")
+    config.visualizer = dict(type="DetLocalVisualizer", name="visualizer", vis_backends=[dict(type="LocalVisBackend")])
+    config.train_dataloader.dataset.pipeline[2] = dict(type="Resize", scale=(96, 96), keep_ratio=False)
+    config.dump(folder / "seen.py")
+    assert main(["plan", str(plan(folder, "seen", VISUALIZED))]) == 0
+    logged = {}
+    for name in ("first", "second"):
+        (log,) = (folder / "seen" / name / "seed0").glob("*/vis_data/scalars.json")
+        logged[name] = [json.loads(line) for line in log.read_text().splitlines()]
+    lengths = [max(record["step"] for record in records if "lr" in record) for records in logged.values()]
+    assert lengths == [4, 4] and logged["first"] != logged["second"]
+    options = {
+        "train_dataloader.dataset.pipeline.2.scale": [96, 64],
+        "train_dataloader.absent": [1],
+        "val_evaluator": [],
+    }
+    config = TRAINER.config_of(Job(str(folder / "seen.py"), options, folder, 0))
+    assert config.train_dataloader.dataset.pipeline[2].scale == (96, 64)
+    assert config.train_dataloader.absent == [1] and config.val_evaluator == []
 
 
 def state(folder: Path, run: str, out: str = "out") -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from kdgraft.plans import Choice, Plan
 
 from ..hosts import Step, bench_host
 from ..spec import Benchmark
-from ..timing import interleave
+from ..timing import interleave, peak_memory
 from .costs import step_of
 from .working import logged, one_line
 
@@ -28,10 +28,12 @@ class Forecast:
     Attributes:
         seconds: run -> the expected time of its training, without its evaluations.
         failures: run -> the error that building it or its first step raised, in one line.
+        memory: run -> the peak bytes of a step beyond the weights.
     """
 
     seconds: Mapping[str, float]
     failures: Mapping[str, str]
+    memory: Mapping[str, int]
 
 
 def forecast(benchmark: Benchmark, plan: Plan, names: Iterable[str], log: Path) -> Forecast:
@@ -49,7 +51,7 @@ def forecast(benchmark: Benchmark, plan: Plan, names: Iterable[str], log: Path) 
     wanted = set(names)
     needed = {need for run in plan.runs for need in run.needs}
     begun: dict[str, TrainedModel] = {}
-    seconds, failures = dict[str, float](), dict[str, str]()
+    seconds, failures, memory = dict[str, float](), dict[str, str](), dict[str, int]()
     with tempfile.TemporaryDirectory() as scratch, logged(log):
         for run in plan.runs:
             if isinstance(run, Choice):
@@ -65,9 +67,10 @@ def forecast(benchmark: Benchmark, plan: Plan, names: Iterable[str], log: Path) 
                         begun[run.name] = step.save(folder)
                     if run.name in wanted:
                         seconds[run.name] = step.count * _of_one(step, benchmark.device)
+                        memory[run.name] = peak_memory(step.run, benchmark.device)
                 except Exception as error:  # whatever a host raises: the other runs are told of
                     failures[run.name] = one_line(error)
-    return Forecast(seconds, failures)
+    return Forecast(seconds, failures, memory)
 
 
 def _of_one(step: Step, device: str) -> float:

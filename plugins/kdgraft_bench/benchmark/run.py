@@ -20,7 +20,7 @@ from ..decisions import Decisions, agreement, same_items, telling
 from ..hosts import BenchHost, Dataset, bench_host
 from ..records import Row, append, read_rows
 from ..report import read_runs, write_report
-from ..report.gains import digits, gains, taken
+from ..report.gains import digits, gains, number, taken
 from ..results import Result, gap_closed, markdown, summary, write_results
 from ..spec import PLAIN, TEACHER, Benchmark, run_name
 from ..timing import check_device
@@ -220,7 +220,7 @@ def _announce(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel])
     pace = _Pace(told, plan, todo)
     names = {name for name, _ in todo}
     unknown = [run.name for run in plan.runs if run.name in names and run.name not in pace.known]
-    found = Forecast({}, {})
+    found = Forecast({}, {}, {})
     if unknown:
         print("timing some steps of each new run …", flush=True)
         with processes(told.processes, told.device) as pool:
@@ -238,6 +238,7 @@ def _announce(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel])
                 "seeds to do": ", ".join(map(str, mine)) or "none",
                 "taught by": ", ".join(run.needs) or "–",
                 "each takes": f"about {in_words(float(np.mean(expected)))}{steps}" if expected else "–",
+                **({"step memory": _mebibytes(found.memory.get(run.name))} if found.memory else {}),
             }
         )
     print_rows(rows, f"{told.name}: {len(todo)} of {len(plan.runs) * len(plan.seeds)} runs to do, in {told.out}")
@@ -249,6 +250,10 @@ def _announce(told: Benchmark, plan: Plan, finished: Mapping[Run, TrainedModel])
         print(f"{'The peer ' if name in peers else ''}{name} does not run: {said}")
     if wrong:
         raise DistillError(f"{wrong[0]} cannot be trained; see {told.out / 'forecast.log'}, and its error above")
+
+
+def _mebibytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 2**20:.0f} MiB"
 
 
 # --- figures
@@ -341,9 +346,17 @@ def _print(
         for row in table:
             closed = gap_closed(mine, metric, row["method"]) if row["method"] not in (TEACHER, PLAIN) else float("nan")
             row[GAP] = f"{closed:.0%}" if np.isfinite(closed) else "–"
+            if (known := _published(told, student)) and any(metric in one for one in known.values()):
+                value = known.get(row["method"], {}).get(metric)
+                row[f"{metric}, published"] = "–" if value is None else number(value)
         print_rows([{key: row[key] for key in row if not short or key in printed} for row in table], f"\n{title}")
         text.append(f"{title}\n\n{markdown(table)}")
     (told.out / "table.md").write_text("\n\n".join(text) + "\n", encoding="utf-8")
+
+
+def _published(told: Benchmark, student: str) -> Mapping[str, Mapping[str, float]]:
+    """Return the published figures by method."""
+    return {TEACHER: told.teacher.published, PLAIN: told.students[student].published, **told.published}
 
 
 def replace_model(result: Result, told: Benchmark) -> Result:
