@@ -22,7 +22,7 @@ from ..spec import PLAIN, TEACHER, Benchmark, run_name
 from ..timing import interleave, peak_memory
 from .working import logged
 
-ROUNDS = 15
+ROUNDS, FEW_ROUNDS = 15, 5
 PARAMETERS, OPERATIONS, SIZE = "parameters (k)", "MFLOPs", "size (MiB)"
 STEP, MEMORY = "step (ms)", "step memory (MiB)"
 

@@ -24,7 +24,7 @@ from ..report.gains import digits, gains, number, taken
 from ..results import Result, gap_closed, markdown, summary, write_results
 from ..spec import PLAIN, TEACHER, Benchmark, run_name
 from ..timing import check_device
-from .costs import OPERATIONS, PARAMETERS, SIZE, STEP, Costs, latency_of, machine, measure_costs
+from .costs import FEW_ROUNDS, OPERATIONS, PARAMETERS, ROUNDS, SIZE, STEP, Costs, latency_of, machine, measure_costs
 from .forecast import Forecast, forecast
 from .planned import plan_of_benchmark
 from .tuning import tuned
@@ -48,7 +48,7 @@ def benchmark(
         told: the benchmark.
         dry_run: print what would be done and about how long it takes, and train nothing.
         command: the command that was given, for the report.
-        short: print what decides alone; ``table.md`` has every figure.
+        short: print what decides alone, and measure costs in fewer rounds; ``table.md`` has every figure.
 
     Returns:
         The figures of all runs.
@@ -74,7 +74,7 @@ def benchmark(
         absent = _train(told, plan, dataset, finished)
         finished = carry_out(plan, dry_run=True, tell=lambda line: None)
         first = {name: model for (name, seed), model in finished.items() if seed == told.seeds[0]}
-        costs = _costs(told, plan, first)
+        costs = _costs(told, plan, first, FEW_ROUNDS if short else ROUNDS)
         results = _results(told, plan, costs, _texts(told, plan, finished))
         write_results(results, told.out / "results.csv")
         metric = _metric(told, host, results)
@@ -259,7 +259,7 @@ def _mebibytes(count: int | None) -> str:
 # --- figures
 
 
-def _costs(told: Benchmark, plan: Plan, first: Mapping[str, TrainedModel]) -> Costs:
+def _costs(told: Benchmark, plan: Plan, first: Mapping[str, TrainedModel], rounds: int) -> Costs:
     """Measure the costs in a process of its own, unless they were measured before for these runs."""
     path = told.out / COSTS
     wanted = {"names": [name for name, _, _ in told.trained()], "batches": list(told.batches), "device": told.device}
@@ -269,7 +269,7 @@ def _costs(told: Benchmark, plan: Plan, first: Mapping[str, TrainedModel]) -> Co
         return found
     print("measuring latency and training steps …", flush=True)
     with processes(1, told.device) as pool:
-        found = pool.submit(measure_costs, told, plan, first, told.out / "costs.log").result()
+        found = pool.submit(measure_costs, told, plan, first, told.out / "costs.log", rounds).result()
         where = pool.submit(machine, told.device).result()
     with written_whole(path) as part:
         part.write_text(json.dumps({**wanted, **where, "costs": found}, indent=1), encoding="utf-8")
