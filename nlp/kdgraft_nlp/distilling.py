@@ -26,12 +26,13 @@ from .collator import PREFIX, DistillCollator
 from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
-from .sharding import refuse_sharded, refuse_sharding, shard_teachers
+from .sharding import refuse_sharded, refuse_sharding, refuse_uneven, shard_teachers, splits_weights
 from .student import graft, is_fused, undistill
 from .tokens import WRITTEN
 from .views import check_views, viewed
 from .vocabularies import check_tokenizer, vocabularies
 from .writer import Writer, written_figures
+from .zero import prepare_teachers
 
 logger = logging.getLogger("kdgraft")
 
@@ -70,13 +71,11 @@ class Distilling(Resuming):
             raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
         told = read_on_policy(on_policy)
-        if told is not None and self.is_fsdp_enabled:
-            raise DistillError(
-                "on_policy: processes write texts of different lengths, for which FSDP2 would wait forever; leave it out"
-            )
+        split = splits_weights(self)
+        cache = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
+        refuse_uneven(split, told, cache)
         facts = vocabularies(self, [teacher] if teachers is None else others) | {"on_policy": told}
         self._recipe = recipe
-        cache = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
         self._settings |= dict(init_from=init_from, chunk=_chunk_size(self, chunked), cache=cache)
         self._totals: dict[str, Tensor] = {}
@@ -104,8 +103,9 @@ class Distilling(Resuming):
         """Raise a :class:`DistillError` for sources and terms that this trainer cannot have."""
         sources = list(engine.sources.values())
         check_tokenizer(self, sources)
-        if self.is_fsdp_enabled:
-            refuse_sharded(engine)
+        split = splits_weights(self)
+        if split:
+            refuse_sharded(engine, split)
         if not _has_own_loss(self):
             return
         if any(source.trains for source in sources):
@@ -201,8 +201,8 @@ class Distilling(Resuming):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
         """Run the host's training step, and raise a :class:`DistillError` where it did not distil."""
         self._distilled = False
-        if self.is_fsdp_enabled and self.distiller is not None:
-            shard_teachers(self.distiller)
+        if self.distiller is not None:
+            self._prepare_teachers(self.distiller)
         if self._views is not None and self.distiller is not None:
             names = [name for name, source in self.distiller.sources.items() if source.members == (name,)]
             inputs = viewed(self._views, inputs, [n for n in names if not self.distiller.sources[n].trains])
@@ -250,6 +250,13 @@ class Distilling(Resuming):
         # The Trainer divides unscaled losses by the number of micro-batches; the terms' losses are scaled already.
         whole = sum(peers.values(), loss) + extra * split
         return (whole, result[1]) if return_outputs else whole
+
+    def _prepare_teachers(self, engine: Engine) -> None:
+        """Have teachers run as the wrapped student does, in parts where it is."""
+        if self.is_fsdp_enabled:
+            shard_teachers(engine)
+        elif self.is_deepspeed_enabled:
+            prepare_teachers(engine, self.accelerator.state.deepspeed_plugin)
 
     def _weighted(self, loss: Tensor, step: StudentStep) -> Tensor:
         """Return the host's loss times its share; a model that computes in chunks has already weighted it."""

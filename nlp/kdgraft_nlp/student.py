@@ -39,6 +39,7 @@ from .tasks import (
 )
 from .tokens import SAMPLE_IDS, TEACHER_INPUTS
 from .wired import wired
+from .zero import runs_in_parts, whole_while
 
 FUSED = "fused_lm_head"
 """The argument by which TRL's trainers ask a replaced forward for the loss without logits."""
@@ -186,7 +187,9 @@ def graft(
     with isolated_rng():
         sources = build_sources(teacher, teachers, student, cache) if terms else {}
     if init_from is not None:
-        init_from_teacher(student, _one_model(sources), init_from)
+        theirs = _one_model(sources)
+        with whole_while([*student.parameters(), *theirs.parameters()], change=True):
+            init_from_teacher(student, theirs, init_from)
     fused, replaced = is_fused(student), vars(student).pop("forward", None)
     link = Link(task_of(student), accepted(student))
     link.fused, link.replaced = fused, replaced
@@ -197,7 +200,8 @@ def graft(
     engine = None
     if sources:
         try:
-            with isolated_rng(), _telling_of_replaced(link, kind.__name__):
+            models = [student, *(source.model for source in sources.values() if isinstance(source, Teacher))]
+            with isolated_rng(), runs_in_parts(models), _telling_of_replaced(link, kind.__name__):
                 engine = wired(student, sources, terms, dry_run, facts or {}, chunk)
                 if cache is not None:
                     for term in engine.all_terms:
