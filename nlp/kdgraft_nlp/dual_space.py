@@ -18,6 +18,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, cross_model_attention, dual_space, upcast
 from kdgraft.losses.dual_space import DIVERGENCES
 from kdgraft.losses.soft_targets import check_temperature
+from kdgraft.sources import STUDENT
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, check_choice
 from kdgraft.wiring import Wiring
@@ -130,7 +131,8 @@ class DSKD(Term):
                 )
         if self._taps[0].logits is None:
             link = link_of(wiring.student)
-            self.chunk, self.transforms = link.chunk, link.transforms
+            assert wiring.holder is not None
+            self.chunk, self.transforms = link.chunk, (link.transforms[STUDENT], link.transforms[wiring.holder.name])
         else:
             first, second = (
                 transform_of(model, own, recording[taps.logits])  # type: ignore[index]
