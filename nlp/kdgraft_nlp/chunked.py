@@ -129,6 +129,7 @@ def chunked_losses(
     given: Mapping[str, Given],
     parts: Sequence[TokenLoss],
     chunk: int = 256,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted total of all losses, and the sum of each.
 
@@ -140,25 +141,38 @@ def chunked_losses(
         given: what is known of each teacher's logits, by its name.
         parts: the divergences.
         chunk: the number of tokens in a chunk.
+        weights: ``(N,)``: the weights of the tokens in all sums; ``None`` for equal ones.
 
     Returns:
         The total, a scalar with gradients to ``hidden`` and ``head``; and the sums over tokens without gradients: first that of
         the cross-entropy (0 where it is left out), then that of each divergence.
     """
     tensors = (hidden, head.weight, head.bias, head.transform)
-    total, sums = _Chunked.apply(*tensors, targets, hard_factor, given, tuple(parts), chunk)
+    total, sums = _Chunked.apply(*tensors, targets, hard_factor, given, tuple(parts), chunk, weights)
     return total, sums
 
 
 def _values(
-    logits: Tensor, given: Mapping[str, Any], targets: Tensor, index: Tensor, hard: bool, parts: Sequence[TokenLoss]
+    logits: Tensor,
+    given: Mapping[str, Any],
+    targets: Tensor,
+    index: Tensor,
+    hard: bool,
+    parts: Sequence[TokenLoss],
+    weights: Tensor | None,
 ) -> Tensor:
     """Return the losses of a chunk: the sum of cross-entropies, 0 where it is left out, and that of each divergence."""
-    hard_loss = F.cross_entropy(logits, targets[index], ignore_index=IGNORED, reduction="sum") if hard else None
-    found = [logits.new_zeros(()) if hard_loss is None else hard_loss]
+
+    def summed(losses: Tensor, mine: Tensor | slice) -> Tensor:
+        return (losses if weights is None else losses * weights[index][mine]).sum()
+
+    found = [logits.new_zeros(())]
+    if hard:
+        losses = F.cross_entropy(logits, targets[index], ignore_index=IGNORED, reduction="none")
+        found = [summed(losses, slice(None))]
     for part in parts:
         mine = slice(None) if part.everywhere else part.counted[index]
-        found.append(part.compare(logits[mine], part.heard(given, mine), targets[index][mine]).sum())
+        found.append(summed(part.compare(logits[mine], part.heard(given, mine), targets[index][mine]), mine))
     return torch.stack([value.to(torch.float32) for value in found])
 
 
@@ -177,6 +191,7 @@ class _Chunked(torch.autograd.Function):
         given: Mapping[str, Given],
         parts: tuple[TokenLoss, ...],
         chunk: int,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs else None
@@ -200,7 +215,7 @@ class _Chunked(torch.autograd.Function):
             with torch.enable_grad():
                 # Float32 under any autocast: small gradients would underflow before the loss scaler's factor is applied.
                 leaf = logits.detach().float().requires_grad_()
-                stacked = _values(transform(leaf), theirs, targets, index, hard_factor is not None, parts)
+                stacked = _values(transform(leaf), theirs, targets, index, hard_factor is not None, parts, weights)
                 if needs:
                     (grad_logits,) = torch.autograd.grad((stacked * factors.to(stacked.dtype)).sum(), leaf)
             sums += stacked.detach().double()
@@ -222,4 +237,4 @@ class _Chunked(torch.autograd.Function):
             None if grad is None else (grad * grad_total.float()).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None, None, None, None)
+        return (*grads, *[None] * 7)

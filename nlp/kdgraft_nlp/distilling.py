@@ -22,15 +22,16 @@ from kdgraft.step import scaled
 
 from .adapters import base_of
 from .checkpoints import Resuming
-from .collator import PREFIX, DistillCollator
+from .collator import PREFIX, DistillCollator, take_weights
 from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
 from .sharding import refuse_sharded, refuse_sharding, refuse_uneven, shard_teachers, splits_weights
 from .student import graft, is_fused, undistill
-from .tokens import WRITTEN
+from .tokens import WEIGHTS, WRITTEN, tokens_of
 from .views import check_views, viewed
 from .vocabularies import check_tokenizer, vocabularies
+from .weighing import refuse_weights, sum_of_weights
 from .writer import Writer, written_figures
 from .zero import prepare_teachers
 
@@ -45,6 +46,7 @@ class Distilling(Resuming):
 
     _signature_columns: Any
     _writer: Writer | None = None
+    _weights: str | None = None
 
     def start_distilling(
         self,
@@ -58,6 +60,7 @@ class Distilling(Resuming):
         init_from: Any = None,
         views: Any = None,
         on_policy: OnPolicy | Mapping[str, Any] | None = None,
+        weights: str | None = None,
     ) -> None:
         """Graft the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
@@ -69,6 +72,7 @@ class Distilling(Resuming):
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         if host_weight != 1 and not specs:
             raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
+        self._weights = None if weights is None else take_weights(self, weights, bool(specs))
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
         told = read_on_policy(on_policy)
         split = splits_weights(self)
@@ -106,6 +110,9 @@ class Distilling(Resuming):
         split = splits_weights(self)
         if split:
             refuse_sharded(engine, split)
+        if self._weights is not None:
+            link, told = link_of(self.model), self._settings["facts"].get("on_policy")
+            refuse_weights(engine, link.task, link.fused, _has_own_loss(self), told)
         if not _has_own_loss(self):
             return
         if any(source.trains for source in sources):
@@ -171,6 +178,13 @@ class Distilling(Resuming):
             self._totals = self._count(found[0], device)
         return found
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        found = super()._get_num_items_in_batch(batch_samples, device)
+        if found is None or self._weights is None or self.distiller is None:
+            return found
+        tokens = [tokens_of(link_of(self.model).read(batch)) for batch in batch_samples]
+        return sum_of_weights(tokens, device, bool(self.args.average_tokens_across_devices))
+
     def written(self, batch: Any) -> Any:
         """Return a batch as an on-policy step has it; the batch itself where no step is on-policy."""
         writer = self._writer
@@ -219,6 +233,10 @@ class Distilling(Resuming):
         """Return the host's loss times its share, with the losses of terms and peers added in training."""
         if self.distiller is None or not model.training or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._weights is not None and WEIGHTS not in inputs:
+            raise DistillError(
+                f"there is no column {self._weights!r} for weights in the training set; add it, or leave out weights"
+            )
         self._check_host(model, inputs, num_items_in_batch)
         state, scales = self.state, self._host_scales(num_items_in_batch)
         # Texts that the student wrote are no labels for the host's own loss.

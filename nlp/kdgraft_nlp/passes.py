@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdgraft.batch import Batch
 from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.errors import DistillError
 from kdgraft.losses import Ratio
@@ -24,7 +25,8 @@ from .chunked import Given, LogitTransform, TokenLoss, chunked_losses, head_of
 from .heads import router_loss
 from .link import link_of
 from .tasks import STORED
-from .tokens import IGNORED
+from .tokens import IGNORED, Tokens, tokens_of
+from .weighing import SMALLEST, weighted_loss
 
 
 @dataclass
@@ -45,12 +47,16 @@ class StudentPass:
         return step.losses(own=None if own is None else own * link_of(self.student).last.host_factor)
 
 
-def run_student(student: Any, inputs: dict[str, Any]) -> StudentPass:
-    """Run a student with the host's own loss, in chunks where its link asks for them."""
-    link = link_of(student)
-    if link.chunk is None:
-        return StudentPass(student, student.plain_forward(**inputs))
-    return _run_fused(student, inputs) if link.fused else _run_in_chunks(student, inputs)
+def run_student(student: Any, inputs: dict[str, Any], batch: Batch) -> StudentPass:
+    """Run a student with the host's own loss, in chunks where its link asks for them, and weighted where the batch has weights."""
+    link, tokens = link_of(student), tokens_of(batch)
+    if link.chunk is not None:
+        return _run_fused(student, inputs) if link.fused else _run_in_chunks(student, inputs, tokens)
+    output = student.plain_forward(**inputs)
+    if tokens.weights is not None and tokens.student.targets is not None:
+        items = inputs.get("num_items_in_batch")
+        output["loss"] = weighted_loss(student, output, tokens.student.targets, tokens.weights, items)
+    return StudentPass(student, output)
 
 
 def no_loss(output: Any) -> Tensor:
@@ -82,7 +88,7 @@ def _run_fused(student: Any, inputs: dict[str, Any]) -> FusedPass:
     return FusedPass(student, output, seen[0].flatten(0, 1))
 
 
-def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
+def _run_in_chunks(student: Any, inputs: dict[str, Any], tokens: Tokens) -> ChunkedPass:
     """Run the student without logits; :meth:`ChunkedPass.finish` adds the host's loss to its output."""
     labels = inputs.pop("labels", None)
     if labels is None:
@@ -92,7 +98,9 @@ def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
     with _last_states(student) as seen:
         output = student.plain_forward(**inputs, logits_to_keep=empty)
     targets = _following(labels)
-    items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
+    if items is None:
+        items = tokens.amount((targets != IGNORED).view_as(labels)).clamp(min=1 if tokens.weights is None else SMALLEST)
+    items = torch.as_tensor(items)
     return ChunkedPass(student, output, seen[0].flatten(0, 1), targets, items)
 
 
@@ -140,7 +148,9 @@ class StatesPass(StudentPass):
                     found = step.recordings[name][term.teacher_taps[0]]
                     given[name] = _given(found, engine.sources[name], link.transforms)
         own = head_of(self.student, link.transforms[STUDENT])
-        return chunked_losses(self.hidden, own, targets, hard, given, parts, link.chunk or 1)
+        weights = tokens_of(step.batch).weights
+        weights = None if weights is None else weights.flatten().to(device)
+        return chunked_losses(self.hidden, own, targets, hard, given, parts, link.chunk or 1, weights)
 
 
 @dataclass

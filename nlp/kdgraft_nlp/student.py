@@ -79,7 +79,7 @@ class Grafted:
             return source.model(**theirs[source.name])
 
         with engine.step(self, batch, current.at, run, device, totals=totals, parts=current.parts) as step:  # type: ignore[arg-type]
-            ran = run_student(self, own)
+            ran = run_student(self, own, batch)
         losses = ran.finish(step)
         peers = {
             name: scaled(found["loss"] if "loss" in found else no_loss(found), step.host_share(listener=name))
