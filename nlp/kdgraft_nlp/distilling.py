@@ -27,7 +27,7 @@ from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
 from .sharding import refuse_sharded, refuse_sharding, refuse_uneven, shard_teachers, splits_weights
-from .student import graft, is_fused, undistill
+from .student import graft, is_fused, refuse_fused_liger, undistill
 from .tokens import WEIGHTS, WRITTEN, tokens_of
 from .views import check_views, viewed
 from .vocabularies import check_tokenizer, vocabularies
@@ -378,6 +378,7 @@ def _refuse_hosts(trainer: Any) -> None:
     if trainer.args.n_gpu > 1:
         raise DistillError("one process cannot distil on several GPUs; start one per GPU with 'accelerate launch'")
     refuse_sharding(trainer)
+    refuse_fused_liger(trainer.args)
 
 
 def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:

@@ -308,6 +308,21 @@ def is_fused(model: Any) -> bool:
     return FUSED in inspect.signature(getattr(forward, "__func__", forward), follow_wrapped=False).parameters
 
 
+def refuse_fused_liger(arguments: Any) -> None:
+    """Refuse the kernel of Liger that replaces the forward of a model, when training starts, by one without logits.
+
+    Raises:
+        DistillError: the arguments of a trainer ask for it.
+    """
+    if not getattr(arguments, "use_liger_kernel", False):
+        return
+    if (arguments.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+        raise DistillError(
+            "use_liger_kernel replaces the student's forward, and the distillation with it, by one without logits; set "
+            "liger_kernel_config={'fused_linear_cross_entropy': False} to keep the other kernels, and chunked=True, which holds no logits either"
+        )
+
+
 def _check_student(student: Any) -> None:
     """Refuse a student that cannot be grafted, and remove accelerate's wrapper of its forward."""
     if isinstance(student, Grafted):
