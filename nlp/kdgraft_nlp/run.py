@@ -8,7 +8,8 @@
                        the terms alone, on texts without labels; ``joined: false``: a language model reads each text on its
                        own, cut to ``length``, not blocks of joined texts; ``packed: true``: so too, and the texts of a batch
                        are one row without padding; ``prompt`` and ``completion``, or ``messages``: columns of prompts and
-                       answers (texts, or messages for the tokenizer's chat template), whose answers alone have labels
+                       answers (texts, or messages for the tokenizer's chat template), whose answers alone have labels;
+                       ``weights``: for language models under a teacher, a column with the weight of each text
 ``tokenizer``          a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither
                        the student's nor the teacher's folder has one
 ``student``            a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
@@ -79,6 +80,7 @@ from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
 from .settings import TASKS, check_settings, encoding, load, tokenizer_folder, untaught
 from .tasks import AUTO_CLASSES
 from .trainer import DistillTrainer
+from .weighing import check_weights_of
 
 
 class _FirstStep(TrainerCallback):
@@ -280,6 +282,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     task, told = str(config["task"]), dict(config.get("data") or {})
     sets = dict(data) if data is not None else read_data(told)
     chat = is_chat(told)
+    check_weights_of(told, sets["train"])
     columns = (chat_columns(told, sets), None) if chat else columns_of(task, told, sets)
     tokenizer = _tokenizer(config.get("tokenizer"), sets["train"], columns[0], task, config)
     unlabelled = columns[1] is not None and told.get("labels") is False
@@ -293,7 +296,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
 
     def encoded_set(split: str, found: Dataset) -> Dataset:
         if chat:
-            return encode_chats(found, tokenizer, list(columns[0]), how["length"])
+            return encode_chats(found, tokenizer, list(columns[0]), how["length"], how["weights"])
         read = (columns[0], None) if unlabelled and split == "train" else columns
         return encode(task, found, tokenizer, read, names, **how)
 
@@ -322,6 +325,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             chunked=(config.get("chunked") or False) if taught else False,
             host_weight=config.get("host_weight", 1) if taught else 1,
             on_policy=config.get("on_policy") if taught else None,
+            weights=told.get("weights") if taught else None,
             **settings,
         )
     check_sizes("student", student, tokenizer, encoded)

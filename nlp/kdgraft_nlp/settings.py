@@ -25,6 +25,7 @@ from .checks import check_folder, flat, one_line
 from .on_policy import read_on_policy
 from .reader import HFReader
 from .registry import RECIPES, TERMS
+from .weighing import check_weights
 
 TASKS = {
     "classification": "sequence",
@@ -69,6 +70,7 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "prompt": ((str,), "a column's name"),
     "completion": ((str,), "a column's name"),
     "messages": ((str,), "a column's name"),
+    "weights": ((str,), "a column's name"),
 }
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
 """The suffixes of data files, with the names of their readers in datasets."""
@@ -182,7 +184,7 @@ class _Mistakes(list[str]):
 
 def _check_data(task: str, data: Mapping[str, Any], files: bool, told: _Mistakes) -> None:
     told += _entries("data", "data.", data, DATA_KINDS)
-    for check in (_check_text, _check_amounts, _check_chats):
+    for check in (_check_text, _check_amounts, _check_chats, check_weights):
         told.look(check, task, data)
     for split in ("train", "eval") if files else ():
         told.look(check_file, split, data.get(split))
@@ -365,7 +367,7 @@ def encoding(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return how the sets of a recipe are encoded: the settings of :func:`kdgraft_nlp.data.encode`."""
     data, second = config.get("data") or {}, bool(config.get("teacher_tokenizer"))
     joined = data.get("joined") is not False and not second and not data.get("packed")
-    return dict(length=data.get("length") or 128, joined=joined, kept=second)
+    return dict(length=data.get("length") or 128, joined=joined, kept=second, weights=data.get("weights"))
 
 
 def untaught(config: Mapping[str, Any]) -> dict[str, Any]:

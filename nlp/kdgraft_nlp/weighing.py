@@ -21,6 +21,27 @@ SMALLEST = 1e-12
 """A sum of weights below it counts as this much, so that a batch without weight has the loss 0."""
 
 
+def check_weights(task: str, data: Mapping[str, Any]) -> None:
+    """Raise a :class:`DistillError` where a recipe's ``data.weights`` means nothing beside its other entries."""
+    if data.get("weights") is None:
+        return
+    if task != "causal":
+        raise DistillError(f"data.weights is for language models (task: causal); leave it out for task {task}")
+    apart = data.get("joined") is False or any(data.get(name) is not None for name in ("prompt", "messages"))
+    if data.get("packed") or not apart:
+        raise DistillError(
+            "data.weights are those of texts that stay apart; add data.joined: false, and leave out data.packed"
+        )
+
+
+def check_weights_of(data: Mapping[str, Any], found: Any) -> None:
+    """Raise a :class:`DistillError` where a recipe's training set lacks the column that ``data.weights`` names."""
+    if data.get("weights") is not None and data["weights"] not in found.column_names:
+        raise DistillError(
+            f"the training set has no column {data['weights']!r} but {', '.join(found.column_names)}; name it with data.weights"
+        )
+
+
 def weights_in(features: Sequence[Mapping[str, Any]], column: str, batch: Mapping[str, Any]) -> Tensor:
     """Return the weights ``(B, L)`` of a padded batch's tokens, 0 for padding.
 
