@@ -42,6 +42,7 @@ WAYS = ["fsdp2", *ZERO]
 
 
 CASES = [*product(sharded_ranks.TERMS, WAYS), *product(sharded_ranks.WHOLE_WEIGHTS, ["zero2"])]
+CASES += product(["weighed"], ["fsdp2", "zero2"])
 
 
 @pytest.mark.parametrize(("name", "way"), [case(name, way) for name, way in CASES])

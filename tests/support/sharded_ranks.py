@@ -36,14 +36,18 @@ TERMS: dict[str, dict[str, Any]] = {
     "whole": dict(terms=["HiddenStates", "AttentionMaps", "Relations", "ForwardKL", "DSKD"]),
     "chunked": dict(terms=["ForwardKL", dict(type="GeneralizedJSD", weight=0.5), LATER, "DSKD"], chunked=3),
 }
+WEIGHED: dict[str, Any] = dict(
+    terms=["ForwardKL", dict(type="SoftTargets", hard_weight=0.5)], chunked=3, weights="weight"
+)
+"""Terms with weights of samples."""
 WHOLE_WEIGHTS = ("auto", "peers", "written")
 """What needs whole weights on each process, as ZeRO-1 and 2 have them."""
 
 
 def settings_of(name: str) -> dict[str, Any]:
     """The teachers and terms of a trainer."""
-    if name in TERMS:
-        return TERMS[name]
+    if name in TERMS or name == "weighed":
+        return TERMS.get(name, WEIGHED)
     if name == "auto":
         return dict(terms=[dict(type="ForwardKL", weight="auto")])
     if name == "written":
@@ -96,11 +100,14 @@ def zero(stage: int) -> dict[str, Any]:
 def trainer_of(folder: Path, name: str, batch: int, student: Any = None, more: Any = None, **settings: Any) -> InOrder:
     """A trainer on sixteen samples."""
     told = dict(per_device_train_batch_size=batch, max_steps=2, max_grad_norm=0.0)
+    data = support.samples(32, "causal")
+    if name == "weighed":
+        data = [{**sample, "weight": (i % 5) / 2} for i, sample in enumerate(data)]
     return InOrder(
         model=support.quiet(support.model("llama", 16, 2, seed=1)) if student is None else student,
         **{"teacher": support.model("llama", 32, 4, seed=2), **settings_of(name), **(more or {})},
         args=support.arguments(folder, **{**told, **settings}),
-        train_dataset=support.samples(32, "causal"),
+        train_dataset=data,
         data_collator=support.collate,
     )
 
