@@ -149,14 +149,7 @@ class TeacherCache:
         Raises:
             DistillError: transformers has no such class.
         """
-        told = self.teacher or {}
-        kind = getattr(transformers, str(told.get("class")), None)
-        if kind is None:
-            raise DistillError(
-                f"transformers has no {told.get('class')}, whose outputs the cache holds; pass the model as teacher=…"
-            )
-        with torch.device("meta"):
-            return kind(kind.config_class.from_dict(told["config"]))
+        return without_weights(self.teacher or {}, "cache")
 
     def store(
         self, ids: Sequence[Any], inputs: Mapping[str, Tensor], recording: Recording, taps: Sequence[Tap]
@@ -218,6 +211,26 @@ class TeacherCache:
                 digest.update(name.encode() + row.detach().cpu().contiguous().numpy().tobytes())
             found.append(torch.frombuffer(bytearray(digest.digest()[:8]), dtype=torch.uint8).clone())
         return found
+
+
+def without_weights(told: Mapping[str, Any], what: str) -> nn.Module:
+    """Build a model without its weights, on the meta device.
+
+    Args:
+        told: its ``class`` and ``config``.
+        what: what holds its outputs, ``"cache"`` or ``"store"``.
+
+    Raises:
+        DistillError: transformers has no such class.
+    """
+    kind = getattr(transformers, str(told.get("class")), None)
+    if kind is None:
+        raise DistillError(
+            f"transformers has no {told.get('class')}, whose outputs the {what} holds; pass the model as teacher=…"
+        )
+    with torch.device("meta"):
+        found: nn.Module = kind(kind.config_class.from_dict(told["config"]))
+    return found
 
 
 def check_storable(taps: Sequence[Tap], who: str, what: str) -> None:

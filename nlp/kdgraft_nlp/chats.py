@@ -35,7 +35,13 @@ def chat_columns(data: Mapping[str, Any], sets: Mapping[str, Dataset]) -> list[s
     return [str(data[entry]) for entry in entries]
 
 
-def encode_chats(found: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], length: int) -> Dataset:
+def encode_chats(
+    found: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    columns: Sequence[str],
+    length: int,
+    weights: str | None = None,
+) -> Dataset:
     """Encode prompts and their answers, or chats, whose answers (the assistant's turns) have labels.
 
     Texts are joined and end with the end-of-text token; messages go through the tokenizer's chat template.
@@ -45,23 +51,27 @@ def encode_chats(found: Dataset, tokenizer: PreTrainedTokenizerBase, columns: Se
         tokenizer: the tokenizer.
         columns: the column of messages, or those of prompts and answers: texts, or lists of messages.
         length: the number of tokens that are kept of a sample; samples that lose their whole answer are left out.
+        weights: a column with the weights of samples to keep, where the set has it.
 
     Raises:
         DistillError: a sample is malformed, the tokenizer has no chat template or one that changes what came before, or no sample
             has an answer.
     """
-    rows = []
+    rows, places = [], []
     for place, values in enumerate(zip(*(found[column][:] for column in columns), strict=True)):
         where = f"sample {place} of {' and '.join(map(repr, columns))}"
         row = _of_messages(tokenizer, values[0], where) if len(columns) == 1 else _of_pair(tokenizer, values, where)
         ids, labels = (each[:length] for each in row)
         if any(label != IGNORED for label in labels[1:]):
             rows.append((ids, labels))
+            places.append(place)
     if not rows:
         raise DistillError(
             f"no sample of {' and '.join(columns)} has an answer within {length} tokens; raise data.length"
         )
     columns_of = {"input_ids": [ids for ids, _ in rows], "labels": [labels for _, labels in rows]}
+    if weights in found.column_names:
+        columns_of[str(weights)] = found.select(places)[weights][:]
     return Dataset.from_dict({**columns_of, "attention_mask": [[1] * len(ids) for ids, _ in rows]})
 
 

@@ -25,6 +25,7 @@ from kdgraft.telling import announced
 from .adapters import base_of
 from .checks import one_line
 from .sharding import gathered, spread
+from .zero import whole_while, without_distiller
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -80,7 +81,8 @@ class Resuming(_Host):
             DistillError: the checkpoint is incomplete or damaged.
         """
         self._anew = frozenset()
-        if resume_from_checkpoint and not self.is_fsdp_enabled:  # whose checkpoints are the host's own, in parts
+        in_parts = self.is_fsdp_enabled or self.is_deepspeed_enabled  # their checkpoints are the host's own
+        if resume_from_checkpoint and not in_parts:
             folder, found = to_resume(
                 resume_from_checkpoint, str(self.args.output_dir), self._states(), partial, self.is_world_process_zero()
             )
@@ -108,7 +110,8 @@ class Resuming(_Host):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.distiller is None:
             return
-        state = gathered(self.distiller.live_state())  # by all processes together
+        with whole_while(self.distiller.parameters()):  # by all processes together
+            state = gathered(self.distiller.live_state())
         if self.args.should_save:
             torch.save(state, os.path.join(output_dir, STATE_FILE))
 
@@ -119,6 +122,9 @@ class Resuming(_Host):
             folder = Path(output_dir or str(self.args.output_dir))
             for name, peer in self.distiller.peers.items():
                 peer.save_pretrained(folder / "peers" / name)  # type: ignore[operator]
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, without_distiller(self.model, state_dict))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -138,7 +144,8 @@ class Resuming(_Host):
             file = Path(checkpoint) / STATE_FILE
             if file.is_file():
                 state = read_checkpoint(file)
-                self.distiller.load_live_state({**state, "terms": spread(state["terms"], self.distiller.terms)})
+                with whole_while(self.distiller.parameters(), change=True):
+                    self.distiller.load_live_state({**state, "terms": spread(state["terms"], self.distiller.terms)})
         if checkpoint is not None and not {"optimizer.pt", "scheduler.pt"} & self._anew:
             with one_line(f"cannot resume from {checkpoint}"):
                 super()._load_optimizer_and_scheduler(checkpoint)

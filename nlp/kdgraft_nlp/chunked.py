@@ -7,7 +7,7 @@ gradients of the hidden states and of the output layer are kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +73,29 @@ def head_of(model: Any, transform: LogitTransform = IDENTITY, *, adapted: bool =
     return Head(whole(layer.weight), whole(layer.bias), transform)
 
 
+class Given(NamedTuple):
+    """What is known of a teacher's logits: states ``(N, H_t)`` and an output layer.
+
+    Without an output layer the rows are the logits ``(N, V)``, or the largest of the teacher's probabilities.
+    """
+
+    rows: Tensor | TopK
+    head: Head | None = None
+
+    def of(self, index: Tensor) -> Any:
+        """Return the teacher's logits of some tokens, or what is known of its probabilities."""
+        chosen = self.rows[index]
+        if isinstance(chosen, TopK):
+            return chosen
+        return chosen.float() if self.head is None else self.head.transform(self.head(chosen).float())
+
+    def ready(self) -> Given:
+        """Return it with the output layer in the precision of the states."""
+        if self.head is None or not isinstance(self.rows, Tensor):
+            return self
+        return Given(self.rows, self.head.to(self.rows.dtype))
+
+
 class TokenLoss(NamedTuple):
     """A loss that is a sum over tokens.
 
@@ -80,13 +103,22 @@ class TokenLoss(NamedTuple):
         compare: maps logits ``(n, V)`` of student and teacher, and the tokens ``(n,)`` that they predict, to losses ``(n,)``.
         counted: ``(N,)`` boolean: the tokens that count.
         factor: the factor of the sum over tokens in the total.
+        sources: the names of the teachers with which it compares.
+        mean: makes one teacher's logits of those of several.
         everywhere: true if all tokens count that any loss counts.
     """
 
     compare: Compare
     counted: Tensor
     factor: Tensor
+    sources: tuple[str, ...] = ("teacher",)
+    mean: Callable[[Sequence[Tensor]], Tensor] | None = None
     everywhere: bool = False
+
+    def heard(self, given: Mapping[str, Any], index: Tensor | slice) -> Any:
+        """Return what it compares with, of some tokens of a chunk."""
+        found = [given[name][index] for name in self.sources]
+        return found[0] if self.mean is None else self.mean(found)
 
 
 def chunked_losses(
@@ -94,10 +126,10 @@ def chunked_losses(
     head: Head,
     targets: Tensor,
     hard_factor: Tensor | None,
-    teacher_hidden: Tensor | TopK | None,
-    teacher_head: Head | None,
+    given: Mapping[str, Given],
     parts: Sequence[TokenLoss],
     chunk: int = 256,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted total of all losses, and the sum of each.
 
@@ -106,43 +138,41 @@ def chunked_losses(
         head: the student's output layer.
         targets: ``(N,)``: the token that each state predicts; −100 for none.
         hard_factor: the factor of the sum of cross-entropies in the total, 0-dimensional; ``None`` leaves them out.
-        teacher_hidden: ``(N, H_t)``; without an output layer the teacher's logits ``(N, V)``, or the largest of its probabilities;
-            ``None`` where no loss compares with a teacher.
-        teacher_head: the teacher's output layer.
+        given: what is known of each teacher's logits, by its name.
         parts: the divergences.
         chunk: the number of tokens in a chunk.
+        weights: ``(N,)``: the weights of the tokens in all sums; ``None`` for equal ones.
 
     Returns:
         The total, a scalar with gradients to ``hidden`` and ``head``; and the sums over tokens without gradients: first that of
         the cross-entropy (0 where it is left out), then that of each divergence.
     """
     tensors = (hidden, head.weight, head.bias, head.transform)
-    total, sums = _Chunked.apply(*tensors, targets, hard_factor, teacher_hidden, teacher_head, tuple(parts), chunk)
+    total, sums = _Chunked.apply(*tensors, targets, hard_factor, given, tuple(parts), chunk, weights)
     return total, sums
 
 
-def _given(rows: Tensor | TopK | None, head: Head | None, index: Tensor) -> Any:
-    """Return the teacher's logits of some tokens, or what is known of its probabilities."""
-    if rows is None:
-        return None
-    chosen = rows[index]
-    if isinstance(chosen, TopK):
-        return chosen
-    return chosen.float() if head is None else head.transform(head(chosen).float())
-
-
 def _values(
-    logits: Tensor, given: Any, targets: Tensor, index: Tensor, hard: bool, parts: Sequence[TokenLoss]
+    logits: Tensor,
+    given: Mapping[str, Any],
+    targets: Tensor,
+    index: Tensor,
+    hard: bool,
+    parts: Sequence[TokenLoss],
+    weights: Tensor | None,
 ) -> Tensor:
     """Return the losses of a chunk: the sum of cross-entropies, 0 where it is left out, and that of each divergence."""
-    hard_loss = F.cross_entropy(logits, targets[index], ignore_index=IGNORED, reduction="sum") if hard else None
-    found = [logits.new_zeros(()) if hard_loss is None else hard_loss]
+
+    def summed(losses: Tensor, mine: Tensor | slice) -> Tensor:
+        return (losses if weights is None else losses * weights[index][mine]).sum()
+
+    found = [logits.new_zeros(())]
+    if hard:
+        losses = F.cross_entropy(logits, targets[index], ignore_index=IGNORED, reduction="none")
+        found = [summed(losses, slice(None))]
     for part in parts:
-        compared = (logits, given, targets[index])
-        if not part.everywhere:
-            mine = part.counted[index]
-            compared = (logits[mine], given[mine], targets[index][mine])
-        found.append(part.compare(*compared).sum())
+        mine = slice(None) if part.everywhere else part.counted[index]
+        found.append(summed(part.compare(logits[mine], part.heard(given, mine), targets[index][mine]), mine))
     return torch.stack([value.to(torch.float32) for value in found])
 
 
@@ -158,10 +188,10 @@ class _Chunked(torch.autograd.Function):
         transform: LogitTransform,
         targets: Tensor,
         hard_factor: Tensor | None,
-        teacher_hidden: Tensor | TopK | None,
-        teacher_head: Head | None,
+        given: Mapping[str, Given],
         parts: tuple[TokenLoss, ...],
         chunk: int,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         needs = hidden.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs else None
@@ -177,16 +207,15 @@ class _Chunked(torch.autograd.Function):
         # Asked once, so that no chunk waits for the device.
         parts = tuple(part._replace(everywhere=bool((part.counted == counted).all())) for part in parts)
         head = Head(weight, bias).to(hidden.dtype)
-        if isinstance(teacher_hidden, Tensor) and teacher_head is not None:
-            teacher_head = teacher_head.to(teacher_hidden.dtype)
+        given = {name: one.ready() for name, one in given.items()}
         for index in wanted.split(chunk):
             states = hidden[index]
             logits = head(states)
-            given = _given(teacher_hidden, teacher_head, index)
+            theirs = {name: one.of(index) for name, one in given.items()}
             with torch.enable_grad():
                 # Float32 under any autocast: small gradients would underflow before the loss scaler's factor is applied.
                 leaf = logits.detach().float().requires_grad_()
-                stacked = _values(transform(leaf), given, targets, index, hard_factor is not None, parts)
+                stacked = _values(transform(leaf), theirs, targets, index, hard_factor is not None, parts, weights)
                 if needs:
                     (grad_logits,) = torch.autograd.grad((stacked * factors.to(stacked.dtype)).sum(), leaf)
             sums += stacked.detach().double()
@@ -208,4 +237,4 @@ class _Chunked(torch.autograd.Function):
             None if grad is None else (grad * grad_total.float()).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*grads, None, None, None, None, None, None, None)
+        return (*grads, *[None] * 7)

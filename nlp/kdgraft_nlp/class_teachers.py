@@ -117,6 +117,14 @@ def check_class_teachers(engine: Engine) -> None:
                 source.check_term(term)
 
 
+def check_class_data(engine: Engine, views: Any, data: Any) -> None:
+    """Raise a :class:`DistillError` where a training set, or the views of its samples, are not what a :class:`ClassTeacher` needs."""
+    for source in engine.sources.values():
+        if isinstance(source, ClassTeacher):
+            source.check_views(views)
+            source.check_data(data)
+
+
 class _Column(Scorer):
     """Class scores from a column of the data set."""
 

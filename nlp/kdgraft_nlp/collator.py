@@ -11,7 +11,8 @@ from torch import Tensor
 from kdgraft.errors import DistillError
 
 from .cache import TeacherCache
-from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TEXTS_OF_SAMPLES, TOKEN_PAIRS, TOKEN_STARTS
+from .tokens import SAMPLE_IDS, TEACHER_INPUTS, TEXTS_OF_SAMPLES, TOKEN_PAIRS, TOKEN_STARTS, WEIGHTS
+from .weighing import weights_in
 
 PREFIX = "teacher_"
 
@@ -34,6 +35,8 @@ class DistillCollator:
         max_length: the maximum number of the teacher's tokens; the tokenizer's own limit by default.
         cache: stores the teacher's outputs, so that it runs once for each sample; not for random views of the samples.
         id: the column that identifies the samples, for terms that remember them; the cache's by default.
+        weights: the column with a weight for each sample, or a list with one for each of its tokens; see ``weights`` of
+            :class:`~kdgraft_nlp.DistillTrainer`.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class DistillCollator:
         max_length: int | None = None,
         cache: TeacherCache | None = None,
         id: str | None = None,
+        weights: str | None = None,
     ) -> None:
         if not callable(collator):
             raise DistillError(f"DistillCollator wraps a collator, got {type(collator).__name__}")
@@ -56,7 +60,7 @@ class DistillCollator:
         self.text = [text] if isinstance(text, str) else list(text or [])
         self.words = words
         self.max_length = max_length
-        self.cache = cache
+        self.cache, self.weights = cache, weights
         if cache is not None and id not in (None, cache.id):
             raise DistillError(
                 f"the cache identifies samples by {cache.id!r}, not by {id!r}; leave out id, or set TeacherCache(id=…)"
@@ -83,7 +87,7 @@ class DistillCollator:
     @property
     def columns(self) -> list[str]:
         """The columns of the data set that it reads beside the models' own and those that start with ``teacher_``."""
-        return [*self.text, *([self.words] if self.words else []), *([self.id] if self.id is not None else [])]
+        return [*self.text, *(name for name in (self.words, self.id, self.weights) if name is not None)]
 
     def __call__(self, features: list[Any]) -> dict[str, Any]:
         """Return the wrapped collator's batch, with ``teacher_inputs``, ``texts``, ``token_pairs`` and ``token_starts`` where needed."""
@@ -109,6 +113,8 @@ class DistillCollator:
             batch[TEXTS_OF_SAMPLES] = texts
         if teacher:
             batch[TEACHER_INPUTS] = teacher
+        if self.weights is not None and self.weights in features[0]:  # sets to evaluate on need none
+            batch[WEIGHTS] = weights_in(features, self.weights, batch)
         if self.id is not None:
             if self.id not in features[0]:
                 who, remedy = (
@@ -126,6 +132,7 @@ class DistillCollator:
             ("a second tokenizer", self.teacher_tokenizer is not None),
             ("a cache", self.cache is not None),
             (f"id={self.id!r}", self.id is not None),
+            (f"weights={self.weights!r}", self.weights is not None),
             (f"column {', '.join(own)!r}", bool(own)),
         ):
             if found:
@@ -172,6 +179,30 @@ class DistillCollator:
                 starts.append(list(zip(*sides, strict=True)))
         views = {TOKEN_PAIRS: _padded(pairs), **({TOKEN_STARTS: _padded(starts)} if starts else {})}
         return dict(padded), views
+
+
+def take_weights(trainer: Any, column: str, distils: bool) -> str:
+    """Have a trainer's collator return the weights in a column, and return its name.
+
+    Args:
+        trainer: the trainer, whose collator is wrapped unless it is a :class:`DistillCollator`.
+        column: the name of the column.
+        distils: whether the trainer has terms.
+
+    Raises:
+        DistillError: it has none, or the collator has the weights of another column.
+    """
+    if not distils:
+        raise DistillError("weights is for distillation only; give terms or a recipe, or leave it out")
+    if not isinstance(column, str):
+        raise DistillError(f"weights must be the name of a column of the training set, got {column!r}")
+    collator = trainer.data_collator
+    if not isinstance(collator, DistillCollator):
+        collator = trainer.data_collator = DistillCollator(collator)
+    if collator.weights not in (None, column):
+        raise DistillError(f"weights={column!r}, and the collator has those of {collator.weights!r}; name one column")
+    collator.weights = column
+    return column
 
 
 def _padded(rows: list[list[tuple[int, int]]]) -> Tensor:

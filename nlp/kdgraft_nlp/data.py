@@ -64,6 +64,7 @@ def encode(
     *,
     joined: bool = True,
     kept: bool = False,
+    weights: str | None = None,
 ) -> Dataset:
     """Encode a set as token ids and labels: tags on each word's first token, blocks of ``length`` tokens for language models.
 
@@ -77,6 +78,7 @@ def encode(
         joined: for language models, join the texts to blocks; else each text is encoded on its own, with the special tokens
             that the tokenizer adds, and texts of less than two tokens are left out.
         kept: keep the texts, cut to what is encoded, in columns of their own, for a teacher with another tokenizer.
+        weights: a column with the weights of texts to keep, where the set has it.
 
     Raises:
         DistillError: special tokens leave no place for others, a sample is malformed, or no text is long enough.
@@ -89,6 +91,8 @@ def encode(
     if kept:
         texts = cut(texts, tokenizer, length, words=words)
     more = kept_columns(texts, words=words) if kept else {}
+    if weights in found.column_names:
+        more[str(weights)] = list(found[weights])
     if task in LABELLED:
         encoded = tokenizer(*texts, truncation=True, max_length=length, is_split_into_words=words)
         labels = {} if label is None else {"labels": labels_of(task, found, text, label, names, encoded)}

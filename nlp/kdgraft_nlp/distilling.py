@@ -22,17 +22,19 @@ from kdgraft.step import scaled
 
 from .adapters import base_of
 from .checkpoints import Resuming
-from .class_teachers import ClassTeacher
-from .collator import PREFIX, DistillCollator
+from .class_teachers import check_class_data
+from .collator import PREFIX, DistillCollator, take_weights
 from .link import StudentStep, is_tied, link_of
 from .on_policy import OnPolicy, read_on_policy
 from .registry import RECIPES
-from .sharding import refuse_sharded, refuse_sharding, shard_teachers
-from .student import graft, is_fused, undistill
-from .tokens import WRITTEN
+from .sharding import refuse_sharded, refuse_sharding, refuse_uneven, shard_teachers, splits_weights
+from .student import graft, is_fused, refuse_fused_liger, undistill
+from .tokens import WEIGHTS, WRITTEN, tokens_of
 from .views import check_views, viewed
 from .vocabularies import check_tokenizer, vocabularies
+from .weighing import refuse_weights, sum_of_weights
 from .writer import Writer, written_figures
+from .zero import prepare_teachers
 
 logger = logging.getLogger("kdgraft")
 
@@ -45,6 +47,7 @@ class Distilling(Resuming):
 
     _signature_columns: Any
     _writer: Writer | None = None
+    _weights: str | None = None
 
     def start_distilling(
         self,
@@ -58,6 +61,7 @@ class Distilling(Resuming):
         init_from: Any = None,
         views: Any = None,
         on_policy: OnPolicy | Mapping[str, Any] | None = None,
+        weights: str | None = None,
     ) -> None:
         """Graft the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
         if not isinstance(terms, (list, tuple, type(None))):
@@ -69,15 +73,14 @@ class Distilling(Resuming):
         specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
         if host_weight != 1 and not specs:
             raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
+        self._weights = None if weights is None else take_weights(self, weights, bool(specs))
         others = list(teachers.values()) if isinstance(teachers, Mapping) else []
         told = read_on_policy(on_policy)
-        if told is not None and self.is_fsdp_enabled:
-            raise DistillError(
-                "on_policy: processes write texts of different lengths, for which FSDP2 would wait forever; leave it out"
-            )
+        split = splits_weights(self)
+        cache = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
+        refuse_uneven(split, told, cache)
         facts = vocabularies(self, [teacher] if teachers is None else others) | {"on_policy": told}
         self._recipe = recipe
-        cache = self.data_collator.cache if isinstance(self.data_collator, DistillCollator) else None
         self._settings = dict(teacher=teacher, teachers=teachers, terms=specs, dry_run=dry_run, facts=facts)
         self._settings |= dict(init_from=init_from, chunk=_chunk_size(self, chunked), cache=cache)
         self._totals: dict[str, Tensor] = {}
@@ -92,10 +95,7 @@ class Distilling(Resuming):
             peers = [source for source in self.distiller.sources.values() if source.trains]
             try:
                 self._check(self.distiller)
-                for source in self.distiller.sources.values():
-                    if isinstance(source, ClassTeacher):
-                        source.check_views(views)
-                        source.check_data(self.train_dataset)
+                check_class_data(self.distiller, views, self.train_dataset)
             except DistillError:
                 undistill(self.model)
                 raise
@@ -109,8 +109,12 @@ class Distilling(Resuming):
         """Raise a :class:`DistillError` for sources and terms that this trainer cannot have."""
         sources = list(engine.sources.values())
         check_tokenizer(self, sources)
-        if self.is_fsdp_enabled:
-            refuse_sharded(engine)
+        split = splits_weights(self)
+        if split:
+            refuse_sharded(engine, split)
+        if self._weights is not None:
+            link, told = link_of(self.model), self._settings["facts"].get("on_policy")
+            refuse_weights(engine, link.task, link.fused, _has_own_loss(self), told)
         if not _has_own_loss(self):
             return
         if any(source.trains for source in sources):
@@ -176,6 +180,13 @@ class Distilling(Resuming):
             self._totals = self._count(found[0], device)
         return found
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        found = super()._get_num_items_in_batch(batch_samples, device)
+        if found is None or self._weights is None or self.distiller is None:
+            return found
+        tokens = [tokens_of(link_of(self.model).read(batch)) for batch in batch_samples]
+        return sum_of_weights(tokens, device, bool(self.args.average_tokens_across_devices))
+
     def written(self, batch: Any) -> Any:
         """Return a batch as an on-policy step has it; the batch itself where no step is on-policy."""
         writer = self._writer
@@ -206,8 +217,8 @@ class Distilling(Resuming):
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **settings: Any) -> Tensor:
         """Run the host's training step, and raise a :class:`DistillError` where it did not distil."""
         self._distilled = False
-        if self.is_fsdp_enabled and self.distiller is not None:
-            shard_teachers(self.distiller)
+        if self.distiller is not None:
+            self._prepare_teachers(self.distiller)
         if self._views is not None and self.distiller is not None:
             names = [name for name, source in self.distiller.sources.items() if source.members == (name,)]
             inputs = viewed(self._views, inputs, [n for n in names if not self.distiller.sources[n].trains])
@@ -224,6 +235,10 @@ class Distilling(Resuming):
         """Return the host's loss times its share, with the losses of terms and peers added in training."""
         if self.distiller is None or not model.training or not torch.is_grad_enabled():
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self._weights is not None and WEIGHTS not in inputs:
+            raise DistillError(
+                f"there is no column {self._weights!r} for weights in the training set; add it, or leave out weights"
+            )
         self._check_host(model, inputs, num_items_in_batch)
         state, scales = self.state, self._host_scales(num_items_in_batch)
         # Texts that the student wrote are no labels for the host's own loss.
@@ -255,6 +270,13 @@ class Distilling(Resuming):
         # The Trainer divides unscaled losses by the number of micro-batches; the terms' losses are scaled already.
         whole = sum(peers.values(), loss) + extra * split
         return (whole, result[1]) if return_outputs else whole
+
+    def _prepare_teachers(self, engine: Engine) -> None:
+        """Have teachers run as the wrapped student does, in parts where it is."""
+        if self.is_fsdp_enabled:
+            shard_teachers(engine)
+        elif self.is_deepspeed_enabled:
+            prepare_teachers(engine, self.accelerator.state.deepspeed_plugin)
 
     def _weighted(self, loss: Tensor, step: StudentStep) -> Tensor:
         """Return the host's loss times its share; a model that computes in chunks has already weighted it."""
@@ -358,6 +380,7 @@ def _refuse_hosts(trainer: Any) -> None:
     if trainer.args.n_gpu > 1:
         raise DistillError("one process cannot distil on several GPUs; start one per GPU with 'accelerate launch'")
     refuse_sharding(trainer)
+    refuse_fused_liger(trainer.args)
 
 
 def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:

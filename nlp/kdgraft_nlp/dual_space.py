@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio, cross_model_attention, dual_space, upcast
 from kdgraft.losses.dual_space import DIVERGENCES
 from kdgraft.losses.soft_targets import check_temperature
+from kdgraft.sources import STUDENT
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term, check_choice
 from kdgraft.wiring import Wiring
@@ -129,7 +131,8 @@ class DSKD(Term):
                 )
         if self._taps[0].logits is None:
             link = link_of(wiring.student)
-            self.chunk, self.transforms = link.chunk, link.transforms
+            assert wiring.holder is not None
+            self.chunk, self.transforms = link.chunk, (link.transforms[STUDENT], link.transforms[wiring.holder.name])
         else:
             first, second = (
                 transform_of(model, own, recording[taps.logits])  # type: ignore[index]
@@ -185,8 +188,10 @@ class DSKD(Term):
             to_student = self.to_student(theirs.states[ours.counted], ours.states)
             to_teacher = self.to_teacher(ours.states[ours.counted], theirs.states)
             theirs = theirs._replace(counted=ours.counted)
-        whole = self._summed(self._in_students_space, heard, self._own(ours), to_student, targets)
-        whole = whole + self._summed(self._in_teachers_space, taught, to_teacher, self._own(theirs))
+        heads = [head_of(model) for model in self._models]  # once, as all processes gather layers that are in parts
+        in_students, in_teachers = (partial(f, heads) for f in (self._in_students_space, self._in_teachers_space))
+        whole = self._summed(in_students, heard, self._own(ours), to_student, targets)
+        whole = whole + self._summed(in_teachers, taught, to_teacher, self._own(theirs))
         return Ratio(whole, ours.counted.sum().to(whole.dtype))
 
     def _check_tokens(self, ours: Side, theirs: Side, tokens: Tokens) -> None:
@@ -199,28 +204,28 @@ class DSKD(Term):
         """Return a model's logits ``(n, V)`` at the tokens that count, or, in chunks, the states that give them."""
         return (side.states if side.logits is None else side.logits)[side.counted]
 
-    def _logits(self, k: int, states: Tensor) -> Tensor:
+    def _logits(self, heads: Sequence[Head], k: int, states: Tensor) -> Tensor:
         """Return the logits of states ``(n, H)`` through the output layer of the student (0) or the teacher (1)."""
-        head = head_of(self._models[k])
+        head = heads[k]
         layer = Head(head.weight.detach(), None if head.bias is None else head.bias.detach())
         logits = layer(states.to(layer.weight.device, layer.weight.dtype)).to(states.device)
         return self.transforms[k](upcast(logits))
 
-    def _students(self, given: Tensor) -> Tensor:
+    def _students(self, heads: Sequence[Head], given: Tensor) -> Tensor:
         """Return the student's own logits, with gradients to its output layer."""
         if self.chunk is None:
             return given
-        return self.transforms[0](upcast(head_of(self._models[0])(given)))
+        return self.transforms[0](upcast(heads[0](given)))
 
-    def _in_students_space(self, own: Tensor, projected: Tensor, targets: Tensor) -> Tensor:
-        logits, correct = self._logits(0, projected), bool(self.attention)
+    def _in_students_space(self, heads: Sequence[Head], own: Tensor, projected: Tensor, targets: Tensor) -> Tensor:
+        logits, correct = self._logits(heads, 0, projected), bool(self.attention)
         settings: dict[str, Any] = dict(divergence=self.divergence, correct_only=correct, reduction="none")
-        return dual_space(self._students(own), logits, targets, self.temperature, **settings)
+        return dual_space(self._students(heads, own), logits, targets, self.temperature, **settings)
 
-    def _in_teachers_space(self, projected: Tensor, own: Tensor) -> Tensor:
+    def _in_teachers_space(self, heads: Sequence[Head], projected: Tensor, own: Tensor) -> Tensor:
         with torch.no_grad():
-            given = own if self.chunk is None else self._logits(1, own)
-        return DIVERGENCES["forward_kl"](self._logits(1, projected), given, self.temperature, reduction="none")
+            given = own if self.chunk is None else self._logits(heads, 1, own)
+        return DIVERGENCES["forward_kl"](self._logits(heads, 1, projected), given, self.temperature, reduction="none")
 
     def _summed(self, compare: Callable[..., Tensor], weight: Tensor, *rows: Tensor) -> Tensor:
         """Return the sum of a loss over rows, in chunks whose logits the backward pass computes anew."""

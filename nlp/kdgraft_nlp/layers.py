@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kdgraft.batch import Batch
+from kdgraft.distributed import kept_in_graph
 from kdgraft.errors import WiringError
 from kdgraft.losses import Ratio
 from kdgraft.sources import STUDENT
@@ -97,8 +98,7 @@ class LayerTerm(Term):
         """Return the mean over the pairs; where layers are dropped, over the items of the pairs that ran in any process."""
         if not self.drops_layers:
             return Ratio(torch.stack([part.numerator for part in parts]).mean(), parts[0].denominator)
-        alive = [p.flatten()[:0].sum() for p in self.parameters()]  # keeps adapters of dropped layers in the graph
-        zero = torch.stack(alive).sum() if alive else torch.zeros((), device=teacher.device)
+        zero = kept_in_graph(self.parameters(), teacher.device)  # the adapters of dropped layers
         count = torch.zeros((), device=teacher.device)
         return Ratio(sum((p.numerator for p in parts), zero), sum((p.denominator for p in parts), count))
 

@@ -17,7 +17,7 @@ from kdgraft.sources.teacher import is_placed
 from kdgraft.step import StepInProgress
 
 from .adapters import base_of
-from .chunked import IDENTITY
+from .chunked import LogitTransform
 from .packing import marks_taken_by
 from .tasks import accepted, decoder_inputs, has_decoder
 from .tokens import OUR_KEYS, TEACHER_INPUTS, FrameMask, read_batch
@@ -78,7 +78,7 @@ class Link:
         chunk: the number of tokens in a chunk, for losses in chunks.
         replaced: the forward that stood on the instance in place of its class's own, such as that of TRL's trainers.
         fused: true where the host computes its own loss without logits, in its replaced forward.
-        transforms: the transforms of student's and teacher's logits, for losses in chunks.
+        transforms: the transforms of the student's and of each teacher's logits by name, for losses in chunks.
         host_weight: the factor of the host's own loss.
     """
 
@@ -94,7 +94,7 @@ class Link:
         self.chunk: int | None = None
         self.replaced: Callable[..., Any] | None = None
         self.fused = False
-        self.transforms = (IDENTITY, IDENTITY)
+        self.transforms: dict[str, LogitTransform] = {}
         self.host_weight = 1.0
 
     def know(self, name: str, model: nn.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,19 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kdgraft.batch import Batch
 from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.errors import DistillError
 from kdgraft.losses import Ratio
+from kdgraft.sources import STUDENT, Ensemble
 from kdgraft.step import StepInProgress
 from kdgraft.terms import ScoreTerm
 from kdgraft.topk import TopK
 
 from .adapters import AdaptersOff
-from .chunked import TokenLoss, chunked_losses, head_of
+from .chunked import Given, LogitTransform, TokenLoss, chunked_losses, head_of
 from .heads import router_loss
 from .link import link_of
 from .tasks import STORED
-from .tokens import IGNORED
+from .tokens import IGNORED, Tokens, tokens_of
+from .weighing import SMALLEST, weighted_loss
 
 
 @dataclass
@@ -44,12 +47,16 @@ class StudentPass:
         return step.losses(own=None if own is None else own * link_of(self.student).last.host_factor)
 
 
-def run_student(student: Any, inputs: dict[str, Any]) -> StudentPass:
-    """Run a student with the host's own loss, in chunks where its link asks for them."""
-    link = link_of(student)
-    if link.chunk is None:
-        return StudentPass(student, student.plain_forward(**inputs))
-    return _run_fused(student, inputs) if link.fused else _run_in_chunks(student, inputs)
+def run_student(student: Any, inputs: dict[str, Any], batch: Batch) -> StudentPass:
+    """Run a student with the host's own loss, in chunks where its link asks for them, and weighted where the batch has weights."""
+    link, tokens = link_of(student), tokens_of(batch)
+    if link.chunk is not None:
+        return _run_fused(student, inputs) if link.fused else _run_in_chunks(student, inputs, tokens)
+    output = student.plain_forward(**inputs)
+    if tokens.weights is not None and tokens.student.targets is not None:
+        items = inputs.get("num_items_in_batch")
+        output["loss"] = weighted_loss(student, output, tokens.student.targets, tokens.weights, items)
+    return StudentPass(student, output)
 
 
 def no_loss(output: Any) -> Tensor:
@@ -81,7 +88,7 @@ def _run_fused(student: Any, inputs: dict[str, Any]) -> FusedPass:
     return FusedPass(student, output, seen[0].flatten(0, 1))
 
 
-def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
+def _run_in_chunks(student: Any, inputs: dict[str, Any], tokens: Tokens) -> ChunkedPass:
     """Run the student without logits; :meth:`ChunkedPass.finish` adds the host's loss to its output."""
     labels = inputs.pop("labels", None)
     if labels is None:
@@ -91,7 +98,9 @@ def _run_in_chunks(student: Any, inputs: dict[str, Any]) -> ChunkedPass:
     with _last_states(student) as seen:
         output = student.plain_forward(**inputs, logits_to_keep=empty)
     targets = _following(labels)
-    items = (targets != IGNORED).sum().clamp(min=1) if items is None else torch.as_tensor(items)
+    if items is None:
+        items = tokens.amount((targets != IGNORED).view_as(labels)).clamp(min=1 if tokens.weights is None else SMALLEST)
+    items = torch.as_tensor(items)
     return ChunkedPass(student, output, seen[0].flatten(0, 1), targets, items)
 
 
@@ -123,25 +132,25 @@ class StatesPass(StudentPass):
             host_factor: the factor by which the Trainer will multiply the total.
         """
         link, device = link_of(self.student), self.hidden.device
-        parts, states, head = [], None, None
+        engine, given = self.student.distiller, dict[str, Given]()
+        parts = []
         for term in terms:
             count = step.denominator(term)
             if count is None:
                 count = sum_over_ranks(_items(term, step).to(device)) * step.parts
             factor = term.weight_at(step.at) * world_size() / count.clamp(min=1).to(device) / host_factor
             scores: Any = term.scores
-            parts.append(TokenLoss(_on_chunk(term), scores.counted(step.batch).flatten().to(device), factor.float()))
-        if terms:
-            teacher = self.student.distiller.teacher
-            found = step.recordings[teacher.name][terms[0].teacher_taps[0]]
-            states = found.flatten() if isinstance(found, TopK) else found.flatten(0, 1)
-            head = (
-                None
-                if getattr(teacher.model, STORED, False)
-                else head_of(teacher.model, link.transforms[1], adapted=not isinstance(teacher, AdaptersOff))
-            )
-        own = head_of(self.student, link.transforms[0])
-        return chunked_losses(self.hidden, own, targets, hard, states, head, parts, link.chunk or 1)
+            counted, names = scores.counted(step.batch).flatten().to(device), engine.members(term.source)
+            mean = _mean(engine.sources[term.source], scores)
+            parts.append(TokenLoss(_on_chunk(term), counted, factor.float(), names, mean))
+            for name in names:
+                if name not in given:
+                    found = step.recordings[name][term.teacher_taps[0]]
+                    given[name] = _given(found, engine.sources[name], link.transforms)
+        own = head_of(self.student, link.transforms[STUDENT])
+        weights = tokens_of(step.batch).weights
+        weights = None if weights is None else weights.flatten().to(device)
+        return chunked_losses(self.hidden, own, targets, hard, given, parts, link.chunk or 1, weights)
 
 
 @dataclass
@@ -221,6 +230,23 @@ def _items(term: ScoreTerm, step: StepInProgress) -> Tensor:
     count = term.count(step.batch)
     assert count is not None
     return count
+
+
+def _given(found: Tensor | TopK, source: Any, transforms: Mapping[str, LogitTransform]) -> Given:
+    """Return what a teacher's pass tells of its logits."""
+    if isinstance(found, TopK):
+        return Given(found.flatten())
+    if getattr(source.model, STORED, False):
+        return Given(found.flatten(0, 1))
+    head = head_of(source.model, transforms[source.name], adapted=not isinstance(source, AdaptersOff))
+    return Given(found.flatten(0, 1), head)
+
+
+def _mean(source: Any, scores: Any) -> Callable[[Sequence[Tensor]], Tensor] | None:
+    """Return the mean of an ensemble's logits, over the entries that all vocabularies have; ``None`` for a single teacher."""
+    if not isinstance(source, Ensemble):
+        return None
+    return lambda logits: source.average([one[:, : scores.common] for one in logits], "softmax")
 
 
 def _on_chunk(term: ScoreTerm) -> Callable[[Tensor, Tensor, Tensor], Tensor]:

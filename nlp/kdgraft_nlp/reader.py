@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -235,7 +236,7 @@ class OutputScores(Scores):
             weight = self.pair_weight(tokens)
         else:
             return self._samples(batch)
-        return None if weight is None else weight.sum().float()
+        return None if weight is None else tokens.amount(weight)
 
     def _samples(self, batch: Batch) -> Tensor:
         """Return the number of samples that count; those without a label do not where the term needs one."""
@@ -296,7 +297,7 @@ class OutputScores(Scores):
         weight = self.pair_weight(tokens)
         if weight is None:
             return joined_pairs(student.flatten(0, 1), known.flatten(), self.temperature)
-        return joined_pairs(student[weight], known[weight], self.temperature, count=weight.sum().float())
+        return _weighed(joined_pairs(student[weight], known[weight], self.temperature), tokens, weight)
 
     def on_chunk(self, student: Tensor, teacher: Tensor | TopK, labels: Tensor) -> Pairs:
         """Return the logits ``(n, V)`` of some tokens, limited to the entries that both vocabularies have, with their labels."""
@@ -337,7 +338,8 @@ class OutputScores(Scores):
         weight, labels = self.pair_weight(tokens), tokens.student.targets
         if tokens.pairs is not None and labels is not None:
             labels = take(labels, tokens.pairs[..., 0])
-        return picked(*tokens.align(student, teacher), weight, labels)
+        pairs = picked(*tokens.align(student, teacher), weight, labels)
+        return pairs if weight is None else _weighed(pairs, tokens, weight)
 
     def _answers(self, student: Tensor, teacher: Tensor, tokens: Tokens, place: Tensor | None) -> Pairs:
         """Return the logits ``(B, L)`` of positions; ``place`` is that of each answer, −100 for none."""
@@ -364,6 +366,13 @@ def answers_of(batch: Batch) -> list[Tensor | None]:
     real = tokens.student.real if tokens.paired is None else tokens.paired
     unknown = torch.stack([(place < 0) | (real is not None and place >= real.shape[1]) for place in places]).any(0)
     return [place.masked_fill(unknown, IGNORED) for place in places]
+
+
+def _weighed(pairs: Pairs, tokens: Tokens, counted: Tensor) -> Pairs:
+    """Return the pairs of the tokens that count with their weights, whose sum divides, or else with their number."""
+    if tokens.weights is None:
+        return replace(pairs, count=tokens.amount(counted))
+    return replace(pairs, weight=tokens.weights[counted], count=None)
 
 
 def picked(student: Tensor, teacher: Tensor, weight: Tensor | None, labels: Tensor | None = None) -> Pairs:

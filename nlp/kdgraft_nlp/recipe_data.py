@@ -127,7 +127,7 @@ class TextData(RecipeData):
     def encode(self, split: str, found: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
         columns = (self.columns[0], None if self.unlabelled and split == "train" else self.columns[1])
         joined = self.told.get("joined") is not False and not self.kept and not self.told.get("packed")
-        told = dict(joined=joined, kept=self.kept)
+        told: dict[str, Any] = dict(joined=joined, kept=self.kept, weights=self.told.get("weights"))
         encoded = encode(self.task, found, tokenizer, columns, self.names, self.length, **told)
         soft = soft_column(self.told)
         if not soft or split != "train":
@@ -156,7 +156,7 @@ class ChatData(RecipeData):
         return (text for column in texts_of(found, self.columns) for text in column)
 
     def encode(self, split: str, found: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        return encode_chats(found, tokenizer, self.columns, self.length)
+        return encode_chats(found, tokenizer, self.columns, self.length, self.told.get("weights"))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase, student: Any) -> Callable[..., Any]:
         return DataCollatorWithFlattening() if self.told.get("packed") else DataCollatorForSeq2Seq(tokenizer)

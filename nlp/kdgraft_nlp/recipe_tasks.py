@@ -56,7 +56,9 @@ TASKS = {
         ("stride", "answer_length"),
     ),
     "seq2seq": RecipeTask("seq2seq", {"source": "source"}, "target", further=("prefix", "target_length")),
-    "causal": RecipeTask("causal", _TEXT, further=("joined", "packed", "prompt", "completion", "messages", "labels")),
+    "causal": RecipeTask(
+        "causal", _TEXT, further=("joined", "packed", "prompt", "completion", "messages", "weights", "labels")
+    ),
     "masked": RecipeTask("masked", _TEXT, further=("joined", "labels")),
 }
 """The tasks of recipe files."""
@@ -89,6 +91,7 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "prompt": COLUMN,
     "completion": COLUMN,
     "messages": COLUMN,
+    "weights": COLUMN,
 }
 """The entries of ``data``, with their types and a description of these."""
 EVERYWHERE = ("train", "eval", "fraction", "length")
@@ -103,7 +106,7 @@ def check_entries(task: str, data: Mapping[str, Any]) -> None:
         return
     told = TASKS[task]
     read = (*told.columns, *([told.label] if told.label else []), *told.further)
-    special = ("joined", "packed", "prompt", "completion", "messages")  # refused with more advice
+    special = ("joined", "packed", "prompt", "completion", "messages", "weights")  # refused with more advice
     for entry, value in data.items():
         if value is not None and entry in DATA_KINDS and entry not in (*read, *EVERYWHERE, *special):
             raise DistillError(f"data.{entry} is not read for task {task}, which reads {', '.join(read)}; leave it out")

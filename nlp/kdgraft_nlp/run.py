@@ -55,7 +55,8 @@ task                     entries of ``data``, with the columns that are read by 
 ``causal``, ``masked``   ``text: text``; ``joined: false``: each text on its own, cut to ``length``, not blocks of joined texts;
                          causal alone: ``packed: true``: so too, and the texts of a batch are one row without padding;
                          ``prompt`` and ``completion``, or ``messages``: columns of prompts and answers (texts, or messages for
-                         the tokenizer's chat template), whose answers alone have labels. Perplexity
+                         the tokenizer's chat template), whose answers alone have labels; ``weights``: under a teacher, a
+                         column with the weight of each text. Perplexity
 =======================  ==================================================================================================
 
 ``labels: false`` (tasks on texts and words): train on the terms alone, on texts without labels.
@@ -97,6 +98,7 @@ from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
 from .settings import check_settings, load, sources_in, tokenizer_folder, untaught
 from .tasks import LANGUAGE_MODELS
 from .trainer import DistillTrainer
+from .weighing import check_weights_of
 
 
 class _FirstStep(TrainerCallback):
@@ -297,6 +299,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     set_seed(arguments.seed)
     task, told = str(config["task"]), dict(config.get("data") or {})
     sets = dict(data) if data is not None else read_data(told)
+    check_weights_of(told, sets["train"])
     theirs = teacher_tokenizer(config)
     texts = any(reads_texts(source) for source in sources_in(config).values())
     samples = layout_of(task, told)(task, told, sets, kept=texts or theirs is not None)
@@ -330,6 +333,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             chunked=(config.get("chunked") or False) if taught else False,
             host_weight=config.get("host_weight", 1) if taught else 1,
             on_policy=config.get("on_policy") if taught else None,
+            weights=told.get("weights") if taught else None,
             **settings,
         )
     check_sizes("student", student, tokenizer, encoded)

@@ -27,6 +27,7 @@ from .on_policy import read_on_policy
 from .reader import HFReader
 from .recipe_tasks import ALONE, CHECKS, DATA_KINDS, LABELLED, TASKS, check_file
 from .registry import RECIPES, TERMS
+from .weighing import check_weights
 
 KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "task": ((str,), "a name"),
@@ -155,7 +156,7 @@ class _Mistakes(list[str]):
 
 def _check_data(task: str, data: Mapping[str, Any], files: bool, told: _Mistakes) -> None:
     told += _entries("data", "data.", data, DATA_KINDS)
-    for check in CHECKS:
+    for check in (*CHECKS, check_weights):
         told.look(check, task, data)
     for split in ("train", "eval") if files else ():
         told.look(check_file, split, data.get(split))

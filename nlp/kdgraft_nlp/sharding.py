@@ -1,4 +1,4 @@
-"""FSDP2: students, terms and teachers whose weights are spread over processes."""
+"""Students, terms and teachers whose weights are spread over processes: FSDP2, and ZeRO by :mod:`~kdgraft_nlp.zero`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from kdgraft.balance import AutoWeight
 from kdgraft.distributed import is_sharded
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError
@@ -16,18 +17,18 @@ from kdgraft.terms.adversarial import AdversarialTerm
 
 from .adapters import AdaptersOff
 from .class_teachers import ClassTeacher
+from .zero import copy_of_away, refuse_deepspeed, zero_stage
 
 
 def refuse_sharding(trainer: Any) -> None:
-    """Refuse sharding other than FSDP2 with weights on all processes.
+    """Refuse sharding other than ZeRO-1 to 3, and FSDP2 with weights on all processes.
 
     Raises:
-        DistillError: the trainer runs under DeepSpeed, FSDP of version 1, or FSDP2 that reads weights on one process alone.
+        DistillError: the trainer runs under another stage of DeepSpeed or beside its other ways to split a model, FSDP of version 1,
+            or FSDP2 that reads weights on one process alone.
     """
     if trainer.is_deepspeed_enabled:
-        raise DistillError(
-            "distilling under DeepSpeed is not supported; use FSDP2 (fsdp_version: 2) or several processes (DDP)"
-        )
+        refuse_deepspeed(trainer.accelerator.state.deepspeed_plugin)
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
@@ -39,8 +40,40 @@ def refuse_sharding(trainer: Any) -> None:
         )
 
 
-def refuse_sharded(engine: Engine) -> None:
-    """Refuse sources and terms that need whole weights, which FSDP2 spreads over processes.
+def splits_weights(trainer: Any) -> str | None:
+    """Return what spreads a trainer's weights over processes, ``"FSDP2"`` or ``"ZeRO-3"``; ``None`` where each has them whole."""
+    if trainer.is_fsdp_enabled:
+        return "FSDP2"
+    return "ZeRO-3" if zero_stage(trainer) == 3 else None
+
+
+def refuse_uneven(by: str | None, on_policy: Any, cache: Any) -> None:
+    """Refuse what has processes run their models unequally often, where each pass gathers weights from all of them.
+
+    Args:
+        by: what spreads the weights over processes; see :func:`splits_weights`.
+        on_policy, cache: the settings of the trainer.
+
+    Raises:
+        DistillError: one is given.
+    """
+    if by and on_policy is not None:
+        raise DistillError(
+            f"on_policy: processes write texts of different lengths, for which {by} would wait forever; leave it out"
+        )
+    if by and cache is not None:
+        raise DistillError(
+            f"the teacher of a cache runs on those processes alone whose samples are new, for which {by} would wait forever; fill a store "
+            "before (kdgraft cache), or leave out the cache"
+        )
+
+
+def refuse_sharded(engine: Engine, by: str) -> None:
+    """Refuse sources and terms that need whole weights.
+
+    Args:
+        engine: the engine.
+        by: what spreads the weights over processes; see :func:`splits_weights`.
 
     Raises:
         DistillError: one does; the message names it.
@@ -48,20 +81,20 @@ def refuse_sharded(engine: Engine) -> None:
     for name, source in engine.sources.items():
         if not isinstance(source, (Teacher, Ensemble)):
             raise DistillError(
-                f"under FSDP2 teachers teach, and {name!r} is a {type(source).__name__}, whose weights follow the student's; leave it out"
+                f"under {by} teachers teach, and {name!r} is a {type(source).__name__}, whose weights follow the student's; leave it out"
             )
     for term in engine.all_terms:
         taps = (*term.student_taps, *term.teacher_taps)
-        if any(tap.parameters for tap in taps) or term.takes_gradients or isinstance(term, AdversarialTerm):
-            what = (
-                "reads weights"
-                if any(tap.parameters for tap in taps)
-                else "differentiates models"
-                if term.takes_gradients
-                else "trains a critic"
-            )
+        reasons = {
+            "reads weights": any(tap.parameters for tap in taps),
+            "differentiates models": term.takes_gradients,
+            "trains a critic": isinstance(term, AdversarialTerm),
+            "measures gradients of weights (weight='auto')": isinstance(term.balance, AutoWeight),
+        }
+        what = next((reason for reason, holds in reasons.items() if holds), None)
+        if what is not None:
             raise DistillError(
-                f"{term.name} {what}, which FSDP2 spreads over processes; leave it out, or train without FSDP"
+                f"{term.name} {what}, which {by} spreads over processes; leave it out, or train without {by}"
             )
 
 
@@ -106,5 +139,9 @@ def spread(state: Mapping[str, Tensor], like: nn.Module) -> dict[str, Tensor]:
 
 
 def whole(tensor: Any) -> Any:
-    """Return a tensor that is spread over processes as a whole one, through which gradients flow; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    """Return a tensor that is spread over processes as a whole one; others as they are.
+
+    Gradients flow through it under FSDP2, and under ZeRO-3 to what DeepSpeed has gathered, as it does with what the student reads in
+    its own pass; a weight that is away is copied.
+    """
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else copy_of_away(tensor)

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -22,7 +21,7 @@ from kdgraft.terms import ScoreTerm, Term
 from kdgraft.topk import TopK
 
 from .absent import Absent
-from .cache import CachedRecording, check_storable
+from .cache import CachedRecording, check_storable, without_weights
 from .packing import FOR_KERNELS, texts_of
 from .registry import SOURCES
 from .tasks import STORED
@@ -116,14 +115,7 @@ class OutputStore:
         Raises:
             DistillError: transformers has no such class.
         """
-        told = self.files.about["teacher"]
-        kind = getattr(transformers, str(told["class"]), None)
-        if kind is None:
-            raise DistillError(
-                f"transformers has no {told['class']}, whose outputs the store holds; give the teacher itself"
-            )
-        with torch.device("meta"):
-            model = kind(kind.config_class.from_dict(told["config"]))
+        model = without_weights(self.files.about["teacher"], "store")
         setattr(model, STORED, True)
         return model
 

@@ -40,6 +40,7 @@ from .tasks import (
 )
 from .tokens import SAMPLE_IDS, TEACHER_INPUTS
 from .wired import wired
+from .zero import runs_in_parts, whole_while
 
 FUSED = "fused_lm_head"
 """The argument by which TRL's trainers ask a replaced forward for the loss without logits."""
@@ -79,7 +80,7 @@ class Grafted:
             return source.model(**theirs[source.name])
 
         with engine.step(self, batch, current.at, run, device, totals=totals, parts=current.parts) as step:  # type: ignore[arg-type]
-            ran = run_student(self, own)
+            ran = run_student(self, own, batch)
         losses = ran.finish(step)
         peers = {
             name: scaled(found["loss"] if "loss" in found else no_loss(found), step.host_share(listener=name))
@@ -187,7 +188,9 @@ def graft(
     with isolated_rng():
         sources = build_sources(teacher, teachers, student, cache) if terms else {}
     if init_from is not None:
-        init_from_teacher(student, _one_model(sources), init_from)
+        theirs = _one_model(sources)
+        with whole_while([*student.parameters(), *theirs.parameters()], change=True):
+            init_from_teacher(student, theirs, init_from)
     fused, replaced = is_fused(student), vars(student).pop("forward", None)
     link = Link(task_of(student), accepted(student))
     link.fused, link.replaced = fused, replaced
@@ -198,7 +201,8 @@ def graft(
     engine = None
     if sources:
         try:
-            with isolated_rng(), _telling_of_replaced(link, kind.__name__):
+            models = [student, *(source.model for source in sources.values() if isinstance(source, Teacher))]
+            with isolated_rng(), runs_in_parts(models), _telling_of_replaced(link, kind.__name__):
                 engine = wired(student, sources, terms, dry_run, facts or {}, chunk)
                 if cache is not None:
                     for term in engine.all_terms:
@@ -309,6 +313,21 @@ def is_fused(model: Any) -> bool:
     if forward is None:
         return False
     return FUSED in inspect.signature(getattr(forward, "__func__", forward), follow_wrapped=False).parameters
+
+
+def refuse_fused_liger(arguments: Any) -> None:
+    """Refuse the kernel of Liger that replaces the forward of a model, when training starts, by one without logits.
+
+    Raises:
+        DistillError: the arguments of a trainer ask for it.
+    """
+    if not getattr(arguments, "use_liger_kernel", False):
+        return
+    if (arguments.liger_kernel_config or {}).get("fused_linear_cross_entropy", True):
+        raise DistillError(
+            "use_liger_kernel replaces the student's forward, and the distillation with it, by one without logits; set "
+            "liger_kernel_config={'fused_linear_cross_entropy': False} to keep the other kernels, and chunked=True, which holds no logits either"
+        )
 
 
 def _check_student(student: Any) -> None:

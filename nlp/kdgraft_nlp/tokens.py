@@ -34,7 +34,10 @@ TEXTS_OF_SAMPLES = "texts"
 WRITTEN = "written"
 """Key of a batch whose texts the student wrote, for a :class:`Written`."""
 
-OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS, TEXTS_OF_SAMPLES, WRITTEN})
+WEIGHTS = "token_weights"
+"""Key of a batch: the weights of its tokens, ``(B, L)``."""
+
+OUR_KEYS = frozenset({TEACHER_INPUTS, TOKEN_PAIRS, TOKEN_STARTS, SAMPLE_IDS, TEXTS_OF_SAMPLES, WRITTEN, WEIGHTS})
 """The keys of a batch that no model takes."""
 
 
@@ -106,6 +109,8 @@ class Tokens:
             the pair before. ``None`` where groups are unknown.
         samples: the number of samples, each of which has one answer.
         two_stacks: true where the models have an encoder and a decoder, which read different sequences.
+        weights: ``(B, L)``: the weights of the student's predictions, that of the token that each predicts; ``None``
+            for equal ones.
     """
 
     size: int
@@ -115,6 +120,11 @@ class Tokens:
     samples: int = 0
     two_stacks: bool = False
     starts: Tensor | None = None
+    weights: Tensor | None = None
+
+    def amount(self, counted: Tensor) -> Tensor:
+        """Return the number of predictions that count, or the sum of their weights."""
+        return (counted if self.weights is None else self.weights * counted).sum().float()
 
     @property
     def paired(self) -> Tensor | None:
@@ -199,10 +209,20 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, Fr
         raise DistillError("packed rows cannot be aligned across two tokenizers; use a collator that pads")
     samples = len(tensors[0])
     size = samples if task != "choice" or student.real is None else len(student.real)
-    tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq", inputs.get(TOKEN_STARTS))
+    weights = None if inputs.get(WEIGHTS) is None else _of_predictions(inputs[WEIGHTS], student.real)
+    tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq", inputs.get(TOKEN_STARTS), weights)
     extra: dict[Any, Any] = {"tokens": tokens, "written": inputs.get(WRITTEN)}
     extra["answers"] = [own.get(name) for name in ("start_positions", "end_positions")]
     return TextBatch(labels=own.get("labels"), extra=extra, **_image_sizes(own.get("pixel_mask")))
+
+
+def _of_predictions(weights: Tensor, real: Tensor | None) -> Tensor:
+    """Return the weights ``(B, L)`` of a causal model's predictions from those of tokens; the last token's has its own weight."""
+    following = torch.cat([weights[:, 1:], weights[:, -1:]], 1)
+    if real is None:
+        return following
+    known = torch.cat([real[:, 1:], torch.zeros_like(real[:, :1])], 1)
+    return torch.where(known, following, weights)
 
 
 def _image_sizes(mask: Any) -> dict[str, Any]:

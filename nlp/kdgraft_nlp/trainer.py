@@ -35,6 +35,9 @@ class DistillTrainer(Distilling, Trainer):
             :class:`kdgraft.consistent.Teaching`, whose views may differ by model; with its mixup the batch has no labels.
         on_policy: for causal models: train a share of the steps on texts that the student writes; see
             :class:`~kdgraft_nlp.OnPolicy`.
+        weights: for causal models: the column of the training set with a weight for each sample, or a list with one for each of its
+            tokens. The host's own loss and the terms on predictions are sums over labelled tokens times their weights, divided by the
+            sum of the weights over the accumulated batch and all processes. Evaluation is not weighted.
 
     Example::
 
@@ -57,10 +60,11 @@ class DistillTrainer(Distilling, Trainer):
         init_from: Any = None,
         views: Any = None,
         on_policy: OnPolicy | Mapping[str, Any] | None = None,
+        weights: str | None = None,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
-        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy)
+        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy, weights)
         self.start_distilling(*told)
 
 
@@ -82,12 +86,13 @@ def distill(
     init_from: Any = None,
     views: Any = None,
     on_policy: OnPolicy | Mapping[str, Any] | None = None,
+    weights: str | None = None,
 ) -> Any:
     """Add distillation to a trainer that you already have, an instance of Trainer or of a subclass, before ``train()``.
 
     Args:
         trainer: the trainer, changed in place; its own ``compute_loss`` and callbacks stay active.
-        teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy: as for :class:`DistillTrainer`.
+        teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy, weights: as for :class:`DistillTrainer`.
 
     Returns:
         The trainer.
@@ -99,7 +104,7 @@ def distill(
     before: Any = trainer.__class__
     trainer.__class__ = _distilling_class(before)  # type: ignore[arg-type]
     try:
-        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy)
+        told = (teacher, terms, recipe, dry_run, chunked, host_weight, teachers, init_from, views, on_policy, weights)
         Distilling.start_distilling(trainer, *told)  # type: ignore[arg-type]
     except BaseException:
         trainer.__class__ = before

@@ -10,12 +10,12 @@ from torch import nn
 from kdgraft.balance import AutoWeight
 from kdgraft.engine import Engine
 from kdgraft.errors import WiringError
-from kdgraft.sources import STUDENT, Cached, Itself, Source, Teacher
+from kdgraft.sources import STUDENT, Cached, Ensemble, Itself, Source, Specialists, Teacher
 from kdgraft.terms import ScoreTerm
 
 from .absent import Absent
 from .attention import AttentionRecorder
-from .chunked import IDENTITY, LogitTransform, head_of
+from .chunked import LogitTransform, head_of
 from .class_teachers import check_class_teachers
 from .heads import check_heads
 from .layers import refuse_dropped_layers
@@ -101,8 +101,8 @@ def _example_inputs(student: Any, engine: Engine, ours: Mapping[str, Any], given
 
 def _chunk(
     student: Any, engine: Engine, ours: Mapping[str, Any], theirs: Mapping[str, Mapping[str, Any]]
-) -> tuple[LogitTransform, LogitTransform]:
-    """Check that terms on logits can be computed in chunks; return the transforms of both models' logits."""
+) -> dict[str, LogitTransform]:
+    """Check that terms on logits can be computed in chunks; return the transforms of all models' logits by name."""
     # A trainer that computes its loss without logits leaves no choice.
     what, instead = ("chunked=True", "leave out chunked")
     if link_of(student).fused:
@@ -111,25 +111,48 @@ def _chunk(
         raise WiringError(
             f"chunked=True is for causal language models, and {type(student).__name__} is not one; leave it out"
         )
-    teacher = engine.teacher
-    if len(engine.sources) > 1 or not isinstance(teacher, Teacher):
-        raise WiringError(
-            f"{what} computes the losses on logits of one frozen teacher; {instead}, or take terms on layers with other sources"
-        )
-    absent = isinstance(teacher, Absent)
-    heads = [head_of(model).weight.device for model in (student, *([] if absent else [teacher.model]))]
-    if heads[0] != heads[-1]:
-        raise WiringError(
-            f"{what} needs the teacher's output layer on the student's device ({heads[0]}), and it is on "
-            f"{'no device' if heads[-1].type == 'meta' else heads[-1]}; change the device_map, or {instead}"
-        )
-    transforms = check_heads(student, ours), IDENTITY if absent else check_heads(teacher.model, theirs[teacher.name])
+    teachers = _teachers_in_chunks(student, engine, what, instead)
+    transforms = {STUDENT: check_heads(student, ours)}
+    transforms |= {one.name: check_heads(one.model, theirs[one.name]) for one in teachers}
     for term in engine.all_terms:
         if isinstance(term, ScoreTerm) and not term.in_chunks:
             raise WiringError(f"{term.name} needs whole logits, which {what} does not compute; {instead}")
         if isinstance(term.balance, AutoWeight):
             raise WiringError(f"{term.name}: weight='auto' needs whole losses; set weight to a number, or {instead}")
     return transforms
+
+
+def _teachers_in_chunks(student: Any, engine: Engine, what: str, instead: str) -> list[Teacher]:
+    """Return the teachers whose output layers compute logits in chunks; check that they can, and that means over them exist.
+
+    Args:
+        student, engine: the student and its sources.
+        what, instead: what asks for chunks and the way out, for messages.
+    """
+    for name, source in engine.sources.items():
+        if not isinstance(source, (Teacher, Ensemble)) or isinstance(source, Specialists):
+            raise WiringError(
+                f"{what} computes the losses on logits of frozen teachers, and {name!r} is a {type(source).__name__}; {instead}, or take "
+                "terms on layers with other sources"
+            )
+    teachers = [one for one in engine.sources.values() if isinstance(one, Teacher) and not isinstance(one, Absent)]
+    sizes: dict[str, int] = {}
+    own = head_of(student).weight.device
+    for one in teachers:
+        weight = head_of(one.model).weight
+        sizes[one.name] = len(weight)
+        if weight.device != own:
+            raise WiringError(
+                f"{what} needs the teacher's output layer on the student's device ({own}), and it is on "
+                f"{'no device' if weight.device.type == 'meta' else weight.device}; change the device_map, or {instead}"
+            )
+    for source in engine.sources.values():
+        if isinstance(source, Ensemble) and len({sizes[name] for name in source.members}) > 1:
+            told = " and ".join(f"{sizes[name]} ({name})" for name in source.members)
+            raise WiringError(
+                f"the vocabularies of {source.name!r} have {told} entries; the members of an Ensemble must predict alike"
+            )
+    return teachers
 
 
 def _without_labels(student: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:

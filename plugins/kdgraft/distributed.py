@@ -6,7 +6,7 @@ They work with any launcher that sets up ``torch.distributed``: accelerate, torc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -20,12 +20,26 @@ def world_size() -> int:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Return whether FSDP2 has spread a model's weights over processes."""
+    """Return whether FSDP2 or DeepSpeed's ZeRO-3 has spread a model's weights over processes."""
     if not dist.is_available():
         return False
     from torch.distributed.fsdp import FSDPModule
 
-    return isinstance(model, FSDPModule)
+    return isinstance(model, FSDPModule) or any(map(is_partitioned, model.parameters()))
+
+
+def is_partitioned(parameter: Any) -> bool:
+    """Return whether ZeRO-3 keeps a parameter in parts; without its modules running, this process has one part and sees none."""
+    return hasattr(parameter, "ds_id")
+
+
+def kept_in_graph(parameters: Iterable[Tensor], device: torch.device | str) -> Tensor:
+    """Return 0 with parameters in the graph, as DDP needs; empty sums, unlike ``0 *``, are 0 for infinite parameters.
+
+    ZeRO-3 needs no parameter in the graph, and has no room for a gradient of what it keeps in parts.
+    """
+    alive = [p.flatten()[:0].sum() for p in parameters if p.requires_grad and not is_partitioned(p)]
+    return torch.stack(alive).sum() if alive else torch.zeros((), device=device)
 
 
 @torch.no_grad()

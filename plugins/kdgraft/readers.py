@@ -44,6 +44,9 @@ class Reader:
         'head'
     """
 
+    chunked: ClassVar[bool] = False
+    """True where class scores are computed in chunks: their taps are states, and the host compares the output layers."""
+
     default_taps: ClassVar[Mapping[str, str]] = {"scores": "", "output": ""}
     """The host's default taps for ``"features"``, class ``"scores"``, ``"embeddings"``, the input of the classifier, the model's
     ``"output"``, and ``"samples"``, a feature that is pooled to one vector per sample."""

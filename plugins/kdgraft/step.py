@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .balance import AutoWeight, gradient_norms, own_loss
 from .batch import Batch
-from .distributed import sum_over_ranks, world_size
+from .distributed import kept_in_graph, sum_over_ranks, world_size
 from .errors import DistillError, nearest
 from .losses.reduction import Ratio, divide
 from .passes import Passes
@@ -148,7 +148,7 @@ class StepInProgress:
             elif term.name in raw and term.name not in self.unweighted:
                 result[key] = self._weighted(term, raw[term.name])
             elif not term.alone:
-                result[key] = _idle(term, self.device)
+                result[key] = kept_in_graph(term.parameters(), self.device)
             self.figures[f"distill.{term.name}.weight"] = torch.tensor(term.weight_at(self.at))
         for name in self.dropped:
             self._count_dropped(name)
@@ -296,11 +296,3 @@ def scaled(loss: Tensor, share: float) -> Tensor:
 
 def _flat(ratio: Ratio) -> Ratio:
     return Ratio(ratio.numerator.reshape(-1), ratio.denominator.detach().reshape(-1).to(ratio.numerator.device))
-
-
-def _idle(term: nn.Module, device: torch.device | str) -> Tensor:
-    """Return 0 with the term's parameters in the graph, for DDP; empty sums, unlike ``0 *``, are 0 for infinite parameters."""
-    parameters = [p for p in term.parameters() if p.requires_grad]
-    if not parameters:
-        return torch.zeros((), device=device)
-    return torch.stack([p.flatten()[:0].sum() for p in parameters]).sum()

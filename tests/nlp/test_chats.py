@@ -125,6 +125,24 @@ def test_a_recipe_trains_on_it(tmp_path, monkeypatch, capfd, name):
     assert "distill.forward_kl.loss" in said and "perplexity" in said
 
 
+@pytest.mark.parametrize("name", ["answers", "texts"])
+def test_a_recipe_has_weights_of_texts(tmp_path, monkeypatch, capfd, name):
+    data, lines = (dict(text="text", joined=False), TEXTS) if name == "texts" else DATA[name]
+    weighed = [{**line, "quality": [0.5, 2.0, 0.0][i % 3]} for i, line in enumerate(lines)]
+    if name == "answers":
+        weighed.insert(
+            0, dict(prompt="what is it " * 20, completion="cat", quality=9.0)
+        )  # left out: its answer is cut off
+    config = recipe(tmp_path, {**data, "weights": "quality"}, weighed)
+    monkeypatch.chdir(tmp_path)
+    trainer = build(config)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(3)])
+    assert [row.max() for row in batch["token_weights"]] == [0.5, 2.0, 0.0]
+    assert main(["train", "recipe.yaml"]) == 0
+    said = capfd.readouterr().out
+    assert "distill.forward_kl.loss" in said and "perplexity" in said
+
+
 def test_packed_rows_have_the_losses_of_padded_ones(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     losses = []
@@ -174,6 +192,12 @@ def test_adapters_of_a_recipe(tmp_path, monkeypatch, capfd, teacher):
         ),
         (dict(data=dict(train="train.jsonl", packed=True, joined=True)), "data.packed keeps texts apart"),
         (dict(task="masked", data=dict(train="train.jsonl", packed=True)), "data.packed is for language models"),
+        (
+            dict(data=dict(train="train.jsonl", messages="messages", weights="much")),
+            "no column 'much' but messages; name it",
+        ),
+        (dict(data=dict(train="train.jsonl", weights="much")), "data.weights are those of texts that stay apart"),
+        (dict(task="masked", data=dict(train="train.jsonl", weights="much")), "data.weights is for language models"),
         (dict(adapters={}, student=dict(model_type="llama")), "adapters are added to a trained model"),
         (dict(adapters=dict(type="Lora")), "peft has no config 'Lora'"),
         (dict(adapters=dict(rank=3)), "adapters: TypeError"),

@@ -9,10 +9,11 @@ import transformers
 from datasets import Dataset
 from transformers import Trainer
 
-from kdgraft import DistillError, WiringError
+from kdgraft import DistillError, Ensemble, WiringError
 from kdgraft.losses import generalized_jsd, soft_targets
+from kdgraft.sources import Itself
 from kdgraft_nlp import DistillTrainer
-from kdgraft_nlp.chunked import Head, TokenLoss, chunked_losses
+from kdgraft_nlp.chunked import Given, Head, TokenLoss, chunked_losses
 from kdgraft_nlp.student import graft
 from support import nlp as support
 from support.tensors import gradients
@@ -42,7 +43,13 @@ def test_equal_to_the_plain_formula(chunk):
     hidden, weight, bias, states, table, targets, counted = tensors()
     found = parts(targets, counted)
     total, sums = chunked_losses(
-        hidden, Head(weight, bias), targets, torch.tensor(0.1), states, Head(table, None), found, chunk
+        hidden,
+        Head(weight, bias),
+        targets,
+        torch.tensor(0.1),
+        {"teacher": Given(states, Head(table, None))},
+        found,
+        chunk,
     )
     gradients = torch.autograd.grad(1.7 * total, (hidden, weight, bias))
     logits, given = F.linear(hidden, weight, bias), states @ table.t()
@@ -65,8 +72,7 @@ def test_nothing_counted_is_zero_with_a_live_graph():
         Head(weight, None),
         nothing,
         torch.tensor(1.0),
-        states,
-        Head(table, None),
+        {"teacher": Given(states, Head(table, None))},
         parts(nothing, counted & False),
         4,
     )
@@ -113,6 +119,32 @@ def test_training_is_the_plain_one(family, accumulation, tmp_path):
                 assert one[key] == pytest.approx(other[key], rel=1e-4), key
     assert "eval_loss" in ours.evaluate()
     assert any(row.adapter == "in chunks" for row in ours.distiller.rows)
+
+
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+def test_several_teachers_are_those_of_whole_logits(mean, tmp_path):
+    teachers = dict(a=support.model("llama", 32, 4, seed=2), b=support.model("llama", 24, 2, seed=3))
+    teachers["both"] = Ensemble(["a", "b"], mean)
+    terms = [dict(type="ForwardKL", source="a"), dict(type="GeneralizedJSD", source="both", tokens="valid")]
+    terms += [dict(type="DSKD", source="b"), dict(type="HiddenStates", source="both")]
+    told = dict(teacher=None, teachers=teachers, terms=terms)
+    plain, ours = (trained(tmp_path, "llama", chunked, more={**told, "chunked": chunked}) for chunked in (False, 3))
+    for name, value in plain.model.named_parameters():
+        torch.testing.assert_close(
+            dict(ours.model.named_parameters())[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for key, value in plain.state.log_history[0].items():
+        if "loss" in key:
+            assert ours.state.log_history[0][key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_sources_that_change_and_vocabularies_that_differ_are_refused(tmp_path):
+    with pytest.raises(WiringError, match="of frozen teachers, and 'teacher' is a Itself; leave out chunked"):
+        trained(tmp_path, "llama", True, more=dict(teacher=Itself(momentum=0.9), terms=["ForwardKL"]))
+    teachers = dict(a=support.model("llama", seed=2), b=support.model("llama", seed=3, vocab_size=48))
+    told = dict(teacher=None, teachers={**teachers, "both": Ensemble(["a", "b"])})
+    with pytest.raises(WiringError, match=r"the vocabularies of 'both' have 40 \(a\) and 48 \(b\) entries"):
+        trained(tmp_path, "llama", True, more=dict(told, terms=[dict(type="ForwardKL", source="both")]))
 
 
 def test_without_terms_only_the_hosts_loss_is_chunked(tmp_path):
@@ -207,7 +239,7 @@ def test_chunks_keep_small_gradients_in_half_precision():
     hidden = torch.randn(4, 8, generator=generator).half().requires_grad_()
     weight = torch.randn(4096, 8, generator=generator).requires_grad_()
     targets = torch.tensor([1, 2, 3, 4])
-    total, _ = chunked_losses(hidden, Head(weight, None), targets, torch.tensor(1 / 8192), None, None, [], 2)
+    total, _ = chunked_losses(hidden, Head(weight, None), targets, torch.tensor(1 / 8192), {}, [], 2)
     (total * 65536).backward()
     plain = weight.detach().clone().requires_grad_()
     loss = torch.nn.functional.cross_entropy(hidden.detach().float() @ plain.t(), targets, reduction="sum") / 8192

@@ -10,6 +10,7 @@ import golden.dual_space as dual
 from kdgraft import DistillError, WiringError
 from kdgraft.registry import expand_recipe
 from kdgraft_nlp import DSKD, RECIPES, DistillCollator
+from kdgraft_nlp.chunked import head_of
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tokens import read_batch
 from support import nlp as support
@@ -117,7 +118,7 @@ def test_a_capped_head_is_used_as_it_is():
     student = graft(support.quiet(models[0]), models[1], ["DSKD"]).train()
     (term,) = student.distiller.all_terms
     assert [transform.cap for transform in term.transforms] == [30.0, 30.0]
-    assert term._logits(0, torch.full((1, 16), 1e4)).abs().max() <= 30
+    assert term._logits([head_of(model) for model in models], 0, torch.full((1, 16), 1e4)).abs().max() <= 30
 
 
 def test_mistakes_are_told_in_one_line():

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from kdgraft import WiringError
+from kdgraft import Ensemble, WiringError
 from kdgraft_nlp import ForwardKL, GeneralizedJSD, HiddenStates, distill, undistill
 from support import nlp as support
 from support.sft import chats, first_batch, model, step, teacher, texts, trainer_of
@@ -213,8 +213,34 @@ def test_several_teachers_teach_layers(tmp_path):
     distill(trainer, teachers=teachers, terms=terms)
     trainer.train()
     assert any("distill.attention_maps.loss" in entry for entry in trainer.state.log_history)
-    with pytest.raises(WiringError, match="computes the losses on logits of one frozen teacher"):
-        distill(trainer_of(tmp_path), teachers=teachers, terms=[dict(type="ForwardKL", source=s, name=s) for s in "ab"])
+
+
+@pytest.mark.parametrize("mean", ["arithmetic", "geometric"])
+def test_several_teachers_of_logits_by_hand(tmp_path, mean):
+    """KL to each of two teachers, and to the mean of what they predict."""
+    trainer, taught = trainer_of(tmp_path), dict(a=teacher(), b=model(24, 3, seed=3))
+    batch = first_batch(trainer)
+    terms = [dict(type="ForwardKL", source=name, name=f"to_{name}") for name in ("a", "b", "both")]
+    distill(trainer, teachers={**taught, "both": Ensemble(["a", "b"], mean, [1, 3])}, terms=terms)
+    loss, found = step(trainer, batch)
+    student, counted = model().train(), batch["labels"][:, 1:] != -100
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def logs(one):
+        return one(**inputs).logits[:, :-1][counted].log_softmax(-1)
+
+    with torch.no_grad():
+        a, b = (logs(one.eval()) for one in taught.values())
+        both = (a.exp() / 4 + 3 * b.exp() / 4).log() if mean == "arithmetic" else (a / 4 + 3 * b / 4).log_softmax(-1)
+    ours = logs(student)
+    divergences = [F.kl_div(ours, one, log_target=True, reduction="batchmean") for one in (a, b, both)]
+    whole = F.nll_loss(ours, batch["labels"][:, 1:][counted]) + sum(divergences)
+    whole.backward()
+    torch.testing.assert_close(loss, whole.detach(), rtol=1e-5, atol=1e-6)
+    close(found, gradients(student))
+    said = trainer.model.distill_link.last.losses
+    for term, value in zip(terms, divergences, strict=True):
+        torch.testing.assert_close(said[f"distill.{term['name']}.loss"], value.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_the_student_writes_texts_itself(tmp_path):

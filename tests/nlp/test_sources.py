@@ -183,10 +183,10 @@ def test_what_several_sources_cannot_mean(tmp_path):
     refused("share parameters", (one := model()), teachers={"teacher": one})
     refused("student and the peer .teacher. share parameters", (one := model()), teachers={"teacher": Peer(one)})
     refused(
-        "chunked=True computes the losses on logits of one frozen teacher",
+        "chunked=True computes the losses on logits of frozen teachers, and 'b' is a Itself",
         model("llama"),
         [ForwardKL(source="a"), ForwardKL(source="b", name="other")],
-        teachers={"a": big("llama"), "b": big("llama", 3)},
+        teachers={"a": big("llama"), "b": Itself(momentum=0.9)},
         chunked=True,
     )
     with pytest.raises(DistillError, match="a cache holds the outputs of one teacher"):
@@ -281,7 +281,8 @@ def test_what_an_ensemble_cannot_teach(tmp_path):
         r"the predictions that it compares have no mean over several models; add a term for each of a, b, source='a'"
     )
     refused(f"soft_targets: {message}", SoftTargets(), "bert", "BertForQuestionAnswering")
-    refused("chunked=True computes the losses on logits of one frozen teacher", ForwardKL(), "llama", chunked=True)
+    different = dict(b=big("llama", 3, vocab_size=50), chunked=True)
+    refused("have 40 .* entries; the members of an Ensemble must predict alike", ForwardKL(), "llama", **different)
     refused(
         "the members of an Ensemble must predict alike", UniversalLogits(), "llama", b=big("llama", 3, vocab_size=50)
     )
@@ -541,7 +542,7 @@ def test_what_a_peer_cannot_be(tmp_path):
     refused("a peer trains on its model's own loss", label_smoothing_factor=0.1)
     refused("a peer trains on its model's own loss", compute_loss_func=lambda *_, **__: None)
     refused(
-        "chunked=True computes the losses on logits of one frozen teacher",
+        "chunked=True computes the losses on logits of frozen teachers, and 'peer' is a Peer",
         model("llama"),
         big("llama", 3),
         [ForwardKL(source="peer")],

@@ -38,10 +38,15 @@ class Teacher(Source):
         class_order: for each of the student's classes, the number of that class in this model, where its order is another one;
             hosts that know the classes' names find it by themselves.
 
+    Attributes:
+        prepared: what a host keeps of wrapping the model for several processes; ``None`` before.
+
     Example:
         >>> torch.save(teacher.state_dict(), "teacher.pth")
         >>> Teacher(make_model(8), "teacher.pth", precision="bf16").load()
     """
+
+    prepared: Any = None
 
     def __init__(
         self,
