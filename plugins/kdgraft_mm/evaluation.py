@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
 from collections.abc import Sequence
 from typing import Any
@@ -96,7 +97,7 @@ def built_model(config: Config, weights: dict[str, Any], path: str, checkpoint: 
         DistillError: the config has a mistake, or the weights do not fit.
     """
     with config_mistakes(path), DefaultScope.overwrite_default_scope(scope_of(config)), isolated_rng():
-        model = MODELS.build(model_of(config))
+        model = MODELS.build(copy.deepcopy(model_of(config)))  # some models write into their config
     load_strictly(model, weights, checkpoint, "student")
     return model.eval()
 

@@ -308,8 +308,8 @@ def test_list_imports_nothing(more: str):
         [sys.executable, "-c", NAMES + more], capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    counts = {title: int(count) for title, _, count in (line.rpartition(" ") for line in done.stdout.splitlines()[:12])}
-    assert set(counts) == {"losses", "regions", "schedules", "sources"} | {
+    counts = {title: int(count) for title, _, count in (line.rpartition(" ") for line in done.stdout.splitlines()[:13])}
+    assert set(counts) == {"losses", "regions", "schedules", "sources", "nlp sources"} | {
         f"{host} {kind}" for host in ("det", "seg", "nlp", "torch") for kind in ("terms", "recipes")
     }
     assert counts["losses"] > 5 and counts["torch terms"] > 10 and counts["det terms"] > 2 and counts["nlp recipes"] > 5

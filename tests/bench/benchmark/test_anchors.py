@@ -85,7 +85,8 @@ def miniature(root: Path, name: str) -> Path:
         small = {"train_dataloader.batch_size": 2, "train_cfg.max_iters": 3, "train_cfg.val_interval": 3}
         small |= {"crop_size": [64, 64], "train_dataloader.dataset.pipeline.2.scale": [128, 64]}
         small |= {"train_dataloader.dataset.pipeline.3.crop_size": [64, 64], "model.data_preprocessor.size": [64, 64]}
-        small |= {"default_hooks.checkpoint.interval": 3, "model.pretrained": ""}
+        small |= {"default_hooks.checkpoint.interval": 3, "model.pretrained": str(root / "backbone.pth")}
+        torch.save({"state_dict": {}}, root / "backbone.pth")  # of nothing, in place of a download
         for part in ("backbone", "decode_head", "auxiliary_head"):
             small[f"model.{part}.norm_cfg.type"] = "BN"
     small |= {f"{part}_dataloader.num_workers": 0 for part in ("train", "val", "test")}
