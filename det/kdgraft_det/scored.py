@@ -46,6 +46,7 @@ class ScoredImitation(FeatureImitation):
     """
 
     reads = "features"
+    hears_features = False
     head: DenseHead
 
     def __init__(

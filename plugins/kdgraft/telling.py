@@ -41,6 +41,7 @@ def _named(source: Source) -> str:
     model = getattr(source, "model", None)
     if not isinstance(model, nn.Module):
         return type(source).__name__
+    model = getattr(source, "weighed", model)
     read = getattr(source, "checkpoint", None) or getattr(model, "name_or_path", None)
     return _class(model) + (f" ({read})" if read else "")
 

@@ -80,10 +80,15 @@ class Teacher(Source):
             return
         assert self.checkpoint is not None
         checkpoint = read_checkpoint(self.checkpoint, trusted=self._trusted, safe_types=self._safe_types)
-        load_strictly(self.model, weights_of(checkpoint), str(self.checkpoint))
+        load_strictly(self.weighed, weights_of(checkpoint), str(self.checkpoint))
         meta = checkpoint.get("meta")
         self.meta = dict(meta) if isinstance(meta, dict) else {}
         self.loaded = True
+
+    @property
+    def weighed(self) -> nn.Module:
+        """The module whose weights the checkpoint holds."""
+        return self.model
 
     @property
     def placed(self) -> bool:
