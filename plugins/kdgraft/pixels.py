@@ -17,7 +17,7 @@ _SETTINGS = ("mean", "std", "pixel_range", "order")
 
 @dataclass(frozen=True)
 class Normalisation:
-    """How a model's images are made of pixels: ``(pixel - mean) / std``, channel by channel.
+    """The step from pixels to a model's images: ``(pixel - mean) / std``, channel by channel.
 
     Attributes:
         mean, std: one number for each channel, for pixels from 0 to 255.
@@ -57,7 +57,9 @@ class Normalisation:
         if max(mean) > pixel_range:
             raise DistillError(f"{owner}: mean={list(mean)} is beyond pixels from 0 to 1; say pixel_range=255")
         if pixel_range == 255 and 0 < max(mean) <= 1 and max(std) <= 1:
-            raise DistillError(f"{owner}: mean={list(mean)} and std={list(std)} are for pixels from 0 to 1; say pixel_range=1")
+            raise DistillError(
+                f"{owner}: mean={list(mean)} and std={list(std)} are for pixels from 0 to 1; say pixel_range=1"
+            )
         if order not in ("rgb", "bgr"):
             raise DistillError(f"{owner}: order must be 'rgb' or 'bgr', got {order!r}")
         unit = 255 / pixel_range

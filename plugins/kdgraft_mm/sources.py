@@ -11,10 +11,11 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry as MMRegistry
 from mmengine.utils import import_modules_from_strings
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError, check_flag, nearest
 from kdgraft.inheriting import check_alike
+from kdgraft.pixels import Normalisation
 from kdgraft.registry import SOURCES
 from kdgraft.sources import LIBRARIES, FeatureTeacher, Itself, Source, Teacher, gather_sources, library_teacher
 
@@ -40,9 +41,7 @@ class SourceView:
         self._view: TeacherView | None = None
         if isinstance(source, Itself) or source.members != (source.name,):
             return
-        ours = student.data_preprocessor
-        foreign = isinstance(source, FeatureTeacher)
-        theirs = source.normalisation if foreign else source.model.get_submodule("data_preprocessor")
+        ours, theirs = student.data_preprocessor, _preprocessor(source)
         self._view = TeacherView(ours, theirs)
         if source.scale != 1:
             self.resolution = Resolution.of(Fraction(source.scale).limit_denominator(1000), ours, theirs)
@@ -63,6 +62,12 @@ class SourceView:
         padded = reduced[0].shape[-2], reduced[0].shape[-1]
         view = self.resolution.teacher_inputs(view, padded, self._view.pad_value)
         return view, samples_padded_to(samples, (view.shape[-2], view.shape[-1]))
+
+
+def _preprocessor(source: Source) -> nn.Module | Normalisation:
+    if isinstance(source, FeatureTeacher):
+        return source.normalisation
+    return source.model.get_submodule("data_preprocessor")
 
 
 def build_sources(teacher: Any, teachers: Any, models: MMRegistry) -> dict[str, Source]:
@@ -119,7 +124,9 @@ def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[
         raise WiringError(f"inherit takes weights from one teacher, and there are {', '.join(sources)}; leave it out")
     for name, source in sources.items():
         if isinstance(source, FeatureTeacher):
-            raise WiringError(f"inherit takes weights from a model of the host, and {name!r} is a {type(source.weighed).__name__}; leave it out")
+            raise WiringError(
+                f"inherit takes weights from a model of the host, and {name!r} is a {type(source.weighed).__name__}; leave it out"
+            )
         check_alike(student, source.model, paths, name)
 
 

@@ -31,8 +31,8 @@ _MAIN_OUTPUT = {"PIDHead": 1, "DDRHead": 0, "EncHead": 0, "DAHead": 0, "Iterativ
 
 
 def main_head(model: Any) -> Any:
-    """Return the decode head, or the last one of a cascade."""
-    head = model.decode_head
+    """Return the decode head, or the last one of a cascade; ``None`` for a model that has none."""
+    head = getattr(model, "decode_head", None)
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 

@@ -220,5 +220,7 @@ def _size(owner: str, size: Any, patch: int) -> Size | None:
     for side in sides:
         check_number(owner, "size", side, 1, whole=True)
     if len(sides) != 2 or any(side % patch for side in sides):
-        raise DistillError(f"{owner}: size must be one side or (height, width), in multiples of patch={patch}, got {size!r}")
+        raise DistillError(
+            f"{owner}: size must be one side or (height, width), in multiples of patch={patch}, got {size!r}"
+        )
     return sides

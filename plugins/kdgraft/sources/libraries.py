@@ -21,7 +21,7 @@ _SETTINGS = ("type", "checkpoint", "precision", "trusted", "size", "patch", "pre
 
 
 class Found(NamedTuple):
-    """What a library says of a network that it built; the user's own settings come before it."""
+    """A network and the facts that its library knows of it; the user's own settings come before them."""
 
     network: nn.Module
     patch: int | None = None
@@ -67,7 +67,9 @@ def library_teacher(
         if key not in known:
             raise DistillError(f"{where}, of type {spec['type']!r}, takes no argument {key!r}{nearest(key, known)}")
     if not spec.get(own[0]):
-        raise DistillError(f"{where} needs {own[0]}=…; write dict(type={spec['type']!r}, {own[0]}='…', checkpoint='teacher.pth')")
+        raise DistillError(
+            f"{where} needs {own[0]}=…; write dict(type={spec['type']!r}, {own[0]}='…', checkpoint='teacher.pth')"
+        )
     settings = spec.get("settings", {})
     if not isinstance(settings, Mapping):
         raise DistillError(f"{where}: settings must be a dict of arguments, got {settings!r}")
@@ -80,7 +82,9 @@ def library_teacher(
         raise DistillError(f"{where}: the folder {spec['model']} has its weights; leave checkpoint out")
     patch = spec.get("patch", found.patch)
     if patch is None:
-        raise DistillError(f"{where} needs patch=…, the pixels by token, or of a convolutional network its largest stride")
+        raise DistillError(
+            f"{where} needs patch=…, the pixels by token, or of a convolutional network its largest stride"
+        )
     return FeatureTeacher(
         found.network,
         checkpoint,
@@ -134,9 +138,13 @@ def _transformers(where: str, model: Any, settings: dict[str, Any]) -> Found:
     library = _library(where, "transformers")
     folder = None if isinstance(model, Mapping) else Path(str(model)).expanduser()
     if folder is not None and not (folder / "config.json").is_file():
-        raise DistillError(f"{where}: {model} is no folder of a model with a config.json; download it and give its folder")
+        raise DistillError(
+            f"{where}: {model} is no folder of a model with a config.json; download it and give its folder"
+        )
     if folder is None and not model.get("model_type"):
-        raise DistillError(f"{where}: the config of a model needs its model_type; write model=dict(model_type='dinov3_vit', …)")
+        raise DistillError(
+            f"{where}: the config of a model needs its model_type; write model=dict(model_type='dinov3_vit', …)"
+        )
 
     def make() -> Any:
         config = library.AutoConfig.for_model(**model) if folder is None else library.AutoConfig.from_pretrained(folder)
@@ -145,7 +153,9 @@ def _transformers(where: str, model: Any, settings: dict[str, Any]) -> Found:
     network = _of_images(_built(where, f"transformers' {model}", make))
     config = network.config
     if network.main_input_name != "pixel_values":
-        raise DistillError(f"{where}: a {type(network).__name__} reads {network.main_input_name}, no images; take a model of vision")
+        raise DistillError(
+            f"{where}: a {type(network).__name__} reads {network.main_input_name}, no images; take a model of vision"
+        )
     stages = hasattr(config, "depths")
     takes = signature(network.forward).parameters
 
@@ -196,7 +206,9 @@ def _weights(where: str, library: Any, folder: Path) -> dict[str, Tensor]:
         if (keys := [key for key in told.get(kind, ()) if "pooler." not in str(key)])
     ]
     if problems:
-        raise DistillError(f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}")
+        raise DistillError(
+            f"checkpoint {folder} does not fit the teacher {type(model).__name__}; {'; '.join(problems)}"
+        )
     found: dict[str, Tensor] = _of_images(model).state_dict()
     return found
 
@@ -204,7 +216,8 @@ def _weights(where: str, library: Any, folder: Path) -> dict[str, Tensor]:
 def _timm(where: str, model: Any, settings: dict[str, Any]) -> Found:
     library = _library(where, "timm")
     network = _built(where, f"timm's {model}", lambda: library.create_model(model, pretrained=False, **settings))
-    told, embedding = network.pretrained_cfg, getattr(network, "patch_embed", None)
+    told: Any = network.pretrained_cfg
+    embedding: Any = getattr(network, "patch_embed", None)
     return Found(
         network,
         patch=int(network.feature_info[-1]["reduction"]) if getattr(network, "feature_info", None) else None,

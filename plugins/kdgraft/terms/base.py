@@ -15,7 +15,7 @@ from ..auxiliary import Auxiliary
 from ..balance import AutoWeight, Gauge, Norms, Weight
 from ..batch import Batch
 from ..distributed import rank
-from ..errors import DistillError, check_number
+from ..errors import DistillError, WiringError, check_number
 from ..losses import Ratio
 from ..passes import Passes
 from ..readers import NEEDS, Reader, Taps, paired, parse_taps
