@@ -216,7 +216,7 @@ BUILD = dict(type="module", build="support.vits:patch_means", patch=4, **OWN)
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ({**BUILD, "biuld": 1}, r"teacher, of type 'module', takes no argument 'biuld'; did you mean 'build'"),
+        ({**BUILD, "sizes": 1}, r"teacher, of type 'module', takes no argument 'sizes'; did you mean 'size'"),
         (dict(type="module", **OWN), "needs build=…"),
         ({**BUILD, "build": "support"}, "build must be 'package.module:function', got 'support'"),
         ({**BUILD, "build": "support.vits:nothing"}, r"support\.vits:nothing cannot be built \(AttributeError"),
@@ -236,20 +236,21 @@ def test_a_dict_that_means_nothing_is_refused_in_one_line(spec, said):
 
 
 @pytest.mark.parametrize("library", ["timm", "torchvision"])
-@pytest.mark.skipif(find_spec("timm") is not None or find_spec("torchvision") is not None, reason="they are installed")
 def test_a_library_that_is_missing_is_named(library):
+    if find_spec(library) is not None:
+        pytest.skip("it is installed")
     with pytest.raises(DistillError, match=f"^teacher: type='{library}' needs the library: pip install {library}$"):
         library_teacher(dict(type=library, model="resnet18", checkpoint="a.pth"), images=GIVEN)
 
 
 def test_timm_says_normalisation_patch_and_tokens(tmp_path):
     timm = pytest.importorskip("timm")
-    torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "vit.pth")
-    spec = dict(type="timm", model="test_vit", checkpoint=str(tmp_path / "vit.pth"))
+    torch.save(timm.create_model("test_vit3", pretrained=False).state_dict(), tmp_path / "vit.pth")
+    spec = dict(type="timm", model="test_vit3", checkpoint=str(tmp_path / "vit.pth"))
     teacher = library_teacher(spec, images=GIVEN)
     distiller = Distiller(student(), teacher, [Hint("0")], example=normalised(PIXELS))
     (row,) = distiller.rows
-    assert row.teacher_shape == "2×64×10×10" and teacher.model.size == (160, 160) and teacher.model.prefix == 1
+    assert row.teacher_shape == "2×96×10×10" and teacher.model.size == (160, 160) and teacher.model.prefix == 1
     free = library_teacher({**spec, "settings": dict(dynamic_img_size=True)}, images=GIVEN)
     assert free.model.size is None and free.model.input_size((100, 300)) == (96, 304)
 

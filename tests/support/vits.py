@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,21 @@ def by_file(path: Path, kind: str = "DINOv3") -> dict[str, Any]:
 def by_folder(folder: Path, kind: str = "DINOv3") -> dict[str, Any]:
     """``teacher=``: a folder with weights, config and image processor, which it writes."""
     network(kind).save_pretrained(folder)
-    mean, std = ([round(value, 6) for value in IMAGENET[key]] for key in ("mean", "std"))
-    processor = f'{{"do_normalize": true, "do_rescale": true, "image_mean": {mean}, "image_std": {std}}}'
-    (folder / "preprocessor_config.json").write_text(processor)
+    _write_processor(folder)
     return dict(type="transformers", model=str(folder))
+
+
+def config_folder(folder: Path) -> None:
+    """The folder of a DINOv3 of the smallest published size, without its weights."""
+    from transformers import AutoConfig
+
+    AutoConfig.for_model("dinov3_vit", num_register_tokens=4).save_pretrained(folder)
+    _write_processor(folder)
+
+
+def _write_processor(folder: Path) -> None:
+    said = dict(do_normalize=True, do_rescale=True, image_mean=IMAGENET["mean"], image_std=IMAGENET["std"])
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
 
 
 def patch_means(side: int = 16) -> nn.Module:

@@ -68,7 +68,7 @@ class FSP(FeatureTerm):
                 "more layers, as in tap=['layer1', 'layer2']"
             )
         maps = [teacher for _, teacher, _, _ in self.pairs(wiring.student_recording, wiring.teacher_recording)]
-        if any(maps[one] is maps[other] for one, other in self.layers):
+        if wiring.teacher_recording.repeats and any(maps[one] is maps[other] for one, other in self.layers):
             raise WiringError(
                 f"{self.name} relates two layers of the teacher, and one map stands for both; set teacher_tap=[…, …], as many as the "
                 "student's"
