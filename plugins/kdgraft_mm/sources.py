@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from kdgraft.errors import DistillError, WiringError, check_flag, nearest
 from kdgraft.inheriting import check_alike
 from kdgraft.pixels import Normalisation
-from kdgraft.registry import SOURCES
-from kdgraft.sources import LIBRARIES, FeatureTeacher, Itself, Source, Teacher, gather_sources, library_teacher
+from kdgraft.sources import FeatureTeacher, Itself, Source, Teacher, gather_sources, library_teacher
 
 from .checkpoints import SAFE_TYPES
 from .configs import MissingConfig, load_config, model_of
@@ -163,10 +162,8 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
 
 
 def _of_library(spec: Mapping[str, Any], name: str) -> FeatureTeacher:
-    kind, model = spec["type"], spec.get("model")
-    if kind not in LIBRARIES:
-        raise DistillError(f"{name}: no source has the type {kind!r}{nearest(str(kind), [*SOURCES, *LIBRARIES])}")
-    if kind == "transformers" and isinstance(model, str) and not Path(model).expanduser().is_dir():
+    model = spec.get("model")
+    if spec["type"] == "transformers" and isinstance(model, str) and not Path(model).expanduser().is_dir():
         raise MissingConfig(f"{name}: the folder {model} is missing; download the model and give its folder")
     own = {key: value for key, value in spec.items() if key != "scale"}
     made = library_teacher(own, name, images=None, safe_types=SAFE_TYPES)

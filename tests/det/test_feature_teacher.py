@@ -196,6 +196,25 @@ def test_a_teacher_at_twice_the_resolution(tmp_path):
     assert model.distiller.teacher.model.grid == (8, 8)  # 128×128 pixels, for a student of 64×64
 
 
+def test_it_teaches_beside_a_detector(tmp_path, teacher_model, teacher_checkpoint):
+    teachers = dict(
+        vit=by_file(tmp_path / "vit.pth"),
+        wide=dict(config=teacher_model, checkpoint=teacher_checkpoint),
+        both=dict(type="Ensemble", members=["vit", "wide"]),
+    )
+    terms = [dict(type="SoftTargets", source="wide"), dict(type="FeatureImitation", tap="neck[*]", source="both")]
+    entry = distilled(detector(), None, "", terms=terms)
+    del entry["teacher"]
+    found = losses(build(dict(entry, teachers=teachers)), raw_batch())
+    names = [key for key in found if key.startswith("distill.")]
+    assert names == [
+        "distill.soft_targets.loss",
+        "distill.feature_imitation_from_vit.loss",
+        "distill.feature_imitation_from_wide.loss",
+    ]
+    assert all(found[name] > 0 for name in names)
+
+
 def test_regions_of_the_student_weigh_its_positions(tmp_path):
     terms = [
         dict(type="FeatureImitation", tap="neck[*]", region=region, name=region)

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from kdgraft import (
@@ -200,6 +201,24 @@ def test_weights_are_read_strictly_when_training_starts(tmp_path):
         FeatureTeacher(network, tmp_path / "wrong.pth", normalisation=OWN, images=GIVEN, patch=4).load()
 
 
+def test_weights_of_safetensors(tmp_path):
+    network, other = nn.Conv2d(3, 4, 4, stride=4), nn.Conv2d(3, 4, 4, stride=4)
+    save_file(other.state_dict(), tmp_path / "model.safetensors")
+    FeatureTeacher(network, tmp_path / "model.safetensors", normalisation=OWN, images=GIVEN, patch=4).load()
+    assert torch.equal(network.weight, other.weight)
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DistillError, match=r"cannot read checkpoint .*model\.safetensors"):
+        FeatureTeacher(network, tmp_path / "model.safetensors", normalisation=OWN, images=GIVEN, patch=4).load()
+
+
+def test_a_network_that_cannot_run_on_these_pixels_says_so():
+    with pytest.raises(
+        WiringError, match=r"the teacher Linear cannot run on 8×12 pixels \(RuntimeError: .*set size="
+    ) as caught:
+        heard(nn.Linear(5, 5))
+    assert "\n" not in str(caught.value)
+
+
 # --- by a dict
 
 
@@ -218,6 +237,7 @@ BUILD = dict(type="module", build="support.vits:patch_means", patch=4, **OWN)
     [
         ({**BUILD, "sizes": 1}, r"teacher, of type 'module', takes no argument 'sizes'; did you mean 'size'"),
         (dict(type="module", **OWN), "needs build=…"),
+        (dict(BUILD, type="modules"), "no source has the type 'modules'; did you mean 'module'"),
         ({**BUILD, "build": "support"}, "build must be 'package.module:function', got 'support'"),
         ({**BUILD, "build": "support.vits:nothing"}, r"support\.vits:nothing cannot be built \(AttributeError"),
         ({**BUILD, "build": "support.vits:by_file", "settings": dict(path=3)}, "cannot be built"),

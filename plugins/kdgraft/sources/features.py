@@ -85,7 +85,16 @@ class Extractor(nn.Module):
             resized = F.interpolate(images.float(), size, mode="bilinear", align_corners=False, antialias=True)
             images = resized.to(images.dtype)
         self.grid = size[0] // self.patch, size[1] // self.patch
-        last, states = self._call(self.network, images, self.wants_states)
+        try:
+            last, states = self._call(self.network, images, self.wants_states)
+        except (DistillError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            said = str(error).partition("\n")[0]
+            raise WiringError(
+                f"the teacher {type(self.network).__name__} cannot run on {size[0]}×{size[1]} pixels ({type(error).__name__}: {said}); "
+                "set size=… where its positions are fixed, or wrap it in a function that takes images alone, type='module'"
+            ) from error
         if states is not None and self.wants_states:
             self.hidden_states(list(states))
         return self.last(last)

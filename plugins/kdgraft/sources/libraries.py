@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import DistillError, check_flag, nearest
 from ..pixels import Normalisation
+from ..registry import SOURCES
 from .features import Call, FeatureTeacher
 
 _NORMALISATION = ("mean", "std", "pixel_range", "order")
@@ -61,14 +62,17 @@ def library_teacher(
     Raises:
         DistillError: the library is not installed or has no such model, or a setting is missing, unknown or of no meaning.
     """
-    build, own = _KINDS[spec["type"]]
+    kind = spec.get("type")
+    if kind not in LIBRARIES:
+        raise DistillError(f"{where}: no source has the type {kind!r}{nearest(str(kind), [*SOURCES, *LIBRARIES])}")
+    build, own = _KINDS[kind]
     known = (*own, *_SETTINGS)
     for key in spec:
         if key not in known:
-            raise DistillError(f"{where}, of type {spec['type']!r}, takes no argument {key!r}{nearest(key, known)}")
+            raise DistillError(f"{where}, of type {kind!r}, takes no argument {key!r}{nearest(key, known)}")
     if not spec.get(own[0]):
         raise DistillError(
-            f"{where} needs {own[0]}=…; write dict(type={spec['type']!r}, {own[0]}='…', checkpoint='teacher.pth')"
+            f"{where} needs {own[0]}=…; write dict(type={kind!r}, {own[0]}='…', checkpoint='teacher.pth')"
         )
     settings = spec.get("settings", {})
     if not isinstance(settings, Mapping):
@@ -76,7 +80,7 @@ def library_teacher(
     found = build(where, spec[own[0]], dict(settings))
     check_flag(where, "trusted", spec.get("trusted", False))
     checkpoint = spec.get("checkpoint")
-    if found.load is None and not checkpoint and spec["type"] != "module":
+    if found.load is None and not checkpoint and kind != "module":
         raise DistillError(f"{where} needs checkpoint=…, the file of its weights; an untrained teacher teaches nothing")
     if found.load is not None and checkpoint:
         raise DistillError(f"{where}: the folder {spec['model']} has its weights; leave checkpoint out")
@@ -147,8 +151,9 @@ def _transformers(where: str, model: Any, settings: dict[str, Any]) -> Found:
         )
 
     def make() -> Any:
-        config = library.AutoConfig.for_model(**model) if folder is None else library.AutoConfig.from_pretrained(folder)
-        return library.AutoModel.from_config(config)
+        read = library.AutoConfig.from_pretrained  # code in a folder is never executed
+        config = library.AutoConfig.for_model(**model) if folder is None else read(folder, trust_remote_code=False)
+        return library.AutoModel.from_config(config, trust_remote_code=False)
 
     network = _of_images(_built(where, f"transformers' {model}", make))
     config = network.config
@@ -198,8 +203,8 @@ def _processor(folder: Path) -> dict[str, Any] | None:
 
 def _weights(where: str, library: Any, folder: Path) -> dict[str, Tensor]:
     """Return the weights in a folder, from which no layer but an unused pooler may be missing."""
-    load = library.AutoModel.from_pretrained
-    model, told = _built(where, str(folder), lambda: load(folder, output_loading_info=True, local_files_only=True))
+    settings = dict(output_loading_info=True, local_files_only=True, trust_remote_code=False)
+    model, told = _built(where, str(folder), lambda: library.AutoModel.from_pretrained(folder, **settings))
     problems = [
         f"{len(keys)} {kind.partition('_')[0]}: {', '.join(sorted(map(str, keys))[:4])}"
         for kind in ("missing_keys", "mismatched_keys")

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..batch import Batch
@@ -135,7 +137,7 @@ def is_placed(model: nn.Module) -> bool:
 def read_checkpoint(
     path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = (), map_location: Any = "cpu"
 ) -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only=True``, unless it is ``trusted``.
+    """Read a checkpoint with ``weights_only=True``, unless it is ``trusted``; a file of safetensors holds nothing but tensors.
 
     Raises:
         DistillError: the file is missing, damaged or not a checkpoint.
@@ -146,6 +148,8 @@ def read_checkpoint(
         remote = "; download it first and give the file's path" if "://" in str(path) else ""
         raise DistillError(f"checkpoint not found: {path}{remote}")
     check_intact(file)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
     try:
         with torch.serialization.safe_globals(list(safe_types)):
             checkpoint = torch.load(file, map_location=map_location, weights_only=not trusted)
@@ -161,6 +165,13 @@ def read_checkpoint(
     if not isinstance(checkpoint, dict):
         raise DistillError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise DistillError(f"cannot read checkpoint {file}: {error}") from None
 
 
 def unsafe(checkpoint: str, said: str) -> UnsafeCheckpoint:
