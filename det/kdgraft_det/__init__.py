@@ -24,6 +24,7 @@ from .recipes import (  # noqa: E402
     mgd,
     pkd,
     rtdetrv4,
+    ultralytics,
 )
 from .registry import RECIPES, TERMS  # noqa: E402
 from .rois import BoxHead, RoIHead  # noqa: E402
@@ -55,4 +56,5 @@ __all__ = [
     "mgd",
     "pkd",
     "rtdetrv4",
+    "ultralytics",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from kdgraft.balance import Weight
+from kdgraft.errors import check_flag
 
 from .registry import RECIPES
 
@@ -153,17 +154,40 @@ def rtdetrv4(
 
     The paper teaches by a DINOv3 ViT, on the student's map of stride 32 after one layer of its encoder, with weights of 5 (S and M),
     15 (L) and 20 (X) that follow the gradient's share: ``weight=dict(type="auto", share=0.1, every=1000)``, see
-    :class:`~kdgraft.balance.AutoWeight`. Here any teacher with a map teaches, by default one of the same host by the last map of its
-    backbone. Where the grids differ, the student's map is resized to the teacher's; the authors' code resizes the teacher's.
+    :class:`~kdgraft.balance.AutoWeight`. Such a ViT is ``teacher=dict(type="transformers", …)``, which teaches by its last map. A teacher
+    of the same host does so by the last map of its backbone. Where the grids differ, the student's map is resized to the teacher's;
+    the authors' code resizes the teacher's.
 
     Args:
         weight: the weight.
-        tap: the tap of the map; of the student's alone if there is a ``teacher_tap``.
+        tap: the tap of the map; of the student's alone if there is a ``teacher_tap`` or the teacher is one of features.
         teacher_tap: the tap of the teacher's map, where it differs.
         schedule: the schedule of the weight.
     """
     taps = dict(tap=tap) if teacher_tap is None else dict(student_tap=tap, teacher_tap=teacher_tap)
     return [dict(type="FeatureImitation", name="rtdetrv4", loss="cosine", **taps, weight=weight, schedule=schedule)]
+
+
+@RECIPES.register
+def ultralytics(scored: bool = True, weight: Weight | None = None, **settings: Any) -> list[dict[str, Any]]:
+    """The pyramid by squared errors that the teacher's class scores weigh, or by cosines (Ultralytics; pull request 24894).
+
+    The first is ``ScoredImitation``. With ``scored=False`` every position counts alike and directions are compared: the cosine of the same repository
+    (``nn/distill_model.py`` at 037e048), for a teacher of features, whose one map then teaches each level. The published weight of 6
+    stands before each level there. Levels are averaged here, so that 18 is theirs for three levels.
+
+    Args:
+        scored: weigh positions by the class scores of the teacher, which then has a dense head.
+        weight: the weight; 6, or 18 without scores, by default.
+        settings: those of ``ScoredImitation`` or, without scores, of ``FeatureImitation``, such as ``tap`` and ``schedule``.
+    """
+    check_flag("ultralytics", "scored", scored)
+    if scored:
+        return [dict(type="ScoredImitation", weight=6.0 if weight is None else weight, **settings)]
+    plain: dict[str, Any] = dict(
+        type="FeatureImitation", name="ultralytics", tap="neck[*]", loss="cosine", adapter="mlp"
+    )
+    return [{**plain, "weight": 18.0 if weight is None else weight, **settings}]
 
 
 def scheduled(terms: list[dict[str, Any]], schedule: Any) -> list[dict[str, Any]]:

@@ -20,10 +20,9 @@ from kdgraft.wiring import Wiring
 
 from .dense import check_sigmoid
 from .dense_heads import DenseHead, dense_head
-from .registry import RECIPES, TERMS
+from .registry import TERMS
 
 
-@RECIPES.register("ultralytics")
 @TERMS.register
 class ScoredImitation(FeatureImitation):
     r"""Squared errors of the pyramid, weighed by the teacher's class scores (built into Ultralytics; pull request 24894).
@@ -33,7 +32,8 @@ class ScoredImitation(FeatureImitation):
     over the positions i of each level l, where :math:`p` is the teacher's highest class score at a position, of any anchor, and
     :math:`r` two 1×1 convolutions with a ReLU between them. The sums are taken over the whole batch and all processes, and padding
     is left out, which the authors' code counts in. Their weight of 6 stands beside a YOLO's losses of boxes (7.5), classes (0.5) and
-    distances (1.5). They average the scores of the two heads of a YOLO26; here the teacher has one.
+    distances (1.5). They average the scores of the two heads of a YOLO26; here the teacher has one. A teacher of features has no
+    scores: see the recipe ``ultralytics``.
 
     Only the teacher needs a dense head with a sigmoid for each class. Its classes may differ from the student's, as no class is
     compared.
@@ -46,6 +46,7 @@ class ScoredImitation(FeatureImitation):
     """
 
     reads = "features"
+    hears_features = False
     head: DenseHead
 
     def __init__(

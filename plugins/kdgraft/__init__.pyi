@@ -10,7 +10,7 @@ from .recorder import Recorder
 from .regions import FineGrained, Region
 from .registry import LOSSES, RECIPES, REGIONS, SCHEDULES, SOURCES, TERMS, Registry
 from .schedules import Constant, Decay, Ramp, Schedule, Step, Stop, WarmUp
-from .sources import Ensemble, Itself, Peer, Peers, Source, Specialists, Teacher
+from .sources import Ensemble, FeatureTeacher, Itself, Peer, Peers, Source, Specialists, Teacher
 from .taps import Recording, Tap
 from .terms.adversarial import AdversarialScores, AdversarialTerm
 from .terms.base import TapTerm, Term
@@ -82,6 +82,7 @@ __all__ = [
     "FactorTransfer",
     "FeatureImitation",
     "FeatureMMD",
+    "FeatureTeacher",
     "FeatureTerm",
     "FineGrained",
     "FocalGlobal",

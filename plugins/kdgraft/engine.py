@@ -30,6 +30,7 @@ from .sources.peer import check_peers
 from .step import StepInProgress
 from .taps import NeverFired, Recording, Tap
 from .terms import Term, build_terms
+from .terms.base import check_heard
 from .terms.share import check_auto
 from .wiring import Wiring, WiringRow
 
@@ -186,6 +187,7 @@ class Engine(nn.Module):
         source = self.sources.get(term.source)
         readings = []
         for name in self.members(term.source):
+            check_heard(term, self.sources.get(name))
             term.reader = self.reader(models[term.listener], models[name], term.name)
             term.prepare(models[term.listener], models[name])
             readings.append((list(term.teacher_taps), term.reading))

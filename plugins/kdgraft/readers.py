@@ -240,6 +240,8 @@ def paired(
         [(tensor, tap) for tap in own for tensor in reader.tensors(recording, tap)]
         for own, recording in zip(taps, (student, teacher), strict=True)
     )
+    if teacher.repeats and len(right) == 1:
+        right *= len(left)
     if len(left) != len(right):
         ours, theirs = (", ".join(f"'{tap}'" for tap in own) for own in taps)
         raise WiringError(

@@ -156,6 +156,7 @@ class Recording:
         training: true if the model ran in training mode, in which some heads return other outputs.
         root: the recorded model itself, for terms that run a part of it once more within the step; ``None`` where there is none.
         live: true if the model, although it does not train, ran with gradients by its input.
+        repeats: true if a single map of this model is compared with each of several maps of the other one.
 
     Example:
         >>> tap = Tap.parse("conv")
@@ -169,6 +170,7 @@ class Recording:
     training: bool = False
     root: nn.Module | None = None
     live: bool = False
+    repeats: bool = False
 
     def __init__(
         self, owner: str, sources: Mapping[Tap, Sequence[Site]], copied: set[tuple[str, str]], model: str = ""
@@ -208,17 +210,19 @@ class Recording:
             owner: ``"student"`` or ``"teacher"``.
             detached: detach the tensors, so that the recorded model receives no gradient.
         """
-        other = copy(self)
+        other = self.mapped(torch.Tensor.detach) if detached else copy(self)
         other.owner = owner
-        if detached:
-            other.seen = {key: seen.mapped(torch.Tensor.detach) for key, seen in self.seen.items()}
+        return other
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Recording:
+        """Return the same recording with a function applied to each tensor."""
+        other = copy(self)
+        other.seen = {key: seen.mapped(function) for key, seen in self.seen.items()}
         return other
 
     def to(self, device: torch.device) -> Recording:
         """Return the same recording on one device, for a model whose layers are on several."""
-        other = copy(self)
-        other.seen = {key: seen.mapped(lambda tensor: tensor.to(device)) for key, seen in self.seen.items()}
-        return other
+        return self.mapped(lambda tensor: tensor.to(device))
 
     def calls(self, tap: Tap) -> int:
         """Return how often the tap's module (or method) ran."""

@@ -38,7 +38,7 @@ def announced(engine: Engine, student: nn.Module, recipe: Any = None) -> str:
 def _named(source: Source) -> str:
     if isinstance(source, Ensemble):
         return source.told
-    model = getattr(source, "model", None)
+    model = getattr(source, "weighed", getattr(source, "model", None))
     if not isinstance(model, nn.Module):
         return type(source).__name__
     read = getattr(source, "checkpoint", None) or getattr(model, "name_or_path", None)

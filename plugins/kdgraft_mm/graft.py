@@ -187,7 +187,7 @@ class Graft(_Host, metaclass=GraftMeta):
         def run(model: Any, owner: str, taps: Sequence[Tap], example: Tensor) -> Any:
             side = example.shape[-1]
             try:
-                if all(tap.below("backbone") or tap.below("neck") for tap in taps):
+                if hasattr(model, "extract_feat") and all(tap.below("backbone") or tap.below("neck") for tap in taps):
                     return model.extract_feat(example)  # untrained heads would process a thousand objects
                 return cls._raw_outputs(model, example, cls._example_samples(side))
             except (DistillError, torch.OutOfMemoryError):

@@ -62,8 +62,8 @@ class Resolution:
     pad_value: float = 0.0
 
     @classmethod
-    def of(cls, scale: Fraction, student: nn.Module, teacher: nn.Module) -> Resolution:
-        """Return the relation between the inputs of two models, given their ``data_preprocessor``."""
+    def of(cls, scale: Fraction, student: nn.Module, teacher: Any) -> Resolution:
+        """Return the relation between the inputs of two models, given their ``data_preprocessor``; others pad to no multiple."""
         divisor, teacher_divisor = (int(getattr(owner, "pad_size_divisor", 1)) for owner in (student, teacher))
         return cls(scale, divisor, teacher_divisor, float(getattr(student, "pad_value", 0)))
 

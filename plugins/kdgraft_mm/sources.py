@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import Registry as MMRegistry
 from mmengine.utils import import_modules_from_strings
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError, check_flag, nearest
 from kdgraft.inheriting import check_alike
-from kdgraft.sources import Itself, Source, Teacher, gather_sources
+from kdgraft.pixels import Normalisation
+from kdgraft.sources import FeatureTeacher, Itself, Source, Teacher, gather_sources, library_teacher
 
 from .checkpoints import SAFE_TYPES
-from .configs import load_config, model_of
+from .configs import MissingConfig, load_config, model_of
 from .resolution import Resolution, samples_padded_to, teacher_scale
 from .views import TeacherView, image_sizes
 
@@ -38,7 +40,7 @@ class SourceView:
         self._view: TeacherView | None = None
         if isinstance(source, Itself) or source.members != (source.name,):
             return
-        ours, theirs = student.data_preprocessor, source.model.get_submodule("data_preprocessor")
+        ours, theirs = student.data_preprocessor, _preprocessor(source)
         self._view = TeacherView(ours, theirs)
         if source.scale != 1:
             self.resolution = Resolution.of(Fraction(source.scale).limit_denominator(1000), ours, theirs)
@@ -59,6 +61,12 @@ class SourceView:
         padded = reduced[0].shape[-2], reduced[0].shape[-1]
         view = self.resolution.teacher_inputs(view, padded, self._view.pad_value)
         return view, samples_padded_to(samples, (view.shape[-2], view.shape[-1]))
+
+
+def _preprocessor(source: Source) -> nn.Module | Normalisation:
+    if isinstance(source, FeatureTeacher):
+        return source.normalisation
+    return source.model.get_submodule("data_preprocessor")
 
 
 def build_sources(teacher: Any, teachers: Any, models: MMRegistry) -> dict[str, Source]:
@@ -114,6 +122,10 @@ def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[
     if len(sources) > 1 or not all(isinstance(source, Teacher) for source in sources.values()):
         raise WiringError(f"inherit takes weights from one teacher, and there are {', '.join(sources)}; leave it out")
     for name, source in sources.items():
+        if isinstance(source, FeatureTeacher):
+            raise WiringError(
+                f"inherit takes weights from a model of the host, and {name!r} is a {type(source.weighed).__name__}; leave it out"
+            )
         check_alike(student, source.model, paths, name)
 
 
@@ -123,7 +135,8 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
     Args:
         spec: ``dict(config=…, checkpoint=…)`` with ``config`` a path, ``"mmdet::…"``, a model or a whole config, and
             optionally ``precision`` and ``trusted`` (see :class:`kdgraft.Teacher`) and ``scale`` (see
-            :meth:`~kdgraft_mm.graft.Graft.build`).
+            :meth:`~kdgraft_mm.graft.Graft.build`); or ``dict(type="transformers", …)``, a teacher of features from another library:
+            see :func:`kdgraft.sources.library_teacher`, with ``scale`` beside.
         models: the host's model registry.
         name: the name of the teacher in messages.
 
@@ -131,6 +144,8 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
         DistillError: an argument is missing or misspelt.
         MissingConfig: the config file does not exist.
     """
+    if isinstance(spec, Mapping) and "type" in spec:
+        return _of_library(spec, name)
     known = ("config", "checkpoint", "precision", "trusted", "scale")
     spec = _checked(name, spec, known, ("config", "checkpoint"))
     trusted = spec.get("trusted", False)
@@ -142,6 +157,16 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
         trusted=trusted,
         safe_types=SAFE_TYPES,
     )
+    made.scale = float(teacher_scale(spec))
+    return made
+
+
+def _of_library(spec: Mapping[str, Any], name: str) -> FeatureTeacher:
+    model = spec.get("model")
+    if spec["type"] == "transformers" and isinstance(model, str) and not Path(model).expanduser().is_dir():
+        raise MissingConfig(f"{name}: the folder {model} is missing; download the model and give its folder")
+    own = {key: value for key, value in spec.items() if key != "scale"}
+    made = library_teacher(own, name, images=None, safe_types=SAFE_TYPES)
     made.scale = float(teacher_scale(spec))
     return made
 

@@ -16,6 +16,7 @@ from kdgraft.errors import DistillError, WiringError
 from kdgraft.pairs import Compared, Pairs, Scores
 from kdgraft.readers import Reader, Taps, common_width, in_students_order, paired, parse_taps
 from kdgraft.regions import on_grid
+from kdgraft.sources import Extractor
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 from kdgraft_hosts import SEG
@@ -30,8 +31,8 @@ _MAIN_OUTPUT = {"PIDHead": 1, "DDRHead": 0, "EncHead": 0, "DAHead": 0, "Iterativ
 
 
 def main_head(model: Any) -> Any:
-    """Return the decode head, or the last one of a cascade."""
-    head = model.decode_head
+    """Return the decode head, or the last one of a cascade; ``None`` for a model that has none."""
+    head = getattr(model, "decode_head", None)
     return head[-1] if isinstance(head, nn.ModuleList) else head
 
 
@@ -62,6 +63,8 @@ class SegReader(Reader):
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         super().__init__(student, teacher, term)
         models = {"student": student, "teacher": teacher}
+        if isinstance(teacher, Extractor):  # its features are read as they are
+            del models["teacher"]
         for side, model in models.items():
             head = main_head(model)
             if not isinstance(head, BaseDecodeHead):
@@ -73,11 +76,11 @@ class SegReader(Reader):
         self.corners = {side: bool(main_head(model).align_corners) for side, model in models.items()}
         self._indices = {side: getattr(main_head(model), "in_index", -1) for side, model in models.items()}
         self.no_classes = [(side, type(model).__name__) for side, model in models.items() if not scores_pixels(model)]
-        self.reading = _MAIN_OUTPUT.get(self.heads["teacher"]), self.corners["teacher"]
+        self.reading = _MAIN_OUTPUT.get(self.heads.get("teacher", "")), self.corners.get("teacher")
 
     def settle(self, tap: Tap, model: Any) -> Tap:
         """Return the tap of the last head of a cascade for a default tap of the decode head."""
-        if tap.text not in (LOGITS, EMBEDDINGS) or not isinstance(model.decode_head, nn.ModuleList):
+        if tap.text not in (LOGITS, EMBEDDINGS) or not isinstance(getattr(model, "decode_head", None), nn.ModuleList):
             return tap
         return Tap.parse(tap.text.replace("decode_head", f"decode_head.{len(model.decode_head) - 1}"))
 
@@ -97,7 +100,7 @@ class SegReader(Reader):
 
     def _scores(self, recording: Recording, tap: Tap) -> list[Tensor]:
         """Return the final class scores among a head's outputs."""
-        value, head = recording[tap], self.heads[recording.owner]
+        value, head = recording[tap], self.heads.get(recording.owner, "")
         if isinstance(value, (tuple, list)) and not tap.index and head in _MAIN_OUTPUT:
             return [value[_MAIN_OUTPUT[head]]]
         if not isinstance(value, (Tensor, tuple, list)):

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..batch import Batch
@@ -85,10 +87,15 @@ class Teacher(Source):
             return
         assert self.checkpoint is not None
         checkpoint = read_checkpoint(self.checkpoint, trusted=self._trusted, safe_types=self._safe_types)
-        load_strictly(self.model, weights_of(checkpoint), str(self.checkpoint))
+        load_strictly(self.weighed, weights_of(checkpoint), str(self.checkpoint))
         meta = checkpoint.get("meta")
         self.meta = dict(meta) if isinstance(meta, dict) else {}
         self.loaded = True
+
+    @property
+    def weighed(self) -> nn.Module:
+        """The module whose weights the checkpoint holds."""
+        return self.model
 
     @property
     def placed(self) -> bool:
@@ -135,7 +142,7 @@ def is_placed(model: nn.Module) -> bool:
 def read_checkpoint(
     path: str | Path, *, trusted: bool = False, safe_types: Sequence[Any] = (), map_location: Any = "cpu"
 ) -> dict[str, Any]:
-    """Read a checkpoint with ``weights_only=True``, unless it is ``trusted``.
+    """Read a checkpoint with ``weights_only=True``, unless it is ``trusted``; a file of safetensors holds nothing but tensors.
 
     Raises:
         DistillError: the file is missing, damaged or not a checkpoint.
@@ -146,6 +153,8 @@ def read_checkpoint(
         remote = "; download it first and give the file's path" if "://" in str(path) else ""
         raise DistillError(f"checkpoint not found: {path}{remote}")
     check_intact(file)
+    if file.suffix == ".safetensors":
+        return _read_safetensors(file)
     try:
         with torch.serialization.safe_globals(list(safe_types)):
             checkpoint = torch.load(file, map_location=map_location, weights_only=not trusted)
@@ -161,6 +170,13 @@ def read_checkpoint(
     if not isinstance(checkpoint, dict):
         raise DistillError(f"checkpoint {path} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
+
+
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    try:
+        return dict(load_file(file))
+    except (SafetensorError, OSError) as error:
+        raise DistillError(f"cannot read checkpoint {file}: {error}") from None
 
 
 def unsafe(checkpoint: str, said: str) -> UnsafeCheckpoint:

@@ -15,14 +15,15 @@ from ..auxiliary import Auxiliary
 from ..balance import AutoWeight, Gauge, Norms, Weight
 from ..batch import Batch
 from ..distributed import rank
-from ..errors import DistillError, check_number
+from ..errors import DistillError, WiringError, check_number
 from ..losses import Ratio
 from ..passes import Passes
 from ..readers import NEEDS, Reader, Taps, paired, parse_taps
 from ..recorder import Change
 from ..registry import TERMS, Registry, call
 from ..schedules import Step, build_schedule
-from ..sources import STUDENT
+from ..sources import STUDENT, Extractor, FeatureTeacher, Source
+from ..sources.features import LAST
 from ..taps import Recording, Tap
 from ..wiring import Wiring, WiringRow
 
@@ -61,6 +62,8 @@ class Term(nn.Module):
     """True if the term compares class outputs, so that both models must have the same class names."""
     hears_ensembles = False
     """True if the term reads predictions through :func:`~kdgraft.sources.combined`, so that its source may be an Ensemble."""
+    hears_features = False
+    """True if the term reads nothing of its source but features, so that the source may be a :class:`~kdgraft.FeatureTeacher`."""
     takes_gradients = False
     """True if the term differentiates predictions by the input, so that its source runs with gradients while it is active."""
     reading: Any = None
@@ -238,7 +241,8 @@ class TapTerm(Term):
 
     Args:
         tap: one tap or several, on both models; by default the host's tap for :attr:`reads`, if it has one.
-        student_tap, teacher_tap: the taps of each model, where they differ.
+        student_tap, teacher_tap: the taps of each model, where they differ. Of a :class:`~kdgraft.FeatureTeacher`, ``tap`` means the
+            student alone, and ``teacher_tap`` is ``"last"`` by default.
 
     Example:
         >>> term = Hint(student_tap="conv", teacher_tap=["conv"], name="early")
@@ -246,6 +250,7 @@ class TapTerm(Term):
         (True, 'early')
     """
 
+    hears_features = True
     reads: str | None = None
     """Key of the default taps in :attr:`kdgraft.readers.Reader.default_taps`; ``None`` if the user must give taps."""
 
@@ -262,6 +267,7 @@ class TapTerm(Term):
         if self.reads is None:
             self._check_taps(given)
         self.student_taps, self.teacher_taps = ([] if taps is None else parse_taps(taps) for taps in given)
+        self._own_teacher_tap = teacher_tap is not None
 
     def _check_taps(self, given: Sequence[Any]) -> None:
         for side, taps in zip(("student_tap", "teacher_tap"), given, strict=True):
@@ -272,6 +278,8 @@ class TapTerm(Term):
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         default = self.reader.default_taps.get(self.reads or "")
+        if isinstance(teacher, Extractor) and not self._own_teacher_tap:
+            self.teacher_taps = [Tap.parse(LAST)]
         found = [
             taps or ([] if default is None else [Tap.parse(default)]) for taps in (self.student_taps, self.teacher_taps)
         ]
@@ -289,6 +297,19 @@ class TapTerm(Term):
             WiringError: the taps of the two models yield different numbers of tensors.
         """
         return paired(self.reader, (self.student_taps, self.teacher_taps), student, teacher)
+
+
+def check_heard(term: Term, source: Source | None) -> None:
+    """Raise a :class:`WiringError` for a term that needs more than features of a source that has nothing else."""
+    if not isinstance(source, FeatureTeacher):
+        return
+    examines = term.examines or term.takes_gradients or term.runs_again
+    if examines or not term.hears_features:
+        needs = "runs its teacher on the host's loss or on other images" if examines else "reads predictions or weights"
+        raise WiringError(
+            f"{term.name}: a {type(term).__name__} {needs}, and {source.name!r}, a {type(source.weighed).__name__}, gives features "
+            "alone; use a term on features (FeatureImitation), or a teacher of the student's host"
+        )
 
 
 def _auto_weight(kind: str, weight: Any) -> AutoWeight | None:

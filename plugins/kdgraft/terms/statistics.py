@@ -67,6 +67,12 @@ class FSP(FeatureTerm):
                 f"{self.name}: {taps} gives {count} map{'s' if count > 1 else ''}, but {largest + 1} are compared in pairs; tap "
                 "more layers, as in tap=['layer1', 'layer2']"
             )
+        maps = [teacher for _, teacher, _, _ in self.pairs(wiring.student_recording, wiring.teacher_recording)]
+        if wiring.teacher_recording.repeats and any(maps[one] is maps[other] for one, other in self.layers):
+            raise WiringError(
+                f"{self.name} relates two layers of the teacher, and one map stands for both; set teacher_tap=[…, …], as many as the "
+                "student's"
+            )
 
     def check_adapted(self, student: Tensor, teacher: Tensor) -> None:
         check_equal(self, student, teacher)
