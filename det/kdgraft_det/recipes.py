@@ -173,8 +173,8 @@ def ultralytics(scored: bool = True, weight: Weight | None = None, **settings: A
     """The pyramid by squared errors that the teacher's class scores weigh, or by cosines (Ultralytics; pull request 24894).
 
     The first is ``ScoredImitation``. With ``scored=False`` every position counts alike and directions are compared: the cosine of the same repository
-    (``nn/distill_model.py`` at 037e048), for a teacher of features, whose one map then teaches each level. The published weight of 6
-    stands before each level there. Levels are averaged here, so that 18 is theirs for three levels.
+    (``nn/distill_model.py`` at 037e048), for a teacher of features, whose one map then teaches each level. No weight was published for
+    it; that of the squared errors, 6 before each level, is taken, which is 18 here, where three levels are averaged.
 
     Args:
         scored: weigh positions by the class scores of the teacher, which then has a dense head.
