@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from html import escape
 from pathlib import Path
@@ -23,7 +23,7 @@ from kdgraft.files import written_whole
 
 from ..results import lower_is_better, mean_sd
 from .charts import charts
-from .gains import by_validation, digits, gains, labels, methods, number, percent, verdict
+from .gains import Gain, by_validation, digits, gains, labels, methods, number, percent, verdict
 from .reading import TEACHER, Run, is_cost
 from .runs import main_metric, same_schedule
 
@@ -69,7 +69,7 @@ def write_report(
         direction="lower is better" if lower_is_better(metric) else "higher is better",
         gains=found,
         by_validation=by_validation(found),
-        number=number,
+        number=_of_column(found),
         percent=percent,
         finite=math.isfinite,
         notes=[*_notes(runs, metric), *notes],
@@ -120,11 +120,17 @@ def _notes(runs: Sequence[Run], metric: str) -> list[str]:
         notes.append("No teacher's run was named, so that no gap is told.")
     elif all(math.isnan(gain.closed) for gain in gains(runs, metric)):
         notes.append("The teacher is not better than the plain student: there is no gap to close.")
-    if len(methods(runs)) > 1:
+    if len(methods(runs)) > 1 and not by_validation(gains(runs, metric)):
         notes.append(
             f"The best of {len(methods(runs))} methods was picked by these very figures; expect a little less of it elsewhere."
         )
     return notes
+
+
+def _of_column(found: Sequence[Gain]) -> Callable[[float], str]:
+    """Return a function that formats gains, all with as many decimals as the largest gain or limit of an interval."""
+    column = [one for gain in found for one in (gain.mean, *gain.interval, *gain.validated)]
+    return lambda value: number(value, column)
 
 
 def _table(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:

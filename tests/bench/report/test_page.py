@@ -73,6 +73,18 @@ def test_the_verdict_comes_first_and_every_figure_is_there(page):
     assert re.search(r"<del>-name = 1</del>\s<ins>\+name = 2</ins>", text)
 
 
+def test_where_validation_decides_its_gains_are_a_column_and_no_figure_is_said_to_have_picked_itself(page, tmp_path):
+    picked = "The best of 2 methods was picked by these very figures"
+    assert picked in without_scripts(page) and "on validation" not in without_scripts(page)
+    path = tmp_path / "report.html"
+    said = write_report([replace(run, validated={"mIoU": run.metrics["mIoU"] - 1.5}) for run in some_runs()], path)
+    text = without_scripts(path)
+    assert "by validation" in said and picked not in text
+    table = text[text.index("on validation") : text.index("</table>")]
+    decimals = {len(number.partition(".")[2]) for number in re.findall(r"<td[^>]*>−?(\d+\.\d+)</td>", table)}
+    assert decimals == {2}  # of all gains, whatever the size of each
+
+
 def test_names_are_text_and_not_html(page):
     assert "a &lt;b&gt;bold&lt;/b&gt; one" in without_scripts(page) and "<b>bold" not in without_scripts(page)
     for script in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', page.read_text(), flags=re.DOTALL):
