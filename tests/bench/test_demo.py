@@ -36,7 +36,7 @@ def test_the_whole_benchmark_over_several_seeds(asked):
     assert main(["demo", "seg", "--full", "--seeds", "3", "--out", "there"]) == 0
     ((told, short),) = asked
     assert told.seeds == (0, 1, 2) and not short and str(told.out) == "there/seg-full"
-    assert list(told.methods) == ["cwd", "skd", "soft_targets", "dist"]
+    assert list(told.methods) == ["dist", "cwd", "skd", "soft_targets"]
 
 
 def test_an_unknown_demo_is_one_line(asked, capsys):
