@@ -6,6 +6,7 @@ from .affinity import pairwise_affinity
 from .attention_maps import attention_distributions, attention_scores
 from .attention_transfer import attention_transfer
 from .bounded_regression import bounded_regression
+from .boxes import box_regression, generalized_iou
 from .byot import exit_imitation
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
@@ -63,6 +64,7 @@ __all__ = [
     "attention_transfer",
     "binary_soft_targets",
     "bounded_regression",
+    "box_regression",
     "channel_wise",
     "class_prototypes",
     "conditional_adversarial",
@@ -86,6 +88,7 @@ __all__ = [
     "frequency_imitation",
     "fsp",
     "gated_scores",
+    "generalized_iou",
     "generalized_jsd",
     "gold",
     "gradient_penalty",
