@@ -31,8 +31,10 @@ from .predictions import (
     independent,
     problem_types_of,
 )
+from .queries import QUERY_TASKS, Queries, QueryMatching, adds_queries, check_queries
+from .query_reader import QueryBoxes, QueryScores
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, STORED, has_decoder, task_of
-from .tokens import IGNORED, ModelTokens, Tokens, stack_of, take, tokens_of
+from .tokens import ModelTokens, Tokens, answers_of, stack_of, take, tokens_of
 
 LAST_STATE = "last_hidden_state"
 """The tap of the last hidden state, for models of any architecture."""
@@ -57,6 +59,11 @@ class HFReader(Reader):
         """Return the tap of this model's last hidden state, or of the last map of a convolutional model, for its name."""
         if tap.text != LAST_STATE:
             return tap
+        if task_of(model) in QUERY_TASKS and adds_queries(model):
+            raise WiringError(
+                f"{self.term}: the last states of {type(model).__name__} are those of its queries, of which it has more in training; tap a "
+                "map, such as the last one of its backbone or encoder"
+            )
         path = str(getattr(model, "base_model_prefix", ""))
         if not isinstance(getattr(model, path, None) if path else None, nn.Module):
             path = "encoder" if has_decoder(model) and isinstance(getattr(model, "encoder", None), nn.Module) else ""
@@ -84,7 +91,12 @@ class HFReader(Reader):
         return getattr(model, STUDENT_FORWARD, model)(pixel_values=images)
 
     def scores(  # type: ignore[override]  # each host has settings of its own
-        self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        tokens: CountedTokens = "auto",
+        queries: Queries = "auto",
     ) -> Scores:
         """Return the class scores of two models of one task.
 
@@ -97,11 +109,31 @@ class HFReader(Reader):
                 (those with a label other than −100; for a causal model those that predict one), or ``"auto"``: labelled for token
                 classification, causal (including vision-language) and sequence-to-sequence models, valid for masked language
                 models and the frames of CTC models.
+            queries: the queries that count, for detectors: ``"all"`` (the two models' queries are matched by their predictions, and
+                weighted by the teacher's best class score), ``"objects"`` (the two queries that are matched to the same object of
+                the labels), or ``"auto"``: ``"objects"`` for terms that need labels, else ``"all"``.
         """
+        check_queries(self.term, queries, student)
+        if task_of(student) in QUERY_TASKS:
+            if tokens != "auto":
+                raise WiringError(
+                    f"{self.term}: tokens={tokens!r} is for labels per token, and a detector has queries; leave it out"
+                )
+            return QueryScores(QueryMatching(student, teacher, self.term), queries)
         return OutputScores(student, teacher, self.term, tokens, self.chunked)
 
-    def numbers(self, student: nn.Module, teacher: nn.Module) -> Numbers:  # type: ignore[override]
-        """Return the numbers that two models of ``problem_type="regression"`` predict for each sample; it takes no settings."""
+    def numbers(  # type: ignore[override]  # each host has settings of its own
+        self, student: nn.Module, teacher: nn.Module, *, queries: Queries = "auto"
+    ) -> Numbers:
+        """Return the numbers that two models of ``problem_type="regression"`` predict for each sample, or the boxes of detectors.
+
+        Args:
+            student, teacher: the models.
+            queries: see :meth:`scores`; here ``"auto"`` is ``"objects"`` for terms that need the true numbers, else ``"all"``.
+        """
+        check_queries(self.term, queries, student)
+        if task_of(student) in QUERY_TASKS:
+            return QueryBoxes(QueryMatching(student, teacher, self.term), queries)
         return OutputNumbers(student, teacher, self.term)
 
 
@@ -347,23 +379,6 @@ class OutputScores(Scores):
             low = torch.finfo(torch.float16).min
             student, teacher = student.masked_fill(~real, low), teacher.masked_fill(~real, low)
         return Pairs(student, teacher, labels=place, present=real)
-
-
-def answers_of(batch: Batch) -> list[Tensor | None]:
-    """Return the positions of the answers' first and last token, ``(B,)`` each, and −100 for both where one is not in the text.
-
-    Where the tokens of two tokenizers are aligned, the positions are those among the pairs.
-    """
-    tokens, given = tokens_of(batch), batch.extra["answers"]
-    if any(place is None for place in given):
-        return [None, None]
-    places = [place.reshape(-1) for place in given]
-    if tokens.pairs is not None:
-        matches = [tokens.pairs[..., 0] == place[:, None] for place in places]
-        places = [match.long().argmax(1).masked_fill(~match.any(1), IGNORED) for match in matches]
-    real = tokens.student.real if tokens.paired is None else tokens.paired
-    unknown = torch.stack([(place < 0) | (real is not None and place >= real.shape[1]) for place in places]).any(0)
-    return [place.masked_fill(unknown, IGNORED) for place in places]
 
 
 def picked(student: Tensor, teacher: Tensor, weight: Tensor | None, labels: Tensor | None = None) -> Pairs:

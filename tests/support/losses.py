@@ -143,7 +143,8 @@ def _bounded(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
 
 
 def _boxes(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
-    return losses.box_regression(student.sigmoid(), teacher.sigmoid(), **settings)
+    boxes = (losses.upcast(side).sigmoid() for side in (student, teacher))
+    return losses.box_regression(*boxes, **settings)
 
 
 def _labelled(loss: Callable[..., Tensor], dim: int = -1) -> Callable[..., Tensor]:
