@@ -29,6 +29,7 @@ from .predictions import (
     counted_pixels,
     ignored_index,
     independent,
+    picked,
     problem_types_of,
 )
 from .queries import QUERY_TASKS, Queries, QueryMatching, adds_queries, check_queries
@@ -45,13 +46,14 @@ CountedTokens = Literal["auto", "valid", "labelled"]
 class HFReader(Reader):
     """The reader of two models of Hugging Face of the same task."""
 
-    default_taps: ClassVar = {"samples": LAST_STATE, "output": "[logits]"}
+    default_taps: ClassVar = {"samples": LAST_STATE, "output": "[logits]", "scores": "[logits]"}
     lacks: ClassVar = NLP.lacks
     chunked = False
     """True where the host computes terms on logits in chunks, from hidden states."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         super().__init__(student, teacher, term)
+        self.segments = task_of(student) == "segmentation"
         if task_of(student) not in ("sequence", "image", "audio"):
             self.no_specialists = f"they know classes of whole samples, which {type(student).__name__} does not score"
 
@@ -68,6 +70,17 @@ class HFReader(Reader):
         if not isinstance(getattr(model, path, None) if path else None, nn.Module):
             path = "encoder" if has_decoder(model) and isinstance(getattr(model, "encoder", None), nn.Module) else ""
         return Tap.parse(f"{path}[0]")
+
+    def reads_scores(self, tap: Tap) -> bool:
+        """Return true for the class scores of a segmentor."""
+        return self.segments and str(tap) == "[logits]"
+
+    def check_classes(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
+        ours, theirs = student.shape[1], teacher.shape[1]
+        if ours != theirs:
+            raise WiringError(
+                f"{self.term}: student and teacher have {ours} and {theirs} classes; they must have the same"
+            )
 
     def samples(self, batch: Batch, tap: Tap | None = None) -> Tensor | None:
         tokens = tokens_of(batch)
@@ -379,13 +392,3 @@ class OutputScores(Scores):
             low = torch.finfo(torch.float16).min
             student, teacher = student.masked_fill(~real, low), teacher.masked_fill(~real, low)
         return Pairs(student, teacher, labels=place, present=real)
-
-
-def picked(student: Tensor, teacher: Tensor, weight: Tensor | None, labels: Tensor | None = None) -> Pairs:
-    """Select the items that count, so that no softmax is computed for the others; ``labels`` are integers of the items."""
-    if labels is not None and (labels.shape != student.shape[:-1] or labels.is_floating_point()):
-        labels = None
-    if weight is None:
-        return Pairs(student, teacher, labels=labels)
-    labels = None if labels is None else labels[weight]
-    return Pairs(student[weight], teacher[weight], count=weight.sum().to(torch.float32), labels=labels)

@@ -15,6 +15,7 @@ from kdgraft.regions.base import valid_positions
 from kdgraft.taps import Tap
 
 from .packing import texts_of
+from .predictions import counted_pixels
 
 IGNORED = -100
 TEACHER_INPUTS = "teacher_inputs"
@@ -213,13 +214,16 @@ def stack_of(tap: Tap, tokens: Tokens) -> str:
 FrameMask = Callable[[Tensor], Tensor] | None
 
 
-def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, FrameMask] = (None, None)) -> Batch:
+def read_batch(
+    inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, FrameMask] = (None, None), ignored: int = 255
+) -> Batch:
     """Return the :class:`~kdgraft.Batch` of a collator's output.
 
     Args:
         inputs: the output of the collator.
         task: the student's task; see :func:`~kdgraft_nlp.tasks.task_of`.
         frames: the frame masks of student and teacher; see :func:`~kdgraft_nlp.tasks.frame_mask`.
+        ignored: the label of pixels that a segmentor's own loss ignores.
     """
     own = {name: value for name, value in inputs.items() if name not in OUR_KEYS}
     tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
@@ -244,6 +248,8 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, Fr
     facts = _image_sizes(own.get("pixel_mask"))
     if task == "detection":
         facts |= _boxes(own.get("pixel_values"), own.get("labels"))
+    if task == "segmentation":
+        facts["valid"] = counted_pixels(own.get("labels"), ignored)
     return TextBatch(labels=own.get("labels"), extra=extra, **facts)
 
 
