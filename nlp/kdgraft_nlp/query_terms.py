@@ -18,14 +18,14 @@ from .registry import TERMS
 
 @TERMS.register
 class MatchedBoxes(PairTerm):
-    r"""Boxes of detectors by object queries: L1 and GIoU to the box of the teacher's matched query (KD-DETR's; DETRDistill's pairs).
+    r"""Boxes of detectors by object queries: L1 and GIoU to the teacher's, at matched queries (DETRDistill, arXiv 2211.10156).
 
     .. math:: \frac1B \sum_b \sum_q w_{bq} \big(\lambda_b \tfrac14 |b^s_q - b^t_q|_1
               + \lambda_g (1 - \mathrm{GIoU}(b^s_q, b^t_q))\big) \Big/ \sum_q w_{bq}
 
     over the images b and the matched queries q, where :math:`w` is the teacher's best class score: most queries see background, and
     their boxes mean nothing. The queries are matched by their predictions, or with ``queries="objects"`` by the objects of the
-    labels, which weigh alike.
+    labels, which weigh alike. The weights w and λ are those of KD-DETR (arXiv 2211.08071), which has no matching.
 
     Args:
         boxes, overlaps: the weights λ of the two parts, as in DETR's own loss.

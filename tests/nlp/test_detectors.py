@@ -94,7 +94,7 @@ def test_matched_classes_and_boxes_are_those_of_the_best_assignment(family):
     batch = batch_of(family)
     plain = [zoo.outputs(model, batch) for model in (student, teacher)]
     config = student.config
-    prefix = "matcher_" if family in ("rtdetr", "rtdetrv2", "dfine") else ""
+    prefix = "matcher_" if family in ("rtdetr", "rtdetrv2", "d_fine") else ""
     costs = [getattr(config, f"{prefix}{name}_cost") for name in ("class", "bbox", "giou")]
     expected = naive(family, *plain, costs)
     built = training(graft(student, teacher, TERMS))

@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, Any]] = {
     "deformable": ("DeformableDetrForObjectDetection", _levels),
     "rtdetr": ("RTDetrForObjectDetection", _deep),
     "rtdetrv2": ("RTDetrV2ForObjectDetection", _deep),
-    "dfine": ("DFineForObjectDetection", _deep),
+    "d_fine": ("DFineForObjectDetection", _deep),
     "yolos": ("YolosForObjectDetection", None),
 }
 """Family -> the class and the config of its backbone."""
@@ -63,9 +63,9 @@ def detector(family: str, width: int = 16, seed: int = 0, queries: int = 6, **se
         sizes |= dict(encoder_layers=1, decoder_layers=2, encoder_ffn_dim=width, decoder_ffn_dim=width)
         sizes |= dict(backbone_config=backbone(), backbone=None, use_timm_backbone=False, use_pretrained_backbone=False)
         sizes |= {"hidden_size" if family == "dab" else "d_model": width}
-    if family in ("rtdetr", "rtdetrv2", "dfine"):
+    if family in ("rtdetr", "rtdetrv2", "d_fine"):
         sizes |= dict(encoder_hidden_dim=width, decoder_in_channels=[width] * 3, **_RT)
-        sizes["decoder_n_points"] = [2, 2, 2] if family == "dfine" else 2
+        sizes["decoder_n_points"] = [2, 2, 2] if family == "d_fine" else 2
     if family == "deformable":
         sizes["num_feature_levels"] = 3
     torch.manual_seed(seed)

@@ -26,7 +26,8 @@ class BoundedRegression(PairTerm):
       same anchors, at the same proposals (its RoI head runs on those that the student sampled), or at the query of the same
       object. Boxes are compared in the unit that the head regresses: a box coder's deltas (RetinaNet, ATSS, RPN, RoI heads), edges
       in strides (GFL, FCOS, TOOD, RTMDet, YOLOX), or centre and size as fractions of the image (DETR);
-    * in Hugging Face models of ``problem_type="regression"`` over samples, and in plain PyTorch over the items of the tapped
+    * in Hugging Face models of ``problem_type="regression"`` over samples, in its detectors over the objects, whose boxes are centre
+      and size as fractions of the image, and in plain PyTorch over the items of the tapped
       outputs, with the batch's targets as the truth.
 
     The published weight is for deltas of boxes (VOC, COCO); targets of another range need another weight, as errors are squared.
