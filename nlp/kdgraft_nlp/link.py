@@ -22,7 +22,12 @@ from .packing import marks_taken_by
 from .tasks import accepted, decoder_inputs, has_decoder
 from .tokens import OUR_KEYS, TEACHER_INPUTS, FrameMask, read_batch
 
-LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
+LABELS = frozenset(
+    {
+        *("labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"),
+        *("mask_labels", "class_labels"),  # of universal segmentation
+    }
+)
 
 
 @dataclass

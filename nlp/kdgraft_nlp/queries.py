@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from kdgraft.wiring import Wiring
 
 from .tasks import task_of
 
-QUERY_TASKS = ("detection",)
+QUERY_TASKS = ("detection", "universal")
 """The tasks whose models predict by object queries."""
 Queries = Literal["auto", "all", "objects"]
 QUERIES = ("auto", "all", "objects")
@@ -41,12 +41,13 @@ class Matched:
 
     Attributes:
         classes: the class logits ``(K, C)`` of student and teacher, the teacher's in the student's order of classes.
-        places: the boxes ``(K, 4)`` of both: centre and size, as fractions of the image.
+        places: the boxes ``(K, 4)`` of both: centre and size, as fractions of the image; or the masks ``(K, P)``: logits of pixels.
         queries: the numbers ``(K,)`` of both queries.
         images: the number ``(K,)`` of the image.
         weight: ``(K,)``; ``None`` where all pairs weigh alike.
         labels: the true classes ``(K,)``, of queries that are matched by objects.
         truth: the true boxes ``(K, 4)`` of these.
+        present: ``(K, P)``, false for pixels of masks that are padding; ``None`` where all count.
     """
 
     classes: tuple[Tensor, Tensor]
@@ -56,22 +57,38 @@ class Matched:
     weight: Tensor | None = None
     labels: Tensor | None = None
     truth: Tensor | None = None
+    present: Tensor | None = None
 
 
 class QueryModel:
     """Reads the class logits and boxes of one model's own queries, those that it also has in inference."""
 
     classes, places = Tap.parse("[logits]"), Tap.parse("[pred_boxes]")
+    what = "boxes (B, Q, 4)"
 
     def __init__(self, model: nn.Module, owner: str, term: str) -> None:
         config: Any = model.config
         self.term, self.owner, self.kind = term, owner, type(model).__name__
-        self.softmax = getattr(model, "loss_type", None) in _SOFTMAX
+        self.softmax = self.shares_softmax(model)
         self.num_classes = int(config.num_labels)
-        self.costs = tuple(float(_setting(config, f"{name}_cost", default)) for name, default in _COSTS.items())
+        self.costs = self.costs_of(config)
         # In training RT-DETR puts denoising queries before its own, and LW-DETR further groups of queries behind.
         self.first = bool(getattr(config, "group_detr", 0))
         self.queries = 0
+
+    def shares_softmax(self, model: nn.Module) -> bool:
+        """Return whether the classes and "no object" share a softmax."""
+        return getattr(model, "loss_type", None) in _SOFTMAX
+
+    def costs_of(self, config: Any) -> tuple[float, float, float]:
+        """Return the weights of classes, L1 distances and overlaps in the model's own matching."""
+        classes, boxes, overlaps = (float(_setting(config, f"{name}_cost", known)) for name, known in _COSTS.items())
+        return classes, boxes, overlaps
+
+    def fits(self, logits: Tensor, places: Tensor) -> bool:
+        """Return whether outputs have the shapes of class logits and boxes of queries."""
+        expected = self.num_classes + self.softmax
+        return logits.ndim == 3 and logits.shape[-1] == expected and places.shape == (*logits.shape[:2], 4)
 
     @property
     def taps(self) -> list[Tap]:
@@ -85,11 +102,11 @@ class QueryModel:
             WiringError: the outputs are not those of a detector by queries.
         """
         logits, places = recording[self.classes], recording[self.places]
-        expected = self.num_classes + self.softmax
-        if logits.ndim != 3 or logits.shape[-1] != expected or places.shape != (*logits.shape[:2], 4):
+        if not self.fits(logits, places):
             raise WiringError(
-                f"{self.term}: the {self.owner}'s {self.kind} gives logits {tuple(logits.shape)} and pred_boxes {tuple(places.shape)}, "
-                f"and a detector of {self.num_classes} classes by queries gives (B, Q, {expected}) and (B, Q, 4); use FeatureImitation"
+                f"{self.term}: the {self.owner}'s {self.kind} gives {self.classes} {tuple(logits.shape)} and {self.places} "
+                f"{tuple(places.shape)}, which are not the classes (B, Q, {self.num_classes + self.softmax}) and {self.what} of queries; use "
+                "FeatureImitation"
             )
         self.queries = logits.shape[1]
         return logits
@@ -123,6 +140,10 @@ class QueryMatching:
         WiringError: the models are not both detectors by queries, with the same kind of classes.
     """
 
+    side: ClassVar[type[QueryModel]] = QueryModel
+    knows_objects: ClassVar[bool] = True
+    """True where queries can be matched by the objects of the labels."""
+
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         self.term = term
         tasks = [task_of(model) for model in (student, teacher)]
@@ -131,7 +152,7 @@ class QueryMatching:
                 f"{term} compares predictions, and the models have different tasks: {tasks[0]} (student, {type(student).__name__}) and "
                 f"{tasks[1]} (teacher, {type(teacher).__name__}); give both the same"
             )
-        self.student, self.teacher = QueryModel(student, "student", term), QueryModel(teacher, "teacher", term)
+        self.student, self.teacher = self.side(student, "student", term), self.side(teacher, "teacher", term)
         kinds = ["a softmax with 'no object'" if one.softmax else "a sigmoid for each class" for one in self.sides]
         if kinds[0] != kinds[1]:
             raise WiringError(
@@ -170,7 +191,9 @@ class QueryMatching:
         The weights of an image add up to 1, so that the number of images is the divisor of a batch. A student of fewer queries
         than its teacher learns from the teacher's most certain ones.
         """
-        return batch.once(("queries", student.model, teacher.model), lambda: self._by_predictions(student, teacher))
+        return batch.once(
+            ("queries", student.model, teacher.model), lambda: self._by_predictions(student, teacher, batch)
+        )
 
     def by_objects(self, student: Recording, teacher: Recording, batch: Batch) -> Matched:
         """Match each model's queries to the objects, and return both queries of each object.
@@ -188,12 +211,13 @@ class QueryMatching:
         most = min(self.student.queries, self.teacher.queries)
         return None if max(counts, default=0) > most else torch.tensor(float(sum(counts)))
 
-    def _by_predictions(self, student: Recording, teacher: Recording) -> Matched:
+    def _by_predictions(self, student: Recording, teacher: Recording, batch: Batch) -> Matched:
         (ours, our_places), (theirs, their_places) = self.student.read(student), self.teacher.read(teacher)
+        our_places, their_places, valid = self.aligned(our_places, their_places, batch)
         with torch.no_grad(), torch.autocast(ours.device.type, enabled=False):
             scores = [one.probabilities(upcast(x)) for one, x in zip(self.sides, (ours, theirs), strict=True)]
             weight = scores[1][..., : self.teacher.num_classes].amax(-1)
-            costs = self.pair_costs(scores[0], upcast(our_places), scores[1], upcast(their_places))
+            costs = self.pair_costs(scores[0], upcast(our_places), scores[1], upcast(their_places), valid)
             # The teacher's certain queries choose first, as they count most in the losses.
             images, first, second = assigned(list(costs * weight[:, None]), ours.device)
             weight = weight[images, second]
@@ -205,7 +229,12 @@ class QueryMatching:
             (first, second),
             images,
             weight,
+            present=None if valid is None else valid[images, 0],
         )
+
+    def aligned(self, ours: Tensor, theirs: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the places of both models' queries as they are compared, and the pixels ``(B, 1, P)`` of masks that count."""
+        return ours, theirs, None
 
     def _by_objects(self, student: Recording, teacher: Recording, batch: Batch) -> Matched:
         outputs = self.student.read(student), self.teacher.read(teacher)
@@ -234,12 +263,19 @@ class QueryMatching:
             truth=torch.cat([truth for _, truth in truths])[both].to(our_places),
         )
 
-    def pair_costs(self, scores: Tensor, boxes: Tensor, others: Tensor, places: Tensor) -> Tensor:
-        """Return the costs ``(…, Q, P)`` of pairs of Q predictions with P others, by probabilities and boxes."""
-        of_classes, of_boxes, of_overlaps = self.student.costs
+    def pair_costs(
+        self, scores: Tensor, boxes: Tensor, others: Tensor, places: Tensor, valid: Tensor | None = None
+    ) -> Tensor:
+        """Return the costs ``(…, Q, R)`` of pairs of Q predictions with R others, by probabilities and places."""
         classes = torch.cdist(scores, others, p=1) * (0.5 if self.student.softmax else 1)
+        parts = classes, *self.place_costs(boxes, places, valid)
+        weighted = [weight * part for weight, part in zip(self.student.costs, parts, strict=True)]
+        return torch.stack(weighted).sum(0)
+
+    def place_costs(self, boxes: Tensor, places: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the L1 distances and 1 − GIoU, ``(…, Q, R)`` each."""
         overlaps = 1 - generalized_iou(boxes.unsqueeze(-2), places.unsqueeze(-3))
-        return of_classes * classes + of_boxes * torch.cdist(boxes, places, p=1) + of_overlaps * overlaps
+        return torch.cdist(boxes, places, p=1), overlaps
 
     def _labels(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """Return the classes ``(n,)`` and boxes ``(n, 4)`` of each image."""

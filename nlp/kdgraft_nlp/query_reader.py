@@ -1,11 +1,11 @@
-"""Readers of the classes and boxes of two detectors by object queries, as aligned pairs."""
+"""Readers of the classes, boxes and masks of two models that predict by object queries, as aligned pairs."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdgraft.batch import Batch
 from kdgraft.errors import WiringError
@@ -13,10 +13,18 @@ from kdgraft.pairs import Compared, Numbers, Pairs, Scores
 from kdgraft.taps import Recording
 from kdgraft.wiring import Wiring
 
+from .masks import MaskMatching
 from .queries import Matched, Queries, QueryMatching
+from .tasks import task_of
 from .tokens import tokens_of
 
 REGIONS = {"all": "matched queries", "objects": "queries of objects"}
+
+
+def matching_of(student: nn.Module, teacher: nn.Module, term: str) -> QueryMatching:
+    """Return the matching of two models' queries, by boxes or by masks."""
+    kind = MaskMatching if task_of(student) == "universal" else QueryMatching
+    return kind(student, teacher, term)
 
 
 class _Queried:
@@ -49,6 +57,11 @@ class _Queried:
 
     def check_objects(self) -> None:
         """Raise a :class:`WiringError` where a term needs the labels of queries that have none."""
+        if self.queries == "objects" and not self.matching.knows_objects:
+            raise WiringError(
+                f"{self.matching.term} compares the queries of objects, which are known for detectors, not for "
+                f"{self.matching.student.kind}; use SoftTargets and MatchedMasks, without queries='objects'"
+            )
         if self.needs_objects and self.queries == "all":
             raise WiringError(
                 f"{self.matching.term} compares with the labels, and queries='all' have none; leave queries out, or set queries='objects'"
@@ -85,8 +98,8 @@ class QueryScores(_Queried, Scores):  # type: ignore[misc]
         return [Pairs(*found.classes, found.weight, labels=found.labels, independent=bool(self.independent))]
 
 
-class QueryBoxes(_Queried, Numbers):  # type: ignore[misc]
-    """The boxes ``(K, 4)`` of matched queries: centre and size, as fractions of the image.
+class QueryPlaces(_Queried, Numbers):  # type: ignore[misc]
+    """The boxes ``(K, 4)`` of matched queries: centre and size, as fractions of the image; or their masks, logits ``(K, P)``.
 
     Args:
         matching: the matching of the two models' queries.
@@ -95,6 +108,8 @@ class QueryBoxes(_Queried, Numbers):  # type: ignore[misc]
 
     compares_classes = True  # the matching does
     needs_targets: Any
+    takes_masks: bool = False
+    """True for a term on masks; of others, none leaves out the padding of their pixels."""
 
     def __init__(self, matching: QueryMatching, queries: Queries) -> None:
         self.matching, self.choice, self.taps = matching, queries, matching.taps
@@ -105,6 +120,10 @@ class QueryBoxes(_Queried, Numbers):  # type: ignore[misc]
 
     def wire(self, wiring: Wiring) -> list[Compared]:
         self.check_objects()
+        if isinstance(self.matching, MaskMatching) and not self.takes_masks:
+            raise WiringError(
+                f"{self.matching.term} compares numbers, and {self.matching.student.kind} predicts masks; use MatchedMasks"
+            )
         self.matching.settle(wiring)
         taps = self.taps[0][1], self.taps[1][1]
         boxes = wiring.student_recording[taps[0]], wiring.teacher_recording[taps[1]]
@@ -112,4 +131,4 @@ class QueryBoxes(_Queried, Numbers):  # type: ignore[misc]
 
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         found = self.matched(student, teacher, batch)
-        return [Pairs(*found.places, found.weight, target=found.truth)]
+        return [Pairs(*found.places, found.weight, target=found.truth, present=found.present)]

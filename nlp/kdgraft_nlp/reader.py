@@ -32,8 +32,8 @@ from .predictions import (
     picked,
     problem_types_of,
 )
-from .queries import QUERY_TASKS, Queries, QueryMatching, adds_queries, check_queries
-from .query_reader import QueryBoxes, QueryScores
+from .queries import QUERY_TASKS, Queries, adds_queries, check_queries
+from .query_reader import QueryPlaces, QueryScores, matching_of
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, STORED, has_decoder, task_of
 from .tokens import ModelTokens, Tokens, answers_of, stack_of, take, tokens_of
 
@@ -132,13 +132,13 @@ class HFReader(Reader):
                 raise WiringError(
                     f"{self.term}: tokens={tokens!r} is for labels per token, and a detector has queries; leave it out"
                 )
-            return QueryScores(QueryMatching(student, teacher, self.term), queries)
+            return QueryScores(matching_of(student, teacher, self.term), queries)
         return OutputScores(student, teacher, self.term, tokens, self.chunked)
 
     def numbers(  # type: ignore[override]  # each host has settings of its own
         self, student: nn.Module, teacher: nn.Module, *, queries: Queries = "auto"
     ) -> Numbers:
-        """Return the numbers that two models of ``problem_type="regression"`` predict for each sample, or the boxes of detectors.
+        """Return the numbers that two models of ``problem_type="regression"`` predict for each sample, or the boxes or masks of queries.
 
         Args:
             student, teacher: the models.
@@ -146,7 +146,7 @@ class HFReader(Reader):
         """
         check_queries(self.term, queries, student)
         if task_of(student) in QUERY_TASKS:
-            return QueryBoxes(QueryMatching(student, teacher, self.term), queries)
+            return QueryPlaces(matching_of(student, teacher, self.term), queries)
         return OutputNumbers(student, teacher, self.term)
 
 

@@ -244,7 +244,7 @@ def read_batch(
     tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq", inputs.get(TOKEN_STARTS))
     extra: dict[Any, Any] = {"tokens": tokens, "written": inputs.get(WRITTEN)}
     extra["answers"] = [own.get(name) for name in ("start_positions", "end_positions")]
-    extra["by_queries"] = task == "detection"
+    extra["by_queries"] = task in ("detection", "universal")
     facts = _image_sizes(own.get("pixel_mask"))
     if task == "detection":
         facts |= _boxes(own.get("pixel_values"), own.get("labels"))

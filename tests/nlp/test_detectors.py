@@ -50,7 +50,7 @@ def training(student):
 def losses(student, batch):
     student.zero_grad()
     output = student(**batch)
-    found = {k: v for k, v in student.distill_link.last.losses.items() if k.endswith(".loss")}
+    found = {name: v for name, v in student.distill_link.last.losses.items() if name.endswith(".loss")}
     return {k.removeprefix("distill.").removesuffix(".loss"): v for k, v in found.items()}, output
 
 
@@ -93,15 +93,14 @@ def test_matched_classes_and_boxes_are_those_of_the_best_assignment(family):
     assert task_of(student) == "detection"
     batch = batch_of(family)
     plain = [zoo.outputs(model, batch) for model in (student, teacher)]
-    config = student.config
     prefix = "matcher_" if family in ("rtdetr", "rtdetrv2", "d_fine") else ""
-    costs = [getattr(config, f"{prefix}{name}_cost") for name in ("class", "bbox", "giou")]
+    costs = [getattr(student.config, f"{prefix}{name}_cost") for name in ("class", "bbox", "giou")]
     expected = naive(family, *plain, costs)
     built = training(graft(student, teacher, TERMS))
     found, output = losses(built, batch)
     assert output.loss.isfinite() and output.loss > 0  # the host's own
-    # In training RT-DETR has denoising queries, which belong to no query of the teacher.
-    assert output.logits.shape[1] == 5 + (8 if prefix else 0)
+    # In training RT-DETR has denoising queries, and LW-DETR three groups of them.
+    assert output.logits.shape[1] == (15 if family == "lw_detr" else 13 if prefix else 5)
     for term, value in zip(("soft_targets", "matched_boxes"), expected, strict=True):
         torch.testing.assert_close(found[term].detach(), value, rtol=1e-3, atol=1e-5, msg=lambda m, n=term: f"{n}: {m}")
     sum(found.values()).backward()

@@ -34,6 +34,12 @@ def _deep() -> Any:
     return _resnet(transformers.RTDetrResNetConfig, "stage2", "stage3", "stage4")
 
 
+def _windows() -> Any:
+    layers = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=16, num_windows=4)
+    sides = dict(image_size=SIDE, pretrain_image_size=SIDE, window_block_indices=[0], out_indices=[1, 2])
+    return transformers.LwDetrViTConfig(**layers, **sides)
+
+
 FAMILIES: dict[str, tuple[str, Any]] = {
     "detr": ("DetrForObjectDetection", _plain),
     "table": ("TableTransformerForObjectDetection", _plain),
@@ -43,6 +49,7 @@ FAMILIES: dict[str, tuple[str, Any]] = {
     "rtdetr": ("RTDetrForObjectDetection", _deep),
     "rtdetrv2": ("RTDetrV2ForObjectDetection", _deep),
     "d_fine": ("DFineForObjectDetection", _deep),
+    "lw_detr": ("LwDetrForObjectDetection", None),
     "yolos": ("YolosForObjectDetection", None),
 }
 """Family -> the class and the config of its backbone."""
@@ -55,7 +62,11 @@ def detector(family: str, width: int = 16, seed: int = 0, queries: int = 6, **se
     name, backbone = FAMILIES[family]
     kind = getattr(transformers, name)
     sizes: dict[str, Any] = dict(num_labels=CLASSES, num_queries=queries, **_ATTENTION)
-    if family == "yolos":
+    if family == "lw_detr":
+        sizes = dict(backbone_config=_windows(), num_labels=CLASSES, num_queries=queries, group_detr=3, d_model=width)
+        sizes |= dict(decoder_layers=2, decoder_ffn_dim=width, decoder_n_points=2, projector_scale_factors=[1.0])
+        sizes |= dict(decoder_self_attention_heads=2, decoder_cross_attention_heads=2, dropout=0.0)
+    elif family == "yolos":
         sizes = dict(num_labels=CLASSES, num_detection_tokens=queries, image_size=[SIDE, SIDE], patch_size=16)
         sizes |= dict(hidden_size=width, num_hidden_layers=2, num_attention_heads=2, intermediate_size=width)
         sizes |= dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -70,9 +81,8 @@ def detector(family: str, width: int = 16, seed: int = 0, queries: int = 6, **se
         sizes["num_feature_levels"] = 3
     torch.manual_seed(seed)
     built = support.quiet(kind(kind.config_class(**{**sizes, **settings})))
-    with (
-        torch.no_grad()
-    ):  # freshly initialised heads say the same of each query, and states of 0 have endless gradients
+    # Freshly initialised heads say the same of each query, and states of 0 have endless gradients.
+    with torch.no_grad():
         for path, parameter in built.named_parameters():
             if path.endswith("proj.bias"):
                 parameter.normal_()

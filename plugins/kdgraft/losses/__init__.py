@@ -31,6 +31,7 @@ from .localization import localization
 from .logit_matching import logit_matching
 from .margin_mse import margin_mse
 from .masked_generation import masked_generation
+from .masks import mask_costs, mask_regression
 from .minillm import minillm
 from .mmd import mmd
 from .normalized import normalized
@@ -98,6 +99,8 @@ __all__ = [
     "localization",
     "logit_matching",
     "margin_mse",
+    "mask_costs",
+    "mask_regression",
     "masked_generation",
     "masked_imitation",
     "memory_relations",
