@@ -29,6 +29,11 @@ _KINDS: list[tuple[str, Any, Any]] = [
     ("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES, auto.AutoModelForCTC),
     ("segmentation", auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, auto.AutoModelForSemanticSegmentation),
     ("detection", auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, auto.AutoModelForObjectDetection),
+    (
+        "detection",
+        {"detr": "DetrForSegmentation"},
+        auto.AutoModelForUniversalSegmentation,
+    ),  # a detector with masks beside
     ("universal", auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, auto.AutoModelForUniversalSegmentation),
 ]
 """Tasks, transformers' names of their classes, and the class that loads them; ``text`` depends on the model itself."""

@@ -174,3 +174,17 @@ def test_models_that_predict_other_things_are_refused():
         graft(universal.segmentor("maskformer"), detectors.detector("detr"), ["SoftTargets"])
     with pytest.raises(WiringError, match="matched_masks compares masks, and DetrForObjectDetection predicts none"):
         graft(*(detectors.detector("detr") for _ in range(2)), ["MatchedMasks"])
+
+
+def test_a_detector_with_masks_is_taught_as_a_detector():
+    models = []
+    for seed in (1, 2):
+        config = detectors.detector("detr", 64, seed, encoder_attention_heads=8, decoder_attention_heads=8).config
+        config.backbone_config.out_features = ["stage1", "stage2", "stage3", "stage4"]
+        torch.manual_seed(seed)
+        models.append(support.quiet(transformers.DetrForSegmentation(config)))
+    batch = detectors.collate(detectors.scenes(2))
+    for label in batch["labels"]:
+        label["masks"] = torch.ones(len(label["boxes"]), 64, 64)
+    found, output = losses(training(graft(*models, ["SoftTargets", "MatchedBoxes"])), batch)
+    assert output.loss.isfinite() and all(value > 0 for value in found.values())
