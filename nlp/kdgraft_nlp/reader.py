@@ -46,7 +46,7 @@ CountedTokens = Literal["auto", "valid", "labelled"]
 class HFReader(Reader):
     """The reader of two models of Hugging Face of the same task."""
 
-    default_taps: ClassVar = {"samples": LAST_STATE, "output": "[logits]", "scores": "[logits]"}
+    default_taps: ClassVar = {"samples": LAST_STATE, "output": "[logits]"}
     lacks: ClassVar = NLP.lacks
     chunked = False
     """True where the host computes terms on logits in chunks, from hidden states."""
@@ -54,6 +54,8 @@ class HFReader(Reader):
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         super().__init__(student, teacher, term)
         self.segments = task_of(student) == "segmentation"
+        if self.segments:  # the scores of others are no maps
+            self.default_taps = {**self.default_taps, "scores": "[logits]"}  # type: ignore[misc]
         if task_of(student) not in ("sequence", "image", "audio"):
             self.no_specialists = f"they know classes of whole samples, which {type(student).__name__} does not score"
 

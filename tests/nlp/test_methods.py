@@ -53,7 +53,7 @@ def model(name: str, width: int, seed: int) -> Any:
         config = ResNetConfig(embedding_size=width, hidden_sizes=[width, 2 * width], depths=[1, 1], num_labels=3)
         return ResNetForImageClassification(config)
     if name == "mask2former":
-        return universal.segmentor(name, width, seed)
+        return universal.segmentor(name, 2 * width, seed)
     if name == "detr":
         return detectors.detector(name, width, seed)
     if name == "regression":
