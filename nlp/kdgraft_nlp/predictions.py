@@ -45,6 +45,12 @@ def check_layout(name: str, task: str, student: nn.Module, logits: Tensor) -> No
     )
 
 
+def same_classes(name: str, student: int, teacher: int) -> None:
+    """Raise a :class:`WiringError` unless both models score the same number of classes."""
+    if student != teacher:
+        raise WiringError(f"{name}: student and teacher have {student} and {teacher} classes; they must have the same")
+
+
 class ProblemTypes(NamedTuple):
     """The ``problem_type`` in each model's config, or ``None``."""
 

@@ -22,6 +22,7 @@ from kdgraft.losses import generalized_iou, upcast
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
+from .predictions import same_classes
 from .tasks import task_of
 
 QUERY_TASKS = ("detection", "universal")
@@ -178,11 +179,7 @@ class QueryMatching:
             WiringError: the predictions cannot be compared.
         """
         found = self.student.settle(wiring.student_recording), self.teacher.settle(wiring.teacher_recording)
-        if found[0].shape[-1] != found[1].shape[-1]:
-            raise WiringError(
-                f"{self.term}: student and teacher have {self.student.num_classes} and {self.teacher.num_classes} classes; they must "
-                "have the same"
-            )
+        same_classes(self.term, self.student.num_classes, self.teacher.num_classes)
         return found
 
     def by_predictions(self, student: Recording, teacher: Recording, batch: Batch) -> Matched:
@@ -301,6 +298,16 @@ def check_queries(term: str, queries: Any, model: nn.Module) -> None:
     if queries != "auto" and task_of(model) not in QUERY_TASKS:
         raise WiringError(
             f"{term}: queries={queries!r} is for detectors, and {type(model).__name__} is none; leave it out"
+        )
+
+
+def refuse_queries(term: str, tap: Tap, tensors: Sequence[Tensor]) -> None:
+    """Raise a :class:`WiringError` for states ``(B, Q, C)`` of a decoder, whose positions are queries, but not for its pixel decoder."""
+    parts = tap.path.split(".")
+    if "decoder" in parts and "pixel_level_module" not in parts and any(tensor.ndim == 3 for tensor in tensors):
+        raise WiringError(
+            f"{term}: the positions of tap '{tap}' are object queries, in an order of each model's own; use HiddenStates(stack='decoder'), "
+            "which matches them, where the model has that stack"
         )
 
 

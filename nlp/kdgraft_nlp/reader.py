@@ -31,8 +31,9 @@ from .predictions import (
     independent,
     picked,
     problem_types_of,
+    same_classes,
 )
-from .queries import QUERY_TASKS, Queries, adds_queries, check_queries
+from .queries import QUERY_TASKS, Queries, adds_queries, check_queries, refuse_queries
 from .query_reader import QueryPlaces, QueryScores, matching_of
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, STORED, has_decoder, task_of
 from .tokens import ModelTokens, Tokens, answers_of, stack_of, take, tokens_of
@@ -53,10 +54,11 @@ class HFReader(Reader):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         super().__init__(student, teacher, term)
-        self.segments = task_of(student) == "segmentation"
+        task = task_of(student)
+        self.segments, self.by_queries = task == "segmentation", task in QUERY_TASKS
         if self.segments:  # the scores of others are no maps
             self.default_taps = {**self.default_taps, "scores": "[logits]"}  # type: ignore[misc]
-        if task_of(student) not in ("sequence", "image", "audio"):
+        if task not in ("sequence", "image", "audio"):
             self.no_specialists = f"they know classes of whole samples, which {type(student).__name__} does not score"
 
     def settle(self, tap: Tap, model: nn.Module) -> Tap:
@@ -73,16 +75,18 @@ class HFReader(Reader):
             path = "encoder" if has_decoder(model) and isinstance(getattr(model, "encoder", None), nn.Module) else ""
         return Tap.parse(f"{path}[0]")
 
+    def tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        found = super().tensors(recording, tap)
+        if self.by_queries:
+            refuse_queries(self.term, tap, found)
+        return found
+
     def reads_scores(self, tap: Tap) -> bool:
         """Return true for the class scores of a segmentor."""
         return self.segments and str(tap) == "[logits]"
 
     def check_classes(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
-        ours, theirs = student.shape[1], teacher.shape[1]
-        if ours != theirs:
-            raise WiringError(
-                f"{self.term}: student and teacher have {ours} and {theirs} classes; they must have the same"
-            )
+        same_classes(self.term, student.shape[1], teacher.shape[1])
 
     def samples(self, batch: Batch, tap: Tap | None = None) -> Tensor | None:
         tokens = tokens_of(batch)
@@ -246,14 +250,13 @@ class OutputScores(Scores):
                 )
         if self.task == "question" or classes == others:
             return
-        sizes = f"{classes} and {others}"
         if self.task not in LANGUAGE_MODELS:
-            raise WiringError(f"{self.name}: student and teacher have {sizes} classes; they must have the same")
+            same_classes(self.name, classes, others)
         # Vocabularies that differ by padding share their first ids; the tokenizer, where known, shows that they do.
         self.common = min(classes, others)
         if not wiring.facts.get("vocabulary_checked"):
             raise WiringError(
-                f"{self.name}: the vocabularies have {sizes} entries, and no tokenizer shows that they differ by padding only; pass "
+                f"{self.name}: the vocabularies have {classes} and {others} entries, and no tokenizer shows that they differ by padding only; pass "
                 "processing_class=tokenizer to the trainer, or use UniversalLogits for different vocabularies"
             )
         if int(wiring.facts["vocabulary_checked"]) > self.common:

@@ -147,11 +147,6 @@ class TextBatch(Batch):
         side = tokens.teacher if owner == "teacher" else tokens.student
         stack = stack_of(tap, tokens)
         counted = side.of(stack)
-        if feature.ndim == 3 and "decoder" in parts and owner is None and self.extra.get("by_queries"):
-            raise WiringError(
-                f"tap '{tap}': the positions are object queries, in an order of each model's own; use HiddenStates(stack='decoder'), which "
-                "matches them"
-            )
         if feature.ndim == 3 and "decoder" not in parts:
             refuse_padded_images(self, f"tap '{tap}'")
         if counted is None or feature.ndim > 3 or VISION.intersection(parts):
@@ -244,7 +239,6 @@ def read_batch(
     tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq", inputs.get(TOKEN_STARTS))
     extra: dict[Any, Any] = {"tokens": tokens, "written": inputs.get(WRITTEN)}
     extra["answers"] = [own.get(name) for name in ("start_positions", "end_positions")]
-    extra["by_queries"] = task in ("detection", "universal")
     facts = _image_sizes(own.get("pixel_mask"))
     if task == "detection":
         facts |= _boxes(own.get("pixel_values"), own.get("labels"))

@@ -359,6 +359,11 @@ def test_a_teacher_in_a_folder(tmp_path):
         ("detr", dict(type="PatientStates", stack="decoder"), r"are object queries, in an order of each model's own"),
         ("yolos", "HiddenStates", r"are object queries, in an order of each model's own"),
         ("rtdetr", "RKD", r"more in training; tap a map"),
+        (
+            "detr",
+            dict(type="Hint", tap="model.decoder.layers.1"),
+            r"are object queries, in an order of each model's own",
+        ),
     ],
 )
 def test_what_has_no_meaning_for_a_detector_is_refused(family, term, message):
@@ -391,10 +396,3 @@ def test_padded_images_have_no_attention_maps():
     built = training(graft(*pair("detr"), ["AttentionMaps"]))
     with pytest.raises(WiringError, match=r"attention_maps: the batch contains padding of images"):
         built(**batch_of("detr", right=64))
-
-
-def test_states_of_queries_are_not_compared_one_by_one():
-    models = [zoo.detector("detr", 16, seed) for seed in (1, 2)]
-    built = training(graft(*models, [dict(type="FeatureImitation", tap="model.decoder.layers.1")]))
-    with pytest.raises(WiringError, match=r"object queries, in an order of each model's own; use HiddenStates"):
-        built(**batch_of("detr"))
