@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kdgraft.balance import Weight
 from kdgraft.batch import Batch
+from kdgraft.classes import reordered
 from kdgraft.errors import WiringError, check_number
 from kdgraft.losses import Ratio, focused_entropy, upcast
 from kdgraft.sources import combined
@@ -22,7 +23,6 @@ from kdgraft.wiring import Wiring
 
 from .dense import DenseHeads
 from .dense_heads import DenseHead
-from .heads import reordered
 from .picking import pick_weights
 from .predictions import find_heads
 from .registry import RECIPES, TERMS

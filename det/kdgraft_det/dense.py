@@ -9,6 +9,7 @@ from mmdet.models.task_modules.prior_generators import AnchorGenerator, MlvlPoin
 from torch import Tensor
 
 from kdgraft.batch import Batch
+from kdgraft.classes import reordered
 from kdgraft.errors import WiringError
 from kdgraft.pairs import Pairs
 from kdgraft.sources import combined
@@ -16,7 +17,7 @@ from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
 from .dense_heads import DenseHead, reads_proposals
-from .heads import Anchors, Heads, reordered, same_box_coder, same_number_of_classes
+from .heads import Anchors, Heads, same_box_coder, same_number_of_classes
 from .picking import in_order_of_pick, pick_weights
 from .resolution import same_resolution
 

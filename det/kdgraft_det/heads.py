@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from mmdet.models.dense_heads import AnchorFreeHead, DETRHead, RPNHead, SABLRetinaHead, YOLOXHead
 from mmdet.models.dense_heads.anchor_head import AnchorHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
@@ -181,11 +180,3 @@ def reads_classes(model: Any, tap: Tap, tensor: Tensor) -> bool:
         boxes_by_class = not getattr(head, "reg_class_agnostic", True)
         return index[:1] in ((), ("*",), (0,)) or (boxes_by_class and index[:1] == (1,))
     return scores_classes(model, tap, tensor)
-
-
-def reordered(logits: Tensor, order: Tensor | None) -> Tensor:
-    """Return the teacher's class logits ``(K, C)`` or ``(K, C + 1)`` in the student's order; a background stays last."""
-    if order is None:
-        return logits
-    background = torch.arange(len(order), logits.shape[1], device=order.device)
-    return logits[:, torch.cat([order, background])]

@@ -11,21 +11,20 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from mmdet.models.losses.iou_loss import giou_loss
-from mmdet.structures.bbox import bbox_cxcywh_to_xyxy
 from torch import Tensor, nn
 
 from kdgraft.balance import Weight
 from kdgraft.batch import Batch
+from kdgraft.classes import reordered
 from kdgraft.distributed import SharedRandom
 from kdgraft.errors import DistillError, WiringError, check_number
-from kdgraft.losses import Ratio, soft_targets, upcast
+from kdgraft.losses import Ratio, generalized_iou, soft_targets, upcast
 from kdgraft.losses.soft_targets import check_temperature
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import Term
 from kdgraft.wiring import Wiring
 
-from .heads import find_reader, reordered, same_number_of_classes
+from .heads import find_reader, same_number_of_classes
 from .points import Given, points_of, same_points
 from .queries import QueryHead
 from .registry import RECIPES, TERMS
@@ -190,9 +189,7 @@ def compared(
     weight = weight.to(logits).expand(logits.shape[:-1])
     classes = soft_targets(logits, targets, temperature, weight=weight, reduction="none")
     distances = (boxes - places).abs().mean(-1)
-    corners = (bbox_cxcywh_to_xyxy(part.flatten(0, -2)) for part in (boxes, places))
-    # Boxes are fractions of the image, so that mmdet's own epsilon would be an area of a pixel.
-    overlaps = giou_loss(*corners, eps=1e-9, reduction="none").view_as(weight)
+    overlaps = 1 - generalized_iou(boxes, places)
     return classes.sum(), (distances * weight).sum(), (overlaps * weight).sum()
 
 

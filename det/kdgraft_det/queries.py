@@ -10,12 +10,13 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 from kdgraft.batch import Batch
+from kdgraft.classes import reordered
 from kdgraft.errors import WiringError
 from kdgraft.pairs import Pairs
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
-from .heads import HEADS, Anchors, HeadReader, Heads, reordered, same_number_of_classes
+from .heads import HEADS, Anchors, HeadReader, Heads, same_number_of_classes
 
 
 class QueryHeads(Heads):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kdgraft.batch import Batch
+from kdgraft.classes import reordered
 from kdgraft.engine import Engine, Replay
 from kdgraft.errors import WiringError
 from kdgraft.pairs import Pairs
@@ -23,7 +24,6 @@ from .heads import (
     HeadReader,
     Heads,
     find_reader,
-    reordered,
     same_box_coder,
     same_number_of_classes,
 )

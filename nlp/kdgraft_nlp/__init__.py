@@ -17,6 +17,7 @@ from .label_words import LabelWords  # noqa: E402
 from .logits import GOLD, UniversalLogits  # noqa: E402
 from .minillm import MiniLLM  # noqa: E402
 from .on_policy import OnPolicy  # noqa: E402
+from .query_terms import MatchedBoxes, MatchedMasks  # noqa: E402
 from .recipes import distilbert, gkd, minilm, minilmv2, mobilebert, pkd, tinybert  # noqa: E402
 from .registry import RECIPES, SOURCES, TERMS  # noqa: E402
 from .served import Served  # noqa: E402
@@ -41,6 +42,8 @@ __all__ = [
     "HiddenStates",
     "LabelWords",
     "LogitMatching",
+    "MatchedBoxes",
+    "MatchedMasks",
     "MiniLLM",
     "OnPolicy",
     "PatientStates",

@@ -144,7 +144,7 @@ class AttentionMaps(AttentionTerm):
         return (lengths * (lengths + 1) / 2 if self.causal else lengths.square()).sum().float()
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        tokens = tokens_of(batch)
+        tokens = self.tokens(batch)
         parts = [self._compare(s, t, tokens) for s, t in self.calls(student, teacher)]
         if not self.counts_ahead and not self.drops_layers:
             return mean_of(parts)  # layers may have different windows
@@ -228,7 +228,7 @@ class Relations(AttentionTerm):
         return torch.tensor(float(tokens.size)) if real is None else (self._lengths(tokens, real) > 0).sum().float()
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        tokens = tokens_of(batch)
+        tokens = self.tokens(batch)
         parts = []
         for s, t in self.calls(student, teacher):
             kinds = [self._compare(s, t, kind, tokens) for kind in self.of]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from kdgraft.terms import Term, check_choice
 
 from .attention import Layer, Stack, drops_layers, layer_pairs, stacks
 from .packing import per_text
-from .tokens import Tokens
+from .queries import QUERY_TASKS, QueryMatching
+from .tasks import task_of
+from .tokens import Tokens, refuse_padded_images, tokens_of
 
 LayerPairs = str | Sequence[Sequence[int]]
 STACKS = ("auto", "layers", "encoder", "decoder", "cross")
@@ -32,6 +34,9 @@ class LayerTerm(Term):
         stack: for a model with an encoder and a decoder: ``"encoder"`` (``"auto"``), ``"decoder"`` or ``"cross"``.
     """
 
+    matches_queries: ClassVar[bool] = False
+    """True for a term that can compare the decoders of detectors, at queries that are matched by their predictions."""
+
     def __init__(
         self, layers: LayerPairs = "uniform", *, stack: Stack | Literal["auto"] = "auto", **settings: Any
     ) -> None:
@@ -40,6 +45,7 @@ class LayerTerm(Term):
         self.layers, self.stack = layers, stack
         self.pairs: list[tuple[int, int]] = []
         self.drops_layers = False
+        self.matching: QueryMatching | None = None
 
     def prepare(self, student: nn.Module, teacher: nn.Module) -> None:
         ours, theirs = self._stack(student, "student"), self._stack(teacher, "teacher")
@@ -47,6 +53,19 @@ class LayerTerm(Term):
         self.student_taps = [self._tap(ours[i]) for i, _ in self.pairs]
         self.teacher_taps = [self._tap(theirs[j]) for _, j in self.pairs]
         self.drops_layers = drops_layers(student, self.student_taps)
+        if task_of(student) in QUERY_TASKS and self._stack_name != "encoder":
+            self._match_queries(student, teacher)
+
+    def _match_queries(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Have the queries of two detectors matched; a decoder's positions are queries, in an order of each model's own."""
+        if not self.matches_queries or self._stack_name != "decoder":
+            raise WiringError(
+                f"{self.name}: positions of the stack {self._stack_name!r} of {type(student).__name__} are object queries, in an order of "
+                "each model's own; use HiddenStates(stack='decoder') or stack='encoder' where the model has one, or SoftTargets"
+            )
+        self.matching = QueryMatching(student, teacher, self.name)
+        self.student_taps = [*self.student_taps, *self.matching.taps[0]]
+        self.teacher_taps = [*self.teacher_taps, *self.matching.taps[1]]
 
     def _paired(self, ours: int, theirs: int) -> list[tuple[int, int]]:
         """Return the pairs of layers of the listener and of the source; the user gives them as (student, other model)."""
@@ -79,6 +98,15 @@ class LayerTerm(Term):
         """Return the tap of a layer."""
         return Tap.parse(layer.path)
 
+    def tokens(self, batch: Batch) -> Tokens:
+        """Return the tokens of a batch.
+
+        Raises:
+            WiringError: it has padded images, whose positions in a sequence the term does not know.
+        """
+        refuse_padded_images(batch, self.name)
+        return tokens_of(batch)
+
     def _real(self, tokens: Tokens) -> Tensor | None:
         """Return the tokens that count, ``(B, L)``, at the student's positions or at those of the pairs."""
         return tokens.student.of(self._stack_name) if tokens.paired is None else tokens.paired
@@ -92,7 +120,8 @@ class LayerTerm(Term):
 
     def _ran(self, student: Recording) -> list[int]:
         """Return the indices of the pairs whose layers ran in this step: all, unless the student drops layers."""
-        return [k for k, tap in enumerate(self.student_taps) if not self.drops_layers or student.calls(tap)]
+        layers = self.student_taps[: len(self.pairs)]
+        return [k for k, tap in enumerate(layers) if not self.drops_layers or student.calls(tap)]
 
     def _over_pairs(self, parts: Sequence[Ratio], teacher: Tensor) -> Ratio:
         """Return the mean over the pairs; where layers are dropped, over the items of the pairs that ran in any process."""

@@ -22,7 +22,12 @@ from .packing import marks_taken_by
 from .tasks import accepted, decoder_inputs, has_decoder
 from .tokens import OUR_KEYS, TEACHER_INPUTS, FrameMask, read_batch
 
-LABELS = frozenset({"labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"})
+LABELS = frozenset(
+    {
+        *("labels", "start_positions", "end_positions", "next_sentence_label", "num_items_in_batch"),
+        *("mask_labels", "class_labels"),  # of universal segmentation
+    }
+)
 
 
 @dataclass
@@ -71,6 +76,7 @@ class Link:
         takes: the names of the arguments of the student's forward.
         sources: the same for the forward of each source.
         frames: the frame masks of student and teacher; see :func:`~kdgraft_nlp.tasks.frame_mask`.
+        ignored: the label of pixels that the student's own loss ignores, for segmentors.
         hosted: true where a trainer distils; passes outside its steps, such as another trainer's, are plain ones.
         asked: the trainer's current step.
         totals: the terms' denominators in steps outside a trainer, where a batch comes in parts.
@@ -86,6 +92,7 @@ class Link:
         self.task, self.takes = task, takes
         self.sources: dict[str, set[str]] = {}
         self.frames: tuple[FrameMask, FrameMask] = (None, None)
+        self.ignored = 255
         self.hosted = False
         self.asked: StudentStep | None = None
         self.totals: dict[str, Tensor] = {}
@@ -134,7 +141,7 @@ class Link:
 
     def read(self, inputs: Mapping[str, Any]) -> Batch:
         """Return a batch as terms read it."""
-        return read_batch(inputs, self.task, self.frames)
+        return read_batch(inputs, self.task, self.frames, self.ignored)
 
     def of_student(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """Return the inputs without those that only sources take."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kdgraft.adapters import resize_to
 from kdgraft.errors import DistillError, WiringError
+from kdgraft.pairs import Pairs
 
 from .tasks import PER_SAMPLE, PER_TOKEN
 
@@ -41,6 +43,12 @@ def check_layout(name: str, task: str, student: nn.Module, logits: Tensor) -> No
         f"{name}: the logits {tuple(logits.shape)} of {type(student).__name__} {problem}; use terms on layers, or FeatureImitation "
         "with taps of your own"
     )
+
+
+def same_classes(name: str, student: int, teacher: int) -> None:
+    """Raise a :class:`WiringError` unless both models score the same number of classes."""
+    if student != teacher:
+        raise WiringError(f"{name}: student and teacher have {student} and {teacher} classes; they must have the same")
 
 
 class ProblemTypes(NamedTuple):
@@ -119,3 +127,13 @@ def by_pixel(student: Tensor, teacher: Tensor, labels: Any) -> tuple[Tensor, Ten
     """
     size = labels.shape[-2:] if isinstance(labels, Tensor) else teacher.shape[-2:]
     return resize_to(student, size).movedim(1, -1), resize_to(teacher, size).movedim(1, -1)
+
+
+def picked(student: Tensor, teacher: Tensor, weight: Tensor | None, labels: Tensor | None = None) -> Pairs:
+    """Select the items that count, so that no softmax is computed for the others; ``labels`` are integers of the items."""
+    if labels is not None and (labels.shape != student.shape[:-1] or labels.is_floating_point()):
+        labels = None
+    if weight is None:
+        return Pairs(student, teacher, labels=labels)
+    labels = None if labels is None else labels[weight]
+    return Pairs(student[weight], teacher[weight], count=weight.sum().to(torch.float32), labels=labels)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,10 +29,14 @@ from .predictions import (
     counted_pixels,
     ignored_index,
     independent,
+    picked,
     problem_types_of,
+    same_classes,
 )
+from .queries import QUERY_TASKS, Queries, adds_queries, check_queries, refuse_queries
+from .query_reader import QueryPlaces, QueryScores, matching_of
 from .tasks import LANGUAGE_MODELS, PER_TOKEN, STORED, has_decoder, task_of
-from .tokens import IGNORED, ModelTokens, Tokens, stack_of, take, tokens_of
+from .tokens import ModelTokens, Tokens, answers_of, stack_of, take, tokens_of, weighed
 
 LAST_STATE = "last_hidden_state"
 """The tap of the last hidden state, for models of any architecture."""
@@ -51,17 +54,39 @@ class HFReader(Reader):
 
     def __init__(self, student: nn.Module, teacher: nn.Module, term: str) -> None:
         super().__init__(student, teacher, term)
-        if task_of(student) not in ("sequence", "image", "audio"):
+        task = task_of(student)
+        self.segments, self.by_queries = task == "segmentation", task in QUERY_TASKS
+        if self.segments:  # the scores of others are no maps
+            self.default_taps = {**self.default_taps, "scores": "[logits]"}  # type: ignore[misc]
+        if task not in ("sequence", "image", "audio"):
             self.no_specialists = f"they know classes of whole samples, which {type(student).__name__} does not score"
 
     def settle(self, tap: Tap, model: nn.Module) -> Tap:
         """Return the tap of this model's last hidden state, or of the last map of a convolutional model, for its name."""
         if tap.text != LAST_STATE:
             return tap
+        if task_of(model) in QUERY_TASKS and adds_queries(model):
+            raise WiringError(
+                f"{self.term}: the last states of {type(model).__name__} are those of its queries, of which it has more in training; tap a "
+                "map, such as the last one of its backbone or encoder"
+            )
         path = str(getattr(model, "base_model_prefix", ""))
         if not isinstance(getattr(model, path, None) if path else None, nn.Module):
             path = "encoder" if has_decoder(model) and isinstance(getattr(model, "encoder", None), nn.Module) else ""
         return Tap.parse(f"{path}[0]")
+
+    def tensors(self, recording: Recording, tap: Tap) -> list[Tensor]:
+        found = super().tensors(recording, tap)
+        if self.by_queries:
+            refuse_queries(self.term, tap, found)
+        return found
+
+    def reads_scores(self, tap: Tap) -> bool:
+        """Return true for the class scores of a segmentor."""
+        return self.segments and str(tap) == "[logits]"
+
+    def check_classes(self, student: Tensor, teacher: Tensor, student_tap: Tap, teacher_tap: Tap) -> None:
+        same_classes(self.term, student.shape[1], teacher.shape[1])
 
     def samples(self, batch: Batch, tap: Tap | None = None) -> Tensor | None:
         tokens = tokens_of(batch)
@@ -85,7 +110,12 @@ class HFReader(Reader):
         return getattr(model, STUDENT_FORWARD, model)(pixel_values=images)
 
     def scores(  # type: ignore[override]  # each host has settings of its own
-        self, student: nn.Module, teacher: nn.Module, *, tokens: CountedTokens = "auto"
+        self,
+        student: nn.Module,
+        teacher: nn.Module,
+        *,
+        tokens: CountedTokens = "auto",
+        queries: Queries = "auto",
     ) -> Scores:
         """Return the class scores of two models of one task.
 
@@ -98,11 +128,31 @@ class HFReader(Reader):
                 (those with a label other than −100; for a causal model those that predict one), or ``"auto"``: labelled for token
                 classification, causal (including vision-language) and sequence-to-sequence models, valid for masked language
                 models and the frames of CTC models.
+            queries: the queries that count, for detectors: ``"all"`` (the two models' queries are matched by their predictions, and
+                weighted by the teacher's best class score), ``"objects"`` (the two queries that are matched to the same object of
+                the labels), or ``"auto"``: ``"objects"`` for terms that need labels, else ``"all"``.
         """
+        check_queries(self.term, queries, student)
+        if task_of(student) in QUERY_TASKS:
+            if tokens != "auto":
+                raise WiringError(
+                    f"{self.term}: tokens={tokens!r} is for labels per token, and a detector has queries; leave it out"
+                )
+            return QueryScores(matching_of(student, teacher, self.term), queries)
         return OutputScores(student, teacher, self.term, tokens, self.chunked)
 
-    def numbers(self, student: nn.Module, teacher: nn.Module) -> Numbers:  # type: ignore[override]
-        """Return the numbers that two models of ``problem_type="regression"`` predict for each sample; it takes no settings."""
+    def numbers(  # type: ignore[override]  # each host has settings of its own
+        self, student: nn.Module, teacher: nn.Module, *, queries: Queries = "auto"
+    ) -> Numbers:
+        """Return the numbers that two models of ``problem_type="regression"`` predict for each sample, or the boxes or masks of queries.
+
+        Args:
+            student, teacher: the models.
+            queries: see :meth:`scores`; here ``"auto"`` is ``"objects"`` for terms that need the true numbers, else ``"all"``.
+        """
+        check_queries(self.term, queries, student)
+        if task_of(student) in QUERY_TASKS:
+            return QueryPlaces(matching_of(student, teacher, self.term), queries)
         return OutputNumbers(student, teacher, self.term)
 
 
@@ -200,14 +250,13 @@ class OutputScores(Scores):
                 )
         if self.task == "question" or classes == others:
             return
-        sizes = f"{classes} and {others}"
         if self.task not in LANGUAGE_MODELS:
-            raise WiringError(f"{self.name}: student and teacher have {sizes} classes; they must have the same")
+            same_classes(self.name, classes, others)
         # Vocabularies that differ by padding share their first ids; the tokenizer, where known, shows that they do.
         self.common = min(classes, others)
         if not wiring.facts.get("vocabulary_checked"):
             raise WiringError(
-                f"{self.name}: the vocabularies have {sizes} entries, and no tokenizer shows that they differ by padding only; pass "
+                f"{self.name}: the vocabularies have {classes} and {others} entries, and no tokenizer shows that they differ by padding only; pass "
                 "processing_class=tokenizer to the trainer, or use UniversalLogits for different vocabularies"
             )
         if int(wiring.facts["vocabulary_checked"]) > self.common:
@@ -297,7 +346,7 @@ class OutputScores(Scores):
         weight = self.pair_weight(tokens)
         if weight is None:
             return joined_pairs(student.flatten(0, 1), known.flatten(), self.temperature)
-        return _weighed(joined_pairs(student[weight], known[weight], self.temperature), tokens, weight)
+        return weighed(joined_pairs(student[weight], known[weight], self.temperature), tokens, weight)
 
     def on_chunk(self, student: Tensor, teacher: Tensor | TopK, labels: Tensor) -> Pairs:
         """Return the logits ``(n, V)`` of some tokens, limited to the entries that both vocabularies have, with their labels."""
@@ -339,7 +388,7 @@ class OutputScores(Scores):
         if tokens.pairs is not None and labels is not None:
             labels = take(labels, tokens.pairs[..., 0])
         pairs = picked(*tokens.align(student, teacher), weight, labels)
-        return pairs if weight is None else _weighed(pairs, tokens, weight)
+        return pairs if weight is None else weighed(pairs, tokens, weight)
 
     def _answers(self, student: Tensor, teacher: Tensor, tokens: Tokens, place: Tensor | None) -> Pairs:
         """Return the logits ``(B, L)`` of positions; ``place`` is that of each answer, −100 for none."""
@@ -349,37 +398,3 @@ class OutputScores(Scores):
             low = torch.finfo(torch.float16).min
             student, teacher = student.masked_fill(~real, low), teacher.masked_fill(~real, low)
         return Pairs(student, teacher, labels=place, present=real)
-
-
-def answers_of(batch: Batch) -> list[Tensor | None]:
-    """Return the positions of the answers' first and last token, ``(B,)`` each, and −100 for both where one is not in the text.
-
-    Where the tokens of two tokenizers are aligned, the positions are those among the pairs.
-    """
-    tokens, given = tokens_of(batch), batch.extra["answers"]
-    if any(place is None for place in given):
-        return [None, None]
-    places = [place.reshape(-1) for place in given]
-    if tokens.pairs is not None:
-        matches = [tokens.pairs[..., 0] == place[:, None] for place in places]
-        places = [match.long().argmax(1).masked_fill(~match.any(1), IGNORED) for match in matches]
-    real = tokens.student.real if tokens.paired is None else tokens.paired
-    unknown = torch.stack([(place < 0) | (real is not None and place >= real.shape[1]) for place in places]).any(0)
-    return [place.masked_fill(unknown, IGNORED) for place in places]
-
-
-def _weighed(pairs: Pairs, tokens: Tokens, counted: Tensor) -> Pairs:
-    """Return the pairs of the tokens that count with their weights, whose sum divides, or else with their number."""
-    if tokens.weights is None:
-        return replace(pairs, count=tokens.amount(counted))
-    return replace(pairs, weight=tokens.weights[counted], count=None)
-
-
-def picked(student: Tensor, teacher: Tensor, weight: Tensor | None, labels: Tensor | None = None) -> Pairs:
-    """Select the items that count, so that no softmax is computed for the others; ``labels`` are integers of the items."""
-    if labels is not None and (labels.shape != student.shape[:-1] or labels.is_floating_point()):
-        labels = None
-    if weight is None:
-        return Pairs(student, teacher, labels=labels)
-    labels = None if labels is None else labels[weight]
-    return Pairs(student[weight], teacher[weight], count=weight.sum().to(torch.float32), labels=labels)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kdgraft.adapters import AdapterKind, adapter_label, build_adapter
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.losses import Ratio, cosine, hint, patient
+from kdgraft.losses import Ratio, cosine, hint, patient, weighted_ratio
 from kdgraft.pooling import first_of_each
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import check_choice
@@ -20,16 +20,18 @@ from kdgraft.wiring import Wiring
 
 from .attention import Layer
 from .layers import LayerPairs, LayerTerm
+from .queries import QueryMatching
 from .registry import TERMS
 from .tasks import accepted
-from .tokens import ModelTokens, tokens_of
+from .tokens import ModelTokens, image_positions, tokens_of
 
 
 @TERMS.register
 class HiddenStates(LayerTerm):
     """Hidden states of layers, through a projection of automatic size (TinyBERT, arXiv 1909.10351, equation 8).
 
-    A layer's output is compared; in models with pre-normalisation it is the state before the final normalisation.
+    A layer's output is compared; in models with pre-normalisation it is the state before the final normalisation. The states of
+    a detector's decoder are compared at queries that are matched, and weighted, as by :class:`SoftTargets`.
 
     Args:
         layers: ``"uniform"``, ``"last"``, ``"skip"``, ``"final"`` or pairs.
@@ -38,6 +40,8 @@ class HiddenStates(LayerTerm):
         adapter: ``"auto"`` (linear), ``"linear"`` or ``"none"`` for equal widths.
         stack: see :class:`LayerTerm`.
     """
+
+    matches_queries = True
 
     def __init__(
         self,
@@ -55,20 +59,28 @@ class HiddenStates(LayerTerm):
         self.adapters = nn.ModuleList()
 
     def wire(self, wiring: Wiring) -> None:
+        region = "valid tokens" if self.matching is None else "matched queries"
         for k, s, t in self._states(wiring.student_recording, wiring.teacher_recording):
             s_tap, t_tap = self.student_taps[k], self.teacher_taps[k]
             if s.ndim != 3 or t.ndim != 3:
                 raise WiringError(
                     f"{self.name}: {s_tap} {tuple(s.shape)} and {t_tap} {tuple(t.shape)} must be (B, L, C)"
                 )
-            if s.shape[1] != t.shape[1] and "labels" in wiring.fields and _sees_images(wiring.student):
+            if (
+                self.matching is None
+                and s.shape[1] != t.shape[1]
+                and "labels" in wiring.fields
+                and _sees_images(wiring.student)
+            ):
                 raise WiringError(
                     f"{self.name}: student and teacher split images into {s.shape[1]} and {t.shape[1]} positions, which cannot be compared; use SoftTargets"
                 )
             adapter = build_adapter(self.adapter_kind, s[:, :1], t[:, :1], f"{self.name} ({s_tap} → {t_tap})")
             self.adapters.append(adapter)
             label = adapter_label(adapter, s, t)
-            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter=label, region="valid tokens"))
+            self.rows.append(self.row(s, t, taps=(s_tap, t_tap), adapter=label, region=region))
+        if self.matching is not None:
+            self.matching.settle(wiring)
 
     def _state(self, recording: Recording, tap: Tap) -> Tensor:
         value = recording[tap]
@@ -89,6 +101,8 @@ class HiddenStates(LayerTerm):
         real = self._real(tokens)
         places = None if real is None else real.flatten().nonzero().flatten()
         parts = []
+        if self.matching is not None:
+            return self._of_queries(self.matching, student, teacher, batch)
         for k, s, t in self._states(student, teacher):
             s, t = tokens.align(s, t)
             if s.shape[1] != t.shape[1]:
@@ -98,8 +112,28 @@ class HiddenStates(LayerTerm):
             if places is not None:
                 s, t = (_rows(x, places) for x in (s, t))
             items = self.loss(self.adapters[k](s, t), t, dim=-1, reduction="none")
-            total = items.sum() if real is not None else items.mean(1).sum()
+            total = items.sum() if real is not None else self._per_image(items, batch)
             parts.append(Ratio(total, total.new_tensor(float(len(s)))))
+        return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
+
+    def _per_image(self, items: Tensor, batch: Batch) -> Tensor:
+        """Return the sum of each sample's mean over its positions ``(B, L)``, without the padding of images."""
+        places = image_positions(batch, items.shape[1], self.name)
+        if places is None:
+            return items.mean(1).sum()
+        places = places.to(items.device)
+        return (items.masked_fill(~places, 0).sum(1) / places.sum(1).clamp(min=1)).sum()
+
+    def _of_queries(self, matching: QueryMatching, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
+        """Return the loss at matched queries; the weights of an image add up to 1."""
+        found = matching.by_predictions(student, teacher, batch)
+        parts = []
+        for k, s, t in self._states(student, teacher):
+            s, t = (
+                one.own(states)[found.images, queries]
+                for one, states, queries in zip(matching.sides, (s, t), found.queries, strict=True)
+            )
+            parts.append(weighted_ratio(self.loss(self.adapters[k](s, t), t, dim=-1, reduction="none"), found.weight))
         return self._over_pairs(parts, self._state(teacher, self.teacher_taps[0]))
 
 
@@ -142,6 +176,8 @@ class PatientStates(HiddenStates):
         adapter: by default ``"none"`` for equal widths, as in the paper, and a linear map where the widths differ.
     """
 
+    matches_queries = False
+
     def __init__(
         self,
         layers: LayerPairs = "skip",
@@ -174,7 +210,7 @@ class PatientStates(HiddenStates):
         return (self._lengths(tokens, real) > 0).sum().float()
 
     def forward(self, student: Recording, teacher: Recording, batch: Batch) -> Ratio:
-        tokens = tokens_of(batch)
+        tokens = self.tokens(batch)
         parts = []
         for k, states, targets in self._states(student, teacher):
             s, t = self._first(states, tokens.student), self._first(targets, tokens.teacher)

@@ -32,6 +32,7 @@ from .class_teachers import ClassTeacher
 from .initialisation import init_from_teacher
 from .link import Link, is_tied, link_of, tie, untie
 from .passes import no_loss, run_student
+from .predictions import ignored_index
 from .sources import build_sources, compare_classes
 from .tasks import (
     accepted,
@@ -193,7 +194,7 @@ def graft(
             init_from_teacher(student, theirs, init_from)
     fused, replaced = is_fused(student), vars(student).pop("forward", None)
     link = Link(task_of(student), accepted(student))
-    link.fused, link.replaced = fused, replaced
+    link.fused, link.replaced, link.ignored = fused, replaced, ignored_index(student)
     kind: Any = student.__class__
     student.__class__ = _graft_class(kind)
     tie(student, link)

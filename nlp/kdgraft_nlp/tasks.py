@@ -28,6 +28,13 @@ _KINDS: list[tuple[str, Any, Any]] = [
     ("audio", auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES, auto.AutoModelForAudioClassification),
     ("ctc", auto.MODEL_FOR_CTC_MAPPING_NAMES, auto.AutoModelForCTC),
     ("segmentation", auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES, auto.AutoModelForSemanticSegmentation),
+    ("detection", auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES, auto.AutoModelForObjectDetection),
+    (
+        "detection",
+        {"detr": "DetrForSegmentation"},
+        auto.AutoModelForUniversalSegmentation,
+    ),  # a detector with masks beside
+    ("universal", auto.MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES, auto.AutoModelForUniversalSegmentation),
 ]
 """Tasks, transformers' names of their classes, and the class that loads them; ``text`` depends on the model itself."""
 
@@ -52,7 +59,8 @@ def task_of(model: nn.Module) -> str:
     Returns:
         ``sequence``, ``tokens``, ``question``, ``choice`` (multiple choice), ``masked``, ``causal`` (including vision-language and
         audio models without a separate decoder), ``aligned`` (causal, with labels at the positions that predict them),
-        ``seq2seq``, ``image``, ``audio``, ``ctc``, ``segmentation``, or ``other``.
+        ``seq2seq``, ``image``, ``audio``, ``ctc``, ``segmentation``, ``detection``, ``universal``
+        (segmentation by queries), or ``other``.
     """
     told = getattr(model, "distill_task", None)  # of a model that stands in the place of another
     if isinstance(told, str):

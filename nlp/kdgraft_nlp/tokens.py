@@ -11,9 +11,12 @@ from torch import Tensor
 
 from kdgraft.batch import Batch
 from kdgraft.errors import DistillError, WiringError
+from kdgraft.pairs import Pairs
+from kdgraft.regions.base import valid_positions
 from kdgraft.taps import Tap
 
 from .packing import texts_of
+from .predictions import counted_pixels
 
 IGNORED = -100
 TEACHER_INPUTS = "teacher_inputs"
@@ -155,10 +158,8 @@ class TextBatch(Batch):
         side = tokens.teacher if owner == "teacher" else tokens.student
         stack = stack_of(tap, tokens)
         counted = side.of(stack)
-        if feature.ndim == 3 and "decoder" not in parts and self._padded_images():
-            raise WiringError(
-                f"tap '{tap}': {tuple(feature.shape)} contains padding of images at unknown positions; tap a map (B, C, H, W)"
-            )
+        if feature.ndim == 3 and "decoder" not in parts:
+            refuse_padded_images(self, f"tap '{tap}'")
         if counted is None or feature.ndim > 3 or VISION.intersection(parts):
             return self
         if tokens.pairs is not None and feature.ndim == 3 and owner is None:
@@ -167,8 +168,42 @@ class TextBatch(Batch):
             return self  # frames or summaries of tokens, and none is padding
         return replace(self, tokens=counted, texts=side.texts_of(stack))
 
-    def _padded_images(self) -> bool:
-        return any(size != self.padded_size for size in self.image_sizes or ())
+
+def refuse_padded_images(batch: Batch, what: str) -> None:
+    """Raise a :class:`WiringError` where images are padded, for a term or tap on sequences, in which their padding is unknown."""
+    if has_padded_images(batch):
+        raise WiringError(
+            f"{what}: the batch contains padding of images, at unknown positions of a sequence; tap a map (B, C, H, W)"
+        )
+
+
+def has_padded_images(batch: Batch) -> bool:
+    """Return whether an image of the batch is smaller than the padded size."""
+    return any(size != batch.padded_size for size in batch.image_sizes or ())
+
+
+def image_positions(batch: Batch, length: int, what: str) -> Tensor | None:
+    """Return the positions ``(B, length)`` of a sequence of an image map that lie in the images; ``None`` where no image is padded.
+
+    Args:
+        batch: the batch.
+        length: the length of the sequence, H·W of a map whose stride is a power of 2.
+        what: the term and its tap, for messages.
+
+    Raises:
+        WiringError: no such map has this number of positions, such as the joined maps of several levels.
+    """
+    if not has_padded_images(batch):
+        return None
+    assert batch.padded_size is not None and batch.image_sizes is not None
+    for stride in (2**power for power in range(8)):
+        height, width = (-(-side // stride) for side in batch.padded_size)
+        if height * width == length:
+            found = valid_positions(batch.image_sizes, batch.padded_size, torch.empty(1, 1, height, width))
+            assert found is not None
+            return found.flatten(1).bool()
+    refuse_padded_images(batch, what)
+    return None
 
 
 def tokens_of(batch: Batch) -> Tokens:
@@ -185,13 +220,16 @@ def stack_of(tap: Tap, tokens: Tokens) -> str:
 FrameMask = Callable[[Tensor], Tensor] | None
 
 
-def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, FrameMask] = (None, None)) -> Batch:
+def read_batch(
+    inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, FrameMask] = (None, None), ignored: int = 255
+) -> Batch:
     """Return the :class:`~kdgraft.Batch` of a collator's output.
 
     Args:
         inputs: the output of the collator.
         task: the student's task; see :func:`~kdgraft_nlp.tasks.task_of`.
         frames: the frame masks of student and teacher; see :func:`~kdgraft_nlp.tasks.frame_mask`.
+        ignored: the label of pixels that a segmentor's own loss ignores.
     """
     own = {name: value for name, value in inputs.items() if name not in OUR_KEYS}
     tensors = [value for value in own.values() if isinstance(value, Tensor) and value.ndim]
@@ -213,7 +251,25 @@ def read_batch(inputs: Mapping[str, Any], task: str, frames: tuple[FrameMask, Fr
     tokens = Tokens(size, student, teacher, pairs, samples, task == "seq2seq", inputs.get(TOKEN_STARTS), weights)
     extra: dict[Any, Any] = {"tokens": tokens, "written": inputs.get(WRITTEN)}
     extra["answers"] = [own.get(name) for name in ("start_positions", "end_positions")]
-    return TextBatch(labels=own.get("labels"), extra=extra, **_image_sizes(own.get("pixel_mask")))
+    facts = _image_sizes(own.get("pixel_mask"))
+    if task == "detection":
+        facts |= _boxes(own.get("pixel_values"), own.get("labels"))
+    if task == "segmentation":
+        facts["valid"] = counted_pixels(own.get("labels"), ignored)
+    return TextBatch(labels=own.get("labels"), extra=extra, **facts)
+
+
+def _boxes(images: Any, labels: Any) -> dict[str, Any]:
+    """Return the boxes of each image as corners in pixels, from a detector's labels: centre and size, as fractions of the input."""
+    if not isinstance(images, Tensor) or not isinstance(labels, (list, tuple)):
+        return {}
+    height, width = images.shape[-2:]
+    found = []
+    for label in labels:
+        centre, size = label["boxes"].reshape(-1, 4).float().split(2, 1)
+        corners = torch.cat([centre - size / 2, centre + size / 2], 1)
+        found.append(corners * corners.new_tensor([width, height] * 2))
+    return {"padded_size": (height, width), "boxes": found}
 
 
 def _of_predictions(weights: Tensor, real: Tensor | None) -> Tensor:
@@ -291,8 +347,32 @@ def take(values: Tensor, positions: Tensor, dim: int = 1) -> Tensor:
     return values.gather(dim, index.view(shape).expand(expanded))
 
 
+def answers_of(batch: Batch) -> list[Tensor | None]:
+    """Return the positions of the answers' first and last token, ``(B,)`` each, and −100 for both where one is not in the text.
+
+    Where the tokens of two tokenizers are aligned, the positions are those among the pairs.
+    """
+    tokens, given = tokens_of(batch), batch.extra["answers"]
+    if any(place is None for place in given):
+        return [None, None]
+    places = [place.reshape(-1) for place in given]
+    if tokens.pairs is not None:
+        matches = [tokens.pairs[..., 0] == place[:, None] for place in places]
+        places = [match.long().argmax(1).masked_fill(~match.any(1), IGNORED) for match in matches]
+    real = tokens.student.real if tokens.paired is None else tokens.paired
+    unknown = torch.stack([(place < 0) | (real is not None and place >= real.shape[1]) for place in places]).any(0)
+    return [place.masked_fill(unknown, IGNORED) for place in places]
+
+
 def shared_tokens(student: Any, teacher: Any) -> Tensor:
     """Return the ids ``(M, 2)`` of the tokens that two tokenizers write alike, in the order of the student's."""
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     found = sorted((place, theirs[token]) for token, place in ours.items() if token in theirs)
     return torch.tensor(found, dtype=torch.long).reshape(-1, 2)
+
+
+def weighed(pairs: Pairs, tokens: Tokens, counted: Tensor) -> Pairs:
+    """Return the pairs of the tokens that count with their weights, whose sum divides, or else with their number."""
+    if tokens.weights is None:
+        return replace(pairs, count=tokens.amount(counted))
+    return replace(pairs, weight=tokens.weights[counted], count=None)

@@ -61,7 +61,7 @@ def wired(
         student,
         lambda: student.plain_forward(**own),
         run,
-        frozenset({"labels", "tokens"} if reads_text_alone(student) else {"labels"}),
+        _fields(student),
         {**facts, "samples": samples},
     )
     if isinstance(engine.teacher, Absent):
@@ -70,6 +70,12 @@ def wired(
     for term in engine.all_terms:
         refuse_dropped_layers(models[term.listener], [term])
     return engine
+
+
+def _fields(student: nn.Module) -> frozenset[str]:
+    """Return the fields of a batch that models of this kind come with."""
+    more = {"tokens"} if reads_text_alone(student) else {"boxes"} if task_of(student) == "detection" else set()
+    return frozenset({"labels", *more})
 
 
 def _example_inputs(student: Any, engine: Engine, ours: Mapping[str, Any], given: bool) -> dict[str, Mapping[str, Any]]:

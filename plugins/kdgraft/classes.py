@@ -50,3 +50,11 @@ def class_order(
 def class_axis(ndim: int) -> int:
     """Return the axis of classes or channels of a tensor of so many axes: 1 for maps ``(B, C, H, W)``, −1 otherwise."""
     return 1 if ndim == 4 else -1
+
+
+def reordered(logits: Tensor, order: Tensor | None) -> Tensor:
+    """Return the teacher's class logits ``(…, C)`` or ``(…, C + 1)`` in the student's order; a background stays last."""
+    if order is None:
+        return logits
+    background = torch.arange(len(order), logits.shape[-1], device=order.device)
+    return logits[..., torch.cat([order, background])]

@@ -63,7 +63,8 @@ NLP = Host(
     recipes=Registry("recipe", "kdgraft.nlp.recipes", parent=RECIPES, home="kdgraft_nlp:RECIPES"),
     sources=Registry("source", "kdgraft.nlp.sources", parent=SOURCES, home="kdgraft_nlp:SOURCES"),
     lacks={
-        "boxes": "data of the Trainer have none; use MaskedGeneration for maps, HiddenStates for tokens",
+        "boxes": "data of the Trainer have none but those of detectors; there use FeatureImitation with region='foreground', otherwise "
+        "MaskedGeneration for maps, HiddenStates for tokens",
         "generators": "models of the Trainer have losses of their own and make no images; generators are models of plain PyTorch",
     },
     refuses={"ensemble": "a recipe builds one model; make the ensemble the teacher of a run"},

@@ -99,7 +99,8 @@ def built_model(config: Config, weights: dict[str, Any], path: str, checkpoint: 
     with config_mistakes(path), DefaultScope.overwrite_default_scope(scope_of(config)), isolated_rng():
         model = MODELS.build(copy.deepcopy(model_of(config)))  # some models write into their config
     load_strictly(model, weights, checkpoint, "student")
-    return model.eval()
+    model.eval()  # some detectors of mmdet return nothing here
+    return model
 
 
 def _choose_set(config: Config, path: str) -> None:

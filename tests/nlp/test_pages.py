@@ -57,3 +57,10 @@ def test_label_words_as_printed(tmp_path: Path):
     assert "distill.soft_targets.loss" in said
     first = json.loads((tmp_path / "soft.jsonl").read_text().splitlines()[0])
     assert sum(first["soft_labels"]) == pytest.approx(1)
+
+
+def test_a_detector_as_printed(tmp_path: Path):
+    said = run_program(program("RTDetrForObjectDetection", "MatchedBoxes()"), tmp_path)
+    for word in ("task_loss", "soft_targets", "matched_boxes", "hidden_states", "feature_imitation"):
+        assert word in said
+    assert (tmp_path / "student" / "model.safetensors").is_file()

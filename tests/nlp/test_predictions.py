@@ -14,21 +14,12 @@ from kdgraft_nlp.link import StudentStep
 from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import decoder_inputs, task_of
 from support import nlp as support
+from support.detectors import detector
+from support.nlp import built, kl, outputs
+from support.segmentors import pictures, segformers
 from support.tensors import gradients
 
 SOFT = dict(type="SoftTargets", temperature=2.0)
-
-
-def built(kind, seed, **settings):
-    """A small random model of a class of the library, without dropout."""
-    found = getattr(transformers, kind)
-    torch.manual_seed(seed)
-    model = support.quiet(found(found.config_class(**settings)))
-    with torch.no_grad():  # freshly initialised models say nothing much
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    return model
 
 
 def distilled(student, batch):
@@ -37,18 +28,6 @@ def distilled(student, batch):
     loss = support.loss_of(student, batch)
     loss.backward()
     return loss.detach(), gradients(student)
-
-
-def outputs(model, batch, train=False, **more):
-    """What a model by itself gives; a student with normalisation over the batch in training."""
-    with torch.no_grad():
-        return model.train(train)(**{k: v for k, v in batch.items() if k != "labels"}, **more)
-
-
-def kl(student, teacher, temperature=1.0, dim=-1):
-    """KL(teacher ‖ student) written out."""
-    p, q = (F.log_softmax(x / temperature, dim) for x in (teacher, student))
-    return (p.exp() * (p - q)).sum(dim)
 
 
 # Classes that are right or wrong each on its own.
@@ -142,94 +121,6 @@ def test_multi_label_images_too():
     plain = [outputs(support.quiet(support.model("vit", seed=seed)), batch).logits for seed in (1, 2)]
     loss, _ = distilled(graft(*(support.quiet(m) for m in models), [SOFT]), batch)
     torch.testing.assert_close(loss, bernoulli(*plain, 2.0).mean().float(), rtol=1e-4, atol=1e-6)
-
-
-# Segmentors.
-
-
-def segformers(**settings):
-    sizes = dict(
-        num_encoder_blocks=2,
-        depths=[1, 1],
-        sr_ratios=[2, 1],
-        hidden_sizes=[8, 8],
-        patch_sizes=[3, 3],
-        strides=[2, 2],
-        num_attention_heads=[1, 2],
-        mlp_ratios=[2, 2],
-        decoder_hidden_size=8,
-        image_size=16,
-        num_labels=5,
-        drop_path_rate=0.0,
-    )
-    return [
-        built("SegformerForSemanticSegmentation", seed, **{**sizes, "decoder_hidden_size": 8 * seed, **settings})
-        for seed in (1, 2)
-    ]
-
-
-def pictures(ignored=255):
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(5, (2, 24, 20), generator=generator)
-    labels[0, :10] = ignored
-    labels[1, :, 3] = ignored
-    return {"pixel_values": torch.rand(2, 3, 24, 20, generator=generator), "labels": labels}
-
-
-def resized(models, batch):
-    """The scores of student and teacher at the labels' size."""
-    found = (outputs(model, batch, train=train).logits for model, train in zip(models, (True, False), strict=True))
-    return [F.interpolate(logits, size=batch["labels"].shape[-2:], mode="bilinear") for logits in found]
-
-
-def by_hand(models, batch, ignored=255, temperature=2.0):
-    """T²·KL over the classes of every labelled pixel, at the labels' size."""
-    scores = resized(models, batch)
-    counted = batch["labels"] != ignored
-    return temperature**2 * kl(*scores, temperature, dim=1)[counted].mean()
-
-
-@pytest.mark.parametrize("ignored", [255, 4])
-def test_a_segmentors_classes_are_compared_pixel_by_pixel(ignored):
-    settings = dict(semantic_loss_ignore_index=ignored)
-    batch = pictures(ignored)
-    expected = by_hand(segformers(**settings), batch, ignored)
-    student = graft(*segformers(**settings), [dict(type="SoftTargets", temperature=2.0)])
-    loss, gradient = distilled(student, batch)
-    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    assert gradient["decode_head.classifier.weight"].abs().sum() > 0
-    assert student.distiller.rows[0].region == "labelled pixels"
-    # What counts is known before the pass, so that accumulated batches are one.
-    counts = student.distiller.counts(student.distill_link.read(batch))
-    assert counts["soft_targets"] == (batch["labels"] != ignored).sum()
-
-
-def test_a_segmentors_ignored_pixels_alone_are_zero_with_a_live_graph():
-    batch = pictures()
-    batch["labels"][:] = 255
-    student = graft(*segformers(), [SOFT]).train()
-    own = {"pixel_values": batch["pixel_values"]}
-    with student.distill_link.asking(StudentStep(Step(), batch)):  # the host's own cross-entropy of nothing is NaN
-        loss = support.loss_of(student, own)
-    loss.backward()
-    assert loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in student.parameters())
-
-
-def test_a_segmentors_classes_are_compared_by_name():
-    names = [dict(enumerate("abcde")), dict(enumerate("ebcda"))]
-    batch = pictures()
-    student, teacher = segformers()
-    scores = resized((student, teacher), batch)
-    student.config.id2label, teacher.config.id2label = names
-    expected = 4 * kl(scores[0], scores[1][:, [4, 1, 2, 3, 0]], 2.0, dim=1)[batch["labels"] != 255].mean()
-    torch.testing.assert_close(distilled(graft(student, teacher, [SOFT]), batch)[0], expected, rtol=1e-4, atol=1e-6)
-
-
-def test_segmentors_whose_scores_mean_something_else_are_refused():
-    with pytest.raises(WiringError, match="student and teacher have 5 and 4 classes"):
-        graft(segformers()[0], segformers(num_labels=4)[1], [SOFT])
-    with pytest.raises(WiringError, match="a single output"):
-        graft(*segformers(num_labels=1), [SOFT])
 
 
 class Tagger(transformers.BertPreTrainedModel):
@@ -398,7 +289,7 @@ def test_a_decoder_whose_labels_stand_where_they_are_predicted():
         ("Wav2Vec2ForCTC", "ctc"),
         ("Wav2Vec2ForSequenceClassification", "audio"),
         ("BertForMultipleChoice", "choice"),
-        ("RTDetrForObjectDetection", "other"),
+        ("RTDetrForObjectDetection", "detection"),
         ("SegformerForSemanticSegmentation", "segmentation"),
         ("DiffusionGemmaForBlockDiffusion", "other"),
     ],
@@ -510,40 +401,8 @@ def test_terms_on_layers_of_whisper(term):
 # Detectors, sound in frames, multiple choice.
 
 
-def detectors():
-    backbone = transformers.RTDetrResNetConfig(
-        embedding_size=8,
-        hidden_sizes=[8, 8, 8, 8],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage2", "stage3", "stage4"],
-    )
-    return [
-        built(
-            "RTDetrForObjectDetection",
-            seed,
-            backbone_config=backbone,
-            use_timm_backbone=False,
-            encoder_in_channels=[8, 8, 8],
-            encoder_hidden_dim=8 * seed,
-            encoder_attention_heads=2,
-            encoder_ffn_dim=8,
-            encoder_layers=1,
-            decoder_layers=1,
-            d_model=8 * seed,
-            decoder_in_channels=[8 * seed] * 3,
-            decoder_attention_heads=2,
-            decoder_ffn_dim=8,
-            num_queries=5,
-            num_denoising=0,
-            num_labels=3,
-        )
-        for seed in (1, 2)
-    ]
-
-
 def test_a_detector_that_calls_itself_an_encoder_decoder_learns_features():
-    student, teacher = detectors()
+    student, teacher = (detector("rtdetr", 16, seed) for seed in (1, 2))
     tap = "model.encoder.fpn_blocks[0]"
     batch = {"pixel_values": torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))}
     seen = []
@@ -561,8 +420,6 @@ def test_a_detector_that_calls_itself_an_encoder_decoder_learns_features():
         adapted = grafted.distiller.terms["feature_imitation"].adapters[0](own[0], seen[0])
     torch.testing.assert_close(loss, (adapted - seen[0]).square().mean(), rtol=1e-4, atol=1e-6)
     assert any("encoder" in name and value.abs().sum() > 0 for name, value in gradient.items())
-    with pytest.raises(WiringError, match="RTDetrForObjectDetection have no known class axis"):
-        graft(*detectors(), ["SoftTargets"])
 
 
 def listeners(kind="Wav2Vec2ForCTC", **settings):

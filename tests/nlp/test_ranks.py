@@ -83,6 +83,21 @@ def test_without_labels_too(family, tmp_path):
     close(whole, on_two_processes(family, tmp_path)["gradient"])
 
 
+@pytest.mark.parametrize("family", list(nlp_ranks.DETECTORS))
+def test_detectors_too(family, tmp_path):
+    terms = nlp_ranks.DETECTORS[family]
+    whole = nlp_ranks.gradients(family, tmp_path, terms, 8, 1)
+    for batch, accumulation in ((1, 8), (3, 3)):
+        close(whole.found, nlp_ranks.gradients(family, tmp_path, terms, batch, accumulation).found)
+    two = on_two_processes(family, tmp_path)
+    close(whole.found, two["gradient"])
+    mine = next(entry for entry in whole.state.log_history if "distill.hidden_states.loss" in entry)
+    losses = [name for name in mine if name.endswith(".loss") and name.startswith("distill.")]
+    assert len(losses) == len(terms)
+    for name in losses:
+        assert mine[name] > 0 and two["logged"][name] == pytest.approx(mine[name], rel=1e-3), name
+
+
 def test_attention_between_two_models_is_that_of_all_processes(tmp_path):
     (family,) = nlp_ranks.ATTENTION
     alone = nlp_ranks.gradients(family, tmp_path, nlp_ranks.ATTENTION[family], 8, 1).found

@@ -308,7 +308,7 @@ def test_no_map_over_all_pairs_of_pixels_is_built(teacher, term):
 class _Given:
     """A recording of one tensor."""
 
-    scale, class_order = 1.0, None
+    scale, class_order, repeats = 1.0, None, False
 
     def __init__(self, maps: torch.Tensor) -> None:
         self._maps = maps

@@ -61,6 +61,9 @@ TOKENS = Kind((2, 5, 8), (2, 5, 12), -1)
 ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), None)
 ROWS_OF_ATTENTION = Kind((2, 3, 4, 5), (2, 3, 4, 5), -1)
 
+BOXES = Kind((5, 4), (5, 4), -1)
+MASKS = Kind((5, 12), (5, 12), -1)
+
 SHARED = torch.tensor([[0, 0], [2, 2], [6, 6]])
 """Entries of the same tokens in two vocabularies."""
 
@@ -138,6 +141,11 @@ def masked(loss: Callable[..., Tensor], kind: Kind, items: tuple[int, ...], **ho
 
 def _bounded(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
     return losses.bounded_regression(student, teacher, teacher.detach(), **settings)
+
+
+def _boxes(student: Tensor, teacher: Tensor, **settings: Any) -> Tensor:
+    boxes = (losses.upcast(side).sigmoid() for side in (student, teacher))
+    return losses.box_regression(*boxes, **settings)
 
 
 def _labelled(loss: Callable[..., Tensor], dim: int = -1) -> Callable[..., Tensor]:
@@ -310,6 +318,8 @@ BY_NAME: dict[str, Declared] = {
     "exit_imitation": masked(_exit, SAMPLES, (5,), equal=False),
     "native_ensemble": masked(_branches, SAMPLES, (5,), equal=False, teacher_learns=False),
     "margin_mse": weighted(losses.margin_mse, SAMPLES, (5,)),
+    "box_regression": weighted(_boxes, BOXES, (5,)),
+    "mask_regression": weighted(losses.mask_regression, MASKS, (5,)),
     "localization": weighted(losses.localization, EDGES, (5, 4)),
     "localization of the paper": weighted(partial(losses.localization, variant="paper"), EDGES, (5, 4)),
     "dist_between_classes": weighted(losses.dist_between_classes, SAMPLES, (5,), cuts=True),

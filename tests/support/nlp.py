@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
@@ -220,3 +221,27 @@ def same_step(one: tuple[Tensor, dict[str, Tensor]], other: tuple[Tensor, dict[s
         torch.testing.assert_close(
             *torch.broadcast_tensors(a, b), rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def built(kind: str, seed: int, **settings: Any) -> Any:
+    """A small random model of a class of the library, without dropout."""
+    found = getattr(transformers, kind)
+    torch.manual_seed(seed)
+    model = quiet(found(found.config_class(**settings)))
+    with torch.no_grad():  # freshly initialised models say nothing much
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model
+
+
+def outputs(model: Any, batch: Any, train: bool = False, **more: Any) -> Any:
+    """What a model by itself gives; a student with normalisation over the batch in training."""
+    with torch.no_grad():
+        return model.train(train)(**{k: v for k, v in batch.items() if k != "labels"}, **more)
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0, dim: int = -1) -> Tensor:
+    """KL(teacher ‖ student) written out."""
+    p, q = (F.log_softmax(x / temperature, dim) for x in (teacher, student))
+    return (p.exp() * (p - q)).sum(dim)

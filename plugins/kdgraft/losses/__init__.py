@@ -6,6 +6,7 @@ from .affinity import pairwise_affinity
 from .attention_maps import attention_distributions, attention_scores
 from .attention_transfer import attention_transfer
 from .bounded_regression import bounded_regression
+from .boxes import box_regression, generalized_iou
 from .byot import exit_imitation
 from .channel_wise import channel_wise
 from .class_prototypes import class_prototypes
@@ -30,6 +31,7 @@ from .localization import localization
 from .logit_matching import logit_matching
 from .margin_mse import margin_mse
 from .masked_generation import masked_generation
+from .masks import mask_costs, mask_regression
 from .minillm import minillm
 from .mmd import mmd
 from .normalized import normalized
@@ -63,6 +65,7 @@ __all__ = [
     "attention_transfer",
     "binary_soft_targets",
     "bounded_regression",
+    "box_regression",
     "channel_wise",
     "class_prototypes",
     "conditional_adversarial",
@@ -86,6 +89,7 @@ __all__ = [
     "frequency_imitation",
     "fsp",
     "gated_scores",
+    "generalized_iou",
     "generalized_jsd",
     "gold",
     "gradient_penalty",
@@ -95,6 +99,8 @@ __all__ = [
     "localization",
     "logit_matching",
     "margin_mse",
+    "mask_costs",
+    "mask_regression",
     "masked_generation",
     "masked_imitation",
     "memory_relations",

@@ -26,8 +26,9 @@ class BoundedRegression(PairTerm):
       same anchors, at the same proposals (its RoI head runs on those that the student sampled), or at the query of the same
       object. Boxes are compared in the unit that the head regresses: a box coder's deltas (RetinaNet, ATSS, RPN, RoI heads), edges
       in strides (GFL, FCOS, TOOD, RTMDet, YOLOX), or centre and size as fractions of the image (DETR);
-    * in Hugging Face models of ``problem_type="regression"`` over samples, and in plain PyTorch over the items of the tapped
-      outputs, with the batch's targets as the truth.
+    * in Hugging Face models of ``problem_type="regression"`` over samples, in its detectors over the objects, whose boxes are centre
+      and size as fractions of the image, and in plain PyTorch over the items of the tapped outputs, with the batch's targets as
+      the truth.
 
     The published weight is for deltas of boxes (VOC, COCO); targets of another range need another weight, as errors are squared.
 
@@ -35,7 +36,8 @@ class BoundedRegression(PairTerm):
         margin: m >= 0, by which the student has to be better than the teacher to have no loss; unpublished, 0 by default.
         bounded: false compares with the teacher's numbers instead: their squared distance, without bound or truth.
         weight: ν, 0.5 in the paper.
-        where: arguments of the host that select the numbers: ``tap`` in plain PyTorch, ``head`` in detection.
+        where: arguments of the host that select the numbers: ``tap`` in plain PyTorch, ``head`` in detection, ``queries`` in
+            Hugging Face's detectors.
 
     Example:
         >>> term = BoundedRegression()

@@ -124,7 +124,7 @@ class ScoreTerm(PairTerm):
 
     Args:
         where: arguments of the host that select the scores: ``tap`` and ``independent`` in plain PyTorch, ``tap`` and ``grid`` in
-            segmentation, ``head``, ``anchors`` and ``activation`` in detection, ``tokens`` in Hugging Face models.
+            segmentation, ``head``, ``anchors`` and ``activation`` in detection, ``tokens`` and ``queries`` in Hugging Face models.
 
     Example:
         >>> class TotalVariation(ScoreTerm):

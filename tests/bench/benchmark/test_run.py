@@ -199,10 +199,9 @@ def test_a_teacher_that_is_trained_already_is_tested_and_teaches(finished, tmp_p
     out = finished[0]
     shutil.copy(out / "runs/teacher/seed0/student.pth", tmp_path / "large.pth")
     plan = PLAN.replace("options = { width = 32 }", 'options = { width = 32 }\ncheckpoint = "large.pth"')
-    written(tmp_path, plan=plan.replace("seeds = [0, 1]", "seeds = [0]"))
+    before, _, after = plan.replace("seeds = [0, 1]", "seeds = [0]").partition("[students.tiny]")
+    written(tmp_path, plan=before + after[after.index("[methods.") :])
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "mine.toml", "--methods", "kd", "--dry-run"]) == 0
-    assert "about 0 s" in next(line for line in capfd.readouterr().out.splitlines() if line.startswith("teacher "))
     assert main(["bench", "mine.toml", "--methods", "kd"]) == 0
     ours, theirs = read_rows(Path("out")), read_rows(out)
     for key in (("teacher", "teacher", 0), ("small", "kd", 0)):
