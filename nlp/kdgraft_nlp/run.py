@@ -153,9 +153,10 @@ def train(
             raise DistillError(f"nothing to resume: {said}")
     with said_aloud():
         trainer, metrics = train_recipe(config, resume, partial)
-    if metrics:
-        print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    print(f"student in {config['output']}")
+    if trainer.is_world_process_zero():
+        if metrics:
+            print("  ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+        print(f"student in {config['output']}")
     return trainer
 
 
