@@ -37,6 +37,8 @@ class LogitTransform(NamedTuple):
         return scaled if self.cap is None else torch.tanh(scaled / self.cap) * self.cap
 
 
+AT_ONCE = 2**22
+"""The logits of each model that a chunk has by default: 128 tokens of 32 768 entries. On CPUs smaller chunks are faster, too."""
 IDENTITY = LogitTransform()
 
 
@@ -121,6 +123,13 @@ class TokenLoss(NamedTuple):
         return found[0] if self.mean is None else self.mean(found)
 
 
+def tokens_at_once(model: Any) -> int:
+    """Return the number of tokens in a chunk by default: as many as make :data:`AT_ONCE` logits, 16 at least."""
+    # Of a weight that is in parts (ZeRO-3) this process may have none.
+    entries = getattr(model.get_output_embeddings(), "out_features", AT_ONCE)
+    return max(AT_ONCE // entries, 16)
+
+
 def chunked_losses(
     hidden: Tensor,
     head: Head,
@@ -128,7 +137,7 @@ def chunked_losses(
     hard_factor: Tensor | None,
     given: Mapping[str, Given],
     parts: Sequence[TokenLoss],
-    chunk: int = 256,
+    chunk: int = 128,
     weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the weighted total of all losses, and the sum of each.

@@ -22,6 +22,7 @@ from kdgraft.step import scaled
 
 from .adapters import base_of
 from .checkpoints import Resuming
+from .chunked import tokens_at_once
 from .class_teachers import check_class_data
 from .collator import PREFIX, DistillCollator, take_weights
 from .link import StudentStep, is_tied, link_of
@@ -386,7 +387,7 @@ def _refuse_hosts(trainer: Any) -> None:
 def _chunk_size(trainer: Any, chunked: bool | int) -> int | None:
     if chunked is False:
         return None
-    size = 256 if chunked is True else chunked
+    size = tokens_at_once(base_of(trainer.model)) if chunked is True else chunked
     check_number("chunked", "the number of tokens", size, 1, whole=True)
     if _has_own_loss(trainer) and not is_fused(base_of(trainer.model)):
         raise DistillError("chunked=True computes the cross-entropy; leave out label smoothing and your own losses")

@@ -24,8 +24,8 @@ class DistillTrainer(Distilling, Trainer):
         recipe: the name of a recipe, or ``dict(type=name, …)``; its terms are put before ``terms``.
         dry_run: one small batch for all models; made from their configs by default.
         chunked: for causal models with a large vocabulary: the host's cross-entropy and the divergences are computed together,
-            in chunks of 256 (or this many) tokens, and neither model's logits are stored. Training steps then return no logits.
-            Label smoothing and losses of your own are not supported.
+            in chunks of this many tokens (``True``: as many as make four million logits), and neither model's logits are
+            stored. Training steps then return no logits. Label smoothing and losses of your own are not supported.
         host_weight: the factor of the host's own loss. Batches without labels have a host loss of 0.
         teachers: several sources by name, instead of ``teacher``; a term's ``source`` names its source. Peers are saved beside
             the student, in ``peers/<name>``.

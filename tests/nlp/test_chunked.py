@@ -13,7 +13,7 @@ from kdgraft import DistillError, Ensemble, WiringError
 from kdgraft.losses import generalized_jsd, soft_targets
 from kdgraft.sources import Itself
 from kdgraft_nlp import DistillTrainer
-from kdgraft_nlp.chunked import Given, Head, TokenLoss, chunked_losses
+from kdgraft_nlp.chunked import Given, Head, TokenLoss, chunked_losses, tokens_at_once
 from kdgraft_nlp.student import graft
 from support import nlp as support
 from support.tensors import gradients
@@ -434,3 +434,12 @@ def test_divergence_and_gradient_are_those_of_trl(tmp_path, beta):
         torch.testing.assert_close(
             gradients(grafted)[name], value, rtol=1e-3, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+@pytest.mark.parametrize(("entries", "tokens"), [(32_768, 128), (131_072, 32), (1_000_000, 16)])
+def test_a_chunk_has_four_million_logits_and_sixteen_tokens_at_least(entries, tokens):
+    config = transformers.LlamaConfig(
+        vocab_size=entries, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+    )
+    with torch.device("meta"):
+        assert tokens_at_once(transformers.LlamaForCausalLM(config)) == tokens

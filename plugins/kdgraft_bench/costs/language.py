@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from kdgraft.hosts import installed
 from kdgraft_nlp import DistillTrainer, Stored, fill_store
+from kdgraft_nlp.chunked import tokens_at_once
 from kdgraft_nlp.data import train_tokenizer
 from kdgraft_nlp.link import link_of
 from kdgraft_nlp.student import graft
@@ -33,7 +34,6 @@ FORWARD: dict[str, Any] = dict(type="GeneralizedJSD", beta=0.0)
 TOKENS = 512
 VOCABULARIES = (32_768, 131_072)
 WIDTH = 256
-CHUNK = 256
 
 
 def llama(width: int, vocabulary: int, device: str) -> Any:
@@ -71,6 +71,7 @@ def language_model(vocabulary: int, rounds: int, device: str, width: int = WIDTH
     ids = torch.randint(1, vocabulary, (4, TOKENS // 4), generator=generator)
     inputs = {"input_ids": ids.to(device), "labels": ids.to(device)}
     state = copy.deepcopy(llama(width, vocabulary, device).state_dict())
+    chunk = tokens_at_once(teacher)
 
     def plain() -> Any:
         model = llama(width, vocabulary, device)
@@ -91,15 +92,15 @@ def language_model(vocabulary: int, rounds: int, device: str, width: int = WIDTH
         models = {
             "no distillation": plain(),
             "plain losses": student(teacher, None),
-            "chunked": student(teacher, CHUNK),
+            "chunked": student(teacher, chunk),
             "stored teacher": student(stored, None),
-            "stored teacher, chunked": student(stored, CHUNK),
+            "stored teacher, chunked": student(stored, chunk),
         }
         if installed("peft"):
-            models["LoRA, chunked"] = student(teacher, CHUNK, lora=True)
-            models["LoRA, its own base, chunked"] = student("base", CHUNK, lora=True)
-        models["chunked, no labels"] = student(teacher, CHUNK, host_weight=0.0)
-        models["chunked, forward KL, no labels"] = student(teacher, CHUNK, FORWARD, 0.0)
+            models["LoRA, chunked"] = student(teacher, chunk, lora=True)
+            models["LoRA, its own base, chunked"] = student("base", chunk, lora=True)
+        models["chunked, no labels"] = student(teacher, chunk, host_weight=0.0)
+        models["chunked, forward KL, no labels"] = student(teacher, chunk, FORWARD, 0.0)
         found = {name: step(model, inputs, device) for name, model in models.items()}
         if installed("trl"):
             for title, term in (("TRL, no labels", JSD), ("TRL, forward KL, no labels", FORWARD)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,7 +25,7 @@ from kdgraft.distributed import rank
 from kdgraft.errors import DistillError
 from kdgraft_nlp import DistillTrainer
 
-from .language import CHUNK, JSD, llama
+from .language import JSD, llama
 from .steps import Rows
 
 SEQUENCES, LENGTH = 4, 128
@@ -127,19 +127,21 @@ def measure(device: str, vocabulary: int, width: int) -> dict[str, float]:
             model=student,
             teacher=teacher,
             terms=[dict(JSD)],
-            chunked=CHUNK,
+            chunked=True,
             args=args,
             train_dataset=[{"input_ids": row.tolist(), "labels": row.tolist()} for row in ids],
             data_collator=lambda rows: {key: torch.tensor([row[key] for row in rows]) for key in rows[0]},
             callbacks=[clock],
         )
         trainer.train()
-    peak = (
-        torch.cuda.max_memory_allocated()
-        if device == "cuda"
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else _largest()
     return {"tokens/s": SEQUENCES * LENGTH / float(np.median(clock.seconds[WARM_UP:])), "peak": peak / 2**20}
+
+
+def _largest() -> int:
+    """Return the most bytes that this process has held; ``ru_maxrss`` would be those of the process that started it, if larger."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
 
 
 if __name__ == "__main__":
