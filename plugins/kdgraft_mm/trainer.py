@@ -138,7 +138,7 @@ class MMTrainer:
 
 
 def _fitting(value: Any, key: str, config: Config) -> Any:
-    """Return an option as a tuple if it is a list in the place of one, as TOML has no tuples."""
+    """Return an option as a tuple, or as a list of tuples, if it is a list in the place of one, as TOML has no tuples."""
     if not isinstance(value, list):
         return value
     found: Any = config
@@ -147,6 +147,8 @@ def _fitting(value: Any, key: str, config: Config) -> Any:
             found = found[int(part)]
         else:
             found = found.get(part) if isinstance(found, (Config, Mapping)) else None
+    if isinstance(found, list) and found and all(isinstance(one, tuple) for one in found):
+        return [tuple(one) if isinstance(one, list) else one for one in value]
     return tuple(value) if isinstance(found, tuple) else value
 
 

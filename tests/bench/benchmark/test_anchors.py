@@ -93,6 +93,8 @@ def miniature(root: Path, name: str) -> Path:
     small |= {f"{part}_dataloader.persistent_workers": False for part in ("train", "val", "test")}
     for model in (told["teacher"], *told["students"].values()):
         model["options"] = {**model.get("options", {}), **small}
+        if "_ms-" in model["config"]:  # trained on several scales
+            model["options"]["train_dataloader.dataset.pipeline.2.scale"] = [[96, 64], [96, 64]]
     told["out"], told["seeds"] = str(root / "out"), [0]
     lines = [f"{key} = {json.dumps(told.pop(key))}" for key in ("host", "out", "seeds")]
     for kind, entry in told.items():
