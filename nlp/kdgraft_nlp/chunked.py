@@ -76,7 +76,7 @@ def head_of(model: Any, transform: LogitTransform = IDENTITY, *, adapted: bool =
 
 
 class Given(NamedTuple):
-    """What is known of a teacher's logits: states ``(N, H_t)`` and an output layer.
+    """A teacher's logits as far as they are known: states ``(N, H_t)`` and an output layer.
 
     Without an output layer the rows are the logits ``(N, V)``, or the largest of the teacher's probabilities.
     """

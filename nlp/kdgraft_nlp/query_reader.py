@@ -28,7 +28,7 @@ def matching_of(student: nn.Module, teacher: nn.Module, term: str) -> QueryMatch
 
 
 class _Queried:
-    """What classes and boxes of matched queries have in common."""
+    """Base of the readers of classes and of places of matched queries."""
 
     averages = False  # each teacher may match queries of its own
     matching: QueryMatching

@@ -199,6 +199,10 @@ def _export(arguments: argparse.Namespace) -> None:
     if not arguments.onnx:
         if arguments.size is not None:
             raise DistillError("--size belongs to --onnx: it is the size of the images that the file is for")
+        if arguments.out.endswith(".onnx"):
+            raise DistillError(
+                f"{arguments.out} would hold weights of torch; say --onnx, or name a file such as student.pth"
+            )
         written = trainer.export(arguments.checkpoint, arguments.out, **told)
         print(f"wrote {written[0]} and {written[1]}")
         return

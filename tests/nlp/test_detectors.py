@@ -18,6 +18,7 @@ from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import task_of
 from support import detectors as zoo
 from support import nlp as support
+from support.detectors import losses, training
 from support.tensors import gradients
 
 TERMS = ["SoftTargets", "MatchedBoxes"]
@@ -36,22 +37,6 @@ def batch_of(family, count=3, right=0, **settings):
 
 def pair(family, **settings):
     return [zoo.detector(family, width(family), seed, queries=4 + seed, **settings) for seed in (1, 2)]
-
-
-def training(student):
-    """Training, without statistics of a batch in normalisation, so that the student predicts as it does in inference."""
-    student.train()
-    for module in student.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    return student
-
-
-def losses(student, batch):
-    student.zero_grad()
-    output = student(**batch)
-    found = {name: v for name, v in student.distill_link.last.losses.items() if name.endswith(".loss")}
-    return {k.removeprefix("distill.").removesuffix(".loss"): v for k, v in found.items()}, output
 
 
 # What is matched with what, and what it costs.

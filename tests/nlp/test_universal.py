@@ -15,6 +15,7 @@ from kdgraft_nlp.student import graft
 from kdgraft_nlp.tasks import task_of
 from support import detectors, universal
 from support import nlp as support
+from support.detectors import losses, training
 from support.nlp import kl
 from support.tensors import gradients
 
@@ -32,21 +33,6 @@ def outputs(model, batch):
     with torch.no_grad():
         found = model.eval()(**takes)
     return found.class_queries_logits, found.masks_queries_logits
-
-
-def training(student):
-    student.train()
-    for module in student.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    return student
-
-
-def losses(student, batch):
-    student.zero_grad()
-    output = student(**batch)
-    found = {k: v for k, v in student.distill_link.last.losses.items() if k.endswith(".loss")}
-    return {k.removeprefix("distill.").removesuffix(".loss"): v for k, v in found.items()}, output
 
 
 def naive(student, teacher, costs, columns):

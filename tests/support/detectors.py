@@ -129,3 +129,19 @@ def outputs(model: Any, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         found = model.eval()(**{name: batch[name] for name in takes})
     model.train(mode)
     return found.logits, found.pred_boxes
+
+
+def training(student):
+    """Training, without statistics of a batch in normalisation, so that the student predicts as it does in inference."""
+    student.train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    return student
+
+
+def losses(student, batch):
+    student.zero_grad()
+    output = student(**batch)
+    found = {name: v for name, v in student.distill_link.last.losses.items() if name.endswith(".loss")}
+    return {k.removeprefix("distill.").removesuffix(".loss"): v for k, v in found.items()}, output

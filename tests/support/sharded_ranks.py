@@ -11,24 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
-from accelerate.utils import DistributedType
 from torch.utils.data import SequentialSampler
 from transformers import LlamaForCausalLM
 
 from kdgraft.sources import Itself, Peer, Teacher
+from kdgraft_bench.costs.sharded import SETTINGS, shard_on_cpus
 from kdgraft_nlp import DistillTrainer, OnPolicy
 from kdgraft_nlp.sharding import whole
 from support import nlp as support
 from support.processes import as_rank
 
-SETTINGS = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
 LATER = dict(
     type="HiddenStates", schedule=dict(type="WarmUp", end=2)
 )  # in the first step its projections learn nothing
@@ -75,14 +67,7 @@ def sharded(way: str, state: str = "FULL_STATE_DICT") -> dict[str, Any]:
         os.environ["DS_ACCELERATOR"] = "cpu"
         return {"deepspeed": zero(int(way[-1]))}
     os.environ.update(SETTINGS, FSDP_STATE_DICT_TYPE=state)
-    before = PartialState.__init__
-
-    def begin(self: Any, *args: Any, **settings: Any) -> None:
-        before(self, *args, **settings)
-        if self.distributed_type == DistributedType.MULTI_CPU:
-            self.distributed_type = DistributedType.MULTI_GPU
-
-    PartialState.__init__ = begin  # type: ignore[method-assign]
+    shard_on_cpus()
     return {}
 
 

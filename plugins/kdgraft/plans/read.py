@@ -221,7 +221,7 @@ def _check_ensemble(where: str, entry: Mapping[str, Any]) -> None:
 
 
 def _check_checkpoint(where: str, entry: Mapping[str, Any], folder: Path) -> None:
-    trained = [key for key in RUN_KEYS[3:] if key in entry and key != "checkpoint"]
+    trained = [key for key in RUN_KEYS if key in entry and key not in ("config", "host", "options", "checkpoint")]
     if trained:
         raise DistillError(f"{where}: a checkpoint is taken as it is and not trained; leave out {', '.join(trained)}")
     if not (folder / entry["checkpoint"]).exists():
