@@ -131,6 +131,8 @@ def _host(run: PlannedRun) -> Host:
     for key in run.special:
         if key in host.refuses:
             raise DistillError(f"{run.name}: {key} means nothing in the host {host.name}: {host.refuses[key]}")
+    if run.checkpoint is not None and not hasattr(host.make_trainer(), "given"):
+        raise DistillError(f"{run.name}: the host {host.name} takes no checkpoint that others trained; leave it out")
     return host
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from scipy.stats import t as student_t
 
@@ -72,7 +73,7 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
             label: {run.seed: of(run)[metric] for run in runs if run.label == label and metric in of(run)}
             for label in labels(runs)
         }
-        for of in (_tested, _validated)
+        for of in (attrgetter("metrics"), attrgetter("validated"))
     )
     teacher, baselines = values.get(TEACHER, {}), {run.label: run.plain for run in runs}
     taught = statistics.fmean(teacher.values()) if teacher else math.nan
@@ -91,14 +92,6 @@ def gains(runs: Sequence[Run], metric: str) -> list[Gain]:
         closed = share_closed(*means, taught, metric)
         found.append(Gain(label, differences, closed, step_cost(runs, label), chosen_by))
     return sorted(found, key=lambda gain: -gain.mean)
-
-
-def _tested(run: Run) -> Mapping[str, float]:
-    return run.metrics
-
-
-def _validated(run: Run) -> Mapping[str, float]:
-    return run.validated
 
 
 def step_cost(runs: Sequence[Run], label: str) -> float:
