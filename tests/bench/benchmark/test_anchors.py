@@ -87,6 +87,7 @@ def miniature(root: Path, name: str) -> Path:
         small |= {"train_dataloader.dataset.pipeline.3.crop_size": [64, 64], "model.data_preprocessor.size": [64, 64]}
         small |= {"default_hooks.checkpoint.interval": 3, "model.pretrained": str(root / "backbone.pth")}
         torch.save({"state_dict": {}}, root / "backbone.pth")  # of nothing, in place of a download
+        small |= {f"{part}_dataloader.dataset.pipeline.1.scale": [128, 64] for part in ("val", "test")}
         for part in ("backbone", "decode_head", "auxiliary_head"):
             small[f"model.{part}.norm_cfg.type"] = "BN"
     small |= {f"{part}_dataloader.num_workers": 0 for part in ("train", "val", "test")}
@@ -95,8 +96,8 @@ def miniature(root: Path, name: str) -> Path:
         model["options"] = {**model.get("options", {}), **small}
         if "_ms-" in model["config"]:  # trained on several scales
             model["options"]["train_dataloader.dataset.pipeline.2.scale"] = [[96, 64], [96, 64]]
-    told["out"], told["seeds"] = str(root / "out"), [0]
-    lines = [f"{key} = {json.dumps(told.pop(key))}" for key in ("host", "out", "seeds")]
+    told["out"], told["seeds"], told["batches"] = str(root / "out"), [0], [1]
+    lines = [f"{key} = {json.dumps(told.pop(key))}" for key in ("host", "out", "seeds", "batches")]
     for kind, entry in told.items():
         tables = {kind: entry} if kind == "teacher" else {f"{kind}.{key}": one for key, one in entry.items()}
         for title, table in tables.items():
