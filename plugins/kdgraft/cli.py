@@ -201,7 +201,7 @@ def _export(arguments: argparse.Namespace) -> None:
             raise DistillError("--size belongs to --onnx: it is the size of the images that the file is for")
         if arguments.out.endswith(".onnx"):
             raise DistillError(
-                f"{arguments.out} would hold weights of torch; say --onnx, or name a file such as student.pth"
+                f"{arguments.out} would hold weights for PyTorch; say --onnx, or name a file such as student.pth"
             )
         written = trainer.export(arguments.checkpoint, arguments.out, **told)
         print(f"wrote {written[0]} and {written[1]}")

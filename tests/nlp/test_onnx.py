@@ -114,4 +114,4 @@ def test_refusals(tmp_path, capsys):
     refused(capsys, ["export", folder, str(tmp_path / "student.pth")], "is already plain", "or say --onnx")
     refused(capsys, ["export", folder, out, "--onnx", "--trusted"], "--trusted is for configs of MMDetection")
     refused(capsys, ["export", folder, out, "--size", "8", "8"], "--size belongs to --onnx")
-    refused(capsys, ["export", folder, out], "student.onnx would hold weights of torch; say --onnx")
+    refused(capsys, ["export", folder, out], "student.onnx would hold weights for PyTorch; say --onnx")
