@@ -62,6 +62,8 @@ class CrossHead(Term):
         adapter: for towers of different widths; ``"auto"`` is none for equal widths and a 1×1 convolution otherwise.
     """
 
+    runs_teacher = True
+
     def __init__(
         self,
         reused: int = 1,

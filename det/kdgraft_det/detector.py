@@ -103,7 +103,7 @@ class DistilledDetector(Graft):
 
     @classmethod
     def _check_wired(cls, student: Any, engine: Engine) -> None:
-        if engine.replays:
+        if engine.replays():
             check_samplers(student.roi_head)
             check_masks(student.roi_head, engine)
 

@@ -73,6 +73,7 @@ class KDDETR(Term):
 
     needs = ("classes", "numbers")
     compares_classes = True
+    runs_teacher = True
 
     def __init__(
         self,

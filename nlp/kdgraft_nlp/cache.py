@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError
+from kdgraft.sources import KnownRecording
+from kdgraft.store import fingerprint
 from kdgraft.taps import Recording, Tap
 
 from .attention import METHOD
@@ -65,7 +67,7 @@ class TeacherCache:
         """Raise a :class:`WiringError` for taps whose values are not one tensor per sample."""
         check_storable(taps, who, "a cache")
 
-    def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> CachedRecording | None:
+    def look_up(self, ids: Sequence[Any], inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> KnownRecording | None:
         """Return the recording of these samples, or ``None`` where the cache lacks some of it.
 
         Raises:
@@ -94,13 +96,13 @@ class TeacherCache:
             else:
                 batch = torch.stack(found)
             values[tap] = batch.to(next(iter(inputs.values())).device)
-        return CachedRecording(values)
+        return KnownRecording(values)
 
     def lacks(self, ids: Sequence[Any], taps: Sequence[Tap]) -> str | None:
         """Return the first sample and tap that are not cached, or ``None`` where all are."""
         return next((f"{i!r} ({tap})" for i in ids for tap in taps if str(tap) not in self._rows.get(str(i), {})), None)
 
-    def example(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> CachedRecording:
+    def example(self, inputs: Mapping[str, Tensor], taps: Sequence[Tap]) -> KnownRecording:
         """Return zeros in the shapes that a dry run of the teacher would record.
 
         Raises:
@@ -117,7 +119,7 @@ class TeacherCache:
             first = next(iter(inputs.values()))
             shape = [*tokens.shape, *row.shape[1:]] if str(tap) in self._per_token and tokens is not None else None
             values[tap] = row.new_zeros(shape if shape is not None else [len(first), *row.shape]).to(first.device)
-        return CachedRecording(values)
+        return KnownRecording(values)
 
     def belongs_to(self, model: nn.Module) -> None:
         """Set the teacher that produces the outputs.
@@ -261,26 +263,3 @@ def _replace(file: Path, write: Callable[[Path], Any]) -> None:
     beside = file.with_name(f".{uuid.uuid4().hex}.tmp")
     write(beside)
     os.replace(beside, file)
-
-
-def fingerprint(model: nn.Module) -> str | None:
-    """Return a fingerprint of a sample of a model's weights; ``None`` where they are on the meta device."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
-            return None
-        flat = parameter.detach().flatten()
-        some = flat[:: max(len(flat) // 16, 1)].double().cpu()
-        digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
-    return digest.hexdigest()
-
-
-class CachedRecording(Recording):
-    """The recording of a teacher that did not run."""
-
-    def __init__(self, values: Mapping[Tap, Tensor]) -> None:
-        super().__init__("teacher", {}, set())
-        self._values = dict(values)
-
-    def __getitem__(self, tap: Tap) -> Tensor:
-        return self._values[tap]

@@ -22,13 +22,13 @@ from kdgraft.errors import DistillError, check_number
 from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
 from kdgraft.sources import Cached, Source, Teacher
-from kdgraft.store import KEYS, LENGTHS, Index, Store, packed_ids
+from kdgraft.store import KEYS, LENGTHS, Index, Store, fingerprint, narrowed, packed_ids
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import ScoreTerm
 from kdgraft.topk import TopK
 
 from .adapters import AdaptersOff, base_of
-from .cache import check_storable, fingerprint
+from .cache import check_storable
 from .checks import one_line
 from .class_teachers import ClassTeacher
 from .link import link_of
@@ -289,14 +289,7 @@ class _Filler:
             yield f"{tap}/{name}", self._numbers(torch.cat([getattr(part, name) for part in parts]))
 
     def _numbers(self, value: Tensor) -> NDArray[Any]:
-        exact = value.detach().float().cpu().numpy()
-        with np.errstate(over="ignore"):
-            found: NDArray[Any] = exact.astype(self.values)
-        if np.isfinite(exact).all() and not np.isfinite(found).all():
-            raise DistillError(
-                "numbers of the teacher exceed those of float16; take values='float32' (--values float32)"
-            )
-        return found
+        return narrowed(value.detach().float().cpu().numpy(), self.values.name)
 
     def _digest_of_data(self) -> str:
         digest = hashlib.sha256()

@@ -84,10 +84,25 @@ class RecipeTrainer:
         return {key: value for key, value in found.items() if key != "output"}
 
     def cache(
-        self, config: str, out: str, options: Sequence[str] = (), *, top_k: int | None, values: filling.Values
+        self,
+        config: str,
+        out: str | None,
+        options: Sequence[str] = (),
+        *,
+        top_k: str = "50",
+        values: str = "float16",
+        epochs: int | None = None,
     ) -> None:
         """Fill a store with what the terms of a recipe read of its teacher: ``kdgraft cache``."""
-        filling.fill_recipe(config, out, options, top_k=top_k, values=values)
+        if out is None:
+            raise DistillError("say --out FOLDER: the folder of the store")
+        if epochs is not None or values == "int8":
+            given = "--epochs" if epochs is not None else "--values int8"
+            raise DistillError(f"{given} is for stores of images; leave it out")
+        if top_k != "all" and not top_k.isdecimal():
+            raise DistillError(f"--top-k must be a whole number >= 1, or 'all'; got {top_k!r}")
+        kept = None if top_k == "all" else int(top_k)
+        filling.fill_recipe(config, out, options, top_k=kept, values=values)  # type: ignore[arg-type]
 
     def carry_out(self, job: Job) -> TrainedModel:
         """Train in the run's folder, in which the student is saved too."""

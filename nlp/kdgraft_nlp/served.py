@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError, check_number, nearest
-from kdgraft.sources import Teacher
+from kdgraft.sources import KnownRecording, Teacher
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import ScoreTerm, Term
 from kdgraft.topk import TopK
 
 from .absent import Absent
 from .answers import APIS, Known, known_of, too_few
-from .cache import CachedRecording
 from .registry import SOURCES
 from .server import Refused, Server
 from .stored import FOLLOW, LOGITS, texts_in
@@ -94,7 +93,7 @@ class ServedOutputs:
         for (row, where), known in zip(texts, answers, strict=True):
             entries[row, where], logs[row, where] = torch.from_numpy(known.ids), torch.from_numpy(known.logs)
         found = TopK.of_largest(entries, logs, self.classes, self.temperatures).to(tokens.device)
-        return CachedRecording(dict.fromkeys(taps, found))  # type: ignore[arg-type]
+        return KnownRecording(dict.fromkeys(taps, found))  # type: ignore[arg-type]
 
     def lacks(self, ids: Sequence[Any], taps: Sequence[Tap]) -> str | None:
         return None
@@ -111,7 +110,7 @@ class ServedOutputs:
                 )
         tokens = inputs["input_ids"]
         device = tokens.device if tokens.device.type != "meta" else "cpu"
-        return CachedRecording({tap: torch.zeros(*tokens.shape, self.classes, device=device) for tap in taps})
+        return KnownRecording({tap: torch.zeros(*tokens.shape, self.classes, device=device) for tap in taps})
 
 
 @SOURCES.register

@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError
-from kdgraft.sources import Teacher
+from kdgraft.sources import KnownRecording, Teacher
 from kdgraft.store import Index, Store, unpacked_ids
 from kdgraft.taps import Recording, Tap
 from kdgraft.terms import ScoreTerm, Term
 from kdgraft.topk import TopK
 
 from .absent import Absent
-from .cache import CachedRecording, check_storable, without_weights
+from .cache import check_storable, without_weights
 from .packing import FOR_KERNELS, texts_of
 from .registry import SOURCES
 from .tasks import STORED
@@ -135,7 +135,7 @@ class OutputStore:
         device = next(iter(inputs.values())).device
         found = [self.index.of(int(place)) for place in places]
         values = {tap: self._value(str(tap), found, texts, tokens_shape, device) for tap in taps}
-        return CachedRecording(values)  # type: ignore[arg-type]
+        return KnownRecording(values)  # type: ignore[arg-type]
 
     def lacks(self, ids: Sequence[Any], taps: Sequence[Tap]) -> str | None:
         return (
@@ -162,7 +162,7 @@ class OutputStore:
             lead = list(tokens.shape) if told["per"] == "token" and tokens is not None else [len(first)]
             shape = [told["classes"]] if "k" in told else told["shape"]
             values[tap] = torch.zeros([*lead, *shape], device=first.device if first.device.type != "meta" else "cpu")
-        return CachedRecording(values)
+        return KnownRecording(values)
 
     def _value(
         self,

@@ -74,18 +74,16 @@ def _add_runs(commands: Any) -> None:
     _add_trusted(check)
     check.set_defaults(run=_check)
 
-    cache = commands.add_parser(
-        "cache", help="run the teacher of a recipe file once, and store what the terms read of it"
-    )
-    cache.add_argument("config")
-    cache.add_argument(
-        "--out", required=True, metavar="FOLDER", help="the folder of the store; an interrupted one is completed"
-    )
+    cache = commands.add_parser("cache", help="run the teacher once, and store what the terms read of it")
+    cache.add_argument("config", help="a recipe file, or a config of a training")
+    where = "the folder of the store (default: the teacher's store in the config); an interrupted one is completed"
+    cache.add_argument("--out", metavar="FOLDER", help=where)
+    views = "of images, the number of views of each (default: the passes of the training over its data)"
+    cache.add_argument("--epochs", type=int, metavar="N", help=views)
     kept = "of language models, the largest probabilities of each token to keep, or 'all' logits (default: 50)"
-    cache.add_argument("--top-k", default="50", metavar="K", help=kept)
-    cache.add_argument(
-        "--values", choices=("float16", "float32"), default="float16", help="the type of the stored numbers"
-    )
+    cache.add_argument("--top-k", metavar="K", help=kept)
+    numbers = "the type of the stored numbers (default: float16); int8 is for images"
+    cache.add_argument("--values", choices=("float32", "float16", "int8"), help=numbers)
     _add_options(cache)
     cache.set_defaults(run=_cache)
 
@@ -165,17 +163,13 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _cache(arguments: argparse.Namespace) -> None:
     check_launch()
-    told = arguments.top_k
-    if told != "all" and not told.isdecimal():
-        raise DistillError(f"--top-k must be a whole number >= 1, or 'all'; got {told!r}")
     host = host_of(arguments.config)
     fill = getattr(host.make_trainer(), "cache", None)
     if fill is None:
-        raise DistillError(
-            f"{arguments.config} is a config of {host.name}; stores are for recipe files of Hugging Face"
-        )
-    top_k = None if told == "all" else int(told)
-    fill(arguments.config, arguments.out, arguments.cfg_options, top_k=top_k, values=arguments.values)
+        raise DistillError(f"{arguments.config} is a config of {host.name}, whose teachers cannot be stored")
+    told = {name: getattr(arguments, name) for name in ("epochs", "top_k", "values")}
+    given = {name: value for name, value in told.items() if value is not None}
+    fill(arguments.config, arguments.out, arguments.cfg_options, **given)
 
 
 def _test(arguments: argparse.Namespace) -> None:

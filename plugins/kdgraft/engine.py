@@ -243,10 +243,9 @@ class Engine(nn.Module):
         """The wiring, one row per pair of tensors."""
         return [row for term in self.all_terms for row in term.rows]
 
-    @property
-    def replays(self) -> bool:
-        """True if some term taps the part of a teacher that is replayed."""
-        return self._rehearsal.replay is not None
+    def replays(self, *terms: Term) -> bool:
+        """Return true if some term, by default of all, taps the part of a teacher that is replayed."""
+        return self._rehearsal.replays(terms or self.all_terms)
 
     def active(self, at: Step) -> list[Term]:
         """Return the terms whose weight is not 0 at this step."""

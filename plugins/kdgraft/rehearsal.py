@@ -81,6 +81,11 @@ class Rehearsal:
                 found.append(name)
         return list(dict.fromkeys(found))
 
+    def replays(self, terms: Sequence[Term]) -> bool:
+        """Return true if one of these terms taps the part of a teacher that is replayed."""
+        path = None if self.replay is None else self.replay.path
+        return path is not None and any(tap.below(path) for term in terms for tap in term.teacher_taps)
+
     def run(
         self, models: Mapping[str, nn.Module], run_student: Callable[[], Any], run_source: RunSource
     ) -> dict[str, Recording]:

@@ -5,6 +5,7 @@ The content of a part follows from its number alone, so that a store that was in
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+from torch import nn
 
 from .errors import DistillError
 from .files import digest_of_file, written_whole
@@ -58,7 +60,8 @@ class Store:
 
         Args:
             folder: its folder.
-            about: what it holds; ``samples`` and ``per_part`` among it.
+            about: what it holds; ``samples`` and ``per_part`` among it. Hosts whose samples arrive in batches of a fixed order count
+                these batches.
 
         Raises:
             DistillError: the folder has a store of something else; the message says what differs.
@@ -116,29 +119,38 @@ class Store:
         for part in range(self.parts) if parts is None else parts:
             path, told = self._path_of(part), self._sum_of(part)
             if not told.is_file() or not path.is_file():
-                raise DistillError(
-                    f"the store in {self.folder} is not complete: {len(self.missing())} of {self.parts} parts are missing; run "
-                    "kdgraft cache again, which goes on where it was"
-                )
+                self.check_complete()
             if digest_of_file(path) != told.read_text(encoding="utf-8"):
                 raise DistillError(f"{path} is damaged; remove it and {told.name}, and run kdgraft cache again")
+
+    def check_complete(self) -> None:
+        """Raise a :class:`DistillError` if parts are missing."""
+        missing = len(self.missing())
+        if missing:
+            raise DistillError(
+                f"the store in {self.folder} is not complete: {missing} of {self.parts} parts are missing; run kdgraft cache again, "
+                "which goes on where it was"
+            )
 
     def rows(self, part: int, column: str, start: int, end: int) -> NDArray[Any]:
         """Return rows of a column, from the file that is mapped into memory; its checksum is compared at the first use."""
         return np.asarray(self._open(part).get_slice(column)[start:end])
 
-    def whole(self, part: int, column: str) -> NDArray[Any]:
-        """Return a column of a part."""
-        return np.asarray(self._open(part).get_tensor(column))
+    def whole(self, part: int, column: str, *, checked: bool = True) -> NDArray[Any]:
+        """Return a column of a part; ``checked=False`` does not read the whole part to compare its checksum."""
+        return np.asarray((self._open(part) if checked else self._mapped(part)).get_tensor(column))
 
     def _open(self, part: int) -> Any:
         if part not in self._opened:
             self.check([part])
-            try:
-                self._opened[part] = safe_open(self._path_of(part), "np")
-            except (SafetensorError, OSError) as error:
-                raise DistillError(f"{self._path_of(part)} cannot be read: {error}") from None
+            self._opened[part] = self._mapped(part)
         return self._opened[part]
+
+    def _mapped(self, part: int) -> Any:
+        try:
+            return safe_open(self._path_of(part), "np")
+        except (SafetensorError, OSError) as error:
+            raise DistillError(f"{self._path_of(part)} cannot be read: {error}") from None
 
     def _path_of(self, part: int) -> Path:
         return self.folder / f"part-{part:06d}.safetensors"
@@ -152,16 +164,18 @@ class Index:
 
     Args:
         store: the store.
+        checked: compare the checksum of every part now; else that of each part when a row of it is first read.
 
     Raises:
         DistillError: a part is missing or damaged.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, *, checked: bool = True) -> None:
+        store.check_complete()
         keys, lengths, parts, rows, starts = [], [], [], [], []
         for part in range(store.parts):
-            length = store.whole(part, LENGTHS)
-            keys.append(store.whole(part, KEYS))
+            length = store.whole(part, LENGTHS, checked=checked)
+            keys.append(store.whole(part, KEYS, checked=checked))
             lengths.append(length)
             parts.append(np.full(len(length), part))
             rows.append(np.arange(len(length)))
@@ -210,3 +224,49 @@ def unpacked_ids(packed: NDArray[Any]) -> NDArray[np.int64]:
     if packed.dtype == np.uint16:
         return packed.astype(np.int64)
     return (packed.astype(np.int64) * np.array([1, 1 << 8, 1 << 16])).sum(-1)
+
+
+def narrowed(numbers: NDArray[np.float32], values: str) -> NDArray[Any]:
+    """Return numbers as ``"float16"`` or ``"float32"``.
+
+    Raises:
+        DistillError: some are too large for it.
+    """
+    with np.errstate(over="ignore"):
+        found: NDArray[Any] = numbers.astype(values)
+    if np.isfinite(numbers).all() and not np.isfinite(found).all():
+        raise DistillError("numbers of the teacher exceed those of float16; take values='float32' (--values float32)")
+    return found
+
+
+def rounded(numbers: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Return numbers as whole ones from -127 to 127, and their unit: one for each channel of a map ``(C, …)``, else one for all.
+
+    A number is off by at most half a unit, which is the largest absolute value of its channel divided by 254.
+
+    Raises:
+        DistillError: some are not finite.
+
+    Example:
+        >>> from kdgraft.store import rounded
+        >>> whole, unit = rounded(np.array([-2.54, 0.0, 1.27], np.float32))
+        >>> whole.tolist(), round(float(unit[0]), 4)
+        ([-127, 0, 64], 0.02)
+    """
+    if not np.isfinite(numbers).all():
+        raise DistillError("some outputs of the teacher are not finite, which int8 cannot say; take --values float32")
+    axes = tuple(range(1, numbers.ndim)) if numbers.ndim > 2 else tuple(range(numbers.ndim))
+    unit = (np.abs(numbers).max(axes, keepdims=True, initial=0) / 127).astype(np.float32)
+    return np.rint(numbers / np.where(unit > 0, unit, 1)).astype(np.int8), unit
+
+
+def fingerprint(model: nn.Module) -> str | None:
+    """Return a fingerprint of a sample of a model's weights; ``None`` where they are on the meta device."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            return None
+        flat = parameter.detach().flatten()
+        some = flat[:: max(len(flat) // 16, 1)].double().cpu()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()

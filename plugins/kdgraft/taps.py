@@ -129,7 +129,7 @@ class _Seen:
             return  # a module that runs several times has them once
         value = read()
         if self.copied:
-            value = _map(value, _copied)
+            value = mapped(value, _copied)
         else:
             self._versions += [(tensor, tensor._version) for tensor in _tensors(value)]
         self.values[side].append(value)
@@ -137,7 +137,7 @@ class _Seen:
     def mapped(self, function: Callable[[Tensor], Tensor]) -> _Seen:
         """Return the same calls with ``function`` applied to each tensor."""
         other = copy(self)
-        other.values = {side: [_map(value, function) for value in found] for side, found in self.values.items()}
+        other.values = {side: [mapped(value, function) for value in found] for side, found in self.values.items()}
         return other
 
     @property
@@ -292,18 +292,19 @@ def _copied(tensor: Tensor) -> Tensor:
     return tensor if tensor.is_leaf and tensor.requires_grad else tensor.clone()
 
 
-def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Return a nested value with a function applied to each tensor."""
     if isinstance(value, Tensor):
         return function(value)
     if isinstance(value, dict):
         found = copy(value)  # of its own class: an output of transformers has entries by number too
         for key, entry in value.items():
-            found[key] = _map(entry, function)
+            found[key] = mapped(entry, function)
         return found
     if isinstance(value, Mapping):
-        return {key: _map(entry, function) for key, entry in value.items()}
+        return {key: mapped(entry, function) for key, entry in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map(entry, function) for entry in value))
+        return type(value)(*(mapped(entry, function) for entry in value))
     if type(value) in (list, tuple):
-        return type(value)(_map(entry, function) for entry in value)
+        return type(value)(mapped(entry, function) for entry in value)
     return value

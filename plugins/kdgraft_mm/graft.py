@@ -39,6 +39,7 @@ from .log import tell_the_run
 from .resolution import Resolution
 from .sources import SourceView, build_sources, check_inheritance, check_scales, teacher_classes
 from .state import HubLink
+from .stored import Stored, check_stored
 from .views import channels_of, image_sizes, sample_ids
 
 logger = logging.getLogger("kdgraft")
@@ -135,6 +136,7 @@ class Graft(_Host, metaclass=GraftMeta):
                     engine, context.pairing = cls._engine(grafted, sources, specs, dry_run_size)
                     cls._check_wired(grafted, engine)
                     check_inheritance(grafted, sources, paths)
+                    check_stored(engine)
                 except MissingConfig as error:
                     context.problem = error
         grafted.__class__ = _graft_class(cls, type(grafted))  # type: ignore[arg-type]
@@ -276,6 +278,8 @@ class Graft(_Host, metaclass=GraftMeta):
 
         def run(source: Source) -> Any:
             view, samples = context.views[source.name](delivered, reduced)
+            if isinstance(source, Stored):
+                return view, samples
             model: Any = source.model
             return model.loss(view, samples) if source.trains else self._raw_outputs(model, view, samples)
 

@@ -125,7 +125,7 @@ def _of_files(config: Config) -> Iterator[str]:
                 config_file(source)
             except DistillError as error:
                 yield str(error)
-        if _is_missing(teacher.get("checkpoint")):
+        if teacher.get("store") is None and _is_missing(teacher.get("checkpoint")):
             yield f"checkpoint not found: {teacher['checkpoint']}"
     if _is_missing(config.get("load_from")):
         yield f"load_from not found: {config.load_from}"

@@ -27,6 +27,7 @@ from kdgraft.files import held
 from kdgraft.isolation import isolated_rng
 from kdgraft.launching import TIMEOUT, waiting
 from kdgraft.resuming import lost_terms
+from kdgraft.store import Store
 from kdgraft.tables import print_rows
 from kdgraft.telling import MEASURED, print_shares, watch
 from kdgraft.wiring import WiringRow
@@ -34,7 +35,9 @@ from kdgraft.wiring import WiringRow
 from .configs import PLUGINS, load_config, scope_of, type_name
 from .graft import Graft
 from .outline import check_outline, check_terms, missing_data
+from .replaying import ReplayViews
 from .resuming import is_resumable, lacking, newest_checkpoint, safe_loading
+from .sources import teacher_specs
 from .state import KEY
 
 MISTAKES = (
@@ -217,6 +220,7 @@ def train_config(
         trusted: see :func:`train`.
         partial: see :func:`train`.
     """
+    replay_stored(config)
     with held(config.work_dir), safe_loading(trusted), waiting(timeout_of(config)):
         if config.get("resume") and not config.get("load_from"):
             config.load_from = newest_checkpoint(config, trusted=trusted, partial=partial)
@@ -234,6 +238,16 @@ def train_config(
             with config_mistakes(path):  # the Runner builds loops, optimizer and schedulers only now
                 raise error
     return runner
+
+
+def replay_stored(config: Config) -> None:
+    """Add the hook that replays views to a config with a stored teacher, unless it has one."""
+    stored = [spec["store"] for spec in teacher_specs(config.model).values() if spec.get("store") is not None]
+    hooks = list(config.get("custom_hooks") or ())
+    if stored and not any(type_name(hook) == ReplayViews.__name__ for hook in hooks if isinstance(hook, dict)):
+        about = Store(stored[0]).about
+        told = {key: about[key] for key in ("views", "seed") if key in about}
+        config.custom_hooks = [*hooks, {"type": ReplayViews.__name__, **told}]
 
 
 def timeout_of(config: Config) -> float:
@@ -294,6 +308,7 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
         DistillError: training would stop before its first step.
     """
     config = read_config(path, options)
+    replay_stored(config)
     with safe_loading(trusted), tempfile.TemporaryDirectory() as scratch:
         config.work_dir = scratch
         # mmengine names a Runner's log and pictures after the second it is made in: a training started then would write here too.
@@ -315,6 +330,8 @@ def check(path: str, options: Sequence[str] = (), *, trusted: bool = False) -> l
             if runner.param_schedulers is not None:
                 runner.param_schedulers = runner.build_param_scheduler(runner.param_schedulers)
             _ = runner.val_loop  # this builds the validation set and its evaluator, if the config has them
+        for hook in (hook for hook in runner.hooks if isinstance(hook, ReplayViews)):
+            hook.before_train(runner)
         begin(runner, loader)
         if model.distiller is not None:
             watch(model.distiller)

@@ -14,6 +14,7 @@ from mmengine.utils import import_modules_from_strings
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError, check_flag, nearest
+from kdgraft.files import digest
 from kdgraft.inheriting import check_alike
 from kdgraft.pixels import Normalisation
 from kdgraft.sources import FeatureTeacher, Itself, Source, Teacher, gather_sources, library_teacher
@@ -21,8 +22,10 @@ from kdgraft.sources import FeatureTeacher, Itself, Source, Teacher, gather_sour
 from .checkpoints import SAFE_TYPES
 from .configs import MissingConfig, load_config, model_of
 from .resolution import Resolution, samples_padded_to, teacher_scale
+from .stored import Stored, StoredFeatures
 from .views import TeacherView, image_sizes
 
+KNOWN = ("config", "checkpoint", "precision", "trusted", "scale")
 Batched = tuple[Tensor, Any]
 """Inputs ``(B, C, H, W)`` and data samples."""
 
@@ -122,6 +125,10 @@ def check_inheritance(student: Any, sources: Mapping[str, Source], paths: tuple[
     if len(sources) > 1 or not all(isinstance(source, Teacher) for source in sources.values()):
         raise WiringError(f"inherit takes weights from one teacher, and there are {', '.join(sources)}; leave it out")
     for name, source in sources.items():
+        if isinstance(source, Stored):
+            raise WiringError(
+                f"inherit takes weights from a teacher, and {name!r} has a store in their place; leave one out"
+            )
         if isinstance(source, FeatureTeacher):
             raise WiringError(
                 f"inherit takes weights from a model of the host, and {name!r} is a {type(source.weighed).__name__}; leave it out"
@@ -136,7 +143,8 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
         spec: ``dict(config=…, checkpoint=…)`` with ``config`` a path, ``"mmdet::…"``, a model or a whole config, and
             optionally ``precision`` and ``trusted`` (see :class:`kdgraft.Teacher`) and ``scale`` (see
             :meth:`~kdgraft_mm.graft.Graft.build`); or ``dict(type="transformers", …)``, a teacher of features from another library:
-            see :func:`kdgraft.sources.library_teacher`, with ``scale`` beside.
+            see :func:`kdgraft.sources.library_teacher`, with ``scale`` beside. With ``store="folder"``, which ``kdgraft cache``
+            filled, the teacher does not run, and needs no checkpoint.
         models: the host's model registry.
         name: the name of the teacher in messages.
 
@@ -144,10 +152,11 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
         DistillError: an argument is missing or misspelt.
         MissingConfig: the config file does not exist.
     """
+    if isinstance(spec, Mapping) and spec.get("store") is not None:
+        return _stored(spec, models, name)
     if isinstance(spec, Mapping) and "type" in spec:
         return _of_library(spec, name)
-    known = ("config", "checkpoint", "precision", "trusted", "scale")
-    spec = _checked(name, spec, known, ("config", "checkpoint"))
+    spec = _checked(name, spec, KNOWN, ("config", "checkpoint"))
     trusted = spec.get("trusted", False)
     check_flag(name, "trusted", trusted)
     made = Teacher(
@@ -159,6 +168,37 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
     )
     made.scale = float(teacher_scale(spec))
     return made
+
+
+def _stored(spec: Mapping[str, Any], models: MMRegistry, name: str) -> Stored:
+    """Build a teacher whose outputs are in a store; its checkpoint is not read."""
+    folder = spec["store"]
+    if not isinstance(folder, (str, Path)):
+        raise DistillError(f"{name}: store must be the folder that kdgraft cache filled, got {folder!r}")
+    rest = {key: value for key, value in spec.items() if key != "store"}
+    identity = identity_of(rest)
+    if "type" in rest:
+        return StoredFeatures(_of_library(rest, name), str(folder), identity)
+    rest = {"checkpoint": None, **_checked(name, rest, KNOWN, ("config",))}
+    made = Teacher(_model(rest, models))
+    made.scale = float(teacher_scale(rest))
+    return Stored(made, str(folder), identity)
+
+
+def identity_of(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells one teacher from another without its weights: its scale, and a digest of its model or its library's settings."""
+    if "type" in spec:
+        told: Any = {key: value for key, value in spec.items() if key not in ("checkpoint", "precision", "trusted")}
+    else:
+        told = model_of(load_config(spec["config"])).to_dict()
+    return {"model": digest(told), "scale": str(teacher_scale(spec))}
+
+
+def teacher_specs(model: Any) -> dict[str, Any]:
+    """Return what a distilled model's config says of its sources, by name."""
+    several = model.get("teachers")
+    found = several if isinstance(several, Mapping) else {"teacher": model.get("teacher")}
+    return {name: spec for name, spec in found.items() if isinstance(spec, Mapping)}
 
 
 def _of_library(spec: Mapping[str, Any], name: str) -> FeatureTeacher:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from kdgraft.files import written_whole
 from kdgraft.hosts import Job, TrainedModel
 from kdgraft.sources.teacher import read_checkpoint, weights_of
 
-from . import run
+from . import filling, run
 from .checkpoints import SAFE_TYPES, export_student
 from .configs import imported_names, is_distilled, load_config, plain_config, scope_of
 from .evaluation import built_model, evaluate
@@ -45,6 +45,21 @@ class MMTrainer:
     test = staticmethod(evaluate)
     export = staticmethod(export_student)
     export_onnx = staticmethod(export_student_onnx)
+
+    def cache(
+        self,
+        config: str,
+        out: str | None,
+        options: Sequence[str] = (),
+        *,
+        epochs: int | None = None,
+        values: filling.Values = "float16",
+        top_k: str | None = None,
+    ) -> None:
+        """Fill stores with what the terms of a config read of its teachers: ``kdgraft cache``."""
+        if top_k is not None:
+            raise DistillError("--top-k is for language models; leave it out")
+        filling.fill(config, out, options, epochs=epochs, values=values)
 
     def reads(self, config: str) -> bool:
         """Return true for a config of this host; see :func:`kdgraft_mm.configs.scope_of`."""

@@ -31,4 +31,4 @@ def test_a_config_of_the_pages_builds_and_wires_every_term(tmp_path, number, mon
 
 
 def test_there_is_one_with_several_sources():
-    assert len(BLOCKS) == 4 and sum("teachers=" in code for code in BLOCKS) == 1
+    assert len(BLOCKS) == 5 and sum("teachers=" in code for code in BLOCKS) == 1

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdgraft import DistillError
-from kdgraft.store import HEADER, KEYS, LENGTHS, Index, Store, packed_ids, unpacked_ids
+from kdgraft.store import HEADER, KEYS, LENGTHS, Index, Store, narrowed, packed_ids, rounded, unpacked_ids
 
 ABOUT = {"samples": 7, "per_part": 3, "taps": {"x": {"per": "token"}}}
 
@@ -101,3 +101,30 @@ def test_classes_are_packed_in_few_bytes(classes, width):
     ids[0, 0] = classes - 1
     packed = packed_ids(ids, classes)
     assert packed.nbytes == 35 * width and (unpacked_ids(packed) == ids).all()
+
+
+# --- smaller numbers
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 4), (6, 2), (7,), ()])
+def test_whole_numbers_are_off_by_at_most_half_their_unit(shape):
+    exact = np.random.default_rng(0).normal(0, 3, shape).astype(np.float32)
+    whole, unit = rounded(exact)
+    assert whole.dtype == np.int8 and unit.shape == ((3, 1, 1) if len(shape) > 2 else (1,) * len(shape))
+    assert (np.abs(whole * unit - exact) <= unit * 0.5001).all()
+    largest = np.abs(exact).max((1, 2) if len(shape) > 2 else None)
+    np.testing.assert_allclose(unit.reshape(-1), np.reshape(largest, -1) / 127, rtol=1e-6)
+
+
+def test_whole_numbers_by_hand_and_of_nothing_but_zeros():
+    whole, unit = rounded(np.array([[[254.0, -127.0]], [[0.0, 0.0]]], np.float32))
+    assert whole.tolist() == [[[127, -64]], [[0, 0]]] and unit.reshape(-1).tolist() == [2.0, 0.0]
+    assert rounded(np.zeros((2, 0, 3), np.float32))[0].shape == (2, 0, 3)
+
+
+def test_what_a_type_cannot_say_is_refused():
+    with pytest.raises(DistillError, match="not finite, which int8 cannot say"):
+        rounded(np.array([1.0, np.inf], np.float32))
+    with pytest.raises(DistillError, match="exceed those of float16"):
+        narrowed(np.array([1e6], np.float32), "float16")
+    assert narrowed(np.array([np.inf, 1.0], np.float32), "float16").tolist() == [np.inf, 1.0]

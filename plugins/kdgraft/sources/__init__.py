@@ -2,7 +2,7 @@
 
 from ..registry import SOURCES
 from .base import STUDENT, Source
-from .cached import Cached
+from .cached import Cached, KnownRecording
 from .ensemble import Ensemble, EnsembleRecording, combined
 from .features import Extractor, FeatureTeacher
 from .gather import gather_sources, students_in, with_parts, with_students
@@ -22,6 +22,7 @@ __all__ = [
     "Extractor",
     "FeatureTeacher",
     "Itself",
+    "KnownRecording",
     "Peer",
     "Peers",
     "Source",

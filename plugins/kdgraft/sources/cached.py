@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, Protocol
 
 import torch
@@ -11,8 +12,33 @@ from torch import Tensor
 from ..batch import Batch
 from ..errors import DistillError
 from ..recorder import Recorder
-from ..taps import Recording, Tap
+from ..taps import NeverFired, Recording, Tap, mapped
 from .teacher import Teacher
+
+
+class KnownRecording(Recording):
+    """The recording of a teacher that did not run.
+
+    Args:
+        values: the value of each tap; that of a tap which the teacher did not reach is missing.
+    """
+
+    def __init__(self, values: Mapping[Tap, Any]) -> None:
+        super().__init__("teacher", {}, set())
+        self._values = dict(values)
+
+    def __getitem__(self, tap: Tap) -> Any:
+        if tap not in self._values:
+            raise NeverFired(tap, self.owner)
+        return self._values[tap]
+
+    def calls(self, tap: Tap) -> int:
+        return int(tap in self._values)
+
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> KnownRecording:
+        other = copy(self)
+        other._values = {tap: mapped(value, function) for tap, value in self._values.items()}
+        return other
 
 
 class Outputs(Protocol):

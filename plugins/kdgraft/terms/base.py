@@ -78,6 +78,8 @@ class Term(nn.Module):
     """True if the term runs the source on the host's own loss, so that both models must have the same classes in one order."""
     runs_again = False
     """True if the term runs its source and the student on other inputs within the step, through :attr:`passes`."""
+    runs_teacher = False
+    """True if the term runs a part of its source itself, so that what a store has of the source's own pass is not enough."""
     passes: Passes | None = None
     """Runs both models on other inputs. The engine sets it for :meth:`forward` of a term that :attr:`runs_again`."""
     examiner: Examiner | None = None

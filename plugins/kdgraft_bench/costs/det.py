@@ -67,6 +67,7 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/costs/det") -> R
         images=IMAGES,
         forward=lambda teacher, inputs: teacher.bbox_head(teacher.extract_feat(inputs)),
         references={"mmdet LD": partial(mmdet_ld, student)},
+        stored=("ld", "foreground imitation"),
     )
     return publish(measure(variants, pairs, device), device, out)
 

@@ -6,8 +6,8 @@ import copy
 import gc
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,11 @@ from mmengine.registry import DefaultScope, Registry
 from torch import Tensor
 
 from kdgraft.batch import Batch
+from kdgraft.store import Store
 from kdgraft_mm.configs import load_config
+from kdgraft_mm.replaying import VIEW
+from kdgraft_mm.sources import identity_of
+from kdgraft_mm.writing import Writer, columns_of
 
 from ..timing import check_device, interleave, peak_memory
 from .steps import Rows, compared, machine, teacher_forward, training_step
@@ -40,6 +44,7 @@ class Variants:
         size, images: side and number of the images by device.
         forward: runs the teacher up to its outputs.
         references: models of other packages by name, made from (teacher config's path, checkpoint's path), for further ratios.
+        stored: the names of recipes that are timed with a stored teacher as well, in float16.
     """
 
     scope: str
@@ -53,6 +58,7 @@ class Variants:
     images: Mapping[str, int]
     forward: Callable[[Any, Tensor], Any]
     references: Mapping[str, Callable[[str, str], dict[str, Any]]] = field(default_factory=dict)
+    stored: Sequence[str] = ()
 
 
 def measure(variants: Variants, pairs: int, device: str) -> dict[str, Rows]:
@@ -74,13 +80,20 @@ def measure(variants: Variants, pairs: int, device: str) -> dict[str, Rows]:
         DefaultScope.overwrite_default_scope(variants.scope),
     ):
         steps, models, tapped = _steps(variants, Path(scratch), size, count, device)
-    rows = compared(interleave(steps, pairs, device=device), list(variants.references))
+        rows = compared(
+            interleave(steps, pairs, device=device), [*variants.references, *(("plain",) if variants.stored else ())]
+        )
+        stores = [
+            {"teacher": name, "kB a view of an image": f"{stored_bytes(models[name]) / 1000:.0f}"}
+            for name in map(stored_name, variants.stored)
+        ]
     title = (
         f"{machine(device)}, {count} images of {size}×{size}, {pairs} interleaved rounds, medians with 95 % intervals"
     )
     weights = sum(tensor.nbytes for tensor in models["teacher"].state_dict().values()) / 2**20
     held = f"peak of one step beyond the weights, MiB (the teacher's weights, {weights:.1f} MiB, come on top)"
-    return {title: rows, held: _memory(steps, tapped, device)}
+    tables = {title: rows, held: _memory(steps, tapped, device)}
+    return {**tables, "stored outputs, float16": stores} if stores else tables
 
 
 @contextmanager
@@ -114,13 +127,21 @@ def _steps(
         student = copy.deepcopy(variants.student)
         kind = student.pop("type")
         spec = dict(config=str(scratch / "teacher.py"), checkpoint=str(checkpoint))
-        distilled = variants.models.build(
-            dict(student, type=variants.kind, student=kind, teacher=spec, **copy.deepcopy(dict(settings)))
-        )
-        distilled.start_distilling()
+
+        def distilled(spec: dict[str, Any], student: Any = student, kind: str = kind, settings: Any = settings) -> Any:
+            own = dict(student, type=variants.kind, student=kind, teacher=spec, **copy.deepcopy(dict(settings)))
+            return variants.models.build(own)
+
+        models[name] = distilled(spec)
+        models[name].start_distilling()
         # All variants share one teacher, as a copy for each of them would fill the memory.
-        distilled.distiller.teacher.model = teacher
-        models[name] = distilled
+        models[name].distiller.teacher.model = teacher
+        if name in variants.stored:
+            folder = str(scratch / f"store {len(models)}")
+            stored = distilled({"config": spec["config"], "store": folder})
+            models[stored_name(name)] = stored
+            fill_by_batch(models[name], variants.batch(size, count, "cpu"), identity_of(spec), folder)
+            stored.start_distilling()
     for name, model in models.items():
         # SyncBN would need a process group, and this is a single process.
         models[name] = revert_sync_batchnorm(model)
@@ -128,6 +149,8 @@ def _steps(
         models[name].to(device).train()
     teacher.to(device)
     inputs, samples = variants.batch(size, count, device)
+    for number, sample in enumerate(samples):
+        sample.set_metainfo({VIEW: (0, number)})
     tapped = {name: _tapped_bytes(models[name], inputs, samples) for name in variants.recipes}
     steps = {
         name: training_step(partial(_loss, model, inputs, samples), model.parameters(), device)
@@ -136,6 +159,27 @@ def _steps(
     forward = teacher_forward(lambda: variants.forward(teacher, inputs), device)
     ordered = {"plain": steps.pop("plain"), "teacher forward": forward, **steps}
     return ordered, {**models, "teacher": teacher}, tapped
+
+
+def stored_name(name: str) -> str:
+    """Return the name of a recipe's step with a stored teacher."""
+    return f"{name}, stored"
+
+
+def stored_bytes(model: Any) -> float:
+    """Return the bytes that the store of a model's teacher takes for a view of an image."""
+    outputs = model.distiller.teacher.outputs
+    return float(outputs.files.size()) / len(outputs.index)
+
+
+def fill_by_batch(model: Any, batch: tuple[Tensor, list[Any]], identity: Mapping[str, Any], folder: str) -> None:
+    """Store what the teacher of a distilled model gives on one batch."""
+    for number, sample in enumerate(batch[1]):
+        sample.set_metainfo({VIEW: (0, number)})
+    writer = Writer(model, "teacher", "float16", nullcontext)
+    about, _ = writer.about(batch, identity)
+    store = Store.create(folder, {**about, "views": 1, "seed": 0, "samples": 1, "per_part": 1})
+    store.write(0, columns_of(writer.rows(batch)))
 
 
 def _loss(model: Any, inputs: Tensor, samples: list[Any]) -> Tensor:
