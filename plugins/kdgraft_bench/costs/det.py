@@ -6,6 +6,7 @@ All variants have the same student weights, teacher weights and batch, and are t
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +17,12 @@ from mmengine.structures import InstanceData
 from torch import Tensor
 
 import kdgraft_det  # noqa: F401  registers DistilledDetector
+from kdgraft.regions.foreground import foreground_weights
 from kdgraft_det.reader import DetReader
 from kdgraft_mm.configs import load_config
 
 from ..mmdet_ld import mmdet_ld
+from ..timing import peak_memory
 from .methods import methods
 from .mm import Variants, measure
 from .steps import Rows, publish
@@ -41,6 +44,19 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 """Variants to time. Terms on exclusive classes read GFL's scores through a softmax; those with labels count the positives."""
+VIT: dict[str, Any] = dict(
+    type="transformers",
+    model=dict(model_type="dinov3_vit", num_register_tokens=4),
+    mean=[0.485, 0.456, 0.406],
+    std=[0.229, 0.224, 0.225],
+)
+"""A DINOv3 ViT-S/16, whose features teach."""
+OF_A_VIT: dict[str, dict[str, Any]] = {
+    "rtdetrv4": dict(recipe="rtdetrv4"),
+    "ultralytics": dict(recipe=dict(type="ultralytics", scored=False)),
+}
+CROWDED = 4, 500, (800, 1344)
+"""Images, boxes of each, and their size, of which the memory of foreground weights is measured on the largest map."""
 SIZE = {"cpu": 256, "cuda": 800}
 IMAGES = {"cpu": 2, "cuda": 8}
 
@@ -69,7 +85,29 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/costs/det") -> R
         references={"mmdet LD": partial(mmdet_ld, student)},
         stored=("ld", "foreground imitation"),
     )
-    return publish(measure(variants, pairs, device), device, out)
+    vit = replace(
+        variants,
+        teacher=VIT,
+        recipes=OF_A_VIT,
+        forward=lambda teacher, inputs: teacher(inputs),
+        references={},
+        stored=("rtdetrv4",),
+    )
+    tables = {f"a DINOv3 ViT-S/16 teaches, {title}": rows for title, rows in measure(vit, pairs, device).items()}
+    return publish({**measure(variants, pairs, device), **tables, **crowded(device)}, device, out)
+
+
+def crowded(device: str = "cpu") -> dict[str, Rows]:
+    """Measure the memory of the foreground weights of crowded images, beside that of the weights themselves."""
+    images, count, size = CROWDED
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.zeros(images, 1, size[0] // 4, size[1] // 4, device=device)
+    corners = torch.rand(images, count, 2, generator=generator) * torch.tensor([size[1], size[0]]) * 0.8
+    boxes = torch.cat([corners, corners + 8 + 200 * torch.rand(images, count, 2, generator=generator)], -1).to(device)
+    held = peak_memory(lambda: foreground_weights(list(boxes), size, feature), device)
+    map_size = feature.numel() * 4 / 2**20
+    title = f"peak of foreground weights, {images} images with {count} boxes each, on {feature.shape[2]}×{feature.shape[3]} positions"
+    return {title: [{"MiB": f"{held / 2**20:.1f}", "the weights themselves": f"{map_size:.1f}"}]}
 
 
 def batch(size: int, count: int, device: str, boxes: int = 7, classes: int = 80) -> tuple[Tensor, list[Any]]:

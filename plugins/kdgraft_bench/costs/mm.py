@@ -22,7 +22,7 @@ from kdgraft.batch import Batch
 from kdgraft.store import Store
 from kdgraft_mm.configs import load_config
 from kdgraft_mm.replaying import VIEW
-from kdgraft_mm.sources import identity_of
+from kdgraft_mm.sources import build_teacher, identity_of
 from kdgraft_mm.writing import Writer, columns_of
 
 from ..timing import check_device, interleave, peak_memory
@@ -38,7 +38,7 @@ class Variants:
         models: the host's registry.
         kind: the distilled model's type.
         student: the plain student's ``model`` entry.
-        teacher: config of the teacher, whose weights are random.
+        teacher: config of the teacher, whose weights are random; or a dict with the ``type`` of another library.
         recipes: settings of a distilled model by name.
         batch: (side, images, device) -> the batch as the data preprocessor returns it.
         size, images: side and number of the images by device.
@@ -51,7 +51,7 @@ class Variants:
     models: Registry
     kind: str
     student: dict[str, Any]
-    teacher: str
+    teacher: str | Mapping[str, Any]
     recipes: Mapping[str, Mapping[str, Any]]
     batch: Callable[[int, int, str], tuple[Tensor, list[Any]]]
     size: Mapping[str, int]
@@ -112,21 +112,14 @@ def _steps(
     variants: Variants, scratch: Path, size: int, count: int, device: str
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, Any], dict[str, int]]:
     torch.manual_seed(0)
-    teacher_config = load_config(variants.teacher)
-    teacher_config.model.pop("pretrained", None)
-    teacher = revert_sync_batchnorm(variants.models.build(copy.deepcopy(teacher_config.model)))
-    teacher.eval().requires_grad_(False)
-    checkpoint = scratch / "teacher.pth"
-    torch.save({"state_dict": teacher.state_dict()}, checkpoint)
-    teacher_config.dump(scratch / "teacher.py")
+    spec, teacher = _teacher(variants, scratch)
     plain = variants.models.build(copy.deepcopy(variants.student))
     models: dict[str, Any] = {"plain": plain}
     for name, entry in variants.references.items():
-        models[name] = variants.models.build(entry(str(scratch / "teacher.py"), str(checkpoint)))
+        models[name] = variants.models.build(entry(spec["config"], spec["checkpoint"]))
     for name, settings in variants.recipes.items():
         student = copy.deepcopy(variants.student)
         kind = student.pop("type")
-        spec = dict(config=str(scratch / "teacher.py"), checkpoint=str(checkpoint))
 
         def distilled(spec: dict[str, Any], student: Any = student, kind: str = kind, settings: Any = settings) -> Any:
             own = dict(student, type=variants.kind, student=kind, teacher=spec, **copy.deepcopy(dict(settings)))
@@ -138,7 +131,7 @@ def _steps(
         models[name].distiller.teacher.model = teacher
         if name in variants.stored:
             folder = str(scratch / f"store {len(models)}")
-            stored = distilled({"config": spec["config"], "store": folder})
+            stored = distilled({**spec, "store": folder})
             models[stored_name(name)] = stored
             fill_by_batch(models[name], variants.batch(size, count, "cpu"), identity_of(spec), folder)
             stored.start_distilling()
@@ -159,6 +152,27 @@ def _steps(
     forward = teacher_forward(lambda: variants.forward(teacher, inputs), device)
     ordered = {"plain": steps.pop("plain"), "teacher forward": forward, **steps}
     return ordered, {**models, "teacher": teacher}, tapped
+
+
+def _teacher(variants: Variants, scratch: Path) -> tuple[dict[str, Any], Any]:
+    """Write a teacher of random weights; return the ``teacher`` entry of a config, and the model."""
+    checkpoint = str(scratch / "teacher.pth")
+    if not isinstance(variants.teacher, str):
+        from transformers import AutoConfig, AutoModel  # of this teacher alone
+
+        network = AutoModel.from_config(AutoConfig.for_model(**variants.teacher["model"]))
+        torch.save(network.state_dict(), checkpoint)
+        spec = {**variants.teacher, "checkpoint": checkpoint}
+        source = build_teacher(spec, variants.models)
+        source.load()
+        return spec, source.model
+    config = load_config(variants.teacher)
+    config.model.pop("pretrained", None)
+    teacher = revert_sync_batchnorm(variants.models.build(copy.deepcopy(config.model)))
+    teacher.eval().requires_grad_(False)
+    torch.save({"state_dict": teacher.state_dict()}, checkpoint)
+    config.dump(scratch / "teacher.py")
+    return dict(config=str(scratch / "teacher.py"), checkpoint=checkpoint), teacher
 
 
 def stored_name(name: str) -> str:

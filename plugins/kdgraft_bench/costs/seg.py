@@ -66,7 +66,7 @@ def main(pairs: int = 30, device: str = "cpu", out: str = "runs/costs/seg") -> R
         size=SIZE,
         images=IMAGES,
         forward=lambda teacher, inputs: teacher(inputs, mode="tensor"),
-        stored=("cwd", "cirkd"),
+        stored=("cwd",),
     )
     title = "peak of the loss itself on one image of 512 channels, forward and backward, MiB, by the side of the feature map"
     return publish({**measure(variants, pairs, device), title: growth(device)}, device, out)

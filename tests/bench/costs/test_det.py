@@ -13,6 +13,7 @@ from kdgraft.errors import DistillError
 from kdgraft_bench.costs import det as costs
 from kdgraft_bench.mmdet_ld import mmdet_ld
 from support.det import STRIDES, detector
+from support.vits import CONFIGS
 
 
 @pytest.mark.slow
@@ -25,15 +26,24 @@ def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, 
     methods = [name for name in costs.RECIPES if name in TERMS]  # each trains in tests/det/test_methods.py
     some = {name: variant for name, variant in costs.RECIPES.items() if name not in methods[2:]}
     monkeypatch.setattr(costs, "RECIPES", some)
+    vit = dict(costs.VIT, model=CONFIGS["DINOv3"])
+    monkeypatch.setattr(costs, "VIT", vit)
+    monkeypatch.setattr(costs, "CROWDED", (2, 30, (256, 256)))
     monkeypatch.setattr(costs, "SIZE", {"cpu": 2 * max(STRIDES)})
     with DefaultScope.overwrite_default_scope("mmengine"):
         rows = costs.main(pairs=2, out=str(tmp_path / "out"))
         assert DefaultScope.get_current_instance().scope_name == "mmengine"
-    assert [row["step"] for row in rows] == ["plain", "teacher forward", "mmdet LD", *costs.RECIPES]
+    stored = ["ld, stored", "foreground imitation, stored"]
+    steps = [row["step"] for row in rows]
+    assert sorted(steps) == sorted(["plain", "teacher forward", "mmdet LD", *costs.RECIPES, *stored])
+    assert steps[steps.index("ld") + 1] == stored[0]
     assert set(costs.PAPERS) < set(costs.RECIPES) and len(methods) > 15
     written = (tmp_path / "out" / "bench_cpu.md").read_text()
     assert all(row["ms"] in written for row in rows)
     assert all(0.2 < float(row["/ mmdet LD"].split()[0]) < 10 for row in rows[2:])
+    assert all(0.2 < float(row["/ plain"].split()[0]) < 10 for row in rows if row["step"] in stored)
+    assert "kB a view of an image" in written and "rtdetrv4, stored" in written
+    assert "a DINOv3 ViT-S/16 teaches" in written and "boxes each, on 64×64 positions" in written
     assert "plain + taps" in capsys.readouterr().out
     assert logging.getLogger("kdgraft").isEnabledFor(logging.WARNING)
 

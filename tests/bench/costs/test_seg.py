@@ -25,7 +25,8 @@ def test_bench_times_every_variant_and_says_what_it_holds(tmp_path, monkeypatch,
     with DefaultScope.overwrite_default_scope("mmengine"):
         rows = costs.main(pairs=2, out=str(tmp_path / "out"))
         assert DefaultScope.get_current_instance().scope_name == "mmengine"
-    assert [row["step"] for row in rows] == ["plain", "teacher forward", "skd", "cwd"]
+    assert [row["step"] for row in rows] == ["plain", "teacher forward", "skd", "cwd", "cwd, stored"]
+    assert 0.2 < float(rows[-1]["/ plain"].split()[0]) < 10 and "–" not in rows[-1].values()
     written = (tmp_path / "out" / "bench_cpu.md").read_text()
     assert all(row["ms"] in written for row in rows)
     ratio = float(rows[2]["/ (plain + teacher forward)"].split()[0])
