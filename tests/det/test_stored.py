@@ -19,6 +19,7 @@ from kdgraft_mm.replaying import ReplayViews
 from kdgraft_mm.run import train_config
 from support.commands import refused
 from support.det import CLASSES, EVERY_TERM, detector, distilled, runner_config, save_teacher, scenes
+from support.killing import assert_kills_change_nothing
 from support.mm import history, needs_resume, weights
 from support.tensors import assert_same
 from support.vits import by_file
@@ -361,3 +362,37 @@ def test_outputs_of_queries_have_their_images_on_another_axis(data, tmp_path):
     found = trained(config(tmp_path / "run", store=store))
     assert history(found, "distill.soft_targets.loss") == history(expected, "distill.soft_targets.loss")
     assert_same(weights(found), weights(expected))
+
+
+def test_a_teacher_of_its_own_resolution_is_stored_in_it(data, checkpoint, tmp_path):
+    terms = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])
+
+    def config(folder, **more):
+        hooks = [dict(type="ReplayViews", views=1)]
+        return training(data, checkpoint, folder, iters=3, hooks=hooks, terms=terms, scale=2.0, **more)
+
+    expected = weights(trained(config(tmp_path / "running")))
+    store = str(tmp_path / "store")
+    path = dumped(config(tmp_path / "work"), tmp_path / "config.py")
+    assert main(["cache", path, "--out", store, "--values", "float32"]) == 0
+    assert_same(weights(trained(config(tmp_path / "run", store=store))), expected)
+    half = config(tmp_path / "half", store=store)
+    half.model.teacher.pop("scale")
+    with pytest.raises(DistillError, match=r"another teacher \(scale differs\)"):
+        trained(half)
+
+
+SCRIPT = """
+import kdgraft_mm.filling
+kdgraft_mm.filling.PART = 1
+from kdgraft.cli import main
+sys.exit(main(["cache", "config.py", "--out", sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_the_same_store_byte_for_byte(data, checkpoint, tmp_path):
+    config = training(data, checkpoint, tmp_path / "work")
+    config.train_dataloader.batch_size = 1
+    dumped(config, tmp_path / "config.py")
+    assert_kills_change_nothing(SCRIPT, tmp_path)

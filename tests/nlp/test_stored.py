@@ -4,12 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import random
-import signal
-import subprocess
-import sys
-import time
 from itertools import pairwise
 
 import pytest
@@ -19,11 +13,11 @@ from transformers import DataCollatorForLanguageModeling, DataCollatorWithFlatte
 
 from kdgraft import DistillError, WiringError
 from kdgraft.cli import main
-from kdgraft.store import Store
 from kdgraft_nlp import DistillTrainer, ForwardKL, Stored, distill, fill_store
 from kdgraft_nlp.stored import texts_in
 from kdgraft_nlp.student import graft
 from support import nlp as support
+from support.killing import assert_kills_change_nothing
 
 CAUSAL = ["ForwardKL", dict(type="GeneralizedJSD", beta=0.5, weight=0.5), "HiddenStates"]
 TERMS = {
@@ -333,15 +327,6 @@ def test_from_a_recipe_file(tmp_path, monkeypatch, capfd):
 
 
 SCRIPT = """
-import sys, time
-from pathlib import Path
-import kdgraft.store as store
-write = store.Store.write
-def slowly(self, part, columns):
-    time.sleep(0.15)
-    write(self, part, columns)
-    time.sleep(0.15)
-store.Store.write = slowly
 from kdgraft_nlp import filling
 filling.PER_PART = 2
 filling.fill_store.__kwdefaults__["per_part"] = 2
@@ -350,40 +335,10 @@ sys.exit(main(["cache", "recipe.json.yaml", "--out", sys.argv[1]]))
 """
 
 
-def run_slowly(folder, out):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, out],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-
-
 @pytest.mark.slow
 def test_ten_kills_leave_the_same_store_byte_for_byte(tmp_path):
     recipe(tmp_path)
-    assert run_slowly(tmp_path, "whole").wait() == 0
-    chance, files = random.Random(0), tmp_path / "killed"
-    for _ in range(10):
-        before = len(list(files.glob("*.sha256")))
-        process = run_slowly(tmp_path, "killed")
-        while len(list(files.glob("*.sha256"))) == before:
-            assert process.poll() is None
-            time.sleep(0.02)
-        time.sleep(
-            chance.uniform(0.0, 0.3)
-        )  # in the middle of a part, before its file, or between the file and its checksum
-        assert process.poll() is None
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert run_slowly(tmp_path, "killed").wait() == 0
-    names = sorted(path.name for path in (tmp_path / "whole").glob("[!.]*"))
-    assert len(names) > 20 and names == sorted(path.name for path in (tmp_path / "killed").glob("[!.]*"))
-    for name in names:
-        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
-    Store(tmp_path / "killed").check()
+    assert_kills_change_nothing(SCRIPT, tmp_path)
 
 
 def test_the_store_of_a_data_set_of_datasets(tmp_path):

@@ -23,10 +23,14 @@ from kdgraft.store import Store
 from kdgraft_mm.configs import load_config
 from kdgraft_mm.replaying import VIEW
 from kdgraft_mm.sources import build_teacher, identity_of
-from kdgraft_mm.writing import Writer, columns_of
+from kdgraft_mm.writing import Values, Writer, columns_of
 
 from ..timing import check_device, interleave, peak_memory
 from .steps import Rows, compared, machine, teacher_forward, training_step
+
+
+VALUES: Values = "float16"
+"""The numbers of stores that are timed."""
 
 
 @dataclass
@@ -93,7 +97,7 @@ def measure(variants: Variants, pairs: int, device: str) -> dict[str, Rows]:
     weights = sum(tensor.nbytes for tensor in models["teacher"].state_dict().values()) / 2**20
     held = f"peak of one step beyond the weights, MiB (the teacher's weights, {weights:.1f} MiB, come on top)"
     tables = {title: rows, held: _memory(steps, tapped, device)}
-    return {**tables, "stored outputs, float16": stores} if stores else tables
+    return {**tables, f"stored outputs, {VALUES}": stores} if stores else tables
 
 
 @contextmanager
@@ -190,7 +194,7 @@ def fill_by_batch(model: Any, batch: tuple[Tensor, list[Any]], identity: Mapping
     """Store what the teacher of a distilled model gives on one batch."""
     for number, sample in enumerate(batch[1]):
         sample.set_metainfo({VIEW: (0, number)})
-    writer = Writer(model, "teacher", "float16", nullcontext)
+    writer = Writer(model, "teacher", VALUES, nullcontext)
     about, _ = writer.about(batch, identity)
     store = Store.create(folder, {**about, "views": 1, "seed": 0, "samples": 1, "per_part": 1})
     store.write(0, columns_of(writer.rows(batch)))

@@ -1,0 +1,20 @@
+"""The terms of segmentation, with the settings with which each of them trains a small model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kdgraft_seg import TERMS
+from kdgraft_seg.reader import SegReader
+from support.methods import own_terms, split
+from support.seg import SMALL_CRITIC
+
+OWN = own_terms(TERMS)
+USABLE, LACKING = split(TERMS, SegReader)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "Review": dict(tap=["backbone[1]", "backbone[2]"]),
+    "AdversarialMask": dict(critic=SMALL_CRITIC),
+    "CrossImageRelations": dict(nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
+    "WeightMatching": dict(modules="backbone.layer2"),
+}
+"""Settings of a term for segmentors."""
