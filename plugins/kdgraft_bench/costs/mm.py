@@ -28,7 +28,6 @@ from kdgraft_mm.writing import Values, Writer, columns_of
 from ..timing import check_device, interleave, peak_memory
 from .steps import Rows, compared, machine, teacher_forward, training_step
 
-
 VALUES: Values = "float16"
 """The numbers of stores that are timed."""
 
