@@ -225,6 +225,6 @@ def _in_lines(part: Any) -> Any:
     if not isinstance(part, dict):
         return part
     made = {key: _in_lines(value) for key, value in part.items() if key != "datasets"}
-    if isinstance(made.get("title"), str) and "field" in made:
-        made["title"] = textwrap.wrap(made["title"], TITLE, break_on_hyphens=False) or ""
+    if "field" in made and isinstance(made.get("title"), str) and len(made["title"]) > TITLE:
+        made["title"] = textwrap.wrap(made["title"], TITLE, break_on_hyphens=False)
     return made | {key: part[key] for key in ("datasets",) if key in part}
