@@ -124,7 +124,7 @@ class RecipeTrainer:
         """Return the recipe with which a run is trained, and the length of its schedule in units of the training."""
         recipe = load(job.config, [f"{key}={value}" for key, value in job.options.items()])
         if not job.teachers:
-            recipe = untaught(recipe)
+            recipe = {**untaught(recipe), "trainer": recipe.get("trainer")}
         recipe |= {"output": str(job.folder), "recipe": job.recipe, "terms": list(job.terms) or None}
         recipe |= {"teacher": None, "teachers": None}  # the plan gives the teachers
         recipe["training"] = {**(recipe.get("training") or {}), "seed": job.seed}

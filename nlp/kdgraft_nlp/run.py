@@ -31,6 +31,9 @@
                        trains on texts that the student writes; see :class:`~kdgraft_nlp.OnPolicy`
 ``chunked``            for causal models under a teacher; see :class:`~kdgraft_nlp.DistillTrainer`
 ``training``           arguments of :class:`transformers.TrainingArguments`
+``trainer``            ``{type: file.py:function, …}``: a function that returns the Trainer to train with, from the arguments of a
+                       Trainer (``model``, ``args`` …) and the other entries here, to compare another package's training on the
+                       same student, data and schedule; who teaches is said there alone
 ``output``             the folder of checkpoints and of the student
 =====================  ====================================================================================================
 
@@ -73,12 +76,14 @@ from typing import Any
 
 from datasets import Dataset
 from transformers import (
+    Trainer,
     TrainerCallback,
     set_seed,
 )
 
 from kdgraft.errors import DistillError
 from kdgraft.files import held
+from kdgraft.functions import called
 from kdgraft.isolation import isolated_rng
 from kdgraft.launching import waiting
 from kdgraft.sources import Cached
@@ -181,7 +186,8 @@ def train_recipe(
         trainer.add_callback(first_step)
         # Errors before the first step are mistakes in the recipe; later errors are not.
         with waiting(trainer.args.ddp_timeout), one_line("training", lambda: not first_step.done):
-            trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, partial=partial)
+            told = {"partial": True} if partial else {}  # another Trainer takes no such argument
+            trainer.train(resume_from_checkpoint=True if resume == "auto" else resume, **told)
         trainer.save_model()
         if trainer.eval_dataset is None:
             return trainer, {}
@@ -267,6 +273,9 @@ def check(path: str | Path, options: Sequence[str] = ()) -> None:
     trainer.current_gradient_accumulation_steps = 1
     with one_line("training"):
         batches = list(islice(trainer.get_train_dataloader(), MEASURED))  # on the device, as accelerate prepares them
+        if config.get("trainer"):
+            print(f"{'loss':<40} {float(trainer.compute_loss(trainer.model.train(), batches[0]).detach()):.5f}")
+            return
         tried = trainer.on_policy_losses(batches[0])
         measured = trainer.distiller if link_of(trainer.model).chunk is None else None
         if measured is not None:
@@ -319,18 +328,23 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     def peer(owner: str, spec: Any) -> Any:
         return build_model(spec, task, tokenizer, names, owner)
 
+    parts = dict(
+        model=student,
+        args=arguments,
+        train_dataset=encoded["train"],
+        eval_dataset=encoded.get("eval"),
+        data_collator=collator,
+        processing_class=tokenizer,
+        compute_metrics=samples.metrics(),
+    )
+    if config.get("trainer"):
+        return _other_trainer(config["trainer"], parts)
     with isolated_rng():
         settings |= recipe_sources(config, samples, peer)
     taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
         trainer = DistillTrainer(
-            model=student,
-            args=arguments,
-            train_dataset=encoded["train"],
-            eval_dataset=encoded.get("eval"),
-            data_collator=collator,
-            processing_class=tokenizer,
-            compute_metrics=samples.metrics(),
+            **parts,
             chunked=(config.get("chunked") or False) if taught else False,
             host_weight=config.get("host_weight", 1) if taught else 1,
             on_policy=config.get("on_policy") if taught else None,
@@ -346,6 +360,21 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             check_sizes(name, source.model, *seen)
             if told.get("packed") and not isinstance(source, Cached):
                 check_apart(source.model, name)
+    return trainer
+
+
+def _other_trainer(told: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:
+    """Return the Trainer that the function of a recipe's ``trainer`` builds.
+
+    Args:
+        told: the entry.
+        parts: the arguments of a Trainer.
+    """
+    with one_line("trainer"):
+        own = {name: value for name, value in told.items() if name != "type"}
+        trainer = called(str(told["type"]), {**parts, **own})
+    if not isinstance(trainer, Trainer):
+        raise DistillError(f"trainer: {told['type']} returned a {type(trainer).__name__}, not a transformers.Trainer")
     return trainer
 
 

@@ -43,11 +43,14 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "host_weight": ((int, float), "a number >= 0"),
     "on_policy": ((Mapping,), "a mapping, such as {share: 0.5, max_new_tokens: 64}"),
     "chunked": ((bool, int), "true, false, or a number of tokens"),
+    "trainer": ((Mapping,), "another Trainer's function with its arguments, such as {type: trainers.py:mine}"),
     "adapters": ((Mapping,), "a mapping of peft's LoraConfig, such as {r: 8, target_modules: [q_proj, v_proj]}"),
     "training": ((Mapping,), "a mapping of TrainingArguments, such as {max_steps: 100}"),
     "output": ((str, Path), "a folder"),
 }
 """The entries of a recipe, with their types and a description of these."""
+_TAUGHT = ("teacher", "teachers", "teacher_tokenizer", "init_from", "recipe", "terms", "on_policy")
+"""The entries that say who teaches what."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -131,6 +134,7 @@ def check_settings(config: Mapping[str, Any], *, files: bool = True) -> Training
         _check_evaluation(name, arguments, not files or bool(data.get("eval")), told)
     _check_models(config, fine, TASKS[name].model if name in TASKS else None, told)
     _check_teaching(config, fine, bool(data.get("soft_labels")), told)
+    _check_trainer(fine, told)
     _check_second_tokenizer(name, data, fine, told)
     if name == "question_answering" and arguments is not None and arguments.train_sampling_strategy != "random":
         told.append(
@@ -232,6 +236,17 @@ def _check_teaching(config: Mapping[str, Any], fine: Mapping[str, Any], soft: bo
         told.look(partial(check_number, whole=True), "chunked", "the number of tokens", fine["chunked"], 1)
 
 
+def _check_trainer(fine: Mapping[str, Any], told: _Mistakes) -> None:
+    """Refuse what another Trainer would not do, and a function that is not named."""
+    if fine.get("trainer") is None:
+        return
+    if not isinstance(fine["trainer"].get("type"), str):
+        told.append("trainer needs type: a function, file.py:function")
+    for entry in _TAUGHT:
+        if fine.get(entry) is not None:
+            told.append(f"trainer teaches in its own way; leave out {entry}, or leave out trainer")
+
+
 def _check_second_tokenizer(task: str, data: Mapping[str, Any], fine: Mapping[str, Any], told: _Mistakes) -> None:
     if data.get("joined") is not None and task in LABELLED:
         told.append(
@@ -301,9 +316,8 @@ def tokenizer_folder(config: Mapping[str, Any]) -> str | Path | None:
 
 
 def untaught(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recipe without its teachers and terms, which encodes its texts as before."""
-    taught = ("teacher", "teachers", "teacher_tokenizer", "init_from", "recipe", "terms", "on_policy")
-    found = {**config, **dict.fromkeys(taught)}
+    """Return a recipe without its teachers, its terms and another Trainer, which encodes its texts as before."""
+    found = {**config, **dict.fromkeys((*_TAUGHT, "trainer"))}
     if config.get("teacher_tokenizer") and config.get("task") == "causal" and isinstance(config.get("data"), Mapping):
         found["data"] = {**config["data"], "joined": False}
     elif isinstance(config.get("data"), Mapping):

@@ -6,7 +6,6 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from .ensembles import EnsembleModel, Kind
 from .errors import DistillError, nearest
 from .files import held, written_whole
 from .fit import TaskLoss, distils, fit, student_of
+from .functions import called, file_of, function_of
 from .hosts import Job, TrainedModel, TransferSet
 from .isolation import isolated_rng
 from .sources import SOURCES, Teacher, gather_sources
@@ -81,7 +81,7 @@ class PlainTrainer:
             DistillError: there is no such file, or the function's name does not occur in it.
         """
         file, _, name = config.rpartition(":")
-        text = _file(config).read_text(encoding="utf-8")
+        text = file_of(config).read_text(encoding="utf-8")
         if not re.search(rf"\b{re.escape(name)}\b", text):
             known = re.findall(r"^def (\w+)", text, re.MULTILINE)
             raise DistillError(f"{file} has no function {name!r}{nearest(name, known)}")
@@ -236,7 +236,7 @@ def _transferred(task: Task, data: TransferSet, seed: int) -> Task:
         if not TRAINER.reads(data.set):
             raise DistillError(f"data.set must name a function, 'file.py:function', got {data.set!r}")
         with isolated_rng():  # the model that the other task makes is not used
-            other = _called(data.set, {})
+            other = called(data.set, {})
         task = replace(task, loader=other.loader if isinstance(other, Task) else other)
     if data.share != 1:
         task = replace(task, loader=share_of(task.loader, data.share, seed))
@@ -249,7 +249,7 @@ def _task(config: str, options: Mapping[str, Any]) -> Task:
     Raises:
         DistillError: there is no such file or function, or it does not return a :class:`Task`.
     """
-    found = _called(config, options)
+    found = called(config, options)
     if not isinstance(found, Task):
         raise DistillError(f"{config} returned a {type(found).__name__}, not a kdgraft.plain.Task")
     return found
@@ -257,35 +257,4 @@ def _task(config: str, options: Mapping[str, Any]) -> Task:
 
 def _starts(config: str) -> bool:
     """Return true if a task's function has an argument ``start``, the file of the weights from which its model starts."""
-    return "start" in inspect.signature(_function(config)).parameters
-
-
-def _function(config: str) -> Callable[..., Any]:
-    """Return the function that ``file.py:function`` names."""
-    path, name = _file(config), config.rpartition(":")[2]
-    spec = spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise DistillError(f"{path} has no function {name!r}{nearest(name, known)}")
-    return function
-
-
-def _called(config: str, options: Mapping[str, Any]) -> Any:
-    """Call the function that ``file.py:function`` names."""
-    function = _function(config)
-    try:
-        inspect.signature(function).bind(**options)
-    except TypeError as error:
-        raise DistillError(f"{config} cannot be called with options {dict(options)}: {error}") from None
-    return function(**options)
-
-
-def _file(config: str) -> Path:
-    file = Path(config.rpartition(":")[0])
-    if not file.is_file():
-        raise DistillError(f"config not found: {file}")
-    return file
+    return "start" in inspect.signature(function_of(config)).parameters

@@ -12,7 +12,7 @@ import torch
 from kdgraft import DistillError
 from kdgraft.cli import main
 from kdgraft_nlp import DistillTrainer
-from kdgraft_nlp.run import build
+from kdgraft_nlp.run import build, evaluate, train_recipe
 from kdgraft_nlp.scores import number_scores
 from kdgraft_nlp.settings import check_settings, load
 from support import nlp as support
@@ -323,3 +323,74 @@ def test_hidden_states_in_the_output_are_no_predictions(tmp_path):
     student = dict(BERT, output_hidden_states=True)
     trainer = build(recipe(tmp_path, rows, student=student, data=dict(eval=written(tmp_path, rows))))
     assert 0 <= trainer.evaluate()["eval_accuracy"] <= 1
+
+
+# --- another Trainer
+
+OTHERS = """
+import transformers
+
+
+class Doubled(transformers.Trainer):
+    factor = 1.0
+
+    def compute_loss(self, model, *args, **settings):
+        loss = super().compute_loss(model, *args, **settings)
+        return self.factor * loss if model.training else loss
+
+
+def doubled(factor, **parts):
+    trainer = Doubled(**parts)
+    trainer.factor = factor
+    return trainer
+
+
+def nothing(**parts):
+    return None
+"""
+
+
+@pytest.fixture
+def other(tmp_path):
+    (tmp_path / "others.py").write_text(OTHERS)
+    rows = labelled("a", "b") * 4
+    told = recipe(tmp_path, rows, data=dict(eval=written(tmp_path, rows)))
+
+    def with_trainer(name, **told_to_it):
+        return {**told, "trainer": {"type": f"{tmp_path / 'others.py'}:{name}", **told_to_it}}
+
+    return with_trainer
+
+
+def test_another_trainer_trains_a_recipe_and_its_student_is_evaluated_plainly(other, tmp_path, capsys):
+    told = other("doubled", factor=0.0)
+    (tmp_path / "told.yaml").write_text(json.dumps(told))
+    before = build(told).model.state_dict()
+    assert main(["check", str(tmp_path / "told.yaml")]) == 0
+    assert "loss" + " " * 37 + "0.00000" in capsys.readouterr().out
+    trainer, _ = train_recipe({**told, "training": {**told["training"], "weight_decay": 0.0}})
+    assert type(trainer).__name__ == "Doubled"
+    for key, value in trainer.model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)  # nothing was learnt from no loss
+    found = evaluate(tmp_path / "told.yaml", told["output"])
+    assert found["loss"] == pytest.approx(0.69, abs=0.05)  # ln 2: the labels' own loss of an untrained model
+
+
+@pytest.mark.parametrize(
+    ("entries", "said"),
+    [
+        ({"trainer": {"factor": 2}}, "trainer needs type: a function, file.py:function"),
+        ({"trainer": {"type": "nowhere.py:doubled"}}, "nowhere.py"),
+        ({"trainer": "others.py"}, "trainer is another Trainer's function with its arguments"),
+        ({"terms": ["SoftTargets"], "teacher": "large"}, "trainer teaches in its own way; leave out teacher"),
+    ],
+)
+def test_what_another_trainer_cannot_mean_is_refused(other, entries, said):
+    with pytest.raises(DistillError, match=said):
+        build({**other("doubled", factor=1.0), **entries})
+
+
+def test_a_trainers_function_must_be_there_and_return_one(other):
+    for name, said in (("redoubled", "no function 'redoubled'"), ("nothing", "returned a NoneType"), ("doubled", "factor")):
+        with pytest.raises(DistillError, match=said):
+            build(other(name))

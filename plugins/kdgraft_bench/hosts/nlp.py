@@ -15,7 +15,7 @@ import torch
 import yaml
 from torch import Tensor
 
-from kdgraft.errors import DistillError
+from kdgraft.errors import DistillError, nearest
 from kdgraft.files import written_whole
 from kdgraft.hosts import Job, TrainedModel
 from kdgraft.plans import PlannedRun
@@ -25,6 +25,7 @@ from kdgraft_nlp.run import build, plain_trainer, with_perplexity
 from kdgraft_nlp.settings import load
 from kdgraft_nlp.trainer import DistillTrainer
 
+from .. import trl_gkd
 from ..decisions import Decisions
 from ..spec import Benchmark, Model
 from .attention import draw_attention
@@ -45,6 +46,7 @@ FINE_TUNING = 1e-4
 DATA_ARGUMENTS = ("length", "joined")
 """The arguments of a small model that are entries of ``data``."""
 IGNORED = -100
+TRL = f"{trl_gkd.__file__}:trl_gkd"
 
 
 class TextBench(BenchHost):
@@ -58,6 +60,7 @@ class TextBench(BenchHost):
     }
     lengths = ("training.max_steps",)
     models = tuple(SETUPS)
+    peers = ("trl_gkd",)
     embedded = "docstring sentences"
     picture = "attention"
 
@@ -91,11 +94,22 @@ class TextBench(BenchHost):
             return model.config, options
         if model.config is not None:
             found["data"] = {**found["data"], **self._files(dataset)}
-        path = benchmark.out / "configs" / f"{name}.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(path) as part:
-            part.write_text(yaml.safe_dump(found, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        return str(path), options
+        return _written(found, benchmark, name), options
+
+    def peer(self, peer: Model, student: str, dataset: Dataset, benchmark: Benchmark) -> tuple[str, dict[str, Any]]:
+        if peer.settings.get("model") not in self.peers:
+            return super().peer(peer, student, dataset, benchmark)
+        path, options = self.config(benchmark.students[student], dataset, benchmark, student)
+        found = load(path)
+        if found["task"] != "causal":
+            raise DistillError(f"the peer trl_gkd trains language models, the task is {found['task']}; leave it out")
+        for key in peer.settings:
+            if key not in ("model", "beta"):
+                raise DistillError(f"the peer trl_gkd takes no {key!r}{nearest(key, ('beta',))}")
+        own = {key: value for key, value in peer.settings.items() if key != "model"}
+        found["trainer"] = {"type": TRL, **own}
+        told = _written(found, benchmark, f"{student}-trl_gkd")
+        return told, {**options, "trainer.teacher": "{teacher.weights}"}
 
     def _small(self, model: Model, dataset: Dataset, benchmark: Benchmark) -> dict[str, Any]:
         name = str(model.settings["model"])
@@ -201,6 +215,15 @@ class TextBench(BenchHost):
         folders = {title: trained.weights for title, trained in models.items()}
         with quiet():
             draw_attention(folders, task, (short or texts)[0], path)
+
+
+def _written(recipe: Mapping[str, Any], benchmark: Benchmark, name: str) -> str:
+    """Write a recipe file, and return its path."""
+    path = benchmark.out / "configs" / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as part:
+        part.write_text(yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return str(path)
 
 
 def _models(benchmark: Benchmark) -> list[Model]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ TEACHERS, PLAINS = "#8a8f98", "#b98a1e"
 COLOURS = ("#2f7ed8", "#d1495b", "#3a9d5d", "#8e5bd0", "#e07b39", "#1fa3a3", "#c2529b", "#6b8e23", "#5c6bc0", "#a1673a")
 """Readable on white and on black."""
 HEIGHT = 280
+TITLE = 30
+"""The characters of a line of an axis title: 200 pixels, which a chart on a phone of 390 leaves beside its labels."""
 _TEXT = "currentColor"  # of the page, in both of its themes
 
 Spec = dict[str, Any]
@@ -211,4 +214,17 @@ def _finished(chart: Drawing) -> Spec:
     legend = dict(labelColor=_TEXT, titleColor=_TEXT, orient="bottom", columns=2, labelLimit=150, symbolOpacity=1)
     shown = chart.properties(width="container", background="transparent").configure(font="system-ui, sans-serif")
     shown = shown.configure_axis(**axis, labelLimit=110).configure_legend(**legend).configure_view(strokeOpacity=0)
-    return shown.to_dict()
+    told: Spec = _in_lines(shown.to_dict())
+    return told
+
+
+def _in_lines(part: Any) -> Any:
+    """Return a part of a specification with the titles of its axes in lines that fit a phone, beside the labels of the other axis."""
+    if isinstance(part, list):
+        return [_in_lines(one) for one in part]
+    if not isinstance(part, dict):
+        return part
+    made = {key: _in_lines(value) for key, value in part.items() if key != "datasets"}
+    if "field" in made and isinstance(made.get("title"), str) and len(made["title"]) > TITLE:
+        made["title"] = textwrap.wrap(made["title"], TITLE, break_on_hyphens=False)
+    return made | {key: part[key] for key in ("datasets",) if key in part}

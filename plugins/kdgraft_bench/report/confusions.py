@@ -11,13 +11,15 @@ import pandas as pd
 
 from ..decisions import Decisions, confusion, recalls
 from .gains import Gain, taken
-from .reading import TEACHER, Run
+from .reading import PLAIN, TEACHER, Run
 
 SHOWN = 3
 """The classes that gained most and the classes that lost most that are shown."""
 MOST = 200
 """The number of classes above which they are no classes that one looks at, but a vocabulary."""
-OTHER = "other"
+OTHER, BETWEEN = "other", " · "
+NAME = 14
+"""The characters of a class's name that a row of a map has room for."""
 
 
 def confusion_charts(runs: Sequence[Run], found: Sequence[Gain], height: int) -> dict[str, Any]:
@@ -38,9 +40,10 @@ def confusion_charts(runs: Sequence[Run], found: Sequence[Gain], height: int) ->
     order = [int(one) for one in np.argsort(-change) if np.isfinite(change[one])]
     chosen = order if len(order) <= 2 * SHOWN else [*order[:SHOWN], *order[-SHOWN:]]
     rows = [{"class": names[one], "change": float(change[one])} for one in chosen]
+    words = {TEACHER: TEACHER, plain: PLAIN, best: "distilled"}
     maps = [
         {
-            "model": label,
+            "model": words[label],
             "class": names[row],
             "taken for": [*(names[one] for one in chosen), OTHER][column],
             "share": share,
@@ -102,13 +105,20 @@ def _maps(rows: list[dict[str, Any]], order: list[str], height: int) -> Any:
     """Return a map of shares for each model, one below the other so that it fits a phone."""
     frame = pd.DataFrame(rows)
     models = list(dict.fromkeys(frame["model"]))
-    frame["row"] = frame["class"] + " · " + frame["model"]
+    frame["row"] = frame["class"] + BETWEEN + frame["model"]
+    parts = f"split(datum.label, '{BETWEEN}')"  # a long name must not hide the model
+    shown = f"truncate({parts}[0], {NAME}, 'center') + '{BETWEEN}' + {parts}[1]"
     return (
         alt.Chart(frame)
         .mark_rect()
         .encode(
             x=alt.X("taken for:N", sort=[*order, OTHER], title="taken for", axis=alt.Axis(labelAngle=-40)),
-            y=alt.Y("row:N", sort=[f"{one} · {model}" for one in order for model in models], title=None),
+            y=alt.Y(
+                "row:N",
+                sort=[f"{one}{BETWEEN}{model}" for one in order for model in models],
+                title=None,
+                axis=alt.Axis(labelExpr=shown, labelLimit=150),
+            ),
             color=alt.Color("share:Q", scale=alt.Scale(scheme="blues", domain=[0, 1]), legend=None),
             tooltip=["model:N", "class:N", "taken for:N", alt.Tooltip("share:Q", format=".1%")],
         )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import support.nlp  # noqa: F401  quiet, one thread
 from kdgraft.errors import DistillError
@@ -18,6 +19,7 @@ from kdgraft_bench.decisions import Decisions, same_items
 from kdgraft_bench.hosts import Dataset, bench_host, nlp_setup
 from kdgraft_bench.hosts.own_texts import own_texts
 from kdgraft_bench.spec import Model, read_benchmark
+from kdgraft_bench.trl_gkd import trl_gkd
 from kdgraft_nlp import OnPolicy
 from kdgraft_nlp.data import encode
 from kdgraft_nlp.run import plain_trainer
@@ -200,3 +202,52 @@ def test_a_set_without_its_columns_is_one_line(tmp_path, line, message):
     (tmp_path / "val.jsonl").unlink()
     with pytest.raises(DistillError, match=r"no val\.jsonl"):
         bench_host("nlp").dataset(told)
+
+
+trl_there = find_spec("trl") is not None
+
+
+@pytest.mark.skipif(trl_there, reason="TRL is installed")
+def test_without_trl_the_peer_says_what_to_install():
+    with pytest.raises(DistillError, match="pip install trl"):
+        trl_gkd(teacher="x", args=TrainingArguments("x", report_to=[]))
+
+
+@pytest.fixture(scope="module")
+def beside_trl(tmp_path_factory):
+    """A benchmark of language models with TRL's trainer beside ours, which leaves the labels out as TRL does."""
+    pytest.importorskip("trl")
+    out = tmp_path_factory.mktemp("trl")
+    told = read_benchmark("nlp-text", seeds=[0], iterations=12, out=str(out), methods=["gkd_alone"])
+    return carried_out(small(replace(told, batch=4, processes=1), vocabulary=300, length=16))
+
+
+def test_trls_student_is_that_of_the_same_divergence(beside_trl):
+    _, done, _ = beside_trl
+    states = {
+        name: AutoModelForCausalLM.from_pretrained(done[f"small-{name}"].model.weights).state_dict()
+        for name in ("trl", "gkd_alone", "plain")
+    }
+    # The same weights, batches and schedule, and one loss written twice; the plain student learns something else.
+    for key, value in states["gkd_alone"].items():
+        torch.testing.assert_close(states["trl"][key], value, rtol=0, atol=2e-5)
+    apart = [(states["plain"][key] - value).abs().max() for key, value in states["gkd_alone"].items()]
+    assert max(apart) > 0.02
+
+
+def test_trls_student_is_tested_and_validated_as_the_others(beside_trl):
+    _, done, _ = beside_trl
+    for kind in ("metrics", "validated"):
+        theirs, ours, plain = (getattr(done[f"small-{name}"], kind) for name in ("trl", "gkd_alone", "plain"))
+        assert theirs["perplexity"] == pytest.approx(ours["perplexity"], rel=1e-3)
+        assert theirs.keys() == ours.keys() == plain.keys() and theirs["perplexity"] > 100
+
+
+def test_trls_peer_is_of_language_models_and_takes_its_arguments_alone(tmp_path):
+    host = bench_host("nlp")
+    told = read_benchmark("nlp-text", out=str(tmp_path))
+    with pytest.raises(DistillError, match="the peer trl_gkd takes no 'bata'; did you mean 'beta'"):
+        host.peer(Model(settings={"model": "trl_gkd", "bata": 1}), "small", host.dataset(told), told)
+    told = read_benchmark("nlp", out=str(tmp_path))
+    with pytest.raises(DistillError, match="trl_gkd trains language models, the task is classification"):
+        host.peer(Model(settings={"model": "trl_gkd"}), "small", host.dataset(told), told)

@@ -14,15 +14,18 @@ import pytest
 from PIL import Image
 
 from kdgraft.cli import main
+from kdgraft_bench.decisions import Decisions
 from kdgraft_bench.report import Run, write_report
 from support.commands import refused
 
+CLASSES = ["small white blood cells", "red blood cells", "platelets"]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def some_runs() -> list[Run]:
-    """Three seeds of a teacher, a plain student and two methods."""
+def some_runs(folder: Path | None = None) -> list[Run]:
+    """Three seeds of a teacher, a plain student and two methods, with decisions where there is a folder for them."""
     found = []
+    generator = np.random.default_rng(0)
     for place, (label, size, step) in enumerate(
         [("teacher", 900.0, 100.0), ("plain", 270.0, 80.0), ("cwd", 270.0, 110.0), ("a <b>bold</b> one", 270.0, 95.0)]
     ):
@@ -45,6 +48,11 @@ def some_runs() -> list[Run]:
                     f"lr = 1\nname = {place}\n",
                 )
             )
+            if folder is not None:
+                labels, guesses = generator.integers(0, 3, (2, 60))
+                found[-1] = replace(found[-1], decisions=folder / f"{place}_{seed}.npz")
+                decided = Decisions.of(CLASSES, labels, guesses, np.full(60, 0.5), np.arange(60))
+                decided.write(folder / f"{place}_{seed}.npz")
     return found
 
 
@@ -54,7 +62,7 @@ def page(tmp_path_factory) -> Path:
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / "masks.png")
     write_report(
-        some_runs(), folder / "report.html", pictures=[folder / "masks.png"], command="kdgraft report plain=a b"
+        some_runs(folder), folder / "report.html", pictures=[folder / "masks.png"], command="kdgraft report plain=a b"
     )
     return folder / "report.html"
 
@@ -69,7 +77,7 @@ def test_the_verdict_comes_first_and_every_figure_is_there(page):
     assert said.startswith("Nothing here helps: cwd, the best of 2 methods, makes mIoU worse by 4.00")
     for cell in ("40.30 ± 0.30", "36.30 ± 0.30", "× 1.38", "runs/teacher", "kdgraft report plain=a b", "mAcc"):
         assert cell in text, cell
-    assert text.count("<h2>") == 1 + 5 + 1 + 2  # gains, charts, a picture, figures and runs
+    assert text.count("<h2>") == 1 + 7 + 1 + 2  # gains, charts, a picture, figures and runs
     assert re.search(r"<del>-name = 1</del>\s<ins>\+name = 2</ins>", text)
 
 
@@ -114,7 +122,13 @@ def test_a_browser_draws_it(page, tmp_path, width, theme):
         const marks = [...page.querySelectorAll(".chart")].map((chart) => chart.querySelectorAll("svg path").length);
         const pictures = [...page.images].every((image) => image.naturalWidth > 0);
         const far = [...page.querySelectorAll("h1, h2, section, svg")].some((one) => one.getBoundingClientRect().right > root.clientWidth + 1);
-        document.getElementById("found").textContent = [root.dataset.drawn, Math.min(...marks) > 3, pictures, root.scrollWidth <= root.clientWidth, far,
+        const cut = [...page.querySelectorAll(".chart svg")].some((svg) => [...svg.querySelectorAll("text")].some((one) => {
+            const [box, all] = [one.getBoundingClientRect(), svg.getBoundingClientRect()];
+            return box.left < all.left - 1 || box.right > all.right + 1 || box.top < all.top - 1 || box.bottom > all.bottom + 1; }));
+        const alike = [...page.querySelectorAll(".chart .role-axis-label")].some((axis) => {
+            const said = [...axis.querySelectorAll("text")].map((one) => one.textContent).filter((one) => one !== "");
+            return new Set(said).size < said.length; });
+        document.getElementById("found").textContent = [root.dataset.drawn, Math.min(...marks) > 3, pictures, root.scrollWidth <= root.clientWidth, far, cut, alike,
             page.defaultView.getComputedStyle(page.body).backgroundColor].join("|");
     }, 4000)"""
     frame = f'<iframe id="page" width="{width}" height="2000" style="border:0" srcdoc="{source}"></iframe><p id="found"></p><script>{probe}</script>'
@@ -142,8 +156,8 @@ def test_a_browser_draws_it(page, tmp_path, width, theme):
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     (found,) = re.findall(r'<p id="found">(.*?)</p>', done.stdout)
-    drawn, marked, pictures, fits, far, background = found.split("|")
-    assert (drawn, marked, pictures, fits, far) == ("5", "true", "true", "true", "false")
+    drawn, marked, pictures, fits, far, cut, alike, background = found.split("|")
+    assert (drawn, marked, pictures, fits, far, cut, alike) == ("7", "true", "true", "true", "false", "false", "false")
     assert background == {"light": "rgb(246, 247, 249)", "dark": "rgb(18, 21, 26)"}[theme]
     assert [line for line in done.stderr.splitlines() if "CONSOLE" in line] == []
 
