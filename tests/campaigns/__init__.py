@@ -1,0 +1,9 @@
+"""Campaigns: seeded attacks on the promises, many at a time and counted. ``make campaign`` runs them all, ``make test`` a sample of each."""
+
+from __future__ import annotations
+
+from campaigns.numbers import NUMBERS
+from campaigns.runner import Campaign
+
+CAMPAIGNS: dict[str, Campaign] = {campaign.name: campaign for campaign in (NUMBERS,)}
+"""By name, in the order of the table."""
