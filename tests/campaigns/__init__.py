@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from campaigns.numbers import NUMBERS
+from campaigns.fuzz import FUZZ
+from campaigns.numbers import CRITICS, NUMBERS
 from campaigns.runner import Campaign
 
-CAMPAIGNS: dict[str, Campaign] = {campaign.name: campaign for campaign in (NUMBERS,)}
+CAMPAIGNS: dict[str, Campaign] = {campaign.name: campaign for campaign in (*FUZZ, NUMBERS, CRITICS)}
 """By name, in the order of the table."""

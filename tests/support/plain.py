@@ -50,22 +50,24 @@ class Method(NamedTuple):
         return self.distiller(self.images, targets=self.labels, batch=batch).losses
 
 
-def method(kind: str, prepare: Callable[[nn.Module], Any] = lambda built: None, **settings: Any) -> Method:
+def method(term: str, prepare: Callable[[nn.Module], Any] = lambda built: None, **settings: Any) -> Method:
     """A plain model distilled by one term.
 
     Args:
-        kind: the term's name.
+        term: its name.
         prepare: given the student and the teacher before they are wired.
         settings: of the term, beside :data:`SETTINGS`.
     """
     torch.manual_seed(1)
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 4, 2, 0])
-    term = spec(own_terms(TERMS)[kind], "conv", **{**SETTINGS.get(kind, {}), **settings})
+    kind = own_terms(TERMS)[term]
+    entry = {**spec(kind, "conv", **SETTINGS.get(term, {})), **settings}
     student, teacher = model(4), model(8)
-    if "generators" in own_terms(TERMS)[kind].needs:
+    if "generators" in kind.needs:
         student, teacher, labels = generator(4), generator(8), torch.rand(4, 3, 8, 8)
-    if "classifiers" in own_terms(TERMS)[kind].needs:  # which both must get some images right
+    if "classifiers" in kind.needs:  # which both must get some images right
         labels = student(images).argmax(1)
         teacher.head.bias.data += 9 * nn.functional.one_hot(labels, 5).sum(0)
     prepare(student), prepare(teacher)
-    return Method(Distiller(student, Itself() if kind in OF_ITSELF else teacher, [term], example=images), images, labels)
+    source = Itself() if term in OF_ITSELF else teacher
+    return Method(Distiller(student, source, [entry], example=images), images, labels)
