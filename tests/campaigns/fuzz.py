@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import nn
 
+from campaigns.jobs import RECIPE, command, write_plan, write_recipe
 from campaigns.mutations import ODD, mutated
 from campaigns.runner import Campaign, Case, Drawn
 from kdgraft import TERMS, Distiller, DistillError, Reader
-from kdgraft.cli import main
 from kdgraft.schedules import Step, build_schedule
 from support.methods import own_terms, spec, split
 from support.plain import SETTINGS, model
@@ -32,21 +30,6 @@ def refused_in_one_line() -> Iterator[None]:
     except DistillError as error:
         line = str(error)
         assert line.strip() and "\n" not in line, f"not one line: {line!r}"
-
-
-def command(*arguments: str) -> tuple[int, str]:
-    """Run a command; the exit code, which is 0 or 2, and what stands on stdout."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main(list(arguments))
-        except SystemExit as ended:  # of argparse
-            code = ended.code if isinstance(ended.code, int) else 1
-    assert code in (0, 2), f"exit code {code}"
-    told = [line for line in err.getvalue().splitlines() if line.startswith("kdgraft") and "error: " in line]
-    assert code == 0 or len(told) == 1, f"{len(told)} lines of errors: {err.getvalue()[-400:]!r}"
-    assert "Traceback" not in err.getvalue(), f"a traceback: {err.getvalue()[-400:]!r}"
-    return code, out.getvalue()
 
 
 def check_meant(given: Any, built: Any, where: str) -> None:
@@ -78,7 +61,7 @@ def check_terms(case: Case) -> None:
     with refused_in_one_line():
         terms, recipe = case.get("terms", ()), case.get("recipe")
         distiller = Distiller(model(4), model(8), terms, images, recipe=recipe)
-        given = [one for one in terms if isinstance(one, Mapping)]
+        given = [one for one in terms or () if isinstance(one, Mapping)]
         if len(given) == len(distiller.terms) == 1:
             for one, built in zip(given, distiller.terms.values(), strict=True):
                 check_meant(one, built, "term")
@@ -226,11 +209,8 @@ def toml(value: Any) -> str:
 
 
 def check_plan(case: Case) -> None:
-    from support.plans import TASKS
-
-    Path("tasks.py").write_text(TASKS, encoding="utf-8")
     text = "".join(f"{key} = {toml(value)}\n" for key, value in case.items()) if isinstance(case, Mapping) else str(case)
-    Path("plan.toml").write_text(text, encoding="utf-8")
+    write_plan(text or " ")
     code, said = command("plan", "plan.toml", "--dry-run")
     if code == 0:
         for name in case["runs"]:
@@ -238,30 +218,6 @@ def check_plan(case: Case) -> None:
 
 
 # --- recipe files and command lines
-
-
-def write_recipe(entry: Any) -> str:
-    """Write a recipe file and its data."""
-    import yaml
-
-    rows = [{"text": f"word {n} of many", "label": "ab"[n % 2]} for n in range(8)]
-    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    Path("recipe.yaml").write_text(yaml.safe_dump(entry), encoding="utf-8")
-    return "recipe.yaml"
-
-
-BERT = dict(model_type="bert", hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-TRAINING = dict(use_cpu=True, max_steps=1, save_strategy="no", disable_tqdm=True, per_device_train_batch_size=2)
-RECIPE: dict[str, Any] = dict(
-    task="classification",
-    data=dict(train="a.jsonl", eval="a.jsonl", text="text", label="label", length=8),
-    tokenizer=dict(vocab_size=40),
-    student=BERT,
-    teacher=dict(type="Itself", momentum=0.9),
-    terms=[dict(type="SoftTargets", temperature=2.0), dict(type="HiddenStates", weight=0.5)],
-    training=TRAINING,
-    output="out",
-)
 
 
 def recipe_entries() -> st.SearchStrategy[Case]:

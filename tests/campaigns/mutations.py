@@ -87,7 +87,9 @@ def mutated(draw: Callable[..., Any], entry: Any, under: Sequence[Path] = ((),),
     found = copy.deepcopy(entry)
     for _ in range(draw(st.integers(1, 3))):
         choice = [path for path in places(found) if any(path[: len(top)] == top for top in under)]
-        path = draw(st.sampled_from(choice)) if choice else ()
+        if not choice:  # what may be changed is gone
+            break
+        path = draw(st.sampled_from(choice))
         kind = draw(st.sampled_from(["odd", "drop", "misspell", "twist", "add", "repeat", "number"]))
         found = _changed(draw, found, path, kind, odd)
     return found
