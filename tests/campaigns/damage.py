@@ -66,7 +66,7 @@ _NEEDED = ("teacher/config.json", "teacher/model.safetensors", "teacher.pth", "c
 
 # --- no room to write
 
-NO_ROOM = {"full": "size=64k", "read-only": "size=64k,ro"}
+NO_ROOM = {"full": "size=4k", "read-only": "size=4k,ro"}
 """Mounts on which nothing, or no more, can be written."""
 SCRIPT = """
 mkdir -p {at} && mount -t tmpfs -o {options} tmpfs {at} && exec {python} -m kdgraft {words}

@@ -46,6 +46,7 @@ class Job:
         weights: the file of the student that it leaves.
         own: patterns of the files that the run wrote: whatever befalls them, the result is the same or the command refuses.
         others: patterns of files that it reads and did not write, of which only what cannot be read at all can be told.
+        undone: folders of the result that are removed, so that there is something to do.
     """
 
     prepare: Callable[[], None]
@@ -54,6 +55,7 @@ class Job:
     weights: str
     own: Sequence[str]
     others: Sequence[str] = ()
+    undone: Sequence[str] = ()
 
 
 @contextlib.contextmanager
@@ -76,21 +78,33 @@ def scratch() -> Iterator[Path]:
 
 @cache
 def _made(name: str) -> tempfile.TemporaryDirectory[str]:
+    """A folder with a run in ``here``, the place that it was made in and is attacked in, and a copy of it in ``whole``."""
     folder = tempfile.TemporaryDirectory(prefix=name)
-    with inside(Path(folder.name)):
+    here = Path(folder.name) / "here"
+    here.mkdir()
+    with inside(here):
         JOBS[name].prepare()
         code, said = command(*JOBS[name].begin)
         assert code == 0, said
+    here.rename(here.with_name("whole"))
     return folder
+
+
+def _whole(name: str) -> Path:
+    return Path(_made(name).name) / "whole"
 
 
 @contextlib.contextmanager
 def finished(name: str) -> Iterator[Path]:
-    """A copy of a finished run, as the working directory."""
-    made = _made(name)
-    with scratch() as folder:
-        shutil.copytree(made.name, folder, dirs_exist_ok=True)
-        yield folder
+    """A finished run, as the working directory."""
+    whole = _whole(name)
+    here = whole.with_name("here")
+    shutil.rmtree(here, ignore_errors=True)
+    shutil.copytree(whole, here)
+    for folder in JOBS[name].undone:
+        shutil.rmtree(here / folder)
+    with inside(here):
+        yield here
 
 
 def matching(folder: Path, patterns: Sequence[str]) -> list[str]:
@@ -102,7 +116,7 @@ def matching(folder: Path, patterns: Sequence[str]) -> list[str]:
 @cache
 def files_of(name: str) -> tuple[list[str], list[str]]:
     """The run's own files, and the others that it reads."""
-    folder = Path(_made(name).name)
+    folder = _whole(name)
     return matching(folder, JOBS[name].own), matching(folder, JOBS[name].others)
 
 
@@ -119,7 +133,7 @@ def student(path: Path) -> Mapping[str, Tensor]:
 @cache
 def result(name: str) -> Mapping[str, Tensor]:
     """The student of the run that nothing befell."""
-    return student(Path(_made(name).name) / JOBS[name].weights)
+    return student(_whole(name) / JOBS[name].weights)
 
 
 def assert_as_whole(name: str, folder: Path) -> None:
@@ -195,8 +209,9 @@ JOBS: dict[str, Job] = {
         ("plan", "plan.toml"),
         ("plan", "plan.toml"),
         "out/student/seed0/student.pth",
-        own=("out/**/*",),
+        own=("out/teacher/**/*",),
         others=("plan.toml", "tasks.py"),
+        undone=("out/student",),
     ),
     "transformers": Job(
         _texts,

@@ -71,6 +71,8 @@ def carry_out(plan: Plan, *, dry_run: bool = False, tell: Callable[[str], None] 
             continue
         state.folder.mkdir(parents=True, exist_ok=True)
         needed = {name: found[name, seed] for name in run.needs}
+        for name in run.needs:
+            _check_weights(states[name, seed])
         if isinstance(run, Choice):
             made, tells = _choose(run, needed, state)
         else:
@@ -101,7 +103,7 @@ def _train(run: PlannedRun, seed: int, needed: Mapping[str, TrainedModel], host:
     )
     trainer = host.make_trainer()
     made = trainer.carry_out(job) if run.checkpoint is None else trainer.given(job, run.checkpoint)
-    _write(state.folder / RECORD, {"settings": state.settings, "model": asdict(made)})
+    _write(state.folder / RECORD, {"settings": state.settings, **_recorded(made)})
     return made
 
 
@@ -110,7 +112,7 @@ def _choose(run: Choice, needed: Mapping[str, TrainedModel], state: _State) -> t
     metrics = {name: model.metrics for name, model in needed.items()}
     name = run.pick(metrics)
     values = {candidate: metrics[candidate][run.metric] for candidate in run.needs}
-    record = {"settings": state.settings, "chosen": name, "by": run.by, "values": values, "model": asdict(needed[name])}
+    record = {"settings": state.settings, "chosen": name, "by": run.by, "values": values, **_recorded(needed[name])}
     _write(state.folder / RECORD, record)
     return needed[name], f"{name} is chosen"
 
@@ -193,12 +195,29 @@ def _finished(folder: Path, settings: str) -> TrainedModel | None:
     if record is None:
         return None
     _same(folder, record, settings)
-    model = TrainedModel(**record["model"])
+    try:
+        model = TrainedModel(**record["model"])
+    except (KeyError, TypeError):
+        raise DistillError(f"{folder / RECORD} is damaged; remove it, and the run goes on where it was") from None
     if not Path(model.weights).exists():
         raise DistillError(
             f"{folder} is finished, but its weights {model.weights} are gone; remove the folder to train anew"
         )
     return model
+
+
+def _recorded(model: TrainedModel) -> dict[str, Any]:
+    """Return what is kept of a finished run: its model, and a digest of the weights."""
+    return {"model": asdict(model), "weights": digest_of_weights(model.weights)}
+
+
+def _check_weights(state: _State) -> None:
+    """Raise a :class:`DistillError` if the weights of a run that was finished before, from which another run learns, have changed."""
+    told = (_read(state.folder / RECORD) or {}).get("weights") if state.done is not None else None
+    if told is not None and state.done is not None and digest_of_weights(state.done.weights) != told:
+        raise DistillError(
+            f"{state.folder} is finished, but its weights {state.done.weights} are damaged or others; remove the folder to train anew"
+        )
 
 
 def _begun(folder: Path, settings: str) -> bool:
