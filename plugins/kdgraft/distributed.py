@@ -38,7 +38,8 @@ def kept_in_graph(parameters: Iterable[Tensor], device: torch.device | str) -> T
 
     ZeRO-3 needs no parameter in the graph, and has no room for a gradient of what it keeps in parts.
     """
-    alive = [p.flatten()[:0].float().sum() for p in parameters if p.requires_grad and not is_partitioned(p)]
+    kept = [p.flatten()[:0] for p in parameters if p.requires_grad and not is_partitioned(p)]
+    alive = [nothing.sum(dtype=torch.promote_types(nothing.dtype, torch.float32)) for nothing in kept]
     return torch.stack(alive).sum() if alive else torch.zeros((), device=device)
 
 

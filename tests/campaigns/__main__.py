@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("names", nargs="*", choices=[[], *CAMPAIGNS], help="some campaigns; all by default")
     parser.add_argument("--share", type=float, default=1.0, help="run this part of each campaign")
     parser.add_argument("--processes", type=int, default=2, help="how many run side by side")
-    parser.add_argument("--out", type=Path, default=OUT, help="the folder of the results, which a second call completes")
+    parser.add_argument(
+        "--out", type=Path, default=OUT, help="the folder of the results, which a second call completes"
+    )
     return parser
 
 

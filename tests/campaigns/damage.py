@@ -57,7 +57,9 @@ def check(case: Case) -> None:
         code, said = command(*job.again)
         own = case["file"] in files_of(case["job"])[0]
         if code == 0:
-            assert own or case["file"] not in _NEEDED, f"{case['file']} {case['harm']}, and nobody noticed: {said[-300:]}"
+            assert own or case["file"] not in _NEEDED, (
+                f"{case['file']} {case['harm']}, and nobody noticed: {said[-300:]}"
+            )
             assert_as_whole(case["job"], folder)
 
 
@@ -117,7 +119,7 @@ DAMAGE = Campaign(
     "or one line says what is wrong",
     Listed(cases),
     check,
-    count=300,
+    count=327,
     sample=8,
     block=25,
     host="mmdet",

@@ -50,7 +50,9 @@ def term_entries() -> st.SearchStrategy[Case]:
     terms = [spec(own_terms(TERMS)[kind], "conv", **{**SETTINGS.get(kind, {}), **common}) for kind in usable]
     entries = [{"terms": [term], "recipe": None} for term in terms]
     entries += [{"terms": [], "recipe": dict(type=name, weight=2.0)} for name in ("akd", "ft", "crd")]
-    entries.append({"terms": ["SoftTargets", dict(type="Hint", tap=["stem", "conv"], adapter="conv1x1")], "recipe": None})
+    entries.append(
+        {"terms": ["SoftTargets", dict(type="Hint", tap=["stem", "conv"], adapter="conv1x1")], "recipe": None}
+    )
     # Misspelt names of arguments are Python's own to tell, in a call.
     return st.sampled_from(entries).flatmap(lambda entry: mutated(entry, under=(("terms",), ("recipe",))))
 
@@ -170,7 +172,9 @@ def check_tap(case: Case) -> None:
         if read is not None and not more:
             expected = (read(student, images) - read(teacher, images)).square().mean()
             assert torch.isclose(loss, expected), f"tap reads something else: {float(loss)} and not {float(expected)}"
-            assert tuple(map(int, row.student_shape.split("×"))) == read(student, images[:1].expand(2, -1, -1, -1)).shape
+            assert (
+                tuple(map(int, row.student_shape.split("×"))) == read(student, images[:1].expand(2, -1, -1, -1)).shape
+            )
 
 
 # --- plans
@@ -182,7 +186,9 @@ def plan_entries() -> st.SearchStrategy[Case]:
     student = dict(config="tasks.py:small", teacher="assistant", terms=[dict(type="SoftTargets", temperature=2.0)])
     entries = [
         dict(seeds=[0, 1], runs=dict(teacher=teacher, assistant=assistant, student=student)),
-        dict(runs=dict(teacher=teacher, student=dict(config="tasks.py:small", teacher="teacher", recipe="akd", stop=2))),
+        dict(
+            runs=dict(teacher=teacher, student=dict(config="tasks.py:small", teacher="teacher", recipe="akd", stop=2))
+        ),
         dict(runs=dict(teacher=teacher, student={**student, "teacher": "teacher", "generations": 3})),
         dict(runs=dict(teacher=teacher, student=dict(config="tasks.py:small", each=dict(width=[2, 4, 8])))),
         dict(
@@ -209,7 +215,9 @@ def toml(value: Any) -> str:
 
 
 def check_plan(case: Case) -> None:
-    text = "".join(f"{key} = {toml(value)}\n" for key, value in case.items()) if isinstance(case, Mapping) else str(case)
+    text = (
+        "".join(f"{key} = {toml(value)}\n" for key, value in case.items()) if isinstance(case, Mapping) else str(case)
+    )
     write_plan(text or " ")
     code, said = command("plan", "plan.toml", "--dry-run")
     if code == 0:
@@ -246,7 +254,21 @@ def command_lines() -> st.SearchStrategy[Case]:
         ["plan", "plan.toml", "--dry-run"],
         ["report", "out"],
     ]
-    odd = ("", "0", "-1", "1e99", "nan", "a=b", "a.b.c=[", "training=5", "data=[unclosed", "--nothing", "--seed", "..", "é")
+    odd = (
+        "",
+        "0",
+        "-1",
+        "1e99",
+        "nan",
+        "a=b",
+        "a.b.c=[",
+        "training=5",
+        "data=[unclosed",
+        "--nothing",
+        "--seed",
+        "..",
+        "é",
+    )
     return st.sampled_from(lines).flatmap(lambda line: mutated(line, odd=odd)).map(_words)
 
 
@@ -271,6 +293,15 @@ FUZZ: Sequence[Campaign] = (
     fuzz("schedules", "schedules", schedule_entries, check_schedule, 1000, sample=100, block=500),
     fuzz("taps", "taps", tap_entries, check_tap, 1000, sample=50, block=250),
     fuzz("plans", "plans", plan_entries, check_plan, 2000, sample=20, block=200),
-    fuzz("recipes", "recipe files of Hugging Face", recipe_entries, check_recipe, 1200, sample=4, block=50, host="transformers"),
+    fuzz(
+        "recipes",
+        "recipe files of Hugging Face",
+        recipe_entries,
+        check_recipe,
+        1200,
+        sample=4,
+        block=50,
+        host="transformers",
+    ),
     fuzz("commands", "command lines", command_lines, check_command, 800, sample=4, block=50, host="transformers"),
 )

@@ -16,7 +16,19 @@ ODD: tuple[Any, ...] = (
     *([], {}, [None], [[]], ["a"], {"a": 1}, {"type": "SoftTargets"}, {"type": None}, {None: 1}),
 )
 """Values that are wrong nearly everywhere, the simplest first."""
-KEYS = ("type", "weight", "tap", "student_tap", "teacher_tap", "name", "source", "schedule", "region", "adapter", "temperature")
+KEYS = (
+    "type",
+    "weight",
+    "tap",
+    "student_tap",
+    "teacher_tap",
+    "name",
+    "source",
+    "schedule",
+    "region",
+    "adapter",
+    "temperature",
+)
 """Entries that are right in some places."""
 
 

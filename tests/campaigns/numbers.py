@@ -144,7 +144,9 @@ def check_step(term: str, losses: Mapping[str, Tensor], parameters: Mapping[str,
         total.backward()
     for name, parameter in parameters.items():
         grad = parameter.grad
-        assert grad is None or grad.isfinite().all(), f"gradient of {term}: not finite at {name}, with the losses {added}"
+        assert grad is None or grad.isfinite().all(), (
+            f"gradient of {term}: not finite at {name}, with the losses {added}"
+        )
 
 
 def critics() -> list[Case]:

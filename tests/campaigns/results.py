@@ -71,4 +71,3 @@ def table(campaigns: Sequence[Campaign], found: Mapping[str, Counts]) -> str:
         cells = campaign.name, campaign.attack, tried, f"{counts.held:,}", f"{len(counts.failures):,}"
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
-

@@ -95,6 +95,7 @@ class Drawn:
             suppress_health_check=list(HealthCheck),
             phases=phases,
         )
+
         def test(case: Case) -> None:
             see(case)
 

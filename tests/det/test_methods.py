@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from kdgraft import DistillError, FeatureTerm
@@ -11,34 +9,11 @@ from kdgraft_det import TERMS
 from kdgraft_det.reader import DetReader
 from support import det_table
 from support.det import build, detector, distilled, losses, raw_batch, save_teacher
-from support.det_stages import detr, staged
+from support.det_methods import SETTINGS, model
 from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, DetReader)
-SETTINGS: dict[str, dict[str, Any]] = {"CRD": dict(tap="neck[0]"), "WeightMatching": dict(modules="neck")}
-"""Settings of a term for detectors."""
-_SOFTMAX = (
-    "DKD",
-    "NKD",
-    "CWTM",
-    "DKPP",
-    "DIST",
-    "ForwardKL",
-    "ReverseKL",
-    "GeneralizedJSD",
-    "SkewedKL",
-    "AdversarialScores",
-)
-MODELS: dict[str, str] = {**dict.fromkeys(_SOFTMAX, "Faster R-CNN"), "KDDETR": "DeformableDETR"}
-"""A term's detector, where it is not GFL: ``"Faster R-CNN"`` or the name of a DETR-type model."""
-
-
-def model(kind: str, **sizes: int) -> dict[str, Any]:
-    name = MODELS.get(kind, "GFL")
-    if name == "GFL":
-        return detector(frozen_bn=True, **sizes)
-    return staged(name, **sizes) if name == "Faster R-CNN" else detr(name, **sizes)
 
 
 @pytest.mark.parametrize("kind", USABLE)

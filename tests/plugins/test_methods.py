@@ -7,7 +7,7 @@ import torch
 
 from kdgraft import TERMS, Distiller, Reader
 from support.methods import assert_falls, assert_shared, sharing, split, trained
-from support.plain import method, model
+from support.plain import Method, method, model
 
 USABLE, LACKING = split(TERMS, Reader)
 
@@ -16,6 +16,20 @@ USABLE, LACKING = split(TERMS, Reader)
 def test_trains_a_plain_model(kind):
     built = method(kind)
     assert_falls(trained(built.losses, built.distiller.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("kind", USABLE)
+def test_trains_a_model_of_another_precision(kind, dtype):
+    built = method(kind)
+    built.distiller.to(dtype)
+    labels = built.labels.to(dtype) if built.labels.is_floating_point() else built.labels
+    built = Method(built.distiller, built.images.to(dtype), labels)
+    for _ in range(3):  # some terms train a network of their own first
+        loss = built.losses()["distill.term.loss"]
+        loss.backward()
+        assert loss.isfinite() and loss.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
+    assert all(p.grad is None or p.grad.isfinite().all() for p in built.distiller.parameters())
 
 
 @pytest.mark.parametrize("kind", sharing(TERMS))

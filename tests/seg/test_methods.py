@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from kdgraft import DistillError, FeatureTerm
 from kdgraft_seg import TERMS
 from kdgraft_seg.reader import SegReader
 from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
-from support.seg import SMALL_CRITIC, batch, build, distilled, losses_of, segmentor
+from support.seg import batch, build, distilled, losses_of, segmentor
+from support.seg_methods import SETTINGS
 
 OWN = own_terms(TERMS)
 USABLE, LACKING = split(TERMS, SegReader)
-SETTINGS: dict[str, dict[str, Any]] = {
-    "Review": dict(tap=["backbone[1]", "backbone[2]"]),
-    "AdversarialMask": dict(critic=SMALL_CRITIC),
-    "CrossImageRelations": dict(nodes=64, anchors=64, contrast=64, pixels_per_class=32, regions_per_class=16),
-    "WeightMatching": dict(modules="backbone.layer2"),
-}
-"""Settings of a term for segmentors."""
 
 
 def student(kind, teacher):

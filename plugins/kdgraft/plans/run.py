@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
-from ..files import digest, digest_of_file, digest_of_weights, written_whole
+from ..files import digest, digest_of_file, digest_of_weights, read_record, written_whole
 from ..hosts import Host, Job, TrainedModel, TransferSet, host_named, host_of
 from .plan import Choice, Plan, PlannedRun
 
@@ -191,8 +191,8 @@ def _content(data: TransferSet) -> dict[str, Any]:
 
 def _finished(folder: Path, settings: str) -> TrainedModel | None:
     """Return the trained model of the run in a folder; ``None`` if the run is not finished."""
-    record = _read(folder / RECORD)
-    if record is None:
+    record = read_record(folder / RECORD)
+    if not record:
         return None
     _same(folder, record, settings)
     try:
@@ -213,7 +213,7 @@ def _recorded(model: TrainedModel) -> dict[str, Any]:
 
 def _check_weights(state: _State) -> None:
     """Raise a :class:`DistillError` if the weights of a run that was finished before, from which another run learns, have changed."""
-    told = (_read(state.folder / RECORD) or {}).get("weights") if state.done is not None else None
+    told = read_record(state.folder / RECORD).get("weights") if state.done is not None else None
     if told is not None and state.done is not None and digest_of_weights(state.done.weights) != told:
         raise DistillError(
             f"{state.folder} is finished, but its weights {state.done.weights} are damaged or others; remove the folder to train anew"
@@ -222,8 +222,8 @@ def _check_weights(state: _State) -> None:
 
 def _begun(folder: Path, settings: str) -> bool:
     """Return true if a run with these settings was begun in the folder."""
-    record = _read(folder / BEGUN)
-    if record is None:
+    record = read_record(folder / BEGUN)
+    if not record:
         return False
     _same(folder, record, settings)
     return True
@@ -234,14 +234,6 @@ def _same(folder: Path, record: Mapping[str, Any], settings: str) -> None:
         raise DistillError(
             f"{folder} holds a run with other settings (config, terms, teacher or seed); remove it, or give the plan another out"
         )
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
