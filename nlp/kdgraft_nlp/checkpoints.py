@@ -127,9 +127,11 @@ class Resuming(_Host):
         super()._save(output_dir, without_distiller(self.model, state_dict))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            write_checksums(Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}")
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+        with one_line(f"cannot write {folder}"):  # a full disk is an error of torch, of safetensors or of the system
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                write_checksums(folder)
         self._save_cache()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *model: Any) -> None:

@@ -16,7 +16,7 @@ from kdgraft.distributed import sum_over_ranks, world_size
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import eval_mode
-from kdgraft.registry import check_told, expand_recipe
+from kdgraft.registry import check_told, expand_recipe, listed
 from kdgraft.schedules import Step
 from kdgraft.step import scaled
 
@@ -65,13 +65,12 @@ class Distilling(Resuming):
         weights: str | None = None,
     ) -> None:
         """Graft the distiller on the trainer's model; :class:`DistillTrainer` and :func:`distill` call it."""
-        if not isinstance(terms, (list, tuple, type(None))):
-            raise DistillError(f"terms must be a list, got {terms!r}")
+        own = listed(terms)
         given = dict(dry_run=dry_run, init_from=init_from, on_policy=on_policy)
         check_told(terms, recipe, teacher=teacher, teachers=teachers, **given)
         _refuse_hosts(self)
         check_number("host_weight", "the host's share", host_weight, 0)
-        specs = [*expand_recipe(recipe, RECIPES), *(terms or [])]
+        specs = [*expand_recipe(recipe, RECIPES), *own]
         if host_weight != 1 and not specs:
             raise DistillError("host_weight is for distillation only; give terms or a recipe, or leave it out")
         self._weights = None if weights is None else take_weights(self, weights, bool(specs))

@@ -40,6 +40,11 @@ class Auxiliary:
         self.skipped = 0
         self._shared = False
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the network: float32, or float64 if the student has that."""
+        return next(self.network.parameters()).dtype
+
     @contextmanager
     def learning(self, device_type: str) -> Iterator[None]:
         """Enter training mode with gradients in float32 for :meth:`step`; on first use, synchronise the weights over processes."""
@@ -84,17 +89,25 @@ class Auxiliary:
             yield
 
     def judge(self, inputs: Tensor) -> Tensor:
-        """Apply the network to ``inputs`` in float32, with gradients to the inputs only."""
+        """Apply the network to ``inputs`` in its own precision, with gradients to the inputs only."""
         with self.frozen(inputs.device.type):
-            return self.network(inputs.float())
+            return self.network(inputs.to(self.dtype))
 
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Move the network, as ``nn.Module._apply`` does, together with the optimizer's state."""
-        self.network._apply(function)
+        """Move the network, as ``nn.Module._apply`` does, together with the optimizer's state.
+
+        Where the student is converted to half precision, both keep theirs.
+        """
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = function(tensor)
+            return tensor.to(moved.device) if moved.dtype in (torch.float16, torch.bfloat16) else moved
+
+        self.network._apply(move)
         for state in self.optimizer.state.values():
             for key, value in state.items():
                 if isinstance(value, Tensor) and value.ndim:
-                    state[key] = function(value)
+                    state[key] = move(value)
 
     def state(self) -> dict[str, Any]:
         """Return the state for a checkpoint: network, optimizer, random state, number of skipped steps."""

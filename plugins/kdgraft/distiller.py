@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .batch import Batch, Samples
 from .engine import Engine
 from .errors import DistillError, WiringError, check_number
-from .registry import RECIPES, expand_recipe
+from .registry import RECIPES, expand_recipe, listed
 from .schedules import Step
 from .sources import Source, Teacher, gather_sources
 from .sources.base import share_parameters
@@ -107,7 +107,7 @@ class Distiller(Engine):
                 )
             return Teacher(model)
 
-        terms = [*expand_recipe(recipe, RECIPES), *terms]
+        terms = [*expand_recipe(recipe, RECIPES), *listed(terms)]
         super().__init__(gather_sources(teacher, teachers, frozen), terms)
         self.student = student
         self.epoch = 0

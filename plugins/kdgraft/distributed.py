@@ -34,11 +34,12 @@ def is_partitioned(parameter: Any) -> bool:
 
 
 def kept_in_graph(parameters: Iterable[Tensor], device: torch.device | str) -> Tensor:
-    """Return 0 with parameters in the graph, as DDP needs; empty sums, unlike ``0 *``, are 0 for infinite parameters.
+    """Return 0 with parameters, or other tensors, in the graph, as DDP needs; empty sums, unlike ``0 *``, are 0 for infinite parameters.
 
     ZeRO-3 needs no parameter in the graph, and has no room for a gradient of what it keeps in parts.
     """
-    alive = [p.flatten()[:0].sum() for p in parameters if p.requires_grad and not is_partitioned(p)]
+    kept = [p.flatten()[:0] for p in parameters if p.requires_grad and not is_partitioned(p)]
+    alive = [nothing.sum(dtype=torch.promote_types(nothing.dtype, torch.float32)) for nothing in kept]
     return torch.stack(alive).sum() if alive else torch.zeros((), device=device)
 
 

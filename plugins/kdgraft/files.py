@@ -39,6 +39,15 @@ def digest_of_weights(path: str | Path) -> str:
     return digest([digest_of_file(file) for file in files])
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Return the content of a file in JSON; nothing if it is missing or damaged, so that what it records is made anew."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, and rename it to ``path`` when the body ends without an error.

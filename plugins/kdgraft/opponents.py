@@ -110,7 +110,7 @@ class Opponent(Auxiliary):
         """
         if present is None:
             present = torch.ones(len(real), dtype=torch.bool, device=real.device)
-        real, fake = real[present].detach().float(), fake[present].detach().float()
+        real, fake = (side[present].detach().to(self.dtype) for side in (real, fake))
         labels = None if labels is None else labels[present]
         shown: dict[str, Tensor] = {}
         with self.learning(real.device.type):

@@ -81,7 +81,10 @@ class PlainTrainer:
             DistillError: there is no such file, or the function's name does not occur in it.
         """
         file, _, name = config.rpartition(":")
-        text = file_of(config).read_text(encoding="utf-8")
+        try:
+            text = file_of(config).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise DistillError(f"{file} is no Python file: {error}") from None
         if not re.search(rf"\b{re.escape(name)}\b", text):
             known = re.findall(r"^def (\w+)", text, re.MULTILINE)
             raise DistillError(f"{file} has no function {name!r}{nearest(name, known)}")

@@ -241,6 +241,13 @@ def expand_recipe(recipe: Any, recipes: Registry) -> list[Any]:
     return list(call(target, spec, f"recipe {name}"))
 
 
+def listed(terms: Any) -> list[Any]:
+    """Return the user's terms as a list, an empty one for ``None``; raise a :class:`DistillError` for what is no list."""
+    if not isinstance(terms, (list, tuple, type(None))):
+        raise DistillError(f"terms must be a list, got {terms!r}")
+    return list(terms or ())
+
+
 def check_told(terms: Any, recipe: Any, **given: Any) -> None:
     """Raise a :class:`DistillError` for arguments of a distillation, such as a teacher, without terms or a recipe.
 

@@ -63,7 +63,7 @@ def read_rows(folder: Path) -> dict[Key, Row]:
     """Return the newest row of each run; a line that was cut off counts for nothing."""
     path = folder / FILE
     found: dict[Key, Row] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
         try:
             row = Row(**json.loads(line))
         except (ValueError, TypeError):

@@ -27,7 +27,7 @@ from kdgraft.errors import DistillError, WiringError, check_number
 from kdgraft.hiding import hide_from_state_dict
 from kdgraft.isolation import isolated_rng
 from kdgraft.readers import Reader
-from kdgraft.registry import Registry, check_told, expand_recipe
+from kdgraft.registry import Registry, check_told, expand_recipe, listed
 from kdgraft.sources import Source, Teacher
 from kdgraft.taps import Tap
 from kdgraft.telling import announced
@@ -151,8 +151,7 @@ class Graft(_Host, metaclass=GraftMeta):
         """Raise a :class:`DistillError` for an argument of the wrong type."""
         if dry_run_size is not None:
             check_number(cls.__name__, "dry_run_size", dry_run_size, 1, whole=True)
-        if not isinstance(terms, (list, tuple, type(None))):
-            raise DistillError(f"terms must be a list, got {terms!r}")
+        listed(terms)
         if not isinstance(inherit, (str, list, tuple)):
             raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")
 

@@ -98,7 +98,7 @@ def newest_checkpoint(config: Config, *, trusted: bool = False, partial: bool = 
     """
     work_dir = Path(config.work_dir)
     pointer = work_dir / "last_checkpoint"
-    named = pointer.read_text().strip() if pointer.is_file() else ""
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     if "://" in named:
         return named
     passed, incomplete = [], None

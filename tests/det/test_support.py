@@ -11,6 +11,7 @@ from support import det_table
 from support.det import build, distilled, losses, raw_batch, save_teacher
 from support.det_stages import STAGED, detr, staged, with_masks
 from support.det_zoo import zoo
+from support.marked import between_marks
 from support.tensors import distillation
 
 
@@ -133,5 +134,5 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path, detector):
 
 
 def test_the_readme_shows_this_table():
-    shown = det_table.between_marks(det_table.README.read_text())[1].strip()
+    shown = between_marks(det_table.README.read_text(), det_table.MARKS)[1]
     assert shown == det_table.table(), "run python tests/support/det_table.py"

@@ -248,3 +248,10 @@ def test_the_command_resumes_from_the_newest_complete_checkpoint(recipe, capsys)
 def test_partial_belongs_to_resume(recipe, capsys):
     assert main(["train", str(recipe), "--partial"]) == 2
     assert "--partial belongs to --resume" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line(tmp_path):
+    run = trainer(tmp_path, 2)
+    (tmp_path / "checkpoint-2" / "optimizer.pt").mkdir(parents=True)
+    with pytest.raises(DistillError, match=r"^cannot write .*checkpoint-2: RuntimeError: .*Is a directory$"):
+        run.train()

@@ -219,6 +219,8 @@ def test_it_moves_with_its_term():
     assert all(
         torch.equal(new, old.double()) and new.dtype == torch.float64 for new, old in zip(found, moments, strict=True)
     )
+    model.bfloat16()  # it learns in the precision that it has
+    assert {p.dtype for p in critic_of(model).network.parameters()} == {torch.float64}
     model.to("meta")
     assert {p.device.type for p in critic_of(model).network.parameters()} == {"meta"}
     assert {state["exp_avg"].device.type for state in critic_of(model).optimizer.state.values()} == {"meta"}

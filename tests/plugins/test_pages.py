@@ -19,6 +19,7 @@ from kdgraft.cli import _parser as kdgraft_parser
 from kdgraft.hosts import MissingHost, hosts, installed
 from kdgraft.listing import arguments_of
 from support import method_table
+from support.marked import between_marks
 from support.pages import (
     BLOCKS,
     JOBS,
@@ -223,5 +224,5 @@ def _call(code: str) -> ast.Call | None:
 def test_the_table_of_methods_is_made_from_the_sources():
     if not all(installed(host.framework) for host in hosts().values()):
         pytest.skip("the table is of all hosts")
-    shown = method_table.between_marks(method_table.README.read_text())[1].strip()
+    shown = between_marks(method_table.README.read_text(), method_table.MARKS)[1]
     assert shown == method_table.table(), "run PYTHONPATH=tests python tests/support/method_table.py"

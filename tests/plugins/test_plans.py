@@ -89,6 +89,29 @@ def test_what_is_finished_is_not_repeated(folder: Path):
     assert all(torch.equal(value, before[key]) for key, value in weights(again["assistant", 0]).items())
 
 
+def test_damaged_weights_teach_nobody(folder: Path):
+    path = plan(folder)
+    _, found = said(path)
+    (folder / "out/student/seed0/finished.json").unlink()
+    teacher = Path(found["assistant", 0].weights)
+    saved = weights(found["assistant", 0])
+    saved["0.bias"][0] += 1  # a file that can be read
+    torch.save(saved, teacher)
+    with pytest.raises(DistillError, match=r"assistant/seed0 is finished, but its weights .* are damaged or others"):
+        said(path)
+
+
+@pytest.mark.parametrize("record", ["{}", '{"model": 5}', '{"model": {"wieghts": "a.pth"}}'])
+def test_a_damaged_record_is_said(folder: Path, record: str):
+    path = plan(folder)
+    said(path)
+    file = folder / "out/teacher/seed0/finished.json"
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({"settings": told["settings"], **json.loads(record)}))
+    with pytest.raises(DistillError, match=r"finished\.json is damaged; remove it"):
+        said(path)
+
+
 ALL_KINDS = """
 [runs.teacher]
 config = "tasks.py:large"

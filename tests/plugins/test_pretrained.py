@@ -71,6 +71,16 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @every
+def test_infinite_features_harm_no_adapter_while_the_network_learns(kind: type[PretrainedTerm]):
+    model = distil(kind)
+    for maps in model.student.parameters():
+        maps.data[0, 0, 0, 0] = torch.inf
+    out = model(X)
+    out.loss.backward()
+    assert out.loss == 0 and all(slope.grad.isfinite().all() for slope in model.terms.parameters())
+
+
+@every
 def test_the_network_learns_first_and_the_student_then(kind: type[PretrainedTerm]):
     model = distil(kind)
     for step in range(4):

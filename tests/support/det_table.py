@@ -78,14 +78,8 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def between_marks(text: str) -> tuple[str, str, str]:
-    """What stands before, between and after the marks."""
-    before, _, rest = text.partition(MARKS[0])
-    inside, _, after = rest.partition(MARKS[1])
-    return before, inside, after
-
-
 if __name__ == "__main__":
-    before, _, after = between_marks(README.read_text())
-    README.write_text(f"{before}{MARKS[0]}\n\n{table()}\n\n{MARKS[1]}{after}")
+    from marked import write_between  # beside this file, whose folder is the first of the path
+
+    write_between(README, MARKS, table())
     sys.exit(0)

@@ -96,13 +96,8 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def between_marks(text: str) -> tuple[str, str, str]:
-    """The text before the table, the table, and the text after it."""
-    start, end = text.index(MARKS[0]) + len(MARKS[0]), text.index(MARKS[1])
-    return text[:start], text[start:end], text[end:]
-
-
 if __name__ == "__main__":
-    before, _, after = between_marks(README.read_text())
-    README.write_text(f"{before}\n\n{table()}\n\n{after}")
+    from marked import write_between  # beside this file, whose folder is the first of the path
+
+    write_between(README, MARKS, table())
     sys.exit()

@@ -61,7 +61,7 @@ class Exit(nn.Module):
             maps = self.reduce_norm(self.reduce(maps), valid).relu()
             maps = self.leave_norm(self.leave(maps), valid).relu()
             vectors, _ = mean_of_each(maps, valid)
-            return self.classifier(vectors), vectors
+            return self.classifier(vectors.to(self.classifier.weight.dtype)), vectors
 
 
 def exit_imitation(

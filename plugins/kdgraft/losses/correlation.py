@@ -52,7 +52,8 @@ def correlation(
     pq, pp, qq = (total((a * b).sum(dim)) for a, b in ((p, q), (p, p), (q, q)))
     # Rounding errors of a constant are no variation. With clamp() the gradient would be q divided by a tiny number.
     rounding = (8 * torch.finfo(p.dtype).eps) ** 2
-    # Comparisons with NaN are false, so that it does not count as constant but reaches the value, and the term is dropped.
     constant = (pp <= rounding * p_means) | (qq <= rounding * q_means)
     constant |= (pp * qq).detach().sqrt() * (p_scale * q_scale) <= 1e-8
+    # What is not finite must reach the value, so that the term is dropped: masked, its gradient would be 0 · inf all the same.
+    constant &= pp.isfinite() & qq.isfinite()
     return pq.masked_fill(constant, 0) / (pp * qq).masked_fill(constant, 1).sqrt()

@@ -65,5 +65,6 @@ def crd(
         count = known.sum(1)
         noise = count.clamp(min=1).to(own.dtype).log() + math.log(mean)
         apart = -F.logsigmoid(noise[:, None] - other).masked_fill(~known, 0).sum(1)
-        items = (apart - F.logsigmoid(own - noise)).masked_fill(count == 0, 0)
+        items = apart - F.logsigmoid(own - noise)
+        items = items.masked_fill((count == 0) & items.isfinite(), 0)  # masked, NaN would still be its gradient
     return reduce_loss(items, weight, reduction)

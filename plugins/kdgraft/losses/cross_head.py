@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .reduction import Reduction, divide, reduce_loss, same_shape, upcast
+from .scale import power_of_two
 
 
 def focused_entropy(
@@ -70,7 +71,11 @@ def align_scale(
 
 def _moments(maps: Tensor, inside: Tensor, count: Tensor, total: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Return mean and (unbiased) standard deviation ``(1, C, 1, 1)``, the latter without gradient where it is 0."""
+    # The squares, and the sum, of large features would not fit in float32.
+    largest = total((maps.detach().abs() / max(maps[:, 0].numel(), 1)).sum((0, 2, 3), keepdim=True))
+    size = power_of_two(largest).clamp(min=1)
+    maps = maps / size
     mean = divide(total(maps.sum((0, 2, 3), keepdim=True)), count)
     squares = total(((maps - mean).square() * inside).sum((0, 2, 3), keepdim=True))
     variance = squares / (count - 1).clamp(min=1)
-    return mean, variance.masked_fill(variance == 0, 1).sqrt().masked_fill(variance == 0, 0)
+    return mean * size, variance.masked_fill(variance == 0, 1).sqrt().masked_fill(variance == 0, 0) * size

@@ -21,7 +21,7 @@ POOLED_SIZES = (4, 2, 1)
 class ValidNorm(nn.Module):
     """Batch normalisation over the positions that count, on all processes together, in float32.
 
-    It always uses the batch's statistics, as the networks of terms run in training only, and returns 0 where a position does not
+    The result has the precision of its weights. It always uses the batch's statistics, as the networks of terms run in training only, and returns 0 where a position does not
     count.
     """
 
@@ -39,8 +39,10 @@ class ValidNorm(nn.Module):
         count = total[-1].clamp(min=1)
         centred = (maps - (total[:-1] / count)[:, None, None]).masked_fill(~present, 0)
         variance = total_over_ranks(centred.square().sum((0, 2, 3))) / count
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).masked_fill(~present, 0)
+        # An infinite variance would give 0, whose gradient is not a number.
+        scale = self.weight * (variance + self.eps).rsqrt().masked_fill(~variance.isfinite(), torch.nan)
+        normalised = centred * scale[:, None, None] + self.bias[:, None, None]
+        return normalised.masked_fill(~present, 0).to(self.weight.dtype)
 
 
 class Fusion(nn.Module):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import DistillError
-from ..files import digest, digest_of_file, digest_of_weights, written_whole
+from ..files import digest, digest_of_file, digest_of_weights, read_record, written_whole
 from ..hosts import Host, Job, TrainedModel, TransferSet, host_named, host_of
 from .plan import Choice, Plan, PlannedRun
 
@@ -71,6 +71,8 @@ def carry_out(plan: Plan, *, dry_run: bool = False, tell: Callable[[str], None] 
             continue
         state.folder.mkdir(parents=True, exist_ok=True)
         needed = {name: found[name, seed] for name in run.needs}
+        for name in run.needs:
+            _check_weights(states[name, seed])
         if isinstance(run, Choice):
             made, tells = _choose(run, needed, state)
         else:
@@ -101,7 +103,7 @@ def _train(run: PlannedRun, seed: int, needed: Mapping[str, TrainedModel], host:
     )
     trainer = host.make_trainer()
     made = trainer.carry_out(job) if run.checkpoint is None else trainer.given(job, run.checkpoint)
-    _write(state.folder / RECORD, {"settings": state.settings, "model": asdict(made)})
+    _write(state.folder / RECORD, {"settings": state.settings, **_recorded(made)})
     return made
 
 
@@ -110,7 +112,7 @@ def _choose(run: Choice, needed: Mapping[str, TrainedModel], state: _State) -> t
     metrics = {name: model.metrics for name, model in needed.items()}
     name = run.pick(metrics)
     values = {candidate: metrics[candidate][run.metric] for candidate in run.needs}
-    record = {"settings": state.settings, "chosen": name, "by": run.by, "values": values, "model": asdict(needed[name])}
+    record = {"settings": state.settings, "chosen": name, "by": run.by, "values": values, **_recorded(needed[name])}
     _write(state.folder / RECORD, record)
     return needed[name], f"{name} is chosen"
 
@@ -189,11 +191,14 @@ def _content(data: TransferSet) -> dict[str, Any]:
 
 def _finished(folder: Path, settings: str) -> TrainedModel | None:
     """Return the trained model of the run in a folder; ``None`` if the run is not finished."""
-    record = _read(folder / RECORD)
-    if record is None:
+    record = read_record(folder / RECORD)
+    if not record:
         return None
     _same(folder, record, settings)
-    model = TrainedModel(**record["model"])
+    try:
+        model = TrainedModel(**record["model"])
+    except (KeyError, TypeError):
+        raise DistillError(f"{folder / RECORD} is damaged; remove it, and the run goes on where it was") from None
     if not Path(model.weights).exists():
         raise DistillError(
             f"{folder} is finished, but its weights {model.weights} are gone; remove the folder to train anew"
@@ -201,10 +206,24 @@ def _finished(folder: Path, settings: str) -> TrainedModel | None:
     return model
 
 
+def _recorded(model: TrainedModel) -> dict[str, Any]:
+    """Return what is kept of a finished run: its model, and a digest of the weights."""
+    return {"model": asdict(model), "weights": digest_of_weights(model.weights)}
+
+
+def _check_weights(state: _State) -> None:
+    """Raise a :class:`DistillError` if the weights of a run that was finished before, from which another run learns, have changed."""
+    told = read_record(state.folder / RECORD).get("weights") if state.done is not None else None
+    if told is not None and state.done is not None and digest_of_weights(state.done.weights) != told:
+        raise DistillError(
+            f"{state.folder} is finished, but its weights {state.done.weights} are damaged or others; remove the folder to train anew"
+        )
+
+
 def _begun(folder: Path, settings: str) -> bool:
     """Return true if a run with these settings was begun in the folder."""
-    record = _read(folder / BEGUN)
-    if record is None:
+    record = read_record(folder / BEGUN)
+    if not record:
         return False
     _same(folder, record, settings)
     return True
@@ -215,14 +234,6 @@ def _same(folder: Path, record: Mapping[str, Any], settings: str) -> None:
         raise DistillError(
             f"{folder} holds a run with other settings (config, terms, teacher or seed); remove it, or give the plan another out"
         )
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from ..boundary import base_samples, boundary_samples, target_classes
 from ..distributed import SharedRandom
 from ..errors import WiringError, check_number
 from ..isolation import eval_mode
-from ..losses import Ratio, soft_targets, weighted_ratio
+from ..losses import Ratio, soft_targets, upcast, weighted_ratio
 from ..pairs import Pairs
 from ..readers import in_order
 from ..registry import RECIPES, TERMS
@@ -163,7 +163,7 @@ class BoundarySamples(TemperedTerm):
         drawn = self._random.of_rows((len(images), 1), images.device)[:, 0] / 2.0**62
         self.monitor = {"samples": everyone.float()}
         if len(chosen) < 1 + any(isinstance(module, _BatchNorm) for module in _training(student.root)):
-            return weighted_ratio(pairs.student.flatten()[:0])
+            return weighted_ratio(upcast(pairs.student.flatten()[:0]))
         moved = boundary_samples(
             lambda samples: self._read(passes.of_source(samples), 1),
             images[chosen],

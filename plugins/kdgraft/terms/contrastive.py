@@ -149,7 +149,8 @@ class CRD(SampleTerm):
         places, chosen, seen = (torch.tensor(part, device=s.device) for part in zip(*targets, strict=True))
         share = (self.momentum * seen)[:, None]
         for memory, new in ((self.student_memory, s), (self.teacher_memory, t)):
-            memory[places] = unit(share * memory[places] + (1 - share) * new[chosen].to(memory.dtype), 1)
+            mixed = share * memory[places] + (1 - share) * new[chosen].to(memory.dtype)
+            memory[places] = unit(mixed, 1).to(memory.dtype)
         self.classes[places] = labels[chosen]
 
     def _assign(self, names: Sequence[Any]) -> list[tuple[int, int, bool]]:

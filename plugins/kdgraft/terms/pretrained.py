@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..auxiliary import Auxiliary, check_optimizer
 from ..balance import Weight
 from ..batch import Batch
-from ..distributed import rank
+from ..distributed import kept_in_graph, rank
 from ..errors import WiringError, check_number
 from ..files import written_whole
 from ..losses import Ratio, factor_transfer, weighted_ratio
@@ -135,7 +135,10 @@ class PretrainedTerm(FeatureTerm):
             if not self.learning and self.save_network is not None and rank() == 0:
                 with written_whole(Path(self.save_network).expanduser()) as file:
                     torch.save(auxiliary.network.state_dict(), file)
-            return self._nothing(levels)
+            # The tapped maps, not the adapted ones: where these are infinite, adapters would get 0 · inf for a gradient.
+            maps = [s for s, *_ in self.pairs(student, teacher)]
+            zero = kept_in_graph([*maps, *self.parameters()], maps[0].device)
+            return Ratio(zero, zero.new_ones(()))
         self.monitor = {}
         with auxiliary.frozen(levels[0][1].device.type):
             found = self.teach(list(auxiliary.network.children()), levels, batch)
@@ -171,12 +174,6 @@ class PretrainedTerm(FeatureTerm):
                 value = weighted_ratio(items, images_present(weight)).numerator
                 sums[name] = sums[name] + value if name in sums else value
         return sums
-
-    def _nothing(self, levels: Sequence[Level]) -> Ratio:
-        """Return 0 with the student's features and the term's parameters in the graph."""
-        live = [*(s for s, _, _ in levels), *self.parameters()]
-        zero = torch.stack([tensor.flatten()[:0].float().sum() for tensor in live]).sum()
-        return Ratio(zero, zero.new_ones(()))
 
     def build_network(self, student: Tensor, teacher: Tensor) -> nn.Module:
         """Build the network of a map from the two tensors of the dry run."""

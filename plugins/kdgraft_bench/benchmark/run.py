@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from kdgraft.errors import DistillError
-from kdgraft.files import held, written_whole
+from kdgraft.files import held, read_record, written_whole
 from kdgraft.hosts import TrainedModel
 from kdgraft.plans import Plan, PlannedRun, carry_out
 from kdgraft.tables import print_rows
@@ -28,7 +28,7 @@ from .costs import FEW_ROUNDS, OPERATIONS, PARAMETERS, ROUNDS, SIZE, STEP, Costs
 from .forecast import Forecast, forecast
 from .planned import plan_of_benchmark
 from .tuning import tuned
-from .working import DECISIONS, Done, Run, processes, read_record, side_by_side, write_texts
+from .working import DECISIONS, Done, Run, processes, side_by_side, write_texts
 
 AGREEMENT = "agreement with the teacher"
 GAP = "of the gap"

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from kdgraft.errors import DistillError
-from kdgraft.files import digest, written_whole
+from kdgraft.files import digest, read_record, written_whole
 from kdgraft.hosts import TrainedModel, host_named
 from kdgraft.plans import Plan, carry_out
 from kdgraft.registry import Registry, expand_recipe
@@ -20,7 +20,7 @@ from ..hosts import BenchHost, Dataset
 from ..results import lower_is_better
 from ..spec import Benchmark, run_name
 from .planned import plan_of_benchmark
-from .working import Done, Failure, Run, read_record, side_by_side
+from .working import Done, Failure, Run, side_by_side
 
 SEED = 1000
 """The seed of the trainings that tune; the benchmark's own must be others."""

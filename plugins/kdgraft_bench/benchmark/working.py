@@ -14,10 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from kdgraft.errors import DistillError
-from kdgraft.files import digest_of_weights, written_whole
+from kdgraft.files import digest_of_weights, read_record, written_whole
 from kdgraft.hosts import TrainedModel
 from kdgraft.plans import Choice, Plan, PlannedRun, carry_out
 
@@ -238,15 +237,6 @@ def _write_texts(
             part.write_text(json.dumps(known), encoding="utf-8")
     figures: Mapping[str, float] = known["figures"]
     return figures
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """Return the content of a file in JSON; nothing if it is missing or damaged, so that it is made anew."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 
 from kdgraft.errors import DistillError
-from kdgraft.files import digest
+from kdgraft.files import digest, read_record
 
 from . import check_layout, describe
 
@@ -56,7 +56,7 @@ class RealSet:
         record = folder / "shrunk.json"
         source = digest([self.annotations, *(describe(self.root / split) for split in SPLITS)])
         wanted = dict(source=source, size=list(size))
-        if record.is_file() and json.loads(record.read_text()) == wanted:
+        if read_record(record) == wanted:
             return folder
         if folder.exists() and any(folder.iterdir()) and not record.is_file():
             raise DistillError(f"{folder} holds files of something else; choose another --out")

@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from kdgraft.files import written_whole
+from kdgraft.files import read_record, written_whole
 
 from .digits import CLASSES, SPLITS, all_digits, sources_of
 
@@ -162,7 +162,7 @@ def _write_set(root: Path, task: str, seed: int, numbers: tuple[int, int, int], 
     counts = dict(zip(SPLITS, numbers, strict=True))
     wanted: dict[str, Any] = dict(version=_VERSION, task=task, seed=seed, size=size, complete=True, **counts)
     if record.is_file():
-        if json.loads(record.read_text()) == wanted:
+        if read_record(record) == wanted:
             return root
     elif root.exists() and any(root.iterdir()):
         raise FileExistsError(f"{root} is not empty and holds no scenes.json: choose another folder for the scenes")

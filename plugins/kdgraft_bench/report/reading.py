@@ -74,7 +74,7 @@ def read_json(path: Path) -> Any:
 
 def records(log: Path) -> Iterator[dict[str, Any]]:
     """Yield the records of a log, a line each; the last line of a run that was killed may be cut off."""
-    lines = log.read_text().splitlines()
+    lines = log.read_text(errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             yield json.loads(line)
@@ -92,5 +92,5 @@ def newest_text(folder: Path, *patterns: str) -> str:
     """Return the text of the newest file of the first pattern that has any."""
     for pattern in patterns:
         if files := sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime):
-            return files[-1].read_text()
+            return files[-1].read_text(errors="replace")
     return ""

@@ -253,7 +253,7 @@ def _trainer(folder: Path) -> Run | None:
         *sorted(folder.glob("checkpoint-*"), key=lambda path: int(re.sub(r"\D", "", path.name) or 0), reverse=True),
     ]
     config = next((path / "config.json" for path in where if (path / "config.json").is_file()), None)
-    text = "" if config is None else config.read_text()
+    text = "" if config is None else config.read_text(errors="replace")
     told = {} if config is None else read_json(config)
     model = next(iter(told.get("architectures") or []), told.get("model_type", ""))
     weights = next((files for path in where if (files := sorted(path.glob("model*.safetensors")))), [])

@@ -176,3 +176,14 @@ def test_gradient_of_the_norm():
     norm, valid = ValidNorm(2).double(), torch.tensor([[[1, 1, 0], [1, 0, 1]]] * 2)
     assert torch.autograd.gradcheck(lambda x: norm(x, valid), maps)
     assert not gradient(norm(maps, valid).square().sum(), maps)[:, :, 0, 2].any()
+
+
+@pytest.mark.parametrize("entry", [1e18, 3e38, math.inf])
+def test_what_its_normalisation_cannot_square_is_seen_in_the_loss(entry: float):
+    student, teacher = ([level.float() for level in side] for side in levels())
+    student[0][0, 0, 0, 0] = entry
+    module = fusion().float()
+    fused = module(student, [None] * 3)
+    value = torch.stack([hierarchical_context(s, t) for s, t in zip(fused, teacher, strict=True)]).sum()
+    slopes = torch.autograd.grad(value, [*module.parameters()], allow_unused=True)
+    assert not value.isfinite() or all(slope is None or slope.isfinite().all() for slope in slopes)

@@ -1,0 +1,14 @@
+"""Campaigns: seeded attacks on the promises, many at a time and counted. ``make campaign`` runs them all, ``make test`` a sample of each."""
+
+from __future__ import annotations
+
+from campaigns.code import CODE
+from campaigns.damage import DAMAGE, NO_SPACE
+from campaigns.fuzz import FUZZ
+from campaigns.numbers import CRITICS, NUMBERS
+from campaigns.runner import Campaign
+
+CAMPAIGNS: dict[str, Campaign] = {
+    campaign.name: campaign for campaign in (CODE, DAMAGE, NO_SPACE, *FUZZ, NUMBERS, CRITICS)
+}
+"""By name, in the order of the table."""
