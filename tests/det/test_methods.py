@@ -11,7 +11,7 @@ from kdgraft_det import TERMS
 from kdgraft_det.reader import DetReader
 from support import det_table
 from support.det import build, detector, distilled, losses, raw_batch, save_teacher
-from support.det_stages import detr, staged
+from support.det_stages import STAGED, detr, staged, with_masks
 from support.methods import assert_falls, assert_shared, own_terms, sharing, spec, split, trained
 
 OWN = own_terms(TERMS)
@@ -30,15 +30,19 @@ _SOFTMAX = (
     "SkewedKL",
     "AdversarialScores",
 )
-MODELS: dict[str, str] = {**dict.fromkeys(_SOFTMAX, "Faster R-CNN"), "KDDETR": "DeformableDETR"}
-"""A term's detector, where it is not GFL: ``"Faster R-CNN"`` or the name of a DETR-type model."""
+MODELS: dict[str, str] = {
+    **dict.fromkeys(_SOFTMAX, "Faster R-CNN"),
+    "InstanceMasks": "Mask R-CNN",
+    "KDDETR": "DeformableDETR",
+}
+"""A term's detector, where it is not GFL: one of ``STAGED`` or the name of a DETR-type model."""
 
 
 def model(kind: str, **sizes: int) -> dict[str, Any]:
     name = MODELS.get(kind, "GFL")
     if name == "GFL":
         return detector(frozen_bn=True, **sizes)
-    return staged(name, **sizes) if name == "Faster R-CNN" else detr(name, **sizes)
+    return staged(name, **sizes) if name in STAGED else detr(name, **sizes)
 
 
 @pytest.mark.parametrize("kind", USABLE)
@@ -46,7 +50,7 @@ def test_trains_a_detector(kind, tmp_path):
     teacher = model(kind, width=6, channels=12)
     term = spec(OWN[kind], "neck[*]", **SETTINGS.get(kind, {}))
     built = build(distilled(model(kind), teacher, save_teacher(tmp_path / "teacher.pth", teacher), terms=[term]))
-    batch = raw_batch()
+    batch = with_masks(raw_batch()) if MODELS.get(kind) == "Mask R-CNN" else raw_batch()
     assert_falls(trained(lambda: losses(built, batch), built.parameters()))
     if issubclass(OWN[kind], FeatureTerm) and term["tap"] == "neck[*]":
         assert len(built.distiller.rows) == len(built.neck.fpn_convs)
