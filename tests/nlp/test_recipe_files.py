@@ -215,7 +215,7 @@ def test_what_configs_take_besides_is_no_mistake(student, taken, tmp_path):
 
 
 def test_all_mistakes_are_told_at_once_before_models_and_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdgraft_nlp.run.read_data", lambda data: pytest.fail("data were read"))
+    monkeypatch.setattr("kdgraft_nlp.recipe_data.read_data", lambda data: pytest.fail("data were read"))
     config = recipe(
         tmp_path, str(tmp_path / "nowhere.jsonl"), student=dict(BERT, num_hidden_layer=2), teacher="elsewhere"
     )
