@@ -9,8 +9,10 @@ from .cross_head import CrossHead  # noqa: E402
 from .dense_heads import DenseHead  # noqa: E402
 from .detector import DistilledDetector  # noqa: E402
 from .heads import HEADS, HeadReader  # noqa: E402
+from .instance_masks import InstanceMasks  # noqa: E402
 from .kd_detr import KDDETR  # noqa: E402
 from .localization import LocalizationDistillation  # noqa: E402
+from .mask_queries import MaskQueryHead  # noqa: E402
 from .queries import QueryHead  # noqa: E402
 from .reader import DetReader as READER  # noqa: E402, N814
 from .recipes import (  # noqa: E402
@@ -27,7 +29,7 @@ from .recipes import (  # noqa: E402
     ultralytics,
 )
 from .registry import RECIPES, TERMS  # noqa: E402
-from .rois import BoxHead, RoIHead  # noqa: E402
+from .rois import BoxHead, MaskHead, RoIHead  # noqa: E402
 from .scored import ScoredImitation  # noqa: E402
 
 __all__ = [
@@ -42,7 +44,10 @@ __all__ = [
     "DenseHead",
     "DistilledDetector",
     "HeadReader",
+    "InstanceMasks",
     "LocalizationDistillation",
+    "MaskHead",
+    "MaskQueryHead",
     "QueryHead",
     "RoIHead",
     "ScoredImitation",

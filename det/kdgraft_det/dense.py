@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from mmdet.models.task_modules.prior_generators import AnchorGenerator, MlvlPointGenerator
@@ -16,9 +16,10 @@ from kdgraft.sources import combined
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
-from .dense_heads import DenseHead, reads_proposals
-from .heads import Anchors, Heads, same_box_coder, same_number_of_classes
+from .dense_heads import DenseHead, RTMDetInsHead, reads_proposals
+from .heads import Anchors, Heads, Kind, no_masks, same_box_coder, same_number_of_classes
 from .picking import in_order_of_pick, pick_weights
+from .regions import pixels_inside
 from .resolution import same_resolution
 
 
@@ -90,9 +91,31 @@ class DenseHeads(Heads):
         if self.student.unit == "deltas":
             same_box_coder(self.student, self.teacher, term)
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
+    def find_masks(self, student: Any, teacher: Any, term: str) -> None:
+        """Find the taps of the masks that both heads draw at positions."""
+        for reader in (self.student, self.teacher):
+            if not isinstance(reader, RTMDetInsHead):
+                raise no_masks(reader, term)
+        ours, theirs = self.student, self.teacher
+        assert isinstance(ours, RTMDetInsHead) and isinstance(theirs, RTMDetInsHead)
+        self.mask_taps = (ours.kernels, ours.prototypes, ours.sampled), (theirs.kernels, theirs.prototypes)
+        self.mask_reading = theirs.mask_reading
+
+    def mask_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the masks ``(K, P)`` of both heads at the K positives of the student's assigner, on the whole padded image."""
+        ours, theirs = self.student, self.teacher
+        assert isinstance(ours, RTMDetInsHead) and isinstance(theirs, RTMDetInsHead)
+        positives = ours.positives(student)
+        masks = ours.masks(student, positives)
+        targets = combined(teacher, lambda member: theirs.masks(member, positives), "sigmoid")
+        counts = [len(places) for places, _ in positives]
+        present = pixels_inside(batch, student[ours.prototypes], counts)
+        return [Pairs(masks.flatten(1), targets.flatten(1), present=present)]
+
+    def shapes(self, wiring: Wiring, kind: Kind, term: str) -> list[tuple[Any, Any, Tap, Tap]]:
         same_resolution(wiring, term)
-        ours, theirs = (getattr(head, kind) for head in (self.student, self.teacher))
+        name = "prototypes" if kind == "masks" else kind
+        ours, theirs = (getattr(head, name) for head in (self.student, self.teacher))
         recorded = zip(wiring.student_recording.tensors(ours), wiring.teacher_recording.tensors(theirs), strict=True)
         return [(s, t, ours, theirs) for s, t in recorded]
 

@@ -12,6 +12,7 @@ from mmdet.models.task_modules.samplers import PseudoSampler
 from torch import Tensor
 
 from kdgraft.batch import Batch
+from kdgraft.losses import upcast
 from kdgraft.taps import Recording, Tap
 
 from .assignment import Assignment
@@ -29,8 +30,8 @@ class DenseHead(HeadReader):
     level of (anchors, labels, weights, targets, …), such as ATSS.
     """
 
-    trained = (*_FORWARD, "get_targets", "loss_by_feat", "_get_targets_single")
-    predicted = (*_FORWARD, "predict_by_feat", "_predict_by_feat_single")
+    trained: ClassVar[tuple[str, ...]] = (*_FORWARD, "get_targets", "loss_by_feat", "_get_targets_single")
+    predicted: ClassVar[tuple[str, ...]] = (*_FORWARD, "predict_by_feat", "_predict_by_feat_single")
     unit: ClassVar[str] = "deltas"
     """Boxes are compared in the box coder's ``"deltas"``, or as edges in ``"strides"``."""
     distributions: ClassVar[bool] = False
@@ -179,6 +180,54 @@ class _RTMDet(DenseHead):
 
     def edges(self, picked: Tensor, centres: Tensor, strides: Tensor, trains: bool = False) -> Tensor:
         return edges_of(centres / strides[:, None], picked / strides[:, None])
+
+
+@HEADS.register("RTMDetInsSepBNHead")
+@HEADS.register("RTMDetInsHead")
+class RTMDetInsHead(_RTMDet):
+    """RTMDet-Ins: for each position the kernels of a small network that draws the mask of its object on the whole image."""
+
+    trained = (*DenseHead.trained, "loss_mask_by_feat", "_mask_predict_by_feat_single", "parse_dynamic_params")
+    predicted = (*DenseHead.predicted, "_mask_predict_by_feat_single", "parse_dynamic_params")
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        self.kernels, self.prototypes = Tap.parse(f"{path}[2][*]"), Tap.parse(f"{path}[3]")
+        self.sampled = Tap.parse(f"{path}.loss_mask_by_feat():inputs[sampling_results_list]")
+        self.weights, self.biases = tuple(head.weight_nums), tuple(head.bias_nums)
+
+    @property
+    def mask_reading(self) -> tuple[Any, ...]:
+        """The properties of the head that :meth:`masks` depends on."""
+        return type(self).masks, self.weights, self.biases, self.strides
+
+    def positives(self, recording: Recording) -> list[tuple[Tensor, Tensor]]:
+        """Return the positives of each image: their places in the row of all positions, and (x, y, stride, stride)."""
+        return [(image.pos_inds, image.pos_priors) for image in recording[self.sampled]]
+
+    def masks(self, recording: Recording, positives: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Return the masks ``(K, H, W)``, logits, of all images' positives, as ``_mask_predict_by_feat_single`` draws them."""
+        levels, prototypes = recording.tensors(self.kernels), recording[self.prototypes]
+        rows = torch.cat([level.flatten(2).mT for level in levels], 1)
+        size = prototypes.shape[-2:]
+        grid = self.generator.single_level_grid_priors(size, level_idx=0, device=prototypes.device)
+        found = []
+        for maps, kernels, (places, priors) in zip(prototypes, rows, positives, strict=True):
+            offsets = (priors[:, None, :2] - grid) / (8 * priors[:, None, 2:3])
+            entering = torch.cat([offsets.mT, maps.flatten(1).expand(len(places), -1, -1)], 1)
+            found.append(self._drawn(upcast(entering), upcast(kernels[places])))
+        return torch.cat(found).unflatten(1, size)
+
+    def _drawn(self, values: Tensor, kernels: Tensor) -> Tensor:
+        """Run each object's own network ``(K, …)`` on its inputs ``(K, C, P)``; return ``(K, P)``."""
+        parts = kernels.split((*self.weights, *self.biases), 1)
+        layers = list(zip(parts[: len(self.weights)], parts[len(self.weights) :], strict=True))
+        # A product that autocast would round, in sums of large coordinates.
+        with torch.autocast(values.device.type, enabled=False):
+            for number, (weight, bias) in enumerate(layers):
+                values = torch.baddbmm(bias[..., None], weight.unflatten(1, (bias.shape[1], -1)), values)
+                values = values.relu() if number < len(layers) - 1 else values
+        return values[:, 0]
 
 
 @HEADS.register("FCOSHead")

@@ -25,6 +25,7 @@ from kdgraft.wiring import Wiring
 from kdgraft_mm.class_outputs import scores_classes
 
 Anchors = Literal["all", "main", "vlr"]
+Kind = Literal["classes", "boxes", "masks"]
 HEADS = Registry("head", "kdgraft.det.heads")
 """Readers of heads by the name of the head's class. A subclass is read as its nearest ancestor whose methods it keeps."""
 
@@ -58,6 +59,7 @@ class Heads(ABC):
     Attributes:
         classes: the student's number of classes without the background.
         class_taps, box_taps: the taps of (student, teacher) that pairs of classes and of boxes need.
+        mask_taps: those that pairs of masks need, set by :meth:`find_masks`.
         host_losses: the host's own class losses, by name.
     """
 
@@ -71,13 +73,19 @@ class Heads(ABC):
     """True for a region proposal network, whose only class is "object"."""
     boxes_by_class: bool = False
     """True where the choice among the teacher's boxes depends on its classes, so that both heads need the same classes."""
+    masks_by_class: bool = False
+    """The same of the teacher's masks."""
     class_reading: Any = None
     box_reading: Any = None
-    """The reading of the teacher's classes and boxes, beside the taps: the members of an Ensemble need the same one."""
+    mask_reading: Any = None
+    """The reading of the teacher's classes, boxes and masks, beside the taps: the members of an Ensemble need the same one."""
 
+    student: Any
+    teacher: Any
     classes: int
     class_taps: tuple[Sequence[Tap], Sequence[Tap]]
     box_taps: tuple[Sequence[Tap], Sequence[Tap]]
+    mask_taps: tuple[Sequence[Tap], Sequence[Tap]]
     host_losses: Sequence[str]
 
     @abstractmethod
@@ -96,13 +104,33 @@ class Heads(ABC):
     def check_boxes(self, term: str) -> None:
         """Raise a :class:`WiringError` unless the boxes of both heads can be compared."""
 
+    def find_masks(self, student: Any, teacher: Any, term: str) -> None:
+        """Find what predicts the masks of two models, and the taps to read them, for :meth:`mask_pairs`.
+
+        Raises:
+            WiringError: a model predicts no masks, or masks that cannot be compared.
+        """
+        raise no_masks(self.student, term)
+
+    def mask_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the masks ``(K, P)``, logits of P pixels, of K objects: positive proposals, positions or queries; an entry a stage."""
+        raise NotImplementedError
+
     @abstractmethod
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
+    def shapes(self, wiring: Wiring, kind: Kind, term: str) -> list[tuple[Any, Any, Tap, Tap]]:
         """Return the compared outputs of the dry run with their taps, for ``kdgraft check``.
 
         Raises:
             WiringError: the teacher has its own resolution, so that the two predict at different places.
         """
+
+
+def no_masks(reader: HeadReader, term: str) -> WiringError:
+    """Return the error for a head that predicts no masks of objects."""
+    return WiringError(
+        f"{term} compares masks of objects, and the {reader.owner}'s {reader.kind} predicts none; use a detector with masks (Mask R-CNN, "
+        "RTMDet-Ins, Mask2Former), or FeatureImitation, which works with any detector"
+    )
 
 
 def same_number_of_classes(student: int, teacher: int, term: str) -> None:

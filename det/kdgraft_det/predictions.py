@@ -8,10 +8,10 @@ from torch import nn
 
 from kdgraft.errors import WiringError
 
-from . import dense, queries, rois  # noqa: F401  register the readers of mmdet's heads
+from . import dense, mask_queries, queries, rois  # noqa: F401  register the readers of mmdet's heads
 from .heads import Heads, find_reader
 
-HeadName = Literal["auto", "bbox_head", "rpn_head", "roi_head"]
+HeadName = Literal["auto", "bbox_head", "rpn_head", "roi_head", "panoptic_head"]
 HEAD_NAMES = get_args(HeadName)
 
 
@@ -22,7 +22,7 @@ def find_heads(student: nn.Module, teacher: nn.Module, which: HeadName, term: st
         WiringError: a model has no such head, the head cannot be read, or the two predict different things.
     """
     if which == "auto":
-        which = "roi_head" if hasattr(student, "roi_head") else "bbox_head"
+        which = next((name for name in ("roi_head", "panoptic_head") if hasattr(student, name)), "bbox_head")  # type: ignore[assignment]
     heads: list[Any] = [getattr(model, which, None) for model in (student, teacher)]
     for owner, model, head in zip(("student", "teacher"), (student, teacher), heads, strict=True):
         if head is None:

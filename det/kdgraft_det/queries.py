@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from mmdet.structures.bbox import bbox_cxcywh_to_xyxy, bbox_xyxy_to_cxcywh
@@ -16,7 +16,21 @@ from kdgraft.pairs import Pairs
 from kdgraft.taps import Recording, Tap
 from kdgraft.wiring import Wiring
 
-from .heads import HEADS, Anchors, HeadReader, Heads, same_number_of_classes
+from .heads import HEADS, Anchors, HeadReader, Heads, Kind, same_number_of_classes
+
+
+class Matched(NamedTuple):
+    """The queries of both models at K objects.
+
+    Attributes:
+        classes: class logits ``(K, C)`` of student and teacher.
+        places: boxes ``(K, 4)`` or masks ``(K, H, W)`` of both.
+        objects: those objects of each image that both models have a query for.
+    """
+
+    classes: tuple[Tensor, Tensor]
+    places: tuple[Tensor, Tensor]
+    objects: list[InstanceData]
 
 
 class QueryHeads(Heads):
@@ -37,13 +51,16 @@ class QueryHeads(Heads):
 
     def class_pairs(self, student: Recording, teacher: Recording, batch: Batch, anchors: Anchors) -> list[Pairs]:
         """Return the class logits ``(K, C)`` of both queries of each of the K objects."""
-        ours, theirs, _, labels = self._matched(student, teacher, batch)
-        return [Pairs(ours[0], theirs[0], labels=labels)]
+        found = self._matched(student, teacher, batch)
+        return [Pairs(*found.classes, labels=torch.cat([objects.labels for objects in found.objects]))]
 
     def box_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         """Return the boxes ``(K, 4)`` of both queries of each object and the true one, as fractions of the image."""
-        ours, theirs, truth, _ = self._matched(student, teacher, batch)
-        return [Pairs(ours[1], theirs[1], target=truth)]
+        found = self._matched(student, teacher, batch)
+        assert batch.image_sizes is not None
+        images = zip(found.objects, batch.image_sizes, strict=True)
+        truth = torch.cat([bbox_xyxy_to_cxcywh(some.bboxes / _pixels(some.bboxes, size)) for some, size in images])
+        return [Pairs(*found.places, target=truth)]
 
     def check_classes(self, term: str) -> None:
         same_number_of_classes(self.classes, self.teacher.num_classes, term)
@@ -52,8 +69,8 @@ class QueryHeads(Heads):
         """Raise a :class:`WiringError` unless both heads have equally many classes, which the matching of boxes uses too."""
         self.check_classes(term)
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        taps = [getattr(reader, kind) for reader in (self.student, self.teacher)]
+    def shapes(self, wiring: Wiring, kind: Kind, term: str) -> list[tuple[Any, Any, Tap, Tap]]:
+        taps = [reader.taps[0 if kind == "classes" else 1] for reader in (self.student, self.teacher)]
         ours, theirs = (
             reader.logits(recording) if kind == "classes" else reader.regression(recording)
             for reader, recording in (
@@ -63,13 +80,17 @@ class QueryHeads(Heads):
         )
         return [(ours, theirs, taps[0], taps[1])]
 
-    def _matched(
-        self, student: Recording, teacher: Recording, batch: Batch
-    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
-        """Return (class logits, boxes) of student and teacher at each object's queries, the true boxes, and the true classes."""
+    def objects(self, student: Recording, batch: Batch) -> list[InstanceData]:
+        """Return the objects of each image, as the student's assigner takes them."""
+        assert batch.boxes is not None
+        images = zip(batch.boxes, batch.labels, strict=True)
+        return [InstanceData(bboxes=boxes, labels=labels) for boxes, labels in images]
 
-        def match() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], Tensor, Tensor]:
-            assert batch.boxes is not None and batch.image_sizes is not None
+    def _matched(self, student: Recording, teacher: Recording, batch: Batch) -> Matched:
+        """Return the predictions of both models at each object's queries."""
+
+        def match() -> Matched:
+            assert batch.image_sizes is not None
             outputs = [
                 (reader.logits(recording), reader.regression(recording))
                 for reader, recording in ((self.student, student), (self.teacher, teacher))
@@ -77,40 +98,46 @@ class QueryHeads(Heads):
             theirs = outputs[1][0].flatten(0, 1)
             outputs[1] = reordered(theirs, teacher.class_order).view_as(outputs[1][0]), outputs[1][1]
             sides: list[list[tuple[Tensor, Tensor]]] = [[], []]
-            truths, true_classes = [], []
-            images = zip(batch.boxes, batch.labels, batch.image_sizes, strict=True)
-            for image, (boxes, labels, size) in enumerate(images):
-                pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
-                found = [self._queries(scores[image], places[image], boxes, labels, size) for scores, places in outputs]
+            kept = []
+            images = zip(self.objects(student, batch), batch.image_sizes, strict=True)
+            for image, (objects, size) in enumerate(images):
+                found = [self._queries(scores[image], places[image], objects, size) for scores, places in outputs]
                 both = (found[0] >= 0) & (found[1] >= 0)  # with more objects than queries, some objects have none
                 for side, (classes, places), queries in zip(sides, outputs, found, strict=True):
                     side.append((classes[image][queries[both]], places[image][queries[both]]))
-                truths.append(bbox_xyxy_to_cxcywh(boxes[both] / pixels))
-                true_classes.append(labels[both])
-            joined = []
-            for side in sides:
-                all_classes, all_places = zip(*side, strict=True)
-                joined.append((torch.cat(all_classes), torch.cat(all_places)))
-            return joined[0], joined[1], torch.cat(truths), torch.cat(true_classes)
+                kept.append(objects[both])
+            (classes, places), (their_classes, their_places) = (
+                tuple(torch.cat(parts) for parts in zip(*side, strict=True)) for side in sides
+            )
+            return Matched((classes, their_classes), (places, their_places), kept)
 
         return batch.once(("queries", student.model, teacher.model), match)
 
     @torch.no_grad()
-    def _queries(self, classes: Tensor, boxes: Tensor, truth: Tensor, labels: Tensor, size: tuple[int, int]) -> Tensor:
+    def _queries(self, classes: Tensor, places: Tensor, objects: InstanceData, size: tuple[int, int]) -> Tensor:
         """Return the query of each object, ``(objects,)``, and -1 for an object without one."""
-        pixels = boxes.new_tensor([size[1], size[0]]).repeat(2)
         # Non-finite values would make scipy end the run here. They cause the engine to drop the term later.
-        scores, places = (torch.nan_to_num(part.float()) for part in (classes, boxes))
-        predicted = InstanceData(scores=scores, bboxes=bbox_cxcywh_to_xyxy(places) * pixels)
+        scores, places = (torch.nan_to_num(part.float()) for part in (classes, places))
+        predicted, truth = self.compared(scores, places, objects, size)
         assigned = self.student.assigner.assign(
-            pred_instances=predicted,
-            gt_instances=InstanceData(bboxes=truth, labels=labels),
-            img_meta=dict(img_shape=size),
+            pred_instances=predicted, gt_instances=truth, img_meta=dict(img_shape=size)
         ).gt_inds
         queries = (assigned > 0).nonzero()[:, 0]
-        found = torch.full_like(labels, -1)
+        found = torch.full_like(objects.labels, -1)
         found[assigned[queries] - 1] = queries
         return found
+
+    def compared(
+        self, scores: Tensor, places: Tensor, objects: InstanceData, size: tuple[int, int]
+    ) -> tuple[InstanceData, InstanceData]:
+        """Return the predictions ``(Q, …)`` and the objects of an image as the assigner compares them."""
+        boxes = bbox_cxcywh_to_xyxy(places) * _pixels(places, size)
+        return InstanceData(scores=scores, bboxes=boxes), objects
+
+
+def _pixels(like: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return (width, height, width, height) of an image, by which the fractions of a box are multiplied."""
+    return like.new_tensor([size[1], size[0]]).repeat(2)
 
 
 @HEADS.register("DINOHead")

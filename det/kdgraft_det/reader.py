@@ -44,8 +44,8 @@ class DetReader(Reader):
         Args:
             student: the student.
             teacher: the teacher.
-            head: ``"bbox_head"``, ``"rpn_head"`` (of a two-stage detector) or ``"roi_head"``. ``"auto"`` is the head that predicts
-                the final detections.
+            head: ``"bbox_head"``, ``"rpn_head"`` (of a two-stage detector), ``"roi_head"`` or ``"panoptic_head"`` (of MaskFormer and
+                Mask2Former). ``"auto"`` is the head that predicts the final detections.
             activation: ``"sigmoid"`` for independent classes, as dense heads and DETR are trained, or ``"softmax"`` over the
                 classes, as in LD's class distillation (Zheng et al. 2022: T = 2, mean over classes, weight 10, main region). RoI
                 heads are trained and compared with a softmax over classes and background.
@@ -80,6 +80,16 @@ class DetReader(Reader):
         self._check("head", head, HEAD_NAMES)
         return HeadBoxes(find_heads(student, teacher, head, self.term), self.term)
 
+    def masks(self, student: nn.Module, teacher: nn.Module) -> Numbers:
+        """Return the reader of the masks of objects that two detectors' heads predict.
+
+        Args:
+            student, teacher: the models.
+        """
+        heads = find_heads(student, teacher, "auto", self.term)
+        heads.find_masks(student, teacher, self.term)
+        return HeadMasks(heads, self.term)
+
     def _check(self, name: str, value: Any, choices: Sequence[str | None]) -> None:
         """Raise a :class:`DistillError` unless a setting is one of ``choices``."""
         if value not in choices:
@@ -100,7 +110,7 @@ class HeadScores(Scores):
         if self.anchors not in self.heads.anchors:
             raise WiringError(f"{term}: this head has no anchors={anchors!r}; use {' or '.join(self.heads.anchors)}")
         if self.heads.softmax and activation == "sigmoid":
-            raise WiringError(f"{term}: an RoI head's classes share one softmax; leave activation out")
+            raise WiringError(f"{term}: this head's classes share one softmax; leave activation out")
         self.independent = not self.heads.softmax and activation != "softmax"
         self.background = self.heads.softmax or self.independent
         self.width = self.heads.classes + self.heads.softmax
@@ -133,3 +143,23 @@ class HeadBoxes(Numbers):
     def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
         """Return the aligned boxes of a step, one entry a stage."""
         return self.heads.box_pairs(student, teacher, batch)
+
+
+class HeadMasks(Numbers):
+    """The masks ``(K, P)``, logits of P pixels, that two heads of one kind predict for the same K objects."""
+
+    needs_targets = False
+
+    def __init__(self, heads: Heads, term: str) -> None:
+        self.term, self.heads = term, heads
+        self.averages, self.compares_classes = heads.averages, heads.masks_by_class
+        self.taps, self.reading = heads.mask_taps, heads.mask_reading
+
+    def wire(self, wiring: Wiring) -> list[Compared]:
+        """Return the compared mask outputs of each stage."""
+        shapes = self.heads.shapes(wiring, "masks", self.term)
+        return [Compared(s, t, (s_tap, t_tap), "main") for s, t, s_tap, t_tap in shapes]
+
+    def pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the aligned masks of a step, one entry a stage."""
+        return self.heads.mask_pairs(student, teacher, batch)

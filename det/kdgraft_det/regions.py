@@ -9,7 +9,27 @@ import torch
 from mmdet.structures.bbox import BaseBoxes, bbox_overlaps
 from torch import Tensor
 
+from kdgraft.batch import Batch
 from kdgraft.errors import DistillError
+from kdgraft.regions.base import valid_positions
+
+
+def pixels_inside(batch: Batch, maps: Tensor, counts: Sequence[int]) -> Tensor | None:
+    """Return for each object's mask on the grid of ``maps`` ``(B, C, H, W)`` which of its pixels are no padding.
+
+    Args:
+        batch: the batch.
+        maps: maps of the grid, which cover the padded images.
+        counts: the number of objects of each image.
+
+    Returns:
+        ``(objects, H·W)``; ``None`` without padding.
+    """
+    assert batch.image_sizes is not None and batch.padded_size is not None
+    inside = valid_positions(batch.image_sizes, batch.padded_size, maps)
+    if inside is None:
+        return None
+    return (inside.flatten(1) > 0).repeat_interleave(torch.tensor(counts, device=maps.device), 0)
 
 
 def enclosing_boxes(boxes: Tensor | BaseBoxes) -> Tensor:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kdgraft.adapters import resize_to
 from kdgraft.batch import Batch
 from kdgraft.classes import reordered
 from kdgraft.engine import Engine, Replay
@@ -23,7 +24,9 @@ from .heads import (
     Anchors,
     HeadReader,
     Heads,
+    Kind,
     find_reader,
+    no_masks,
     same_box_coder,
     same_number_of_classes,
 )
@@ -143,6 +146,39 @@ class RoIHeads(Heads):
             found.append(Pairs(boxes, combined(teacher, read, "value"), target=targets[rows]))
         return found
 
+    def find_masks(self, student: Any, teacher: Any, term: str) -> None:
+        """Find the mask heads of both models; a mask for each class needs the same classes."""
+        self.mask_heads = [
+            reader.find_masks(model, term) for reader, model in ((self.student, student), (self.teacher, teacher))
+        ]
+        self.masks_by_class = not all(head.agnostic for head in self.mask_heads[1])
+        if self.masks_by_class:
+            self.check_classes(term)
+        for head in (head for heads in self.mask_heads for head in heads if not head.agnostic):
+            same_number_of_classes(self.classes, head.num_classes, term)
+        self.mask_reading = [(type(head).masks, head.agnostic) for head in self.mask_heads[1]]
+        self.mask_taps = (
+            (*self.student.mask_outputs, *self.student.outputs, *self.student.targets),
+            tuple(self.teacher.mask_outputs),
+        )
+
+    def mask_pairs(self, student: Recording, teacher: Recording, batch: Batch) -> list[Pairs]:
+        """Return the masks ``(K, P)`` of both heads at the K positive proposals of each stage, on the teacher's grid."""
+        found = []
+        for stage, (ours, theirs) in enumerate(zip(*self.mask_heads, strict=True)):
+            labels, _ = self.student.assigned(student, stage)
+            labels = labels[labels < self.classes]  # mask heads are given the positives alone, in this order
+
+            def read(member: Recording, stage: int = stage, head: MaskHead = theirs, labels: Tensor = labels) -> Tensor:
+                wanted = labels if member.class_order is None else member.class_order[labels]
+                return head.masks(self.teacher.mask_logits(member, stage), wanted)
+
+            targets = combined(teacher, read, "sigmoid")
+            masks = ours.masks(self.student.mask_logits(student, stage), labels)
+            masks = resize_to(masks[:, None], targets.shape[-2:])[:, 0]
+            found.append(Pairs(masks.flatten(1), targets.flatten(1), labels=labels))
+        return found
+
     def check_classes(self, term: str) -> None:
         same_number_of_classes(self.student.num_classes, self.teacher.num_classes, term)
 
@@ -158,9 +194,12 @@ class RoIHeads(Heads):
                     "compares what box coders encode, set reg_decoded_bbox=False"
                 )
 
-    def shapes(self, wiring: Wiring, kind: Literal["classes", "boxes"], term: str) -> list[tuple[Any, Any, Tap, Tap]]:
-        place = 0 if kind == "classes" else 1
+    def shapes(self, wiring: Wiring, kind: Kind, term: str) -> list[tuple[Any, Any, Tap, Tap]]:
         recordings = wiring.student_recording, wiring.teacher_recording
+        if kind == "masks":
+            taps = zip(self.student.mask_outputs, self.teacher.mask_outputs, strict=True)
+            return [(recordings[0][ours], recordings[1][theirs], ours, theirs) for ours, theirs in taps]
+        place = 0 if kind == "classes" else 1
         taps = zip(self.student.outputs, self.teacher.outputs, strict=True)
         return [(recordings[0][ours][place], recordings[1][theirs][place], ours, theirs) for ours, theirs in taps]
 
@@ -183,6 +222,7 @@ class RoIHead(HeadReader):
         cascade = isinstance(boxes, nn.ModuleList)
         places = [f"[{i}]" for i in range(len(boxes))] if isinstance(boxes, nn.ModuleList) else [""]
         self.outputs = [Tap.parse(f"{path}.bbox_head{place}") for place in places]
+        self.mask_outputs = [Tap.parse(f"{path}.mask_head{place}") for place in places]
         self.targets = [Tap.parse(f"{path}.bbox_head.loss_and_target(){place}[bbox_targets]") for place in places]
         self.losses = tuple(f"s{i}.loss_cls" for i in range(len(places))) if cascade else ("loss_cls",)
 
@@ -198,6 +238,21 @@ class RoIHead(HeadReader):
     def num_classes(self) -> int:
         """The number of classes without the background."""
         return self.stages[0].num_classes
+
+    def find_masks(self, model: Any, term: str) -> list[MaskHead]:
+        """Return the reader of each stage's ``mask_head``."""
+        masks = getattr(model.get_submodule(self.path), "mask_head", None)
+        if masks is None:
+            raise no_masks(self, term)
+        heads = list(masks) if isinstance(masks, nn.ModuleList) else [masks]
+        return [find_reader(head, f"{self.path}.mask_head", self.owner, term) for head in heads]
+
+    def mask_logits(self, recording: Recording, stage: int) -> Tensor:
+        """Return what a stage's ``mask_head`` returned at its positive proposals, ``(K, C, h, w)`` or ``(K, 1, h, w)``."""
+        taps = self.mask_outputs
+        reached = recording.calls(taps[stage])  # the host skips a stage that no proposals are left for
+        found: Tensor = recording[taps[stage]] if reached else recording[taps[0]][:0]
+        return found
 
     def logits(self, recording: Recording, stage: int) -> Tensor:
         """Return the class logits ``(K, C + 1)`` of a stage at its K sampled proposals; the background is the last class."""
@@ -251,6 +306,25 @@ class BoxHead(HeadReader):
         if self.agnostic:
             return outputs[1][rows]
         return outputs[1].unflatten(1, (self.num_classes, -1))[rows, labels]
+
+
+@HEADS.register("FCNMaskHead")
+class MaskHead(HeadReader):
+    """Reads the ``mask_head`` of one stage of an RoI head: the mask of each positive proposal."""
+
+    paths = (f"{ROI_HEAD}.mask_head",)
+    trained = ("forward", "loss_and_target")
+    predicted = ("forward", "predict_by_feat", "_predict_by_feat_single")
+
+    def __init__(self, head: Any, path: str, owner: str) -> None:
+        super().__init__(head, path, owner)
+        self.agnostic, self.num_classes = head.class_agnostic, head.num_classes
+
+    def masks(self, output: Tensor, labels: Tensor) -> Tensor:
+        """Return the masks ``(K, h, w)`` of proposals, those of their true classes if the head predicts one for each class."""
+        if self.agnostic:
+            return output[:, 0]
+        return output[torch.arange(len(labels), device=labels.device), labels]
 
 
 def same_stages(student: RoIHead, teacher: RoIHead, term: str) -> None:

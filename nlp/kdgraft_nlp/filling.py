@@ -33,6 +33,7 @@ from .checks import one_line
 from .class_teachers import ClassTeacher
 from .link import link_of
 from .packing import check_apart, texts_of
+from .recipe_tasks import TASKS
 from .run import build
 from .served import Served
 from .settings import load
@@ -99,6 +100,11 @@ def fill_recipe(
         folder, top_k, values: see :func:`fill_store`.
     """
     config = load(path, options)
+    task = config.get("task")
+    if task in TASKS and not TASKS[task].texts:
+        raise DistillError(
+            f"a store is filled with what a teacher says of texts; let the teacher run in recipes of task {task}"
+        )
     config |= {"chunked": False, "on_policy": None, "output": str(folder)}
     if isinstance(config.get("training") or {}, Mapping):
         alone = {"eval_strategy": "no", "save_strategy": "no", "load_best_model_at_end": False}

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from kdgraft.balance import Weight
 from kdgraft.errors import DistillError, WiringError, check_number
-from kdgraft.losses import box_regression, mask_regression
+from kdgraft.losses import box_regression
 from kdgraft.pairs import Pairs
-from kdgraft.terms import PairTerm
+from kdgraft.terms import MaskTerm, PairTerm
 
 from .masks import MaskMatching
 from .query_reader import QueryPlaces
@@ -66,7 +66,7 @@ class MatchedBoxes(MatchedPlaces):
 
 
 @TERMS.register
-class MatchedMasks(MatchedPlaces):
+class MatchedMasks(MaskTerm, MatchedPlaces):
     r"""Masks of universal segmentation (MaskFormer, Mask2Former): pixels and dice of the teacher's mask, at matched queries.
 
     The masks are compared on the teacher's grid, without the padding of images, by :func:`kdgraft.losses.mask_regression`. The
@@ -79,15 +79,3 @@ class MatchedMasks(MatchedPlaces):
     """
 
     of_masks = True
-
-    def __init__(self, masks: float = 5.0, dice: float = 5.0, *, weight: Weight = 1.0, **settings: Any) -> None:
-        super().__init__(weight=weight, **settings)
-        for name, value in (("masks", masks), ("dice", dice)):
-            check_number("MatchedMasks", name, value)
-        if not masks and not dice:
-            raise DistillError("MatchedMasks: masks=0 and dice=0 leave nothing to compare; set one of them")
-        self.masks, self.dice = masks, dice
-
-    def compare(self, pairs: Pairs) -> Tensor:
-        both, valid = (pairs.student, pairs.teacher), pairs.present
-        return mask_regression(*both, masks=self.masks, dice=self.dice, valid=valid, reduction="none")

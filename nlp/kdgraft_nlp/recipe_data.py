@@ -19,7 +19,7 @@ from kdgraft.errors import DistillError
 
 from .chats import chat_columns, encode_chats
 from .columns import TextColumns, check_columns, check_tags, class_names, columns_in, columns_of, own_columns, texts_of
-from .data import encode
+from .data import encode, read_data
 from .recipe_tasks import soft_column
 from .scores import metrics_of
 from .soft_labels import check_soft_labels
@@ -60,6 +60,11 @@ class RecipeData:
     def text_columns(self) -> TextColumns:
         """The columns of texts that a second tokenizer can read; none where samples have a layout of their own."""
         return []
+
+    @staticmethod
+    def sets_of(told: Mapping[str, Any]) -> dict[str, Dataset]:
+        """Read the complete sets that a recipe's ``data`` names."""
+        return read_data(told)
 
     def find(self, sets: Mapping[str, Dataset]) -> Any:
         """Return the columns of the samples."""

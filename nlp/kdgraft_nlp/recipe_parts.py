@@ -19,6 +19,8 @@ from .checks import one_line
 from .choices import ChoiceData
 from .class_teachers import SoftLabels
 from .data import train_tokenizer
+from .detection import DetectionData, DetectionTrainer
+from .images import build_processor
 from .label_words import fill_columns
 from .questions import QuestionData
 from .recipe_data import SOFT, ChatData, RecipeData, TextData
@@ -26,11 +28,13 @@ from .recipe_tasks import TASKS, soft_column
 from .sequences import SequenceData, decoder_tokens
 from .settings import tokenizer_folder
 from .tasks import AUTO_CLASSES
+from .trainer import DistillTrainer
 
 LAYOUTS: dict[str, type[RecipeData]] = {
     "multiple_choice": ChoiceData,
     "question_answering": QuestionData,
     "seq2seq": SequenceData,
+    "detection": DetectionData,
 }
 """The classes that read the samples of tasks with a layout of their own."""
 
@@ -46,6 +50,18 @@ def check_best(arguments: TrainingArguments, samples: RecipeData) -> None:
 def layout_of(task: str, told: Mapping[str, Any]) -> type[RecipeData]:
     """Return the class that reads the samples of a task."""
     return ChatData if is_chat(told) else LAYOUTS.get(task, TextData)
+
+
+def trainer_of(task: str) -> type[DistillTrainer]:
+    """Return the class that trains the models of a task."""
+    return DetectionTrainer if TASKS[task].model == "detection" else DistillTrainer
+
+
+def build_reader(samples: RecipeData, found: Dataset, config: Mapping[str, Any]) -> Any:
+    """Return what makes a model's inputs of a recipe's samples: its tokenizer, or for images its processor."""
+    if not TASKS[samples.task].texts:
+        return build_processor(config)
+    return build_tokenizer(config.get("tokenizer"), samples, found, config)
 
 
 def build_tokenizer(
@@ -76,7 +92,7 @@ def build_model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | Non
     Args:
         spec: a folder, or a config.
         task: the recipe's task.
-        tokenizer: its tokenizer.
+        tokenizer: its tokenizer; for images its processor.
         names: its classes; ``None`` for tasks without.
         owner: the name of the model, for messages.
     """
@@ -93,7 +109,8 @@ def build_model(spec: Any, task: str, tokenizer: Any, names: Sequence[str] | Non
     with one_line(owner):
         if isinstance(spec, (str, Path)):
             return kind.from_pretrained(spec, **labels)
-        settings = {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, **spec, **labels}
+        of_texts = dict(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id) if TASKS[task].texts else {}
+        settings = {**of_texts, **spec, **labels}
         if task == "seq2seq":
             settings = {**decoder_tokens(tokenizer), **settings}
         return kind.from_config(AutoConfig.for_model(**settings))

@@ -20,6 +20,7 @@ class RecipeTask(NamedTuple):
         label: the entry that names the column of labels; empty for language models, whose labels are their texts.
         metrics: the metrics of an evaluation beside the loss.
         further: other entries of ``data`` that this task reads and not every one.
+        texts: its samples are texts, which a tokenizer reads; else they are images, which an image processor reads.
     """
 
     model: str
@@ -27,6 +28,7 @@ class RecipeTask(NamedTuple):
     label: str = ""
     metrics: tuple[str, ...] = ()
     further: tuple[str, ...] = ()
+    texts: bool = True
 
 
 LABELS = {"label": "label", "tags": "tags", "answers": "answers", "target": "target"}
@@ -60,11 +62,20 @@ TASKS = {
         "causal", _TEXT, further=("joined", "packed", "prompt", "completion", "messages", "weights", "labels")
     ),
     "masked": RecipeTask("masked", _TEXT, further=("joined", "labels")),
+    "detection": RecipeTask(
+        "detection",
+        {},
+        metrics=("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+        further=("images", "classes"),
+        texts=False,
+    ),
 }
 """The tasks of recipe files."""
+IMAGE_MODELS = {told.model for told in TASKS.values() if not told.texts}
+"""The kinds of models of tasks on images."""
 LABELLED = tuple(name for name, task in TASKS.items() if task.label)
 """The tasks whose samples have labels."""
-ALONE = ("multiple_choice", "question_answering", "seq2seq")
+ALONE = ("multiple_choice", "question_answering", "seq2seq", "detection")
 """The tasks whose samples have a layout of their own, which a second tokenizer does not read."""
 COLUMN = ((str,), "a column's name")
 DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
@@ -77,6 +88,7 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "choices": ((str, list, tuple), "a column of lists of texts, or the names of two or more columns of texts"),
     "source": COLUMN,
     **dict.fromkeys(LABELS, COLUMN),
+    "images": ((str, Path, Mapping), "a folder, or {train: folder, eval: folder}"),
     "classes": ((list, tuple), "a list of the classes' names, in their order"),
     "fraction": ((int, float), "a number in (0, 1]"),
     "length": ((int,), "a whole number of tokens"),
@@ -95,7 +107,7 @@ DATA_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 """The entries of ``data``, with their types and a description of these."""
 EVERYWHERE = ("train", "eval", "fraction", "length")
-"""The entries of ``data`` that every task reads."""
+"""The entries of ``data`` that every task reads; the last is for texts."""
 FILES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
 """The suffixes of data files, with the names of their readers in datasets."""
 
@@ -106,9 +118,11 @@ def check_entries(task: str, data: Mapping[str, Any]) -> None:
         return
     told = TASKS[task]
     read = (*told.columns, *([told.label] if told.label else []), *told.further)
-    special = ("joined", "packed", "prompt", "completion", "messages", "weights")  # refused with more advice
+    # Of texts, these are refused with more advice.
+    special = ("joined", "packed", "prompt", "completion", "messages", "weights") if told.texts else ()
+    everywhere = EVERYWHERE if told.texts else EVERYWHERE[:-1]
     for entry, value in data.items():
-        if value is not None and entry in DATA_KINDS and entry not in (*read, *EVERYWHERE, *special):
+        if value is not None and entry in DATA_KINDS and entry not in (*read, *everywhere, *special):
             raise DistillError(f"data.{entry} is not read for task {task}, which reads {', '.join(read)}; leave it out")
 
 
@@ -139,6 +153,14 @@ def check_classes(task: str, data: Mapping[str, Any]) -> None:
     fine = all(isinstance(one, (str, int)) and not isinstance(one, bool) for one in classes)
     if not fine or len(classes) < 2 or len({*map(str, classes)}) < len(classes):
         raise DistillError(f"data.classes must have two or more names, each once; got {list(classes)!r}")
+
+
+def check_images(task: str, data: Mapping[str, Any]) -> None:
+    """Raise a :class:`DistillError` unless ``data.images`` is a folder, or names one for each set."""
+    images = data.get("images")
+    for key, value in images.items() if isinstance(images, Mapping) else ():
+        if key not in ("train", "eval") or not isinstance(value, (str, Path)):
+            raise DistillError(f"data.images is {DATA_KINDS['images'][1]}; got {images!r}")
 
 
 def check_soft(task: str, data: Mapping[str, Any]) -> None:
@@ -190,17 +212,21 @@ def check_amounts(task: str, data: Mapping[str, Any]) -> None:
             check_number("data", entry, value, lowest, whole=True)
 
 
-CHECKS = (check_entries, check_text, check_choices, check_classes, check_soft, check_amounts, check_chats)
+CHECKS = (check_entries, check_text, check_choices, check_classes, check_images, check_soft, check_amounts, check_chats)
 """The checks of ``data`` that need neither files nor models."""
 
 
-def check_file(split: str, source: Any) -> None:
+def check_file(split: str, source: Any, task: str = "") -> None:
     """Raise a :class:`DistillError` unless the file or folder of a set exists and can be read."""
+    images = task in TASKS and not TASKS[task].texts
     if source is None and split == "train":
-        raise DistillError("data needs train: a jsonl or csv file, or a folder that save_to_disk wrote")
+        what = "a json file in COCO's format" if images else "a jsonl or csv file, or a folder that save_to_disk wrote"
+        raise DistillError(f"data needs train: {what}")
     if not isinstance(source, (str, Path)):
         return
     path = Path(source)
+    if images and path.exists() and path.suffix != ".json":
+        raise DistillError(f"cannot read {source}; the data of task {task} is a json file in COCO's format")
     if path.is_dir():
         return
     if not path.is_file():

@@ -2,12 +2,15 @@
 
 =====================  ====================================================================================================
 ``task``               ``classification``, ``multi_label``, ``regression``, ``tokens``, ``multiple_choice``,
-                       ``question_answering``, ``seq2seq``, ``causal`` or ``masked``
+                       ``question_answering``, ``seq2seq``, ``causal``, ``masked`` or ``detection``
 ``data``               ``train``, ``eval``: jsonl or csv files, or folders that ``save_to_disk`` wrote; ``fraction``: the share
                        of the training set to use; ``length``: tokens, 128 by default; the columns are named by the entries
                        of the table below
 ``tokenizer``          a folder; or ``{vocab_size: 4000}`` to train one (byte-level BPE) on the training set, where neither
                        the student's nor the teacher's folder has one
+``processor``          for images in place of a tokenizer: the folder of an image processor, which all models share; or settings
+                       such as ``{size: {height: 480, width: 480}}``, which change that of the student's or else the teacher's
+                       folder, or of the student's type, which it is by default
 ``student``            a folder of ``save_pretrained``; or a config: ``{model_type: bert, hidden_size: 64, …}``
 ``teacher``            a folder, or a source such as ``{type: Itself, momentum: 0.99}``, ``{type: Stored, folder: store}``,
                        ``{type: Served, url: http://localhost:8000/v1}``, or of classes ``{type: LabelWords, model: folder,
@@ -60,6 +63,9 @@ task                     entries of ``data``, with the columns that are read by 
                          ``prompt`` and ``completion``, or ``messages``: columns of prompts and answers (texts, or messages for
                          the tokenizer's chat template), whose answers alone have labels; ``weights``: under a teacher, a
                          column with the weight of each text. Perplexity
+``detection``            ``train``, ``eval``: json files in COCO's format; ``images``: the folder of their images, or ``{train: folder,
+                         eval: folder}``, by default ``DIR/train`` for ``DIR/annotations/instances_train.json``; ``classes``: the names
+                         in their order, by default that of their ids. COCO's average precisions: ap, ap50, ap75, ap_small, …
 =======================  ==================================================================================================
 
 ``labels: false`` (tasks on texts and words): train on the terms alone, on texts without labels.
@@ -93,11 +99,11 @@ from .adapters import adapted, base_of
 from .checkpoints import newest_first
 from .checks import check_sizes, one_line
 from .class_teachers import ClassTeacher
-from .data import drawn, read_data
+from .data import drawn
 from .label_words import reads_texts
 from .link import link_of
 from .packing import check_apart
-from .recipe_parts import build_model, build_tokenizer, check_best, layout_of, recipe_sources
+from .recipe_parts import build_model, build_reader, check_best, layout_of, recipe_sources, trainer_of
 from .recipe_tasks import TASKS
 from .second_tokenizer import read_by_teacher, second_view, teacher_tokenizer
 from .settings import check_settings, load, sources_in, tokenizer_folder, untaught
@@ -308,12 +314,15 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
     arguments = check_settings(config, files=data is None)
     set_seed(arguments.seed)
     task, told = str(config["task"]), dict(config.get("data") or {})
-    sets = dict(data) if data is not None else read_data(told)
+    if not TASKS[task].texts:
+        arguments.remove_unused_columns = False  # the collator reads images and boxes of columns that no model takes
+    layout = layout_of(task, told)
+    sets = dict(data) if data is not None else layout.sets_of(told)
     check_weights_of(told, sets["train"])
     theirs = teacher_tokenizer(config)
     texts = any(reads_texts(source) for source in sources_in(config).values())
-    samples = layout_of(task, told)(task, told, sets, kept=texts or theirs is not None)
-    tokenizer = build_tokenizer(config.get("tokenizer"), samples, sets["train"], config)
+    samples = layout(task, told, sets, kept=texts or theirs is not None)
+    tokenizer = build_reader(samples, sets["train"], config)
     samples.read_classes(sets)
     check_best(arguments, samples)
     sets["train"] = drawn(sets["train"], told.get("fraction") or 1, arguments.seed)
@@ -343,7 +352,7 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
         settings |= recipe_sources(config, samples, peer)
     taught = bool(settings["teacher"] or settings["teachers"])
     with one_line("training"):
-        trainer = DistillTrainer(
+        trainer = trainer_of(task)(
             **parts,
             chunked=(config.get("chunked") or False) if taught else False,
             host_weight=config.get("host_weight", 1) if taught else 1,
@@ -351,16 +360,22 @@ def build(config: Mapping[str, Any], data: Mapping[str, Dataset] | None = None) 
             weights=told.get("weights") if taught else None,
             **settings,
         )
-    check_sizes("student", student, tokenizer, encoded)
-    if told.get("packed"):
+    if TASKS[task].texts:
+        seen = (tokenizer, encoded) if theirs is None else (theirs, read_by_teacher(collator, encoded))
+        check_sizes("student", student, tokenizer, encoded)
+        _check_texts(trainer, student, seen, packed=bool(told.get("packed")))
+    return trainer
+
+
+def _check_texts(trainer: DistillTrainer, student: Any, seen: tuple[Any, Any], *, packed: bool) -> None:
+    """Refuse teachers that cannot read the tokens, ``seen`` by their tokenizer, and models that do not keep packed texts apart."""
+    if packed:
         check_apart(base_of(student), "student")
-    seen = (tokenizer, encoded) if theirs is None else (theirs, read_by_teacher(collator, encoded))
     for name, source in trainer.distiller.sources.items() if trainer.distiller is not None else ():
         if source.members == (name,) and not isinstance(source, ClassTeacher):
             check_sizes(name, source.model, *seen)
-            if told.get("packed") and not isinstance(source, Cached):
+            if packed and not isinstance(source, Cached):
                 check_apart(source.model, name)
-    return trainer
 
 
 def _other_trainer(told: Mapping[str, Any], parts: Mapping[str, Any]) -> Any:

@@ -22,10 +22,11 @@ from .adapters import BASE
 from .arguments import check_student, training_arguments, training_mistakes
 from .chats import is_chat
 from .checks import check_folder, flat, one_line
+from .images import FILE
 from .label_words import check_label_words, reads_texts
 from .on_policy import read_on_policy
 from .reader import HFReader
-from .recipe_tasks import ALONE, CHECKS, DATA_KINDS, LABELLED, TASKS, check_file
+from .recipe_tasks import ALONE, CHECKS, DATA_KINDS, IMAGE_MODELS, LABELLED, TASKS, check_file
 from .registry import RECIPES, TERMS
 from .weighing import check_weights
 
@@ -34,6 +35,7 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "data": ((Mapping,), "a mapping, such as {train: train.jsonl}"),
     "tokenizer": ((str, Path, Mapping, PreTrainedTokenizerBase), "a folder, or {vocab_size: 4000}"),
     "teacher_tokenizer": ((bool, str, Path), "true (the one in the teacher's folder), or a folder"),
+    "processor": ((str, Path, Mapping), "a folder, or settings such as {size: {height: 480, width: 480}}"),
     "student": ((str, Path, Mapping), "a folder, or a config such as {model_type: bert, hidden_size: 64}"),
     "teacher": ((str, Path, Mapping), "a folder, or a source such as {type: Itself, momentum: 0.99}"),
     "teachers": ((Mapping,), "folders by name, such as {a: large, b: larger}"),
@@ -163,7 +165,7 @@ def _check_data(task: str, data: Mapping[str, Any], files: bool, told: _Mistakes
     for check in (*CHECKS, check_weights):
         told.look(check, task, data)
     for split in ("train", "eval") if files else ():
-        told.look(check_file, split, data.get(split))
+        told.look(check_file, split, data.get(split), task)
 
 
 def _check_evaluation(task: str, arguments: TrainingArguments, evaluates: bool, told: _Mistakes) -> None:
@@ -190,6 +192,10 @@ def _check_models(config: Mapping[str, Any], fine: Mapping[str, Any], task: str 
                 f"{entry} is a folder, or a config such as {{model_type: bert, hidden_size: 64}}; got {given!r}"
             )
     _check_student(config, fine, task, told)
+    if task in IMAGE_MODELS:
+        _check_processor(fine, told)
+    else:
+        _check_tokenizer(config, fine, told)
 
 
 def _check_student(config: Mapping[str, Any], fine: Mapping[str, Any], task: str | None, told: _Mistakes) -> None:
@@ -197,6 +203,19 @@ def _check_student(config: Mapping[str, Any], fine: Mapping[str, Any], task: str
         told.look(check_student, fine["student"], task)
     elif config.get("student") is None:
         told.append(f"a recipe needs student: {KINDS['student'][1]}")
+
+
+def _check_processor(fine: Mapping[str, Any], told: _Mistakes) -> None:
+    for entry in ("tokenizer", "teacher_tokenizer", "on_policy", "chunked"):
+        if fine.get(entry):
+            told.append(f"{entry} is for texts, and this task has images; leave it out")
+    if isinstance(fine.get("processor"), (str, Path)):
+        told.look(check_folder, "processor", fine["processor"], FILE)
+
+
+def _check_tokenizer(config: Mapping[str, Any], fine: Mapping[str, Any], told: _Mistakes) -> None:
+    if config.get("processor") is not None:
+        told.append("processor is for images, and this task has texts; leave it out")
     if isinstance(fine.get("tokenizer"), (str, Path)):
         told.look(check_folder, "tokenizer", fine["tokenizer"], "tokenizer_config.json")
     elif config.get("tokenizer") is None and tokenizer_folder(config) is None:

@@ -9,7 +9,8 @@ from kdgraft_det import TERMS
 from kdgraft_det.reader import DetReader
 from support import det_table
 from support.det import build, detector, distilled, losses, raw_batch, save_teacher
-from support.det_methods import LACKING, OWN, SETTINGS, USABLE, model
+from support.det_methods import LACKING, MODELS, OWN, SETTINGS, USABLE, model
+from support.det_stages import with_masks
 from support.methods import assert_falls, assert_shared, sharing, spec, trained
 
 
@@ -18,7 +19,7 @@ def test_trains_a_detector(kind, tmp_path):
     teacher = model(kind, width=6, channels=12)
     term = spec(OWN[kind], "neck[*]", **SETTINGS.get(kind, {}))
     built = build(distilled(model(kind), teacher, save_teacher(tmp_path / "teacher.pth", teacher), terms=[term]))
-    batch = raw_batch()
+    batch = with_masks(raw_batch()) if MODELS.get(kind) == "Mask R-CNN" else raw_batch()
     assert_falls(trained(lambda: losses(built, batch), built.parameters()))
     if issubclass(OWN[kind], FeatureTerm) and term["tap"] == "neck[*]":
         assert len(built.distiller.rows) == len(built.neck.fpn_convs)

@@ -10,15 +10,13 @@ from functools import wraps
 import pytest
 import torch
 import torch.nn.functional as F
-from mmcv.ops import RoIAlign
-from mmdet.models.dense_heads import rpn_head
 from mmdet.models.roi_heads import CascadeRoIHead, StandardRoIHead
 from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from mmdet.registry import MODELS
 
 from kdgraft import WiringError
 from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
-from support.det_stages import staged, with_masks
+from support.det_stages import in_single_precision, staged, with_masks
 
 TWO = slice(1, 3)
 """Two images, of two and of three objects."""
@@ -327,10 +325,7 @@ def test_one_image_without_objects_changes_no_positives(step, teachers):
 
 
 def test_in_bf16(step, monkeypatch):
-    # mmcv's kernels for CPUs know single precision alone.
-    nms, align = rpn_head.batched_nms, RoIAlign.forward
-    monkeypatch.setattr(rpn_head, "batched_nms", lambda b, s, *rest: nms(b.float(), s.float(), *rest))
-    monkeypatch.setattr(RoIAlign, "forward", lambda self, x, rois: align(self, x.float(), rois.float()).to(x.dtype))
+    in_single_precision(monkeypatch)
     model = step("Faster R-CNN")[0]
     with torch.autocast("cpu", torch.bfloat16), watched() as (calls, _):
         found = losses(model, batch())

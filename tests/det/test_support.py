@@ -27,7 +27,7 @@ def model(detector: str, **settings):
 
 
 def batch(detector: str):
-    return with_masks(raw_batch()) if detector == "Mask R-CNN" else raw_batch()
+    return with_masks(raw_batch()) if detector in det_table.MASKED else raw_batch()
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,13 @@ def cells(wanted):
 
 
 def trained_cells():
-    """Every ✓; by default each technique trains on one dense head, one of stages and one of queries, the rest in the slow tier."""
+    """Every ✓; by default each technique trains on one dense head, one of stages and one of queries, and every head once."""
     default = set()
     for number, technique in enumerate(det_table.TECHNIQUES):
         for kinds in (det_table.DENSE, det_table.STAGED, det_table.QUERIES):
             there = [detector for detector in kinds if det_table.works(technique, detector)]
             default |= {(technique, there[number % len(there)])} if there else set()
+    default |= {("`SoftTargets`", detector) for detector in set(det_table.DETECTORS) - {one for _, one in default}}
     return [
         cell if cell.values in default else pytest.param(*cell.values, id=cell.id, marks=pytest.mark.slow)
         for cell in cells(True)

@@ -19,11 +19,12 @@ pytest.importorskip("mmseg")
 from kdgraft_bench.costs.mm import fill_by_batch
 from kdgraft_mm.sources import identity_of
 from support import det, det_methods, seg, seg_methods
+from support.det_stages import STAGED
 
 pytestmark = pytest.mark.slow
 RUN = {"WeightMatching", "MasKD", "FreeKD"}
 """Terms that need their teacher in each step: its weights, or its own loss, in every host."""
-ON_PROPOSALS = {name for name, model in det_methods.MODELS.items() if model == "Faster R-CNN"}
+ON_PROPOSALS = {name for name, model in det_methods.MODELS.items() if model in STAGED}
 _names = count()
 
 

@@ -215,7 +215,7 @@ def test_what_configs_take_besides_is_no_mistake(student, taken, tmp_path):
 
 
 def test_all_mistakes_are_told_at_once_before_models_and_data(tmp_path, monkeypatch):
-    monkeypatch.setattr("kdgraft_nlp.run.read_data", lambda data: pytest.fail("data were read"))
+    monkeypatch.setattr("kdgraft_nlp.recipe_data.read_data", lambda data: pytest.fail("data were read"))
     config = recipe(
         tmp_path, str(tmp_path / "nowhere.jsonl"), student=dict(BERT, num_hidden_layer=2), teacher="elsewhere"
     )
@@ -391,6 +391,10 @@ def test_what_another_trainer_cannot_mean_is_refused(other, entries, said):
 
 
 def test_a_trainers_function_must_be_there_and_return_one(other):
-    for name, said in (("redoubled", "no function 'redoubled'"), ("nothing", "returned a NoneType"), ("doubled", "factor")):
+    for name, said in (
+        ("redoubled", "no function 'redoubled'"),
+        ("nothing", "returned a NoneType"),
+        ("doubled", "factor"),
+    ):
         with pytest.raises(DistillError, match=said):
             build(other(name))

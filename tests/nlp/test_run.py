@@ -209,7 +209,7 @@ output = "{tmp_path}/out"
         (
             ["task=sorting"],
             (
-                "task is one of classification, multi_label, regression, tokens, multiple_choice, question_answering, seq2seq, causal, masked; got 'sorting'",
+                "task is one of classification, multi_label, regression, tokens, multiple_choice, question_answering, seq2seq, causal, masked, detection; got 'sorting'",
             ),
         ),
         (["data.train=nowhere.jsonl"], ("no data at nowhere.jsonl",)),

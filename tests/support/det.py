@@ -177,7 +177,7 @@ def save_teacher(path: Path, model: dict[str, Any], seed: int = 7, classes: tupl
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in built.named_parameters():
-            in_head = name.startswith(("bbox_head", "rpn_head", "roi_head"))
+            in_head = name.startswith(("bbox_head", "rpn_head", "roi_head", "panoptic_head"))
             if in_head and name.endswith("weight") and parameter.ndim > 1:
                 parameter.add_(0.15 * torch.randn(parameter.shape, generator=generator))
     meta = {"dataset_meta": {"classes": classes}} if classes else {}

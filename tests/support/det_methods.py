@@ -7,7 +7,7 @@ from typing import Any
 from kdgraft_det import TERMS
 from kdgraft_det.reader import DetReader
 from support.det import detector
-from support.det_stages import detr, staged
+from support.det_stages import STAGED, detr, staged
 from support.methods import own_terms, split
 
 OWN = own_terms(TERMS)
@@ -26,12 +26,16 @@ _SOFTMAX = (
     "SkewedKL",
     "AdversarialScores",
 )
-MODELS: dict[str, str] = {**dict.fromkeys(_SOFTMAX, "Faster R-CNN"), "KDDETR": "DeformableDETR"}
-"""A term's detector, where it is not GFL: ``"Faster R-CNN"`` or the name of a DETR-type model."""
+MODELS: dict[str, str] = {
+    **dict.fromkeys(_SOFTMAX, "Faster R-CNN"),
+    "InstanceMasks": "Mask R-CNN",
+    "KDDETR": "DeformableDETR",
+}
+"""A term's detector, where it is not GFL: one of ``STAGED`` or the name of a DETR-type model."""
 
 
 def model(kind: str, **sizes: int) -> dict[str, Any]:
     name = MODELS.get(kind, "GFL")
     if name == "GFL":
         return detector(frozen_bn=True, **sizes)
-    return staged(name, **sizes) if name == "Faster R-CNN" else detr(name, **sizes)
+    return staged(name, **sizes) if name in STAGED else detr(name, **sizes)

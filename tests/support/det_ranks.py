@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from mmengine.model import MMDistributedDataParallel
 
+from support import det_masks
 from support.det import BOXES, build, detector, distilled, part, raw_batch
-from support.det_stages import detr, staged
+from support.det_stages import detr, staged, with_masks
 from support.processes import as_rank
 from support.tensors import distillation, gradients
 
@@ -43,8 +44,13 @@ ON_PROPOSALS: dict[str, Any] = {
     "query_classes": dict(type="SoftTargets"),
     "query_boxes": dict(type="BoundedRegression", margin=1e6),
     "query_points": dict(type="KDDETR", points=6),
+    "masks_rois": dict(type="InstanceMasks"),
+    "masks_positions": dict(type="InstanceMasks"),
+    "masks_queries": dict(type="InstanceMasks"),
 }
 """Terms of detectors without a dense head; with more samples than proposals nothing is drawn at random."""
+ON_MASKS = {"masks_rois": "Mask R-CNN", "masks_positions": "RTMDet-Ins", "masks_queries": "Mask2Former"}
+"""The detectors of those on masks."""
 WITH_A_PEER: dict[str, Any] = {
     "peer_boxes": dict(type="BoundedRegression", margin=1e6, source="peer"),
     "peer_features": dict(type="FeatureImitation", tap="neck[*]", region="foreground", source="peer"),
@@ -58,11 +64,15 @@ BATCHES = {
 
 def kind_of(term: str) -> str:
     """The detector that a term of :data:`ON_PROPOSALS` is tested on."""
+    if term in ON_MASKS:
+        return ON_MASKS[term]
     return {"cascade": "Cascade R-CNN", "query": "DeformableDETR"}.get(term.partition("_")[0], "Faster R-CNN")
 
 
 def without_dense_head(kind: str, **settings: Any) -> dict[str, Any]:
     """A model of this kind whose RoI head, if it has one, trains on every proposal; teachers' weights lie beside the dense one's."""
+    if kind in ("RTMDet-Ins", "Mask2Former"):
+        return det_masks.model(kind, **settings)
     return detr(kind, **settings) if kind == "DeformableDETR" else staged(kind, samples=500, **settings)
 
 
@@ -89,7 +99,8 @@ def gradients_of(teacher: str, term: str, share: slice = slice(None)) -> dict[st
     for name, boxes in BATCHES.items():
         model.zero_grad()
         torch.manual_seed(0)  # of terms that draw numbers
-        data = model.data_preprocessor(part(raw_batch(boxes), share), True)
+        raw = with_masks(raw_batch(boxes)) if term in ON_MASKS else raw_batch(boxes)
+        data = model.data_preprocessor(part(raw, share), True)
         found = wrapped(**data, mode="loss")
         total = distillation(found)
         host = {k: sum(v) if isinstance(v, list) else v for k, v in found.items() if not k.startswith("distill.")}

@@ -7,6 +7,8 @@ from typing import Any
 
 import mmdet
 import numpy as np
+from mmcv.ops import RoIAlign
+from mmdet.models.dense_heads import rpn_head
 from mmdet.structures.mask import BitmapMasks
 
 from support.det import detector
@@ -14,20 +16,21 @@ from support.det import detector
 _DELTAS: dict[str, Any] = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4)
 _KEPT: dict[str, Any] = dict(nms_pre=100, max_per_img=40, nms=dict(type="nms", iou_threshold=0.7), min_bbox_size=0)
 STAGED = ("Faster R-CNN", "Mask R-CNN", "Cascade R-CNN")
+CASCADE_OF_MASKS = "Cascade Mask R-CNN"
 
 
 def staged(kind: str, *, samples: int = 64, **settings: Any) -> dict[str, Any]:
     """The ``model`` entry of a small two-stage detector of 10 classes for images of 96×96.
 
     Args:
-        kind: one of :data:`STAGED`.
+        kind: one of :data:`STAGED`, or :data:`CASCADE_OF_MASKS`.
         samples: proposals of an image that the RoI head trains on.
         settings: those of :func:`support.det.detector`.
     """
     base = detector(**settings)
     channels = base["neck"]["out_channels"]
     strides = base["bbox_head"]["anchor_generator"]["strides"]
-    cascade, masks = kind == "Cascade R-CNN", kind == "Mask R-CNN"
+    cascade, masks = kind.startswith("Cascade"), "Mask" in kind
     cross_entropy = dict(type="CrossEntropyLoss", use_sigmoid=False, loss_weight=1.0)
     rpn = dict(
         type="RPNHead",
@@ -69,7 +72,7 @@ def staged(kind: str, *, samples: int = 64, **settings: Any) -> dict[str, Any]:
             num_classes=10,
             loss_mask=dict(type="CrossEntropyLoss", use_mask=True, loss_weight=1.0),
         )
-        rois |= dict(mask_roi_extractor=extractor, mask_head=mask)
+        rois |= dict(mask_roi_extractor=extractor, mask_head=[mask, copy.deepcopy(mask)] if cascade else mask)
     rcnn = [_sampled(threshold, samples) for threshold in ((0.3, 0.4) if cascade else (0.3,))]
     return dict(
         type="CascadeRCNN" if cascade else "MaskRCNN" if masks else "FasterRCNN",
@@ -214,6 +217,13 @@ def _on_one_map(kind: str, base: dict[str, Any], queries: int) -> dict[str, Any]
         train_cfg=dict(assigner=dict(type="HungarianAssigner", match_costs=costs)),
         test_cfg=dict(max_per_img=10),
     )
+
+
+def in_single_precision(patch: Any) -> None:
+    """Have mmcv's kernels for CPUs, which know single precision alone, run in it under autocast."""
+    nms, align = rpn_head.batched_nms, RoIAlign.forward
+    patch.setattr(rpn_head, "batched_nms", lambda b, s, *rest: nms(b.float(), s.float(), *rest))
+    patch.setattr(RoIAlign, "forward", lambda self, x, rois: align(self, x.float(), rois.float()).to(x.dtype))
 
 
 def with_masks(batch: dict[str, Any]) -> dict[str, Any]:

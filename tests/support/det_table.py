@@ -14,9 +14,11 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "det" / "README.md"
 MARKS = "<!-- support table: python tests/support/det_table.py -->", "<!-- end of the support table -->"
 
-DENSE = ("GFL", "ATSS", "RetinaNet", "FCOS", "TOOD", "RTMDet", "YOLOX")
+DENSE = ("GFL", "ATSS", "RetinaNet", "FCOS", "TOOD", "RTMDet", "RTMDet-Ins", "YOLOX")
 STAGED = ("Faster R-CNN", "Mask R-CNN", "Cascade R-CNN")
 QUERIES = ("DAB-DETR", "Deformable DETR", "DINO")
+MASKED = ("RTMDet-Ins", "Mask R-CNN")
+"""Those that train on masks too."""
 DETECTORS = (*DENSE, *STAGED, *QUERIES)
 
 _BOUNDED = dict(type="BoundedRegression", margin=1e6)  # with this margin no student is left alone
@@ -40,6 +42,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "`CrossHead`": dict(type="CrossHead"),
     "`BCKD`": dict(type="BCKD"),
     "`KDDETR`": dict(type="KDDETR", points=0),  # new points in each step are not one batch
+    "`InstanceMasks`": dict(type="InstanceMasks"),
 }
 _ANCHORS = ("GFL", "ATSS", "RetinaNet", "TOOD")
 ONLY = {
@@ -49,7 +52,8 @@ ONLY = {
     "… `head='rpn_head'`": STAGED,
     "… `head='rpn_head'`, boxes": STAGED,
     "`LocalizationDistillation`": ("GFL",),
-    "`CrossHead`": ("GFL", "ATSS", "RetinaNet", "FCOS", "RTMDet", "YOLOX"),
+    "`CrossHead`": ("GFL", "ATSS", "RetinaNet", "FCOS", "RTMDet", "RTMDet-Ins", "YOLOX"),
+    "`InstanceMasks`": MASKED,
     "`BCKD`": DENSE,
     "`KDDETR`": QUERIES,
 }

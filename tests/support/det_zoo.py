@@ -8,6 +8,8 @@ from typing import Any
 
 from support.det import detector
 
+INSTANCES = "RTMDet-Ins"
+"""RTMDet with masks."""
 _DELTAS: dict[str, Any] = dict(type="DeltaXYWHBBoxCoder", target_means=[0.0] * 4, target_stds=[0.1, 0.1, 0.2, 0.2])
 _ASSIGNED: dict[str, Any] = dict(allowed_border=-1, pos_weight=-1, debug=False)
 _FOCAL: dict[str, Any] = dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0)
@@ -32,9 +34,12 @@ def zoo(kind: str, *, convs: int = 2, head: dict[str, Any] | None = None, **sett
         plain = model["bbox_head"]
         shared = {key: plain[key] for key in ("num_classes", "in_channels", "feat_channels", "stacked_convs")}
         own, assignment = _HEADS[kind](plain["anchor_generator"]["strides"])
-        if settings.get("frozen_bn") and kind in ("RTMDet", "YOLOX"):
+        if settings.get("frozen_bn") and kind in ("RTMDet", INSTANCES, "YOLOX"):
             own["norm_cfg"] = plain["norm_cfg"]
-        model |= dict(type=kind, bbox_head=shared | own, train_cfg=assignment)
+        model |= dict(type=kind.partition("-")[0], bbox_head=shared | own, train_cfg=assignment)
+    if kind == INSTANCES:
+        model["data_preprocessor"] = dict(model["data_preprocessor"], pad_mask=True)
+        model["use_syncbn"] = False  # which is for GPUs alone
     model["bbox_head"] |= head or {}
     return model
 
@@ -106,6 +111,18 @@ def _rtmdet(strides: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     return own, dict(assigner=dict(type="DynamicSoftLabelAssigner", topk=13), **_ASSIGNED)
 
 
+def _rtmdet_ins(strides: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    own, assignment = _rtmdet(strides)
+    del own["exp_on_reg"]
+    own |= dict(
+        type="RTMDetInsSepBNHead",
+        num_prototypes=4,
+        dyconv_channels=4,
+        loss_mask=dict(type="DiceLoss", loss_weight=2.0, eps=5e-6, reduction="mean"),
+    )
+    return own, assignment
+
+
 def _yolox(strides: list[int]) -> tuple[dict[str, Any], dict[str, Any]]:
     own = dict(type="YOLOXHead", strides=tuple(strides))
     return own, dict(assigner=dict(type="SimOTAAssigner", center_radius=2.5))
@@ -116,6 +133,7 @@ _HEADS: dict[str, Callable[[list[int]], tuple[dict[str, Any], dict[str, Any]]]] 
     "FCOS": _fcos,
     "TOOD": _tood,
     "RTMDet": _rtmdet,
+    INSTANCES: _rtmdet_ins,
     "YOLOX": _yolox,
 }
-KINDS = ("GFL", "ATSS", *_HEADS)
+KINDS = ("GFL", "ATSS", *(kind for kind in _HEADS if kind != INSTANCES))

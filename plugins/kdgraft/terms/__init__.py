@@ -34,6 +34,7 @@ from .base import TapTerm, Term, build_terms, check_choice, mean_of, sum_of
 from .classifiers import ClassifierTerm
 from .features import FeatureTerm
 from .generation import PerImageTerm
+from .numbers import MaskTerm
 from .pairs import PairTerm, ScoreTerm, TemperedTerm
 from .pretrained import PretrainedTerm
 from .relations import MapTerm
@@ -45,6 +46,7 @@ __all__ = [
     "ClassifierTerm",
     "FeatureTerm",
     "MapTerm",
+    "MaskTerm",
     "PairTerm",
     "PerImageTerm",
     "PretrainedTerm",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..balance import Weight
 from ..errors import DistillError, check_flag, check_number
-from ..losses import bounded_regression
+from ..losses import bounded_regression, mask_regression
 from ..losses.reduction import upcast
 from ..pairs import Numbers, Pairs
 from ..registry import TERMS
@@ -77,3 +77,35 @@ class BoundedRegression(PairTerm):
             return (upcast(pairs.student) - upcast(pairs.teacher)).square().sum(-1)
         assert pairs.target is not None
         return bounded_regression(pairs.student, pairs.teacher, pairs.target, margin=self.margin, reduction="none")
+
+
+class MaskTerm(PairTerm):
+    """Base of terms on binary masks ``(K, P)``, logits of P pixels: :func:`~kdgraft.losses.mask_regression` of each.
+
+    A host says which masks are paired; :attr:`Pairs.present` leaves out pixels.
+
+    Args:
+        masks, dice: the weights of the two parts; those of Mask2Former by default.
+
+    Example:
+        >>> class Masks(MaskTerm):
+        ...     pairs_from = "numbers"
+        >>> masks = torch.tensor([[30.0, 30.0, -30.0, -30.0]])
+        >>> Masks(masks=0.0, dice=1.0).compare(Pairs(masks, -masks))  # 1 − (2 · 0 + 1) / (2 + 2 + 1)
+        tensor([0.8000])
+    """
+
+    needs: ClassVar[tuple[str, ...]] = ("numbers",)
+
+    def __init__(self, masks: float = 5.0, dice: float = 5.0, *, weight: Weight = 1.0, **settings: Any) -> None:
+        super().__init__(weight=weight, **settings)
+        term = type(self).__name__
+        for name, value in (("masks", masks), ("dice", dice)):
+            check_number(term, name, value)
+        if not masks and not dice:
+            raise DistillError(f"{term}: masks=0 and dice=0 leave nothing to compare; set one of them")
+        self.masks, self.dice = masks, dice
+
+    def compare(self, pairs: Pairs) -> Tensor:
+        both = pairs.student, pairs.teacher
+        return mask_regression(*both, masks=self.masks, dice=self.dice, valid=pairs.present, reduction="none")

@@ -38,7 +38,7 @@ class PairTerm(Term):
         tensor([3.])
     """
 
-    pairs_from: ClassVar[Literal["scores", "numbers"]]
+    pairs_from: ClassVar[Literal["scores", "numbers", "masks"]]
     """The method of the host's reader that pairs the predictions."""
     hears_ensembles = True
     predictions: Predictions
