@@ -382,6 +382,34 @@ def test_a_teacher_of_its_own_resolution_is_stored_in_it(data, checkpoint, tmp_p
         trained(half)
 
 
+def mosaics(loader):
+    """Images of four, as YOLOX and RTMDet learn from."""
+    inner = copy.deepcopy(dict(loader["dataset"], pipeline=PIPELINE[:2]))
+    steps = [dict(type="Mosaic", img_scale=(64, 64)), dict(type="RandomFlip", prob=0.5), PIPELINE[-1]]
+    loader["dataset"] = dict(type="MultiImageMixDataset", dataset=inner, pipeline=copy.deepcopy(steps))
+
+
+def alike(loader):
+    """Batches of images of one orientation, as in most configs of MMDetection."""
+    loader["batch_sampler"] = dict(type="AspectRatioBatchSampler")
+
+
+@pytest.mark.parametrize("change", [mosaics, alike])
+def test_loaders_of_the_host_are_replayed(change, data, checkpoint, tmp_path):
+    terms = dict(terms=[dict(type="FeatureImitation", tap="neck[*]")])
+
+    def config(folder, **more):
+        found = training(data, checkpoint, folder, hooks=[dict(type="ReplayViews", views=2)], terms=terms, **more)
+        change(found.train_dataloader)
+        return found
+
+    expected = trained(config(tmp_path / "running"))
+    store = str(tmp_path / "store")
+    path = dumped(config(tmp_path / "work"), tmp_path / "config.py")
+    assert main(["cache", path, "--out", store, "--values", "float32"]) == 0
+    assert_same(weights(trained(config(tmp_path / "run", store=store))), weights(expected))
+
+
 SCRIPT = """
 import kdgraft_mm.filling
 kdgraft_mm.filling.PART = 1
