@@ -1,8 +1,10 @@
 """Distillation for MMDetection: ``custom_imports = dict(imports=['kdgraft_det'])`` and ``model.type='DistilledDetector'``."""
 
 from kdgraft.hosts import require
+from kdgraft.sources.mmpretrain import leave_out_multimodal
 
 require("mmdet", "kdgraft_det")
+leave_out_multimodal()
 
 from .bckd import BCKD  # noqa: E402
 from .cross_head import CrossHead  # noqa: E402

@@ -263,6 +263,14 @@ def test_a_library_that_is_missing_is_named(library):
         library_teacher(dict(type=library, model="resnet18", checkpoint="a.pth"), images=GIVEN)
 
 
+def test_mmpretrain_that_is_missing_is_named():
+    if find_spec("mmpretrain") is not None:
+        pytest.skip("it is installed")
+    said = "^teacher: mmpretrain is not installed: pip install onedl-mmpretrain torchvision$"
+    with pytest.raises(DistillError, match=said):
+        library_teacher(dict(type="mmpretrain", model="resnet18_8xb32_in1k", checkpoint="a.pth"), images=GIVEN)
+
+
 def test_timm_says_normalisation_patch_and_tokens(tmp_path):
     timm = pytest.importorskip("timm")
     torch.save(timm.create_model("test_vit3", pretrained=False).state_dict(), tmp_path / "vit.pth")

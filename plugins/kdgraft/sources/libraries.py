@@ -1,4 +1,4 @@
-"""Teachers of features from other libraries, described by a dict: Transformers, timm, torchvision, or a function of the user's."""
+"""Teachers of features from other libraries, by a dict: Transformers, timm, torchvision, MMPretrain, or a function of the user's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from inspect import signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import DistillError, check_flag, nearest
 from ..pixels import Normalisation
 from ..registry import SOURCES
 from .features import Call, FeatureTeacher
+from .mmpretrain import import_mmpretrain
 
 _NORMALISATION = ("mean", "std", "pixel_range", "order")
 _SETTINGS = ("type", "checkpoint", "precision", "trusted", "size", "patch", "prefix", *_NORMALISATION)
@@ -49,6 +51,8 @@ def library_teacher(
       ``model_type``. The folder's image processor says the normalisation. Of a model of texts and images the part for images teaches;
     * ``"timm"`` with ``model=`` the name, and ``settings=`` further arguments of ``create_model``. Its config says the normalisation;
     * ``"torchvision"`` with ``model=`` the name, and ``settings=`` of ``get_model``;
+    * ``"mmpretrain"`` with ``model=`` the name in its model zoo, and ``settings=`` of ``get_model``; or the config of a model as a dict
+      with its ``type``. Its data preprocessor says the normalisation;
     * ``"module"`` with ``build="package.module:function"``, called with ``settings=``.
 
     Args:
@@ -246,6 +250,65 @@ def _torchvision(where: str, model: Any, settings: dict[str, Any]) -> Found:
     )
 
 
+def _mmpretrain(where: str, model: Any, settings: dict[str, Any]) -> Found:
+    library = import_mmpretrain(where)
+    if isinstance(model, Mapping) and (settings or "type" not in model):
+        raise DistillError(
+            f"{where}: the config of a model needs its type and no settings; write model=dict(type='ImageClassifier', …)"
+        )
+
+    def make() -> Any:
+        with import_module("mmengine.registry").DefaultScope.overwrite_default_scope("mmpretrain"):
+            if isinstance(model, Mapping):
+                return import_module("mmpretrain.registry").MODELS.build(dict(model))
+            return library.get_model(model, pretrained=False, **settings)
+
+    network = _built(where, f"mmpretrain's {model['type'] if isinstance(model, Mapping) else model}", make)
+    network.eval()  # which returns nothing in MMPretrain's backbones
+    backbone = _trunk(network)
+    # Classifiers want one vector of an image, and a teacher of features the map before it.
+    if getattr(backbone, "out_type", None) in ("cls_token", "avg_featmap"):
+        backbone.out_type = "featmap"
+    if getattr(backbone, "gap_before_final_norm", False):
+        backbone.gap_before_final_norm = False
+
+    def call(network: Any, images: Tensor, states: bool) -> tuple[Any, None]:
+        found = _trunk(network)(images)
+        return (found[-1] if isinstance(found, (tuple, list)) else found), None
+
+    size = getattr(backbone, "img_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    with torch.no_grad():
+        last = _built(
+            where, str(type(backbone).__name__), lambda: call(network, torch.zeros(1, 3, height, width), False)
+        )[0]
+    if not isinstance(last, Tensor) or last.ndim != 4:
+        raise DistillError(
+            f"{where}: a {type(backbone).__name__} gives no map of an image, which teaches features by place"
+        )
+    return Found(
+        network,
+        patch=round(height / last.shape[-2]),
+        prefix=getattr(backbone, "num_extra_tokens", 0),
+        normalisation=_preprocessed(getattr(network, "data_preprocessor", None)),
+        call=call,
+    )
+
+
+def _trunk(network: Any) -> Any:
+    """Return the backbone of a model of MMPretrain, or the model where it is one itself."""
+    found = getattr(network, "backbone", None)
+    return network if found is None else found
+
+
+def _preprocessed(preprocessor: Any) -> dict[str, Any] | None:
+    """Return the normalisation of a data preprocessor of MMPretrain; ``None`` if it has none."""
+    if not getattr(preprocessor, "_enable_normalize", False):
+        return None
+    mean, std = (getattr(preprocessor, name).flatten().tolist() for name in ("mean", "std"))
+    return {"mean": mean, "std": std, "pixel_range": 255, "order": "rgb" if preprocessor.to_rgb else "bgr"}
+
+
 def _module(where: str, build: Any, settings: dict[str, Any]) -> Found:
     name, _, function = str(build).partition(":")
     if not name or not function:
@@ -264,6 +327,7 @@ _KINDS: dict[str, tuple[Callable[[str, Any, dict[str, Any]], Found], tuple[str, 
     "transformers": (_transformers, ("model",)),
     "timm": (_timm, ("model", "settings")),
     "torchvision": (_torchvision, ("model", "settings")),
+    "mmpretrain": (_mmpretrain, ("model", "settings")),
     "module": (_module, ("build", "settings")),
 }
 LIBRARIES = tuple(_KINDS)
