@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import shutil
 from functools import wraps
 from itertools import permutations
 
@@ -14,11 +16,12 @@ from mmdet.registry import MODELS
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from kdgraft import DistillError, WiringError
-from support.det import CLASSES, build, detector, distilled, losses, save_teacher
+from support.det import CLASSES, build, detector, distilled, losses, runner_config, save_teacher
 from support.det_masks import BY_QUERIES, WITH_MASKS, batch, by_queries, model
 from support.det_stages import CASCADE_OF_MASKS, in_single_precision, staged
 from support.det_zoo import INSTANCES, zoo
 from support.methods import assert_falls, trained
+from support.mm import history, run
 from support.tensors import gradients
 
 TERM = dict(type="InstanceMasks", masks=2.0, dice=3.0, name="masks")
@@ -295,6 +298,28 @@ def test_gradients_are_finite_under_autocast(teachers, monkeypatch, kind):
 def test_training_on_one_batch_makes_the_loss_fall(teachers, kind):
     built = taught(teachers(kind), kind, name="term")
     assert_falls(trained(lambda: losses(built, batch()), built.parameters()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Mask R-CNN", INSTANCES, "Mask2Former"])
+def test_a_runner_trains_and_evaluates_on_files_with_masks(teachers, scenes, tmp_path, kind):
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes, folder)
+    for file in (folder / "annotations").iterdir():
+        found = json.loads(file.read_text())
+        for one in found["annotations"]:
+            x, y, w, h = one["bbox"]
+            one["segmentation"] = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+        file.write_text(json.dumps(found))
+    entry = distilled(model(kind, frozen_bn=True), *teachers(kind), terms=[TERM])
+    config = runner_config(entry, str(folder), tmp_path / "work", iters=2)
+    for loader in (config.train_dataloader, config.val_dataloader, config.test_dataloader):
+        loader.dataset.pipeline[1].with_mask = True
+    config.val_evaluator.metric = config.test_evaluator.metric = "segm"
+    runner = run(config)
+    values = history(runner, "distill.masks.loss")
+    assert len(values) == 2 and all(0 < value < float("inf") for value in values)
+    assert "coco/segm_mAP" in runner.val()
 
 
 def test_several_teachers_draw_one_mask(teachers, tmp_path):

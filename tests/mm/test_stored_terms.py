@@ -18,7 +18,7 @@ pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 from kdgraft_bench.costs.mm import fill_by_batch
 from kdgraft_mm.sources import identity_of
-from support import det, det_methods, seg, seg_methods
+from support import det, det_masks, det_methods, seg, seg_methods
 from support.det_stages import STAGED
 
 pytestmark = pytest.mark.slow
@@ -92,6 +92,30 @@ def test_of_a_detector(kind, tmp_path, monkeypatch):
         return found["inputs"], found["data_samples"]
 
     check(kind, RUN | ON_PROPOSALS | {"CrossHead", "KDDETR"}, built, batch, dict(config=teacher), tmp_path / "store")
+
+
+@pytest.mark.parametrize("kind", ["RTMDet-Ins", "Mask2Former"])
+def test_of_the_masks_of_a_detector_without_proposals(kind, tmp_path, monkeypatch):
+    enter("mmdet")
+    monkeypatch.setattr("kdgraft_bench.costs.mm.VALUES", "float32")
+    teacher = det_masks.model(kind, width=6)
+    checkpoint = det.save_teacher(tmp_path / "teacher.pth", teacher)
+    terms = [dict(type="InstanceMasks", name="term"), dict(type="SoftTargets")]
+
+    def built(more):
+        entry = det.distilled(det_masks.model(kind, frozen_bn=True), teacher, checkpoint, terms=terms)
+        entry["teacher"] |= more
+        model = det.build(entry)
+        model.start_distilling(det.CLASSES)
+        return model
+
+    def batch(model):
+        found = model.data_preprocessor(det_masks.batch(), True)
+        for place, sample in enumerate(found["data_samples"]):
+            sample.set_metainfo({"view": (0, place)})
+        return found["inputs"], found["data_samples"]
+
+    compared(built({}), built, batch, identity_of(dict(config=teacher)), tmp_path / "store")
 
 
 @pytest.mark.parametrize("kind", seg_methods.USABLE)

@@ -82,7 +82,10 @@ def staged(kind: str, *, samples: int = 64, **settings: Any) -> dict[str, Any]:
         rpn_head=rpn,
         roi_head=rois,
         train_cfg=dict(rpn=_sampled(0.4, 1000), rpn_proposal=_KEPT, rcnn=rcnn if cascade else rcnn[0]),
-        test_cfg=dict(rpn=_KEPT, rcnn=dict(score_thr=0.0, nms=dict(type="nms", iou_threshold=0.5), max_per_img=20)),
+        test_cfg=dict(
+            rpn=_KEPT,
+            rcnn=dict(score_thr=0.0, nms=dict(type="nms", iou_threshold=0.5), max_per_img=20, mask_thr_binary=0.5),
+        ),
     )
 
 

@@ -40,6 +40,7 @@ def zoo(kind: str, *, convs: int = 2, head: dict[str, Any] | None = None, **sett
     if kind == INSTANCES:
         model["data_preprocessor"] = dict(model["data_preprocessor"], pad_mask=True)
         model["use_syncbn"] = False  # which is for GPUs alone
+        model["test_cfg"] = dict(model["test_cfg"], mask_thr_binary=0.5)
     model["bbox_head"] |= head or {}
     return model
 
