@@ -271,28 +271,31 @@ def _mmpretrain(where: str, model: Any, settings: dict[str, Any]) -> Found:
         backbone.out_type = "featmap"
     if getattr(backbone, "gap_before_final_norm", False):
         backbone.gap_before_final_norm = False
-
-    def call(network: Any, images: Tensor, states: bool) -> tuple[Any, None]:
-        found = _trunk(network)(images)
-        return (found[-1] if isinstance(found, (tuple, list)) else found), None
-
-    size = getattr(backbone, "img_size", 224)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    with torch.no_grad():
-        last = _built(
-            where, str(type(backbone).__name__), lambda: call(network, torch.zeros(1, 3, height, width), False)
-        )[0]
-    if not isinstance(last, Tensor) or last.ndim != 4:
-        raise DistillError(
-            f"{where}: a {type(backbone).__name__} gives no map of an image, which teaches features by place"
-        )
     return Found(
         network,
-        patch=round(height / last.shape[-2]),
+        patch=_stride(where, network),
         prefix=getattr(backbone, "num_extra_tokens", 0),
         normalisation=_preprocessed(getattr(network, "data_preprocessor", None)),
-        call=call,
+        call=_last_map,
     )
+
+
+def _last_map(network: Any, images: Tensor, states: bool) -> tuple[Any, None]:
+    """Run the backbone of a model of MMPretrain, and return the last of its outputs."""
+    found = _trunk(network)(images)
+    return (found[-1] if isinstance(found, (tuple, list)) else found), None
+
+
+def _stride(where: str, network: Any) -> int:
+    """Return the pixels by position of a backbone's last map; raise a :class:`DistillError` where it gives none."""
+    backbone = _trunk(network)
+    kind, size = type(backbone).__name__, getattr(backbone, "img_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    with torch.no_grad():
+        last, _ = _built(where, kind, lambda: _last_map(network, torch.zeros(1, 3, height, width), False))
+    if not isinstance(last, Tensor) or last.ndim != 4:
+        raise DistillError(f"{where}: a {kind} gives no map of an image, which teaches features by place")
+    return round(height / last.shape[-2])
 
 
 def _trunk(network: Any) -> Any:
