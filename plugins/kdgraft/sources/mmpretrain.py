@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -42,8 +43,9 @@ def leave_out_multimodal() -> None:
     MMPretrain wherever it is installed, takes for one of its own. Call this before either is imported.
     """
     if find_spec("mmpretrain") is not None and "mmpretrain.models" not in sys.modules and _major("transformers") > 4:
-        switch: Any = import_module("mmpretrain.utils.dependency")
-        switch.WITH_MULTIMODAL = False
+        with suppress(Exception):  # those who import its models are told what else is wrong with it
+            switch: Any = import_module("mmpretrain.utils.dependency")
+            switch.WITH_MULTIMODAL = False
 
 
 def _major(package: str) -> int:
