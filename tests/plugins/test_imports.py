@@ -105,6 +105,7 @@ MAY["kdgraft_bench.report.checkpoints"] = {
     "kdgraft",
     "kdgraft_mm",
 }  # imported where mmengine is installed
+MAY["kdgraft_bench.trl_gkd"] = {"kdgraft", "transformers"}  # named by a benchmark, as a Trainer beside ours
 PACKAGES = {name.partition(".")[0] for name in MAY}
 HOSTS = {"mmengine", "mmcv", "mmdet", "mmseg", "transformers"}
 MODULES = {

@@ -161,12 +161,9 @@ def _teacher(variants: Variants, scratch: Path) -> tuple[dict[str, Any], Any]:
     """Write a teacher of random weights; return the ``teacher`` entry of a config, and the model."""
     checkpoint = str(scratch / "teacher.pth")
     if not isinstance(variants.teacher, str):
-        from transformers import AutoConfig, AutoModel  # of this teacher alone
-
-        network = AutoModel.from_config(AutoConfig.for_model(**variants.teacher["model"]))
-        torch.save(network.state_dict(), checkpoint)
         spec = {**variants.teacher, "checkpoint": checkpoint}
-        source = build_teacher(spec, variants.models)
+        source = build_teacher(spec, variants.models)  # which reads the file when it is loaded
+        torch.save(source.weighed.state_dict(), checkpoint)
         source.load()
         return spec, source.model
     config = load_config(variants.teacher)
