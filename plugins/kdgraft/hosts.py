@@ -248,7 +248,7 @@ def hosts() -> Mapping[str, Host]:
     for point in entry_points(group=GROUP):
         try:
             host = point.load()
-        except Exception as error:  # the other hosts stay usable, whatever a third party's module raises
+        except (Exception, SystemExit) as error:  # the other hosts stay usable, whatever a third party's module raises
             logger.warning("host %s cannot be used: %s: %s", point.name, type(error).__name__, error)
             continue
         if isinstance(host, Host):

@@ -56,7 +56,7 @@ class Registry:
         self.parent = parent
         self._package, _, self._variable = home.partition(":")
         self._own: dict[str, Callable[..., Any]] = {}
-        self._broken: dict[str, Exception] = {}
+        self._broken: dict[str, BaseException] = {}
         self._loaded = False
 
     @overload
@@ -108,7 +108,7 @@ class Registry:
         for point in entry_points(group=self.group):
             try:
                 self._add(point.name, point.load())
-            except Exception as error:
+            except (Exception, SystemExit) as error:
                 self._broken[point.name] = error  # raised when this name is looked up; the other names stay usable
 
     def __iter__(self) -> Iterator[str]:
@@ -189,10 +189,10 @@ class Registry:
             elif point.name in read:
                 self._refuse(point.name, item, self._package)
             return first_line(item)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             return " ".join(self._cannot(point.name, error).split())
 
-    def _cannot(self, name: str, error: Exception) -> str:
+    def _cannot(self, name: str, error: BaseException) -> str:
         return f"{self.kind} {name!r} of an installed package cannot be loaded: {type(error).__name__}: {error}"
 
 

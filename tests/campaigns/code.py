@@ -230,13 +230,6 @@ TEXTS: dict[str, tuple[str, Callable[[], Any], tuple[str, ...]]] = {
         lambda: None,
         ("check", "config.py", "--cfg-options", f"model.terms=[{SOURCE}]"),
     ),
-    "code in a plan's options": (
-        "torch",
-        lambda: Path("plan.toml").write_text(
-            f'out = "o"\n[runs.a]\nconfig = "tasks.py:small"\noptions = {{ width = "{SOURCE}" }}\n'
-        ),
-        ("plan", "plan.toml"),
-    ),
     "a plan's term of another package": (
         "torch",
         lambda: Path("plan.toml").write_text(
@@ -316,7 +309,7 @@ CODE = Campaign(
     "nothing that another package registers takes the rest down",
     Listed(everything),
     check,
-    count=183,
+    count=182,
     sample=12,
     block=25,
     host="mmdet",
