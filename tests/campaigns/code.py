@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from campaigns.jobs import JOBS, RECIPE, command, files_of, finished, write_recipe
+from campaigns.jobs import HOSTS, JOBS, RECIPE, command, files_of, finished, write_recipe
 from campaigns.runner import Campaign, Case, Listed
 from support.forking import python
 from support.tensors import Payload
@@ -101,7 +101,7 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
 def pickles() -> list[Case]:
     """Every payload in every file that is or may be a pickle, each read by a command that reads it."""
     found = []
-    for job in JOBS:
+    for job in HOSTS:
         own, others = files_of(job)
         files = [file for file in (*own, *others) if file.endswith(PICKLED)]
         files += [

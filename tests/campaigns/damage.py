@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
-from campaigns.jobs import JOBS, assert_as_whole, command, files_of, finished, matching
+from campaigns.jobs import HOSTS, JOBS, assert_as_whole, command, files_of, finished, matching
 from campaigns.runner import Campaign, Case, Listed
 from support.forking import environment
 
@@ -41,7 +41,7 @@ def _flip(path: Path, draw: random.Random) -> None:
 def cases() -> list[Case]:
     """Every harm to every file of every job: in turn, so that a few have all kinds."""
     found = []
-    for name in JOBS:
+    for name in HOSTS:
         own, others = files_of(name)
         pairs = [(file, harm) for file in own for harm in HARMS if not file.endswith(".lock")]
         pairs += [(file, harm) for file in others for harm in UNREADABLE if file not in UNTOLD]

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from kdgraft.cli import main
+from kdgraft.files import digest_of_file
+from kdgraft_bench.records import read_rows
 
 
 def command(*arguments: str) -> tuple[int, str]:
@@ -43,7 +45,8 @@ class Job:
         prepare: writes what the run needs into the working directory.
         begin: the command that makes the run.
         again: the command that resumes it or finds it finished.
-        weights: the file of the student that it leaves.
+        weights: the file of the student that it leaves, or the folder of a store, or the file of a benchmark's results.
+        out: the folder of the results.
         own: patterns of the files that the run wrote: whatever befalls them, the result is the same or the command refuses.
         others: patterns of files that it reads and did not write, of which only what cannot be read at all can be told.
         undone: folders of the result that are removed, so that there is something to do.
@@ -53,6 +56,7 @@ class Job:
     begin: Sequence[str]
     again: Sequence[str]
     weights: str
+    out: str
     own: Sequence[str]
     others: Sequence[str] = ()
     undone: Sequence[str] = ()
@@ -120,8 +124,12 @@ def files_of(name: str) -> tuple[list[str], list[str]]:
     return matching(folder, JOBS[name].own), matching(folder, JOBS[name].others)
 
 
-def student(path: Path) -> Mapping[str, Tensor]:
-    """The weights of the student that a run left."""
+def student(path: Path) -> Mapping[str, Any]:
+    """What a run left: the weights of the student, the files of a store, or the metrics of a benchmark."""
+    if path.is_dir():
+        return {name: digest_of_file(path / name) for name in matching(path, ["**/*"]) if not name.endswith(".lock")}
+    if path.suffix == ".jsonl":
+        return {str(key): dict(row.metrics) for key, row in read_rows(path.parent).items()}
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -131,7 +139,7 @@ def student(path: Path) -> Mapping[str, Tensor]:
 
 
 @cache
-def result(name: str) -> Mapping[str, Tensor]:
+def result(name: str) -> Mapping[str, Any]:
     """The student of the run that nothing befell."""
     return student(_whole(name) / JOBS[name].weights)
 
@@ -139,8 +147,12 @@ def result(name: str) -> Mapping[str, Tensor]:
 def assert_as_whole(name: str, folder: Path) -> None:
     """The student is that of the run that nothing befell, bit for bit."""
     found, whole = student(folder / JOBS[name].weights), result(name)
-    different = [key for key in whole if key not in found or not torch.equal(whole[key], found[key])]
-    assert found.keys() == whole.keys() and not different, f"other weights of {different[:3]}"
+    different = [key for key in whole if key not in found or not _equal(whole[key], found[key])]
+    assert found.keys() == whole.keys() and not different, f"another result: {different[:3]}"
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) else one == other
 
 
 # --- Hugging Face
@@ -178,6 +190,11 @@ def _texts() -> None:
     write_recipe({**given, "teacher": "teacher", "training": training})
 
 
+def _store() -> None:
+    _texts()
+    Path("a.jsonl").write_text("\n".join(json.dumps({"text": f"word {n}", "label": "ab"[n % 2]}) for n in range(600)))
+
+
 # --- MMDetection
 
 
@@ -209,6 +226,7 @@ JOBS: dict[str, Job] = {
         ("plan", "plan.toml"),
         ("plan", "plan.toml"),
         "out/student/seed0/student.pth",
+        "out",
         own=("out/teacher/**/*",),
         others=("plan.toml", "tasks.py"),
         undone=("out/student",),
@@ -218,6 +236,7 @@ JOBS: dict[str, Job] = {
         ("train", "recipe.yaml"),
         ("train", "recipe.yaml", "--resume"),
         "out/model.safetensors",
+        "out",
         own=("out/checkpoint-*/*",),
         others=("teacher/*", "recipe.yaml"),
     ),
@@ -226,8 +245,26 @@ JOBS: dict[str, Job] = {
         ("train", "config.py", "--work-dir", "work"),
         ("train", "config.py", "--work-dir", "work", "--resume"),
         "work/iter_4.pth",
+        "work",
         own=("work/*.pth", "work/last_checkpoint"),
         others=("teacher.pth", "config.py"),
     ),
+    "store": Job(
+        _store,
+        ("cache", "recipe.yaml", "--out", "store"),
+        ("cache", "recipe.yaml", "--out", "store"),
+        "store",
+        "store",
+        own=("store/*",),
+    ),
+    "bench": Job(
+        lambda: None,
+        ("bench", "core", "--methods", "hint", "--seeds", "0", "--iterations", "30", "--out", "out"),
+        ("bench", "core", "--methods", "hint", "--seeds", "0", "--iterations", "30", "--out", "out"),
+        "out/runs.jsonl",
+        "out",
+        own=("out/**/*",),
+    ),
 }
-"""By the framework that a run needs."""
+"""By the framework that a run needs, or what it makes."""
+HOSTS = ("torch", "transformers", "mmdet")

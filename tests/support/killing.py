@@ -1,4 +1,4 @@
-"""Benchmarks, and stores that are filled, in processes of their own, which are killed."""
+"""Commands, and stores that are filled, in processes of their own, which are killed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ import sys
 import time
 
 from kdgraft.store import Store
+from support.forking import environment
 
 
 def started(folder, *arguments):
-    """Start ``kdgraft bench`` in a folder, in a session of its own."""
-    command = [sys.executable, "-m", "kdgraft", "bench", *arguments]
+    """Start ``kdgraft`` in a folder, in a session of its own."""
+    command = [sys.executable, "-m", "kdgraft", *arguments]
     return subprocess.Popen(
-        command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+        command,
+        cwd=folder,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
 
 
@@ -28,10 +35,10 @@ def ended(process, timeout=600):
 
 
 def killed_at_random(folder, arguments, *, kills, seed, longest):
-    """Start a benchmark anew after each of so many kills, of the parent alone or of all its processes; return what the last said.
+    """Start a command anew after each of so many kills, of the parent alone or of all its processes; return what the last said.
 
     Args:
-        folder, arguments: the benchmark.
+        folder, arguments: the command.
         kills: the number of SIGKILLs.
         seed: of the moments.
         longest: the seconds after which a process is killed at the latest.
@@ -40,11 +47,18 @@ def killed_at_random(folder, arguments, *, kills, seed, longest):
     for _ in range(kills):
         process = started(folder, *arguments)
         time.sleep(chance.uniform(2.0, longest))
-        os.killpg(process.pid, signal.SIGKILL) if chance.random() < 0.5 else process.kill()
-        process.wait()
-        process.stdout.close()
-        time.sleep(1.5)  # processes of a parent that was killed end by themselves
+        kill(process, all_of_it=chance.random() < 0.5)
     return ended(started(folder, *arguments))
+
+
+def kill(process, *, all_of_it):
+    """Kill a process, or all that it started, too."""
+    if process.poll() is None:  # it may have ended by itself
+        os.killpg(process.pid, signal.SIGKILL) if all_of_it else process.kill()
+    process.wait()
+    process.stdout.close()
+    if not all_of_it:
+        time.sleep(1.5)  # processes of a parent that was killed end by themselves
 
 
 SLOW_STORE = """
@@ -62,11 +76,10 @@ store.Store.write = slowly
 
 def filling(script, folder, out):
     """Start a script, whose argument is the store's folder, after :data:`SLOW_STORE`."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-c", SLOW_STORE + script, out],
         cwd=folder,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )

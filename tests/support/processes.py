@@ -36,25 +36,35 @@ def free_port() -> str:
 
 def found_by_two(module: str, folder: Path, *arguments: str, host: str = "torch") -> list[Any]:
     """The results of ``python -m support.MODULE``, which calls :func:`as_rank`, on each of two gloo processes."""
-    outs = [folder / f"rank{rank}.pt" for rank in range(WORLD)]
-    command = ["-W", "ignore", "-m", f"support.{module}", str(folder / "store")]
-    shared = dict(WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())  # as accelerate wants them
+    return found_by(WORLD, f"support.{module}", folder, *arguments, host=host)
+
+
+def found_by(world: int, module: str, folder: Path, *arguments: str, host: str = "torch") -> list[Any]:
+    """The results of ``python -m MODULE``, which calls :func:`as_rank`, on each of so many gloo processes."""
+    outs = [folder / f"rank{rank}.pt" for rank in range(world)]
+    command = ["-W", "ignore", "-m", module, str(folder / "store")]
     ranks = [
-        Program([*command, str(out), *arguments], environment={"RANK": str(rank), "LOCAL_RANK": str(rank), **shared})
-        for rank, out in enumerate(outs)
+        Program([*command, str(out), *arguments], environment=one)
+        for out, one in zip(outs, environments(world), strict=True)
     ]
     done = side_by_side(*ranks, host=host)
-    assert [one.returncode for one in done] == [0] * WORLD, [one.stdout[-3000:] + one.stderr[-3000:] for one in done]
+    assert [one.returncode for one in done] == [0] * world, [one.stdout[-3000:] + one.stderr[-3000:] for one in done]
     return [torch.load(out, weights_only=False) for out in outs]
 
 
+def environments(world: int) -> list[dict[str, str]]:
+    """What launchers tell each of so many processes."""
+    shared = dict(WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())  # as accelerate wants them
+    return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **shared} for rank in range(world)]
+
+
 def as_rank(work: Callable[..., Any]) -> None:
-    """Saves ``work(rank, *arguments)``, called as one of the processes of :func:`found_by_two`."""
+    """Saves ``work(rank, *arguments)``, called as one of the processes of :func:`found_by`."""
     store, out, *arguments = sys.argv[1:]
     torch.set_num_threads(1)
-    rank = int(os.environ["RANK"])
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD, timeout=timedelta(seconds=90)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=90)
     )
     torch.save(work(rank, *arguments), out)
     dist.barrier()

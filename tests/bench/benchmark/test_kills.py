@@ -26,7 +26,7 @@ def test_killed_and_started_again_a_benchmark_has_the_same_results(tmp_path, nam
     if name in SETS:
         (tmp_path / "data").mkdir()
         data = ["--data", str(SETS[name](tmp_path / "data"))]
-    told = [name, *data, "--methods", METHODS[name], "--seeds", "0", "--iterations", str(ITERATIONS[name])]
+    told = ["bench", name, *data, "--methods", METHODS[name], "--seeds", "0", "--iterations", str(ITERATIONS[name])]
     ended(started(tmp_path, *told, "--out", "alone"))
     killed_at_random(tmp_path, [*told, "--out", "killed"], kills=KILLS, seed=0, longest=30.0)
     expected = without_times(tmp_path / "alone")

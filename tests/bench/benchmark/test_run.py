@@ -85,7 +85,7 @@ def written(folder, wait=0.0, plan=PLAN):
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     written(folder)
-    return folder / "out", ended(started(folder, "mine.toml"))
+    return folder / "out", ended(started(folder, "bench", "mine.toml"))
 
 
 def test_every_run_has_a_row(finished):
