@@ -4,6 +4,9 @@
 #                           TASK="core nlp": only these; FULL=1 SEEDS=3: the whole benchmarks, over hours
 #   make test               the default tests        make test-slow, make test-gpu: opt-in ones
 #   make test-core          the tests of the core, without any host, in an environment of its own: nothing to compile
+#   make campaign           seeded attacks on the promises, all of them: an hour on two idle cores; a second call completes the first
+#                           CAMPAIGNS="kills 'fuzz taps'": only these; SHARE=0.1: a tenth
+#   make test-versions      the core on the oldest and newest torch and accelerate that are declared, on each Python there is
 #   make lint typecheck     ruff, codespell, mypy
 #   make docs               the documentation as a site in build/docs
 #   make bench-det bench-seg bench-nlp   what distilling costs
@@ -21,6 +24,8 @@ FULL ?=
 DEVICE ?= cpu
 PYTEST_ARGS ?=
 TEST_JOBS ?= auto
+CAMPAIGNS ?=
+SHARE ?= 1
 
 VENV ?= $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
@@ -39,7 +44,7 @@ AGAIN = $(MAKE) --no-print-directory
 DEMO = $(BIN)/python -m kdgraft demo $(1) --seeds $(SEEDS) --device $(DEVICE) $(if $(FULL),--full)
 CONSTRAINTS := -c constraints/common.txt -c constraints/$(STACK).txt -c $(VENV)/torch.txt
 
-.PHONY: env demo test test-core test-slow test-gpu lint typecheck format docs bench-det bench-seg bench-nlp clean
+.PHONY: env demo test test-core test-slow test-gpu test-versions campaign lint typecheck format docs bench-det bench-seg bench-nlp clean
 .DELETE_ON_ERROR:
 
 env: $(VENV)/.ready
@@ -93,6 +98,9 @@ test-slow: env
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+campaign: env
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore -m campaigns $(CAMPAIGNS) --share $(SHARE)
 
 lint: env
 	$(BIN)/ruff check .

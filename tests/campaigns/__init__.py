@@ -12,6 +12,7 @@ from campaigns.ranks import RANKS
 from campaigns.runner import Campaign
 
 CAMPAIGNS: dict[str, Campaign] = {
-    campaign.name: campaign for campaign in (KILLS, DAMAGE, NO_SPACE, *FUZZ, NUMBERS, CRITICS, RANKS, CODE, EQUIVALENCE)
+    campaign.name: campaign
+    for campaign in (KILLS, *DAMAGE, NO_SPACE, *FUZZ, NUMBERS, CRITICS, RANKS, *CODE, EQUIVALENCE)
 }
 """By name, in the order of the table."""

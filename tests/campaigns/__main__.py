@@ -14,6 +14,7 @@ from campaigns import CAMPAIGNS
 from campaigns.pool import run_blocks
 from campaigns.results import MARKS, PAGE, ROOT, Key, Results, table
 from campaigns.runner import Campaign, Counts
+from kdgraft.errors import nearest
 from kdgraft.hosts import installed
 from support.marked import write_between
 
@@ -45,13 +46,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m campaigns", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *CAMPAIGNS], help="some campaigns; all by default")
+    parser.add_argument("names", nargs="*", type=_known, help="some campaigns; all by default")
     parser.add_argument("--share", type=float, default=1.0, help="run this part of each campaign")
     parser.add_argument("--processes", type=int, default=2, help="how many run side by side")
     parser.add_argument(
         "--out", type=Path, default=OUT, help="the folder of the results, which a second call completes"
     )
     return parser
+
+
+def _known(name: str) -> str:
+    """Return the name of a campaign."""
+    if name not in CAMPAIGNS:
+        raise argparse.ArgumentTypeError(f"no campaign is called {name!r}{nearest(name, CAMPAIGNS)}")
+    return name
 
 
 def _blocks(name: str, campaign: Campaign, share: float) -> list[Key]:

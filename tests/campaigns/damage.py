@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from campaigns.jobs import HOSTS, JOBS, assert_as_whole, command, files_of, finished, matching
@@ -38,14 +38,12 @@ def _flip(path: Path, draw: random.Random) -> None:
         path.write_bytes(content)
 
 
-def cases() -> list[Case]:
-    """Every harm to every file of every job: in turn, so that a few have all kinds."""
-    found = []
-    for name in HOSTS:
-        own, others = files_of(name)
-        pairs = [(file, harm) for file in own for harm in HARMS if not file.endswith(".lock")]
-        pairs += [(file, harm) for file in others for harm in UNREADABLE if file not in UNTOLD]
-        found += [dict(job=name, file=file, harm=harm, seed=place) for place, (file, harm) in enumerate(pairs)]
+def cases(name: str) -> list[Case]:
+    """Every harm to every file of a job, in a random order, so that a few have all kinds."""
+    own, others = files_of(name)
+    pairs = [(file, harm) for file in own for harm in HARMS if not file.endswith(".lock")]
+    pairs += [(file, harm) for file in others for harm in UNREADABLE if file not in UNTOLD]
+    found = [dict(job=name, file=file, harm=harm, seed=place) for place, (file, harm) in enumerate(pairs)]
     random.Random(0).shuffle(found)
     return found
 
@@ -113,17 +111,22 @@ def check_no_room(case: Case) -> None:
         assert set(before) <= set(matching(folder, ["**/*"])), "files are gone"
 
 
-DAMAGE = Campaign(
-    "damage",
-    "one file of a finished run, or of what it reads, is missing, empty, cut off, noise, a folder …: resuming gives the same weights, "
-    "or one line says what is wrong",
-    Listed(cases),
-    check,
-    count=327,
-    sample=8,
-    block=25,
-    host="mmdet",
-)
+COUNTS = {"torch": (46, 3), "transformers": (239, 0), "mmdet": (38, 0)}
+"""By job: the number of its cases, and of those in the default tests."""
+DAMAGE = [
+    Campaign(
+        f"damage {name}",
+        f"{title}: one file of a finished run, or of what it reads, is missing, empty, cut off, noise, a folder …: resuming gives the "
+        "same weights, or one line says what is wrong",
+        Listed(partial(cases, name)),
+        check,
+        count=COUNTS[name][0],
+        sample=COUNTS[name][1],
+        block=20,
+        host=name,
+    )
+    for name, title in HOSTS.items()
+]
 NO_SPACE = Campaign(
     "no space",
     "a disk that is full or read-only while a run, a store, a student or a page is written: one line, and no file is lost",

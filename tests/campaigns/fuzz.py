@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -225,6 +228,57 @@ def check_plan(case: Case) -> None:
             assert name in said, f"run {name} is not in the plan"
 
 
+# --- configs of MMDetection
+
+
+def detector_entries() -> st.SearchStrategy[Case]:
+    entry = dict(
+        student="GFL",
+        teacher=dict(config="its config", checkpoint="teacher.pth"),
+        recipe=dict(type="ld", main=0.5),
+        terms=[
+            dict(
+                type="FeatureImitation", tap="neck[*]", region="foreground", adapter="conv1x1", weight=2.0, name="own"
+            ),
+            dict(type="SoftTargets", temperature=3.0, schedule=dict(type="WarmUp", end=9)),
+        ],
+        dry_run_size=64,
+    )
+    plain_terms = {key: value for key, value in entry.items() if key != "recipe"}
+    return st.sampled_from([entry, plain_terms]).flatmap(mutated)
+
+
+@cache
+def _teacher() -> tuple[dict[str, Any], str]:
+    from support.det import detector, save_teacher
+
+    config = detector(width=6, channels=12)
+    return config, save_teacher(Path(tempfile.mkdtemp()) / "teacher.pth", config)
+
+
+def check_detector(case: Case) -> None:
+    from support.det import build, detector, losses, raw_batch
+
+    given = copy.deepcopy(case) if isinstance(case, dict) else {"terms": case}
+    given = {key: value for key, value in given.items() if isinstance(key, str)}
+    teacher = given.get("teacher")
+    if isinstance(teacher, dict):
+        told = {"its config": _teacher()[0], "teacher.pth": _teacher()[1]}
+        given["teacher"] = {k: told.get(v, v) if isinstance(v, str) else v for k, v in teacher.items()}
+    plain_model = detector()
+    kind = plain_model.pop("type")
+    with refused_in_one_line():
+        built = build({"student": kind, **plain_model, **given, "type": "DistilledDetector"})
+        if built.distiller is None:
+            return
+        for name, term in built.distiller.terms.items():
+            for one in given.get("terms") or ():
+                if isinstance(one, dict) and one.get("name") == name:
+                    check_meant(one, term, f"term {name}")
+        for name, value in losses(built, raw_batch()).items():
+            assert not name.startswith("distill.") or value.isfinite(), f"{name} is {value}"
+
+
 # --- recipe files and command lines
 
 
@@ -293,6 +347,16 @@ FUZZ: Sequence[Campaign] = (
     fuzz("schedules", "schedules", schedule_entries, check_schedule, 1000, sample=100, block=500),
     fuzz("taps", "taps", tap_entries, check_tap, 1000, sample=50, block=250),
     fuzz("plans", "plans", plan_entries, check_plan, 2000, sample=20, block=200),
+    fuzz(
+        "detectors",
+        "distilled models of MMDetection",
+        detector_entries,
+        check_detector,
+        1000,
+        sample=0,
+        block=50,
+        host="mmdet",
+    ),
     fuzz(
         "recipes",
         "recipe files of Hugging Face",

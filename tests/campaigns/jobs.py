@@ -267,4 +267,5 @@ JOBS: dict[str, Job] = {
     ),
 }
 """By the framework that a run needs, or what it makes."""
-HOSTS = ("torch", "transformers", "mmdet")
+HOSTS = {"torch": "plans in plain PyTorch", "transformers": "Hugging Face", "mmdet": "MMDetection"}
+"""The jobs that are trainings of a host, by its framework, with its title."""

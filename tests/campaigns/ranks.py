@@ -143,7 +143,7 @@ RANKS = Campaign(
     Listed(cases),
     check,
     count=36,
-    sample=0,
+    sample=1,
     seconds=400,
     host="mmdet",
 )

@@ -136,7 +136,7 @@ class Campaign:
         cases: where the cases come from.
         check: raises what is wrong with a case.
         count: number of cases of a whole campaign.
-        sample: number of cases in the default tests.
+        sample: number of cases in the default tests; where even one takes long, 0, and one is in the slow ones.
         block: number of cases that a process runs at a stretch, after which they are written down.
         seconds: how long a case may take.
         host: the framework that it needs, if any.
@@ -194,5 +194,6 @@ def _kind(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     theirs = [frame for frame in frames if not frame.filename.startswith(str(TESTS))]
     frame = (theirs if theirs and not isinstance(error, AssertionError) else frames)[-1]
-    told = str(error).partition(":")[0][:60] if isinstance(error, AssertionError) else ""
+    first = next(iter(str(error).splitlines()), "")
+    told = first.partition(":")[0][:60] if isinstance(error, AssertionError) else ""
     return f"{type(error).__name__} in {Path(frame.filename).name}:{frame.name} {told}".strip()
