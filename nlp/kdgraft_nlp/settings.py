@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from kdgraft import toml
 from kdgraft.errors import DistillError, check_number, nearest
 from kdgraft.isolation import isolated_rng
 from kdgraft.registry import expand_recipe
@@ -74,7 +74,8 @@ def load(path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         raise DistillError(f"recipe file not found: {path}")
     try:
-        config = _toml(path) if path.suffix == ".toml" else _yaml(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        config = toml.loads(text) if path.suffix == ".toml" else _yaml(text)
     except DistillError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -100,14 +101,6 @@ def load(path: str | Path, options: Sequence[str] = ()) -> dict[str, Any]:
 
 def _yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
-
-
-def _toml(path: Path) -> dict[str, Any]:
-    if sys.version_info < (3, 11):
-        raise DistillError("reading TOML needs Python 3.11; write the recipe in YAML")
-    import tomllib
-
-    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def check_settings(config: Mapping[str, Any], *, files: bool = True) -> TrainingArguments:

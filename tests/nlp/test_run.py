@@ -182,7 +182,6 @@ def test_a_saved_student_is_evaluated(data, tmp_path, capsys):
 
 
 def test_toml_csv_and_a_saved_dataset(data, tmp_path):
-    import tomllib  # noqa: F401
     from datasets import load_dataset
 
     found = load_dataset("json", data_files=data[0].partition("=")[2], split="train")

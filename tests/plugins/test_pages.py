@@ -12,9 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 
+from kdgraft import toml
 from kdgraft.cli import _parser as kdgraft_parser
 from kdgraft.hosts import MissingHost, hosts, installed
 from kdgraft.listing import arguments_of
@@ -129,7 +129,7 @@ def _check(words: list[str]) -> None:
         done = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     elif tool == "pip":
-        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        extras = toml.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         asked = re.findall(r"\[([\w,]+)\]", rest[1])
         assert rest[0] == "install" and set(",".join(asked).split(",")) - {""} <= set(extras)
     elif tool == "accelerate":

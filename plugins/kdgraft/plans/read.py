@@ -9,6 +9,7 @@ from typing import Any, cast, get_args
 
 from ..errors import DistillError, check_flag, check_number, nearest
 from ..hosts import Kind, TransferSet
+from ..toml import TOMLDecodeError, loads
 from .expand import Changes, Entry, expand
 from .plan import Choice, Plan, PlannedRun
 
@@ -75,12 +76,8 @@ def read_toml(file: Path, where: str) -> dict[str, Any]:
     if not file.is_file():
         raise DistillError(f"plan not found: {file}")
     try:
-        import tomllib
-    except ImportError:
-        raise DistillError("reading a plan needs Python 3.11") from None
-    try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return loads(file.read_text(encoding="utf-8"))
+    except (TOMLDecodeError, UnicodeDecodeError) as error:
         raise DistillError(f"cannot read {where}: {error}") from None
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tomllib
 import torch
 
+from kdgraft import toml
 from kdgraft.cli import main
 from kdgraft.errors import DistillError
 from kdgraft_bench.records import read_rows
@@ -71,7 +71,7 @@ def written(value) -> str:
 
 def miniature(root: Path, name: str) -> Path:
     """A copy of a benchmark whose students train on small pictures for an epoch, or some iterations, and download nothing."""
-    told = tomllib.loads((SHIPPED / f"{name}.toml").read_text())
+    told = toml.loads((SHIPPED / f"{name}.toml").read_text())
     if name.startswith("coco"):
         coco(root)
         small = {
@@ -109,7 +109,7 @@ def miniature(root: Path, name: str) -> Path:
 
 def teacher_of(path: Path) -> str:
     """A file of random weights of a benchmark's teacher."""
-    told = tomllib.loads(path.read_text())
+    told = toml.loads(path.read_text())
     config = load_config(told["teacher"]["config"])
     config.merge_from_dict(told["teacher"]["options"])
     with DefaultScope.overwrite_default_scope("mmdet" if told["host"] == "det" else "mmseg"):
