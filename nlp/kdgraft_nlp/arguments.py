@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from datetime import timedelta
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 from transformers import AutoConfig, TrainingArguments
 
 from kdgraft.errors import DistillError, nearest
+from kdgraft.launching import TIMEOUT
 from kdgraft.registry import call
 
 from .checks import one_line
@@ -84,8 +88,19 @@ def training_arguments(config: Mapping[str, Any]) -> TrainingArguments:
     """Build the training arguments of a recipe, without reports by default."""
     training = dict(config.get("training") or {})
     training.setdefault("report_to", [])
+    _join(training)
     with one_line("training"):
         return call(TrainingArguments, {"output_dir": config.get("output", "work_dirs/nlp"), **training}, "training")
+
+
+def _join(training: Mapping[str, Any]) -> None:
+    """Make the process group of a training on CPUs: transformers gives its time-out to those on accelerators alone."""
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1 and {"RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    if not several or not training.get("use_cpu") or training.get("ddp_backend") not in (None, "gloo"):
+        return
+    if not torch.distributed.is_initialized():
+        seconds = training.get("ddp_timeout", TIMEOUT)
+        torch.distributed.init_process_group("gloo", timeout=timedelta(seconds=seconds))
 
 
 def check_student(spec: Mapping[str, Any], task: str | None, owner: str = "student") -> None:

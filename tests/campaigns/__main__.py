@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"  {failure.kind}\n    {json.dumps(failure.case, default=repr)[:300]}", flush=True)
 
     run_blocks(CAMPAIGNS, due, ended, processes=arguments.processes, log=arguments.out / "log.txt")
-    found = {name: results.of(name) for name in chosen}
-    print(text := table(list(chosen.values()), found))
-    if not arguments.names:
-        write_between(PAGE, MARKS, text)
+    found = {name: results.of(name) for name in CAMPAIGNS}
+    print(table(list(chosen.values()), found))
+    if arguments.table or not arguments.names:
+        write_between(PAGE, MARKS, table(list(CAMPAIGNS.values()), found))
     return int(any(counts.failures for counts in found.values()))
 
 
