@@ -6,7 +6,7 @@
 #   make test-core          the tests of the core, without any host, in an environment of its own: nothing to compile
 #   make campaign           seeded attacks on the promises, all of them: an hour on two idle cores; a second call completes the first
 #                           CAMPAIGNS="kills 'fuzz taps'": only these; SHARE=0.1: a tenth
-#   make test-versions      the core on the oldest and newest torch and accelerate that are declared, on each Python there is
+#   make test-versions      the core, and methods in Hugging Face, on the oldest and newest releases that are declared
 #   make lint typecheck     ruff, codespell, mypy
 #   make docs               the documentation as a site in build/docs
 #   make bench-det bench-seg bench-nlp   what distilling costs
@@ -26,6 +26,10 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= auto
 CAMPAIGNS ?=
 SHARE ?= 1
+# A Python and an end of the declared ranges; a Python that is not installed is left out with a line.
+VERSIONS ?= 3.10-oldest 3.11-newest 3.12-newest
+RELEASES_oldest := torch==2.6.0 accelerate==1.0.0 transformers==5.0.0 datasets==4.0.0
+RELEASES_newest := torch accelerate transformers datasets
 
 VENV ?= $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
 BIN := $(VENV)/bin
@@ -98,6 +102,19 @@ test-slow: env
 
 test-gpu: env
 	$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS)
+
+test-versions: $(addprefix .versions-,$(VERSIONS))
+
+# Torch 2.6 has no FSDP2 on CPUs; what needs it is left out.
+.versions-%:
+	@if ! python$(firstword $(subst -, ,$*)) -c '' 2> /dev/null; then \
+		echo "python$(firstword $(subst -, ,$*)) is not installed: left out"; exit 0; \
+	fi; \
+	python$(firstword $(subst -, ,$*)) -m venv .venv-$* && \
+	.venv-$*/bin/pip --disable-pip-version-check install --quiet "setuptools<81" wheel $(RELEASES_$(lastword $(subst -, ,$*))) && \
+	.venv-$*/bin/pip --disable-pip-version-check install --quiet --no-build-isolation -e '.[nlp,test]' && \
+	.venv-$*/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal tests/plugins tests/nlp/test_methods.py \
+		-k "not test_sharded_weights_are_refused" $(PYTEST_ARGS)
 
 campaign: env
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -W ignore -m campaigns $(CAMPAIGNS) --share $(SHARE)

@@ -57,8 +57,8 @@ def test_the_command_runs_blocks_in_processes_and_completes_them(tmp_path: Path,
     assert command.main(told) == 0
     assert capsys.readouterr().out.startswith("0 of 1 blocks to run")
     with pytest.raises(SystemExit):
-        command.main(["fuzz scheduls"])
-    assert "did you mean 'fuzz schedules'" in capsys.readouterr().err
+        command.main(["fuzz tap"])
+    assert "did you mean 'fuzz taps'" in capsys.readouterr().err
 
 
 def test_the_page_has_the_table():

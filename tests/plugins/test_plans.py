@@ -101,7 +101,7 @@ def test_damaged_weights_teach_nobody(folder: Path):
         said(path)
 
 
-@pytest.mark.parametrize("record", ["{}", '{"model": 5}', '{"model": {"weihts": "a.pth"}}'])
+@pytest.mark.parametrize("record", ["{}", '{"model": 5}', '{"model": {"wieght": "a.pth"}}'])
 def test_a_damaged_record_is_said(folder: Path, record: str):
     path = plan(folder)
     said(path)
