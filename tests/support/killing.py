@@ -27,9 +27,13 @@ def started(folder, *arguments):
     )
 
 
-def ended(process, timeout=600):
-    """Wait for a process that must succeed, and return what it said."""
-    said, _ = process.communicate(timeout=timeout)
+def ended(process, timeout=1200):
+    """Wait for a process that must succeed, and return what it said; one that takes too long is ended with all its own."""
+    try:
+        said, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == 0, said
     return said
 

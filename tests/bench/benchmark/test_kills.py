@@ -19,7 +19,7 @@ def without_times(out):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", list(METHODS))
 def test_killed_and_started_again_a_benchmark_has_the_same_results(tmp_path, name):
     data = []
