@@ -391,6 +391,10 @@ def test_what_another_trainer_cannot_mean_is_refused(other, entries, said):
 
 
 def test_a_trainers_function_must_be_there_and_return_one(other):
-    for name, said in (("redoubled", "no function 'redoubled'"), ("nothing", "returned a NoneType"), ("doubled", "factor")):
+    for name, said in (
+        ("redoubled", "no function 'redoubled'"),
+        ("nothing", "returned a NoneType"),
+        ("doubled", "factor"),
+    ):
         with pytest.raises(DistillError, match=said):
             build(other(name))
