@@ -20,8 +20,10 @@ TEACHERS, PLAINS = "#8a8f98", "#b98a1e"
 COLOURS = ("#2f7ed8", "#d1495b", "#3a9d5d", "#8e5bd0", "#e07b39", "#1fa3a3", "#c2529b", "#6b8e23", "#5c6bc0", "#a1673a")
 """Readable on white and on black."""
 HEIGHT = 280
-TITLE = 30
+TITLE = 31
 """The characters of a line of an axis title: 200 pixels, which a chart on a phone of 390 leaves beside its labels."""
+LEGEND = 18
+"""The characters of a name that a legend of two columns has room for."""
 _TEXT = "currentColor"  # of the page, in both of its themes
 
 Spec = dict[str, Any]
@@ -52,7 +54,12 @@ def _colour(runs: Sequence[Run], *, legend: bool = True) -> alt.Color:
     neutral = {run.plain: PLAINS for run in runs} | {TEACHER: TEACHERS}
     own = iter(COLOURS[n % len(COLOURS)] for n in range(len(there)))
     scale = alt.Scale(domain=there, range=[neutral[label] if label in neutral else next(own) for label in there])
-    return alt.Color("method:N", scale=scale, legend=alt.Legend(title=None) if legend else None)
+    return alt.Color("method:N", scale=scale, legend=_legend(there) if legend else None)
+
+
+def _legend(names: Sequence[str]) -> alt.Legend:
+    """Return a legend of two columns, or of one where two of these names do not fit side by side on a phone."""
+    return alt.Legend(title=None, columns=2 if max(map(len, names)) <= LEGEND else 1)
 
 
 def _gain_chart(runs: Sequence[Run], found: Sequence[Gain], metric: str) -> Drawing:
@@ -192,14 +199,15 @@ def _terms_chart(runs: Sequence[Run]) -> Drawing | None:
     # A critic's term may be negative.
     positive = all(row["value"] > 0 for row in rows)
     scale = alt.Scale(type="log") if positive else alt.Scale(type="symlog", constant=0.01)
-    colours = alt.Scale(range=[*COLOURS], domain=list(dict.fromkeys(row["term"] for row in rows)))
+    names = list(dict.fromkeys(row["term"] for row in rows))
+    colours = alt.Scale(range=[*COLOURS], domain=names)
     return (
         alt.Chart(pd.DataFrame(rows))
         .mark_line()
         .encode(
             x=alt.X("iteration:Q", title=runs[0].counted),
             y=alt.Y("value:Q", title="loss × weight", scale=scale),
-            color=alt.Color("term:N", scale=colours, legend=alt.Legend(title=None)),
+            color=alt.Color("term:N", scale=colours, legend=_legend(names)),
             tooltip=["term:N", "iteration:Q", "value:Q"],
         )
         .properties(height=HEIGHT)
@@ -211,7 +219,7 @@ def _finished(chart: Drawing) -> Spec:
     axis = dict(
         labelColor=_TEXT, titleColor=_TEXT, domainColor=_TEXT, tickColor=_TEXT, gridColor=_TEXT, gridOpacity=0.15
     )
-    legend = dict(labelColor=_TEXT, titleColor=_TEXT, orient="bottom", columns=2, labelLimit=150, symbolOpacity=1)
+    legend = dict(labelColor=_TEXT, titleColor=_TEXT, orient="bottom", labelLimit=230, symbolOpacity=1)
     shown = chart.properties(width="container", background="transparent").configure(font="system-ui, sans-serif")
     shown = shown.configure_axis(**axis, labelLimit=110).configure_legend(**legend).configure_view(strokeOpacity=0)
     told: Spec = _in_lines(shown.to_dict())

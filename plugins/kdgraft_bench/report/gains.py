@@ -126,13 +126,18 @@ def taken(found: Sequence[Gain]) -> Gain:
     """Return the gain that a verdict is about: of the methods that are shown to help the one with the best mean, or else the best mean.
 
     A better mean that may be chance is no reason to take another method. Where all methods have figures of a validation split, these
-    decide, so that the gain on the tested split is not the largest of several by choice.
+    decide, so that the gain on the tested split is not the largest of several by choice; of equals it is the one with the cheaper step.
 
     Args:
         found: the gains, the best first.
     """
     of = (lambda gain: gain.validated) if by_validation(found) else (lambda gain: gain.differences)
-    ranked = sorted(found, key=lambda gain: -statistics.fmean(of(gain)))
+
+    # Equals on a validation split of few decimals are told apart by their costs, and not by the tested figures.
+    def rank(gain: Gain) -> tuple[float, float]:
+        return -round(statistics.fmean(of(gain)), 9), gain.cost if math.isfinite(gain.cost) else 0.0
+
+    ranked = sorted(found, key=rank)
     return next((gain for gain in ranked if interval_of(of(gain))[0] > 0), ranked[0])
 
 

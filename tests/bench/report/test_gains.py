@@ -114,6 +114,22 @@ def test_where_there_is_a_validation_split_it_decides_between_methods():
     assert taken(gains(incomplete, "mIoU")).label == "lucky"  # nothing to compare by
 
 
+def test_of_equals_on_validation_the_cheaper_one_is_taken_whatever_the_tested_figures():
+    tested = dict(plain=[0.30, 0.30, 0.30], lucky=[0.50, 0.51, 0.52], cheap=[0.40, 0.41, 0.42])
+    validated = dict(plain=[0.3, 0.3, 0.3], lucky=[0.4, 0.5, 0.6], cheap=[0.6, 0.4, 0.5])
+    times = dict(plain=100.0, lucky=200.0, cheap=150.0)
+    made = [
+        replace(
+            run,
+            validated={"mIoU": validated[run.label][run.seed]},
+            metrics={**run.metrics, "step (ms)": times[run.label]},
+        )
+        for run in runs(**tested)
+    ]
+    found = gains(made, "mIoU")
+    assert [gain.label for gain in found] == ["lucky", "cheap"] and taken(found).label == "cheap"
+
+
 def test_the_choice_of_validation_is_kept_where_the_tested_split_does_not_bear_it_out():
     tested = dict(plain=[0.30, 0.32, 0.31], other=[0.37, 0.39, 0.38], sound=[0.35, 0.26, 0.37])
     validated = dict(plain=[0.40, 0.42, 0.41], other=[0.43, 0.44, 0.45], sound=[0.47, 0.48, 0.49])

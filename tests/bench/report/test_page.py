@@ -34,7 +34,7 @@ def some_runs(folder: Path | None = None) -> list[Run]:
             curve = [(step, best * step / 100) for step in (50, 100)]
             losses = {"loss_ce": [(step, 1.0 / step) for step in (50, 100)]}
             if place > 1:
-                losses["distill.term.loss"] = [(50, 2.0), (100, 1.0)]
+                losses["distill.feature_imitation.loss"] = [(50, 2.0), (100, 1.0)]
             metrics = {"mIoU": best, "mAcc": best + 1, "parameters (k)": size, "step (ms)": step}
             found.append(
                 Run(
