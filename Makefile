@@ -28,7 +28,7 @@ CAMPAIGNS ?=
 SHARE ?= 1
 # A Python and an end of the declared ranges; a Python that is not installed is left out with a line.
 VERSIONS ?= 3.10-oldest 3.11-newest 3.12-newest
-RELEASES_oldest := torch==2.6.0 accelerate==1.0.0 transformers==5.0.0 datasets==4.0.0
+RELEASES_oldest := torch==2.6.0 accelerate==1.0.0 transformers==5.23.0 datasets==4.0.0
 RELEASES_newest := torch accelerate transformers datasets
 
 VENV ?= $(if $(filter onedl,$(STACK)),.venv,.venv-$(STACK))
