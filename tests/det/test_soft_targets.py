@@ -191,7 +191,7 @@ def test_the_backgrounds_weight_by_hand(teacher_model, teacher_checkpoint):
     ("settings", "message"),
     [
         (dict(temperature=0), "temperature must be > 0, got 0"),
-        (dict(head="box_head"), "head must be one of auto, bbox_head, rpn_head, roi_head, got 'box_head'"),
+        (dict(head="box_head"), "head must be one of auto, bbox_head, rpn_head, roi_head, panoptic_head, got 'box_head'"),
         (dict(activation="tanh"), "activation must be one of auto, sigmoid, softmax, got 'tanh'"),
         (dict(anchors="foreground"), "anchors must be one of all, main, vlr, got 'foreground'"),
         (dict(region="main"), "takes no argument 'region'"),
@@ -217,7 +217,7 @@ def test_wrong_arguments(teacher_model, settings, message):
     [
         (dict(margin=-1), "margin must be a number >= 0, got -1"),
         (dict(margin="0"), "margin must be a number >= 0, got '0'"),
-        (dict(head="neck"), "head must be one of auto, bbox_head, rpn_head, roi_head, got 'neck'"),
+        (dict(head="neck"), "head must be one of auto, bbox_head, rpn_head, roi_head, panoptic_head, got 'neck'"),
         (dict(anchors="main"), "term BoundedRegression takes no argument 'anchors'"),
     ],
 )
