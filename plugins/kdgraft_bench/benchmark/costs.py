@@ -124,7 +124,7 @@ def _job_of(run: PlannedRun, trained: Trained, folder: Path) -> Job:
 def machine(device: str) -> dict[str, Any]:
     """Describe what the costs were measured on."""
     if device == "cuda":
-        return {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        return {"machine": torch.cuda.get_device_name(), "torch": torch.__version__}
     cores, model = os.cpu_count(), platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     names = (
@@ -132,4 +132,4 @@ def machine(device: str) -> dict[str, Any]:
         if info.is_file()
         else []
     )
-    return {"device": f"{cores} cores, {names[0] if names else model}", "torch": torch.__version__}
+    return {"machine": f"{cores} cores, {names[0] if names else model}", "torch": torch.__version__}

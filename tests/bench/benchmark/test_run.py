@@ -157,14 +157,16 @@ def test_tables_and_report_are_written(finished):
     assert "report in out/report.html" in said
 
 
-def test_a_second_call_trains_nothing(finished, capfd, monkeypatch):
+def test_a_second_call_trains_nothing_and_keeps_the_costs(finished, capfd, monkeypatch):
     out, _ = finished
     before = (out / FILE).read_bytes()
+    costs = (out / "costs.json").read_bytes()
     monkeypatch.chdir(out.parent)
     assert main(["bench", "mine.toml", "--dry-run"]) == 0
     assert "0 of 14 runs to do" in capfd.readouterr().out
     assert main(["bench", "mine.toml"]) == 0
     assert (out / FILE).read_bytes() == before
+    assert (out / "costs.json").read_bytes() == costs
 
 
 def test_a_dry_run_says_what_is_missing_and_how_long_it_takes(finished, capfd, monkeypatch):
