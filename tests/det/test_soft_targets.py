@@ -191,7 +191,10 @@ def test_the_backgrounds_weight_by_hand(teacher_model, teacher_checkpoint):
     ("settings", "message"),
     [
         (dict(temperature=0), "temperature must be > 0, got 0"),
-        (dict(head="box_head"), "head must be one of auto, bbox_head, rpn_head, roi_head, panoptic_head, got 'box_head'"),
+        (
+            dict(head="box_head"),
+            "head must be one of auto, bbox_head, rpn_head, roi_head, panoptic_head, got 'box_head'",
+        ),
         (dict(activation="tanh"), "activation must be one of auto, sigmoid, softmax, got 'tanh'"),
         (dict(anchors="foreground"), "anchors must be one of all, main, vlr, got 'foreground'"),
         (dict(region="main"), "takes no argument 'region'"),
