@@ -50,6 +50,7 @@ output: student
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_command_under_fsdp2_trains_as_printed(tmp_path):
     (command,) = {

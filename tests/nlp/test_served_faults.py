@@ -71,7 +71,7 @@ def loss_of(one):
     ],
     ids=["500", "429", "cut", "late", "all"],
 )
-@pytest.mark.parametrize("api", ["vllm", "echo", "sglang"])
+@pytest.mark.parametrize("api", ["vllm", *(pytest.param(api, marks=pytest.mark.slow) for api in ("echo", "sglang"))])
 def test_requests_are_repeated(server, faults, api):
     one = grafted(Served(server.url, top_k=9, api=api, timeout=1.0))
     whole = loss_of(one)
@@ -81,8 +81,14 @@ def test_requests_are_repeated(server, faults, api):
     assert server.ask("/seen")["requests"] - before == 4 + len(faults)
 
 
-@pytest.mark.parametrize("form", ["seconds", "date"])
-@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize(
+    ("status", "form"),
+    [
+        (429, "seconds"),
+        (503, "date"),
+        *(pytest.param(*other, marks=pytest.mark.slow) for other in ((429, "date"), (503, "seconds"))),
+    ],
+)
 def test_no_sooner_than_the_server_asks(server, status, form):
     one = grafted(Served(server.url, top_k=9, concurrency=1))
     loss_of(one)
@@ -250,6 +256,7 @@ def kdgraft(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_server_that_is_killed_in_a_training(folder, tmp_path):
     with serving(folder) as process:
