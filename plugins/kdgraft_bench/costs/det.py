@@ -30,7 +30,18 @@ from .steps import Rows, publish
 STUDENT = "mmdet::ld/ld_r18-gflv1-r101_fpn_1x_coco.py"
 TEACHER = "mmdet::gfl/gfl_r101_fpn_ms-2x_coco.py"
 PAPERS = ("chen2017", "fgfi", "fgd", "mgd", "pkd", "crosskd")
-_EXCLUSIVE = ("DIST", "DKD", "NKD", "ForwardKL", "ReverseKL", "GeneralizedJSD", "SkewedKL", "AdversarialScores")
+_EXCLUSIVE = (
+    "CWTM",
+    "DIST",
+    "DKD",
+    "DKPP",
+    "NKD",
+    "ForwardKL",
+    "ReverseKL",
+    "GeneralizedJSD",
+    "SkewedKL",
+    "AdversarialScores",
+)
 OWN = {**{name: dict(activation="softmax") for name in _EXCLUSIVE}, "WeightMatching": dict(modules="neck")}
 RECIPES: dict[str, dict[str, Any]] = {
     "LD, main region": dict(terms=[dict(type="LocalizationDistillation")]),

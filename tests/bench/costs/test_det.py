@@ -24,8 +24,6 @@ def test_bench_times_every_recipe_and_says_what_it_holds(tmp_path, monkeypatch, 
         Config(dict(model=model)).dump(path)
         monkeypatch.setattr(costs, name, str(path))
     methods = [name for name in costs.RECIPES if name in TERMS]  # each trains in tests/det/test_methods.py
-    some = {name: variant for name, variant in costs.RECIPES.items() if name not in methods[2:]}
-    monkeypatch.setattr(costs, "RECIPES", some)
     vit = dict(costs.VIT, model=CONFIGS["DINOv3"])
     monkeypatch.setattr(costs, "VIT", vit)
     monkeypatch.setattr(costs, "CROWDED", (2, 30, (256, 256)))
