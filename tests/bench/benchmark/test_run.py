@@ -121,6 +121,7 @@ def test_the_rows_hold_what_the_runs_measured(finished):
         assert row.validated == {"accuracy": record["model"]["metrics"]["val"]}
 
 
+@pytest.mark.slow
 def test_the_rows_of_embedded_data_have_figures_of_the_validation_split_too(tmp_path, monkeypatch):
     folder = tmp_path / "core"
     said = ["core", "--iterations", "10", "--seeds", "0", "--methods", "at", "--out", str(folder)]

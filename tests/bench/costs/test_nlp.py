@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kdgraft.hosts import installed
 from kdgraft_bench.costs import language
 from kdgraft_bench.costs import nlp as costs
@@ -30,6 +32,7 @@ def test_language_model_rows(monkeypatch):
     assert all(float(row["ms"]) >= 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_training():
     one, two = sharded_rows("cpu", vocabulary=64, width=16)
     assert (one["processes"], two["processes"]) == ("1", "2, FSDP2")
