@@ -89,6 +89,8 @@ def _data_set(own: Any) -> Any:
     """Return the subclass of a class of data sets whose views are replayed."""
 
     class Replayed(own):  # type: ignore[misc]
+        """A data set that draws a sample's random numbers from a seed of its image and of the pass."""
+
         def __getitem__(self, place: int) -> Any:
             """Return a sample; ``place`` is the image's number plus the pass times the number of images."""
             view, index = divmod(int(place), len(self))
@@ -119,6 +121,8 @@ def _sampler(own: Any) -> Any:
     """
 
     class Replayed(own):  # type: ignore[misc]
+        """A sampler that gives the pass with each number."""
+
         def __iter__(self) -> Iterator[int]:
             """Yield the number of each image, plus the pass times the number of images."""
             size, views = self.replayed_size, self.replayed["views"]
@@ -136,6 +140,8 @@ def _sampler(own: Any) -> Any:
         return Replayed
 
     class Skipping(Replayed):
+        """One that can be brought to a position."""
+
         def skip(self, count: int) -> None:
             """Go to a position, as a resumed run does."""
             super().skip(count)
