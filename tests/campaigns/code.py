@@ -7,7 +7,7 @@ import json
 import os
 import pickle
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,21 +80,23 @@ def _plant(path: Path, payload: Any, how: str) -> None:
         write_checksums(path.parent)
 
 
-COMMANDS: dict[str, list[tuple[str, ...]]] = {
+_OF_MM: list[Sequence[str]] = [
+    JOBS["mmdet"].again,
+    ("test", "config.py", "work/iter_4.pth"),
+    ("export", "work/iter_4.pth", "student.pth"),
+    ("train", "config.py", "--work-dir", "other", "--cfg-options", "load_from=work/iter_4.pth"),
+    ("check", "config.py"),
+]
+COMMANDS: dict[str, list[Sequence[str]]] = {
     "torch": [("plan", "plan.toml"), ("report", "out")],
     "transformers": [
-        JOBS["transformers"].again,  # type: ignore[list-item]
+        JOBS["transformers"].again,
         ("test", "recipe.yaml", "out/checkpoint-4"),
         ("export", "out/checkpoint-4", "student"),
         ("train", "recipe.yaml", "--work-dir", "other", "--resume", "out/checkpoint-4"),
     ],
-    "mmdet": [
-        JOBS["mmdet"].again,  # type: ignore[list-item]
-        ("test", "config.py", "work/iter_4.pth"),
-        ("export", "work/iter_4.pth", "student.pth"),
-        ("train", "config.py", "--work-dir", "other", "--cfg-options", "load_from=work/iter_4.pth"),
-        ("check", "config.py"),
-    ],
+    "mmdet": _OF_MM,
+    "mmseg": _OF_MM,
 }
 
 
@@ -309,7 +311,7 @@ CODE = (
         "checkpoints, states and records that would call something when they are read: nothing runs without the flag",
         Listed(pickles),
         check_pickle,
-        count=114,
+        count=132,
         sample=0,
         block=20,
         host="mmdet",

@@ -74,6 +74,7 @@ mkdir -p {at} && mount -t tmpfs -o {options} tmpfs {at} && exec {python} -m kdgr
 WRITERS: dict[str, tuple[str, Sequence[str]]] = {
     "train": ("transformers", ("train", "recipe.yaml", "--work-dir", "small/out")),
     "train mm": ("mmdet", ("train", "config.py", "--work-dir", "small/work")),
+    "train mmseg": ("mmseg", ("train", "config.py", "--work-dir", "small/work")),
     "export": ("mmdet", ("export", "work/iter_4.pth", "small/student.pth")),
     "export of texts": ("transformers", ("export", "out/checkpoint-4", "small/student")),
     "report": ("torch", ("report", "out", "--out", "small/report.html")),
@@ -111,7 +112,7 @@ def check_no_room(case: Case) -> None:
         assert set(before) <= set(matching(folder, ["**/*"])), "files are gone"
 
 
-COUNTS = {"torch": (46, 3), "transformers": (211, 0), "mmdet": (38, 0)}
+COUNTS = {"torch": (46, 3), "transformers": (211, 0), "mmdet": (38, 0), "mmseg": (38, 0)}
 """By job: the number of its cases, and of those in the default tests."""
 DAMAGE = [
     Campaign(
@@ -132,7 +133,7 @@ NO_SPACE = Campaign(
     "a disk that is full or read-only while a run, a store, a student or a page is written: one line, and no file is lost",
     Listed(no_room),
     check_no_room,
-    count=12,
+    count=14,
     sample=0,
     seconds=240,
     host="mmdet",

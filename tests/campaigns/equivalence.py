@@ -2,52 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from campaigns.recipes import (
+    detectors,
+    grafted,
+    in_torch,
+    recipes,
+    segmentors,
+    task_loss,
+    texts,
+    total_loss,
+    weightless,
+)
+from campaigns.resumed import resumed_in_det, resumed_in_nlp, resumed_in_seg, resumed_in_torch
 from campaigns.runner import Campaign, Case, Listed
-from kdgraft import RECIPES, TERMS, Distiller, Itself, TapTerm
-from kdgraft.hosts import hosts
-from kdgraft.registry import Registry, expand_recipe
-from support import methods, plain
+from support import plain
 from support.tensors import assert_same, gradients
-
-Terms = list[dict[str, Any]]
-SHARING = ("TaskShare",)
-LACKING = {
-    "det": ("dml", "kddetr"),
-    "seg": ("dml",),
-    "nlp": ("dml",),
-    "torch": ("dml",),
-}
-"""Recipes of peers, and those that need a model of their own."""
-
-
-def terms_of(host: str, recipe: str, settings: Mapping[str, dict[str, Any]], place: str) -> Terms:
-    """A recipe's terms with the settings that small models need, and a tap for those that need one."""
-    found = []
-    for number, entry in enumerate(expand_recipe(recipe, hosts()[host].recipes or RECIPES)):
-        entry = {"type": entry} if isinstance(entry, str) else dict(entry)
-        kind = (hosts()[host].terms or TERMS).get(entry["type"])
-        tapped = issubclass(kind, TapTerm) and not {"tap", "student_tap"} & set(entry)
-        own = {**methods.SETTINGS.get(entry["type"], {}), **settings.get(entry["type"], {})}
-        if host == "torch" and "model." in str(entry.get("tap")):  # the layers of the networks that the authors used
-            entry["tap"] = [place]
-        found.append({"name": f"term{number}", **({"tap": place} if tapped else {}), **entry, **own})
-    return found
-
-
-def weightless(terms: Terms) -> Terms:
-    """Terms that weigh nothing, without those that only take a share of the host's loss."""
-    return [{**term, "weight": 0.0} for term in terms if term["type"] not in SHARING]
 
 
 def without_bias(
@@ -79,41 +57,15 @@ def without_bias(
 # --- plain PyTorch
 
 
-def _plain(recipe: str, nothing: bool = False) -> tuple[Distiller, Tensor, Tensor]:
-    torch.manual_seed(1)
-    images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 5
-    terms = terms_of("torch", recipe, plain.SETTINGS, "conv")
-    terms = weightless(terms) if nothing else terms
-    kinds = [TERMS.get(term["type"]) for term in terms]
-    student, teacher = plain.model(4), plain.model(8)
-    if any("generators" in kind.needs for kind in kinds):
-        student, teacher, labels = plain.generator(4), plain.generator(8), torch.rand(8, 3, 8, 8)
-    source = Itself() if any(term["type"] in methods.OF_ITSELF for term in terms) else teacher
-    return Distiller(student, source, terms, example=images), images, labels
-
-
-def _task_loss(output: Tensor, labels: Tensor) -> Tensor:
-    return (
-        nn.functional.mse_loss(output, labels)
-        if labels.is_floating_point()
-        else nn.functional.cross_entropy(output, labels)
-    )
-
-
-def _step(distiller: Distiller, images: Tensor, labels: Tensor) -> Tensor:
-    out = distiller(images, targets=labels)
-    return out.total(_task_loss(out.student, labels))
-
-
 def plain_nothing(recipe: str) -> None:
     """Terms of weight 0: weights, loss and gradients of the student are those of the student alone."""
-    distiller, images, labels = _plain(recipe, nothing=True)
+    distiller, images, labels = in_torch(recipe, nothing=True)
     torch.manual_seed(1)
     torch.rand(8, 3, 8, 8)
     alone = (plain.generator if labels.is_floating_point() else plain.model)(4)
     assert_same(distiller.student.state_dict(), alone.state_dict())
-    _step(distiller, images, labels).backward()
-    _task_loss(alone(images), labels).backward()
+    total_loss(distiller, images, labels).backward()
+    task_loss(alone(images), labels).backward()
     assert_same(gradients(distiller.student), gradients(alone))
 
 
@@ -121,7 +73,7 @@ def plain_parts(recipe: str) -> None:
     """One batch of 8 is 2 parts of 4 and 8 of 1, for terms that are a mean over samples."""
     found = {}
     for size in (8, 4, 1):
-        distiller, images, labels = _plain(recipe)
+        distiller, images, labels = in_torch(recipe)
         if any(
             {"samples", "batch"} & set(term.needs) or not _mean_over_samples(term) for term in distiller.terms.values()
         ):
@@ -169,67 +121,14 @@ def _mean_over_samples(term: Any) -> bool:
     return type(term).__name__ not in RELATING and not term.alone
 
 
-def plain_resume(recipe: str) -> None:
-    """Four steps are two, a state written and read, and two."""
-    ends = []
-    for stop in (4, 2):
-        distiller, images, labels = _plain(recipe)
-        optimizer = torch.optim.Adam([p for p in distiller.parameters() if p.requires_grad], lr=1e-3)
-        for step in range(4):
-            if step == stop:
-                saved = io.BytesIO()
-                torch.save((distiller.state_dict(), optimizer.state_dict()), saved)
-                saved.seek(0)
-                state, own = torch.load(saved, weights_only=False)
-                distiller, images, labels = _plain(recipe)
-                distiller.load_state_dict(state)
-                optimizer = torch.optim.Adam([p for p in distiller.parameters() if p.requires_grad], lr=1e-3)
-                optimizer.load_state_dict(own)
-            torch.manual_seed(step)
-            optimizer.zero_grad()
-            _step(distiller, images, labels).backward()
-            optimizer.step()
-        ends.append(distiller.student.state_dict())
-    assert_same(*ends)
-
-
 # --- Hugging Face
-
-
-def _family(terms: Terms) -> str:
-    from support.nlp_methods import family
-
-    families = [family(term["type"]) for term in terms]
-    return next((name for name in families if name != "bert"), "bert")
-
-
-def _texts(recipe: str) -> tuple[str, Terms]:
-    from support.nlp_methods import SETTINGS
-
-    terms = terms_of("nlp", recipe, SETTINGS, "")
-    name = _family(terms)
-    places = {
-        "resnet": "resnet.encoder.stages[1]",
-        "bert": "bert.encoder[last_hidden_state]",
-        "llama": "model.layers.1",
-    }
-    terms = [{**term, **({"tap": places[name]} if term.get("tap") == "" else {})} for term in terms]
-    return name, terms
-
-
-def _grafted(name: str, terms: Terms) -> Any:
-    from kdgraft_nlp.student import graft
-    from support.nlp_methods import FACTS, model
-
-    itself = any(term["type"] in methods.OF_ITSELF for term in terms)
-    return graft(model(name, 16, 1).train(), Itself() if itself else model(name, 32, 2), terms, facts=FACTS)
 
 
 def nlp_nothing(recipe: str) -> None:
     from support.nlp_methods import batch, model
 
-    name, terms = _texts(recipe)
-    built, given, alone = _grafted(name, weightless(terms)), batch(name), model(name, 16, 1).train()
+    name, terms = texts(recipe)
+    built, given, alone = grafted(name, weightless(terms)), batch(name), model(name, 16, 1).train()
     torch.manual_seed(0)
     built(**given).loss.backward()
     torch.manual_seed(0)
@@ -242,7 +141,7 @@ def nlp_padding(recipe: str) -> None:
     """Six more columns of padding, of any tokens, change neither loss nor gradient."""
     from support import nlp
 
-    name, terms = _texts(recipe)
+    name, terms = texts(recipe)
     if name not in nlp.TASKS:
         return
     samples, found = nlp.samples(6, nlp.TASKS[name][1]), []
@@ -252,7 +151,7 @@ def nlp_padding(recipe: str) -> None:
             padding = given["attention_mask"] == 0
             given["input_ids"] = given["input_ids"].masked_fill(padding, 7)
         torch.manual_seed(0)
-        built = _grafted(name, terms)
+        built = grafted(name, terms)
         loss = nlp.loss_of(built, given)
         if loss.requires_grad:
             loss.backward()
@@ -264,7 +163,7 @@ def nlp_accumulation(recipe: str) -> None:
     """One batch of 8 is 8 accumulated ones of 1 and 4 of 2: what distilling adds to the host's gradient."""
     from support import nlp_ranks
 
-    name, terms = _texts(recipe)
+    name, terms = texts(recipe)
     if name not in ("bert", "llama") or any(term["type"] in (*RELATING, *OTHER_TEXTS) for term in terms):
         return
     found, beside = {}, 0.0
@@ -282,40 +181,20 @@ def nlp_accumulation(recipe: str) -> None:
 # --- MMDetection and MMSegmentation
 
 
-@cache
-def _teacher(kind: str) -> str:
-    from support.det import save_teacher
-    from support.det_methods import model
-
-    return save_teacher(Path(tempfile.mkdtemp()) / "teacher.pth", model(kind, width=6, channels=12))
-
-
 def _host_losses(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach() for key, value in found.items() if not key.startswith("distill.")}
 
 
 def det_nothing(recipe: str) -> None:
-    from support.det import build, distilled, losses, raw_batch
-    from support.det_methods import MODELS, SETTINGS, model
+    from support.det import losses, raw_batch
 
-    terms = terms_of("det", recipe, SETTINGS, "neck[*]")
-    softmax = "DIST" if any(term.get("standardize") for term in terms) else "GFL"  # classes that depend on each other
-    kind = next((term["type"] for term in terms if term["type"] in MODELS), softmax)
-    student = model(kind)
-    teacher = model(kind, width=6, channels=12)
-    built, alone = build(distilled(student, teacher, _teacher(kind), terms=weightless(terms))), build(student)
-    _same_host(built, alone, lambda one: losses(one, raw_batch()))
+    _same_host(*detectors(recipe, nothing=True), lambda one: losses(one, raw_batch()))
 
 
 def seg_nothing(recipe: str) -> None:
-    from support.seg import batch, build, distilled, losses_of, save_teacher, segmentor
-    from support.seg_methods import SETTINGS
+    from support.seg import batch, losses_of
 
-    teacher = save_teacher(Path(tempfile.mkdtemp()) / "teacher.pth")
-    terms = weightless(terms_of("seg", recipe, SETTINGS, "backbone[2]"))
-    plain_model = segmentor(dropout=0.0)
-    built, alone = build(distilled(plain_model, teacher, terms=terms)), build(plain_model)
-    _same_host(built, alone, lambda one: losses_of(one, *batch()))
+    _same_host(*segmentors(recipe, nothing=True), lambda one: losses_of(one, *batch()))
 
 
 def _same_host(built: Any, alone: Any, losses: Callable[[Any], Mapping[str, Tensor]]) -> None:
@@ -336,25 +215,16 @@ def _same_host(built: Any, alone: Any, losses: Callable[[Any], Mapping[str, Tens
 
 
 CHECKS: dict[str, dict[str, Callable[[str], None]]] = {
-    "torch": {"weighs nothing": plain_nothing, "in parts": plain_parts, "resumed": plain_resume},
-    "nlp": {"weighs nothing": nlp_nothing, "padded": nlp_padding, "accumulated": nlp_accumulation},
-    "det": {"weighs nothing": det_nothing},
-    "seg": {"weighs nothing": seg_nothing},
+    "torch": {"weighs nothing": plain_nothing, "in parts": plain_parts, "resumed": resumed_in_torch},
+    "nlp": {
+        "weighs nothing": nlp_nothing,
+        "padded": nlp_padding,
+        "accumulated": nlp_accumulation,
+        "resumed": resumed_in_nlp,
+    },
+    "det": {"weighs nothing": det_nothing, "resumed": resumed_in_det},
+    "seg": {"weighs nothing": seg_nothing, "resumed": resumed_in_seg},
 }
-
-
-def recipes(host: str) -> Sequence[str]:
-    """The recipes of a host whose terms it can use."""
-    found = hosts()[host]
-    registry = found.recipes or RECIPES
-    terms: Registry = found.terms or TERMS
-    usable = []
-    for name in registry:
-        kinds = [entry if isinstance(entry, str) else entry["type"] for entry in expand_recipe(name, registry)]
-        needs = {need for kind in kinds for need in terms.get(kind).needs}
-        if name not in LACKING[host] and not needs & set(found.lacks):
-            usable.append(name)
-    return sorted(usable)
 
 
 def cases() -> list[Case]:
@@ -376,7 +246,7 @@ EQUIVALENCE = Campaign(
     "nothing, a resumed run ends like one that never stopped; residuals without bias",
     Listed(cases),
     check,
-    count=260,
+    count=360,
     sample=6,
     block=10,
     seconds=120,

@@ -208,6 +208,29 @@ def _scenes() -> None:
     config.dump("config.py")
 
 
+# --- MMSegmentation
+
+
+def _masks() -> None:
+    from support.seg import SMALL_CRITIC, config, distilled, save_teacher, scenes, segmentor
+
+    terms = [dict(type="AdversarialMask", critic=SMALL_CRITIC), dict(type="FeatureImitation", tap="backbone[2]")]
+    model = distilled(segmentor(dropout=0.0), save_teacher(Path("teacher.pth")), terms=terms)
+    config(model, scenes(Path("scenes")), Path("work")).dump("config.py")
+
+
+def _run_of_mm(prepare: Callable[[], None]) -> Job:
+    return Job(
+        prepare,
+        ("train", "config.py", "--work-dir", "work"),
+        ("train", "config.py", "--work-dir", "work", "--resume"),
+        "work/iter_4.pth",
+        "work",
+        own=("work/*.pth", "work/last_checkpoint"),
+        others=("teacher.pth", "config.py"),
+    )
+
+
 # --- plain PyTorch
 
 
@@ -240,15 +263,8 @@ JOBS: dict[str, Job] = {
         own=("out/checkpoint-*/*",),
         others=("teacher/*", "recipe.yaml"),
     ),
-    "mmdet": Job(
-        _scenes,
-        ("train", "config.py", "--work-dir", "work"),
-        ("train", "config.py", "--work-dir", "work", "--resume"),
-        "work/iter_4.pth",
-        "work",
-        own=("work/*.pth", "work/last_checkpoint"),
-        others=("teacher.pth", "config.py"),
-    ),
+    "mmdet": _run_of_mm(_scenes),
+    "mmseg": _run_of_mm(_masks),
     "store": Job(
         _store,
         ("cache", "recipe.yaml", "--out", "store"),
@@ -267,5 +283,10 @@ JOBS: dict[str, Job] = {
     ),
 }
 """By the framework that a run needs, or what it makes."""
-HOSTS = {"torch": "plans in plain PyTorch", "transformers": "Hugging Face", "mmdet": "MMDetection"}
+HOSTS = {
+    "torch": "plans in plain PyTorch",
+    "transformers": "Hugging Face",
+    "mmdet": "MMDetection",
+    "mmseg": "MMSegmentation",
+}
 """The jobs that are trainings of a host, by its framework, with its title."""

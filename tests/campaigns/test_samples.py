@@ -8,6 +8,7 @@ import pytest
 
 from campaigns import CAMPAIGNS
 from campaigns.damage import can_mount
+from campaigns.runner import Listed
 from kdgraft.hosts import installed
 
 SLOW = [name for name, one in CAMPAIGNS.items() if not one.sample]
@@ -26,3 +27,12 @@ def test_the_first_cases_hold(name: str, tmp_path: Path, monkeypatch: pytest.Mon
     counts = campaign.run(0, size)
     assert counts.tried == size
     assert not counts.failures, [(one.kind, one.case, one.said) for one in counts.failures]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name, one in CAMPAIGNS.items() if isinstance(one.cases, Listed)])
+def test_a_list_of_cases_is_tried_once_and_whole(name: str):
+    campaign = CAMPAIGNS[name]
+    if not installed(campaign.host) or (name == "no space" and not can_mount()):
+        pytest.skip("this machine lacks what the campaign needs")
+    assert isinstance(campaign.cases, Listed) and len(campaign.cases.cases()) == campaign.count

@@ -16,7 +16,7 @@ from mmdet.registry import MODELS
 from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
 
 from kdgraft import DistillError, WiringError
-from support.det import CLASSES, build, detector, distilled, losses, runner_config, save_teacher
+from support.det import CLASSES, build, detector, distilled, losses, runner_config, save_teacher, saved_teachers
 from support.det_masks import BY_QUERIES, WITH_MASKS, batch, by_queries, model
 from support.det_stages import CASCADE_OF_MASKS, in_single_precision, staged
 from support.det_zoo import INSTANCES, zoo
@@ -32,16 +32,7 @@ TWO = ([[20.0, 4.0, 90.0, 88.0], [50.0, 50.0, 80.0, 76.0]], [[8.0, 10.0, 44.0, 5
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """kind -> (model, checkpoint) of a wider teacher."""
-    folder = tmp_path_factory.mktemp("teachers")
-    found = {}
-
-    def teacher(kind):
-        if kind not in found:
-            entry = model(kind, width=6)
-            found[kind] = entry, save_teacher(folder / f"{kind}.pth", entry)
-        return found[kind]
-
-    return teacher
+    return saved_teachers(tmp_path_factory.mktemp("teachers"), lambda kind: model(kind, width=6))
 
 
 def taught(teacher, kind, **term):

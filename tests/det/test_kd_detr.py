@@ -12,7 +12,7 @@ from golden import wave
 from kdgraft.errors import DistillError, WiringError
 from kdgraft_det import KDDETR
 from kdgraft_det.kd_detr import Predictions, compared
-from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
+from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher, saved_teachers
 from support.det_stages import ONE_MAP, detr
 from support.tensors import gradients
 
@@ -36,16 +36,9 @@ def taught(kind, teacher, checkpoint="unread.pth", **settings):
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """kind -> (model, checkpoint) of a teacher with a wider backbone and 8 queries."""
-    folder = tmp_path_factory.mktemp("teachers")
-    found = {}
-
-    def teacher(kind):
-        if kind not in found:
-            entry = model_of(kind, width=6, queries=8, frozen_bn=True)
-            found[kind] = entry, save_teacher(folder / f"{kind}.pth", entry)
-        return found[kind]
-
-    return teacher
+    return saved_teachers(
+        tmp_path_factory.mktemp("teachers"), lambda kind: model_of(kind, width=6, queries=8, frozen_bn=True)
+    )
 
 
 # Myleswork/KD-DETR@e7dfccb880808f621b73060dd4b6758a75c70496 (the authors' code, in a fork of wennyuhey/KD-DETR),

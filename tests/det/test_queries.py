@@ -10,7 +10,7 @@ from mmdet.registry import TASK_UTILS
 from mmengine.structures import InstanceData
 
 from kdgraft import WiringError
-from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
+from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, saved_teachers
 from support.det_stages import detr
 
 TWO = part(raw_batch(), slice(1, 3))
@@ -25,16 +25,7 @@ HUNGARIAN = detr()["train_cfg"]["assigner"]
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """kind -> (model, checkpoint) of a wider teacher of 8 queries."""
-    folder = tmp_path_factory.mktemp("teachers")
-    found = {}
-
-    def teacher(kind):
-        if kind not in found:
-            entry = detr(kind, width=6, queries=8)
-            found[kind] = entry, save_teacher(folder / f"{kind}.pth", entry)
-        return found[kind]
-
-    return teacher
+    return saved_teachers(tmp_path_factory.mktemp("teachers"), lambda kind: detr(kind, width=6, queries=8))
 
 
 def taught(teacher, *terms, kind="DeformableDETR", queries=12):

@@ -15,7 +15,7 @@ from mmdet.models.roi_heads.bbox_heads.bbox_head import BBoxHead
 from mmdet.registry import MODELS
 
 from kdgraft import WiringError
-from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, save_teacher
+from support.det import CLASSES, build, detector, distilled, losses, part, raw_batch, saved_teachers
 from support.det_stages import in_single_precision, staged, with_masks
 
 TWO = slice(1, 3)
@@ -37,16 +37,7 @@ def batch(kind: str = "Faster R-CNN", boxes=None):
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory):
     """kind -> (model, checkpoint) of a teacher with another backbone and as many channels after the neck."""
-    folder = tmp_path_factory.mktemp("teachers")
-    found = {}
-
-    def teacher(kind):
-        if kind not in found:
-            entry = staged(kind, width=6)
-            found[kind] = entry, save_teacher(folder / f"{kind}.pth", entry)
-        return found[kind]
-
-    return teacher
+    return saved_teachers(tmp_path_factory.mktemp("teachers"), lambda kind: staged(kind, width=6))
 
 
 def taught(teacher, *terms, kind="Faster R-CNN", **teaching):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,19 @@ def save_teacher(path: Path, model: dict[str, Any], seed: int = 7, classes: tupl
     meta = {"dataset_meta": {"classes": classes}} if classes else {}
     torch.save({"state_dict": built.state_dict(), "meta": meta}, path)
     return str(path)
+
+
+def saved_teachers(
+    folder: Path, entry_of: Callable[[str], dict[str, Any]]
+) -> Callable[[str], tuple[dict[str, Any], str]]:
+    """A function that returns the ``model`` entry and the checkpoint of a kind's teacher, written once."""
+
+    @cache
+    def teacher(kind: str) -> tuple[dict[str, Any], str]:
+        entry = entry_of(kind)
+        return entry, save_teacher(folder / f"{kind}.pth", entry)
+
+    return teacher
 
 
 def save_plain(path: Path, model: Any, classes: Sequence[str] | None = CLASSES) -> str:
