@@ -216,7 +216,8 @@ def _masks() -> None:
 
     terms = [dict(type="AdversarialMask", critic=SMALL_CRITIC), dict(type="FeatureImitation", tap="backbone[2]")]
     model = distilled(segmentor(dropout=0.0), save_teacher(Path("teacher.pth")), terms=terms)
-    config(model, scenes(Path("scenes")), Path("work")).dump("config.py")
+    imports = dict(imports=["kdgraft_seg"])
+    config(model, scenes(Path("scenes")), Path("work"), custom_imports=imports).dump("config.py")
 
 
 def _run_of_mm(prepare: Callable[[], None]) -> Job:
