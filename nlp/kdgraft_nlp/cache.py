@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kdgraft.errors import DistillError, WiringError
+from kdgraft.files import written_whole
 from kdgraft.sources import KnownRecording
 from kdgraft.store import fingerprint
 from kdgraft.taps import Recording, Tap
@@ -188,14 +188,15 @@ class TeacherCache:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.teacher is not None:
-            text = json.dumps(self.teacher)
-            _replace(self.folder / TEACHER_FILE, lambda file: file.write_text(text, encoding="utf-8"))
+            with written_whole(self.folder / TEACHER_FILE) as file:
+                file.write_text(json.dumps(self.teacher), encoding="utf-8")
         found = {
             f"{sample}\t{'tokens' if name in self._per_token else 'sample'}\t{name}": value.contiguous()
             for sample in sorted(self._unsaved)
             for name, value in self._rows[sample].items()
         }
-        _replace(self.folder / f"{uuid.uuid4().hex}.safetensors", lambda file: save_file(found, file))
+        with written_whole(self.folder / f"{uuid.uuid4().hex}.safetensors") as file:
+            save_file(found, file)
         self._unsaved.clear()
 
     def _prints(self, inputs: Mapping[str, Tensor]) -> list[Tensor]:
@@ -256,10 +257,3 @@ def check_storable(taps: Sequence[Tap], who: str, what: str) -> None:
             raise WiringError(
                 f"{who} reads attention ('{tap}'), whose maps are too large for {what}; leave out the term, or give the teacher"
             )
-
-
-def _replace(file: Path, write: Callable[[Path], Any]) -> None:
-    """Write a file under another name and rename it, so that no process reads an incomplete file."""
-    beside = file.with_name(f".{uuid.uuid4().hex}.tmp")
-    write(beside)
-    os.replace(beside, file)

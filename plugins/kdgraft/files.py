@@ -5,12 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from .errors import DistillError
@@ -52,11 +56,16 @@ def read_record(path: Path) -> dict[str, Any]:
 def written_whole(path: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``path``, and rename it to ``path`` when the body ends without an error.
 
+    Temporary files that killed processes left of the same path are removed.
+
     Raises:
         DistillError: the disk is full or the folder cannot be written to; ``path`` is unchanged.
     """
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.part")
+    for left in path.parent.glob(f".{escape(path.name)}.*.part"):
+        if _abandoned(left, left.name.removeprefix(f".{path.name}.").removesuffix(".part")):
+            left.unlink(missing_ok=True)
     try:
         yield part
         os.replace(part, path)
@@ -67,6 +76,19 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         raise DistillError(f"cannot write {path}: {said}; nothing was changed") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _abandoned(part: Path, writer: str) -> bool:
+    """Return true for a temporary file whose process is gone, or, on another machine, has not written for an hour."""
+    process, at, machine = writer.partition("@")
+    if not at or not process.isdecimal():  # of a path whose name begins with this one
+        return False
+    if machine == platform.node():
+        return not psutil.pid_exists(int(process))
+    try:
+        return time.time() - part.stat().st_mtime > 3600
+    except OSError:  # renamed meanwhile
+        return False
 
 
 def check_intact(path: str | Path) -> None:

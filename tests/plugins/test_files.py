@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -26,6 +28,20 @@ def test_a_file_is_there_when_it_is_whole(tmp_path):
         part.write_text("new")
         assert not path.exists() and part.parent == tmp_path
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here, two_hours_ago = platform.node(), time.time() - 7200
+    left = [f".a.txt.{gone.pid}@{here}.part", ".a.txt.1@elsewhere.part"]
+    kept = [f".a.txt.{os.getppid()}@{here}.part", ".a.txt.2@elsewhere.part", f".a.txt.b.{gone.pid}@{here}.part"]
+    for name in left + kept:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / ".a.txt.1@elsewhere.part", (two_hours_ago, two_hours_ago))
+    with written_whole(tmp_path / "a.txt") as part:
+        part.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == sorted([*kept, "a.txt"])
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path):
