@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -65,9 +66,16 @@ def is_number(value: Any, *, whole: bool = False) -> bool:
 
 
 def check_number(
-    owner: str, name: str, value: Any, low: float = 0.0, *, above: bool = False, whole: bool = False
+    owner: str,
+    name: str,
+    value: Any,
+    low: float = 0.0,
+    high: float = math.inf,
+    *,
+    above: bool = False,
+    whole: bool = False,
 ) -> None:
-    """Raise a :class:`DistillError` unless ``value`` is a number >= ``low`` (> ``low`` with ``above``).
+    """Raise a :class:`DistillError` unless ``value`` is a number >= ``low`` (> ``low`` with ``above``) and <= ``high``.
 
     The number must be finite and within the range of float32, and an int if ``whole``.
     """
@@ -76,6 +84,8 @@ def check_number(
         too_large = isinstance(value, (int, float)) and value > FLOAT32_MAX
         reason = ", which exceeds the range of float32" if too_large else ""
         raise DistillError(f"{owner}: {name} must be a {kind} {'>' if above else '>='} {low:g}, got {value!r}{reason}")
+    if value > high:
+        raise DistillError(f"{owner}: {name} must be at most {high:g}, got {value!r}")
 
 
 def check_share(owner: str, name: str, value: Any) -> None:

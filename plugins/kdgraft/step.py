@@ -23,6 +23,8 @@ from .terms import Term
 from .terms.base import Examiner
 
 logger = logging.getLogger("kdgraft")
+LARGEST = 1e30
+"""The largest loss that a term may have, as float32 does not hold the gradient of one that is much larger."""
 
 
 class StepInProgress:
@@ -115,7 +117,7 @@ class StepInProgress:
 
         Each term's sum is divided by its count over *all* processes and multiplied by their number, so that DDP's mean of the
         gradients is the gradient of one big batch. Terms with weight 0 give 0 and keep their parameters in the graph; so do terms
-        whose weighted value is not finite on any process, which all processes drop, count and report.
+        whose weighted value is not finite, or above :data:`LARGEST`, on any process, which all processes drop, count and report.
 
         Args:
             host: the host's own losses by name; each is multiplied in place by the share that active terms leave to it.
@@ -227,7 +229,10 @@ class StepInProgress:
         count = self._ever_dropped[name]
         if count & (count - 1) == 0:
             logger.warning(
-                "distillation term %s was not finite and was dropped from this step (%d so far)", name, count
+                "distillation term %s was not finite or above %g, and was dropped from this step (%d so far)",
+                name,
+                LARGEST,
+                count,
             )
 
     def _run(self, term: Term) -> Ratio:
@@ -255,7 +260,7 @@ class StepInProgress:
         return math.prod((_left(math.fsum(parts)) for parts in taken.values()), start=1.0)
 
     def _agree(self, ratios: Mapping[str, Ratio]) -> tuple[set[str], dict[str, Tensor]]:
-        """Return the terms that are not finite on some rank, and all denominators over all ranks, in one communication."""
+        """Return the terms that are not finite, or too large, on some rank, and all denominators over all ranks, in one communication."""
         if not ratios:
             return set(), {}
         weights = {term.name: term.weight_at(self.at) for term in self.active}
@@ -263,7 +268,7 @@ class StepInProgress:
         for name, ratio in ratios.items():
             # Check the weighted value, as a finite value may overflow when it is multiplied by its weight.
             weighted = ratio.numerator.detach() * weights[name]
-            finite = torch.isfinite(weighted).all() & torch.isfinite(ratio.denominator).all()
+            finite = (weighted.float().abs() <= LARGEST).all() & torch.isfinite(ratio.denominator).all()
             parts += [(~finite).double().reshape(1), torch.nan_to_num(ratio.denominator).double()]
         total = sum_over_ranks(torch.cat(parts))
         sizes = [size for ratio in ratios.values() for size in (1, ratio.denominator.numel())]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 from mmengine.config import utils as config_utils
+from mmengine.registry import Registry
 from mmengine.utils import is_installed
 
 from kdgraft.errors import DistillError, UnsafeCheckpoint, nearest
@@ -123,8 +125,10 @@ def student_config(student: Any, rest: Mapping[str, Any]) -> ConfigDict:
     Raises:
         DistillError: ``student`` is a whole model, and there are entries beside it as well.
     """
-    if not isinstance(student, Mapping):
+    if isinstance(student, str) or callable(student):
         return ConfigDict(type=student, **rest)
+    if not isinstance(student, Mapping):
+        raise DistillError(f"student must be the type of a model or a whole model, got {student!r}")
     extra = [key for key in rest if key != "data_preprocessor"]
     if extra:
         raise DistillError(
@@ -134,6 +138,35 @@ def student_config(student: Any, rest: Mapping[str, Any]) -> ConfigDict:
     model = ConfigDict(student)
     for key, value in rest.items():
         model.setdefault(key, value)
+    return model
+
+
+def checked_model(model: ConfigDict, models: Registry, owner: str) -> ConfigDict:
+    """Return a ``model`` entry.
+
+    Args:
+        model: the entry.
+        models: the host's registry.
+        owner: who has it, for messages.
+
+    Raises:
+        DistillError: no such model is registered, or its class takes no argument of this name.
+    """
+    kind = model.get("type")
+    if not isinstance(kind, str) and not callable(kind):
+        raise DistillError(f"{owner}: the type of a model must be a name, got {kind!r}")
+    with models.switch_scope_and_registry(model.get("_scope_")) as registry:  # as in building it
+        found: Any = registry.get(kind) if isinstance(kind, str) else kind
+        if found is None:
+            similar = nearest(str(kind), registry.module_dict)
+            raise DistillError(f"{owner}: no model of {registry.scope} is called {kind!r}{similar}")
+    taken = inspect.signature(found).parameters
+    if all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+        for key in model:
+            if key not in (*taken, "type", "_scope_"):
+                raise DistillError(
+                    f"{owner}: a {found.__name__} takes no argument {key!r}{nearest(key, (*_OURS, *taken))}"
+                )
     return model
 
 

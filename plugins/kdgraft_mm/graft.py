@@ -33,7 +33,7 @@ from kdgraft.taps import Tap
 from kdgraft.telling import announced
 
 from .class_outputs import check_examined, own_loss, pairs_classes
-from .configs import MissingConfig, student_config
+from .configs import MissingConfig, checked_model, student_config
 from .context import GraftContext
 from .log import tell_the_run
 from .resolution import Resolution
@@ -119,7 +119,7 @@ class Graft(_Host, metaclass=GraftMeta):
         cls._check_settings(terms, inherit, dry_run_size)
         check_told(terms, recipe, teacher=teacher, teachers=teachers)
         paths = (inherit,) if isinstance(inherit, str) else tuple(inherit)
-        grafted = cls._models.build(student_config(student, model))
+        grafted = cls._models.build(checked_model(student_config(student, model), cls._models, "student"))
         specs = [*cls.expand(recipe), *(terms if terms is not None else [])]
         check_scales(cls.__name__, teacher, teachers, cls._scales, bool(specs))
         if paths and not specs:
@@ -150,7 +150,7 @@ class Graft(_Host, metaclass=GraftMeta):
     def _check_settings(cls, terms: Any, inherit: Any, dry_run_size: Any) -> None:
         """Raise a :class:`DistillError` for an argument of the wrong type."""
         if dry_run_size is not None:
-            check_number(cls.__name__, "dry_run_size", dry_run_size, 1, whole=True)
+            check_number(cls.__name__, "dry_run_size", dry_run_size, 1, 8192, whole=True)
         listed(terms)
         if not isinstance(inherit, (str, list, tuple)):
             raise DistillError(f"inherit must be a path of a module or a list of them, got {inherit!r}")

@@ -20,7 +20,7 @@ from kdgraft.pixels import Normalisation
 from kdgraft.sources import FeatureTeacher, Itself, Source, Teacher, gather_sources, library_teacher
 
 from .checkpoints import SAFE_TYPES
-from .configs import MissingConfig, load_config, model_of
+from .configs import MissingConfig, checked_model, load_config, model_of
 from .resolution import Resolution, samples_padded_to, teacher_scale
 from .stored import Stored, StoredFeatures
 from .views import TeacherView, image_sizes
@@ -84,7 +84,7 @@ def build_sources(teacher: Any, teachers: Any, models: MMRegistry) -> dict[str, 
         teacher,
         teachers,
         lambda name, spec: build_teacher(spec, models, name),
-        lambda name, spec: _model(_checked(name, spec, ("config",), ("config",), "dict(config='…')"), models),
+        lambda name, spec: _model(_checked(name, spec, ("config",), ("config",), "dict(config='…')"), models, name),
     )
 
 
@@ -160,7 +160,7 @@ def build_teacher(spec: Any, models: MMRegistry, name: str = "teacher") -> Teach
     trusted = spec.get("trusted", False)
     check_flag(name, "trusted", trusted)
     made = Teacher(
-        _model(spec, models),
+        _model(spec, models, name),
         spec["checkpoint"],
         precision=spec.get("precision", "inherit"),
         trusted=trusted,
@@ -180,7 +180,7 @@ def _stored(spec: Mapping[str, Any], models: MMRegistry, name: str) -> Stored:
     if "type" in rest:
         return StoredFeatures(_of_library(rest, name), str(folder), identity)
     rest = {"checkpoint": None, **_checked(name, rest, KNOWN, ("config",))}
-    made = Teacher(_model(rest, models))
+    made = Teacher(_model(rest, models, name))
     made.scale = float(teacher_scale(rest))
     return Stored(made, str(folder), identity)
 
@@ -231,12 +231,13 @@ def _checked(
     return spec
 
 
-def _model(spec: Mapping[str, Any], models: MMRegistry) -> Any:
+def _model(spec: Mapping[str, Any], models: MMRegistry, name: str) -> Any:
     config = load_config(spec["config"])
     imports = config.get("custom_imports")
     if imports and not config.filename:
         import_modules_from_strings(**imports)
-    return revert_sync_batchnorm(models.build(model_of(Config(config.to_dict()))))
+    model = checked_model(model_of(Config(config.to_dict())), models, name)
+    return revert_sync_batchnorm(models.build(model))
 
 
 def teacher_classes(teacher: Teacher) -> Any:

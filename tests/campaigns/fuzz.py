@@ -40,7 +40,8 @@ def check_meant(given: Any, built: Any, where: str) -> None:
     for key, value in given.items() if isinstance(given, Mapping) else ():
         found = getattr(built, str(key), None)
         if isinstance(value, (bool, int, float, str)) and isinstance(found, (bool, int, float, str)):
-            assert found == value, f"{where}: {key} is {found!r}, not {value!r}"
+            same = found == value or (isinstance(found, float) and not isinstance(value, str) and found == float(value))
+            assert same, f"{where}: {key} is {found!r}, not {value!r}"
 
 
 # --- terms

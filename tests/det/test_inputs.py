@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from kdgraft import TERMS, Term
-from kdgraft.errors import WiringError
+from kdgraft.errors import DistillError, WiringError
 from kdgraft.losses import Ratio
 from support.det import BOXES, EVERY_TERM, TERM_NAMES, build, detector, distilled, losses, raw_batch, runner_config
 from support.mm import history, run
@@ -151,7 +151,7 @@ def test_a_term_that_is_not_finite_is_dropped_and_training_goes_on(
     assert history(runner, "distill.broken.loss") == [1, 0, 0, pytest.approx(1, abs=0.1)]
     assert runner.model.distiller.dropped == {"broken": 2, "feature_imitation": 0}
     assert history(runner, "distill.broken.dropped") == [1, 2, 2]
-    assert caplog.text.count("broken was not finite and was dropped") == 2
+    assert caplog.text.count("broken was not finite or above 1e+30, and was dropped") == 2
     for name in ("loss", "loss_cls", "distill.feature_imitation.loss"):
         values = torch.tensor(history(runner, name))
         assert torch.isfinite(values).all() and (values > 0).all()
@@ -214,3 +214,27 @@ def test_a_tap_inside_a_checkpointed_block_says_what_to_do(teacher_model, teache
     terms = [dict(type="FeatureImitation", tap="backbone.layer2.1.conv1")]
     with pytest.raises(WiringError, match="tap the checkpointed block itself"):
         build(distilled(student, teacher_model, teacher_checkpoint, terms=terms))
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (dict(student="GLF"), r"student: no model of mmdet is called 'GLF'; did you mean 'GFL'"),
+        (dict(student=["GFL"]), r"student must be the type of a model or a whole model, got \['GFL'\]"),
+        (dict(weight=None), "student: a GFL takes no argument 'weight'"),
+        (dict(recpe="ld"), "student: a GFL takes no argument 'recpe'; did you mean 'recipe'"),
+        (dict(dry_run_size=10**30), "DistilledDetector: dry_run_size must be at most 8192, got 1000"),
+        (dict(teacher=dict(config=dict(type=None), checkpoint="a.pth")), "teacher: the type of a model must be a name"),
+        (dict(teacher=dict(config=dict(type="GLF"), checkpoint="a.pth")), "teacher: no model of mmdet is called 'GLF'"),
+    ],
+)
+def test_what_is_no_model_or_no_argument_of_it_is_said(teacher_model, teacher_checkpoint, changed, said):
+    entry = distilled(detector(), teacher_model, teacher_checkpoint, terms=["SoftTargets"])
+    with pytest.raises(DistillError, match=said):
+        build({**entry, **changed})
+
+
+@pytest.mark.parametrize("checkpoint", [["teacher.pth"], {"path": "teacher.pth"}, 1])
+def test_a_checkpoint_that_is_no_path_is_refused(teacher_model, checkpoint):
+    with pytest.raises(DistillError, match="teacher checkpoint must be the path of a file, got"):
+        build(distilled(detector(), teacher_model, checkpoint, terms=["SoftTargets"]))

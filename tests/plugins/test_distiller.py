@@ -446,7 +446,7 @@ def test_a_term_that_is_not_finite_is_dropped_counted_and_reported(caplog: pytes
     for parameter in model.terms["bad"].parameters():
         assert torch.equal(parameter.grad, torch.zeros_like(parameter))
     # Said at the 1st, 2nd and 4th time, not at each.
-    assert [record.args for record in caplog.records] == [("bad", 1), ("bad", 2), ("bad", 4)]
+    assert [record.args for record in caplog.records] == [("bad", 1e30, 1), ("bad", 1e30, 2), ("bad", 1e30, 4)]
     assert model.dropped == {"hint": 0, "bad": 5}
 
     alone.student.load_state_dict(student().state_dict())
@@ -456,6 +456,17 @@ def test_a_term_that_is_not_finite_is_dropped_counted_and_reported(caplog: pytes
     assert torch.equal(out.losses["distill.hint.loss"], expected.loss)
     for ours, theirs in zip(model.student.parameters(), alone.student.parameters(), strict=True):
         assert ours.grad is None if theirs.grad is None else torch.equal(ours.grad, theirs.grad)
+
+
+def test_a_loss_whose_gradient_float32_may_not_hold_is_dropped_too():
+    def huge(student: Tensor, teacher: Tensor, *, dim: int, reduction: str) -> Tensor:
+        return (student - teacher).square().mean(dim) * 1e33
+
+    model = distiller(Hint("layer1"), FeatureImitation("layer2", loss=huge, name="huge"))
+    out = model(X)
+    out.loss.backward()
+    assert model.dropped == {"hint": 0, "huge": 1} and out.losses["distill.huge.loss"].item() == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

@@ -69,6 +69,8 @@ class Teacher(Source):
             self.class_order = torch.tensor(list(class_order))
         if precision not in ("inherit", "fp32", *_DTYPES):
             raise DistillError(f"teacher precision must be 'inherit', 'fp32', 'bf16' or 'fp16', got {precision!r}")
+        if checkpoint is not None and not isinstance(checkpoint, (str, Path)):
+            raise DistillError(f"teacher checkpoint must be the path of a file, got {checkpoint!r}")
         self.model = model.requires_grad_(False).eval()
         self.checkpoint = checkpoint
         self.precision = precision
