@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run campaigns and return 1 if any case failed."""
     arguments = _parser().parse_args(argv)
     chosen = {name: CAMPAIGNS[name] for name in arguments.names or CAMPAIGNS if installed(CAMPAIGNS[name].host)}
-    results = Results(arguments.out / "results.jsonl")
+    results = Results(arguments.out / "results.jsonl", list(CAMPAIGNS.values()))
     keys = [key for name, one in chosen.items() for key in _blocks(name, one, arguments.share)]
     due = [key for key in keys if key not in results.blocks]
     print(f"{len(due)} of {len(keys)} blocks to run; what ended is in {results.path}", flush=True)

@@ -77,7 +77,9 @@ def segmentors() -> Step:
     from support.seg import batch, build, distilled, losses_of, save_teacher, segmentor
 
     teacher = save_teacher(Path(tempfile.mkdtemp()) / "teacher.pth")
-    model = build(distilled(segmentor(), teacher, recipe="cwd", terms=["FeatureImitation", "DIST"]))
+    model = build(
+        distilled(segmentor(), teacher, recipe="cwd", terms=[dict(type="FeatureImitation", tap="backbone[2]"), "DIST"])
+    )
     given = batch(2)
     return _trained(model, lambda: losses_of(model, *given))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
 from pathlib import Path
@@ -9,8 +10,9 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+from campaigns import CAMPAIGNS
 from campaigns import __main__ as command
-from campaigns.results import PAGE, Results, table
+from campaigns.results import PAGE, Results, _with_imports, fingerprint, table
 from campaigns.runner import Campaign, Counts, Drawn, Failure, Listed
 from support.marked import between_marks
 
@@ -39,15 +41,23 @@ def test_a_case_that_hangs_is_a_failure():
 
 
 def test_what_ended_is_not_run_again(tmp_path: Path):
-    results = Results(tmp_path / "results.jsonl")
+    results = Results(tmp_path / "results.jsonl", [SEVENS])
     results.add(("sevens", 0, 200), Counts(200, [Failure("kind", "said", [7])], 1.5))
     with (tmp_path / "results.jsonl").open("a") as file:
         file.write(json.dumps(dict(code="another", campaign="sevens", block=1, size=200, tried=1, failures=[])) + "\n{")
-    again = Results(tmp_path / "results.jsonl")
+    again = Results(tmp_path / "results.jsonl", [SEVENS])
     assert again.blocks == results.blocks and again.of("sevens").held == 199
     assert (
         table([SEVENS], {"sevens": again.of("sevens")}).splitlines()[-1] == "| sevens | lists | 200 of 400 | 199 | 1 |"
     )
+
+
+def test_results_are_of_the_code_that_is_attacked_and_of_the_campaign():
+    names = ("kills", "damage torch", "numbers", "long runs")
+    kills, damage, numbers, long = (fingerprint(CAMPAIGNS[name]) for name in names)
+    assert len({kills, damage, numbers, long}) == 4 and fingerprint(CAMPAIGNS["damage mmdet"]) == damage
+    own = Path(inspect.getfile(CAMPAIGNS["kills"].check))
+    assert {path.name for path in _with_imports(own, set())} == {"kills.py", "jobs.py", "runner.py"}
 
 
 def test_the_command_runs_blocks_in_processes_and_completes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
