@@ -65,10 +65,19 @@ def sharded(way: str, state: str = "FULL_STATE_DICT") -> dict[str, Any]:
     """
     if way != "fsdp2":
         os.environ["DS_ACCELERATOR"] = "cpu"
+        _without_compiling()
         return {"deepspeed": zero(int(way[-1]))}
     os.environ.update(SETTINGS, FSDP_STATE_DICT_TYPE=state)
     shard_on_cpus()
     return {}
+
+
+def _without_compiling() -> None:
+    """Leave out DeepSpeed's all-reduce in shared memory, which is compiled for a minute at its first use; gloo has one, too."""
+    import deepspeed
+    from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+
+    deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
 
 def zero(stage: int) -> dict[str, Any]:
