@@ -112,7 +112,7 @@ test-versions: $(addprefix .versions-,$(VERSIONS))
 	fi; \
 	python$(firstword $(subst -, ,$*)) -m venv .venv-$* && \
 	.venv-$*/bin/pip --disable-pip-version-check install --quiet "setuptools<81" wheel $(RELEASES_$(lastword $(subst -, ,$*))) && \
-	.venv-$*/bin/pip --disable-pip-version-check install --quiet --no-build-isolation -e '.[nlp,test]' && \
+	.venv-$*/bin/pip --disable-pip-version-check install --quiet --no-build-isolation -e '.[vision,bench,test]' && \
 	.venv-$*/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal tests/plugins tests/nlp/test_methods.py \
 		-k "not test_sharded_weights_are_refused" $(PYTEST_ARGS)
 

@@ -46,6 +46,7 @@ def test_an_unknown_demo_is_one_line(asked, capsys):
     assert not asked
 
 
+@pytest.mark.slow
 def test_core_trains_and_prints_what_decides(tmp_path, capsys, monkeypatch):
     read = module.read_benchmark
     monkeypatch.setattr(module, "read_benchmark", lambda *names, **how: read(*names, **how, iterations=4, processes=1))

@@ -198,6 +198,7 @@ def test_a_dry_run_says_which_run_cannot_be_trained(tmp_path, capfd, monkeypatch
     assert "small-hint cannot be trained; see " in said.err and "forecast.log" in said.err
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_trained_already_is_tested_and_teaches(finished, tmp_path, capfd, monkeypatch):
     out = finished[0]
     shutil.copy(out / "runs/teacher/seed0/student.pth", tmp_path / "large.pth")
