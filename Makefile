@@ -115,7 +115,7 @@ test-versions: $(addprefix .versions-,$(VERSIONS))
 		echo "python$(firstword $(subst -, ,$*)) is not installed: left out"; exit 0; \
 	fi; \
 	python$(firstword $(subst -, ,$*)) -m venv .venv-$* && \
-	.venv-$*/bin/pip --disable-pip-version-check install --quiet "setuptools<81" wheel $(RELEASES_$(lastword $(subst -, ,$*))) && \
+	.venv-$*/bin/pip --disable-pip-version-check install --quiet "setuptools>=77,<81" wheel $(RELEASES_$(lastword $(subst -, ,$*))) && \
 	.venv-$*/bin/pip --disable-pip-version-check install --quiet --no-build-isolation -e '.[$(EXTRAS_$(lastword $(subst -, ,$*)))]' && \
 	.venv-$*/bin/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal tests/plugins $(if $(filter %core,$*),,tests/nlp/test_methods.py) \
 		-k "not test_sharded_weights_are_refused" $(PYTEST_ARGS)
