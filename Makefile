@@ -26,7 +26,8 @@ PYTEST_ARGS ?=
 TEST_JOBS ?= auto
 CAMPAIGNS ?=
 SHARE ?= 1
-# A Python and an end of the declared ranges, or the core alone (transformers 5.23 is for Python 3.11); a Python that is not installed is left out with a line.
+# A Python and an end of the declared ranges, or the core alone (transformers 5.23 is for Python 3.11).
+# A Python that is not installed is left out with a line.
 VERSIONS ?= 3.10-core 3.11-oldest 3.12-newest
 RELEASES_core := torch==2.6.0 accelerate==1.0.0
 RELEASES_oldest := torch==2.6.0 accelerate==1.3.0 transformers==5.23.0 datasets==4.0.0

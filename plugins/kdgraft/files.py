@@ -63,10 +63,10 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.part")
-    for left in path.parent.glob(f".{escape(path.name)}.*.part"):
-        if _abandoned(left, left.name.removeprefix(f".{path.name}.").removesuffix(".part")):
-            left.unlink(missing_ok=True)
     try:
+        for left in path.parent.glob(f".{escape(path.name)}.*.part"):
+            if _abandoned(left, left.name.removeprefix(f".{path.name}.").removesuffix(".part")):
+                left.unlink(missing_ok=True)
         yield part
         os.replace(part, path)
     except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError if it cannot write its file

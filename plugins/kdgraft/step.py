@@ -24,7 +24,7 @@ from .terms.base import Examiner
 
 logger = logging.getLogger("kdgraft")
 LARGEST = 1e30
-"""The largest loss that a term may have, as float32 does not hold the gradient of one that is much larger."""
+"""The largest sum of a term's losses: float32 may not hold the gradient of a larger one."""
 
 
 class StepInProgress:

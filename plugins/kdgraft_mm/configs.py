@@ -142,7 +142,7 @@ def student_config(student: Any, rest: Mapping[str, Any]) -> ConfigDict:
 
 
 def checked_model(model: ConfigDict, models: Registry, owner: str) -> ConfigDict:
-    """Return a ``model`` entry.
+    """Return a ``model`` entry, unless it cannot be meant.
 
     Args:
         model: the entry.

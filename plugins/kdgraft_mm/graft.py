@@ -109,7 +109,7 @@ class Graft(_Host, metaclass=GraftMeta):
             recipe: a recipe's name, or ``dict(type=name, …)`` to change its settings. Its terms come before ``terms``.
             inherit: modules of equal shapes whose weights the student takes over from the teacher before training: a path or a
                 list of them, such as ``"bbox_head"`` (the inheriting strategy of FGD, arXiv 2111.11837).
-            dry_run_size: side of the square input of the dry run, in pixels. By default 128, or 256 or 512 where a model cannot
+            dry_run_size: side of the square input of the dry run, at most 8192 pixels. By default 128, or 256 or 512 where a model cannot
                 run on so few pixels (900 queries need as many positions).
             **model: the other entries of the student's model.
         """

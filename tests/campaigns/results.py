@@ -28,18 +28,18 @@ def fingerprint(campaign: Campaign) -> str:
     attacked = [path for folder in ATTACKED for path in (ROOT / folder).rglob("*.py")]
     check: Any = campaign.check
     own = Path(inspect.getfile(getattr(check, "func", check)))
-    for path in sorted({*attacked, *_with_imports(own, set())}):
+    for path in sorted({*attacked, *with_imports(own, set())}):
         found.update(path.read_bytes())
     return found.hexdigest()[:16]
 
 
-def _with_imports(path: Path, seen: set[Path]) -> set[Path]:
+def with_imports(path: Path, seen: set[Path]) -> set[Path]:
     """Return a module of the campaigns with those that it imports, directly or not."""
     seen.add(path)
     for name in re.findall(r"^ *from campaigns\.(\w+) import", path.read_text(encoding="utf-8"), re.MULTILINE):
         other = TESTS / "campaigns" / f"{name}.py"
         if other not in seen:
-            _with_imports(other, seen)
+            with_imports(other, seen)
     return seen
 
 

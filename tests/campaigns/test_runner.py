@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from campaigns import CAMPAIGNS
 from campaigns import __main__ as command
-from campaigns.results import PAGE, Results, _with_imports, fingerprint, table
+from campaigns.results import PAGE, Results, fingerprint, table, with_imports
 from campaigns.runner import Campaign, Counts, Drawn, Failure, Listed
 from support.marked import between_marks
 
@@ -57,7 +57,7 @@ def test_results_are_of_the_code_that_is_attacked_and_of_the_campaign():
     kills, damage, numbers, long = (fingerprint(CAMPAIGNS[name]) for name in names)
     assert len({kills, damage, numbers, long}) == 4 and fingerprint(CAMPAIGNS["damage mmdet"]) == damage
     own = Path(inspect.getfile(CAMPAIGNS["kills"].check))
-    assert {path.name for path in _with_imports(own, set())} == {"kills.py", "jobs.py", "runner.py"}
+    assert {path.name for path in with_imports(own, set())} == {"kills.py", "jobs.py", "runner.py"}
 
 
 def test_the_command_runs_blocks_in_processes_and_completes_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -44,6 +44,20 @@ def test_what_killed_writers_left_is_removed(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted([*kept, "a.txt"])
 
 
+def test_what_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (tmp_path / f".a.txt.{gone.pid}@{platform.node()}.part").touch()
+
+    def refuse(path, missing_ok=False):
+        if str(gone.pid) in path.name:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(DistillError, match="cannot write .*: Permission denied"), written_whole(tmp_path / "a.txt"):
+        pass
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
