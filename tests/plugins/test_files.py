@@ -54,7 +54,7 @@ def test_what_cannot_be_removed_is_one_line(tmp_path, monkeypatch):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(Path, "unlink", refuse)
-    with pytest.raises(DistillError, match="cannot write .*: Permission denied"), written_whole(tmp_path / "a.txt"):
+    with pytest.raises(DistillError, match=r"cannot write .*: Permission denied"), written_whole(tmp_path / "a.txt"):
         pass
 
 
