@@ -61,7 +61,7 @@ def _wait(out: Path, process: Any, case: Case) -> None:
             seen |= found
             if changes >= case["change"]:
                 return
-        time.sleep(0.001)
+        time.sleep(0.005)  # seldom enough to leave the run its core
 
 
 def _size(path: Path) -> int:

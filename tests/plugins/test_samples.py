@@ -52,8 +52,9 @@ def test_the_loss_by_hand():
 
 
 def first_loss_on(name: str, samples: torch.Tensor, example: torch.Tensor, **settings: Any) -> Any:
-    """The loss and gradients of the second of two equal steps, as a memory is empty in the first."""
-    model = distiller(name, example, **settings.pop("term", {}))
+    """The loss and gradients, in float64, of the second of two equal steps, as a memory is empty in the first."""
+    model = distiller(name, example, **settings.pop("term", {})).double()
+    samples = samples.double()
     for _ in range(2):
         model.zero_grad()
         out = model(samples, batch=Batch(**settings))

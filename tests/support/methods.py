@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from kdgraft import Reader, Registry, TapTerm, Term
+from kdgraft.distributed import SharedRandom
 
 OF_ITSELF = ("BYOT", "ONE")
 """Terms in which the student teaches itself, so that their source is ``Itself``."""
@@ -82,8 +84,10 @@ def trained(
     optimizer = torch.optim.Adam(trained, lr=lr)
     values = []
     for _ in range(steps):
-        torch.manual_seed(0)  # some terms, samplers and dropout draw numbers
-        value = losses()["distill.term.loss"]
+        torch.manual_seed(0)  # samplers and dropout draw numbers; some terms draw them from a generator of their own
+        drawn = torch.Generator().manual_seed(0)
+        with mock.patch.object(SharedRandom, "of_all_ranks", lambda _, drawn=drawn: drawn):
+            value = losses()["distill.term.loss"]
         values.append(value.item())
         optimizer.zero_grad()
         value.backward()
