@@ -4,7 +4,7 @@
 #                           TASK="core nlp": only these; FULL=1 SEEDS=3: the whole benchmarks, over hours
 #   make test               the default tests        make test-slow, make test-gpu: opt-in ones
 #   make test-core          the tests of the core, without any host, in an environment of its own: nothing to compile
-#   make campaign           seeded attacks on the promises, all of them: an hour on two idle cores; a second call completes the first
+#   make campaign           seeded attacks on the promises, all of them: half an hour to an hour on two cores; a second call completes the first
 #                           CAMPAIGNS="kills 'fuzz taps'": only these; SHARE=0.1: a tenth
 #   make test-versions      the core, and methods in Hugging Face, on the oldest and newest releases that are declared
 #   make lint typecheck     ruff, codespell, mypy
