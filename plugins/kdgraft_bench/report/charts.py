@@ -74,7 +74,10 @@ def _gain_chart(runs: Sequence[Run], found: Sequence[Gain], metric: str) -> Draw
     colour = _colour(runs, legend=False)
     base = alt.Chart(pd.DataFrame(rows))
     bars = base.mark_rule(strokeWidth=3).encode(
-        x=alt.X("low:Q", title=f"gain in {metric}", scale=alt.Scale(padding=16)), x2="high:Q", y=axis, color=colour
+        x=alt.X("low:Q", title=f"gain in {metric}", scale=alt.Scale(padding=16), axis=alt.Axis(tickCount=5)),
+        x2="high:Q",
+        y=axis,
+        color=colour,
     )
     seeds = alt.Chart(pd.DataFrame(each)).mark_point(size=36, opacity=0.6).encode(x="gain:Q", y=axis, color=colour)
     means = base.mark_point(filled=True, size=110, opacity=1).encode(
@@ -216,12 +219,13 @@ def _terms_chart(runs: Sequence[Run]) -> Drawing | None:
 
 def _finished(chart: Drawing) -> Spec:
     """Return the specification of a chart that is as wide as its place and takes the page's colours."""
-    axis = dict(
+    ink = dict(
         labelColor=_TEXT, titleColor=_TEXT, domainColor=_TEXT, tickColor=_TEXT, gridColor=_TEXT, gridOpacity=0.15
     )
+    axis = dict(**ink, labelLimit=110, labelSeparation=6)
     legend = dict(labelColor=_TEXT, titleColor=_TEXT, orient="bottom", labelLimit=230, symbolOpacity=1)
     shown = chart.properties(width="container", background="transparent").configure(font="system-ui, sans-serif")
-    shown = shown.configure_axis(**axis, labelLimit=110).configure_legend(**legend).configure_view(strokeOpacity=0)
+    shown = shown.configure_axis(**axis).configure_legend(**legend).configure_view(strokeOpacity=0)
     told: Spec = _in_lines(shown.to_dict())
     return told
 
