@@ -102,6 +102,11 @@ class Benchmark:
     texts: int | None = None
     published: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
+    @property
+    def measured(self) -> str:
+        """The split that the table is of: a real set has no third one, and is tested on that of validation."""
+        return "val" if self.data is not None else self.split
+
     def trained(self) -> Iterator[tuple[str, str, str]]:
         """Yield the name, the student and the method of every run of the table; those of the teacher are ``"teacher"``."""
         yield TEACHER, TEACHER, TEACHER

@@ -43,6 +43,12 @@ def test_the_command_line_changes_it(tmp_path):
     assert str(found.out) == "runs/bench/mine_digits"
 
 
+def test_a_real_set_is_tested_on_its_validation_split(tmp_path):
+    """It has no third one, and the table says so."""
+    embedded, real = (read_benchmark(written(tmp_path), data=data) for data in (None, "somewhere/digits"))
+    assert (embedded.split, embedded.measured) == ("test", "test") and (real.split, real.measured) == ("test", "val")
+
+
 def test_some_methods_alone(tmp_path):
     text = WHOLE + '[methods.other]\nrecipe = "dkd"\n'
     assert list(read_benchmark(written(tmp_path, text), methods=["other"]).methods) == ["other"]

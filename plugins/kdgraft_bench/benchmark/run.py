@@ -336,7 +336,7 @@ def _print(
     shown = [name for name in dict.fromkeys(r.metric for r in results) if name not in costs[TEACHER]]
     shown += [PARAMETERS, OPERATIONS, SIZE, latency_of(told.batches[0]), STEP]
     places = {name: digits(r.value for r in results if r.metric == name) for name in shown}
-    split = f"{told.split} split, {len(told.seeds)} seed{'s' if len(told.seeds) > 1 else ''}"
+    split = f"{told.measured} split, {len(told.seeds)} seed{'s' if len(told.seeds) > 1 else ''}"
     text = []
     for student in told.students:
         once = [r for r in results if r.seed == told.seeds[0] or r.metric not in costs[TEACHER]]

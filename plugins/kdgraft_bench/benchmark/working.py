@@ -173,7 +173,7 @@ def carry_out_one(benchmark: Benchmark, plan: Plan, name: str, seed: int) -> Don
 def _validated(benchmark: Benchmark, trained: TrainedModel, metrics: Mapping[str, float]) -> Mapping[str, float]:
     """Return those figures of the table that the training measured on a validation split that is not the tested one."""
     host = bench_host(benchmark.host)
-    if benchmark.split == "val" or benchmark.data is not None:  # a real set has no third split
+    if benchmark.measured == "val":
         return {}
     known = {name: trained.metrics.get(host.validated(name)) for name in metrics}
     found = {name: value for name, value in known.items() if value is not None}
