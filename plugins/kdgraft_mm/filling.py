@@ -21,7 +21,7 @@ from kdgraft.isolation import isolated_rng
 from kdgraft.store import Index, Store
 
 from .configs import is_distilled, type_name
-from .replaying import ReplayViews, replay, sampler_of
+from .replaying import ReplayViews, replay, replaying, sampler_of
 from .resuming import safe_loading
 from .run import begin, config_mistakes, data_on_this_machine, make_runner, read_config, unwrapped
 from .sources import identity_of, teacher_specs
@@ -139,7 +139,11 @@ class _Filler:
         with config_mistakes(path), data_on_this_machine(config, "nothing was stored", "train_dataloader"):
             loop = self.runner.train_loop
         self.loader = loop.dataloader
-        told = _replaying(config)
+        told = ReplayViews(**(replaying(config) or {}))
+        if told.seed is None:
+            raise DistillError(
+                "a store keeps its views for runs of any seed; give ReplayViews a seed of its own, such as 0"
+            )
         per_pass = len(self.loader.dataset) / max(self.loader.batch_sampler.batch_size, 1)
         own = loop.max_epochs if not hasattr(loop, "dataloader_iterator") else -(-loop.max_iters // per_pass)
         self.views = int(epochs or told.views or own)
@@ -234,14 +238,6 @@ def _batches(loader: Any, views: int) -> list[list[int]]:
     left = [place for place in range(views * size) if place not in seen]
     step = max(int(getattr(drawn, "batch_size", 1)), 1)
     return found + [left[start : start + step] for start in range(0, len(left), step)]
-
-
-def _replaying(config: Config) -> ReplayViews:
-    """Return the config's hook, or its default."""
-    for hook in config.get("custom_hooks") or ():
-        if isinstance(hook, Mapping) and type_name(hook) == ReplayViews.__name__:
-            return ReplayViews(**{key: value for key, value in hook.items() if key not in ("type", "priority")})
-    return ReplayViews()
 
 
 def _summary(store: Store, name: str, folder: str) -> str:

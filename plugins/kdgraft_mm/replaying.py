@@ -1,4 +1,4 @@
-"""Views that can be replayed: a pipeline draws its crops, flips and sizes from a seed of the image and of the pass over the data.
+"""Runs that can be replayed: crops, flips and sizes come from a seed of the image and of the pass, dropout from one of the iteration.
 
 The data set and the sampler of the training loader become instances of subclasses of their own classes. The sampler yields an
 image's number together with that of the pass, in one number, so that it reaches the data set in any worker.
@@ -7,17 +7,21 @@ image's number together with that of the pass, in one number, so that it reaches
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from mmengine.structures import BaseDataElement
 
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import isolated_rng
+
+from .configs import type_name
 
 VIEW = "view"
 """The entry of a data sample's metainfo that holds the pass and the number of its image."""
@@ -25,15 +29,18 @@ VIEW = "view"
 
 @HOOKS.register_module()
 class ReplayViews(Hook):
-    """Draws what is random in the training pipeline from a seed of the image and of the pass over the data set.
+    """Draws what is random in a training from seeds that a resumed run has too.
 
-    The view that an image has in a pass is then the same in every run, whatever the seed of the run, the number of workers or of
-    processes, and after resuming. A teacher with a ``store`` needs it, and ``kdgraft train`` adds it there.
+    What the training pipeline draws comes from a seed of the image and of the pass over the data set: the view that an image has in
+    a pass is the same in every run, whatever the seed of the run, the number of workers or of processes, and after resuming. What a
+    step draws (dropout, mixed images) comes from the seed of the run, the number of the iteration and that of the process. A run
+    that is resumed is then, bit for bit, one that never stopped; without this hook mmengine's loops draw anew. A teacher with a
+    ``store`` needs it, and ``kdgraft train`` adds it there.
 
     Args:
         views: the number of views of an image; after that many passes over the data the first one follows. By default every pass
             has its own.
-        seed: the seed of the views.
+        seed: the seed of the views; ``None`` for the seed of the run, so that runs of other seeds see other views.
 
     Example:
         In a config: ``custom_hooks = [dict(type='ReplayViews', views=10)]``.
@@ -41,19 +48,46 @@ class ReplayViews(Hook):
 
     priority = "VERY_HIGH"
 
-    def __init__(self, views: int | None = None, seed: int = 0) -> None:
+    def __init__(self, views: int | None = None, seed: int | None = 0) -> None:
         if views is not None:
             check_number("ReplayViews", "views", views, 1, whole=True)
-        check_number("ReplayViews", "seed", seed, whole=True)
+        if seed is not None:
+            check_number("ReplayViews", "seed", seed, whole=True)
         self.views, self.seed = views, seed
 
     def before_train(self, runner: Any) -> None:
         """Replay the views of the training loader, before it is asked for its first batch."""
         loop: Any = runner.train_loop
-        replay(loop.dataloader, self.views, self.seed)
+        replay(loop.dataloader, self.views, runner.seed if self.seed is None else self.seed)
         begun: Any = getattr(loop, "dataloader_iterator", None)
         if getattr(begun, "_iterator", None) is not None:  # mmengine 0.10.7 starts the workers when it builds the loop
             loop.dataloader_iterator = type(begun)(loop.dataloader)
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Seed what the step draws."""
+        _seed(runner.seed, runner.iter, runner.rank)
+
+
+def replaying(config: Config) -> dict[str, Any] | None:
+    """Return the settings of a config's hook; ``None`` if it has none."""
+    for hook in config.get("custom_hooks") or ():
+        if isinstance(hook, Mapping) and type_name(hook) == ReplayViews.__name__:
+            return {key: value for key, value in hook.items() if key not in ("type", "priority")}
+    return None
+
+
+def let_replay(config: Config, **settings: Any) -> None:
+    """Add the hook with these settings to a config, unless it has one."""
+    if replaying(config) is None:
+        config.custom_hooks = [*(config.get("custom_hooks") or ()), {"type": ReplayViews.__name__, **settings}]
+
+
+def _seed(*words: int) -> None:
+    """Seed the three generators that hosts draw from; each combination of numbers has its own seed."""
+    drawn = np.random.SeedSequence(words).generate_state(1)
+    random.seed(int(drawn[0]))
+    np.random.seed(drawn)
+    torch.manual_seed(int(drawn[0]))
 
 
 def replay(loader: Any, views: int | None, seed: int) -> None:
@@ -95,12 +129,11 @@ def _data_set(own: Any) -> Any:
             """Return a sample; ``place`` is the image's number plus the pass times the number of images."""
             view, index = divmod(int(place), len(self))
             with isolated_rng():
-                drawn = np.random.SeedSequence((self.replayed["seed"], view, index)).generate_state(1)
-                random.seed(int(drawn[0]))
-                np.random.seed(drawn)
-                torch.manual_seed(int(drawn[0]))
+                _seed(self.replayed["seed"], view, index)
                 found = super().__getitem__(index)
-            found["data_samples"].set_metainfo({VIEW: (view, index)})
+            sample = found.get("data_samples") if isinstance(found, dict) else None
+            if isinstance(sample, BaseDataElement):  # other samples cannot tell their view, which only a store asks for
+                sample.set_metainfo({VIEW: (view, index)})
             return found
 
         def get_data_info(self, place: int) -> Any:

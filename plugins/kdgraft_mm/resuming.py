@@ -126,6 +126,19 @@ def newest_checkpoint(config: Config, *, trusted: bool = False, partial: bool = 
     return None
 
 
+def keep_seed(config: Config, *, trusted: bool = False) -> None:
+    """Give a run that is to be resumed and names no seed the seed that it began with.
+
+    The host restores that seed only after its samplers have drawn the order of the images from another one.
+    """
+    chosen, randomness = str(config.get("load_from") or ""), config.get("randomness") or {}
+    if not config.get("resume") or randomness.get("seed") is not None or not Path(chosen).is_file():
+        return
+    meta = read_checkpoint(chosen, trusted=trusted, safe_types=SAFE_TYPES).get("meta")
+    if isinstance(meta, dict) and isinstance(meta.get("seed"), int):
+        config.randomness = {**randomness, "seed": meta["seed"]}
+
+
 def _checkpoint_files(config: Config, named: str) -> list[Path]:
     """Return a run's checkpoints, the one of this name first, then from the newest to the oldest."""
     work_dir = Path(config.work_dir)

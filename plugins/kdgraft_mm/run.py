@@ -35,8 +35,8 @@ from kdgraft.wiring import WiringRow
 from .configs import PLUGINS, load_config, scope_of, type_name
 from .graft import Graft
 from .outline import check_outline, check_terms, missing_data
-from .replaying import ReplayViews
-from .resuming import is_resumable, lacking, newest_checkpoint, safe_loading
+from .replaying import ReplayViews, let_replay
+from .resuming import is_resumable, keep_seed, lacking, newest_checkpoint, safe_loading
 from .sources import teacher_specs
 from .state import KEY
 
@@ -226,6 +226,7 @@ def train_config(
             config.load_from = newest_checkpoint(config, trusted=trusted, partial=partial)
             if config.load_from is None and resumes:
                 raise DistillError(f"nothing to resume: there is no checkpoint in {config.work_dir}")
+        keep_seed(config, trusted=trusted)
         with config_mistakes(path):
             runner = make_runner(config)
         outset = Outset(trusted, partial)
@@ -243,11 +244,9 @@ def train_config(
 def replay_stored(config: Config) -> None:
     """Add the hook that replays views to a config with a stored teacher, unless it has one."""
     stored = [spec["store"] for spec in teacher_specs(config.model).values() if spec.get("store") is not None]
-    hooks = list(config.get("custom_hooks") or ())
-    if stored and not any(type_name(hook) == ReplayViews.__name__ for hook in hooks if isinstance(hook, dict)):
+    if stored:
         about = Store(stored[0]).about
-        told = {key: about[key] for key in ("views", "seed") if key in about}
-        config.custom_hooks = [*hooks, {"type": ReplayViews.__name__, **told}]
+        let_replay(config, **{key: about[key] for key in ("views", "seed") if key in about})
 
 
 def timeout_of(config: Config) -> float:

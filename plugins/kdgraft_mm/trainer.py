@@ -19,6 +19,7 @@ from .checkpoints import SAFE_TYPES, export_student
 from .configs import imported_names, is_distilled, load_config, plain_config, scope_of
 from .evaluation import built_model, evaluate
 from .onnx import export_student_onnx
+from .replaying import let_replay
 from .resuming import newest_checkpoint
 from .transfer import end_early, transfer
 
@@ -120,6 +121,8 @@ class MMTrainer:
             end_early(config, job.stop)
         if job.teachers:
             self._distil(config, job)
+        run.replay_stored(config)
+        let_replay(config, seed=None)  # so that a run that was killed and begun again ends like one that was not
         return config
 
     def _config(self, config: str, options: Mapping[str, Any]) -> Config:

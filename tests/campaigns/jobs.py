@@ -195,7 +195,18 @@ def _store() -> None:
     Path("a.jsonl").write_text("\n".join(json.dumps({"text": f"word {n}", "label": "ab"[n % 2]}) for n in range(600)))
 
 
-# --- MMDetection
+# --- MMDetection and MMSegmentation, with pictures that are cropped, flipped and recoloured at random
+
+
+REPLAYED = [dict(type="ReplayViews")]
+
+
+def _drawn(config: Any, *steps: dict[str, Any]) -> None:
+    """Let a training draw the order of its pictures and their views; its pipeline has these steps before the last one."""
+    config.train_dataloader.sampler.shuffle = True
+    pipeline = config.train_dataloader.dataset.pipeline
+    config.train_dataloader.dataset.pipeline = [*pipeline[:-1], *steps, pipeline[-1]]
+    config.dump("config.py")
 
 
 def _scenes() -> None:
@@ -204,20 +215,19 @@ def _scenes() -> None:
     teacher = detector(width=6, channels=12)
     terms = [dict(type="FeatureImitation", tap="neck[*]"), dict(type="FactorTransfer", tap="neck[0]", pretrain=2)]
     model = distilled(detector(), teacher, save_teacher(Path("teacher.pth"), teacher), terms=terms)
-    config = runner_config(model, scenes(Path("scenes")), Path("work"), iters=4, batch_size=2)
-    config.dump("config.py")
-
-
-# --- MMSegmentation
+    config = runner_config(model, scenes(Path("scenes")), Path("work"), iters=4, batch_size=2, custom_hooks=REPLAYED)
+    _drawn(config, dict(type="PhotoMetricDistortion"), dict(type="RandomShift", prob=0.7, max_shift_px=8))
 
 
 def _masks() -> None:
     from support.seg import SMALL_CRITIC, config, distilled, save_teacher, scenes, segmentor
 
     terms = [dict(type="AdversarialMask", critic=SMALL_CRITIC), dict(type="FeatureImitation", tap="backbone[2]")]
-    model = distilled(segmentor(dropout=0.0), save_teacher(Path("teacher.pth")), terms=terms)
-    imports = dict(imports=["kdgraft_seg"])
-    config(model, scenes(Path("scenes")), Path("work"), custom_imports=imports).dump("config.py")
+    model = distilled(segmentor(dropout=0.1), save_teacher(Path("teacher.pth")), terms=terms)
+    given = dict(custom_imports=dict(imports=["kdgraft_seg"]), custom_hooks=REPLAYED)
+    resized = dict(type="RandomResize", scale=(96, 96), ratio_range=(0.75, 1.5), keep_ratio=True)
+    found = config(model, scenes(Path("scenes")), Path("work"), **given)
+    _drawn(found, resized, dict(type="RandomCrop", crop_size=(64, 64)), dict(type="RandomFlip", prob=0.5))
 
 
 def _run_of_mm(prepare: Callable[[], None]) -> Job:

@@ -144,6 +144,6 @@ def test_what_cannot_be_replayed_is_said():
     endless = SimpleNamespace(dataset=iter([1]), batch_sampler=SimpleNamespace(sampler=[1]))
     with pytest.raises(DistillError, match="a list_iterator has none"):
         replay(endless, None, 0)
-    for settings in (dict(views=0), dict(views=1.5), dict(seed=-1)):
+    for settings in (dict(views=0), dict(views=1.5), dict(seed=-1), dict(seed="run")):
         with pytest.raises(DistillError, match="ReplayViews"):
             ReplayViews(**settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from itertools import count
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -56,11 +58,23 @@ def registered():
         def __getitem__(self, index):
             return dict(inputs=torch.tensor([1.0, float(index)]))
 
-    MODELS.register_module(module=TinyModel)
-    DATASETS.register_module(module=TinySet)
+    class DroppingModel(TinyModel):
+        def forward(self, inputs, mode="loss"):
+            return super().forward(nn.functional.dropout(torch.stack(list(inputs)), 0.3, self.training), mode)
+
+    class DrawnSet(TinySet):
+        def __getitem__(self, index):
+            drawn = random.random() + np.random.rand() + float(torch.rand(()))
+            return dict(inputs=torch.tensor([drawn, float(index)]))
+
+    models, sets = (TinyModel, DroppingModel), (TinySet, DrawnSet)
+    for registry, classes in ((MODELS, models), (DATASETS, sets)):
+        for made in classes:
+            registry.register_module(module=made)
     yield
-    MODELS.module_dict.pop("TinyModel")
-    DATASETS.module_dict.pop("TinySet")
+    for registry, classes in ((MODELS, models), (DATASETS, sets)):
+        for made in classes:
+            registry.module_dict.pop(made.__name__)
 
 
 @pytest.fixture
@@ -170,6 +184,42 @@ def test_the_log_goes_on_and_is_mmengines_own(config, tmp_path):
     found = torch.load(tmp_path / "b" / "iter_4.pth", weights_only=False)["message_hub"]["log_scalars"]["train/loss"]
     assert type(found) is HistoryBuffer and len(found.data[0]) == 4
     assert found.statistics("mean") == found.mean()
+
+
+# --- what is drawn
+
+
+@pytest.mark.parametrize("loop", ["IterBasedTrainLoop", "EpochBasedTrainLoop"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_pipeline_and_steps_draw_is_drawn_again(config, tmp_path, loop, workers):
+    """Without a seed in the config, which the resumed run takes from the checkpoint."""
+
+    def run(epochs: int, folder: str, *arguments: str) -> torch.Tensor:
+        by_iter = loop == "IterBasedTrainLoop"
+        loader = dict(
+            batch_size=2,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            sampler=dict(type="InfiniteSampler" if by_iter else "DefaultSampler", shuffle=True),
+            dataset=dict(type="DrawnSet"),
+        )
+        settings = dict(
+            model=dict(type="DroppingModel"),
+            train_dataloader=loader,
+            train_cfg=dict(type=loop, **({"max_iters": 2 * epochs} if by_iter else {"max_epochs": epochs})),
+            default_hooks=dict(
+                checkpoint=dict(type="CheckpointHook", by_epoch=not by_iter, interval=2 if by_iter else 1)
+            ),
+            custom_hooks=[dict(type="ReplayViews", seed=None)],
+            randomness=dict(seed=None),
+        )
+        assert main(["train", config(**settings), "--work-dir", str(tmp_path / folder), *arguments]) == 0
+        return weight(tmp_path / folder / (f"iter_{2 * epochs}.pth" if by_iter else f"epoch_{epochs}.pth"))
+
+    whole = run(4, "whole")
+    begun = tmp_path / "whole" / ("iter_4.pth" if loop == "IterBasedTrainLoop" else "epoch_2.pth")
+    assert torch.equal(run(4, "resumed", "--resume", str(begun)), whole)
+    assert not torch.equal(run(4, "other"), whole)
 
 
 # --- the newest whole checkpoint

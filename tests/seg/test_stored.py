@@ -39,7 +39,7 @@ def made(tmp_path_factory):
 
 def training(data, teacher, work_dir, *, iterations=8, hooks=(), settings=EVERY_TERM, **more):
     """A run of 16 images, more than one pass over the 12 of the data."""
-    found = config(distilled(segmentor(dropout=0.0), dict(teacher, **more), **settings), data, work_dir, iterations)
+    found = config(distilled(segmentor(dropout=0.1), dict(teacher, **more), **settings), data, work_dir, iterations)
     found.custom_imports = dict(imports=["kdgraft_seg"])
     found.custom_hooks = list(hooks)
     found.train_dataloader.dataset.pipeline = copy.deepcopy(PIPELINE)
