@@ -70,3 +70,11 @@ def test_mixed_images_are_refused(made, tmp_path, capsys):
     path = tmp_path / "config.py"
     training(data, teacher, tmp_path / "work", settings=dict(recipe="funmatch", mixup=True)).dump(path)
     refused(capsys, ["cache", str(path), "--out", str(tmp_path / "s")], "mixup changes whole batches")
+
+
+def test_views_of_the_runs_own_seed_are_not_stored(made, tmp_path, capsys):
+    data, teacher, _, _ = made
+    path = tmp_path / "config.py"
+    training(data, teacher, tmp_path / "work", hooks=[dict(type="ReplayViews", seed=None)]).dump(path)
+    refused(capsys, ["cache", str(path), "--out", str(tmp_path / "s")], "give ReplayViews a seed of its own, such as 0")
+    assert not (tmp_path / "s").exists()
