@@ -19,6 +19,8 @@ from kdgraft.sources import students_in
 
 PLUGINS = {"DistilledDetector": "kdgraft_det", "DistilledSegmentor": "kdgraft_seg"}
 """The type of a distilled model -> the package that registers it."""
+REPLAY = "ReplayViews"
+"""The type of the suite's hook."""
 _OURS = ("student", "teacher", "teachers", "terms", "recipe", "inherit", "dry_run_size")
 
 
@@ -179,6 +181,12 @@ def plain_config(config: Config) -> Config:
         plain.custom_imports = {**plain.custom_imports, "imports": kept}
     elif plain.get("custom_imports"):
         plain.pop("custom_imports")
+    hooks = list(plain.get("custom_hooks") or ())
+    left = [hook for hook in hooks if not (isinstance(hook, Mapping) and type_name(hook) == REPLAY)]
+    if left:
+        plain.custom_hooks = left
+    elif hooks:
+        plain.pop("custom_hooks")
     return plain
 
 

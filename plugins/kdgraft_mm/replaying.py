@@ -21,13 +21,13 @@ from mmengine.structures import BaseDataElement
 from kdgraft.errors import DistillError, check_number
 from kdgraft.isolation import isolated_rng
 
-from .configs import type_name
+from .configs import REPLAY, type_name
 
 VIEW = "view"
 """The entry of a data sample's metainfo that holds the pass and the number of its image."""
 
 
-@HOOKS.register_module()
+@HOOKS.register_module(REPLAY)
 class ReplayViews(Hook):
     """Draws what is random in a training from seeds that a resumed run has too.
 
@@ -71,7 +71,7 @@ class ReplayViews(Hook):
 def replaying(config: Config) -> dict[str, Any] | None:
     """Return the settings of a config's hook; ``None`` if it has none."""
     for hook in config.get("custom_hooks") or ():
-        if isinstance(hook, Mapping) and type_name(hook) == ReplayViews.__name__:
+        if isinstance(hook, Mapping) and type_name(hook) == REPLAY:
             return {key: value for key, value in hook.items() if key not in ("type", "priority")}
     return None
 
@@ -79,7 +79,7 @@ def replaying(config: Config) -> dict[str, Any] | None:
 def let_replay(config: Config, **settings: Any) -> None:
     """Add the hook with these settings to a config, unless it has one."""
     if replaying(config) is None:
-        config.custom_hooks = [*(config.get("custom_hooks") or ()), {"type": ReplayViews.__name__, **settings}]
+        config.custom_hooks = [*(config.get("custom_hooks") or ()), {"type": REPLAY, **settings}]
 
 
 def _seed(*words: int) -> None:

@@ -16,6 +16,7 @@ from kdgraft.hosts import Job
 from kdgraft_bench.hosts import det_setup
 from kdgraft_bench.plans import SCHEMES, measure
 from kdgraft_bench.results import read_results
+from kdgraft_mm.configs import plain_config
 from kdgraft_mm.trainer import DET as TRAINER
 from support.commands import refused
 from support.det import CLASSES, build, detector, distilled, runner_config
@@ -109,6 +110,17 @@ def test_every_run_logs_to_its_own_folder_and_lists_stand_for_tuples(folder, sce
     config = TRAINER.config_of(Job(str(folder / "seen.py"), options, folder, 0))
     assert config.train_dataloader.dataset.pipeline[2].scale == (96, 64)
     assert config.train_dataloader.absent == [1] and config.val_evaluator == []
+
+
+def test_runs_replay_their_views_and_a_plain_student_does_not_know_of_it(folder):
+    replay = dict(type="ReplayViews", seed=None)
+    config = TRAINER.config_of(Job(str(folder / "small.py"), {}, folder, 0))
+    assert [dict(hook) for hook in config.custom_hooks] == [dict(type="DieInPlan"), replay]
+    own = {"custom_hooks": [dict(type="ReplayViews", views=2)]}
+    chosen = TRAINER.config_of(Job(str(folder / "small.py"), own, folder, 0))
+    assert [dict(hook) for hook in chosen.custom_hooks] == own["custom_hooks"]
+    assert [dict(hook) for hook in plain_config(config).custom_hooks] == [dict(type="DieInPlan")]
+    assert "custom_hooks" not in plain_config(chosen)
 
 
 def state(folder: Path, run: str, out: str = "out") -> dict[str, torch.Tensor]:
