@@ -1,10 +1,9 @@
 """Distillation for MMDetection: ``custom_imports = dict(imports=['kdgraft_det'])`` and ``model.type='DistilledDetector'``."""
 
 from kdgraft.hosts import require
-from kdgraft.sources.mmpretrain import leave_out_multimodal
 
 require("mmdet", "kdgraft_det")
-leave_out_multimodal()
+import kdgraft_mm  # noqa: E402, F401
 
 from .bckd import BCKD  # noqa: E402
 from .cross_head import CrossHead  # noqa: E402

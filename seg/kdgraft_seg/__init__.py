@@ -1,10 +1,9 @@
 """Distillation for MMSegmentation: ``custom_imports = dict(imports=['kdgraft_seg'])`` and ``model.type='DistilledSegmentor'``."""
 
 from kdgraft.hosts import require
-from kdgraft.sources.mmpretrain import leave_out_multimodal
 
 require("mmseg", "kdgraft_seg")
-leave_out_multimodal()
+import kdgraft_mm  # noqa: E402, F401
 
 from .adversarial import AdversarialMask  # noqa: E402
 from .reader import SegReader as READER  # noqa: E402, N814

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import DistillError
+from ..formatter import import_yapf
 
 INSTALL = "pip install onedl-mmpretrain torchvision"
 
@@ -25,6 +26,7 @@ def import_mmpretrain(where: str) -> Any:
     """
     if find_spec("mmpretrain") is None:
         raise DistillError(f"{where}: mmpretrain is not installed: {INSTALL}")
+    import_yapf()
     try:
         leave_out_multimodal()
         import_module("mmpretrain.models")

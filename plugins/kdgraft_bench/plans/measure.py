@@ -46,6 +46,7 @@ def measure(
     check_number("plans", "--seeds", seeds, 1, whole=True)
     plan = _settled(read_plan(Path(__file__).with_name(f"{scheme}_{host}.toml")), host, seeds, iterations, out)
     if not dry_run:
+        host_named(host).plugin()  # says what to install where the framework is missing
         import_module(f"kdgraft_bench.hosts.{host}_setup").write_data(Path(f"runs/demo/{host}/data"))
     found = carry_out(plan, dry_run=dry_run)
     if dry_run:
