@@ -51,6 +51,14 @@ def _an_epoch_begins_at_once():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _workers_that_load_data_are_ended_at_once():
+    """Workers of a loader that is garbage in a cycle, as a Runner's is, are never told to end: torch waits for each for 5 s."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 0.2)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _garbage_is_collected_when_there_is_some():
     """mmengine collects at every dataset and accelerate at every training, with all that tests keep: Python does it often enough."""
     kept = gc.get_threshold()

@@ -70,23 +70,16 @@ def test_a_damaged_cache_is_written_anew(damage: Callable[[Path], None], cache: 
     assert _is_whole(cache)
 
 
-@pytest.mark.parametrize("config", ["mmdet::gfl/no_such.py", "mmseg::fcn/no_such.py"])
-def test_a_command_starts_beside_a_damaged_cache(config: str, cache: Path):
+def test_a_command_starts_beside_a_damaged_cache(cache: Path):
     _empty(cache)
-    done = python("-m", "kdgraft", "train", config)
+    done = python("-m", "kdgraft", "train", config := "mmdet::gfl/no_such.py")
     assert (done.returncode, "Traceback" in done.stderr) == (2, False), done.stderr
     assert f"config not found: {config}" in done.stderr
     assert _is_whole(cache)
 
 
 @pytest.mark.parametrize(
-    "start",
-    [
-        "import kdgraft_det",
-        "import kdgraft_seg",
-        "import kdgraft_mm.configs",
-        "from kdgraft_bench.hosts import bench_host; bench_host('seg')",
-    ],
+    "start", ["import kdgraft_det", "from kdgraft_bench.hosts import bench_host; bench_host('seg')"]
 )
 def test_mmengine_can_be_imported_beside_a_damaged_cache(start: str, cache: Path):
     _empty(cache)
