@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import sys
-from importlib import import_module
 from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+from kdgraft.formatter import import_yapf
 
 # These models are so small that a second thread costs more than it saves, most of all where tests share a machine.
 torch.set_num_threads(1)
@@ -17,8 +18,8 @@ torch.set_num_threads(1)
 
 def pytest_configure(config):
     """Let yapf write the cache of its grammar once; workers that write and read it side by side find it cut off."""
-    if not hasattr(config, "workerinput") and find_spec("yapf") is not None:
-        import_module("yapf")
+    if not hasattr(config, "workerinput"):
+        import_yapf()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -30,12 +30,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = tmp_path / "YAPF" / version("yapf")
     assert python("-c", "import yapf").returncode == 0
-    assert len(list(folder.glob("*.pickle"))) == 2
+    assert _is_whole(folder)
     return folder
 
 
 def _is_whole(cache: Path) -> bool:
-    return all(pickle.loads(file.read_bytes())["symbol2number"] for file in cache.glob("*.pickle"))
+    found = [pickle.loads(file.read_bytes()) for file in cache.glob("*.pickle")]
+    return len(found) == 2 and all(grammar["symbol2number"] for grammar in found)
 
 
 def _changed(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
