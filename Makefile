@@ -95,7 +95,9 @@ demo: $(VENV)/.plain
 	$(if $(FIRST),$(if $(THEN),,$(call DEMO,$(FIRST))))
 	$(if $(THEN),@$(AGAIN) env && $(call DEMO,$(THEN)))
 
+# Sources are compiled once, not by every process that tests start, where PYTHONDONTWRITEBYTECODE is set.
 test: env
+	$(BIN)/python -m compileall -q plugins det seg nlp tests/support
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-core:

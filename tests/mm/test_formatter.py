@@ -80,7 +80,11 @@ def test_a_command_starts_beside_a_damaged_cache(cache: Path):
 
 
 @pytest.mark.parametrize(
-    "start", ["import kdgraft_det", "from kdgraft_bench.hosts import bench_host; bench_host('seg')"]
+    "start",
+    [
+        "import kdgraft_det",
+        pytest.param("from kdgraft_bench.hosts import bench_host; bench_host('seg')", marks=pytest.mark.slow),
+    ],
 )
 def test_mmengine_can_be_imported_beside_a_damaged_cache(start: str, cache: Path):
     _empty(cache)

@@ -25,7 +25,10 @@ def exported(folder, out, capsys, *more):
     return ort.InferenceSession(out), capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["bert", "causal", "seq2seq", "question", "choice"])
+@pytest.mark.parametrize(
+    "kind",
+    ["bert", "causal", "seq2seq", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("question", "choice"))],
+)
 def test_texts_of_any_number_and_length(kind, tmp_path, capsys):
     torch.manual_seed(0)
     built = MODELS[kind]().eval()

@@ -1,12 +1,13 @@
 """Python processes that need not import a framework again: one that has, and has none of our modules, forks for each.
 
-``python -m support.forking NAME…`` is that process; :func:`side_by_side` starts it at its first call for a host. Importing torch
-takes 2 s, what its optimizers import with them 2 s more, and a host's framework 5 s.
+``python -m support.forking NAME…`` is that process; the first call for a host starts it. Importing torch takes 2 s, what its
+optimizers import with them 2 s more, and a host's framework 5 s.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -24,14 +25,14 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
-TORCH = ("torch", "torch._dynamo", "torch.nn.parallel", "accelerate", "numpy")
-IMPORTED = {
-    "torch": TORCH,
-    "transformers": (*TORCH, "transformers.trainer", "transformers.models.auto.modeling_auto", "datasets"),
-    "mmdet": (*TORCH, "mmengine.runner", "mmdet.apis", "mmdet.models"),
-    "mmseg": (*TORCH, "mmengine.runner", "mmseg.apis", "mmseg.models"),
-}
-"""By host: what is imported beforehand."""
+TORCH = ("torch", "torch._dynamo", "torch.nn.parallel", "accelerate", "numpy", "pytest")
+# DeepSpeed is what a Trainer imports where it is installed.
+TRANSFORMERS = ("transformers.trainer", "transformers.models.auto.modeling_auto", "datasets", "deepspeed")
+TRANSFORMERS += ("transformers.models.llama.modeling_llama", "transformers.models.bert.modeling_bert")
+MM = ("mmengine.runner", "mmdet.apis", "mmdet.models", "mmseg.apis", "mmseg.models")
+HOSTS = (*TORCH, *TRANSFORMERS, *MM)
+IMPORTED = {"torch": TORCH, "transformers": HOSTS, "mmdet": HOSTS, "mmseg": HOSTS}
+"""By host: what is imported beforehand, as far as it is installed. One process serves all that import the same."""
 
 
 class Program(NamedTuple):
@@ -65,36 +66,65 @@ def side_by_side(
 ) -> list[subprocess.CompletedProcess[str]]:
     """What became of programs that ran at the same time; one that took longer was killed."""
     with tempfile.TemporaryDirectory() as kept:
-        said = [
-            [str(Path(kept) / f"{number}.{stream}") for stream in ("out", "err")] for number in range(len(programs))
-        ]
-        jobs = [
-            dict(
-                arguments=list(program.arguments),
-                folder=str(program.folder or Path.cwd()),
-                environment=environment(**program.environment),
-                said=files,
-            )
-            for program, files in zip(programs, said, strict=True)
-        ]
+        jobs = [_job(program, f"{kept}/{number}") for number, program in enumerate(programs)]
         codes = _server(host).ask(dict(jobs=jobs, timeout=timeout))
         return [
-            subprocess.CompletedProcess(job["arguments"], code, *(Path(f).read_text(errors="replace") for f in files))
-            for job, code, files in zip(jobs, codes, said, strict=True)
+            subprocess.CompletedProcess(job["arguments"], code, *map(_text, job["said"]))
+            for job, code in zip(jobs, codes, strict=True)
         ]
+
+
+class Started:
+    """A program that runs beside this process, until :meth:`end`."""
+
+    def __init__(self, program: Program, *, host: str = "torch") -> None:
+        self._kept = tempfile.TemporaryDirectory()
+        self._job = _job(program, f"{self._kept.name}/it")
+        self._server = _server(host)
+        self.pid = self._server.ask(dict(start=self._job))
+
+    def code(self) -> int | None:
+        """Its exit code; None while it runs."""
+        return self._server.ask(dict(poll=self.pid))
+
+    def errors(self) -> str:
+        """What it has written to stderr."""
+        return _text(self._job["said"][1])
+
+    def end(self) -> None:
+        """Send SIGKILL."""
+        if self.code() is None:
+            os.kill(self.pid, signal.SIGKILL)
+            while self.code() is None:
+                time.sleep(0.01)
+        self._kept.cleanup()
+
+
+def _job(program: Program, said: str) -> dict[str, Any]:
+    """What is sent; what the program writes comes into files whose names begin so."""
+    return dict(
+        arguments=list(program.arguments),
+        folder=str(program.folder or Path.cwd()),
+        environment=environment(**program.environment),
+        said=[f"{said}.out", f"{said}.err"],
+    )
+
+
+def _text(file: str) -> str:
+    return Path(file).read_text(errors="replace")
 
 
 class _Server:
     """The client's end of a process that forks."""
 
-    def __init__(self, host: str) -> None:
-        command = [sys.executable, "-m", "support.forking", *IMPORTED[host]]
+    def __init__(self, names: Sequence[str]) -> None:
+        command = [sys.executable, "-m", "support.forking", *names]
         self.process = subprocess.Popen(
             command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         atexit.register(self.end)
 
-    def ask(self, question: dict[str, Any]) -> list[int]:
+    def ask(self, question: dict[str, Any]) -> Any:
         assert self.process.stdin and self.process.stdout
         try:
             print(json.dumps(question), file=self.process.stdin, flush=True)
@@ -110,31 +140,52 @@ class _Server:
             self.process.wait()
 
 
-_SERVERS: dict[str, _Server] = {}
+_SERVERS: dict[tuple[str, ...], _Server] = {}
 
 
 def _server(host: str) -> _Server:
-    if host not in _SERVERS or _SERVERS[host].process.poll() is not None:
-        _SERVERS[host] = _Server(host)
-    return _SERVERS[host]
+    names = IMPORTED[host]
+    if names not in _SERVERS or _SERVERS[names].process.poll() is not None:
+        _SERVERS[names] = _Server(names)
+    return _SERVERS[names]
 
 
 # --- the process that forks
 
 
 def _serve(names: Sequence[str]) -> None:
-    """Answers each line of stdin, which has programs, with a line of their exit codes."""
+    """Answers each line of stdin, which has programs, with a line of their exit codes.
+
+    A program to start is answered with its process, and a process with its exit code.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
     for name in names:
         import_module(name)
     if "mmengine.runner.loops" in sys.modules:  # as conftest.py does: it sleeps for 2 s before each epoch but the first
         vars(sys.modules["mmengine.runner.loops"])["time"] = SimpleNamespace(sleep=lambda _: None)
+    gc.collect()
+    gc.freeze()  # what was imported is no garbage; a Trainer collects at each start
+    ended: dict[int, int] = {}
     for line in sys.stdin:
         asked = json.loads(line)
-        running = {_fork(job): number for number, job in enumerate(asked["jobs"])}
-        codes = _wait(running, time.monotonic() + asked["timeout"])
-        print(json.dumps(codes), file=answers, flush=True)
+        if "start" in asked:
+            answer: Any = _fork(asked["start"])
+        elif "poll" in asked:
+            answer = _code(asked["poll"], ended)
+        else:
+            running = {_fork(job): number for number, job in enumerate(asked["jobs"])}
+            answer = _wait(running, time.monotonic() + asked["timeout"])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def _code(process: int, ended: dict[int, int]) -> int | None:
+    """The exit code of a process that was started; None while it runs."""
+    if process not in ended:
+        done, status = os.waitpid(process, os.WNOHANG)
+        if done:
+            ended[process] = os.waitstatus_to_exitcode(status)
+    return ended.get(process)
 
 
 def _fork(job: dict[str, Any]) -> int:

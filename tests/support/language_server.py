@@ -7,8 +7,6 @@ faults has each of the next requests for probabilities fail in one way; ``GET /s
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -19,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from support.forking import environment
+from support.forking import Program, Started
 from support.processes import free_port
 
 VLLM, SGLANG = "/v1/completions", "/generate"
@@ -226,19 +224,14 @@ class Served:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         told = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "support.language_server", str(folder), self.port, *told],
-            env=environment(CUDA_VISIBLE_DEVICES=""),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        command = ["-W", "ignore", "-m", "support.language_server", str(folder), self.port, *told]
+        self.process = Started(Program(command, environment=dict(CUDA_VISIBLE_DEVICES="")), host="transformers")
         for _ in range(1200):
-            assert self.process.poll() is None, self.process.stderr and self.process.stderr.read()
+            assert self.process.code() is None, self.process.errors()
             try:
                 self.ask("/seen")
             except OSError:
-                time.sleep(0.1)
+                time.sleep(0.05)
             else:
                 return
         raise AssertionError("the server did not start")
@@ -255,10 +248,7 @@ class Served:
 
     def end(self) -> None:
         """SIGKILL."""
-        self.process.kill()
-        self.process.wait()
-        assert self.process.stderr is not None
-        self.process.stderr.close()
+        self.process.end()
 
 
 @contextmanager

@@ -74,6 +74,12 @@ terms = [{ type = "SoftTargets", temperature = 2 }]
 [methods.hint]
 terms = [{ type = "Hint", tap = "0" }]
 """
+TINY = """[students.tiny]
+config = "tasks.py:net"
+options = { width = 2 }
+
+"""
+ONE_STUDENT = PLAN.replace(TINY, "")
 
 
 def written(folder, wait=0.0, plan=PLAN):
@@ -138,13 +144,11 @@ def test_another_split_is_tested_again_and_nothing_is_trained(finished, tmp_path
     monkeypatch.chdir(tmp_path / "copy")
     out = Path("out")
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
-    assert main(["bench", "mine.toml", "--split", "val"]) == 0
+    assert main(["bench", "mine.toml", "--split", "val", "--seeds", "0", "--processes", "1"]) == 0
     assert before and {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
-    rows = read_rows(out)
-    assert len(rows) == 14
-    assert all(
-        row.split == "val" and row.validated == {} for row in rows.values()
-    )  # the tested split is that of validation
+    again = [row for (_, _, seed), row in read_rows(out).items() if seed == 0]
+    assert len(again) == 7
+    assert all(row.split == "val" and row.validated == {} for row in again)  # the tested split is that of validation
     assert "val split" in (out / "table.md").read_text()
 
 
@@ -181,7 +185,7 @@ def test_a_dry_run_says_what_is_missing_and_how_long_it_takes(finished, capfd, m
 def test_a_dry_run_of_a_new_benchmark_times_some_steps(tmp_path, capfd, monkeypatch):
     written(tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "mine.toml", "--dry-run"]) == 0
+    assert main(["bench", "mine.toml", "--dry-run", "--processes", "1"]) == 0
     said = capfd.readouterr().out
     assert "14 of 14 runs to do" in said and said.count("s and its evaluations") == 7
     assert not list((tmp_path / "out").rglob("*.pth")) and not read_rows(tmp_path / "out")
@@ -191,7 +195,7 @@ def test_a_dry_run_says_which_run_cannot_be_trained(tmp_path, capfd, monkeypatch
     lost = '\n[peers.lost]\nconfig = "tasks.py:broken"\noptions = { width = 3 }\n'
     written(tmp_path, plan=PLAN.replace('tap = "0"', 'tap = "no"') + lost)
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "mine.toml", "--dry-run"]) == 2
+    assert main(["bench", "mine.toml", "--dry-run", "--processes", "1"]) == 2
     said = capfd.readouterr()
     assert "The peer small-lost does not run: ValueError: no such net" in said.out
     assert "small-hint does not run: WiringError: hint: the student has no module 'no'" in said.out
@@ -202,9 +206,8 @@ def test_a_dry_run_says_which_run_cannot_be_trained(tmp_path, capfd, monkeypatch
 def test_a_teacher_that_is_trained_already_is_tested_and_teaches(finished, tmp_path, capfd, monkeypatch):
     out = finished[0]
     shutil.copy(out / "runs/teacher/seed0/student.pth", tmp_path / "large.pth")
-    plan = PLAN.replace("options = { width = 32 }", 'options = { width = 32 }\ncheckpoint = "large.pth"')
-    before, _, after = plan.replace("seeds = [0, 1]", "seeds = [0]").partition("[students.tiny]")
-    written(tmp_path, plan=before + after[after.index("[methods.") :])
+    plan = ONE_STUDENT.replace("options = { width = 32 }", 'options = { width = 32 }\ncheckpoint = "large.pth"')
+    written(tmp_path, plan=plan.replace("seeds = [0, 1]", "seeds = [0]"))
     monkeypatch.chdir(tmp_path)
     assert main(["bench", "mine.toml", "--methods", "kd"]) == 0
     ours, theirs = read_rows(Path("out")), read_rows(out)
@@ -222,19 +225,16 @@ def test_comparing_a_result_with_itself_shows_nothing(finished, capfd):
 
 
 def test_one_failure_stops_only_those_that_need_it(tmp_path, monkeypatch, capfd):
-    plan = PLAN.replace("seeds = [0, 1]", "seeds = [0]").replace(
-        '[methods.hint]\nterms = [{ type = "Hint", tap = "0" }]',
-        '[methods.hint]\nterms = [{ type = "Hint", tap = "no" }]',
-    )
-    written(tmp_path, plan=plan)
+    written(tmp_path, plan=ONE_STUDENT.replace("[0, 1]", "[0]").replace('tap = "0"', 'tap = "no"'))
     monkeypatch.chdir(tmp_path)
-    assert main(["bench", "mine.toml"]) == 2
+    assert main(["bench", "mine.toml", "--processes", "1"]) == 2
     said = capfd.readouterr()
-    assert "small-hint (seed 0) failed" in said.err or "tiny-hint (seed 0) failed" in said.err
+    assert "small-hint (seed 0) failed" in said.err
     assert said.err.strip().splitlines()[-1].startswith("kdgraft: error: ") and "log.txt" in said.err
     assert {key[:2] for key in read_rows(tmp_path / "out")} == {
         ("teacher", "teacher"),
-        *((student, method) for student in ("small", "tiny") for method in ("plain", "kd")),
+        ("small", "plain"),
+        ("small", "kd"),
     }
 
 
