@@ -27,7 +27,7 @@ def checkpoint(path, entry, model):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["GFL", "RTMDet", pytest.param("YOLOX", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["GFL", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("RTMDet", "YOLOX"))])
 def test_images_of_any_number_and_size(kind, tmp_path, capsys):
     student = detector() if kind == "GFL" else zoo(kind)
     model = build(student).eval()

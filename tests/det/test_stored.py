@@ -134,7 +134,7 @@ def test_passes_beyond_the_views_see_the_first_ones_again(filled, data, checkpoi
     assert hook.views == 2
 
 
-@pytest.mark.parametrize(("values", "bound"), [("float16", 2e-3), ("int8", 3e-2)])
+@pytest.mark.parametrize(("values", "bound"), [pytest.param("float16", 2e-3, marks=pytest.mark.slow), ("int8", 3e-2)])
 def test_smaller_numbers_have_the_error_that_is_told(
     values, bound, data, checkpoint, running, filled, tmp_path, capsys
 ):

@@ -79,12 +79,9 @@ def test_a_command_starts_beside_a_damaged_cache(cache: Path):
     assert _is_whole(cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "start",
-    [
-        "import kdgraft_det",
-        pytest.param("from kdgraft_bench.hosts import bench_host; bench_host('seg')", marks=pytest.mark.slow),
-    ],
+    "start", ["import kdgraft_det", "from kdgraft_bench.hosts import bench_host; bench_host('seg')"]
 )
 def test_mmengine_can_be_imported_beside_a_damaged_cache(start: str, cache: Path):
     _empty(cache)

@@ -284,7 +284,7 @@ def trainer_of(model, folder, steps):
     )
 
 
-@pytest.mark.parametrize("family", ["detr", "rtdetr"])
+@pytest.mark.parametrize("family", ["detr", pytest.param("rtdetr", marks=pytest.mark.slow)])
 def test_a_trainer_teaches_a_detector_by_a_bigger_one(family, tmp_path):
     terms = [
         dict(type="SoftTargets"),

@@ -151,7 +151,10 @@ def test_a_teacher_then_a_student_from_a_recipe_file(case, tmp_path, capsys):
     assert all(0 <= found[name] <= 1 for name in expected - {"loss", "perplexity"})
 
 
-@pytest.mark.parametrize("case", ["multiple_choice-lists", "question_answering-squad2", "multi_label-vectors"])
+@pytest.mark.parametrize(
+    "case",
+    ["multiple_choice-lists", "question_answering-squad2", pytest.param("multi_label-vectors", marks=pytest.mark.slow)],
+)
 def test_an_easy_set_is_learnt(case, tmp_path):
     training = dict(max_steps=300, learning_rate=1e-2, per_device_train_batch_size=12)
     rows = [{**race(i), "choices": ["a cat"] * (i % 4) + ["a fish"] + ["a dog"] * (3 - i % 4)} for i in range(24)]

@@ -66,7 +66,7 @@ def test_two_processes_are_one(tmp_path, name, way):
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("name", list(sharded_ranks.TERMS))
+@pytest.mark.parametrize("name", ["chunked", pytest.param("whole", marks=pytest.mark.slow)])
 def test_models_that_are_loaded_in_parts_are_wired_as_whole_ones(tmp_path, name):
     student, teacher = support.model("llama", 16, 2, seed=1), support.model("llama", 16, 4, seed=2)
     student.save_pretrained(tmp_path / "first")

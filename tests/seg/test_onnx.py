@@ -13,7 +13,11 @@ ort = pytest.importorskip("onnxruntime")
 
 
 @pytest.mark.parametrize(
-    ("family", "varies"), [("FCN", "batch, height and width may vary"), ("PSPNet", "batch may vary")]
+    ("family", "varies"),
+    [
+        ("FCN", "batch, height and width may vary"),
+        pytest.param("PSPNet", "batch may vary", marks=pytest.mark.slow),
+    ],
 )
 def test_scores_are_those_of_the_model(family, varies, tmp_path, capsys):
     student = segmentor(family)

@@ -84,7 +84,11 @@ def test_it_trains_teacher_and_students_on_the_same_tokens(told):
 
 
 @pytest.mark.parametrize(
-    ("name", "write", "method"), [("det-pretrained", write_scenes, "ld"), ("seg-pretrained", write_masks, "cwd")]
+    ("name", "write", "method"),
+    [
+        pytest.param("det-pretrained", write_scenes, "ld", marks=pytest.mark.slow),
+        ("seg-pretrained", write_masks, "cwd"),
+    ],
 )
 def test_a_backbone_with_imagenet_weights_teaches(tmp_path, name, write, method):
     pytest.importorskip("efficientnet_lite_pytorch", reason="needs the extra pretrained")

@@ -182,6 +182,7 @@ def test_a_dry_run_says_what_is_missing_and_how_long_it_takes(finished, capfd, m
     assert "7 of 21 runs to do" in said and "in 2 processes side by side" in said
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_new_benchmark_times_some_steps(tmp_path, capfd, monkeypatch):
     written(tmp_path)
     monkeypatch.chdir(tmp_path)
