@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import os
 import random
 import re
 import sysconfig
@@ -65,11 +66,9 @@ def write_sentences(folder: Path, counts: Mapping[str, int], seed: int = 0) -> P
 def _collect(root: Path, wanted: Mapping[str, int]) -> dict[str, list[str]]:
     """Return a library's sentences by split, unique and sorted; modules are read in the order of their hash until these suffice."""
     modules: dict[str, list[tuple[str, Path]]] = {split: [] for split in SHARES}
-    for file in root.rglob("*.py"):
-        place = file.relative_to(root)
-        if not _SKIPPED & set(place.parts):
-            digest = hashlib.sha256(place.as_posix().encode()).hexdigest()
-            modules[_split_of(digest)].append((digest, file))
+    for file in _sources(root):
+        digest = hashlib.sha256(file.relative_to(root).as_posix().encode()).hexdigest()
+        modules[_split_of(digest)].append((digest, file))
     seen: set[str] = set()
     by_split = {}
     for split, count in wanted.items():
@@ -83,6 +82,13 @@ def _collect(root: Path, wanted: Mapping[str, int]) -> dict[str, list[str]]:
         seen |= found
         by_split[split] = sorted(found)
     return by_split
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Yield the modules under a folder, without looking into folders that are skipped."""
+    for folder, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in _SKIPPED]
+        yield from (Path(folder, file) for file in files if file.endswith(".py"))
 
 
 def _split_of(digest: str) -> str:

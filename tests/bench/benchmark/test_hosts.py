@@ -49,6 +49,8 @@ def made(request, tmp_path_factory):
     if request.param == "nlp":
         tiny = Model(settings=dict(model="bert", width=8, layers=1))
         told = replace(told, teacher=tiny, students={"small": tiny})
+    else:
+        told = replace(told, batch=2)
     host = bench_host(told.host)
     dataset = host.dataset(told)
     plan = plan_of_benchmark(told, host, dataset)
