@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,10 @@ class Model:
             return re.sub(r"^.*[/:]|\.\w+$", "", self.config)
         arguments = ", ".join(f"{key} {value}" for key, value in self.settings.items() if key != "model")
         return f"{self.settings['model']}, {arguments}" if arguments else str(self.settings["model"])
+
+    def without(self, arguments: Collection[str]) -> Model:
+        """Return the model without some of its arguments."""
+        return replace(self, settings={key: value for key, value in self.settings.items() if key not in arguments})
 
 
 @dataclass(frozen=True)

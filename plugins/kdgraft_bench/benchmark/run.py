@@ -61,6 +61,7 @@ def benchmark(
     told.out.mkdir(parents=True, exist_ok=True)
     with held(told.out):
         dataset = host.dataset(told)
+        told = host.on(told, dataset)
         if not dry_run:
             told, factors = tuned(told, host, dataset)
         elif told.tune is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -93,6 +93,7 @@ class BenchHost(ABC):
         models: the names of the small models.
         peers: the names of other packages' distillation.
         embedded: the name of the embedded data set.
+        of_embedded: the arguments of small models that choose from the embedded set.
         picture: the name of the picture of :meth:`draw`.
     """
 
@@ -101,6 +102,7 @@ class BenchHost(ABC):
     models: ClassVar[tuple[str, ...]]
     peers: ClassVar[tuple[str, ...]] = ()
     embedded: ClassVar[str]
+    of_embedded: ClassVar[tuple[str, ...]] = ()
     picture: ClassVar[str] = ""
 
     @abstractmethod
@@ -176,6 +178,13 @@ class BenchHost(ABC):
         if benchmark.iterations is None or model.config is None:
             return {}
         return dict.fromkeys(self.lengths, benchmark.iterations)
+
+    def on(self, benchmark: Benchmark, dataset: Dataset) -> Benchmark:
+        """Return the benchmark on this data: on a real set, models without what chooses from the embedded one."""
+        if dataset.real is None:
+            return benchmark
+        students = {name: model.without(self.of_embedded) for name, model in benchmark.students.items()}
+        return replace(benchmark, teacher=benchmark.teacher.without(self.of_embedded), students=students)
 
     def known(self, settings: Mapping[str, Any], arguments: Sequence[str]) -> dict[str, Any]:
         """Return the arguments of a small model.

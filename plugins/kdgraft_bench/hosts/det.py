@@ -45,7 +45,7 @@ class DetectionBench(RunnerBench):
     scores: ClassVar = {"AP": ("coco/bbox_mAP", 3), "AP50": ("coco/bbox_mAP_50", 3), "AP75": ("coco/bbox_mAP_75", 3)}
     models = ("gfl", "dino")
     peers = ("mmdet_ld",)
-    embedded = "digit scenes"
+    embedded, of_embedded = "digit scenes", ("scenes",)
     picture = "detections"
 
     def dataset(self, benchmark: Benchmark) -> Dataset:

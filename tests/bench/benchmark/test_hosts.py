@@ -86,6 +86,14 @@ def test_the_host_s_own_metric_is_that_of_its_own_test(made):
         assert host.named(found).items() <= {**done["teacher"].metrics, "boundary F": 0.0}.items()
 
 
+def test_on_a_real_set_models_are_called_by_what_they_are_there(made):
+    told, host, dataset, *_ = made
+    found = host.on(told, dataset)
+    assert "scenes" not in found.teacher.title
+    assert ("scenes" in told.teacher.title) == (told.host == "det")
+    assert host.on(told, replace(dataset, real=None)) == told
+
+
 def test_costs_are_those_of_the_plain_model_and_of_its_training(made, tmp_path):
     told, _, _, plan, done = made
     trained = {name: one.model for name, one in done.items()}
