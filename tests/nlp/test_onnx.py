@@ -91,6 +91,7 @@ def test_images_in_any_number(tmp_path, capsys):
     torch.testing.assert_close(found, built.eval()(given).logits, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_classifier_without_a_padding_token_reads_one_text_at_a_time(tmp_path, capsys):
     torch.manual_seed(0)
     built = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=3)).eval()

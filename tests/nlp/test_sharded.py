@@ -41,13 +41,12 @@ def case(*told, slow=("zero1",)):
 WAYS = ["fsdp2", *ZERO]
 # Stage 3 does what stage 2 does, and more.
 ENDS = [case(way, slow=("zero1", "zero2")) for way in WAYS]
+CASES = [case(*one, slow=("zero1", "zero2")) for one in product(sharded_ranks.TERMS, WAYS)]
+CASES += [case(name, "zero2") for name in sharded_ranks.WHOLE_WEIGHTS]
+CASES += [case("weighed", way) for way in ("fsdp2", "zero2")]
 
 
-CASES = [*product(sharded_ranks.TERMS, WAYS), *product(sharded_ranks.WHOLE_WEIGHTS, ["zero2"])]
-CASES += product(["weighed"], ["fsdp2", "zero2"])
-
-
-@pytest.mark.parametrize(("name", "way"), [case(name, way) for name, way in CASES])
+@pytest.mark.parametrize(("name", "way"), CASES)
 def test_two_processes_are_one(tmp_path, name, way):
     both = found_by_two("sharded_ranks", tmp_path, "train", way, name, str(tmp_path), host="transformers")
     assert all(one["way"] == ("fsdp2" if way == "fsdp2" else "DeepSpeedEngine") for one in both)
@@ -91,7 +90,7 @@ def test_accumulated_batches_are_one(tmp_path, way):
 @pytest.mark.parametrize(
     ("way", "state", "name"),
     [
-        ("fsdp2", "FULL_STATE_DICT", "chunked"),
+        pytest.param("fsdp2", "FULL_STATE_DICT", "chunked", marks=pytest.mark.slow),
         ("fsdp2", "SHARDED_STATE_DICT", "chunked"),
         case("zero1", "", "chunked"),
         case("zero2", "", "chunked", slow=("zero2",)),
