@@ -240,7 +240,9 @@ def shown(capsys):
     return {row[0]: float(row[1]) for row in rows if len(row) == 2 and not row[0].startswith("distill")}
 
 
-@pytest.mark.parametrize("family", ["detr", pytest.param("rt_detr", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=[pytest.mark.slow] * (one != "detr")) for one in coco.FAMILIES]
+)
 def test_a_teacher_then_a_student_from_a_recipe_file(family, root, tmp_path, capsys):
     teacher = saved(tmp_path, recipe(root, tmp_path / "teacher", family, 32), "teacher.yaml")
     assert main(["train", teacher]) == 0

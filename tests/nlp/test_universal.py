@@ -112,7 +112,9 @@ def test_gradients_are_finite_under_autocast(family):
     assert all(g.isfinite().all() for g in gradients(built).values())
 
 
-@pytest.mark.parametrize("family", ["mask2former", pytest.param("maskformer", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family", [pytest.param(one, marks=[pytest.mark.slow] * (one != "mask2former")) for one in FAMILIES]
+)
 def test_a_trainer_teaches_by_a_bigger_one(family, tmp_path):
     def trainer_of(kind, model, folder, **settings):
         told = dict(max_steps=24, logging_steps=4, learning_rate=3e-3, remove_unused_columns=False)
