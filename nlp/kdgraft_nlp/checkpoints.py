@@ -10,11 +10,11 @@ import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from kdgraft.engine import Engine
 from kdgraft.errors import DistillError
@@ -24,13 +24,9 @@ from kdgraft.telling import announced
 
 from .adapters import base_of
 from .checks import one_line
+from .draws import Replaying
 from .sharding import gathered, spread
 from .zero import whole_while, without_distiller
-
-if TYPE_CHECKING:
-    _Host = Trainer
-else:
-    _Host = object
 
 logger = logging.getLogger("kdgraft")
 
@@ -52,7 +48,7 @@ _WEIGHTS = (
 _READ = ("*.safetensors", "*/*.safetensors", "*.index.json", "config.json", "adapter_config.json", TRAINER_STATE)
 
 
-class Resuming(_Host):
+class Resuming(Replaying):
     """The mixin before a Trainer class that saves the distiller's state beside the plain student and restores it."""
 
     model: Any
@@ -151,6 +147,8 @@ class Resuming(_Host):
         if checkpoint is not None and not {"optimizer.pt", "scheduler.pt"} & self._anew:
             with one_line(f"cannot resume from {checkpoint}"):
                 super()._load_optimizer_and_scheduler(checkpoint)
+        if not any(name.startswith("rng_state") for name in self._anew):
+            self._to_replay = checkpoint
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if "scaler.pt" not in self._anew:
