@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from campaigns.jobs import HOSTS, JOBS, RECIPE, command, files_of, finished, write_recipe
+from campaigns.jobs import HOSTS, JOBS, LAST, RECIPE, command, files_of, finished, write_recipe
 from campaigns.runner import Campaign, Case, Listed
 from support.forking import python
 from support.tensors import Payload
@@ -91,9 +91,9 @@ COMMANDS: dict[str, list[Sequence[str]]] = {
     "torch": [("plan", "plan.toml"), ("report", "out")],
     "transformers": [
         JOBS["transformers"].again,
-        ("test", "recipe.yaml", "out/checkpoint-4"),
-        ("export", "out/checkpoint-4", "student"),
-        ("train", "recipe.yaml", "--work-dir", "other", "--resume", "out/checkpoint-4"),
+        ("test", "recipe.yaml", LAST),
+        ("export", LAST, "student"),
+        ("train", "recipe.yaml", "--work-dir", "other", "--resume", LAST),
     ],
     "mmdet": _OF_MM,
     "mmseg": _OF_MM,
@@ -187,16 +187,16 @@ TEXTS: dict[str, tuple[str, Callable[[], Any], tuple[str, ...]]] = {
         lambda: (_model_of_own_code("teacher"), _recipe(student="teacher")),
         CHECKED,
     ),
-    "checkpoint of its own code": ("transformers", lambda: _model_of_own_code("out/checkpoint-4"), RESUMED),
+    "checkpoint of its own code": ("transformers", lambda: _model_of_own_code(LAST), RESUMED),
     "tested checkpoint of its own code": (
         "transformers",
-        lambda: _model_of_own_code("out/checkpoint-4"),
-        ("test", "recipe.yaml", "out/checkpoint-4"),
+        lambda: _model_of_own_code(LAST),
+        ("test", "recipe.yaml", LAST),
     ),
     "exported checkpoint of its own code": (
         "transformers",
-        lambda: _model_of_own_code("out/checkpoint-4"),
-        ("export", "out/checkpoint-4", "student"),
+        lambda: _model_of_own_code(LAST),
+        ("export", LAST, "student"),
     ),
     "student's config names code": (
         "transformers",

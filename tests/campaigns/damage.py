@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import cache, partial
 from pathlib import Path
 
-from campaigns.jobs import HOSTS, JOBS, assert_as_whole, command, files_of, finished, matching
+from campaigns.jobs import HOSTS, JOBS, LAST, assert_as_whole, command, files_of, finished, matching
 from campaigns.runner import Campaign, Case, Listed
 from support.forking import environment
 
@@ -76,7 +76,7 @@ WRITERS: dict[str, tuple[str, Sequence[str]]] = {
     "train mm": ("mmdet", ("train", "config.py", "--work-dir", "small/work")),
     "train mmseg": ("mmseg", ("train", "config.py", "--work-dir", "small/work")),
     "export": ("mmdet", ("export", "work/iter_4.pth", "small/student.pth")),
-    "export of texts": ("transformers", ("export", "out/checkpoint-4", "small/student")),
+    "export of texts": ("transformers", ("export", LAST, "small/student")),
     "report": ("torch", ("report", "out", "--out", "small/report.html")),
     "cache": ("transformers", ("cache", "recipe.yaml", "--out", "small/store")),
 }
