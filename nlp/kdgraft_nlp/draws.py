@@ -179,9 +179,8 @@ class Replaying(_Host):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         draws = self._draws()
-        self._to_replay = (
-            None  # the host comes here before the first batch where an epoch begins: nothing is to be drawn again
-        )
+        # Where an epoch begins the host comes here before its first batch: nothing is to be drawn again.
+        self._to_replay = None
         ahead = state_now() if draws is not None and draws.passed else None
         super()._load_rng_state(checkpoint)
         if ahead is not None:
