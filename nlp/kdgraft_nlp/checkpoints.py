@@ -24,7 +24,7 @@ from kdgraft.telling import announced
 
 from .adapters import base_of
 from .checks import one_line
-from .draws import Replaying
+from .replaying import Replaying
 from .sharding import gathered, spread
 from .zero import whole_while, without_distiller
 

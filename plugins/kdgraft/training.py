@@ -290,12 +290,16 @@ class Best:
         self.value, self.epoch, self.weights = state["value"], state["epoch"], dict(state["weights"])
 
 
-def random_state() -> dict[str, Any]:
-    """Return the random state of this process, of types that ``torch.load`` reads with ``weights_only=True``."""
+def random_state(*, cuda: bool = True) -> dict[str, Any]:
+    """Return the random state of this process, of types that ``torch.load`` reads with ``weights_only=True``.
+
+    Args:
+        cuda: with the state of the GPU, where there is one.
+    """
     kind, keys, *rest = np.random.get_state()
     found: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     found["numpy"] = (kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), *rest)
-    if torch.cuda.is_available():
+    if cuda and torch.cuda.is_available():
         found["cuda"] = torch.cuda.get_rng_state()
     return found
 

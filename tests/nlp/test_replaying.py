@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch.utils.data import WeightedRandomSampler
 from transformers import Trainer
 
-from kdgraft_nlp import DistillTrainer, draws
+from kdgraft_nlp import DistillTrainer, replaying
 from support import nlp as support
 from support.processes import found_by_two
 from support.tensors import assert_same
@@ -137,12 +137,12 @@ def test_data_that_is_skipped_on_purpose_is_not_drawn_again(tmp_path):
 
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_two_processes(strategy, tmp_path):
-    for found in found_by_two("draws_ranks", tmp_path, strategy, str(tmp_path), host="transformers"):
+    for found in found_by_two("replaying_ranks", tmp_path, strategy, str(tmp_path), host="transformers"):
         assert_same(found["again"], found["whole"])
 
 
 def test_a_loop_of_ones_own_keeps_no_state_for_each_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(draws, "AHEAD", 2)
+    monkeypatch.setattr(replaying, "AHEAD", 2)
     made = trainer(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, collate=masking)
     loader = made.get_train_dataloader()
     assert len(list(loader)) == 12

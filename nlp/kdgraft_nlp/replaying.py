@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_pt_utils import safe_globals
+
+from kdgraft.training import random_state, set_random_state
 
 if TYPE_CHECKING:
     _Host = Trainer
@@ -25,20 +25,10 @@ KEY = "data"
 AHEAD = 1000
 """The number of states of batches that are kept at most, for loops of one's own, which do not say what they train on."""
 
-State = Mapping[str, Any]
-"""The states of ``random``, numpy and torch on the CPU, under the names that the Trainer gives them in a checkpoint."""
 
-
-def state_now() -> State:
-    """Return the states of the random numbers that data is drawn with."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.random.get_rng_state()}
-
-
-def go_to(state: State) -> None:
-    """Set the states of the random numbers that data is drawn with."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.random.set_rng_state(state["cpu"])
+def _now() -> Mapping[str, Any]:
+    """Return the random state that data is drawn with: the CPU's."""
+    return random_state(cuda=False)
 
 
 class Draws:
@@ -56,8 +46,8 @@ class Draws:
         self.inner = inner
         self.passed = False
         """True once a resumed epoch has drawn all that the first run had drawn."""
-        self._order: State | None = None
-        self._ahead: deque[tuple[int, State]] = deque(maxlen=AHEAD)
+        self._order: Mapping[str, Any] | None = None
+        self._ahead: deque[tuple[int, Mapping[str, Any]]] = deque(maxlen=AHEAD)
         self._taken = 0
         self._again: Mapping[str, Any] | None = None
         self._replays = False
@@ -74,23 +64,23 @@ class Draws:
         again, self._again = self._again, None
         self._replays = again is not None
         if again is not None:
-            go_to(again["order"])
-        self._order, self._taken = state_now(), 0 if again is None else again["taken"]
+            set_random_state(again["order"])
+        self._order, self._taken = _now(), 0 if again is None else again["taken"]
         self._ahead.clear()
         first = self._taken
         for index, batch in enumerate(self.inner):
             if again is not None and self._replays and index >= first:
                 self._draw_again(index - first, again)
             if index >= first:
-                self._ahead.append((index, state_now()))
+                self._ahead.append((index, _now()))
             yield batch
 
     def _draw_again(self, place: int, again: Mapping[str, Any]) -> None:
         """Go to the state before a batch, which is the ``place``-th that the stopped run had not trained on yet."""
         if place < len(again["ahead"]):
-            go_to(again["ahead"][place])
+            set_random_state(again["ahead"][place])
         else:
-            go_to(again["then"])
+            set_random_state(again["then"])
             self.passed, self._replays = True, False
 
     def take(self, count: int) -> None:
@@ -100,19 +90,15 @@ class Draws:
             self._ahead.popleft()
 
     def record(self) -> Mapping[str, Any] | None:
-        """Return what a resumed epoch needs: the states before its order and before the batches that are drawn ahead."""
+        """Return what a resumed epoch needs: the states before its order, before the batches that are drawn ahead, and now."""
         if self._order is None:
             return None
-        return {"order": self._order, "ahead": [state for _, state in self._ahead], "taken": self._taken}
+        ahead = [state for _, state in self._ahead]
+        return {"order": self._order, "ahead": ahead, "taken": self._taken, "then": _now()}
 
-    def replay(self, record: Mapping[str, Any], then: State) -> None:
-        """Draw the next epoch as a stopped run did.
-
-        Args:
-            record: what :meth:`record` returned there.
-            then: the state after the last draw, from which the stopped run would have gone on.
-        """
-        self._again, self.passed = {**record, "then": then}, False
+    def replay(self, record: Mapping[str, Any]) -> None:
+        """Draw the next epoch as a stopped run did, from what :meth:`record` returned there."""
+        self._again, self.passed = record, False
 
     def go_on(self) -> None:
         """Draw from the present state, whatever the stopped run had drawn: the first batches are there."""
@@ -151,9 +137,9 @@ class Replaying(_Host):
         """Fetch the micro-batches of a step; the first ones after resuming within an epoch as the stopped run did."""
         draws, (folder, self._to_replay) = self._draws(), (self._to_replay, None)
         if draws is not None and folder is not None and not self.args.ignore_data_skip:
-            states = self._random_states(folder)
-            if states.get(KEY):
-                draws.replay(states[KEY], states)
+            record = self._random_states(folder).get(KEY)
+            if record:
+                draws.replay(record)
         found = super().get_batch_samples(*args, **settings)
         if draws is not None:
             draws.take(len(found[0]))
@@ -181,9 +167,9 @@ class Replaying(_Host):
         draws = self._draws()
         # Where an epoch begins the host comes here before its first batch: nothing is to be drawn again.
         self._to_replay = None
-        ahead = state_now() if draws is not None and draws.passed else None
+        ahead = _now() if draws is not None and draws.passed else None
         super()._load_rng_state(checkpoint)
         if ahead is not None:
-            go_to(ahead)
+            set_random_state(ahead)
         elif draws is not None:
             draws.go_on()
